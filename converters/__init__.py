@@ -1,0 +1,1 @@
+"""Whole-model targets: which tensor gets which codec, tensor names, metadata, files."""

@@ -1,0 +1,43 @@
+"""Which tensor gets which codec, decided before anything is solved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lqexport.formats.codec import nbytes
+from lqexport.formats.registry import codec
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the model and the codec it will be stored with.
+
+    name      Hugging Face name
+    shape     as in the checkpoint
+    codec     name in `formats.registry`
+    linear    whether the solver works on it (a linear of a decoder block); other tensors are rounded
+    wanted    the codec that was asked for, where a fallback replaced it
+    reason    why, in a sentence
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    linear: bool
+    wanted: str | None = None
+    reason: str | None = None
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """[rows, columns]; a vector is one row."""
+        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
+        return rows, columns
+
+    @property
+    def weights(self) -> int:
+        rows, columns = self.matrix
+        return rows * columns
+
+    @property
+    def nbytes(self) -> int:
+        return nbytes(codec(self.codec), *self.matrix)

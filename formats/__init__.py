@@ -1,0 +1,1 @@
+"""What bytes mean: codecs in NumPy, one file per format family."""

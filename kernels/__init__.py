@@ -1,0 +1,1 @@
+"""Hot loops, compiled: the solver's inner loops for the CPU (numba)."""

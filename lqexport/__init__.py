@@ -1,0 +1,1 @@
+"""Quantize language models inside the exact grid of their target file, export and verify them."""

@@ -1,0 +1,182 @@
+"""The folder that `quantize` writes and every converter reads.
+
+    OUT/run.json           what makes the run this run: recipe, source, calibration, versions. Written first.
+    OUT/model/             config.json, tokenizer and other small files of the source
+    OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
+    OUT/report.json        what the solver saw per tensor
+    OUT/manifest.json      every tensor with its codec, shape and digest. Written last: it says the artifact is whole.
+    OUT/log.jsonl          times, memory; the one file that differs between two runs of the same recipe
+
+A file appears under its final name only when it is whole and on disk, so a killed run resumes from what is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import safetensors.numpy
+from safetensors import SafetensorError, safe_open
+
+from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A binary file that appears at `path` whole or not at all: written beside it, synced, then renamed.
+
+    Raises UserError where the disk is full or the place cannot be written; the half-written file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"The disk is full: cannot write {path}. Free some space and run the same command again.") from error
+        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON with sorted keys, so that equal content is equal bytes."""
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+
+
+def digest(planes: Planes) -> str:
+    """sha256 over the planes' names, dtypes, shapes and bytes, in the order of their names."""
+    hasher = hashlib.sha256()
+    for name in sorted(planes):
+        plane = planes[name]
+        hasher.update(f"{name} {plane.dtype.str} {plane.shape}\n".encode())
+        hasher.update(np.ascontiguousarray(plane).view(np.uint8).data)
+    return hasher.hexdigest()
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor as stored: its Hugging Face name, codec name, shape [rows, columns] or [n], planes, and facts
+    (losses, dampening: whatever the solver recorded, JSON values only)."""
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    planes: Planes
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Artifact:
+    """An artifact folder, complete or in the making."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def model_folder(self) -> Path:
+        """config.json, tokenizer files and the like."""
+        return self.folder / "model"
+
+    @property
+    def complete(self) -> bool:
+        return (self.folder / "manifest.json").is_file()
+
+    def run(self) -> dict[str, Any]:
+        """The content of run.json. Raises UserError where the folder is not an artifact."""
+        return self._json("run.json")
+
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        """Per tensor, in model order: codec, shape, sha256. Raises UserError where the run is not finished."""
+        if not self.complete and (self.folder / "run.json").is_file():
+            raise UserError(f"{self.folder} is not finished: run the `lqexport quantize` command that began it again.")
+        return {entry["name"]: entry for entry in self._json("manifest.json")["tensors"]}
+
+    def config(self) -> dict[str, Any]:
+        """The model's config.json."""
+        return self._json("model/config.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text())
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} is not an lqexport artifact: it has no {name}.") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+        if not isinstance(content, dict):
+            raise UserError(f"{path} is damaged: it should hold a JSON object.")
+        return content
+
+    def _path(self, name: str) -> Path:
+        return self.folder / "tensors" / f"{name}.safetensors"
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).is_file()
+
+    def write(self, tensor: StoredTensor) -> None:
+        """Store one finished tensor, whole or not at all. Equal input gives equal bytes."""
+        # One metadata key: safetensors writes several in an order that changes from run to run.
+        facts = {"codec": tensor.codec, "shape": list(tensor.shape), "facts": tensor.facts}
+        contiguous = {name: np.ascontiguousarray(plane) for name, plane in tensor.planes.items()}
+        content = safetensors.numpy.save(contiguous, {"lqexport": json.dumps(facts, sort_keys=True)})
+        with written_whole(self._path(tensor.name)) as file:
+            file.write(content)
+
+    def read(self, name: str) -> StoredTensor:
+        """One stored tensor. Raises UserError where the file is missing or damaged."""
+        path = self._path(name)
+        try:
+            with safe_open(path, "np") as file:
+                facts = json.loads(file.metadata()["lqexport"])
+                planes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return StoredTensor(name, facts["codec"], tuple(facts["shape"]), planes, facts["facts"])
+        except FileNotFoundError:
+            raise UserError(f"{self.folder} has no tensor {name}.") from None
+        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}). Delete it and run the same quantize command again.") from error
+
+    def finish(self, names: list[str], report: dict[str, Any]) -> None:
+        """Write the report and then the manifest of all `names`, which says that the artifact is whole."""
+        entries = []
+        for name in names:
+            tensor = self.read(name)
+            entry = {"name": name, "codec": tensor.codec, "shape": list(tensor.shape), "sha256": digest(tensor.planes)}
+            entries.append(entry)
+        write_json(self.folder / "report.json", report)
+        write_json(self.folder / "manifest.json", {"tensors": entries})
+
+    def begin(self, run: dict[str, Any]) -> None:
+        """Claim the folder for `run`, or check that it already belongs to the very same run.
+
+        Raises UserError where the folder holds another run or anything else.
+        """
+        if (self.folder / "run.json").is_file():
+            different = sorted(key for key in run.keys() | (old := self.run()).keys() if run.get(key) != old.get(key))
+            if different:
+                raise UserError(
+                    f"{self.folder} holds another run (different: {', '.join(different)}). "
+                    "Choose another output folder, or delete this one."
+                )
+            return
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise UserError(f"{self.folder} exists and is not an lqexport artifact. Choose another output folder.")
+        write_json(self.folder / "run.json", run)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """Append one line to log.jsonl."""
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(entry) + "\n")

@@ -1,0 +1,70 @@
+"""Everything that decides what `quantize` computes, in one place; the artifact stores it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from lqexport.errors import UserError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Method = Literal["rtn", "gptq", "lean"]
+Moments = Literal["plain", "normalized"]
+Prefix = Literal["full", "quantized"]
+ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of `lqexport quantize`; each is explained by its `--help`."""
+
+    source: str
+    target: str
+    method: Method = "lean"
+    calibration: str = "python-docs"
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    moments: Moments = "normalized"
+    prefix: Prefix = "full"
+    dampening: float = 0.05
+    importance: ImportanceBase = "diagonal"
+    exponent: float = 1.0
+    act_order: bool = True
+    descent: int = 2
+    embedding_type: str | None = None
+    output_type: str | None = None
+    fallback: bool = True
+
+    def __post_init__(self) -> None:
+        choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
+        for name, literal in choices.items():
+            if (value := getattr(self, name)) not in get_args(literal):
+                raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
+        for name, least in {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+
+
+def load_recipe(path: Path) -> dict[str, Any]:
+    """Options from a TOML file, for `Recipe(**options)`. Raises UserError for an unknown option or a wrong type."""
+    try:
+        options = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"Cannot read the recipe {path}: {error}.") from error
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    for name, value in options.items():
+        if name not in fields:
+            raise UserError(f"{path}: unknown option {name!r}. Known: {', '.join(fields)}.")
+        kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        wanted = str(fields[name].type).split(" |")[0]
+        if not isinstance(value, kinds.get(wanted, str)) or (wanted != "bool" and isinstance(value, bool)):
+            raise UserError(f"{path}: {name} must be a {wanted if wanted in kinds else 'str'}, not {value!r}.")
+    return options
