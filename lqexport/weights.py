@@ -1,0 +1,28 @@
+"""What a source model and an export have in common: a config and named weights, read one tensor at a time."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+
+
+class Weights(Protocol):
+    """A model's tensors by their Hugging Face names, and its config.json as a dict.
+
+    Tied embeddings: `lm_head.weight` is absent and `config["tie_word_embeddings"]` is true.
+    """
+
+    config: dict[str, Any]
+
+    def names(self) -> list[str]:
+        """Every tensor's name, in the order of the model."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without reading its data."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor, on the CPU, in the dtype it is stored in (packed tensors: float32).
+
+        Raises UserError where the data is missing or damaged.
+        """
