@@ -72,6 +72,10 @@ class Scales:
         supers = np.repeat(self.supers.astype(np.float32), self.format.span, axis=1)
         return np.float32(self.format.sign) * supers * self.subs.astype(np.float32)
 
+    def grouped(self, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
+        """A matrix [rows, columns] as [rows, groups, columns per group], to meet `values()[..., None]`."""
+        return matrix.reshape(*self.subs.shape, -1)
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -91,33 +95,38 @@ class Grid:
     @property
     def uniform(self) -> bool:
         """Whether the levels are consecutive integers shared by all rows."""
-        return self.levels.ndim == 1 and bool(np.all(np.diff(self.levels) == 1))
+        return self.levels.ndim == 1 and bool(np.all(np.diff(self.levels) == 1)) and float(self.levels[0]).is_integer()
 
     def values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Decoded weights, float32 [rows, columns], for codes uint8 [rows, columns] in 0..K-1."""
-        levels = self.levels[codes] if self.levels.ndim == 1 else np.take_along_axis(self.levels, codes, axis=1)
+        values = self.levels[codes] if self.levels.ndim == 1 else np.take_along_axis(self.levels, codes, axis=1)
         if self.scale is not None:
-            levels = self._spread(self.scale) * levels
-        return levels if self.offset is None else levels + self._spread(self.offset)
+            values = self.scale.grouped(values) * self.scale.values()[..., None]
+        if self.offset is not None:
+            values = self.offset.grouped(values) + self.offset.values()[..., None]
+        return values.reshape(codes.shape)
 
     def nearest(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Codes uint8 [rows, columns] of the grid values nearest to float32 [rows, columns]; a tie may go either way."""
-        target = weights if self.offset is None else weights - self._spread(self.offset)
-        if self.scale is not None:
-            scale = self._spread(self.scale)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                target = np.where(scale == 0, 0, target / scale)
+        """Codes uint8 [rows, columns] of the grid values nearest to float32 [rows, columns]; a tie goes either way."""
+        target = self._in_levels(weights)
         if self.uniform:
-            low = self.levels[0]
-            return np.clip(np.rint(target) - low, 0, len(self.levels) - 1).astype(np.uint8)
+            return (np.clip(np.rint(target), self.levels[0], self.levels[-1]) - self.levels[0]).astype(np.uint8)
         middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
-        if middles.ndim == 1:
-            return np.searchsorted(middles, target).astype(np.uint8)
-        rows = [np.searchsorted(row, line) for row, line in zip(middles, target, strict=True)]
-        return np.array(rows, dtype=np.uint8).reshape(weights.shape)
+        codes = np.zeros(weights.shape, dtype=np.uint8)
+        for middle in np.moveaxis(middles, -1, 0):
+            codes += target > middle[..., None]
+        return codes
 
-    def _spread(self, scales: Scales) -> NDArray[np.float32]:
-        return np.repeat(scales.values(), scales.format.group or self.columns, axis=1)
+    def _in_levels(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
+        """`(weights - offset) / scale`, float32 [rows, columns]; 0 where the scale is 0 and every level gives 0."""
+        target = weights
+        if self.offset is not None:
+            target = self.offset.grouped(target) - self.offset.values()[..., None]
+        if self.scale is not None:
+            scale = self.scale.values()[..., None]
+            with np.errstate(over="ignore"):  # an infinite quotient becomes the first or last level
+                target = self.scale.grouped(target) / np.where(scale == 0, np.float32(np.inf), scale)
+        return target.reshape(weights.shape)
 
 
 class Codec(Protocol):
@@ -140,7 +149,9 @@ class PlainCodec(Codec, Protocol):
     """A format that stores each weight by itself (F32, F16, BF16)."""
 
     def encode_values(self, weights: NDArray[np.float32]) -> Planes:
-        """Each weight rounded to nearest, ties to even. Raises ValueError where a finite weight would become infinite."""
+        """Weights float32 [rows, columns], each rounded to nearest, ties to even.
+
+        Raises ValueError where a finite weight would become infinite."""
 
 
 class GridCodec(Codec, Protocol):

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
+import difflib
+
 from lqexport.formats.codec import Codec
+from lqexport.formats.gguf import GGUF
+from lqexport.formats.native import NATIVE
+from lqexport.formats.plain import PLAIN
+
+_CODECS: dict[str, Codec] = {codec.name: codec for codec in (*PLAIN, *GGUF, *NATIVE)}
 
 
 def codec(name: str) -> Codec:
-    """The codec called `name`. Raises ValueError for an unknown name."""
-    raise ValueError(f"unknown format {name!r}")
+    """The codec called `name`. Raises ValueError for an unknown name, listing those that are near."""
+    if name in _CODECS:
+        return _CODECS[name]
+    # Users forget the family and the case: compare what comes after the colon, in one case.
+    known = {full.lower(): full for full in _CODECS} | {full.split(":")[1].lower(): full for full in _CODECS}
+    near = dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known, n=8, cutoff=0.7))
+    hint = f"Near: {', '.join(near)}." if near else f"Known: {', '.join(_CODECS)}."
+    raise ValueError(f"Unknown format {name!r}. {hint}")
+
+
+def names(family: str | None = None) -> list[str]:
+    """Names of all codecs, or of one family (`gguf`, `native`), in the order of their files."""
+    return [name for name in _CODECS if family is None or name.startswith(f"{family}:")]

@@ -1,0 +1,89 @@
+"""What every codec checks before it packs or unpacks; each failure is a ValueError with one sentence."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.formats.codec import Codec, Grid, GridCodec, Planes, ScaleFormat, Scales
+
+
+def check_shape(codec: Codec, rows: int, columns: int) -> None:
+    """Raises ValueError where `codec` cannot hold a matrix [rows, columns]."""
+    if rows < 1 or columns < 1:
+        raise ValueError(f"{codec.name} cannot hold an empty matrix, shape [{rows}, {columns}].")
+    if columns % codec.block:
+        raise ValueError(f"{codec.name} holds rows of a multiple of {codec.block} weights, not {columns}.")
+
+
+def check_planes(codec: Codec, planes: Planes, columns: int) -> int:
+    """The rows that `planes` hold. Raises ValueError where they are not those of a matrix of `columns`."""
+    rows = len(next(iter(planes.values()), ()))
+    expected = codec.layout(rows, columns)
+    if sorted(expected) != sorted(planes):
+        raise ValueError(f"{codec.name} has the planes {', '.join(expected)}, not {', '.join(planes) or 'none'}.")
+    for name, (dtype, shape) in expected.items():
+        plane = planes[name]
+        if plane.dtype != dtype or plane.shape != shape:
+            raise ValueError(
+                f"Plane {name} of {codec.name} with {columns} columns must be {dtype} {list(shape)}, "
+                f"not {plane.dtype} {list(plane.shape)}."
+            )
+    return rows
+
+
+def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
+    """Raises ValueError where `codec` cannot store `grid` and `codes` exactly as they are."""
+    if codes.dtype != np.uint8 or codes.ndim != 2:
+        raise ValueError(f"{codec.name} packs codes that are uint8 [rows, columns], not {codes.dtype} {codes.shape}.")
+    rows, columns = codes.shape
+    check_shape(codec, rows, columns)
+    if grid.columns != columns:
+        raise ValueError(f"The grid has {grid.columns} columns and the codes {columns}.")
+    if (largest := int(codes.max())) >= codec.level_count:
+        raise ValueError(f"Code {largest} is too large: {codec.name} has {codec.level_count} levels.")
+    _check_levels(codec, grid.levels, rows)
+    _check_scales(codec, "scale", codec.scale, grid.scale, codes.shape)
+    _check_scales(codec, "offset", codec.offset, grid.offset, codes.shape)
+
+
+def _check_levels(codec: GridCodec, levels: NDArray[np.float32], rows: int) -> None:
+    if codec.levels is not None:
+        if levels.dtype != np.float32 or not np.array_equal(levels, codec.levels):
+            raise ValueError(f"The grid is not one of {codec.name}: it has other levels.")
+        return
+    if levels.dtype != np.float32 or levels.shape != (rows, codec.level_count):
+        raise ValueError(
+            f"{codec.name} has a table float32 [{rows}, {codec.level_count}], not {levels.dtype} {list(levels.shape)}."
+        )
+    if not np.isfinite(levels).all() or np.any(np.abs(levels) > np.finfo(np.float16).max):
+        raise ValueError(f"A table of {codec.name} must be finite in float16.")
+    if not np.array_equal(levels.astype(np.float16), levels):
+        raise ValueError(f"A table of {codec.name} is stored in float16: round it before choosing codes.")
+    if np.any(levels[:, 1:] < levels[:, :-1]):
+        raise ValueError(f"A table of {codec.name} must ascend.")
+
+
+def _check_scales(
+    codec: GridCodec, what: str, expected: ScaleFormat | None, scales: Scales | None, shape: tuple[int, ...]
+) -> None:
+    """Check a grid's scale or offset (`what`) against the codec's, for a matrix of `shape`."""
+    if (scales.format if scales else None) != expected:
+        raise ValueError(f"The grid is not one of {codec.name}: it has another {what} format.")
+    if scales is None or expected is None:
+        return
+    rows, groups = shape[0], expected.groups(shape[1])
+    arrays = {
+        "supers": (scales.supers, np.float16, (rows, groups // expected.span)),
+        "subs": (scales.subs, np.int16, (rows, groups)),
+    }
+    for name, (array, dtype, wanted) in arrays.items():
+        if array.dtype != dtype or array.shape != wanted:
+            raise ValueError(
+                f"The {what} {name} of {codec.name} must be {np.dtype(dtype)} {list(wanted)}, "
+                f"not {array.dtype} {list(array.shape)}."
+            )
+    if not np.isfinite(scales.supers).all():
+        raise ValueError(f"A {what} of {codec.name} is infinite or not a number.")
+    if scales.subs.min() < expected.low or scales.subs.max() > expected.high:
+        raise ValueError(f"The {what} subs of {codec.name} must lie in {expected.low}..{expected.high}.")

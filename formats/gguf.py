@@ -1,0 +1,348 @@
+"""GGUF's block types, named and laid out as in llama.cpp (ggml-common.h, ggml-quants.c).
+
+A row is a run of blocks, and a block is a C struct without padding. `members` is that struct, with llama.cpp's names,
+so the one plane, `blocks` uint8 [rows, bytes of a row], is an array of structs [rows, blocks].
+
+Integers of less than a byte are packed in one way everywhere, which `Bits` describes: each `run` bytes hold
+8 / bits runs of `run` integers, the first run in the lowest bits of those bytes, the next run in the bits above.
+
+    Bits("qs", 4, 16), weights named w0 .. w31, the highest bit on the left (Q4_0):
+    qs[0]   w16 w16 w16 w16  w0 w0 w0 w0
+    qs[1]   w17 w17 w17 w17  w1 w1 w1 w1     and so on
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.formats.checks import check_grid, check_planes, check_shape
+from lqexport.formats.codec import Grid, Planes, ScaleFormat, Scales
+
+CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
+"""The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
+
+Subs = tuple[NDArray[np.int16], ...]
+"""Integers [rows, blocks, groups of a block] of the scale and, where the format has one, of the offset."""
+
+
+class Bits(NamedTuple):
+    """`bits` bits of every integer of a block: the struct's member that holds them and the length of a run."""
+
+    member: str
+    bits: int
+    run: int
+
+
+def spread(packed: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8]:
+    """Integers uint8 [..., n * 8 / bits] of bytes uint8 [..., n], in the order of `Bits`."""
+    runs = packed.reshape(-1, run)
+    integers = np.empty((len(runs), 8 // bits, run), dtype=np.uint8)
+    for k in range(8 // bits):
+        np.right_shift(runs, k * bits, out=integers[:, k])
+    integers &= np.uint8(2**bits - 1)
+    return integers.reshape(*packed.shape[:-1], -1)
+
+
+def gather(integers: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8]:
+    """Bytes uint8 [..., n] that hold the low `bits` of integers uint8 [..., n * 8 / bits]; undoes `spread`."""
+    runs = integers.reshape(-1, 8 // bits, run)
+    packed = np.zeros((len(runs), run), dtype=np.uint8)
+    for k in range(8 // bits):
+        packed |= (runs[:, k] & np.uint8(2**bits - 1)) << np.uint8(k * bits)
+    return packed.reshape(*integers.shape[:-1], -1)
+
+
+def read_bits(blocks: np.ndarray, parts: tuple[Bits, ...]) -> NDArray[np.uint8]:
+    """Integers uint8 [rows, blocks, n] that lie in several members, their lowest bits in the first."""
+    integers, shift = np.uint8(0), 0
+    for part in parts:
+        integers = integers | spread(blocks[part.member], part.bits, part.run) << np.uint8(shift)
+        shift += part.bits
+    return integers
+
+
+def write_bits(blocks: np.ndarray, parts: tuple[Bits, ...], integers: NDArray[np.uint8]) -> None:
+    """Undoes `read_bits`."""
+    shift = 0
+    for part in parts:
+        blocks[part.member] = gather(integers >> np.uint8(shift), part.bits, part.run)
+        shift += part.bits
+
+
+def integer_levels(low: int, high: int) -> NDArray[np.float32]:
+    """low..high."""
+    return np.arange(low, high + 1, dtype=np.float32)
+
+
+class _BlockType:
+    """A block type; see `codec.GridCodec` for what it offers.
+
+    members     the struct
+    code_bits   where the codes lie
+    supers      members with the float16 of the scale and, where there is one, of the offset
+    """
+
+    name: str
+    block: int
+    members: np.dtype
+    code_bits: tuple[Bits, ...]
+    supers: tuple[str, ...] = ("d",)
+    levels: NDArray[np.float32]
+    scale: ScaleFormat
+    offset: ScaleFormat | None = None
+
+    @property
+    def level_count(self) -> int:
+        return len(self.levels)
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """`blocks`, uint8 [rows, bytes of a row]. Raises ValueError where the columns do not fill whole blocks."""
+        check_shape(self, rows, columns)
+        return {"blocks": (np.dtype(np.uint8), (rows, columns // self.block * self.members.itemsize))}
+
+    def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
+        """See `codec.GridCodec`. Raises ValueError for a grid of another format."""
+        check_grid(self, grid, codes)
+        rows, columns = codes.shape
+        blocks = np.zeros((rows, columns // self.block), dtype=self.members)
+        self._write_codes(blocks, codes.reshape(*blocks.shape, self.block))
+        stored = [scales for scales in (grid.scale, grid.offset) if scales is not None]
+        for member, scales in zip(self.supers, stored, strict=True):
+            blocks[member] = scales.supers
+        self._write_subs(blocks, tuple(scales.subs.reshape(*blocks.shape, -1) for scales in stored))
+        return {"blocks": blocks.view(np.uint8)}
+
+    def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
+        """See `codec.GridCodec`. Raises ValueError where the plane is not that of such a matrix."""
+        rows = check_planes(self, planes, columns)
+        blocks = np.ascontiguousarray(planes["blocks"]).view(self.members)
+        formats = [form for form in (self.scale, self.offset) if form is not None]
+        scales = [
+            Scales(form, blocks[member].astype(np.float16), subs.reshape(rows, -1))
+            for form, member, subs in zip(formats, self.supers, self._read_subs(blocks), strict=True)
+        ]
+        return Grid(columns, self.levels, *scales), self._read_codes(blocks).reshape(rows, columns)
+
+    def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:
+        """See `codec.Codec`."""
+        grid, codes = self.unpack(planes, columns)
+        return grid.values(codes)
+
+    def _read_codes(self, blocks: np.ndarray) -> NDArray[np.uint8]:
+        return read_bits(blocks, self.code_bits)
+
+    def _write_codes(self, blocks: np.ndarray, codes: NDArray[np.uint8]) -> None:
+        write_bits(blocks, self.code_bits, codes)
+
+    def _read_subs(self, blocks: np.ndarray) -> Subs:
+        """One float16 per group: nothing is stored beside it."""
+        return tuple(np.ones((*blocks.shape, 1), dtype=np.int16) for _ in self.supers)
+
+    def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
+        pass
+
+
+class Q4_0(_BlockType):
+    """32 weights, 18 bytes: d * q with q in -8..7, stored as q + 8."""
+
+    name = "gguf:Q4_0"
+    block = 32
+    members = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
+    code_bits = (Bits("qs", 4, 16),)
+    levels = integer_levels(-8, 7)
+    scale = ScaleFormat(32)
+
+
+class Q4_1(_BlockType):
+    """32 weights, 20 bytes: d * q + m with q in 0..15."""
+
+    name = "gguf:Q4_1"
+    block = 32
+    members = np.dtype([("d", "<f2"), ("m", "<f2"), ("qs", "u1", 16)])
+    code_bits = (Bits("qs", 4, 16),)
+    supers = ("d", "m")
+    levels = integer_levels(0, 15)
+    scale = ScaleFormat(32)
+    offset = ScaleFormat(32)
+
+
+class Q5_0(_BlockType):
+    """32 weights, 22 bytes: d * q with q in -16..15, stored as q + 16, the fifth bits in qh."""
+
+    name = "gguf:Q5_0"
+    block = 32
+    members = np.dtype([("d", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
+    code_bits = (Bits("qs", 4, 16), Bits("qh", 1, 1))
+    levels = integer_levels(-16, 15)
+    scale = ScaleFormat(32)
+
+
+class Q5_1(_BlockType):
+    """32 weights, 24 bytes: d * q + m with q in 0..31, the fifth bits in qh."""
+
+    name = "gguf:Q5_1"
+    block = 32
+    members = np.dtype([("d", "<f2"), ("m", "<f2"), ("qh", "u1", 4), ("qs", "u1", 16)])
+    code_bits = (Bits("qs", 4, 16), Bits("qh", 1, 1))
+    supers = ("d", "m")
+    levels = integer_levels(0, 31)
+    scale = ScaleFormat(32)
+    offset = ScaleFormat(32)
+
+
+class Q8_0(_BlockType):
+    """32 weights, 34 bytes: d * q with q in -128..127, stored as int8."""
+
+    name = "gguf:Q8_0"
+    block = 32
+    members = np.dtype([("d", "<f2"), ("qs", "u1", 32)])
+    levels = integer_levels(-128, 127)
+    scale = ScaleFormat(32)
+
+    def _read_codes(self, blocks: np.ndarray) -> NDArray[np.uint8]:
+        return blocks["qs"] ^ np.uint8(128)  # q + 128: flip the sign bit of the int8
+
+    def _write_codes(self, blocks: np.ndarray, codes: NDArray[np.uint8]) -> None:
+        blocks["qs"] = codes ^ np.uint8(128)
+
+
+class IQ4_NL(_BlockType):
+    """32 weights, 18 bytes: d * CODEBOOK[q]."""
+
+    name = "gguf:IQ4_NL"
+    block = 32
+    members = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
+    code_bits = (Bits("qs", 4, 16),)
+    levels = CODEBOOK
+    scale = ScaleFormat(32)
+
+
+class IQ4_XS(_BlockType):
+    """256 weights, 136 bytes: d * s * CODEBOOK[q], s in -32..31 per 32 weights, stored as s + 32.
+
+    The low 4 bits of s are in scales_l, the high 2 bits in scales_h (a little-endian uint16 in llama.cpp).
+    """
+
+    name = "gguf:IQ4_XS"
+    block = 256
+    members = np.dtype([("d", "<f2"), ("scales_h", "u1", 2), ("scales_l", "u1", 4), ("qs", "u1", 128)])
+    code_bits = (Bits("qs", 4, 16),)
+    sub_bits = (Bits("scales_l", 4, 1), Bits("scales_h", 2, 1))
+    levels = CODEBOOK
+    scale = ScaleFormat(32, 8, -32, 31)
+
+    def _read_subs(self, blocks: np.ndarray) -> Subs:
+        return (read_bits(blocks, self.sub_bits) - np.int16(32),)
+
+    def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
+        write_bits(blocks, self.sub_bits, (subs[0] + 32).astype(np.uint8))
+
+
+class Q2_K(_BlockType):
+    """256 weights, 84 bytes: d * s * q - dmin * m with q in 0..3, s and m in 0..15 per 16 weights.
+
+    scales[i]   m m m m  s s s s   of group i
+    """
+
+    name = "gguf:Q2_K"
+    block = 256
+    members = np.dtype([("scales", "u1", 16), ("qs", "u1", 64), ("d", "<f2"), ("dmin", "<f2")])
+    code_bits = (Bits("qs", 2, 32),)
+    supers = ("d", "dmin")
+    levels = integer_levels(0, 3)
+    scale = ScaleFormat(16, 16, 0, 15)
+    offset = ScaleFormat(16, 16, 0, 15, sign=-1)
+
+    def _read_subs(self, blocks: np.ndarray) -> Subs:
+        scales = blocks["scales"].astype(np.int16)
+        return scales & 15, scales >> 4
+
+    def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
+        scales, mins = subs
+        blocks["scales"] = scales | mins << 4
+
+
+class Q3_K(_BlockType):
+    """256 weights, 110 bytes: d * s * q with q in -4..3, s in -32..31 per 16 weights.
+
+    q + 4 has its low 2 bits in qs and its high bit in hmask; s + 32 has its low 4 bits in the first 8 bytes of
+    scales (llama.cpp's member of 12 bytes, here scales_l and scales_h) and its high 2 bits in the other 4.
+    """
+
+    name = "gguf:Q3_K"
+    block = 256
+    members = np.dtype(
+        [("hmask", "u1", 32), ("qs", "u1", 64), ("scales_l", "u1", 8), ("scales_h", "u1", 4), ("d", "<f2")]
+    )
+    code_bits = (Bits("qs", 2, 32), Bits("hmask", 1, 32))
+    sub_bits = (Bits("scales_l", 4, 8), Bits("scales_h", 2, 4))
+    levels = integer_levels(-4, 3)
+    scale = ScaleFormat(16, 16, -32, 31)
+
+    _read_subs = IQ4_XS._read_subs
+    _write_subs = IQ4_XS._write_subs
+
+
+class Q4_K(_BlockType):
+    """256 weights, 144 bytes: d * s * q - dmin * m with q in 0..15, s and m in 0..63 per 32 weights.
+
+    Six bits of s[0..7] and m[0..7] in 12 bytes; for j in 0..3:
+
+        scales[j]       s[j+4] bits 5 4   s[j] bits 5 4 3 2 1 0
+        scales[j + 4]   m[j+4] bits 5 4   m[j] bits 5 4 3 2 1 0
+        scales[j + 8]   m[j+4] bits 3 2 1 0   s[j+4] bits 3 2 1 0
+    """
+
+    name = "gguf:Q4_K"
+    block = 256
+    members = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (3, 4)), ("qs", "u1", 128)])
+    code_bits = (Bits("qs", 4, 32),)
+    supers = ("d", "dmin")
+    levels = integer_levels(0, 15)
+    scale = ScaleFormat(32, 8, 0, 63)
+    offset = ScaleFormat(32, 8, 0, 63, sign=-1)
+
+    def _read_subs(self, blocks: np.ndarray) -> Subs:
+        s, m, low = np.moveaxis(blocks["scales"].astype(np.int16), 2, 0)
+        scales = np.concatenate([s & 63, low & 15 | s >> 6 << 4], axis=-1)
+        mins = np.concatenate([m & 63, low >> 4 | m >> 6 << 4], axis=-1)
+        return scales, mins
+
+    def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
+        scales, mins = subs
+        s, m = scales[..., 4:], mins[..., 4:]
+        blocks["scales"][:, :, 0] = scales[..., :4] | s >> 4 << 6
+        blocks["scales"][:, :, 1] = mins[..., :4] | m >> 4 << 6
+        blocks["scales"][:, :, 2] = s & 15 | (m & 15) << 4
+
+
+class Q5_K(Q4_K):
+    """256 weights, 176 bytes: as Q4_K with q in 0..31, the fifth bits in qh."""
+
+    name = "gguf:Q5_K"
+    members = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (3, 4)), ("qh", "u1", 32), ("qs", "u1", 128)])
+    code_bits = (Bits("qs", 4, 32), Bits("qh", 1, 32))
+    levels = integer_levels(0, 31)
+
+
+class Q6_K(_BlockType):
+    """256 weights, 210 bytes: d * s * q with q in -32..31, stored as q + 32, and s an int8 per 16 weights."""
+
+    name = "gguf:Q6_K"
+    block = 256
+    members = np.dtype([("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<f2")])
+    code_bits = (Bits("ql", 4, 64), Bits("qh", 2, 32))
+    levels = integer_levels(-32, 31)
+    scale = ScaleFormat(16, 16, -128, 127)
+
+    def _read_subs(self, blocks: np.ndarray) -> Subs:
+        return (blocks["scales"].astype(np.int16),)
+
+    def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
+        blocks["scales"] = subs[0]
+
+
+GGUF = (Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K())

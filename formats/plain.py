@@ -1,0 +1,91 @@
+"""GGUF's unquantized types: every weight by itself, little-endian, in one plane `blocks` of bytes."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.formats.checks import check_planes, check_shape
+from lqexport.formats.codec import Planes
+
+
+class _Plain:
+    """A type that stores each weight as one `stored` number.
+
+    name, block   see `codec.Codec`
+    stored        little-endian dtype of a weight in the file
+    """
+
+    name: str
+    block = 1
+    stored: np.dtype
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """`blocks`, uint8 [rows, bytes of a row]. Raises ValueError for an empty matrix."""
+        check_shape(self, rows, columns)
+        return {"blocks": (np.dtype(np.uint8), (rows, columns * self.stored.itemsize))}
+
+    def encode_values(self, weights: NDArray[np.float32]) -> Planes:
+        """float32 [rows, columns], each rounded to nearest, ties to even.
+
+        Raises ValueError where a finite weight would become infinite, and for another dtype or shape.
+        """
+        if weights.dtype != np.float32 or weights.ndim != 2:
+            raise ValueError(f"{self.name} stores float32 [rows, columns], not {weights.dtype} {list(weights.shape)}.")
+        rounded = np.ascontiguousarray(self._round(weights))
+        planes = {"blocks": rounded.view(np.uint8)}
+        check_planes(self, planes, weights.shape[1])
+        if np.any(np.isinf(self._widen(rounded)) & np.isfinite(weights)):
+            raise ValueError(f"The weight {_largest(weights)} is too large for {self.name}: it would become infinite.")
+        return planes
+
+    def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:
+        """float32 [rows, columns], exact. Raises ValueError where the planes are not those of such a matrix."""
+        check_planes(self, planes, columns)
+        return self._widen(np.ascontiguousarray(planes["blocks"]).view(self.stored))
+
+    def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
+        with np.errstate(over="ignore"):  # encode_values says it in a sentence
+            return weights.astype(self.stored)
+
+    def _widen(self, stored: np.ndarray) -> NDArray[np.float32]:
+        return stored.astype(np.float32)
+
+
+def _largest(weights: NDArray[np.float32]) -> np.float32:
+    finite = weights[np.isfinite(weights)]
+    return finite[np.argmax(np.abs(finite))]
+
+
+class F32(_Plain):
+    """IEEE single precision, 4 bytes: the weight itself."""
+
+    name = "gguf:F32"
+    stored = np.dtype("<f4")
+
+
+class F16(_Plain):
+    """IEEE half precision, 2 bytes."""
+
+    name = "gguf:F16"
+    stored = np.dtype("<f2")
+
+
+class BF16(_Plain):
+    """The upper 2 bytes of the IEEE single precision number."""
+
+    name = "gguf:BF16"
+    stored = np.dtype("<u2")
+
+    def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
+        bits = weights.view(np.uint32) if weights.flags.c_contiguous else np.ascontiguousarray(weights).view(np.uint32)
+        odd = (bits >> 16) & 1
+        # A NaN keeps its sign and its upper payload and becomes quiet, as in ggml; rounding could make it infinite.
+        quiet = (bits >> 16) | 0x40
+        return np.where(np.isnan(weights), quiet, (bits + (odd + 0x7FFF)) >> 16).astype(self.stored)
+
+    def _widen(self, stored: np.ndarray) -> NDArray[np.float32]:
+        return (stored.astype(np.uint32) << 16).view(np.float32)
+
+
+PLAIN = (F32(), F16(), BF16())
