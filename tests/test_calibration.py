@@ -1,0 +1,171 @@
+"""Texts by name and from files, and windows drawn from them."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lqexport.calibration import load_calibration, overlap, read_text
+from lqexport.errors import UserError
+from lqexport.texts import BUILT_IN, CALIBRATION_MODULES, HELDOUT_MODULES, HUB_TEXTS, _hub_documents
+
+
+class Characters:
+    """A tokenizer with one token per character, which may begin every text with token 1 as Llama's does."""
+
+    bos_token_id = 1
+
+    def __init__(self, bos: bool = False) -> None:
+        self.bos = bos
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+        ids = [ord(character) for character in text]
+        result = type("Encoding", (), {})()
+        result.input_ids = [1, *ids] if self.bos and add_special_tokens else ids
+        return result
+
+
+@pytest.fixture
+def ascending(tmp_path: Path) -> Path:
+    """A text of 100 different characters in ascending order."""
+    path = tmp_path / "text.txt"
+    path.write_text("".join(map(chr, range(200, 300))), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_texts_are_long_and_the_same_each_time(name: str) -> None:
+    text = read_text(name)
+    assert len(text.content) > 200_000
+    assert text.sha256 == read_text(name).sha256
+
+
+def test_held_out_text_is_not_the_calibration_text() -> None:
+    assert not set(CALIBRATION_MODULES) & set(HELDOUT_MODULES)
+    assert overlap(read_text("python-docs").content, read_text("python-heldout").content) < 0.03
+
+
+def test_windows_are_disjoint_runs_of_the_text(ascending: Path) -> None:
+    calibration = load_calibration(str(ascending), Characters(), samples=9, sequence_length=10, seed=3)
+    assert calibration.tokens.shape == (9, 10)
+    assert calibration.tokens.dtype == torch.int64
+    assert (calibration.tokens.diff(dim=1) == 1).all()
+    assert len(calibration.tokens.unique()) == 90
+    assert not calibration.repeats
+
+
+def test_seed_draws_the_windows(ascending: Path) -> None:
+    first, again, other = (
+        load_calibration(str(ascending), Characters(), samples=5, sequence_length=12, seed=seed).tokens
+        for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_short_text_is_drawn_again_at_another_offset(ascending: Path) -> None:
+    calibration = load_calibration(str(ascending), Characters(), samples=30, sequence_length=15, seed=0)
+    assert calibration.repeats
+    assert len(calibration.tokens.unique(dim=0)) > 6  # 100 // 15 disjoint windows, then others
+
+
+def test_bos_begins_every_window_where_the_tokenizer_adds_it(ascending: Path) -> None:
+    calibration = load_calibration(str(ascending), Characters(bos=True), samples=4, sequence_length=20, seed=0)
+    assert calibration.bos
+    assert calibration.tokens.shape == (4, 20)
+    assert (calibration.tokens[:, 0] == 1).all()
+    assert (calibration.tokens[:, 1:] >= 200).all()
+
+
+def test_facts_are_plain_json(ascending: Path) -> None:
+    calibration = load_calibration(str(ascending), Characters(), samples=2, sequence_length=20, seed=0)
+    facts = json.loads(json.dumps(calibration.facts()))
+    assert facts["sha256"] == read_text(str(ascending)).sha256
+    assert (facts["samples"], facts["sequence_length"], facts["text_tokens"]) == (2, 20, 100)
+
+
+def test_too_short_text_says_how_many_tokens(ascending: Path) -> None:
+    with pytest.raises(UserError, match=r"has 100 tokens.* 128 needs 128"):
+        load_calibration(str(ascending), Characters(), samples=1, sequence_length=128, seed=0)
+
+
+def test_jsonl_documents_are_joined_by_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "documents.jsonl"
+    documents = ["one\nline", "two \u2028 separators"]
+    path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in documents) + "\n", "utf-8")
+    assert read_text(str(path)).content == "\n\n".join(documents)
+
+
+@pytest.mark.parametrize("line", ["{", '{"texts": "a"}', '{"text": 3}', "[1]", "3"])
+def test_bad_jsonl_names_the_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n' + line + "\n")
+    with pytest.raises(UserError, match=r"bad\.jsonl, line 2"):
+        read_text(str(path))
+
+
+def test_binary_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"good \xff bad")
+    with pytest.raises(UserError, match=r"not UTF-8 text .* byte 5"):
+        read_text(str(path))
+
+
+def test_unknown_name_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"wikitext3.*python-docs.*wikitext2"):
+        read_text("wikitext3")
+
+
+def test_unknown_split_lists_the_known() -> None:
+    with pytest.raises(UserError, match=r"no split 'test'.*train, validation"):
+        read_text("c4:test")
+
+
+@pytest.mark.parametrize("name", HUB_TEXTS)
+def test_hub_text_without_the_package_says_what_to_do(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = builtins.__import__
+
+    def refuse(module: str, *arguments: Any, **options: Any) -> Any:
+        if module == "datasets":
+            raise ImportError(module)
+        return original(module, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(UserError, match=r"lqexport\[datasets\].*python-docs"):
+        read_text(name)
+
+
+@pytest.mark.parametrize("name", HUB_TEXTS)
+def test_hub_text_offline_says_what_to_do(name: str) -> None:
+    pytest.importorskip("datasets")
+    with pytest.raises(UserError, match=r"cannot be loaded from the hub.*python-docs"):
+        read_text(name)
+
+
+@pytest.mark.parametrize("name", HUB_TEXTS)
+def test_hub_text_asks_for_its_split_and_stops_at_its_limit(name: str) -> None:
+    text = HUB_TEXTS[name]
+    document = "x" * 100_000
+
+    def load_dataset(path: str, name: str | None, *, split: str, **options: Any) -> Any:
+        assert split == text.splits[0]
+        assert "data_files" not in options or set(options["data_files"]) == {split}
+        return ({text.column: document} for _ in range(200))
+
+    documents = list(_hub_documents(load_dataset, text, text.splits[0]))
+    assert len(documents) == (text.limit // len(document) if text.limit else 200)
+
+
+def test_overlap_of_a_text_with_itself_and_with_another() -> None:
+    text = read_text("python-docs").content[:20_000]
+    assert overlap(text, text) == 1.0
+    assert overlap(text, "  ".join(text.split())) == 1.0  # white space does not matter
+    assert overlap(text, read_text("python-heldout").content[:20_000]) < 0.03
+    half = text[:10_000] + read_text("python-heldout").content[:10_000]
+    assert 0.4 < overlap(text, half) < 0.6
+    assert overlap(text, "short") == 0.0
