@@ -124,8 +124,9 @@ class Grid:
             target = self.offset.grouped(target) - self.offset.values()[..., None]
         if self.scale is not None:
             scale = self.scale.values()[..., None]
+            scale[scale == 0] = np.inf
             with np.errstate(over="ignore"):  # an infinite quotient becomes the first or last level
-                target = self.scale.grouped(target) / np.where(scale == 0, np.float32(np.inf), scale)
+                target = self.scale.grouped(target) / scale
         return target.reshape(weights.shape)
 
 

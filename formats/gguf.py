@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_grid, check_planes, check_shape
-from lqexport.formats.codec import Grid, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import Grid, GridCodec, Planes, ScaleFormat, Scales
 
 CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 """The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
@@ -57,9 +57,10 @@ def gather(integers: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8
 
 def read_bits(blocks: np.ndarray, parts: tuple[Bits, ...]) -> NDArray[np.uint8]:
     """Integers uint8 [rows, blocks, n] that lie in several members, their lowest bits in the first."""
-    integers, shift = np.uint8(0), 0
-    for part in parts:
-        integers = integers | spread(blocks[part.member], part.bits, part.run) << np.uint8(shift)
+    first, *others = parts
+    integers, shift = spread(blocks[first.member], first.bits, first.run), first.bits
+    for part in others:
+        integers |= spread(blocks[part.member], part.bits, part.run) << np.uint8(shift)
         shift += part.bits
     return integers
 
@@ -77,7 +78,7 @@ def integer_levels(low: int, high: int) -> NDArray[np.float32]:
     return np.arange(low, high + 1, dtype=np.float32)
 
 
-class _BlockType:
+class _BlockType(GridCodec):
     """A block type; see `codec.GridCodec` for what it offers.
 
     members     the struct
@@ -85,8 +86,6 @@ class _BlockType:
     supers      members with the float16 of the scale and, where there is one, of the offset
     """
 
-    name: str
-    block: int
     members: np.dtype
     code_bits: tuple[Bits, ...]
     supers: tuple[str, ...] = ("d",)
@@ -94,9 +93,8 @@ class _BlockType:
     scale: ScaleFormat
     offset: ScaleFormat | None = None
 
-    @property
-    def level_count(self) -> int:
-        return len(self.levels)
+    def __init__(self) -> None:
+        self.level_count = len(self.levels)
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """`blocks`, uint8 [rows, bytes of a row]. Raises ValueError where the columns do not fill whole blocks."""
@@ -299,7 +297,7 @@ class Q4_K(_BlockType):
     name = "gguf:Q4_K"
     block = 256
     members = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (3, 4)), ("qs", "u1", 128)])
-    code_bits = (Bits("qs", 4, 32),)
+    code_bits: tuple[Bits, ...] = (Bits("qs", 4, 32),)
     supers = ("d", "dmin")
     levels = integer_levels(0, 15)
     scale = ScaleFormat(32, 8, 0, 63)

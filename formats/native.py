@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_grid, check_planes, check_shape
-from lqexport.formats.codec import Grid, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import Grid, GridCodec, Planes, ScaleFormat, Scales
 
 TABLE_BITS = (2, 3, 4)
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
@@ -50,7 +50,7 @@ def unpack_bits(stream: NDArray[np.uint8], bits: int, columns: int) -> NDArray[n
     return np.ascontiguousarray(codes.reshape(rows, -1)[:, :columns])
 
 
-class Table:
+class Table(GridCodec):
     """`native:table-B`: the values of each row are its own ascending table of 2^B float16 numbers.
 
     planes   codes  uint8 [rows, ceil(columns * B / 8)], the bit stream above
@@ -93,7 +93,7 @@ class Table:
         return grid.values(codes)
 
 
-class Affine:
+class Affine(GridCodec):
     """`native:affine-B-gN` and `native:affine-B-row`: unsigned B-bit codes with a float16 scale and offset.
 
     planes   codes   uint8 [rows, ceil(columns * B / 8)], the bit stream above
@@ -101,6 +101,9 @@ class Affine:
              offset  float16, the same shape
     decode   scale * code + offset
     """
+
+    scale: ScaleFormat
+    offset: ScaleFormat
 
     def __init__(self, bits: int, group: int) -> None:
         """`group` is N, or 0 for the whole row."""
@@ -121,11 +124,10 @@ class Affine:
     def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
         """See `codec.GridCodec`. Raises ValueError for a grid of another format."""
         check_grid(self, grid, codes)
-        planes = {"codes": pack_bits(codes, self.bits)}
-        for name, scales in (("scale", grid.scale), ("offset", grid.offset)):
-            assert scales is not None  # check_grid
-            planes[name] = scales.supers.copy()
-        return planes
+        assert grid.scale is not None  # check_grid
+        assert grid.offset is not None
+        scale, offset = grid.scale.supers.copy(), grid.offset.supers.copy()
+        return {"codes": pack_bits(codes, self.bits), "scale": scale, "offset": offset}
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
         """See `codec.GridCodec`. Raises ValueError where the planes are not those of such a matrix."""

@@ -6,17 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_planes, check_shape
-from lqexport.formats.codec import Planes
+from lqexport.formats.codec import PlainCodec, Planes
 
 
-class _Plain:
+class _Plain(PlainCodec):
     """A type that stores each weight as one `stored` number.
 
-    name, block   see `codec.Codec`
-    stored        little-endian dtype of a weight in the file
+    stored   little-endian dtype of a weight in the file
     """
 
-    name: str
     block = 1
     stored: np.dtype
 
@@ -78,7 +76,7 @@ class BF16(_Plain):
     stored = np.dtype("<u2")
 
     def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
-        bits = weights.view(np.uint32) if weights.flags.c_contiguous else np.ascontiguousarray(weights).view(np.uint32)
+        bits = np.ascontiguousarray(weights).view(np.uint32)
         odd = (bits >> 16) & 1
         # A NaN keeps its sign and its upper payload and becomes quiet, as in ggml; rounding could make it infinite.
         quiet = (bits >> 16) | 0x40

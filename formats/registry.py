@@ -9,7 +9,8 @@ from lqexport.formats.gguf import GGUF
 from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
 
-_CODECS: dict[str, Codec] = {codec.name: codec for codec in (*PLAIN, *GGUF, *NATIVE)}
+_ALL: tuple[Codec, ...] = (*PLAIN, *GGUF, *NATIVE)
+_CODECS = {codec.name: codec for codec in _ALL}
 
 
 def codec(name: str) -> Codec:
@@ -18,7 +19,7 @@ def codec(name: str) -> Codec:
         return _CODECS[name]
     # Users forget the family and the case: compare what comes after the colon, in one case.
     known = {full.lower(): full for full in _CODECS} | {full.split(":")[1].lower(): full for full in _CODECS}
-    near = dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known, n=8, cutoff=0.7))
+    near = dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.7))
     hint = f"Near: {', '.join(near)}." if near else f"Known: {', '.join(_CODECS)}."
     raise ValueError(f"Unknown format {name!r}. {hint}")
 

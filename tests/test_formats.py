@@ -1,0 +1,439 @@
+"""Laws of every codec in the registry, and each GGUF type against gguf (gguf-py) and libgguf (ggml in C)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import gguf
+import libgguf
+import numpy as np
+import pytest
+import torch
+from gguf.quants import dequantize, quantize
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Scales, bits_per_weight
+from lqexport.formats.registry import codec, names
+
+PLAIN = ["gguf:F32", "gguf:F16", "gguf:BF16"]
+GRIDS = [name for name in names() if name not in PLAIN]
+BLOCK_TYPES = [name for name in names("gguf") if name not in PLAIN]
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "formats.json").read_text())
+
+every_codec = pytest.mark.parametrize("name", names())
+every_grid = pytest.mark.parametrize("name", GRIDS)
+every_block_type = pytest.mark.parametrize("name", BLOCK_TYPES)
+seeds = st.integers(0, 2**32 - 1)
+examples = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
+    """Equality that tells -0.0 from 0.0."""
+    return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+
+
+def float16s(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Finite float16: any bit pattern, or of the size of real weights; zeros of both signs, subnormals, extremes."""
+    values = rng.integers(0, 2**16, shape, dtype=np.uint16).view(np.float16)
+    values = np.where(
+        rng.random(shape) < rng.choice([0, 0.5, 1]), rng.normal(0, 0.02, shape).astype(np.float16), values
+    )
+    special = np.array([0.0, -0.0, 2.0**-24, -(2.0**-24), 65504, -65504], dtype=np.float16)
+    values = np.where(rng.random(shape) < 0.1, rng.choice(special, shape), values)
+    return np.where(np.isfinite(values), values, np.float16(-0.0))
+
+
+def random_scales(rng: np.random.Generator, form: ScaleFormat | None, rows: int, columns: int) -> Scales | None:
+    if form is None:
+        return None
+    groups = form.groups(columns)
+    subs = rng.integers(form.low, form.high, (rows, groups), dtype=np.int16, endpoint=True)
+    return Scales(form, float16s(rng, (rows, groups // form.span)), subs)
+
+
+def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
+    """A grid of the codec, and codes uint8 [rows, columns] on it."""
+    rng, grid_codec = np.random.default_rng(seed), codec(name)
+    rows = int(rng.integers(1, 6))
+    columns = grid_codec.block * int(rng.integers(1, 4 if grid_codec.block > 1 else 80))
+    levels = grid_codec.levels
+    if levels is None:
+        levels = np.sort(float16s(rng, (rows, grid_codec.level_count)).astype(np.float32), axis=1)
+    scale = random_scales(rng, grid_codec.scale, rows, columns)
+    offset = random_scales(rng, grid_codec.offset, rows, columns)
+    codes = rng.integers(0, grid_codec.level_count, (rows, columns), dtype=np.uint8)
+    return grid_codec, Grid(columns, levels, scale, offset), codes
+
+
+def random_blocks(name: str, seed: int) -> np.ndarray:
+    """Rows of random bytes, uint8 [7, 3 blocks], that hold finite float16 numbers."""
+    rng, block_type = np.random.default_rng(seed), codec(name)
+    blocks = rng.integers(0, 256, block_type.layout(7, 3 * block_type.block)["blocks"][1], dtype=np.uint8)
+    structs = blocks.view(block_type.members)
+    for member in block_type.supers:
+        structs[member] = float16s(rng, structs.shape)
+    return blocks
+
+
+def ggml_type(name: str) -> gguf.GGMLQuantizationType:
+    return gguf.GGMLQuantizationType[name.split(":")[1]]
+
+
+# The laws of a grid codec.
+
+
+@every_grid
+@examples
+@given(seed=seeds)
+def test_decoding_what_was_encoded_gives_the_grids_values_bitwise(name: str, seed: int) -> None:
+    grid_codec, grid, codes = random_case(name, seed)
+    decoded = grid_codec.decode(grid_codec.encode(grid, codes), codes.shape[1])
+    assert same_bits(decoded, grid.values(codes))
+
+
+@every_grid
+@examples
+@given(seed=seeds)
+def test_unpacking_gives_back_grid_and_codes(name: str, seed: int) -> None:
+    grid_codec, grid, codes = random_case(name, seed)
+    unpacked, unpacked_codes = grid_codec.unpack(grid_codec.encode(grid, codes), codes.shape[1])
+    assert same_bits(unpacked_codes, codes)
+    assert unpacked.columns == grid.columns
+    assert same_bits(unpacked.levels, grid.levels)
+    for mine, theirs in ((grid.scale, unpacked.scale), (grid.offset, unpacked.offset)):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            assert mine.format == theirs.format
+            assert same_bits(theirs.supers, mine.supers)
+            assert same_bits(theirs.subs, mine.subs)
+
+
+@every_grid
+@examples
+@given(seed=seeds)
+def test_planes_are_as_laid_out_and_rows_move_freely(name: str, seed: int) -> None:
+    grid_codec, grid, codes = random_case(name, seed)
+    planes = grid_codec.encode(grid, codes)
+    assert {key: (plane.dtype, plane.shape) for key, plane in planes.items()} == grid_codec.layout(*codes.shape)
+    order = np.random.default_rng(seed).permutation(len(codes))
+    moved = grid_codec.decode({key: plane[order] for key, plane in planes.items()}, codes.shape[1])
+    assert same_bits(moved, grid.values(codes)[order])
+
+
+@every_grid
+def test_codes_in_fortran_order_make_the_same_planes_and_values(name: str) -> None:
+    grid_codec, grid, codes = random_case(name, 5)
+    planes, columns_first = grid_codec.encode(grid, codes), np.asfortranarray(codes)
+    for key, plane in grid_codec.encode(grid, columns_first).items():
+        assert same_bits(plane, planes[key])
+    assert same_bits(grid.values(columns_first), grid.values(codes))
+
+
+@every_grid
+@examples
+@given(seed=seeds)
+def test_nearest_is_nearest(name: str, seed: int) -> None:
+    _, grid, codes = random_case(name, seed)
+    rng = np.random.default_rng(seed)
+    at = grid.values(codes)
+    weights = (at * rng.uniform(0.5, 1.5, codes.shape) + rng.normal(0, 0.1, codes.shape)).astype(np.float32)
+    choices = [grid.values(np.full(codes.shape, code, dtype=np.uint8)) for code in range(grid.levels.shape[-1])]
+    best = np.abs(np.array(choices, dtype=np.float64) - weights).min(axis=0)
+    distance = np.abs(grid.values(grid.nearest(weights)).astype(np.float64) - weights)
+    # Near a tie float32 cannot tell which is nearer; it errs by a few roundings of the numbers involved.
+    size = np.abs(weights) + np.abs(np.array(choices)).max(axis=0)
+    assert np.all(distance <= best + 4 * np.finfo(np.float32).eps * size)
+
+
+@every_grid
+@examples
+@given(seed=seeds)
+def test_nearest_finds_values_of_the_grid_itself(name: str, seed: int) -> None:
+    _, grid, codes = random_case(name, seed)
+    if grid.offset is not None:  # without it: a large offset swallows the steps of a small scale
+        grid = dataclasses.replace(grid, offset=None)
+    values = grid.values(codes)
+    assert np.array_equal(grid.values(grid.nearest(values)), values)
+
+
+@every_grid
+def test_values_are_scale_times_level_plus_offset_in_float32(name: str) -> None:
+    _, grid, codes = random_case(name, 3)
+    values = grid.values(codes)
+    for (row, column), code in np.ndenumerate(codes):
+        expected = (grid.levels if grid.levels.ndim == 1 else grid.levels[row])[code]
+        if grid.scale is not None:
+            expected = stored_number(grid.scale, row, column, codes.shape[1]) * expected
+        if grid.offset is not None:
+            expected = expected + stored_number(grid.offset, row, column, codes.shape[1])
+        assert same_bits(values[row, column], expected)
+
+
+def stored_number(scales: Scales, row: int, column: int, columns: int) -> np.float32:
+    group = column // (scales.format.group or columns)
+    number = np.float32(scales.supers[row, group // scales.format.span]) * np.float32(scales.subs[row, group])
+    return np.float32(scales.format.sign) * number
+
+
+# GGUF against gguf-py and ggml.
+
+
+@every_block_type
+@pytest.mark.parametrize("seed", range(10))
+def test_decoding_random_blocks_equals_gguf_and_libgguf_bitwise(name: str, seed: int) -> None:
+    blocks, block_type = random_blocks(name, seed), codec(name)
+    decoded = block_type.decode({"blocks": blocks}, 3 * block_type.block)
+    assert same_bits(decoded, dequantize(blocks, ggml_type(name)))
+    assert same_bits(decoded, libgguf.dequantize_rows(blocks, ggml_type(name)))
+
+
+@every_block_type
+@examples
+@given(seed=seeds)
+def test_every_bit_of_a_block_is_kept(name: str, seed: int) -> None:
+    blocks, block_type = random_blocks(name, seed), codec(name)
+    again = block_type.encode(*block_type.unpack({"blocks": blocks}, 3 * block_type.block))
+    assert same_bits(again["blocks"], blocks)
+
+
+@every_block_type
+def test_block_sizes_are_ggufs(name: str) -> None:
+    block_type = codec(name)
+    assert (block_type.block, block_type.members.itemsize) == gguf.GGML_QUANT_SIZES[ggml_type(name)]
+
+
+def test_what_a_file_spends_on_a_weight() -> None:
+    spent = {name: round(bits_per_weight(codec(name), 4096, 4096), 4) for name in names()}
+    assert spent["gguf:Q2_K"] == 2.625
+    assert spent["gguf:Q3_K"] == 3.4375
+    assert spent["gguf:Q4_K"] == 4.5
+    assert spent["gguf:BF16"] == 16
+    assert spent["native:table-3"] == round(3 + 8 * 16 / 4096, 4)
+    assert spent["native:affine-3-g128"] == 3.25
+    assert spent["native:affine-4-row"] == round(4 + 32 / 4096, 4)
+
+
+# Plain types.
+
+
+def hard_floats() -> np.ndarray:
+    """float32 [3, n] around every rounding border of float16 and bfloat16 inside their range, and random ones."""
+    half = np.arange(2**16, dtype=np.uint16).view(np.float16)
+    half = half[np.isfinite(half)].astype(np.float32)
+    middles = np.sort(half)[:-1] / 2 + np.sort(half)[1:] / 2
+    brain = (np.arange(0, 0x7F7F, 7, dtype=np.uint32) << 16) + np.uint32(0x8000)
+    patterns = np.concatenate([middles.view(np.uint32), brain, brain | 0x80000000])
+    patterns = np.concatenate([patterns, patterns - 1, patterns + 1])
+    return patterns[: len(patterns) // 3 * 3].view(np.float32).reshape(3, -1)
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gguf:F16", torch.float16), ("gguf:BF16", torch.bfloat16)])
+def test_plain_types_round_as_torch_gguf_and_ggml_do(name: str, dtype: torch.dtype) -> None:
+    weights = hard_floats()
+    weights = np.where(np.abs(weights) < 65504, weights, np.float32(0.1)) if name == "gguf:F16" else weights
+    blocks = codec(name).encode_values(weights)["blocks"]
+    assert same_bits(blocks.view(np.int16), torch.from_numpy(weights).to(dtype).view(torch.int16).numpy())
+    assert blocks.tobytes() == quantize(weights, ggml_type(name)).tobytes()
+    assert blocks.tobytes() == libgguf.store_rows(weights, ggml_type(name)).tobytes()
+
+
+def test_a_bfloat16_nan_stays_a_quiet_nan_as_in_ggml() -> None:
+    patterns = np.array([[0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC12345]], dtype=np.uint32)
+    blocks = codec("gguf:BF16").encode_values(patterns.view(np.float32))["blocks"]
+    assert same_bits(blocks.view("<u2"), np.array([[0x7FC0, 0xFFC0, 0x7FFF, 0xFFFF, 0x7FC1]], dtype="<u2"))
+    assert same_bits(blocks, quantize(patterns.view(np.float32), ggml_type("gguf:BF16")))
+    assert same_bits(blocks, libgguf.store_rows(patterns.view(np.float32), ggml_type("gguf:BF16")))
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("gguf:F16", torch.float16), ("gguf:BF16", torch.bfloat16)])
+def test_every_16_bit_pattern_decodes_as_in_gguf_and_torch(name: str, dtype: torch.dtype) -> None:
+    patterns = np.arange(2**16, dtype=np.uint16).reshape(4, -1)
+    decoded = codec(name).decode({"blocks": patterns.view(np.uint8)}, patterns.shape[1])
+    assert same_bits(decoded, dequantize(patterns.view(np.uint8), ggml_type(name)))
+    expected = torch.from_numpy(patterns.view(np.int16)).view(dtype).to(torch.float32).numpy()
+    assert np.array_equal(decoded, expected, equal_nan=True)
+
+
+def test_float32_is_kept_bitwise() -> None:
+    weights = np.random.default_rng(0).integers(0, 2**32, (3, 50), dtype=np.uint32).view(np.float32)
+    assert same_bits(codec("gguf:F32").decode(codec("gguf:F32").encode_values(weights), 50), weights)
+
+
+@pytest.mark.parametrize(("name", "largest", "too_large"), [("gguf:F16", 65519, 65520), ("gguf:BF16", 3.39e38, 3.4e38)])
+def test_a_finite_weight_never_becomes_infinite(name: str, largest: float, too_large: float) -> None:
+    plain: PlainCodec = codec(name)
+    kept = plain.decode(plain.encode_values(np.array([[largest, -np.inf]], dtype=np.float32)), 2)
+    assert np.isfinite(kept[0, 0])
+    assert kept[0, 1] == -np.inf
+    with pytest.raises(ValueError, match="would become infinite"):
+        plain.encode_values(np.array([[0, -too_large]], dtype=np.float32))
+
+
+# Literal bytes: a format that changes silently is caught even without another implementation.
+
+
+def test_every_codec_has_a_golden_vector() -> None:
+    assert sorted(GOLDEN) == sorted(names())
+
+
+@every_codec
+def test_golden_vector(name: str) -> None:
+    golden = GOLDEN[name]
+    planes = {
+        key: np.frombuffer(bytes.fromhex(content), dtype).reshape(shape)
+        for key, (dtype, shape, content) in golden["planes"].items()
+    }
+    expected = np.frombuffer(bytes.fromhex(golden["float32"]), "<f4").reshape(-1, golden["columns"])
+    assert same_bits(codec(name).decode(planes, golden["columns"]), expected)
+
+
+def half(*numbers: float) -> np.ndarray:
+    return np.array([numbers], dtype=np.float16)
+
+
+def test_a_three_bit_table_by_hand() -> None:
+    """Codes 0 .. 7 and 7 5, from the lowest bit of the first byte on: 3 bits each, over byte borders."""
+    planes = {"codes": np.array([[0b10001000, 0b11000110, 0b11111010, 0b101111]], dtype=np.uint8)}
+    planes["table"] = half(-4, -2, -1, -0.0, 0.5, 1, 2, 4)
+    expected = np.array([[-4, -2, -1, -0.0, 0.5, 1, 2, 4, 4, 1]], dtype=np.float32)
+    assert same_bits(codec("native:table-3").decode(planes, 10), expected)
+
+
+BY_HAND = {2: [0b11_10_01_00], 3: [0b10_001_000, 0b11_0], 4: [0x10, 0x32], 5: [0b001_00000, 0b1_00010_00, 0b1]}
+BY_HAND |= {6: [0b01_000000, 0b0010_0000, 0b000011_00], 8: [0, 1, 2, 3]}
+
+
+@pytest.mark.parametrize("bits", BY_HAND)
+def test_affine_rows_by_hand(bits: int) -> None:
+    """Codes 0 1 2 3 with scale -0.5 and offset 1.25."""
+    planes = {"codes": np.array([BY_HAND[bits]], dtype=np.uint8), "scale": half(-0.5), "offset": half(1.25)}
+    expected = np.array([[1.25, 0.75, 0.25, -0.25]], dtype=np.float32)
+    assert same_bits(codec(f"native:affine-{bits}-row").decode(planes, 4), expected)
+
+
+def test_a_negative_zero_scale_gives_zeros_of_the_opposite_sign() -> None:
+    blocks = np.frombuffer(bytes([0x00, 0x80, *[0xF0] * 16]), np.uint8)[None]  # d = -0.0; q = -8, then 7
+    expected = np.repeat(np.array([[0.0, -0.0]], dtype=np.float32), 16, axis=1)
+    assert same_bits(codec("gguf:Q4_0").decode({"blocks": blocks}, 32), expected)
+
+
+# Bad input: one sentence each.
+
+
+@every_codec
+def test_a_shape_that_does_not_fit_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="empty matrix"):
+        codec(name).layout(4, 0)
+    with pytest.raises(ValueError, match="empty matrix"):
+        codec(name).layout(0, 256)
+    if codec(name).block > 1:
+        with pytest.raises(
+            ValueError, match=rf"multiple of {codec(name).block} weights, not {codec(name).block + 16}\."
+        ):
+            codec(name).layout(4, codec(name).block + 16)
+
+
+@every_codec
+def test_planes_of_another_shape_are_refused(name: str) -> None:
+    columns = 2 * codec(name).block
+    planes = {key: np.zeros(shape, dtype) for key, (dtype, shape) in codec(name).layout(3, columns).items()}
+    assert codec(name).decode(planes, columns).shape == (3, columns)
+    with pytest.raises(ValueError, match="has the planes"):
+        codec(name).decode({**planes, "more": planes[next(iter(planes))]}, columns)
+    for key, plane in planes.items():
+        for wrong in (plane[:, :-1], plane.astype(np.int64), plane[0]):
+            with pytest.raises(ValueError, match=r"Plane|multiple|empty"):
+                codec(name).decode({**planes, key: wrong}, columns)
+    with pytest.raises(ValueError, match=r"has the planes|empty"):
+        codec(name).decode({}, columns)
+
+
+@every_grid
+def test_codes_that_do_not_fit_are_refused(name: str) -> None:
+    grid_codec, grid, codes = random_case(name, 1)
+    with pytest.raises(ValueError, match="uint8"):
+        grid_codec.encode(grid, codes.astype(np.int32))
+    with pytest.raises(ValueError, match="columns"):
+        grid_codec.encode(dataclasses.replace(grid, columns=grid.columns + grid_codec.block), codes)
+    if grid_codec.level_count < 256:
+        codes[-1, -1] = grid_codec.level_count
+        with pytest.raises(ValueError, match=f"Code {grid_codec.level_count} is too large"):
+            grid_codec.encode(grid, codes)
+
+
+@every_grid
+def test_a_grid_of_another_format_is_refused(name: str) -> None:
+    grid_codec, grid, codes = random_case(name, 1)
+    with pytest.raises(ValueError, match=r"other levels|table"):
+        grid_codec.encode(dataclasses.replace(grid, levels=grid.levels + 1e6), codes)
+    with pytest.raises(ValueError, match=r"other levels|table"):
+        grid_codec.encode(dataclasses.replace(grid, levels=grid.levels.astype(np.float64)), codes)
+    another = Scales(ScaleFormat(7), np.zeros((1, 1), np.float16), np.ones((1, 1), np.int16))
+    for what in ("scale", "offset"):
+        with pytest.raises(ValueError, match=f"another {what} format"):
+            grid_codec.encode(dataclasses.replace(grid, **{what: another}), codes)
+        if getattr(grid, what) is not None:
+            with pytest.raises(ValueError, match=f"another {what} format"):
+                grid_codec.encode(dataclasses.replace(grid, **{what: None}), codes)
+
+
+@pytest.mark.parametrize("what", ["scale", "offset"])
+@every_grid
+def test_numbers_that_the_file_cannot_store_are_refused(name: str, what: str) -> None:
+    grid_codec, grid, codes = random_case(name, 1)
+    scales = getattr(grid, what)
+    if scales is None:
+        with pytest.raises(ValueError, match=f"another {what} format"):
+            grid_codec.encode(dataclasses.replace(grid, **{what: Scales(ScaleFormat(32), codes, codes)}), codes)
+        return
+    infinite, above = scales.supers.copy(), scales.subs.copy()
+    infinite[-1, -1] = np.inf
+    above[-1, -1] = scales.format.high + 1
+    wrong = {
+        "not a number": {"supers": infinite},
+        "must lie in": {"subs": above},
+        "must be float16": {"supers": scales.supers.astype(np.float32)},
+        "must be int16": {"subs": scales.subs[:, :-1]},
+    }
+    for message, change in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            grid_codec.encode(dataclasses.replace(grid, **{what: dataclasses.replace(scales, **change)}), codes)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([0, 0.1, 1, 2], "float16: round"),
+        ([0, 2, 1, 3], "ascend"),
+        ([0, 1, 2, 1e5], "finite"),
+        ([0, 1, 2], "has a table"),
+    ],
+)
+def test_a_table_that_the_file_cannot_store_is_refused(table: list[float], message: str) -> None:
+    grid = Grid(8, np.array([table], dtype=np.float32))
+    with pytest.raises(ValueError, match=message):
+        codec("native:table-2").encode(grid, np.zeros((1, 8), dtype=np.uint8))
+
+
+def test_plain_types_take_float32_matrices_only() -> None:
+    for weights in (np.zeros((2, 2)), np.zeros(2, dtype=np.float32)):
+        with pytest.raises(ValueError, match="stores float32"):
+            codec("gguf:F16").encode_values(weights)
+
+
+def test_unknown_names_are_answered_with_near_ones() -> None:
+    for wrong, near in {"Q4_K": "gguf:Q4_K", "gguf:q6_k": "gguf:Q6_K", "native:table3": "native:table-3"}.items():
+        with pytest.raises(ValueError, match=f"Unknown format '{wrong}'. Near: {near}"):
+            codec(wrong)
+    with pytest.raises(ValueError, match="Known: gguf:F32, "):
+        codec("something else")
+
+
+def test_names_of_a_family() -> None:
+    assert set(names("gguf")) | set(names("native")) == set(names())
+    assert names("gguf")[:4] == ["gguf:F32", "gguf:F16", "gguf:BF16", "gguf:Q4_0"]
+    assert names("exl3") == []
+    assert all(codec(name).name == name for name in names())
