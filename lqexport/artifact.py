@@ -105,6 +105,10 @@ class Artifact:
             raise UserError(f"{self.folder} is not finished: run the `lqexport quantize` command that began it again.")
         return {entry["name"]: entry for entry in self._json("manifest.json")["tensors"]}
 
+    def report(self) -> dict[str, Any]:
+        """The content of report.json. Raises UserError where the run is not finished."""
+        return self._json("report.json")
+
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
         return self._json("model/config.json")
