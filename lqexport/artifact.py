@@ -169,7 +169,8 @@ class Artifact:
         Raises UserError where the folder holds another run or anything else.
         """
         if (self.folder / "run.json").is_file():
-            different = sorted(key for key in run.keys() | (old := self.run()).keys() if run.get(key) != old.get(key))
+            old = self.run()
+            different = sorted(key for key in run.keys() | old.keys() if run.get(key) != old.get(key))
             if different:
                 raise UserError(
                     f"{self.folder} holds another run (different: {', '.join(different)}). "
