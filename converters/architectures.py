@@ -1,6 +1,7 @@
 """One entry per model architecture: how its decoder blocks are built and what its tensors are called.
 
-A new architecture is one `Architecture` in `ARCHITECTURES`; the pipeline, the planner and the converters read only this.
+A new architecture is one `Architecture` in `ARCHITECTURES`; the pipeline, the planner and the converters read only
+this.
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+"""Reading tokenizer.model, SentencePiece's file: a protobuf message (sentencepiece_model.proto).
+
+Only what an export needs is read, and without running the tokenizer:
+
+    ModelProto      1 pieces (repeated), 2 trainer_spec, 3 normalizer_spec
+    SentencePiece   1 piece (text), 2 score (float), 3 type (number)
+    TrainerSpec     3 model_type (1 unigram, 2 BPE)
+    NormalizerSpec  3 add_dummy_prefix (boolean, default true)
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from lqexport.errors import UserError
+
+BPE = 2
+NORMAL = 1
+
+
+@dataclass(frozen=True)
+class Piece:
+    """`kind`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; GGUF counts its token types alike."""
+
+    text: str
+    score: float
+    kind: int
+
+
+@dataclass(frozen=True)
+class SentencePieceModel:
+    pieces: list[Piece]
+    is_bpe: bool
+    space_prefix: bool
+
+
+def read_sentencepiece(path: Path) -> SentencePieceModel:
+    """Raises UserError where the file is damaged or not a SentencePiece model."""
+    try:
+        message = list(_fields(path.read_bytes()))
+        pieces = [_piece(value) for number, value in message if number == 1]
+        trainer, normalizer = (_message(message, number) for number in (2, 3))
+    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+        raise UserError(f"{path} is not a SentencePiece model, or it is damaged ({error}).") from error
+    if not pieces:
+        raise UserError(f"{path} is not a SentencePiece model: it holds no pieces.")
+    return SentencePieceModel(pieces, trainer.get(3) == BPE, bool(normalizer.get(3, 1)))
+
+
+def _piece(content: int | bytes) -> Piece:
+    fields = dict(_fields(_bytes(content)))
+    (score,) = struct.unpack("<f", _bytes(fields.get(2, bytes(4))))
+    return Piece(_bytes(fields[1]).decode(), score, int(fields.get(3, NORMAL)))
+
+
+def _message(message: list[tuple[int, int | bytes]], number: int) -> dict[int, int | bytes]:
+    """The fields of the sub-message with this number, {} where it is absent."""
+    return next((dict(_fields(_bytes(value))) for key, value in message if key == number), {})
+
+
+def _bytes(value: int | bytes) -> bytes:
+    if not isinstance(value, bytes):
+        raise ValueError("a field has another type than SentencePiece gives it")
+    return value
+
+
+def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message; a value is a number (varint) or bytes."""
+    position = 0
+    while position < len(content):
+        key, position = _varint(content, position)
+        number, wire = key >> 3, key & 7
+        if wire == 0:
+            value, position = _varint(content, position)
+            yield number, value
+            continue
+        if wire == 2:
+            size, position = _varint(content, position)
+        elif wire in (1, 5):
+            size = 8 if wire == 1 else 4
+        else:
+            raise ValueError(f"unknown field at byte {position}")
+        if position + size > len(content):
+            raise ValueError("it ends too early")
+        yield number, content[position : position + size]
+        position += size
+
+
+def _varint(content: bytes, position: int) -> tuple[int, int]:
+    """A number in groups of seven bits, the lowest first, and the position behind it."""
+    value = shift = 0
+    while True:
+        byte = content[position]
+        value |= (byte & 127) << shift
+        position, shift = position + 1, shift + 7
+        if byte < 128:
+            return value, position

@@ -1,0 +1,177 @@
+"""Targets of `quantize`: for every tensor of a model, the codec that will store it.
+
+    gguf:TYPE       every linear of the decoder blocks in one GGUF type; embedding and output in Q8_0 (for F32, F16 and
+                    BF16: that type), norms and biases in F32
+    gguf:MIX        llama.cpp's mixes by its own rules, each tensor in its own type: Q3_K_S/M/L, Q4_K_S/M, Q5_K_S/M,
+                    Q2_K_S, and Q2_K_M and Q6_K_M for what llama.cpp calls Q2_K and Q6_K
+    native:CODEC    every linear in a native codec; embedding and output in F16, norms and biases in F32
+
+`embedding_type` and `output_type` replace what a target says of those two; a model whose output is tied to its
+embedding has only the embedding, and either option means it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lqexport.converters.architectures import Architecture, architecture_of
+from lqexport.converters.gguf_types import MIXES, Layer, fallback_type, mix_output, mix_type
+from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.rope import rope_heads, rope_order
+from lqexport.converters.tensor_names import block_module, gguf_names, head_count, is_linear, is_tied
+from lqexport.errors import UserError
+from lqexport.formats.registry import codec, names
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def targets() -> list[str]:
+    """Every name that `plan` knows."""
+    return [*names("gguf"), *(f"gguf:{mix}" for mix in MIXES), *names("native")]
+
+
+def plan(
+    target: str,
+    config: dict[str, Any],
+    shapes: Shapes,
+    *,
+    embedding_type: str | None = None,
+    output_type: str | None = None,
+    fallback: bool = True,
+) -> list[PlannedTensor]:
+    """The codec of every tensor, in the order of the model: embedding, blocks in data-flow order, final norm, output.
+
+    config    config.json
+    shapes    the checkpoint's tensors, as it names them
+    fallback  whether a tensor whose shape a type cannot hold may take another, as llama.cpp does
+
+    Raises UserError for an unknown target, type, architecture or tensor, for a missing tensor, for shapes that
+    config.json does not explain, and with `fallback=False` for tensors that would fall back.
+    """
+    architecture = architecture_of(config)
+    kept = _model_tensors(architecture, config, shapes)
+    _check_target(target)
+    overrides = _overrides(architecture, config, embedding_type, output_type)
+    planned = []
+    for name, shape in kept.items():
+        wanted = overrides.get(name) or _wanted(target, architecture, config, name, shape)
+        planned.append(_fitted(architecture, name, shape, wanted))
+    if not fallback:
+        _refuse_fallbacks(target, planned)
+    return planned
+
+
+def _check_target(target: str) -> None:
+    if target not in targets():
+        raise UserError(f"Unknown target {target!r}. Known: {', '.join(targets())}.")
+
+
+def _model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
+    """The tensors to store, in the order of the model, checked against the architecture and config.json."""
+    known = gguf_names(architecture, _layers(config))
+    # Old checkpoints store the rotary frequencies, which follow from config.json.
+    unknown = [name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    if unknown:
+        raise UserError(f"{architecture.classes[0]} has no tensor {_listed(unknown)}; cannot export this model.")
+    unneeded = {architecture.output} if is_tied(config) else set()
+    missing = [name for name in known if name.endswith(".weight") and name not in shapes.keys() | unneeded]
+    if missing:
+        hint = " If the output is the embedding, config.json must say tie_word_embeddings: true."
+        raise UserError(
+            f"The model has no tensor {_listed(missing)}.{hint if missing == [architecture.output] else ''}"
+        )
+    kept = {name: tuple(shapes[name]) for name in known if name in shapes and name not in unneeded}
+    for name, shape in kept.items():
+        _check_shape(architecture, config, name, shape)
+    return kept
+
+
+def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
+    vector = not is_linear(architecture, name) and name not in (architecture.embedding, architecture.output)
+    if len(shape) != (1 if vector else 2):
+        raise UserError(f"{name} should have {1 if vector else 2} dimensions, but its shape is {list(shape)}.")
+    heads = rope_heads(architecture, config, name)
+    if heads is not None:
+        rope_order(shape[0], heads)
+
+
+def _layers(config: dict[str, Any]) -> int:
+    layers = config.get("num_hidden_layers")
+    if not isinstance(layers, int) or layers < 1:
+        raise UserError("config.json gives no num_hidden_layers.")
+    return layers
+
+
+def _overrides(
+    architecture: Architecture, config: dict[str, Any], embedding_type: str | None, output_type: str | None
+) -> dict[str, str]:
+    """Tensor -> codec for the two options; `Q6_K` is short for `gguf:Q6_K`."""
+    if is_tied(config):
+        embedding_type, output_type = embedding_type or output_type, None
+    chosen = {architecture.embedding: embedding_type, architecture.output: output_type}
+    full = {name: kind if ":" in kind else f"gguf:{kind}" for name, kind in chosen.items() if kind}
+    for kind in full.values():
+        if kind not in names():
+            raise UserError(f"Unknown type {kind!r} for embedding or output. Known: {', '.join(names('gguf'))}.")
+    return full
+
+
+def _wanted(target: str, architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> str:
+    """The codec that `target` asks for, whatever the shape."""
+    if len(shape) == 1:
+        return "gguf:F32"
+    linear = is_linear(architecture, name)
+    family, _, kind = target.partition(":")
+    if family == "native":
+        return target if linear else "gguf:F16"
+    if kind in MIXES:
+        return f"gguf:{_mix(kind, architecture, config, name, shape[1])}"
+    return target if linear or _is_plain(target) else "gguf:Q8_0"
+
+
+def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:
+    module = block_module(architecture, name)
+    if module is None:
+        return MIXES[mix] if name == architecture.embedding and not is_tied(config) else mix_output(columns)
+    sharing = head_count(config) // head_count(config, "num_key_value_heads")
+    layer = Layer(module[0], _layers(config), sharing)
+    return mix_type(mix, architecture.gguf_block[module[1]], layer)
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a codec rounds each weight by itself, so that there is nothing to solve."""
+    return hasattr(codec(name), "encode_values")
+
+
+def _fitted(architecture: Architecture, name: str, shape: tuple[int, ...], wanted: str) -> PlannedTensor:
+    """`wanted`, or what stands in for it where its blocks do not divide the columns."""
+    columns, block = shape[-1], codec(wanted).block
+    fits = columns % block == 0
+    chosen = wanted if fits else _stand_in(wanted, columns)
+    linear = is_linear(architecture, name) and not _is_plain(chosen)
+    if fits:
+        return PlannedTensor(name, shape, chosen, linear)
+    reason = f"{columns} columns are not a multiple of {block}"
+    return PlannedTensor(name, shape, chosen, linear, wanted, reason)
+
+
+def _stand_in(wanted: str, columns: int) -> str:
+    family, _, kind = wanted.partition(":")
+    if family == "gguf":
+        return f"gguf:{fallback_type(kind, columns)}"
+    # affine-BITS-gGROUP: the largest smaller group that divides the columns.
+    bits = kind.rpartition("-")[0]
+    groups = [name for name in names("native") if name.startswith(f"native:{bits}-g")]
+    fitting = [name for name in groups if columns % codec(name).block == 0]
+    return max(fitting, key=lambda name: codec(name).block, default="gguf:F16")
+
+
+def _refuse_fallbacks(target: str, planned: list[PlannedTensor]) -> None:
+    fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec})" for tensor in planned if tensor.reason]
+    if fallen:
+        raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {_listed(fallen)}.")
+
+
+def _listed(items: list[str], most: int = 5) -> str:
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,55 @@
+"""Tensor names: which tensors a model has, in the order in which data flows, and what GGUF calls them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lqexport.converters.architectures import Architecture
+from lqexport.errors import UserError
+
+
+def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
+    """Hugging Face name -> GGUF name of every tensor that the architecture may have, in the order of the model.
+
+    Example: `model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`.
+    """
+    embedding, *others = architecture.gguf_top.items()
+    blocks = [
+        (f"{architecture.blocks}.{layer}.{module}.{kind}", f"blk.{layer}.{gguf}.{kind}")
+        for layer in range(layers)
+        for module, gguf in architecture.gguf_block.items()
+        for kind in ("weight", "bias")
+    ]
+    return dict([embedding, *blocks, *others])
+
+
+def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] | None:
+    """(layer, module, `weight` or `bias`) of a tensor of a decoder block, None for any other.
+
+    Example: `model.layers.3.mlp.up_proj.weight` -> (3, "mlp.up_proj", "weight").
+    """
+    prefix = f"{architecture.blocks}."
+    if not name.startswith(prefix):
+        return None
+    layer, _, rest = name.removeprefix(prefix).partition(".")
+    module, _, kind = rest.rpartition(".")
+    return int(layer), module, kind
+
+
+def is_linear(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is the weight of a linear of a decoder block."""
+    module = block_module(architecture, name)
+    return module is not None and module[2] == "weight" and any(module[1] in group for group in architecture.linears)
+
+
+def is_tied(config: dict[str, Any]) -> bool:
+    """Whether the model's output shares the embedding's weights."""
+    return bool(config.get("tie_word_embeddings", False))
+
+
+def head_count(config: dict[str, Any], key: str = "num_attention_heads") -> int:
+    """A head count of config.json; models without grouped queries need not give that of keys and values."""
+    count = config.get(key) or config.get("num_attention_heads")
+    if not isinstance(count, int) or count < 1:
+        raise UserError(f"config.json gives no {key}.")
+    return count
