@@ -23,6 +23,7 @@ GRIDS = [name for name in names() if name not in PLAIN]
 BLOCK_TYPES = [name for name in names("gguf") if name not in PLAIN]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "formats.json").read_text())
 
+pytestmark = pytest.mark.filterwarnings("error")
 every_codec = pytest.mark.parametrize("name", names())
 every_grid = pytest.mark.parametrize("name", GRIDS)
 every_block_type = pytest.mark.parametrize("name", BLOCK_TYPES)
@@ -157,6 +158,14 @@ def test_nearest_finds_values_of_the_grid_itself(name: str, seed: int) -> None:
         grid = dataclasses.replace(grid, offset=None)
     values = grid.values(codes)
     assert np.array_equal(grid.values(grid.nearest(values)), values)
+
+
+def test_nearest_to_a_weight_beyond_float32_steps_is_the_end_of_the_grid() -> None:
+    scale = Scales(ScaleFormat(32), np.full((1, 1), 2.0**-24, np.float16), np.ones((1, 1), np.int16))
+    weights = np.repeat(np.array([[-3e38, 3e38]], dtype=np.float32), 16, axis=1)
+    for name, last in {"gguf:Q8_0": 255, "gguf:IQ4_NL": 15}.items():
+        grid = Grid(32, codec(name).levels, scale)
+        assert np.array_equal(grid.nearest(weights), np.repeat([[0, last]], 16, axis=1))
 
 
 @every_grid
@@ -389,16 +398,18 @@ def test_numbers_that_the_file_cannot_store_are_refused(name: str, what: str) ->
         with pytest.raises(ValueError, match=f"another {what} format"):
             grid_codec.encode(dataclasses.replace(grid, **{what: Scales(ScaleFormat(32), codes, codes)}), codes)
         return
-    infinite, above = scales.supers.copy(), scales.subs.copy()
+    infinite, above, below = scales.supers.copy(), scales.subs.copy(), scales.subs.copy()
     infinite[-1, -1] = np.inf
     above[-1, -1] = scales.format.high + 1
-    wrong = {
-        "not a number": {"supers": infinite},
-        "must lie in": {"subs": above},
-        "must be float16": {"supers": scales.supers.astype(np.float32)},
-        "must be int16": {"subs": scales.subs[:, :-1]},
-    }
-    for message, change in wrong.items():
+    below[-1, -1] = scales.format.low - 1
+    wrong = [
+        ("not a number", {"supers": infinite}),
+        ("must lie in", {"subs": above}),
+        ("must lie in", {"subs": below}),
+        ("must be float16", {"supers": scales.supers.astype(np.float32)}),
+        ("must be int16", {"subs": scales.subs[:, :-1]}),
+    ]
+    for message, change in wrong:
         with pytest.raises(ValueError, match=message):
             grid_codec.encode(dataclasses.replace(grid, **{what: dataclasses.replace(scales, **change)}), codes)
 
@@ -435,5 +446,5 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 def test_names_of_a_family() -> None:
     assert set(names("gguf")) | set(names("native")) == set(names())
     assert names("gguf")[:4] == ["gguf:F32", "gguf:F16", "gguf:BF16", "gguf:Q4_0"]
-    assert names("exl3") == []
+    assert names("gg") == []
     assert all(codec(name).name == name for name in names())
