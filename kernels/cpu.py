@@ -1,0 +1,173 @@
+"""The solver's inner loops, compiled for the CPU with numba: parallel over rows, which are independent.
+
+`lqexport.solve_cpu` calls these; `lqexport.solve_torch` does the same arithmetic on any device, and a test holds the two equal.
+All arrays are float32 and C-contiguous unless said otherwise. R rows, C columns, G groups, K levels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba import njit, prange
+from numpy.typing import NDArray
+
+
+class Stored(NamedTuple):
+    """A block's scales or offsets as the file stores them (see `formats.codec.ScaleFormat`), changed in place.
+
+    supers float32 [R, G / span], each value a float16;  subs int16 [R, G];  absent where the format has no such number
+    """
+
+    present: bool
+    supers: NDArray[np.float32]
+    subs: NDArray[np.int16]
+    span: int
+    low: int
+    high: int
+    sign: np.float32
+
+
+@njit(cache=True, inline="always")
+def _nearest(target, levels, uniform):
+    """Code of the level nearest to `target`, which is a weight less its offset, over its scale."""
+    count = levels.shape[0]
+    if uniform:
+        code = np.rint(target - levels[0])
+        return int(min(max(code, 0.0), count - 1.0))
+    code = 0
+    for k in range(count - 1):
+        code += target > 0.5 * (levels[k] + levels[k + 1])
+    return code
+
+
+@njit(cache=True, inline="always")
+def _round_half(x):
+    """A float64 rounded to the nearest float16, ties to even, saturating at the largest."""
+    if abs(x) < 2.0**-14:  # subnormal halves are multiples of 2^-24
+        return np.rint(x * 2.0**24) * 2.0**-24
+    big = x * (2.0**42 + 1)  # Veltkamp's split: keeps 53 - 42 = 11 bits
+    half = big - (big - x)
+    return min(max(half, -65504.0), 65504.0)
+
+
+@njit(parallel=True, cache=True)
+def feedback_block(weights, factor, scale, offset, levels, uniform, codes, errors):
+    """Quantize the columns of one block in turn, spreading each error over the columns of the block that follow.
+
+    weights   [R, B] in solve order, changed in place
+    factor    [B, B] the block's part of U, where H^-1 = U^T U
+    scale, offset   [R, B] of each column;  levels [1 or R, K]
+    codes     uint8 [R, B], written;  errors [R, B] (w - q) / U_ii, written: the caller spreads them over later blocks
+    """
+    width = factor.shape[0]
+    for r in prange(weights.shape[0]):
+        table = levels[r % levels.shape[0]]
+        row = weights[r]
+        for i in range(width):
+            s, o = scale[r, i], offset[r, i]
+            code = _nearest((row[i] - o) / s if s != 0 else np.float32(0), table, uniform)
+            error = (row[i] - (s * table[code] + o)) / factor[i, i]
+            codes[r, i] = code
+            errors[r, i] = error
+            for j in range(i + 1, width):
+                row[j] -= error * factor[i, j]
+
+
+@njit(cache=True, inline="always")
+def _push(gradient, hessian, i, delta):
+    for j in range(gradient.shape[0]):
+        gradient[j] += delta * hessian[i, j]
+
+
+@njit(cache=True, inline="always")
+def _best_step(direction, gradient, hessian, first, last):
+    """The step along `direction` (columns first..last) that minimises the loss: minus slope over curvature."""
+    slope = 0.0
+    curvature = 0.0
+    for i in range(first, last):
+        if direction[i] != 0:
+            slope += direction[i] * gradient[i]
+            along = np.float32(0)
+            for j in range(first, last):
+                along += hessian[i, j] * direction[j]
+            curvature += direction[i] * along
+    return -slope / curvature if curvature > 0 else 0.0
+
+
+@njit(cache=True, inline="always")
+def _move(direction, amount, values, gradient, hessian, first, last):
+    for i in range(first, last):
+        change = np.float32(amount * direction[i])
+        if change != 0:
+            values[i] += change
+            _push(gradient, hessian, i, change)
+
+
+@njit(cache=True, inline="always")
+def _refit(stored, r, basis, values, gradient, hessian, group, direction):
+    """Move each float16 of row r, then, in two-level formats, each group's integer, to the best that the file can hold.
+
+    `basis` is what the number multiplies: the levels for a scale, ones for an offset. Along one number the loss is a
+    quadratic, so its best stored value is the one nearest to the minimum; a move is taken only where it lowers the loss.
+    """
+    supers, subs = stored.supers[r], stored.subs[r]
+    for k in range(supers.shape[0]):
+        first, last = k * group * stored.span, (k + 1) * group * stored.span
+        for i in range(first, last):
+            direction[i] = stored.sign * subs[i // group] * basis[i]
+        step = _best_step(direction, gradient, hessian, first, last)
+        change = _round_half(supers[k] + step) - supers[k]
+        if change * (change - 2 * step) < 0:  # the quadratic is lower at `change` than at 0
+            supers[k] += np.float32(change)
+            _move(direction, change, values, gradient, hessian, first, last)
+    if stored.low == stored.high:
+        return
+    for g in range(subs.shape[0]):
+        first, last = g * group, (g + 1) * group
+        for i in range(first, last):
+            direction[i] = stored.sign * supers[g // stored.span] * basis[i]
+        step = _best_step(direction, gradient, hessian, first, last)
+        change = min(max(np.rint(subs[g] + step), stored.low), stored.high) - subs[g]
+        if change * (change - 2 * step) < 0:
+            subs[g] += int(change)
+            _move(direction, change, values, gradient, hessian, first, last)
+
+
+@njit(cache=True, inline="always")
+def _number(stored, r, group, default):
+    return stored.sign * stored.supers[r, group // stored.span] * stored.subs[r, group] if stored.present else default
+
+
+@njit(parallel=True, cache=True)
+def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit):
+    """One sweep of coordinate descent over one block of columns, for the loss (Q - W) H (Q - W)^T of each row.
+
+    Where `refit`, first the block's stored scales and offsets with the codes fixed; then each code in turn. No step
+    raises the loss. All arrays are this block's part, changed in place:
+
+    values    [R, B] decoded weights Q;  gradient [R, B] (Q - W) H;  hessian [B, B];  codes uint8 [R, B]
+    scale, offset   `Stored`, one number per `group` columns
+    """
+    rows, width = values.shape
+    for r in prange(rows):
+        table = levels[r % levels.shape[0]]
+        q, g = values[r], gradient[r]
+        direction, basis = np.empty(width, np.float32), np.ones(width, np.float32)
+        if refit and offset.present:
+            _refit(offset, r, basis, q, g, hessian, group, direction)
+        if refit and scale.present:
+            for i in range(width):
+                basis[i] = table[codes[r, i]]
+            _refit(scale, r, basis, q, g, hessian, group, direction)
+        for i in range(width):
+            s = _number(scale, r, i // group, np.float32(1))
+            o = _number(offset, r, i // group, np.float32(0))
+            if s == 0 or hessian[i, i] <= 0:
+                continue
+            code = _nearest((q[i] - g[i] / hessian[i, i] - o) / s, table, uniform)
+            if code != codes[r, i]:
+                change = (s * table[code] + o) - q[i]
+                codes[r, i] = code
+                q[i] += change
+                _push(g, hessian, i, change)

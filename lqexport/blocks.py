@@ -1,0 +1,101 @@
+"""A model run decoder block by decoder block, so that only one block's weights are in memory.
+
+The modules are transformers' own, made without storage ("meta"); each block gets its weights when its turn comes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lqexport.converters.architectures import architecture_of
+from lqexport.weights import Weights
+
+
+class _Caught(Exception):
+    """Stops the model once the first block has been called."""
+
+
+class _Catcher(nn.Module):
+    """Stands where the decoder blocks are and keeps what the first would have been called with."""
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.hidden, self.arguments = hidden, arguments
+        raise _Caught
+
+
+class BlockModel:
+    """Embedding, decoder blocks and head of a model, each loaded when it is used."""
+
+    def __init__(self, weights: Weights, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        self.weights = weights
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.architecture = architecture_of(weights.config)
+        options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
+        config = AutoConfig.for_model(**options)
+        with torch.device("meta"):
+            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self._body = self._model.get_submodule(self.architecture.blocks.rpartition(".")[0])
+        self._blocks = self._model.get_submodule(self.architecture.blocks)
+        # Its tables are computed, not loaded, so it is made anew with storage.
+        self._body.rotary_emb = type(self._body.rotary_emb)(config=config).to(self.device)
+        self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    @torch.no_grad()
+    def start(self, ids: torch.Tensor) -> torch.Tensor:
+        """Hidden states [batch, length, hidden] that enter the first block, for token ids [batch, length]."""
+        embedding = self._body.get_input_embeddings()
+        if embedding.weight.device.type == "meta":
+            self._load(embedding, self.architecture.embedding.removesuffix(".weight"))
+        catcher = _Catcher()
+        self._body.layers = nn.ModuleList([catcher])
+        with contextlib.suppress(_Caught):
+            self._model(ids.to(self.device), use_cache=False)
+        self._body.layers = self._blocks
+        self._arguments[(ids.shape[0], ids.shape[1])] = catcher.arguments
+        return catcher.hidden
+
+    def block(self, index: int) -> nn.Module:
+        """Decoder block `index` with its weights on the device."""
+        block = copy.deepcopy(self._blocks[index])
+        self._load(block, f"{self.architecture.blocks}.{index}")
+        return block
+
+    def blocks(self) -> Iterator[tuple[int, nn.Module]]:
+        """Every block with its weights, one at a time."""
+        for index in range(len(self)):
+            yield index, self.block(index)
+
+    def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after `block`; `start` must have seen the same batch shape before."""
+        output = block(hidden, **self._arguments[(hidden.shape[0], hidden.shape[1])])
+        return output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, length, vocabulary] for the hidden states after the last block."""
+        norm = self._model.get_submodule(self.architecture.final_norm)
+        if next(norm.parameters()).device.type == "meta":
+            self._load(norm, self.architecture.final_norm)
+            tied = self.architecture.output not in self.weights.names()
+            name = self.architecture.embedding if tied else self.architecture.output
+            self._head = self._read(name)
+        return norm(hidden) @ self._head.T
+
+    def _read(self, name: str) -> torch.Tensor:
+        return self.weights.read(name).to(self.device, self.dtype)
+
+    def _load(self, module: nn.Module, prefix: str) -> None:
+        state = {name: self._read(f"{prefix}.{name}") for name in module.state_dict()}
+        module.load_state_dict(state, assign=True)
+        module.requires_grad_(False)

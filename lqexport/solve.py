@@ -1,0 +1,124 @@
+"""Finding the codes of one linear inside a fixed format: error feedback, then coordinate descent.
+
+The loss of a row is (q - w) H (q - w)^T, H the second moments of the linear's inputs: the squared error of its output.
+Rows are independent. The solver sees a grid, never a format's bytes.
+
+Error feedback is GPTQ's (Frantar et al. 2022, eq. 2 and 3): with H^-1 = U^T U, U upper triangular, column i is rounded
+to its nearest grid value and the error (w_i - q_i) / U_ii is spread over the columns that follow by U's row i.
+
+CPU tensors go through `lqexport.kernels.cpu`, all others through `lqexport.solve_torch`; both do the same arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lqexport import solve_cpu, solve_torch
+from lqexport.errors import UserError
+from lqexport.grid import TensorGrid
+
+FEEDBACK_BLOCK = 128
+REFINE_BLOCK = 256
+
+
+@dataclass(frozen=True)
+class Factor:
+    """U [C, C] of a damped Hessian in solve order, that order (int64 [C]), and the dampening that it took."""
+
+    upper: Tensor
+    order: Tensor
+    dampening: float
+
+
+def damped(hessian: Tensor, dampening: float) -> Tensor:
+    """H plus `dampening` times its mean diagonal on the diagonal. Columns whose input is always zero get it too, so they
+    are rounded by themselves; a Hessian of zeros becomes the identity."""
+    mean = hessian.diagonal().mean()
+    extra = torch.where(mean > 0, dampening * mean, 1.0)
+    return hessian + extra * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
+
+
+def factorize(hessian: Tensor, dampening: float, act_order: bool) -> Factor:
+    """U with (damped H)^-1 = U^T U, columns in act-order (descending diagonal) where asked.
+
+    Where the factorization fails, the dampening rises tenfold and again, up to 10; the result says what it took. Raises
+    UserError beyond that.
+    """
+    diagonal = hessian.diagonal()
+    natural = torch.arange(len(diagonal), device=hessian.device)
+    order = diagonal.argsort(descending=True, stable=True) if act_order else natural
+    level = max(dampening, 1e-6)
+    while level <= 10:
+        matrix = damped(hessian, level)[order][:, order]
+        try:  # H = R R^T with R upper triangular (Cholesky of the reversed matrix), so U = R^-1
+            upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+        except torch.linalg.LinAlgError:
+            level *= 10
+            continue
+        eye = torch.eye(len(upper), device=upper.device, dtype=upper.dtype)
+        return Factor(torch.linalg.solve_triangular(upper, eye, upper=True), order, level)
+    raise UserError("The Hessian cannot be factorized even with dampening 10: are the activations finite?")
+
+
+def layer_loss(difference: Tensor, hessian: Tensor) -> float:
+    """Sum over rows of d H d^T for d [R, C] = Q - W: the summed squared error of the outputs, per unit of H."""
+    return float(((difference @ hessian) * difference).sum())
+
+
+def feedback(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
+    """Codes uint8 [R, C] by error feedback through float32 weights [R, C] in the factor's order."""
+    upper = factor.upper.float()
+    remaining = weights[:, factor.order].contiguous()
+    rows, columns = remaining.shape
+    group_of = (torch.arange(columns, device=weights.device) // grid.group)[factor.order]
+    scale, offset = grid.per_group(rows)
+    ordered = torch.empty(rows, columns, dtype=torch.uint8, device=weights.device)
+    for start in range(0, columns, FEEDBACK_BLOCK):
+        block = slice(start, min(start + FEEDBACK_BLOCK, columns))
+        spread = group_of[block]
+        ordered[:, block], errors = _backend(weights).feedback_block(
+            remaining[:, block].contiguous(), upper[block, block].contiguous(), scale[:, spread].contiguous(),
+            offset[:, spread].contiguous(), grid.levels, grid.uniform,
+        )  # fmt: skip
+        remaining[:, block.stop :] -= errors @ upper[block, block.stop :]
+    codes = torch.empty_like(ordered)
+    codes[:, factor.order] = ordered
+    return codes
+
+
+def refine(
+    weights: Tensor, hessian: Tensor, grid: TensorGrid, codes: Tensor, *, sweeps: int, refit: bool
+) -> tuple[TensorGrid, Tensor]:
+    """Coordinate descent over codes, and over the stored scales and offsets where `refit`; never raises the loss.
+
+    weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]. Returns a new grid and new codes.
+    """
+    codes = codes.clone()
+    values = grid.values(codes)
+    grid = replace(grid, scale=grid.scale and grid.scale.clone(), offset=grid.offset and grid.offset.clone())
+    for _ in range(sweeps):
+        gradient = (values - weights) @ hessian
+        for block in _blocks(grid):
+            part = values[:, block].contiguous()
+            _backend(weights).refine_block(
+                part, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
+            )
+            gradient += (part - values[:, block]) @ hessian[block]
+            values[:, block] = part
+    return grid, codes
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    return solve_cpu if tensor.device.type == "cpu" else solve_torch
+
+
+def _blocks(grid: TensorGrid) -> list[slice]:
+    """Runs of columns that no scale crosses, about REFINE_BLOCK wide."""
+    spans = [numbers.format.span for numbers in (grid.scale, grid.offset) if numbers]
+    unit = grid.group * max(spans, default=1) if spans else 1
+    width = unit * max(1, REFINE_BLOCK // unit)
+    return [slice(start, min(start + width, grid.columns)) for start in range(0, grid.columns, width)]
