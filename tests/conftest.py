@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -17,8 +18,13 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 
-def load_script(path: str) -> ModuleType:
-    """A script of the repository as a module, by its path from the root."""
+@pytest.fixture(scope="session")
+def load_script() -> Callable[[str], ModuleType]:
+    """Loads a script of the repository as a module, by its path from the root."""
+    return _load_script
+
+
+def _load_script(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None
     assert spec.loader is not None
@@ -88,7 +94,7 @@ def reference_models() -> Path:
     carries the model is not installed."""
     from filelock import FileLock
 
-    script = load_script("bench/reference_models.py")
+    script = _load_script("bench/reference_models.py")
     folder = ROOT / ".models"
     folder.mkdir(exist_ok=True)
     with FileLock(folder / "lock"):

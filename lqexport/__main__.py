@@ -1,0 +1,5 @@
+"""`python -m lqexport` is `lqexport`."""
+
+from lqexport.cli import main
+
+main()

@@ -1,0 +1,338 @@
+"""The command line. Commands import what they need when they run, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from lqexport.errors import UserError
+from lqexport.progress import terminal_listener
+from lqexport.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from lqexport.dryrun import Preview
+    from lqexport.verify import Verification
+
+app = typer.Typer(
+    name="lqexport",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_show_locals=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RESUME = "Stopped. Run the same command again to go on from the last finished tensor."
+NOTHING_WRITTEN = "Stopped. Nothing was written under a final name; run the same command again."
+
+
+@contextlib.contextmanager
+def plain_endings(stopped: str) -> Iterator[None]:
+    """Turns a UserError into one line and exit status 2, and Ctrl-C into `stopped` and exit status 130."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        yield
+    except UserError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        errors.print(stopped, markup=False, highlight=False)
+        raise typer.Exit(130) from None
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"lqexport {version('lqexport')}")
+        raise typer.Exit
+
+
+@app.callback()
+def about(
+    _: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Quantize a Hugging Face language model inside the exact grid of its target file, write the file, and measure from
+    the file what was lost.
+
+    A whole run:
+
+        lqexport quantize ./SmolLM2-135M ./out --target gguf:Q4_K_M
+        lqexport to-gguf ./out model.gguf
+        lqexport verify model.gguf --against ./SmolLM2-135M
+
+    Exit status: 0 done; 1 `verify` found a limit exceeded; 2 wrong input; 130 stopped with Ctrl-C.
+    """
+
+
+def _default(name: str) -> str:
+    """The end of an option's help: the recipe's own default, so that it stands in one place."""
+    default = next(field.default for field in dataclasses.fields(Recipe) if field.name == name)
+    return f" [default: {default}]"
+
+
+Text = str | None
+Whole = int | None
+Number = float | None
+Switch = bool | None
+
+
+def output() -> Console:
+    """Standard output; wide where it is not a terminal, so that no table is folded in a log."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
+
+
+def device_named(name: str) -> str:
+    """`cpu` or `cuda`, also for `auto`. Raises UserError where the device is unknown or not there."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"There is no device {name!r}; choose auto, cpu or cuda.")
+    present = torch.cuda.is_available()
+    if name == "cuda" and not present:
+        raise UserError("torch sees no CUDA device here; choose --device cpu.")
+    return "cuda" if present and name != "cpu" else "cpu"
+
+
+def merged_recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
+    """The recipe file's options, with those of the command line (where not None) in their place."""
+    given = {name: value for name, value in options.items() if value is not None}
+    merged = (load_recipe(file) if file else {}) | given
+    if "target" not in merged:
+        raise UserError("No target: give --target, such as gguf:Q4_K_M, or a --recipe file that has one.")
+    return Recipe(**merged)
+
+
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
+    target: Annotated[
+        Text, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, native:table-3.")
+    ] = None,
+    method: Annotated[Text, typer.Option(help="lean, gptq or rtn." + _default("method"))] = None,
+    calibration: Annotated[
+        Text,
+        typer.Option(
+            help="Text to calibrate on: python-docs, wikitext2, c4, ptb (any :split), or a .txt or .jsonl file."
+            + _default("calibration")
+        ),
+    ] = None,
+    samples: Annotated[Whole, typer.Option(help="Calibration sequences." + _default("samples"))] = None,
+    sequence_length: Annotated[Whole, typer.Option(help="Tokens in each." + _default("sequence_length"))] = None,
+    seed: Annotated[Whole, typer.Option(help="Draws the sequences from the text." + _default("seed"))] = None,
+    moments: Annotated[
+        Text,
+        typer.Option(help="plain, or normalized: each token divided by its norm." + _default("moments")),
+    ] = None,
+    prefix: Annotated[
+        Text,
+        typer.Option(help="Inputs of a block come from the full or the quantized blocks before." + _default("prefix")),
+    ] = None,
+    dampening: Annotated[
+        Number, typer.Option(help="Added to the second moments, as a share of their mean." + _default("dampening"))
+    ] = None,
+    importance: Annotated[
+        Text, typer.Option(help="What weighs errors: diagonal, cholesky or inverse." + _default("importance"))
+    ] = None,
+    exponent: Annotated[Number, typer.Option(help="Power of the importance." + _default("exponent"))] = None,
+    act_order: Annotated[
+        Switch,
+        typer.Option("--act-order/--no-act-order", help="Solve columns by falling activation." + _default("act_order")),
+    ] = None,
+    descent: Annotated[
+        Whole, typer.Option(help="Sweeps of coordinate descent after error feedback." + _default("descent"))
+    ] = None,
+    embedding_type: Annotated[Text, typer.Option(help="Type of the embedding, such as Q6_K.")] = None,
+    output_type: Annotated[Text, typer.Option(help="Type of the output, such as Q6_K.")] = None,
+    fallback: Annotated[
+        Switch,
+        typer.Option("--fallback/--no-fallback", help="Whether a shape that a type cannot hold may take another type."),
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="TOML file of these options; those given here count before it.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Quantize SOURCE into the folder OUT.
+
+    A stopped run goes on when the same command is given again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target gguf:Q4_K_M --dry-run
+        lqexport quantize ./model ./out --target gguf:Q3_K --calibration wikitext2
+        lqexport quantize model.gguf ./out --target native:table-3 --recipe recipe.toml
+    """
+    given = locals()
+    options = {field.name: given[field.name] for field in dataclasses.fields(Recipe)}
+    with plain_endings(RESUME):
+        run_quantize(merged_recipe(recipe, options), out, device, dry_run=dry_run, verbose=verbose, as_json=as_json)
+
+
+def run_quantize(recipe: Recipe, out: Path, device: str, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
+    """Show the plan; then, unless it is a dry run, check the disk and run."""
+    from lqexport.dryrun import as_json as preview_json
+    from lqexport.dryrun import preview
+
+    device = device_named(device)
+    shown = preview(recipe, out)
+    if not as_json:
+        _show(shown, device, verbose, dry_run)
+    if dry_run:
+        if as_json:
+            print(json.dumps(preview_json(shown, device), indent=1))
+        return
+    shown.check_disk()
+    from lqexport.pipeline import quantize as run
+
+    with terminal_listener() as listener:
+        report = run(recipe, out, device=device, listener=listener)
+    print(json.dumps(report, indent=1) if as_json else f"Wrote {out}. Next: lqexport to-gguf {out} model.gguf")
+
+
+def _show(shown: Preview, device: str, verbose: bool, estimates: bool) -> None:
+    from lqexport.dryrun import show_estimates, show_plan
+
+    console = output()
+    show_plan(shown, console, verbose)
+    if estimates:
+        show_estimates(shown, console, device)
+
+
+@app.command()
+def to_gguf(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gguf:...")],
+    file: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+) -> None:
+    """Write the artifact as a GGUF file for llama.cpp.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport to-gguf ./out model.gguf
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.artifact import Artifact
+        from lqexport.converters.gguf import write
+        from lqexport.inspect import human_bytes, inspect, size
+
+        total = size(inspect(artifact).entries)
+        with terminal_listener() as listener:
+            listener.stage(f"Write {file}", total)
+            write(Artifact(artifact), file, lambda _, written: listener.advance(written))
+        print(f"Wrote {file}, {human_bytes(file.stat().st_size)}. Next: lqexport verify {file} --against SOURCE")
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize wrote.")],
+    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    text: Annotated[
+        str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
+    ] = "python-heldout",
+    protocol: Annotated[
+        list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
+    ] = ["llama.cpp-512"],  # noqa: B006  # typer copies it
+    windows: Annotated[Whole, typer.Option(help="At most so many windows. [default: the whole text]")] = None,
+    engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
+    artifact: Annotated[
+        Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
+    ] = None,
+    max_kl: Annotated[Number, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
+    max_perplexity_ratio: Annotated[Number, typer.Option(help="Fail where the perplexity grew by more.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Open the written file again and measure it against its source.
+
+    Checks its structure and, with --artifact, every tensor; then perplexity, KL divergence and top-1 agreement.
+
+    Examples:
+
+        lqexport verify model.gguf --against ./model
+        lqexport verify model.gguf --against ./model --engine llama.cpp --text wikitext2:test --max-kl 0.05
+        lqexport verify model.gguf --against ./model --artifact ./out --html report.html
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.verify import verify as check
+
+        with terminal_listener() as listener:
+            result = check(
+                file,
+                against,
+                text=text,
+                protocols=tuple(protocol),
+                windows=windows,
+                engine=engine,  # type: ignore[arg-type]  # checked there
+                artifact=artifact,
+                max_kl=max_kl,
+                max_perplexity_ratio=max_perplexity_ratio,
+                device=device_named(device),
+                listener=listener,
+            )
+        tell_verification(result, html, as_json)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def tell_verification(result: Verification, html: Path | None, as_json: bool) -> None:
+    """Print a verification, and write its page where one is asked for."""
+    from lqexport.report import for_terminal, save_html
+
+    if html:
+        save_html(result, html)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=1))
+    else:
+        output().print(for_terminal(result))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A Hugging Face folder, a .gguf file, or a folder that quantize wrote.")],
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Tensors, types, effective bits per weight and sizes.
+
+    Reads headers alone, so it is quick for models of any size.
+
+    Examples:
+
+        lqexport inspect model.gguf
+        lqexport inspect ./out --json
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.inspect import inspect as look
+        from lqexport.inspect import table
+
+        found = look(path)
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            console = output()
+            console.print(f"{found.path}: {found.container}", markup=False, highlight=False)
+            console.print(table(found.entries, verbose))
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,186 @@
+"""What a run would do and cost, told before any work."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lqexport.artifact import Artifact
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.targets import plan
+from lqexport.errors import UserError
+from lqexport.inspect import Entry, bits, human_bytes, size, table
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+PROCESS_BYTES = 700_000_000
+"""What Python with torch, transformers and numba takes before any model is read."""
+
+FIT_SECONDS_PER_WEIGHT = {"rtn": 0.2e-6, "gptq": 0.2e-6, "lean": 1e-6}
+"""Fitting grids is bound by memory and branches, not by the rate of matrix products; seconds on one core."""
+
+
+@dataclass(frozen=True)
+class Preview:
+    """What a run would do.
+
+    tensors   every tensor and its codec
+    already   bytes of tensors that the output folder holds from an earlier, stopped run
+    free      bytes free on the output's disk
+    """
+
+    recipe: Recipe
+    config: dict[str, Any]
+    tensors: list[PlannedTensor]
+    already: int
+    free: int
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [Entry(tensor.name, tensor.shape, tensor.codec, tensor.nbytes) for tensor in self.tensors]
+
+    @property
+    def missing_bytes(self) -> int:
+        """What the run has yet to write."""
+        return size(self.entries) - self.already
+
+    def check_disk(self) -> None:
+        """Raises UserError where the artifact does not fit on the disk."""
+        if self.missing_bytes > self.free:
+            raise UserError(
+                f"The artifact needs {human_bytes(self.missing_bytes)} more, and the disk has {human_bytes(self.free)} "
+                "free. Free some space or choose another output folder."
+            )
+
+
+def preview(recipe: Recipe, out: Path) -> Preview:
+    """Plan a run: reads names and shapes only. Raises UserError as `plan` and `open_source` do."""
+    source = open_source(recipe.source)
+    shapes = {name: source.shape(name) for name in source.names()}
+    tensors = plan(
+        recipe.target,
+        source.config,
+        shapes,
+        embedding_type=recipe.embedding_type,
+        output_type=recipe.output_type,
+        fallback=recipe.fallback,
+    )
+    artifact = Artifact(out)
+    already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
+    existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
+    return Preview(recipe, source.config, tensors, already, shutil.disk_usage(existing).free)
+
+
+def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
+    """One sentence per sort of fallback."""
+    sorts = Counter((tensor.wanted, tensor.codec, tensor.reason) for tensor in tensors if tensor.reason)
+    return [
+        f"{count} tensors take {codec} instead of {wanted}: {reason}"
+        for (wanted, codec, reason), count in sorts.items()
+    ]
+
+
+def memory_estimate(shown: Preview) -> int:
+    """Bytes at the peak: the process, hidden states of all samples going in and out of a block, a decoder block in
+    float32, the second moments of its inputs, and the arrays that solving its largest linear takes."""
+    recipe, hidden = shown.recipe, shown.config["hidden_size"]
+    states = 2 * 4 * recipe.samples * recipe.sequence_length * hidden
+    block = _first_block(shown)
+    moments = sum(4 * columns**2 for columns in _inputs(shown, block))
+    largest = max((tensor.weights for tensor in block), default=0)
+    widest = max((tensor.matrix[1] for tensor in block), default=0)
+    embedding = max(tensor.weights for tensor in shown.tensors)
+    blocks = 4 * sum(tensor.weights for tensor in block)
+    return PROCESS_BYTES + max(states + blocks + moments + 8 * 4 * largest + 4 * 4 * widest**2, 2 * 4 * embedding)
+
+
+def flops_estimate(shown: Preview) -> float:
+    """Floating-point operations of the forward passes, the second moments and the solver's matrix products."""
+    recipe = shown.recipe
+    if recipe.method == "rtn":
+        return 0.0
+    tokens = recipe.samples * recipe.sequence_length
+    linears = [tensor for tensor in shown.tensors if tensor.linear]
+    attention = 4 * recipe.sequence_length * shown.config["hidden_size"] * shown.config["num_hidden_layers"]
+    forward = tokens * (2 * sum(tensor.weights for tensor in linears) + attention)
+    passes = 1 if recipe.prefix == "full" else 2
+    moments = sum(2 * tokens * columns**2 for columns in _inputs(shown, linears))
+    factors = sum(2 * columns**3 for columns in _inputs(shown, linears))
+    per_column = 1 + 2 * (1 + recipe.descent)  # feedback; the loss and each sweep of descent
+    solving = sum(per_column * tensor.weights * tensor.matrix[1] for tensor in linears)
+    return float(passes * forward + moments + factors + solving)
+
+
+def _first_block(shown: Preview) -> list[PlannedTensor]:
+    prefix = f"{architecture_of(shown.config).blocks}.0."
+    return [tensor for tensor in shown.tensors if tensor.name.startswith(prefix) and len(tensor.shape) == 2]
+
+
+def _inputs(shown: Preview, tensors: Iterable[PlannedTensor]) -> list[int]:
+    """Widths of the different inputs of some linears; those of a group share one."""
+    firsts = tuple(f".{group[0]}.weight" for group in architecture_of(shown.config).linears)
+    return [tensor.matrix[1] for tensor in tensors if tensor.name.endswith(firsts)]
+
+
+def measured_rate(device: str, size: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations per second of float32 matrix products of `size`, measured for about `seconds`."""
+    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    best, began = float("inf"), time.perf_counter()
+    while time.perf_counter() - began < seconds or best == float("inf"):
+        start = time.perf_counter()
+        left @ right
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def seconds_estimate(shown: Preview, rate: float) -> float:
+    """Seconds of a run from nothing, at `rate` floating-point operations per second."""
+    fitted = sum(tensor.weights for tensor in shown.tensors if tensor.linear)
+    fitting = fitted * FIT_SECONDS_PER_WEIGHT[shown.recipe.method] / torch.get_num_threads()
+    return flops_estimate(shown) / rate + fitting
+
+
+def as_json(shown: Preview, device: str) -> dict[str, Any]:
+    """Everything that a dry run says."""
+    return {
+        "target": shown.recipe.target,
+        "bits_per_weight": bits(shown.entries),
+        "tensor_bytes": size(shown.entries),
+        "estimated_memory_bytes": memory_estimate(shown),
+        "estimated_seconds": seconds_estimate(shown, measured_rate(device)),
+        "free_disk_bytes": shown.free,
+        "already_written_bytes": shown.already,
+        "fallbacks": fallbacks(shown.tensors),
+        "tensors": [vars(tensor) | {"nbytes": tensor.nbytes} for tensor in shown.tensors],
+    }
+
+
+def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
+    """Print the types, the fallbacks and the size."""
+    console.print(table(shown.entries, every))
+    for sentence in fallbacks(shown.tensors):
+        console.print(f"Fallback: {sentence}", markup=False, highlight=False)
+
+
+def show_estimates(shown: Preview, console: Console, device: str) -> None:
+    """Print what the run would cost, and what the disk has."""
+    minutes = seconds_estimate(shown, measured_rate(device)) / 60
+    lines = (
+        f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
+        f"Peak memory: about {human_bytes(memory_estimate(shown))} (estimate)",
+        f"Time on {device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
+        f"Disk: needs {human_bytes(shown.missing_bytes)}, has {human_bytes(shown.free)} free",
+    )
+    for line in lines:
+        console.print(line, markup=False, highlight=False)

@@ -1,0 +1,152 @@
+"""What is in a model: tensors, their types, sizes and effective bits per weight."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+from safetensors import safe_open
+
+from lqexport.artifact import Artifact
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.errors import UserError
+from lqexport.formats.codec import nbytes
+from lqexport.formats.registry import codec
+from lqexport.source import open_source
+
+SAFETENSORS_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor: its Hugging Face name, shape, the type it is stored in, and the bytes of its data."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: str
+    nbytes: int
+
+    @property
+    def weights(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    def kind(self) -> str:
+        """What the tensor does, whichever block it is in: `layers.*.mlp.up_proj.weight`."""
+        return re.sub(r"\.\d+\.", ".*.", self.name).removeprefix("model.")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model's tensors, and what sort of file or folder it is."""
+
+    path: str
+    container: str
+    entries: list[Entry]
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, for `--json`."""
+        sums = {"weights": weights(self.entries), "nbytes": size(self.entries), "bits_per_weight": bits(self.entries)}
+        kinds = [
+            {"kind": kind, "type": type_, "count": len(group), "nbytes": size(group), "bits_per_weight": bits(group)}
+            for (kind, type_), group in grouped(self.entries).items()
+        ]
+        return {"path": self.path, "container": self.container, **sums, "kinds": kinds} | {
+            "tensors": [asdict(entry) for entry in self.entries]
+        }
+
+
+def weights(entries: Iterable[Entry]) -> int:
+    return sum(entry.weights for entry in entries)
+
+
+def size(entries: Iterable[Entry]) -> int:
+    """Bytes."""
+    return sum(entry.nbytes for entry in entries)
+
+
+def bits(entries: list[Entry]) -> float:
+    """Effective bits per weight: 8 times all bytes over all weights, scales and tables included."""
+    return 8 * size(entries) / max(1, weights(entries))
+
+
+def grouped(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    """Entries by kind and type, in the order in which they first come."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.kind, entry.type), []).append(entry)
+    return groups
+
+
+def table(entries: list[Entry], every: bool = False) -> Table:
+    """One line per kind and type, or per tensor, and the sum."""
+    groups = [(entry.name, [entry]) for entry in entries] if every else [
+        (kind, group) for (kind, _), group in grouped(entries).items()
+    ]  # fmt: skip
+    result = Table(box=None, pad_edge=False, show_footer=True)
+    result.add_column("tensor", "all", overflow="fold")
+    result.add_column("count", str(len(entries)), justify="right")
+    result.add_column("shape")
+    result.add_column("type")
+    result.add_column("bits", f"{bits(entries):.3f}", justify="right")
+    result.add_column("size", human_bytes(size(entries)), justify="right", no_wrap=True)
+    for label, group in groups:
+        shapes = " or ".join(dict.fromkeys(" x ".join(map(str, entry.shape)) for entry in group))
+        row = (label, str(len(group)), shapes, group[0].type, f"{bits(group):.3f}", human_bytes(size(group)))
+        result.add_row(*row)
+    return result
+
+
+def human_bytes(count: float) -> str:
+    """For example `98.4 MB`, in powers of 1000, as disks count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def inspect(path: Path) -> Inspection:
+    """The tensors of a Hugging Face folder, a .gguf file or an artifact. Raises UserError for anything else."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path} is not a .gguf file.")
+        return Inspection(str(path), "GGUF file", _gguf_entries(path))
+    if not path.is_dir():
+        raise UserError(f"There is no file or folder {path}.")
+    if (path / "run.json").is_file():
+        return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
+    return Inspection(str(path), "Hugging Face folder", _folder_entries(path))
+
+
+def _artifact_entries(artifact: Artifact) -> list[Entry]:
+    return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
+
+
+def _gguf_entries(path: Path) -> list[Entry]:
+    model = GGUFModel(path)
+    return [_coded(name, model.shape(name), model.codec(name)) for name in model.names()]
+
+
+def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> Entry:
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    return Entry(name, shape, codec_name, nbytes(codec(codec_name), rows, columns))
+
+
+def _folder_entries(folder: Path) -> list[Entry]:
+    """From the headers of the safetensors files; no data is read."""
+    names = open_source(str(folder)).names()
+    found: dict[str, Entry] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "np") as file:
+            for name in set(file.keys()) & set(names):
+                part = file.get_slice(name)
+                shape, dtype = tuple(part.get_shape()), part.get_dtype()
+                count = int(np.prod(shape, dtype=np.int64)) * SAFETENSORS_BYTES.get(dtype, 1)
+                found[name] = Entry(name, shape, dtype, count)
+    return [found[name] for name in names]

@@ -1,0 +1,324 @@
+"""The command line: what it prints, what it refuses, and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from lqexport import dryrun
+from lqexport import inspect as inspection
+from lqexport.cli import app, merged_recipe
+from lqexport.converters.architectures import LLAMA
+from lqexport.converters.tensor_names import gguf_names
+from lqexport.errors import UserError
+from lqexport.progress import Bars, Lines
+from lqexport.recipe import Recipe
+
+COMMANDS = ("quantize", "to-gguf", "verify", "inspect")
+
+
+def run(*arguments: object, status: int = 0) -> Any:
+    """Run a command in this process and check its exit status."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == status, result.output + result.stderr
+    return result
+
+
+@pytest.fixture(scope="module")
+def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of zeros whose hidden size, 96, no block of 256 divides; it has no tokenizer."""
+    folder = tmp_path_factory.mktemp("odd")
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
+    config |= {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
+    (folder / "config.json").write_text(json.dumps(config))
+    names = [name for name in gguf_names(LLAMA, 2) if name.endswith(".weight") and name != "lm_head.weight"]
+    save_file({name: torch.zeros(odd_shape(name), dtype=torch.float16) for name in names}, folder / "model.safetensors")
+    return folder
+
+
+def odd_shape(name: str) -> tuple[int, ...]:
+    if "norm" in name:
+        return (96,)
+    rows = {"embed_tokens": 64, "gate_proj": 256, "up_proj": 256}
+    return (rows.get(name.split(".")[-2], 96), 256 if "down_proj" in name else 96)
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model, rounded to Q4_0."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    small = ("--samples", 2, "--sequence-length", 32)
+    run("quantize", tiny_model, out, "--target", "gguf:Q4_0", "--method", "rtn", *small, "--device", "cpu")
+    return out
+
+
+@pytest.fixture(scope="module")
+def gguf_file(artifact: Path) -> Path:
+    file = artifact.with_name("tiny.gguf")
+    run("to-gguf", artifact, file)
+    return file
+
+
+# --- help and options ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_by_example(command: str) -> None:
+    output = run(command, "--help").output
+    assert "Examples:" in output
+    assert f"lqexport {command} " in output
+
+
+def test_version() -> None:
+    assert run("--version").output == "lqexport 0.1.0\n"
+
+
+def test_every_recipe_option_is_a_command_line_option() -> None:
+    command = typer.main.get_command(app).commands["quantize"]  # type: ignore[attr-defined]
+    parameters = {parameter.name: parameter for parameter in command.params}
+    for field in dataclasses.fields(Recipe):
+        assert field.name in parameters
+        assert parameters[field.name].default is None  # else it would override the recipe file
+
+
+def test_command_line_overrides_the_recipe_file(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.toml"
+    file.write_text('target = "gguf:Q4_K"\nsamples = 3\nact_order = true\nfallback = false\n')
+    recipe = merged_recipe(file, {"source": "model", "samples": 5, "act_order": False, "seed": None, "fallback": None})
+    expected = Recipe("model", "gguf:Q4_K", samples=5, act_order=False, fallback=False)
+    assert recipe == expected
+
+
+def test_no_target_is_said(odd_model: Path, tmp_path: Path) -> None:
+    assert "--target" in run("quantize", odd_model, tmp_path / "out", status=2).stderr
+
+
+# --- dry run ---
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(odd_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    output = run("quantize", odd_model, out, "--target", "gguf:Q4_K", "--dry-run").output
+    assert "12 tensors take gguf:Q5_0 instead of gguf:Q4_K: 96 columns are not a multiple of 256" in output
+    assert "Peak memory: about" in output
+    assert "Time on" in output
+    assert not out.parent.exists()
+
+
+def test_dry_run_as_json_adds_up(odd_model: Path, tmp_path: Path) -> None:
+    arguments = ("quantize", odd_model, tmp_path / "out", "--target", "gguf:Q4_K", "--dry-run", "--json")
+    told = json.loads(run(*arguments).output)
+    assert told["tensor_bytes"] == sum(tensor["nbytes"] for tensor in told["tensors"])
+    weights = 64 * 96 + 2 * (4 * 96 * 96 + 3 * 96 * 256 + 2 * 96) + 96
+    assert told["bits_per_weight"] == pytest.approx(8 * told["tensor_bytes"] / weights)
+    assert {tensor["codec"] for tensor in told["tensors"]} == {"gguf:Q5_0", "gguf:Q4_K", "gguf:Q8_0", "gguf:F32"}
+
+
+def test_no_fallback_refuses(odd_model: Path, tmp_path: Path) -> None:
+    result = run("quantize", odd_model, tmp_path / "out", "--target", "gguf:Q4_K", "--no-fallback", status=2)
+    assert "cannot hold 12 of" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_is_said_before_any_work(odd_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    result = run("quantize", odd_model, tmp_path / "out", "--target", "gguf:Q4_K", status=2)
+    assert "the disk has 1.0 kB free" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
+    def estimates(**options: Any) -> tuple[int, float]:
+        shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", **options), tmp_path)
+        return dryrun.memory_estimate(shown), dryrun.seconds_estimate(shown, 1e10)
+
+    small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
+    assert more[0] > small[0]
+    assert more[1] > 5 * small[1] > 5 * rounded[1] > 0
+
+
+def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
+    shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", samples=1, sequence_length=8, descent=0), tmp_path)
+    linears = 2 * (4 * 96 * 96 + 3 * 96 * 256)
+    forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
+    inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
+    moments_and_factors = sum(2 * 8 * width**2 + 2 * width**3 for width in inputs)
+    solving = 3 * 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
+    assert dryrun.flops_estimate(shown) == forward + moments_and_factors + solving
+
+
+def test_measured_rate_is_one_of_this_century() -> None:
+    assert 1e8 < dryrun.measured_rate("cpu", size=256, seconds=0.05) < 1e16
+
+
+# --- inspect ---
+
+
+def test_inspect_a_folder_reads_true_sizes(tiny_model: Path) -> None:
+    found = inspection.inspect(tiny_model)
+    header = int.from_bytes((tiny_model / "model.safetensors").read_bytes()[:8], "little")
+    assert inspection.size(found.entries) == (tiny_model / "model.safetensors").stat().st_size - 8 - header
+    assert inspection.bits(found.entries) == 16
+
+
+def test_inspect_folder_artifact_and_file(tiny_model: Path, artifact: Path, gguf_file: Path) -> None:
+    folder, run_folder, file = (
+        json.loads(run("inspect", path, "--json").output) for path in (tiny_model, artifact, gguf_file)
+    )
+    assert folder["weights"] == run_folder["weights"] == file["weights"]
+    assert run_folder["nbytes"] == file["nbytes"] < gguf_file.stat().st_size
+    assert [kind["type"] for kind in file["kinds"]] == [kind["type"] for kind in run_folder["kinds"]]
+    q_proj = next(kind for kind in file["kinds"] if "q_proj" in kind["kind"])
+    assert (q_proj["type"], q_proj["count"], q_proj["bits_per_weight"]) == ("gguf:Q4_0", 2, 4.5)
+
+
+def test_inspect_lists_kinds_or_every_tensor(tiny_model: Path) -> None:
+    assert "layers.*.mlp.up_proj.weight" in run("inspect", tiny_model).output
+    assert "model.layers.1.mlp.up_proj.weight" in run("inspect", tiny_model, "-v").output
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (98_362_432, "98.4 MB"), (2e13, "20.0 TB")]
+)
+def test_human_bytes(count: float, text: str) -> None:
+    assert inspection.human_bytes(count) == text
+
+
+# --- how commands end ---
+
+
+def test_whole_run(tiny_model: Path, artifact: Path, gguf_file: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    common = ("verify", gguf_file, "--against", tiny_model, "--windows", 1, "--artifact", artifact, "--device", "cpu")
+    told = json.loads(run(*common, "--max-kl", 100, "--html", page, "--json").stdout)
+    assert told["passed"]
+    assert all(tensor["same_bytes"] for tensor in told["tensors"])
+    assert "<svg" in page.read_text()
+    assert "mean KL divergence" in run(*common, "--max-kl", 1e-12, status=1).stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("inspect", "nowhere"), "There is no file or folder nowhere."),
+        (("to-gguf", "nowhere", "x.gguf"), "There is no file or folder nowhere."),
+        (("verify", "nowhere.gguf", "--against", "."), "nowhere.gguf"),
+        (("quantize", "nowhere.gguf", "out", "--target", "gguf:Q4_0"), "There is no file nowhere.gguf."),
+        (("quantize", ".", "out", "--target", "gguf:Q4_0", "--device", "tpu"), "choose auto, cpu or cuda"),
+        (("quantize", ".", "out", "--target", "gguf:Q4_0", "--method", "awq"), "method cannot be 'awq'"),
+        (("quantize", ".", "out", "--recipe", "none.toml"), "Cannot read the recipe none.toml"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments, status=2)
+    assert sentence in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_unexpected_error_is_not_hidden(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: Path) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(inspection, "inspect", broken)
+    assert isinstance(CliRunner().invoke(app, ["inspect", str(tiny_model)]).exception, ZeroDivisionError)
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "lqexport", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_ctrl_c_says_how_to_resume(tiny_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start("quantize", tiny_model, out, "--target", "gguf:Q4_K", "--samples", 400, "--sequence-length", 256)
+    deadline = time.monotonic() + 60
+    while not (out / "run.json").exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stdout + stderr
+    assert "Run the same command again" in stderr
+    assert "Traceback" not in stderr
+    assert not (out / "manifest.json").exists()
+
+
+def test_exit_status_of_the_installed_command() -> None:
+    process = start("inspect", "nowhere")
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert stderr == "error: There is no file or folder nowhere.\n"
+
+
+# --- progress ---
+
+
+def console() -> tuple[Console, io.StringIO]:
+    written = io.StringIO()
+    return Console(file=written, width=200), written
+
+
+def test_lines_tell_the_last_state() -> None:
+    target, written = console()
+    with Lines(target) as listener:
+        listener.stage("Solve", 4)
+        listener.advance(1)
+        listener.message("[bold] is no markup")
+        listener.stage("Write", 2)
+        listener.advance(2)
+    lines = written.getvalue().splitlines()
+    assert lines == ["Solve", "[bold] is no markup", "Solve: done, 25% in 0 s", "Write", "Write: done, 100% in 0 s"]
+
+
+def test_lines_tell_how_far_a_stopped_run_was() -> None:
+    target, written = console()
+    listener = Lines(target, interval=0)
+    listener.stage("Solve", 4)
+    listener.advance(3)
+    listener.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert "Solve: running, 75% in 0 s, about 0 s left" in written.getvalue()
+    assert written.getvalue().endswith("Solve: stopped, 75% in 0 s\n")
+
+
+def test_bars_fill_when_a_stage_ends() -> None:
+    target, written = console()
+    with Bars(target) as listener:
+        listener.stage("Solve", 4)
+        listener.advance(1)
+        listener.stage("Write", 2)
+        assert listener.progress.tasks[0].finished
+        assert not listener.progress.tasks[1].finished
+        listener.message("kept")
+    assert "kept" in written.getvalue()
+    assert listener.progress.tasks[1].finished
+
+
+def test_wrong_device_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lqexport.cli import device_named
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert device_named("auto") == "cpu"
+    with pytest.raises(UserError, match="no CUDA device"):
+        device_named("cuda")
