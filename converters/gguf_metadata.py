@@ -76,12 +76,12 @@ def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
 def _add_yarn(writer: GGUFWriter, config: dict[str, Any], settings: dict[str, Any]) -> None:
     original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
     writer.add_rope_scaling_orig_ctx_len(int(original))
-    adders = {"beta_fast": writer.add_rope_scaling_yarn_beta_fast, "beta_slow": writer.add_rope_scaling_yarn_beta_slow}
-    for key, add in adders.items():
-        if settings.get(key) is not None:
-            add(float(settings[key]))
-    if settings.get("attention_factor") is not None:
-        raise UserError("llama.cpp computes the attention factor of yarn itself; config.json must not set it.")
+    # There are keys for some of the others, but llama.cpp does not read them for this architecture.
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    variable = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+    others = {key: value for key, value in settings.items() if key not in variable and value is not None}
+    if strange := [key for key, value in others.items() if value != fixed.get(key)]:
+        raise UserError(f"llama.cpp computes yarn for this architecture without {', '.join(strange)} of config.json.")
 
 
 def add_provenance(writer: GGUFWriter, run: dict[str, Any]) -> None:

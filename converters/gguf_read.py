@@ -149,9 +149,6 @@ class GGUFModel:
         rope |= {"rope_type": kind, "factor": _decimal(self._number("rope.scaling.factor"))}
         if kind == "yarn":
             rope["original_max_position_embeddings"] = self._number("rope.scaling.original_context_length")
-            for key in ("beta_fast", "beta_slow"):
-                if (value := self.metadata.get(f"{self._architecture.gguf}.rope.scaling.yarn_{key}")) is not None:
-                    rope[key] = _decimal(value)
         return rope
 
     def _llama3(self, config: dict[str, Any]) -> dict[str, Any]:
