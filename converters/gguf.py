@@ -20,13 +20,11 @@ from lqexport.artifact import Artifact, StoredTensor, digest, written_whole
 from lqexport.converters.architectures import Architecture, architecture_of
 from lqexport.converters.gguf_metadata import add_model, add_provenance
 from lqexport.converters.gguf_tokenizer import add_tokenizer
-from lqexport.converters.rope import llama3_factors, rope_heads, rope_order, rope_settings
+from lqexport.converters.rope import ROPE_FACTORS, llama3_factors, rope_heads, rope_order, rope_settings
 from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
-
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderField, ReaderTensor
 from numpy.typing import NDArray
 
 from lqexport.converters.architectures import ARCHITECTURES, Architecture
-from lqexport.converters.rope import llama3_factors, rope_heads, rope_order
+from lqexport.converters.gguf_header import TensorData, read_header
+from lqexport.converters.rope import ROPE_FACTORS, llama3_factors, rope_heads, rope_order
 from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec, names
-
-ROPE_FACTORS = "rope_freqs.weight"
 
 
 class GGUFModel:
@@ -32,9 +31,7 @@ class GGUFModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        reader = _open(path)
-        self.metadata: dict[str, Any] = {key: _value(field) for key, field in reader.fields.items()}
-        self._tensors = {tensor.name: tensor for tensor in reader.tensors}
+        self.metadata, self._tensors = read_header(path)
         self._architecture = self._known_architecture()
         self._names = self._known_names()
 
@@ -48,8 +45,10 @@ class GGUFModel:
 
     def _known_names(self) -> dict[str, str]:
         """Hugging Face name -> GGUF name of the file's tensors, in the order of the model."""
-        known = gguf_names(self._architecture, self._number("block_count"))
+        # A block holds more than one tensor; a damaged count must not make billions of names.
+        known = gguf_names(self._architecture, int(min(self._number("block_count"), len(self._tensors))))
         unknown = self._tensors.keys() - known.values() - {ROPE_FACTORS}
+        unknown |= {name for name, tensor in self._tensors.items() if len(tensor.shape) > 2}
         if unknown:
             raise UserError(
                 f"{self.path} holds tensors that {self._architecture.gguf} does not have: {sorted(unknown)}."
@@ -66,11 +65,11 @@ class GGUFModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape as in a checkpoint, rows first."""
-        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+        return self._tensor(name).shape
 
     def codec(self, name: str) -> str:
         """The name of the codec that a tensor is stored in. Raises UserError for a type that is not known here."""
-        kind = f"gguf:{self._tensor(name).tensor_type.name}"
+        kind = f"gguf:{self._tensor(name).kind}"
         if kind not in names("gguf"):
             raise UserError(
                 f"{self.path}: {name} is of the type {kind}, which is not supported. Known: {names('gguf')}."
@@ -82,7 +81,7 @@ class GGUFModel:
         kind, shape = self.codec(name), self.shape(name)
         layout = codec(kind).layout(*_matrix(shape))
         ((plane, (dtype, stored)),) = layout.items()
-        rows = np.asarray(self._tensor(name).data).reshape(-1).view(dtype).reshape(shape[0], -1)
+        rows = self._tensor(name).data.view(dtype).reshape(shape[0], -1)
         heads = rope_heads(self._architecture, self.config, name)
         if heads is not None:
             rows = rows[np.argsort(rope_order(shape[0], heads))]
@@ -91,12 +90,13 @@ class GGUFModel:
     def read(self, name: str) -> NDArray[np.float32]:
         """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
         kind, planes, shape = self.planes(name)
-        weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
+        with np.errstate(invalid="ignore", over="ignore"):  # said below in a sentence
+            weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
         if not np.isfinite(weights).all():
             raise UserError(f"{self.path}: {name} holds weights that are infinite or not a number.")
         return weights
 
-    def _tensor(self, name: str) -> ReaderTensor:
+    def _tensor(self, name: str) -> TensorData:
         if name not in self._names:
             raise UserError(f"{self.path} has no tensor {name}.")
         return self._tensors[self._names[name]]
@@ -105,7 +105,7 @@ class GGUFModel:
         """A number of the architecture's own keys, such as `block_count` for `llama.block_count`."""
         full = f"{self._architecture.gguf}.{key}"
         value = self.metadata.get(full, default)
-        if not isinstance(value, int | float):
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.path} gives no {full}.")
         return value
 
@@ -156,30 +156,13 @@ class GGUFModel:
 
         Only the ratios to the original context length show in the factors, so that of every Llama 3 is taken.
         """
-        factors = np.asarray(self._tensors[ROPE_FACTORS].data)
+        factors = self._tensors[ROPE_FACTORS].data.view(np.float32)
         settings = {"rope_type": "llama3", "factor": _decimal(factors.max()), "low_freq_factor": 1.0}
         settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
         expected = llama3_factors(config | {"rope_parameters": config["rope_parameters"] | settings})
         if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
             raise UserError(f"{self.path}: {ROPE_FACTORS} is not what Llama 3 uses, so it cannot go into config.json.")
         return settings
-
-
-def _open(path: Path) -> GGUFReader:
-    try:
-        if path.open("rb").read(4) != b"GGUF":
-            raise UserError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
-        return GGUFReader(path)
-    except OSError as error:
-        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-    # What gguf-py stumbles over in a file that ends too early or holds nonsense.
-    except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError) as error:
-        raise UserError(f"{path} is truncated or damaged ({error}). Copy or download it again.") from error
-
-
-def _value(field: ReaderField) -> Any:
-    value = field.contents()
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -12,6 +12,9 @@ from lqexport.converters.architectures import Architecture
 from lqexport.converters.tensor_names import block_module, head_count
 from lqexport.errors import UserError
 
+ROPE_FACTORS = "rope_freqs.weight"
+"""The GGUF tensor that holds `llama3_factors`."""
+
 
 def rope_heads(architecture: Architecture, config: dict[str, Any], name: str) -> int | None:
     """By how many heads llama.cpp interleaves the rows of a tensor (weight or bias); None where it does not."""

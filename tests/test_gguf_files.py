@@ -646,6 +646,39 @@ def test_unknown_and_missing_tensors(tmp_path: Path, good_file: Path) -> None:
         GGUFModel(changed(good_file, tmp_path, b"blk.0.attn_q.weight", b"blk.0.ffn_gate.bias"))
 
 
+def test_damaged_headers_give_one_sentence(tmp_path: Path, good_file: Path) -> None:
+    """Whatever byte of the header is changed, the file is read or refused with a sentence."""
+    content = np.frombuffer(good_file.read_bytes(), dtype=np.uint8)
+    end = min(tensor.data_offset for tensor in GGUFReader(good_file).tensors)
+    random = np.random.default_rng(0)
+    # Half of the changes near the ends of the header, where the counts and the tensors' infos are.
+    places = [*random.integers(4, end, 100), *random.integers(4, 1000, 100), *random.integers(end - 2000, end, 200)]
+    refused = 0
+    for place in places:
+        damaged = content.copy()
+        damaged[place] ^= np.uint8(1 << random.integers(0, 8))
+        (tmp_path / "damaged.gguf").write_bytes(damaged)
+        try:
+            model = GGUFModel(tmp_path / "damaged.gguf")
+            _ = model.config
+            for name in model.names()[:4]:
+                model.read(name)
+        except UserError:
+            refused += 1
+    assert refused > 100
+
+
+@pytest.mark.parametrize("target", ["gguf:Q8_0", "gguf:BF16"])
+def test_header_is_what_gguf_py_reads(tmp_path: Path, tokenizer: Tokenizer, target: str) -> None:
+    path = export(tmp_path, make_model(attention_bias=True), target, tokenizer)
+    ours, theirs = GGUFModel(path), GGUFReader(path)
+    expected = {key: field.contents() for key, field in theirs.fields.items() if not key.startswith("GGUF.")}
+    assert ours.metadata == expected
+    data = {tensor.name: tensor.data for tensor in theirs.tensors}
+    norm = "model.layers.1.post_attention_layernorm.weight"
+    assert np.array_equal(ours.read(norm), data["blk.1.ffn_norm.weight"])
+
+
 def test_infinite_weights_are_noticed_when_read(tmp_path: Path, good_file: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     tensor = next(tensor for tensor in GGUFReader(good_file).tensors if tensor.name == "blk.0.attn_q.weight")

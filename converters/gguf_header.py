@@ -1,0 +1,132 @@
+"""The header of a GGUF file: metadata and where each tensor lies. The tensors' bytes stay in the mapped file.
+
+    magic "GGUF", u32 version (2 or 3), u64 tensors, u64 keys
+    per key       string name, u32 kind, value
+    per tensor    string name, u32 dimensions, u64 sizes (fastest first), u32 type, u64 offset
+    padding to general.alignment, then the tensors, each at its offset from here
+
+A string is u64 length and UTF-8. Own code rather than gguf-py's reader, which makes an array of every token and takes
+seconds for a vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from numpy.typing import NDArray
+
+from lqexport.errors import UserError
+
+# Kinds of values: numbers by their NumPy types, a string, an array.
+_NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_STRING, _ARRAY = 8, 9
+
+
+@dataclass(frozen=True)
+class TensorData:
+    """A tensor of the file: its shape, rows first, the name of its type, and its bytes, uint8, mapped."""
+
+    shape: tuple[int, ...]
+    kind: str
+    data: NDArray[np.uint8]
+
+
+class _Cursor:
+    """Reads one thing after the other; raises ValueError at the end of the file."""
+
+    def __init__(self, content: NDArray[np.uint8]) -> None:
+        self.content = memoryview(content)
+        self.position = 0
+
+    def take(self, size: int) -> memoryview:
+        begin, self.position = self.position, self.position + size
+        if self.position > len(self.content):
+            raise ValueError(f"it ends at byte {len(self.content)}, in the middle of its header")
+        return self.content[begin : self.position]
+
+    def u32(self) -> int:
+        return int(struct.unpack("<I", self.take(4))[0])
+
+    def u64(self) -> int:
+        return int(struct.unpack("<Q", self.take(8))[0])
+
+    def string(self) -> str:
+        return bytes(self.take(self.u64())).decode(errors="replace")
+
+    def numbers(self, kind: int, count: int) -> list[Any]:
+        if kind not in _NUMBERS:
+            raise ValueError(f"unknown kind of value {kind}")
+        dtype = np.dtype(_NUMBERS[kind])
+        return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+
+    def value(self) -> Any:
+        kind = self.u32()
+        if kind == _STRING:
+            return self.string()
+        if kind != _ARRAY:
+            return self.numbers(kind, 1)[0]
+        kind, count = self.u32(), self.u64()
+        return [self.string() for _ in range(count)] if kind == _STRING else self.numbers(kind, count)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorData]]:
+    """Metadata, and tensors by name. Raises UserError where the file is missing, truncated, damaged or not GGUF."""
+    try:
+        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+    except OSError as error:
+        raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
+    if bytes(content[:4]) != b"GGUF":
+        raise UserError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
+    try:
+        return _parse(content)
+    except ValueError as error:
+        raise UserError(f"{path} is truncated or damaged: {error}. Copy or download it again.") from error
+
+
+def _parse(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, TensorData]]:
+    cursor = _Cursor(content)
+    cursor.take(4)
+    if (version := cursor.u32()) not in (2, 3):
+        raise ValueError(f"its version is {version}, not 2 or 3 of little-endian GGUF")
+    tensor_count, key_count = cursor.u64(), cursor.u64()
+    metadata: dict[str, Any] = {}
+    for _ in range(key_count):
+        key = cursor.string()
+        metadata[key] = cursor.value()
+    infos = [_info(cursor) for _ in range(tensor_count)]
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"its alignment is {alignment}")
+    begin = -(-cursor.position // alignment) * alignment
+    tensors = {name: _tensor(content, begin + offset, name, shape, kind) for name, shape, kind, offset in infos}
+    if len(tensors) != len(infos):
+        raise ValueError("two of its tensors have the same name")
+    return metadata, tensors
+
+
+def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+    name, dimensions = cursor.string(), cursor.u32()
+    if not 1 <= dimensions <= 4:
+        raise ValueError(f"tensor {name} has {dimensions} dimensions")
+    shape = tuple(cursor.u64() for _ in range(dimensions))[::-1]
+    if 0 in shape:
+        raise ValueError(f"tensor {name} has the shape {list(shape)}")
+    return name, shape, GGMLQuantizationType(cursor.u32()), cursor.u64()
+
+
+def _tensor(
+    content: NDArray[np.uint8], begin: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+) -> TensorData:
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    if shape[-1] % block:
+        raise ValueError(f"{shape[-1]} columns of tensor {name} are not a multiple of {block}")
+    size = math.prod(shape) // block * block_bytes
+    if begin + size > len(content):
+        raise ValueError(f"it ends at byte {len(content)}, but tensor {name} goes up to byte {begin + size}")
+    return TensorData(shape, kind.name, content[begin : begin + size])
