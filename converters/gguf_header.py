@@ -41,7 +41,7 @@ class _Cursor:
     """Reads one thing after the other; raises ValueError at the end of the file."""
 
     def __init__(self, content: NDArray[np.uint8]) -> None:
-        self.content = memoryview(content)
+        self.content = content.data
         self.position = 0
 
     def take(self, size: int) -> memoryview:
