@@ -90,8 +90,9 @@ def add_provenance(writer: GGUFWriter, run: dict[str, Any]) -> None:
     writer.add_type("model")
     if name := str(recipe.get("source", "")).rstrip("/").rpartition("/")[2].removesuffix(".gguf"):
         writer.add_name(name)
-    if target := recipe.get("target"):
-        writer.add_file_type(file_type(target.removeprefix("gguf:")))
+    family, _, kind = str(recipe.get("target", "")).partition(":")
+    if family == "gguf":
+        writer.add_file_type(file_type(kind))
     writer.add_quantization_version(QUANTIZATION_VERSION)
     for key in ("recipe", "calibration", "versions"):
         if run.get(key):
