@@ -1,6 +1,6 @@
 """The solver's inner loops, compiled for the CPU with numba: parallel over rows, which are independent.
 
-`lqexport.solve_cpu` calls these; `lqexport.solve_torch` does the same arithmetic on any device, and a test holds the two equal.
+`lqexport.solve_cpu` calls these; `lqexport.solve_torch` does the same on any device, and a test holds the two equal.
 All arrays are float32 and C-contiguous unless said otherwise. R rows, C columns, G groups, K levels.
 """
 
@@ -109,7 +109,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction):
     """Move each float16 of row r, then, in two-level formats, each group's integer, to the best that the file can hold.
 
     `basis` is what the number multiplies: the levels for a scale, ones for an offset. Along one number the loss is a
-    quadratic, so its best stored value is the one nearest to the minimum; a move is taken only where it lowers the loss.
+    quadratic, so its best stored value is the one nearest to the minimum; a move is taken only if it lowers the loss.
     """
     supers, subs = stored.supers[r], stored.subs[r]
     for k in range(supers.shape[0]):
@@ -171,3 +171,81 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
                 codes[r, i] = code
                 q[i] += change
                 _push(g, hessian, i, change)
+
+
+@njit(cache=True, inline="always")
+def _level(target, levels, uniform):
+    count = levels.shape[0]
+    if uniform:
+        return min(max(np.rint(target), levels[0]), levels[count - 1])
+    return levels[_nearest(target, levels, False)]
+
+
+@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
+def _refit_group(x, weight, levels, uniform, has_offset, not_positive, scale, shift):
+    """Weighted least squares for scale and shift, each weight's level the one nearest under the given ones."""
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    square, cross, mean_level, mean = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    for i in range(x.shape[0]):
+        level = _level((x[i] - shift) * inverse, levels, uniform)
+        weighted = weight[i] * level
+        square += weighted * level
+        cross += weighted * x[i]
+        mean_level += weighted
+        mean += weight[i] * x[i]
+    alone = cross / square if square > 0 else scale
+    if not has_offset:
+        return alone, np.float32(0)
+    variance = square - mean_level * mean_level
+    if variance > np.float32(1e-12):
+        scale = (cross - mean_level * mean) / variance
+    shift = mean - scale * mean_level
+    if not_positive and shift > 0:
+        return alone, np.float32(0)
+    return scale, shift
+
+
+@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
+def _group_error(x, weight, levels, uniform, scale, shift):
+    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
+    error = np.float32(0)
+    for i in range(x.shape[0]):
+        off = x[i] - scale * _level((x[i] - shift) * inverse, levels, uniform) - shift
+        error += weight[i] * off * off
+    return error
+
+
+@njit(cache=True)
+def _span(x, levels, has_offset, not_positive, shrink):
+    """Scale and shift that map the levels onto `shrink` times the range of x."""
+    low, high = x.min(), x.max()
+    if not has_offset:
+        return shrink * (low if -low >= high else high) / levels[0], np.float32(0)
+    if not_positive:
+        low, high = min(low, np.float32(0)), max(high, np.float32(0))
+    reach = levels[levels.shape[0] - 1]
+    scale = shrink * (high - low) / (reach - levels[0])
+    return scale, (low + high) / 2 - scale * (reach + levels[0]) / 2
+
+
+@njit(parallel=True, cache=True)
+def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, shrinks, scale, shift):
+    """Scale and shift of every group with the least weighted squared error found: a search over shrunken ranges, each
+    followed by two weighted least-squares refits.
+
+    weights [R, C];  weight [G, C / G], sum 1 in a group;  levels [K];  shrinks [N]
+    has_offset   whether the format has one;  not_positive   whether it must not be above 0
+    scale, shift [R, G], written
+    """
+    groups, width = weight.shape
+    for r in prange(weights.shape[0]):
+        for k in range(groups):
+            x = weights[r, k * width : (k + 1) * width]
+            best = np.float32(np.inf)
+            for shrink in shrinks:
+                s, o = _span(x, levels, has_offset, not_positive, shrink)
+                for _ in range(2):
+                    s, o = _refit_group(x, weight[k], levels, uniform, has_offset, not_positive, s, o)
+                error = _group_error(x, weight[k], levels, uniform, s, o)
+                if error < best:
+                    best, scale[r, k], shift[r, k] = error, s, o

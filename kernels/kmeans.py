@@ -25,7 +25,7 @@ def _interval_cost(mass, first, second, i, j):
 
 @njit(cache=True)
 def _layer(previous, current, split, mass, first, second, n):
-    """current[j]: least error of values 0..j-1 in one interval more than `previous`; split[j]: where the last begins."""
+    """current[j]: least error of values 0..j-1 in one interval more than `previous`; split[j]: start of the last."""
     stack = [(1, n, 0, n - 1)]
     while len(stack) > 0:
         low, high, least, most = stack.pop()

@@ -32,7 +32,7 @@ class Numbers:
 
 @dataclass(frozen=True)
 class TensorGrid:
-    """levels float32 [1 or R, K]; `uniform`: consecutive integers; `group`: columns that share a scale and an offset."""
+    """levels float32 [1 or R, K]; `uniform`: consecutive integers; `group`: columns that share a scale."""
 
     columns: int
     levels: Tensor

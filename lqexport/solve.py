@@ -35,8 +35,8 @@ class Factor:
 
 
 def damped(hessian: Tensor, dampening: float) -> Tensor:
-    """H plus `dampening` times its mean diagonal on the diagonal. Columns whose input is always zero get it too, so they
-    are rounded by themselves; a Hessian of zeros becomes the identity."""
+    """H plus `dampening` times its mean diagonal on the diagonal. Columns whose input is always zero get it too, so
+    they are rounded by themselves; a Hessian of zeros becomes the identity."""
     mean = hessian.diagonal().mean()
     extra = torch.where(mean > 0, dampening * mean, 1.0)
     return hessian + extra * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)

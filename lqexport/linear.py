@@ -1,0 +1,101 @@
+"""One linear from its weight and its Hessian to packed planes, by the recipe's method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lqexport.artifact import StoredTensor
+from lqexport.errors import UserError
+from lqexport.fit import fit, minmax
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec
+from lqexport.formats.registry import codec as codec_named
+from lqexport.grid import TensorGrid
+from lqexport.moments import importance
+from lqexport.recipe import Recipe
+from lqexport.solve import damped, factorize, feedback, layer_loss, refine
+
+ROUND_CHUNK = 1 << 24
+"""Weights rounded at once, so that a large embedding needs little memory."""
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises UserError where a weight is NaN or infinite."""
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise UserError(
+            f"{name} has {bad} NaN or infinite weights in the source. The checkpoint is broken; get it again."
+        )
+
+
+def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
+    """A tensor that no solver works on (embeddings, norms, biases), each weight rounded to its format."""
+    check_finite(name, weight)
+    codec = codec_named(codec_name)
+    matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
+    parts = [_rounded(codec, part.float()) for part in matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))]
+    planes = {plane: np.concatenate([part[plane] for part in parts]) for plane in parts[0]}
+    return StoredTensor(name, codec_name, tuple(weight.shape), planes)
+
+
+def _rounded(codec: PlainCodec | GridCodec, matrix: Tensor) -> dict[str, np.ndarray]:
+    if not hasattr(codec, "levels"):
+        return codec.encode_values(matrix.cpu().numpy())  # type: ignore[union-attr]
+    grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
+    return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
+
+
+def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe) -> StoredTensor:
+    """Quantize float32 `weight` [R, C] for inputs with second moments `hessian` [C, C] (None: method rtn).
+
+    The facts of the result: `loss` (summed squared output error per token), `relative_error` (to the output's energy),
+    `weight_error` (relative, squared), and the dampening that the factorization took.
+    """
+    check_finite(name, weight)
+    codec = codec_named(codec_name)
+    if not hasattr(codec, "levels"):
+        return round_tensor(name, weight, codec_name)
+    facts: dict[str, Any] = {}
+    if hessian is None:
+        grid, codes = _round_to_nearest(codec, weight)
+    else:
+        grid, codes, facts["dampening"] = _solve(codec, weight, hessian, recipe)
+    stored, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
+    difference = torch.from_numpy(values).to(weight.device) - weight
+    facts["weight_error"] = float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
+    if hessian is not None:
+        facts["loss"] = layer_loss(difference, hessian)
+        facts["relative_error"] = facts["loss"] / max(layer_loss(weight, hessian), 1e-30)
+    return StoredTensor(name, codec_name, tuple(weight.shape), stored, facts)
+
+
+def _round_to_nearest(codec: GridCodec, weight: Tensor) -> tuple[TensorGrid, Tensor]:
+    grid = minmax(codec, weight)
+    return grid, grid.nearest(weight)
+
+
+def _solve(codec: GridCodec, weight: Tensor, hessian: Tensor, recipe: Recipe) -> tuple[TensorGrid, Tensor, float]:
+    """Grid, codes, and the dampening that it took."""
+    factor = factorize(hessian.double(), recipe.dampening, recipe.act_order)
+    if recipe.method == "gptq":
+        grid = minmax(codec, weight)
+    else:
+        grid = fit(codec, weight, importance(hessian, factor, recipe.importance, recipe.exponent))
+    codes = feedback(weight, grid, factor)
+    if recipe.method == "lean" and recipe.descent:
+        grid, codes = refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
+    return grid, codes, factor.dampening
+
+
+def _pack(codec: GridCodec, grid: Grid, codes: np.ndarray, name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Planes and the values that they decode to, which must be the grid's own, bit for bit."""
+    planes = codec.encode(grid, codes)
+    values = codec.decode(planes, grid.columns)
+    if not np.array_equal(values.view(np.uint32), grid.values(codes).view(np.uint32)):
+        raise AssertionError(
+            f"{name}: {codec.name} decodes to other values than were solved. This is a bug in lqexport."
+        )
+    return planes, values
