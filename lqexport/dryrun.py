@@ -16,17 +16,20 @@ from rich.console import Console
 from lqexport.artifact import Artifact
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
-from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.inspect import Entry, bits, human_bytes, size, table
+from lqexport.pipeline import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 
 PROCESS_BYTES = 700_000_000
 """What Python with torch, transformers and numba takes before any model is read."""
 
-FIT_SECONDS_PER_WEIGHT = {"rtn": 0.2e-6, "gptq": 0.2e-6, "lean": 1e-6}
-"""Fitting grids is bound by memory and branches, not by the rate of matrix products; seconds on one core."""
+FIT_SECONDS_PER_WEIGHT = 0.2e-6
+"""Fitting a grid, on one core: bound by memory and branches, not by the rate of matrix products."""
+
+SOLVER_SHARE = 0.1
+"""The rate of error feedback and descent, which go column by column, as a share of that of large matrix products."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,7 @@ class Preview:
 def preview(recipe: Recipe, out: Path) -> Preview:
     """Plan a run: reads names and shapes only. Raises UserError as `plan` and `open_source` do."""
     source = open_source(recipe.source)
-    shapes = {name: source.shape(name) for name in source.names()}
-    tensors = plan(
-        recipe.target,
-        source.config,
-        shapes,
-        embedding_type=recipe.embedding_type,
-        output_type=recipe.output_type,
-        fallback=recipe.fallback,
-    )
+    tensors = plan_recipe(source, recipe)
     artifact = Artifact(out)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
@@ -90,10 +85,10 @@ def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
 
 
 def memory_estimate(shown: Preview) -> int:
-    """Bytes at the peak: the process, hidden states of all samples going in and out of a block, a decoder block in
-    float32, the second moments of its inputs, and the arrays that solving its largest linear takes."""
+    """Bytes at the peak: the process, hidden states of all samples, a decoder block in float32, the
+    second moments of its inputs, and the arrays that solving its largest linear takes."""
     recipe, hidden = shown.recipe, shown.config["hidden_size"]
-    states = 2 * 4 * recipe.samples * recipe.sequence_length * hidden
+    states = 4 * recipe.samples * recipe.sequence_length * hidden
     block = _first_block(shown)
     moments = sum(4 * columns**2 for columns in _inputs(shown, block))
     largest = max((tensor.weights for tensor in block), default=0)
@@ -103,21 +98,20 @@ def memory_estimate(shown: Preview) -> int:
     return PROCESS_BYTES + max(states + blocks + moments + 8 * 4 * largest + 4 * 4 * widest**2, 2 * 4 * embedding)
 
 
-def flops_estimate(shown: Preview) -> float:
-    """Floating-point operations of the forward passes, the second moments and the solver's matrix products."""
-    recipe = shown.recipe
+def flops_estimate(shown: Preview) -> tuple[float, float]:
+    """Floating-point operations of the forward passes, second moments and factors; and those of the solver."""
+    recipe, linears = shown.recipe, [tensor for tensor in shown.tensors if tensor.linear]
     if recipe.method == "rtn":
-        return 0.0
+        return 0.0, 0.0
     tokens = recipe.samples * recipe.sequence_length
-    linears = [tensor for tensor in shown.tensors if tensor.linear]
     attention = 4 * recipe.sequence_length * shown.config["hidden_size"] * shown.config["num_hidden_layers"]
     forward = tokens * (2 * sum(tensor.weights for tensor in linears) + attention)
-    passes = 1 if recipe.prefix == "full" else 2
+    passes = 1 if recipe.prefix == "full" else 1 + len(architecture_of(shown.config).linears)
     moments = sum(2 * tokens * columns**2 for columns in _inputs(shown, linears))
     factors = sum(2 * columns**3 for columns in _inputs(shown, linears))
-    per_column = 1 + 2 * (1 + recipe.descent)  # feedback; the loss and each sweep of descent
+    per_column = 1 + 2 * recipe.descent
     solving = sum(per_column * tensor.weights * tensor.matrix[1] for tensor in linears)
-    return float(passes * forward + moments + factors + solving)
+    return float(passes * forward + moments + factors), float(solving)
 
 
 def _first_block(shown: Preview) -> list[PlannedTensor]:
@@ -145,10 +139,11 @@ def measured_rate(device: str, size: int = 1024, seconds: float = 0.3) -> float:
 
 
 def seconds_estimate(shown: Preview, rate: float) -> float:
-    """Seconds of a run from nothing, at `rate` floating-point operations per second."""
-    fitted = sum(tensor.weights for tensor in shown.tensors if tensor.linear)
-    fitting = fitted * FIT_SECONDS_PER_WEIGHT[shown.recipe.method] / torch.get_num_threads()
-    return flops_estimate(shown) / rate + fitting
+    """Seconds of a run from nothing, where large matrix products take `rate` floating-point operations per second."""
+    products, solving = flops_estimate(shown)
+    matrices = sum(tensor.weights for tensor in shown.tensors if len(tensor.shape) == 2)
+    fitting = matrices * FIT_SECONDS_PER_WEIGHT / torch.get_num_threads()
+    return products / rate + solving / (SOLVER_SHARE * rate) + fitting
 
 
 def as_json(shown: Preview, device: str) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Protocol
 
@@ -34,7 +37,24 @@ class Silent:
     def message(self, text: str) -> None: ...
 
 
-class Lines:
+class Interruptible:
+    """Notices a Ctrl-C that got lost: one that arrives while numba compiles is raised inside a C callback, which prints
+    it and goes on. It is raised again when the work next advances."""
+
+    interrupted = False
+
+    def interrupt(self, *_: object) -> None:
+        """A handler of SIGINT."""
+        self.interrupted = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt where there was one."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+
+
+class Lines(Interruptible):
     """A listener for logs and pipes: one line when a stage begins, at most one every `interval` seconds while it
     runs and one when it ends, on standard error. So a killed run leaves a line that says how far it was."""
 
@@ -60,6 +80,7 @@ class Lines:
         self.console.print(description, markup=False, highlight=False)
 
     def advance(self, amount: float) -> None:
+        self.check()
         self.done += amount
         if time.monotonic() - self.told >= self.interval:
             self._tell("running")
@@ -76,7 +97,7 @@ class Lines:
         self.console.print(text, markup=False, highlight=False)
 
 
-class Bars:
+class Bars(Interruptible):
     """A listener for terminals: one bar per stage with the time left, on standard error."""
 
     def __init__(self, console: Console) -> None:
@@ -100,6 +121,7 @@ class Bars:
         self.task = self.progress.add_task(description, total=total)
 
     def advance(self, amount: float) -> None:
+        self.check()
         if self.task is not None:
             self.progress.advance(self.task, amount)
 
@@ -112,7 +134,14 @@ class Bars:
             self.progress.update(self.task, completed=self.progress.tasks[self.task].total)
 
 
-def terminal_listener() -> Bars | Lines:
-    """A context manager and listener on standard error: bars on a terminal, lines elsewhere."""
+@contextlib.contextmanager
+def terminal_listener() -> Iterator[Bars | Lines]:
+    """A listener on standard error: bars on a terminal, lines elsewhere. While it is open no Ctrl-C gets lost."""
     console = Console(stderr=True)
-    return Bars(console) if sys.stderr.isatty() else Lines(console)
+    listener = Bars(console) if sys.stderr.isatty() else Lines(console)
+    before = signal.signal(signal.SIGINT, listener.interrupt)
+    try:
+        with listener:
+            yield listener
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -151,7 +152,7 @@ def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
     assert more[0] > small[0]
-    assert more[1] > 5 * small[1] > 5 * rounded[1] > 0
+    assert more[1] > small[1] > rounded[1] > 0
 
 
 def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
@@ -160,8 +161,8 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
     moments_and_factors = sum(2 * 8 * width**2 + 2 * width**3 for width in inputs)
-    solving = 3 * 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
-    assert dryrun.flops_estimate(shown) == forward + moments_and_factors + solving
+    solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
+    assert dryrun.flops_estimate(shown) == (forward + moments_and_factors, solving)
 
 
 def test_measured_rate_is_one_of_this_century() -> None:
@@ -300,6 +301,17 @@ def test_lines_tell_how_far_a_stopped_run_was() -> None:
     listener.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert "Solve: running, 75% in 0 s, about 0 s left" in written.getvalue()
     assert written.getvalue().endswith("Solve: stopped, 75% in 0 s\n")
+
+
+@pytest.mark.parametrize("kind", [Lines, Bars])
+def test_a_lost_ctrl_c_is_raised_when_work_advances(kind: type[Lines] | type[Bars]) -> None:
+    listener = kind(console()[0])
+    listener.stage("Compile", 1)
+    listener.advance(0.5)
+    with contextlib.suppress(KeyboardInterrupt):  # as the C callback does
+        listener.interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        listener.advance(0.5)
 
 
 def test_bars_fill_when_a_stage_ends() -> None:

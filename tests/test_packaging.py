@@ -40,8 +40,8 @@ def test_listed_packages_are_the_folders_with_code(root: Path, project: dict[str
     assert {folder.replace("/", ".") for folder in mapped.values()} == names
 
 
-def test_every_package_has_a_docstring_and_no_code(root: Path) -> None:
-    for folder in ("lqexport", *SUBPACKAGES):
+def test_sub_packages_have_a_docstring_and_import_nothing(root: Path) -> None:
+    for folder in SUBPACKAGES:
         module = ast.parse((root / folder / "__init__.py").read_text())
         assert ast.get_docstring(module)
         assert len(module.body) == 1
