@@ -46,7 +46,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"The disk is full: cannot write {path}. Free some space and run the same command again.") from error
+            raise UserError(
+                f"The disk is full: cannot write {path}. Free some space and run the same command again."
+            ) from error
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -151,7 +153,9 @@ class Artifact:
         except FileNotFoundError:
             raise UserError(f"{self.folder} has no tensor {name}.") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}). Delete it and run the same quantize command again.") from error
+            raise UserError(
+                f"{path} is damaged ({error}). Delete it and run the same quantize command again."
+            ) from error
 
     def finish(self, names: list[str], report: dict[str, Any]) -> None:
         """Write the report and then the manifest of all `names`, which says that the artifact is whole."""

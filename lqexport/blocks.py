@@ -33,7 +33,9 @@ class _Catcher(nn.Module):
 class BlockModel:
     """Embedding, decoder blocks and head of a model, each loaded when it is used."""
 
-    def __init__(self, weights: Weights, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, weights: Weights, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> None:
         self.weights = weights
         self.device = torch.device(device)
         self.dtype = dtype
