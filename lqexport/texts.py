@@ -52,7 +52,6 @@ HELDOUT_MODULES = (
     "locale",
     "mailbox",
     "pathlib",
-    "pdb",
     "pickle",
     "pickletools",
     "shutil",
