@@ -80,18 +80,20 @@ def _push(gradient, hessian, i, delta):
         gradient[j] += delta * hessian[i, j]
 
 
-@njit(cache=True, inline="always")
+@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
 def _best_step(direction, gradient, hessian, first, last):
     """The step along `direction` (columns first..last) that minimises the loss: minus slope over curvature."""
     slope = 0.0
     curvature = 0.0
-    for i in range(first, last):
-        if direction[i] != 0:
-            slope += direction[i] * gradient[i]
+    part = direction[first:last]  # loops that start at 0 vectorise: numba then drops the check for negative indices
+    for i in range(part.shape[0]):
+        if part[i] != 0:
+            slope += part[i] * gradient[first + i]
+            row = hessian[first + i, first:last]
             along = np.float32(0)
-            for j in range(first, last):
-                along += hessian[i, j] * direction[j]
-            curvature += direction[i] * along
+            for j in range(part.shape[0]):
+                along += row[j] * part[j]
+            curvature += part[i] * along
     return -slope / curvature if curvature > 0 else 0.0
 
 
@@ -136,7 +138,9 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction):
 
 @njit(cache=True, inline="always")
 def _number(stored, r, group, default):
-    return stored.sign * stored.supers[r, group // stored.span] * stored.subs[r, group] if stored.present else default
+    if not stored.present:
+        return default
+    return stored.sign * stored.supers[r, group // stored.span] * np.float32(stored.subs[r, group])
 
 
 @njit(parallel=True, cache=True)
@@ -216,36 +220,48 @@ def _group_error(x, weight, levels, uniform, scale, shift):
 
 
 @njit(cache=True)
-def _span(x, levels, has_offset, not_positive, shrink):
-    """Scale and shift that map the levels onto `shrink` times the range of x."""
+def _span(x, levels, has_offset, not_positive, cut_low, cut_high):
+    """Scale and shift that map the levels onto the range of x, less a share of it at each end."""
     low, high = x.min(), x.max()
     if not has_offset:
-        return shrink * (low if -low >= high else high) / levels[0], np.float32(0)
+        return (1 - cut_low) * (low if -low >= high else high) / levels[0], np.float32(0)
     if not_positive:
         low, high = min(low, np.float32(0)), max(high, np.float32(0))
-    reach = levels[levels.shape[0] - 1]
-    scale = shrink * (high - low) / (reach - levels[0])
-    return scale, (low + high) / 2 - scale * (reach + levels[0]) / 2
+    low, high = low + cut_low * (high - low), high - cut_high * (high - low)
+    scale = (high - low) / (levels[levels.shape[0] - 1] - levels[0])
+    return scale, low - scale * levels[0]
+
+
+@njit(cache=True)
+def _search(x, weight, levels, uniform, has_offset, not_positive, cuts, around, best):
+    """Try every range; best = (error, scale, shift, cut_low, cut_high) is replaced where one is better."""
+    for n in range(cuts.shape[0]):
+        cut_low, cut_high = around[0] + cuts[n, 0], around[1] + cuts[n, 1]
+        s, o = _span(x, levels, has_offset, not_positive, cut_low, cut_high)
+        for _ in range(2):
+            s, o = _refit_group(x, weight, levels, uniform, has_offset, not_positive, s, o)
+        error = _group_error(x, weight, levels, uniform, s, o)
+        if error < best[0]:
+            best = (error, s, o, cut_low, cut_high)
+    return best
 
 
 @njit(parallel=True, cache=True)
-def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, shrinks, scale, shift):
-    """Scale and shift of every group with the least weighted squared error found: a search over shrunken ranges, each
-    followed by two weighted least-squares refits.
+def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, cuts, fine, scale, shift):
+    """Scale and shift of every group with the least weighted squared error found: a search over ranges, then another
+    around the best one, each range followed by two weighted least-squares refits.
 
-    weights [R, C];  weight [G, C / G], sum 1 in a group;  levels [K];  shrinks [N]
+    weights [R, C];  weight [G, C / G], sum 1 in a group;  levels [K]
     has_offset   whether the format has one;  not_positive   whether it must not be above 0
+    cuts, fine [N, 2]   shares of the range to leave out below and above (without offset: of the largest magnitude)
     scale, shift [R, G], written
     """
     groups, width = weight.shape
+    zero = np.float32(0)
     for r in prange(weights.shape[0]):
         for k in range(groups):
-            x = weights[r, k * width : (k + 1) * width]
-            best = np.float32(np.inf)
-            for shrink in shrinks:
-                s, o = _span(x, levels, has_offset, not_positive, shrink)
-                for _ in range(2):
-                    s, o = _refit_group(x, weight[k], levels, uniform, has_offset, not_positive, s, o)
-                error = _group_error(x, weight[k], levels, uniform, s, o)
-                if error < best:
-                    best, scale[r, k], shift[r, k] = error, s, o
+            x, w = weights[r, k * width : (k + 1) * width], weight[k]
+            best = (np.float32(np.inf), zero, zero, zero, zero)
+            best = _search(x, w, levels, uniform, has_offset, not_positive, cuts, (zero, zero), best)
+            best = _search(x, w, levels, uniform, has_offset, not_positive, fine, best[3:], best)
+            scale[r, k], shift[r, k] = best[1], best[2]

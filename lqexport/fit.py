@@ -1,7 +1,7 @@
 """Choosing a format's scales and offsets for a matrix: the grid, before any code is solved.
 
 Every fit minimises `sum_i importance_i (w_i - value_i)^2` per group of columns; which importance is the caller's choice
-(`lqexport.moments.importance`). Real-valued scales and offsets come from a search over shrunken ranges, each followed
+(`lqexport.moments.importance`). Real-valued scales and offsets come from a search over ranges, each followed
 by weighted least-squares refits; then they are rounded as the file stores them. A table per row is exact k-means.
 """
 
@@ -16,8 +16,15 @@ from lqexport.grid import Numbers, TensorGrid, nearest_level, shared_levels
 from lqexport.kernels import cpu
 from lqexport.kernels.kmeans import weighted_kmeans
 
-SHRINK = (1.05, 1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.5)
-"""Fractions of a group's range that the search tries."""
+Cuts = tuple[tuple[float, float], ...]
+STEPS = (0.0, 0.08, 0.16, 0.24, 0.32, 0.4)
+"""Shares of a group's range that the search leaves out at each end; LeanQuant's goes up to 0.4 too, in 2048 steps of the
+range. The refits move a range on from where it starts, so few starts find what its thousands do (tests/test_solver.py)."""
+TWO_SIDED: Cuts = tuple((low, high) for low in STEPS for high in STEPS)
+TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in (-0.04, 0, 0.04) if low or high)
+ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
+ONE_SIDED_FINE: Cuts = ((-0.025, -0.025), (0.025, 0.025))
+"""The same where there is no offset: shares of the largest magnitude."""
 CHUNK = 1 << 24
 """Weights fitted at once on a GPU; bounds the memory of the search."""
 
@@ -46,7 +53,7 @@ def _fit_cpu(
     scale, shift = torch.zeros(2, len(weights), len(weight))
     cpu.fit_groups(
         weights.contiguous().numpy(), weight.contiguous().numpy(), levels[0].numpy(), uniform, offset is not None,
-        offset is not None and offset.two_level, np.asarray(SHRINK, np.float32), scale.numpy(), shift.numpy(),
+        offset is not None and offset.two_level, *(np.asarray(cuts, np.float32) for cuts in _cuts(offset)), scale.numpy(), shift.numpy(),
     )  # fmt: skip
     return scale, shift
 
@@ -59,7 +66,12 @@ def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
         table = low + (high - low) * torch.linspace(0, 1, codec.level_count, device=weights.device)
         return TensorGrid(columns, round_half(table), False)
     levels, uniform = shared_levels(codec, weights.device)
-    scale, offset = _span(weights.unflatten(1, (-1, codec.scale.group or columns)), levels, codec.offset, 1.0)
+    scale, offset = _span(
+        weights.unflatten(1, (-1, codec.scale.group or columns)),
+        levels,
+        codec.offset,
+        torch.zeros(2, 1, 1, device=weights.device),
+    )
     return _stored(codec, columns, levels, uniform, scale, offset)
 
 
@@ -96,37 +108,45 @@ def _normalized(importance: Tensor) -> Tensor:
     return torch.where(total > 0, importance / total, 1 / importance.shape[-1])
 
 
-def _span(groups: Tensor, levels: Tensor, offset: ScaleFormat | None, shrink: float) -> tuple[Tensor, Tensor]:
-    """Scale and offset [R, G] that map the levels onto `shrink` times the range of each group [R, G, g]."""
+def _cuts(offset: ScaleFormat | None) -> tuple[Cuts, Cuts]:
+    return (ONE_SIDED, ONE_SIDED_FINE) if offset is None else (TWO_SIDED, TWO_SIDED_FINE)
+
+
+def _span(groups: Tensor, levels: Tensor, offset: ScaleFormat | None, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset [R, G] that map the levels onto the range of each group [R, G, g], less a share at each end."""
     first, last = levels[0, 0], levels[0, -1]
     if offset is None:
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
-        scale = shrink * extreme / first  # in every codebook the first level has the largest magnitude
+        scale = (1 - cut[0]) * extreme / first  # in every codebook the first level has the largest magnitude
         return scale, torch.zeros_like(scale)
     low, high = groups.amin(2), groups.amax(2)
     if offset.two_level:  # what is stored is not negative and is subtracted
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = shrink * (high - low) / (last - first)
-    return scale, (low + high) / 2 - scale * (last + first) / 2
+    low, high = low + cut[0] * (high - low), high - cut[1] * (high - low)
+    scale = (high - low) / (last - first)
+    return scale, low - scale * first
 
 
 def _fit_groups(
     groups: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
     """Scale and offset [R, G] with the least weighted squared error found for groups [R, G, g]; weight [G, g]."""
-    best_error = torch.full(groups.shape[:2], torch.inf, device=groups.device)
-    best_scale = best_shift = torch.zeros_like(best_error)
-    for shrink in SHRINK:
-        scale, shift = _span(groups, levels, offset, shrink)
-        for _ in range(2):
+    shape = (5, *groups.shape[:2])
+    best = torch.zeros(shape, device=groups.device)  # error, scale, shift, cut below, cut above
+    best[0] = torch.inf
+    coarse, fine = _cuts(offset)
+    for cuts in (coarse, fine):
+        start = best[3:]  # all zero at first, then the best cuts of the coarse search
+        for cut in cuts:
+            moved = start + torch.tensor(cut, device=groups.device)[:, None, None]
+            scale, shift = _span(groups, levels, offset, moved)
+            for _ in range(2):
+                chosen = _chosen(groups, scale, shift, levels, uniform)
+                scale, shift = _refit(groups, weight, chosen, offset, scale)
             chosen = _chosen(groups, scale, shift, levels, uniform)
-            scale, shift = _refit(groups, weight, chosen, offset, scale)
-        chosen = _chosen(groups, scale, shift, levels, uniform)
-        error = (weight * (groups - scale[..., None] * chosen - shift[..., None]).square()).sum(-1)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale, best_shift = torch.where(better, scale, best_scale), torch.where(better, shift, best_shift)
-    return best_scale, best_shift
+            error = (weight * (groups - scale[..., None] * chosen - shift[..., None]).square()).sum(-1)
+            best = torch.where(error < best[0], torch.stack((error, scale, shift, *moved)), best)
+    return best[1], best[2]
 
 
 def _chosen(groups: Tensor, scale: Tensor, shift: Tensor, levels: Tensor, uniform: bool) -> Tensor:

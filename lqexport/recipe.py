@@ -38,7 +38,7 @@ class Recipe:
     importance: ImportanceBase = "diagonal"
     exponent: float = 1.0
     act_order: bool = True
-    descent: int = 2
+    descent: int = 4
     embedding_type: str | None = None
     output_type: str | None = None
     fallback: bool = True

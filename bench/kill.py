@@ -1,0 +1,74 @@
+"""kill -9 at random moments, then resume: is the artifact byte-identical to one made in one go?
+
+    python bench/kill.py MODEL --work FOLDER [--kills 10] [--seed 0] -- --target gguf:Q2_K --samples 8 ...
+
+What follows `--` goes to `lqexport quantize`. Prints a line per kill and exits with 1 where a byte differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def kill_and_resume(model: str, work: Path, options: list[str], *, kills: int, seed: int) -> dict[str, Any]:
+    """Run once undisturbed and time it; run again, killed `kills` times at random moments; compare all files."""
+    whole, killed = work / "whole", work / "killed"
+    began = time.monotonic()
+    subprocess.run(_command(model, whole, options), check=True)
+    seconds = time.monotonic() - began
+    draw = random.Random(seed)
+    moments = sorted(draw.uniform(0, seconds) for _ in range(kills))
+    finished = []
+    for moment in moments:
+        finished.append(_run_until(_command(model, killed, options), moment, killed))
+        print(f"killed after {moment:.1f} s with {finished[-1]} tensors finished", flush=True)
+    subprocess.run(_command(model, killed, options), check=True)
+    return {"seconds": seconds, "finished_at_kills": finished, "identical": digests(whole) == digests(killed)}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """sha256 of every file of an artifact but the log, which holds times."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl")
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def _command(model: str, out: Path, options: list[str]) -> list[str]:
+    return [sys.executable, "-m", "lqexport", "quantize", model, str(out), *options]
+
+
+def _run_until(command: list[str], seconds: float, out: Path) -> int:
+    """Start the command, kill it after `seconds`; how many tensors were finished by then."""
+    process = subprocess.Popen(command)
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    return len(list((out / "tensors").glob("*.safetensors")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("options", nargs="*")
+    arguments = parser.parse_args()
+    result = kill_and_resume(
+        arguments.model, arguments.work, arguments.options, kills=arguments.kills, seed=arguments.seed
+    )
+    print(json.dumps(result))
+    sys.exit(0 if result["identical"] else 1)
+
+
+if __name__ == "__main__":
+    main()

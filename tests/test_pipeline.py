@@ -1,0 +1,221 @@
+"""`quantize` from end to end on a tiny model: what is stored, resuming, and bad input."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+
+from lqexport import artifact as artifacts
+from lqexport import pipeline
+from lqexport.artifact import Artifact
+from lqexport.errors import UserError
+from lqexport.formats.registry import codec
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = np.random.default_rng(3)
+    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(" ".join(draw.choice(words, 20000)))
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, text: Path) -> Recipe:
+    return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64)
+
+
+def changed(recipe: Recipe, **options: object) -> Recipe:
+    return Recipe(**{**recipe.__dict__, **options})
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file but the log, which holds times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize(
+    "target", ["gguf:Q2_K", "gguf:IQ4_XS", "gguf:Q4_K_M", "gguf:F16", "native:table-3", "native:affine-4-g128"]
+)
+@pytest.mark.parametrize("method", ["rtn", "gptq", "lean"])
+def test_every_tensor_is_stored_near_its_source(recipe: Recipe, target: str, method: str, tmp_path: Path) -> None:
+    report = quantize(changed(recipe, target=target, method=method), tmp_path / "out")
+    stored = Artifact(tmp_path / "out")
+    source = open_source(recipe.source)
+    assert set(stored.manifest()) == set(source.names()) - {"lm_head.weight"}
+    for name in stored.manifest():
+        tensor = stored.read(name)
+        weight = source.read(name).float()
+        values = codec(tensor.codec).decode(tensor.planes, weight.shape[-1]).reshape(weight.shape)
+        error = float(((torch.from_numpy(values) - weight) ** 2).sum() / (weight**2).sum())
+        assert error < 0.35 if "proj" in name else error < 1e-3, name
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
+    assert (tmp_path / "out" / "model" / "tokenizer.json").is_file()
+
+
+def test_methods_order_as_they_should(recipe: Recipe, tmp_path: Path) -> None:
+    """On the calibration data itself: LeanQuant's loss is below GPTQ's, which is below that of rounding its grid."""
+    losses = {}
+    for method in ("gptq", "lean"):
+        report = quantize(changed(recipe, target="gguf:Q2_K", method=method), tmp_path / method)
+        losses[method] = np.mean([t["relative_error"] for t in report["tensors"] if "relative_error" in t])
+    assert losses["lean"] < 0.8 * losses["gptq"]
+
+
+@pytest.mark.parametrize("prefix", ["full", "quantized"])
+def test_interrupted_anywhere_resumes_to_the_same_bytes(
+    recipe: Recipe, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, prefix=prefix)
+    quantize(recipe, tmp_path / "whole")
+    expected = contents(tmp_path / "whole")
+    write = Artifact.write
+    for stop in (0, 3, 8, 11, 15):
+        left = [stop]
+
+        def until(self: Artifact, tensor: artifacts.StoredTensor, left: list[int] = left) -> None:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            write(self, tensor)
+
+        monkeypatch.setattr(Artifact, "write", until)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(recipe, tmp_path / str(stop))
+        assert not Artifact(tmp_path / str(stop)).complete
+        monkeypatch.setattr(Artifact, "write", write)
+        quantize(recipe, tmp_path / str(stop))
+        assert contents(tmp_path / str(stop)) == expected
+
+
+def test_killed_outright_resumes_to_the_same_bytes(tiny_model: Path, text: Path, load_script, tmp_path: Path) -> None:
+    kill = load_script("bench/kill.py")
+    options = ["--target", "gguf:Q2_K", "--calibration", str(text), "--samples", "6", "--sequence-length", "64"]
+    result = kill.kill_and_resume(str(tiny_model), tmp_path, options, kills=2, seed=0)
+    assert result["identical"]
+
+
+def test_a_finished_artifact_is_left_alone(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report = quantize(recipe, tmp_path / "out")
+    monkeypatch.setattr(pipeline, "solve_linear", None)
+    assert quantize(recipe, tmp_path / "out") == report
+
+
+def test_the_prefixes_see_different_inputs(recipe: Recipe, tmp_path: Path) -> None:
+    for prefix in ("full", "quantized"):
+        quantize(changed(recipe, target="gguf:Q2_K", prefix=prefix), tmp_path / prefix)
+    first, second = (Artifact(tmp_path / prefix) for prefix in ("full", "quantized"))
+    same = [name for name in first.manifest() if first.manifest()[name] == second.manifest()[name]]
+    assert "model.layers.0.self_attn.q_proj.weight" in same  # nothing before it is quantized
+    assert "model.layers.0.self_attn.o_proj.weight" not in same
+    assert "model.layers.1.mlp.down_proj.weight" not in same
+
+
+def damaged(tiny_model: Path, folder: Path, **tensors: torch.Tensor) -> Path:
+    shutil.copytree(tiny_model, folder)
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    safetensors.torch.save_file({**state, **tensors}, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_biases_are_kept(recipe: Recipe, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(recipe.source)
+    config = type(model.config)(**{**model.config.to_dict(), "attention_bias": True})
+    biased = type(model)(config)
+    for name, parameter in biased.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter)
+    biased.save_pretrained(tmp_path / "biased")
+    AutoTokenizer.from_pretrained(recipe.source).save_pretrained(tmp_path / "biased")
+    quantize(changed(recipe, source=str(tmp_path / "biased")), tmp_path / "out")
+    stored = Artifact(tmp_path / "out").read("model.layers.0.self_attn.q_proj.bias")
+    values = codec(stored.codec).decode(stored.planes, stored.shape[0]).ravel()
+    expected = biased.state_dict()["model.layers.0.self_attn.q_proj.bias"].float().numpy()
+    np.testing.assert_array_equal(values, expected)
+
+
+def test_nan_weights_are_named(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    bad = torch.zeros(512, 256, dtype=torch.float16)
+    bad[3, 5] = torch.nan
+    source = damaged(tiny_model, tmp_path / "nan", **{name: bad})
+    with pytest.raises(UserError, match=r"layers.1.mlp.up_proj.weight has 1 NaN"):
+        quantize(changed(recipe, source=str(source)), tmp_path / "out")
+
+
+def test_a_truncated_checkpoint_is_refused(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "cut")
+    path = tmp_path / "cut" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(UserError, match="cut short or damaged"):
+        quantize(changed(recipe, source=str(tmp_path / "cut")), tmp_path / "out")
+    path.unlink()
+    with pytest.raises(UserError, match=r"neither model.safetensors nor"):
+        quantize(changed(recipe, source=str(tmp_path / "cut")), tmp_path / "out")
+
+
+def test_sharded_checkpoints_give_the_same_weights(recipe: Recipe, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(recipe.source)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="500KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 1
+    one, many = open_source(recipe.source), open_source(str(tmp_path / "shards"))
+    assert set(one.names()) == set(many.names())
+    for name in one.names():
+        torch.testing.assert_close(one.read(name).float(), many.read(name).float(), rtol=0, atol=0)
+        assert one.shape(name) == many.shape(name)
+    (tmp_path / "shards" / "model-00002-of-00006.safetensors").unlink(missing_ok=True)
+    next(iter((tmp_path / "shards").glob("*.safetensors"))).unlink()
+    with pytest.raises(UserError, match="is missing"):
+        open_source(str(tmp_path / "shards"))
+
+
+def test_another_runs_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    quantize(changed(recipe, method="rtn"), tmp_path / "out")
+    with pytest.raises(UserError, match="holds another run"):
+        quantize(changed(recipe, method="rtn", target="gguf:Q4_0"), tmp_path / "out")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("words")
+    with pytest.raises(UserError, match="not an lqexport artifact"):
+        quantize(recipe, tmp_path / "mine")
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(artifacts.os, "fsync", full)
+    with pytest.raises(UserError, match="disk is full"):
+        quantize(changed(recipe, method="rtn"), tmp_path / "out")
+    assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []
+
+
+def test_too_little_text_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("Too short.")
+    with pytest.raises(UserError, match="tokens"):
+        quantize(changed(recipe, calibration=str(tmp_path / "short.txt")), tmp_path / "out")
+
+
+def test_no_gpu_is_said(recipe: Recipe, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(UserError, match="no CUDA device"):
+        quantize(recipe, tmp_path / "out", device="cuda")
