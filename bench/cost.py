@@ -1,0 +1,82 @@
+"""What quantizing costs: whole-process time and peak memory, as a ratio to the bare forward passes over the same tokens.
+
+    python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 128] [--sequence-length 512]
+
+The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in a process of
+its own; the best batch size of 1, 2 and 4 counts. Both run on this machine, one after the other; prints JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+FLOOR = """
+import json, resource, sys, time
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from lqexport.calibration import load_calibration
+model, text, samples, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+tokens = load_calibration(text, AutoTokenizer.from_pretrained(model), samples=samples, sequence_length=length, seed=0).tokens
+body = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().model
+def seconds(part, batch):
+    began = time.perf_counter()
+    for ids in part.split(batch):
+        body(ids, use_cache=False)
+    return time.perf_counter() - began
+with torch.no_grad():
+    body(tokens[:1], use_cache=False)
+    batch = min((1, 2, 4), key=lambda size: seconds(tokens[:4], size))
+    total = seconds(tokens, batch)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+print(json.dumps({"seconds": total, "batch": batch, "peak_gib": peak}))
+"""
+
+
+def run_with_peak(command: list[str]) -> dict[str, float]:
+    """Wall seconds and peak resident memory in GiB of a command and its children."""
+    code = (
+        "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode;"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20); sys.exit(status)"
+    )
+    began = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.PIPE, text=True)
+    return {"seconds": time.perf_counter() - began, "peak_gib": float(done.stdout.split()[-1])}
+
+
+def measure(model: str, text: str, work: Path, target: str, samples: int, length: int) -> dict[str, Any]:
+    sizes = [str(samples), str(length)]
+    floor = subprocess.run(
+        [sys.executable, "-c", FLOOR, model, text, *sizes], check=True, stdout=subprocess.PIPE, text=True
+    )
+    result = {"floor": json.loads(floor.stdout.splitlines()[-1])}
+    options = ["--target", target, "--calibration", text, "--samples", sizes[0], "--sequence-length", sizes[1]]
+    result["quantize"] = run_with_peak(
+        [sys.executable, "-m", "lqexport", "quantize", model, str(work / "artifact"), *options]
+    )
+    result["ratio"] = result["quantize"]["seconds"] / result["floor"]["seconds"]
+    return {"model": model, "target": target, "samples": samples, "sequence_length": length, **result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--text", default="python-docs")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--target", default="gguf:Q4_K")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=512)
+    arguments = parser.parse_args()
+    result = measure(
+        arguments.model, arguments.text, arguments.work, arguments.target, arguments.samples, arguments.sequence_length
+    )
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

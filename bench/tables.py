@@ -1,0 +1,139 @@
+"""Non-uniform tables (LeanQuant's grid) against GPTQ and plain rounding at the same bits, and the k-means they rest on.
+
+    python bench/tables.py MODEL --calibration FILE --evaluation FILE [--samples 32] [--windows 6]
+
+Second moments are gathered once, from the full-precision prefix. Every method then quantizes all linears of the decoder
+blocks to a table of 2^bits float16 values per row: RTN and GPTQ take the evenly spaced table over a row's range, lean
+fits it by exact weighted k-means. Judged by our own float32 forward against the source, windows of 512 (second half
+scored). Then exact k-means against scikit-learn's with the settings of LeanQuant's released code, on rows of one linear
+of this model: objective and time. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+
+import numpy as np
+import torch
+from sklearn.cluster import KMeans
+from transformers import AutoModelForCausalLM
+
+from lqexport import evaluate, texts
+from lqexport.calibration import load_calibration
+from lqexport.formats.registry import codec
+from lqexport.kernels.kmeans import weighted_kmeans
+from lqexport.linear import solve_linear
+from lqexport.moments import SecondMoments, importance
+from lqexport.recipe import Recipe
+from lqexport.solve import factorize
+from lqexport.source import open_source
+
+METHODS = {
+    "RTN": {"method": "rtn"},
+    "GPTQ": {"method": "gptq"},
+    "lean, one pass": {"method": "lean", "descent": 0},
+    "lean, with descent": {"method": "lean"},
+}
+
+
+def gather(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Plain and normalized second moments by linear; linears that share their input are gathered each by itself."""
+    moments = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and "layers." in name:
+            pair = [SecondMoments(module.in_features, kind, torch.device("cpu")) for kind in ("plain", "normalized")]
+            moments[name] = pair
+            module.register_forward_pre_hook(lambda _, args, pair=pair: [total.add(args[0]) for total in pair] and None)
+    for ids in tokens.split(2):
+        model.model(ids, use_cache=False)
+    for module in model.modules():
+        module._forward_pre_hooks.clear()
+    return {name: tuple(total.hessian() for total in pair) for name, pair in moments.items()}
+
+
+def quantize_all(
+    model: torch.nn.Module, weights: dict[str, torch.Tensor], moments: dict, bits: int, recipe: Recipe
+) -> float:
+    """Replace every linear's weight by its quantized values; seconds that it took."""
+    began = time.perf_counter()
+    table = codec(f"native:table-{bits}")
+    for name, weight in weights.items():
+        hessian = None if recipe.method == "rtn" else moments[name][recipe.moments == "normalized"]
+        solved = solve_linear(name, weight, hessian, table.name, recipe)
+        model.get_submodule(name).weight.data = torch.from_numpy(table.decode(solved.planes, weight.shape[1]))
+    return time.perf_counter() - began
+
+
+def logits(model: torch.nn.Module, windows: np.ndarray) -> list[torch.Tensor]:
+    return [model(torch.from_numpy(window)[None]).logits[0, 256:-1] for window in windows]
+
+
+def methods_table(arguments: argparse.Namespace) -> None:
+    source = open_source(arguments.model)
+    tokenizer = source.tokenizer()
+    tokens = load_calibration(
+        arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=512, seed=0
+    ).tokens
+    text = texts.read_text(arguments.evaluation).content
+    windows = evaluate.cut(evaluate.tokenize(tokenizer, text), evaluate.LLAMACPP_512, None, arguments.windows)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
+    reference = logits(model, windows)
+    moments = gather(model, tokens)
+    weights = {name: model.get_submodule(name).weight.data for name in moments}
+    print("| bits | method | mean KL | perplexity | same top-1 | solve s |\n|---|---|---|---|---|---|")
+    for bits in (4, 3, 2):
+        for label, options in METHODS.items():
+            recipe = Recipe(arguments.model, f"native:table-{bits}", moments=arguments.moments, **options)
+            seconds = quantize_all(model, weights, moments, bits, recipe)
+            result = evaluate.compare(reference, logits(model, windows), windows, evaluate.LLAMACPP_512)
+            print(f"| {bits} | {label} | {result.kl:.4f} ± {result.kl_error:.4f} | {result.perplexity:.2f} | "
+                  f"{result.top1:.1%} | {seconds:.0f} |", flush=True)  # fmt: skip
+    kmeans_table(weights, moments, arguments.rows)
+
+
+def kmeans_table(weights: dict[str, torch.Tensor], moments: dict, rows: int) -> None:
+    """Exact against scikit-learn, weights U_ii^-4 from the plain Hessian as in the original."""
+    name = next(name for name in weights if name.endswith("layers.10.mlp.gate_proj"))
+    hessian = moments[name][0]
+    factor = factorize(hessian.double(), 0.1, True)
+    weight = importance(hessian, factor, "cholesky", 4.0).double().numpy()
+    values = weights[name][:rows].double().numpy()
+    weighted_kmeans(values[:1], weight, 4)  # compiled now, not while it is timed
+    print(f"\nk-means on {rows} rows of {name}, weights U_ii^-4:\n")
+    print("| bits | exact: s | scikit-learn: s | scikit-learn's objective / exact |\n|---|---|---|---|")
+    for bits in (4, 3, 2):
+        began = time.perf_counter()
+        _, exact = weighted_kmeans(values, weight, 2**bits)
+        middle = time.perf_counter()
+        theirs = np.array([lloyd(row, weight, 2**bits) for row in values])
+        seconds = middle - began, time.perf_counter() - middle
+        print(f"| {bits} | {seconds[0]:.3f} | {seconds[1]:.2f} | {theirs.sum() / exact.sum():.3f} |", flush=True)
+
+
+def lloyd(row: np.ndarray, weight: np.ndarray, count: int) -> float:
+    """The objective by the released code's settings: even start up to 8 centers, k-means++ above."""
+    even = np.linspace(row.min(), row.max(), count)[:, None]
+    start = {"init": even, "n_init": 1} if count <= 8 else {"init": "k-means++", "n_init": "auto"}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # fewer distinct clusters than asked for
+        return KMeans(count, max_iter=100, tol=1e-6, random_state=0, **start).fit(row[:, None], None, weight).inertia_
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--samples", type=int, default=32)
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--moments", default="normalized")
+    parser.add_argument("--rows", type=int, default=32)
+    arguments = parser.parse_args()
+    with torch.no_grad():
+        methods_table(arguments)
+
+
+if __name__ == "__main__":
+    main()
