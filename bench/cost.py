@@ -1,9 +1,9 @@
-"""What quantizing costs: whole-process time and peak memory, as a ratio to the bare forward passes over the same tokens.
+"""What quantizing costs: time and peak memory of the whole process, beside bare forward passes over the same tokens.
 
     python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 128] [--sequence-length 512]
 
-The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in a process of
-its own; the best batch size of 1, 2 and 4 counts. Both run on this machine, one after the other; prints JSON.
+The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in its own
+process; the best batch size of 1, 2 and 4 counts. Both run on this machine, one after the other; prints JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from lqexport.calibration import load_calibration
 model, text, samples, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
-tokens = load_calibration(text, AutoTokenizer.from_pretrained(model), samples=samples, sequence_length=length, seed=0).tokens
+tokenizer = AutoTokenizer.from_pretrained(model)
+tokens = load_calibration(text, tokenizer, samples=samples, sequence_length=length, seed=0).tokens
 body = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval().model
 def seconds(part, batch):
     began = time.perf_counter()
