@@ -1,7 +1,7 @@
 """The solve path on fake CUDA tensors: a tensor made on the wrong device raises, with no GPU needed.
 
-A CPU build of torch cannot index a fake CUDA tensor with brackets (their C++ code asks for a device guard), so
-`Brackets` takes them apart into the operators that they stand for.
+In a CPU build of torch, brackets and some methods of a fake CUDA tensor ask for a device guard that is not there, so
+`Operators` calls the operators that they stand for.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -23,6 +23,7 @@ from lqexport.fit import fit, minmax
 from lqexport.formats.registry import codec
 from lqexport.moments import SecondMoments, importance
 from lqexport.pipeline import _moments_of
+from lqexport.recipe import ImportanceBase
 from lqexport.source import open_source
 
 CUDA = torch.device("cuda")
@@ -31,15 +32,22 @@ GRIDS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q4_0", "gguf:Q4_1", "gguf:
 aten = torch.ops.aten
 
 
-class Brackets(TorchFunctionMode):
-    """`tensor[...]` and `tensor[...] = value` by operators."""
+class Operators(TorchFunctionMode):
+    """Such methods by operators."""
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.__getitem__:
-            return view(*args)
-        if func is Tensor.__setitem__:
-            return assign(*args)
-        return func(*args, **(kwargs or {}))
+        replaced = {
+            Tensor.__getitem__: view,
+            Tensor.__setitem__: assign,
+            Tensor.contiguous: aten.contiguous,
+            Tensor.to: moved,
+        }
+        return replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+def moved(tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
+    return aten._to_copy(tensor, device=device, dtype=dtype)
 
 
 def view(tensor: Tensor, index: Any) -> Tensor:
@@ -48,17 +56,18 @@ def view(tensor: Tensor, index: Any) -> Tensor:
         where = items.index(Ellipsis)
         taken = sum(item is not None for item in items) - 1
         items[where : where + 1] = [slice(None)] * (tensor.ndim - taken)
-    axis = 0
+    gathered: list[Tensor | None] = []  # an index tensor, or None, for each axis that is left
     for item in items:
-        if item is None:
-            tensor, axis = aten.unsqueeze(tensor, axis), axis + 1
-        elif isinstance(item, slice):
-            tensor, axis = aten.slice(tensor, axis, item.start, item.stop, item.step or 1), axis + 1
-        elif isinstance(item, Tensor):
-            tensor, axis = aten.index_select(tensor, axis, item.to(torch.int64)), axis + 1
-        else:
+        axis = len(gathered)
+        if isinstance(item, int):
             tensor = aten.select(tensor, axis, item)
-    return tensor
+            continue
+        if item is None:
+            tensor = aten.unsqueeze(tensor, axis)
+        elif isinstance(item, slice):
+            tensor = aten.slice(tensor, axis, item.start, item.stop, item.step or 1)
+        gathered.append(item if isinstance(item, Tensor) else None)
+    return aten.index(tensor, gathered) if any(index is not None for index in gathered) else tensor
 
 
 def assign(tensor: Tensor, index: Any, value: Any) -> None:
@@ -66,27 +75,42 @@ def assign(tensor: Tensor, index: Any, value: Any) -> None:
     if any(isinstance(item, Tensor) for item in items):
         aten.index_put_(tensor, [item if isinstance(item, Tensor) else None for item in items], value)
     elif isinstance(value, Tensor):
-        view(tensor, index).copy_(value)
+        aten.copy_(view(tensor, index), value)
     else:
-        view(tensor, index).fill_(value)
+        aten.fill_(view(tensor, index), value)
+
+
+class OneFakeMode(FakeTensorMode):
+    """Not copied with a tensor that is copied: tensors of two modes do not mix."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> OneFakeMode:
+        return self
 
 
 @contextmanager
 def fake() -> Iterator[None]:
-    with FakeTensorMode(), Brackets(), torch.no_grad():
+    with OneFakeMode(), Operators(), torch.no_grad():
         yield
 
 
+def hessian_and_factor() -> tuple[Tensor, solve.Factor]:
+    moments = SecondMoments(256, "normalized", CUDA)
+    moments.add(torch.randn(2, 16, 256, device=CUDA))
+    return moments.hessian(), solve.factorize(moments.hessian().double(), 0.05, True)
+
+
+@pytest.mark.parametrize("base", get_args(ImportanceBase))
+def test_importance_stays_on_the_device(base: ImportanceBase) -> None:
+    with fake():
+        assert importance(*hessian_and_factor(), base, 1.0).device.type == "cuda"
+
+
 @pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("base", ["diagonal", "cholesky", "inverse"])
-def test_the_solve_path_stays_on_the_device(name: str, base: str) -> None:
+def test_the_solve_path_stays_on_the_device(name: str) -> None:
     with fake():
         weights = torch.randn(8, 256, device=CUDA)
-        moments = SecondMoments(256, "normalized", CUDA)
-        moments.add(torch.randn(2, 16, 256, device=CUDA))
-        hessian = moments.hessian()
-        factor = solve.factorize(hessian.double(), 0.05, True)
-        weight = importance(hessian, factor, base, 1.0)
+        hessian, factor = hessian_and_factor()
+        weight = importance(hessian, factor, "diagonal", 1.0)
         assert minmax(codec(name), weights).levels.device.type == "cuda"
         grid = fit(codec(name), weights, weight)
         codes = solve.feedback(weights, grid, factor)
