@@ -33,8 +33,9 @@ from lqexport.source import open_source
 METHODS = {
     "RTN": {"method": "rtn"},
     "GPTQ": {"method": "gptq"},
-    "lean, one pass": {"method": "lean", "descent": 0},
-    "lean, with descent": {"method": "lean"},
+    "lean as released (U^-4), one pass": {"importance": "cholesky", "exponent": 4.0, "descent": 0, "dampening": 0.1},
+    "lean, diag(H), one pass": {"descent": 0},
+    "lean, diag(H), with descent": {},
 }
 
 
