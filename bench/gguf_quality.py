@@ -121,7 +121,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for kind in arguments.types:
         for label, given in (("llama-quantize", None), ("llama-quantize, imatrix", matrix)):
             file = work / f"llama-{kind}.gguf"
-            llamacpp.quantize(half, file, kind, imatrix=given, pure=True, token_embedding="Q8_0", output="Q8_0")
+            mix = f"{kind}_M" if kind in ("Q3_K", "Q4_K", "Q5_K") else kind  # `pure` makes it the type itself
+            llamacpp.quantize(half, file, mix, imatrix=given, pure=True, token_embedding="Q8_0", output="Q8_0")
             rows.append(row(label, kind, file, judge, None))
         for moments in arguments.moments:
             recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration,
