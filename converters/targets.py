@@ -20,6 +20,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.rope import rope_heads, rope_order
 from lqexport.converters.tensor_names import block_module, gguf_names, head_count, is_linear, is_tied
 from lqexport.errors import UserError
+from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec, names
 
 Shapes = dict[str, tuple[int, ...]]
@@ -140,7 +141,7 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
 
 def _is_plain(name: str) -> bool:
     """Whether a codec rounds each weight by itself, so that there is nothing to solve."""
-    return hasattr(codec(name), "encode_values")
+    return isinstance(codec(name), PlainCodec)
 
 
 def _fitted(architecture: Architecture, name: str, shape: tuple[int, ...], wanted: str) -> PlannedTensor:

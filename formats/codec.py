@@ -16,7 +16,7 @@ and `decode` is the definition of the format.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -146,6 +146,7 @@ class Codec(Protocol):
         """Weights, float32 [rows, columns], bitwise as the format's own source decodes them."""
 
 
+@runtime_checkable
 class PlainCodec(Codec, Protocol):
     """A format that stores each weight by itself (F32, F16, BF16)."""
 
@@ -155,6 +156,7 @@ class PlainCodec(Codec, Protocol):
         Raises ValueError where a finite weight would become infinite."""
 
 
+@runtime_checkable
 class GridCodec(Codec, Protocol):
     """A format whose weights are codes on a grid.
 

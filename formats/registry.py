@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import difflib
 
-from lqexport.formats.codec import Codec
+from lqexport.formats.codec import GridCodec, PlainCodec
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
 
-_ALL: tuple[Codec, ...] = (*PLAIN, *GGUF, *NATIVE)
+_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *NATIVE)
 _CODECS = {codec.name: codec for codec in _ALL}
 
 
-def codec(name: str) -> Codec:
+def codec(name: str) -> PlainCodec | GridCodec:
     """The codec called `name`. Raises ValueError for an unknown name, listing those that are near."""
     if name in _CODECS:
         return _CODECS[name]

@@ -45,7 +45,7 @@ HF_2048 = Protocol("hf-2048", window=2048, first=1, bos=False)
 """As the GPTQ and LeanQuant papers: every token but the first of a window is scored."""
 
 LLAMACPP_512 = Protocol("llama.cpp-512", window=512, first=257, bos=True)
-"""As llama-perplexity with its default context: the second half is scored, so each scored token has 257 or more before it."""
+"""As llama-perplexity with its default context: the second half is scored, so each token has 257 or more before it."""
 
 PROTOCOLS = {protocol.name: protocol for protocol in (HF_2048, LLAMACPP_512)}
 

@@ -18,8 +18,9 @@ from lqexport.kernels.kmeans import weighted_kmeans
 
 Cuts = tuple[tuple[float, float], ...]
 STEPS = (0.0, 0.08, 0.16, 0.24, 0.32, 0.4)
-"""Shares of a group's range that the search leaves out at each end; LeanQuant's goes up to 0.4 too, in 2048 steps of the
-range. The refits move a range on from where it starts, so few starts find what its thousands do (tests/test_solver.py)."""
+"""Shares of a group's range that the search leaves out at each end; LeanQuant's goes up to 0.4 too, in 2048 steps of
+the range. The refits move a range on from where it starts, so few starts find what its thousands do
+(tests/test_solver.py)."""
 TWO_SIDED: Cuts = tuple((low, high) for low in STEPS for high in STEPS)
 TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in (-0.04, 0, 0.04) if low or high)
 ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
@@ -51,9 +52,11 @@ def _fit_cpu(
 ) -> tuple[Tensor, Tensor]:
     """`_fit_groups` compiled: one parallel loop over rows instead of hundreds of passes over memory."""
     scale, shift = torch.zeros(2, len(weights), len(weight))
+    coarse, fine = (np.asarray(cuts, np.float32) for cuts in _cuts(offset))
+    not_positive = offset is not None and offset.two_level
     cpu.fit_groups(
         weights.contiguous().numpy(), weight.contiguous().numpy(), levels[0].numpy(), uniform, offset is not None,
-        offset is not None and offset.two_level, *(np.asarray(cuts, np.float32) for cuts in _cuts(offset)), scale.numpy(), shift.numpy(),
+        not_positive, coarse, fine, scale.numpy(), shift.numpy(),
     )  # fmt: skip
     return scale, shift
 

@@ -42,8 +42,8 @@ def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
 
 
 def _rounded(codec: PlainCodec | GridCodec, matrix: Tensor) -> dict[str, np.ndarray]:
-    if not hasattr(codec, "levels"):
-        return codec.encode_values(matrix.cpu().numpy())  # type: ignore[union-attr]
+    if not isinstance(codec, GridCodec):
+        return codec.encode_values(matrix.cpu().numpy())
     grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
     return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
@@ -56,7 +56,7 @@ def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: 
     """
     check_finite(name, weight)
     codec = codec_named(codec_name)
-    if not hasattr(codec, "levels"):
+    if not isinstance(codec, GridCodec):
         return round_tensor(name, weight, codec_name)
     facts: dict[str, Any] = {}
     if hessian is None:

@@ -63,7 +63,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
     for name, value in options.items():
         if name not in fields:
             raise UserError(f"{path}: unknown option {name!r}. Known: {', '.join(fields)}.")
-        kinds = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
         wanted = str(fields[name].type).split(" |")[0]
         if not isinstance(value, kinds.get(wanted, str)) or (wanted != "bool" and isinstance(value, bool)):
             raise UserError(f"{path}: {name} must be a {wanted if wanted in kinds else 'str'}, not {value!r}.")

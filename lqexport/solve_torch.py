@@ -55,7 +55,7 @@ def _round(target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, unifor
 def _refit(
     numbers: Numbers, basis: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor, group: int, block: slice
 ) -> None:
-    """Move each float16 of the block, then each integer, to the best that the file can hold, if that lowers the loss."""
+    """Move each float16 of the block, then each integer, to the best that the file can hold, where the loss falls."""
     form = numbers.format
     first, last = block.start // group, block.stop // group
     supers = numbers.supers[:, first // form.span : last // form.span]

@@ -37,8 +37,10 @@ class Source(Weights, Protocol):
     """A model that can be quantized: weights, tokenizer, and what identifies it."""
 
     name: str
-    fingerprint: str
-    """Changes when the model's files do; two runs of the same fingerprint read the same model."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the model's files do; two runs of the same fingerprint read the same model."""
 
     def tokenizer(self) -> PreTrainedTokenizerBase: ...
 

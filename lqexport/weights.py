@@ -8,12 +8,14 @@ import torch
 
 
 class Weights(Protocol):
-    """A model's tensors by their Hugging Face names, and its config.json as a dict.
+    """A model's tensors by their Hugging Face names, and its config.
 
     Tied embeddings: `lm_head.weight` is absent and `config["tie_word_embeddings"]` is true.
     """
 
-    config: dict[str, Any]
+    @property
+    def config(self) -> dict[str, Any]:
+        """The content of config.json."""
 
     def names(self) -> list[str]:
         """Every tensor's name, in the order of the model."""
