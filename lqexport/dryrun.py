@@ -128,7 +128,7 @@ def _inputs(shown: Preview, tensors: Iterable[PlannedTensor]) -> list[int]:
 def measured_rate(device: str, size: int = 1024, seconds: float = 0.3) -> float:
     """Floating-point operations per second of float32 matrix products of `size`, measured for about `seconds`."""
     left, right = (torch.randn(size, size, device=device) for _ in range(2))
-    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds or best == float("inf"):
         start = time.perf_counter()

@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqexport import __version__
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
-from lqexport.errors import UserError
+from lqexport.environment import choose_device, versions
+from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.moments import SecondMoments
@@ -37,16 +37,6 @@ from lqexport.source import Source, open_source
 BATCH_TOKENS = 1024
 """Tokens in one forward pass on the CPU; larger batches are no faster there and take more memory."""
 GPU_BATCH_TOKENS = 8192
-
-
-def choose_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda`, `cuda:1`. Raises UserError where it is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("There is no CUDA device here (or torch is a CPU build). Leave --device out to use the CPU.")
-    return device
 
 
 def plan_recipe(source: Source, recipe: Recipe) -> list[PlannedTensor]:
@@ -82,13 +72,10 @@ class _Run:
         self.artifact = Artifact(out)
         self.artifact.begin(self._identity())
         self.source.copy_model_files(self.artifact.model_folder)
-        for tensor in self.planned:
-            if tensor.reason:
-                listener.message(f"{tensor.name}: {tensor.wanted} became {tensor.codec}: {tensor.reason}")
 
     def _calibration(self) -> Calibration | None:
         """None where nothing is solved: rounding needs no calibration, and plain types have no grid."""
-        solved = any(hasattr(codec(tensor.codec), "levels") for tensor in self.linears.values())
+        solved = any(isinstance(codec(tensor.codec), GridCodec) for tensor in self.linears.values())
         if self.recipe.method == "rtn" or not solved:
             return None
         recipe = self.recipe
@@ -97,7 +84,7 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "lqexport": __version__,
+            "versions": versions("lqexport", "torch", "transformers", "numpy", "numba"),
             "recipe": asdict(self.recipe),
             "source_fingerprint": self.source.fingerprint,
             "device": self.device.type,
@@ -159,7 +146,7 @@ class _Run:
             else:
                 self._advance_finished(prefix, [group])
             for linear in group:
-                self._carry_forward(block.get_submodule(linear), prefix + linear + ".weight")
+                self._carry_forward(_linear(block, linear), prefix + linear + ".weight")
         self._forward(model, block, inputs, [], keep=True)
 
     def _forward(
@@ -186,7 +173,7 @@ class _Run:
     def _solve_group(self, block: nn.Module, prefix: str, group: tuple[str, ...], moments: SecondMoments) -> None:
         hessian = moments.hessian()
         for linear in group:
-            self._solve(f"{prefix}{linear}.weight", block.get_submodule(linear).weight.data, hessian)
+            self._solve(f"{prefix}{linear}.weight", _linear(block, linear).weight.data, hessian)
 
     def _solve(self, name: str, weight: Tensor, hessian: Tensor | None) -> None:
         tensor = self.linears[name]
@@ -197,7 +184,7 @@ class _Run:
             self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
         self.listener.advance(tensor.weights)
 
-    def _carry_forward(self, linear: nn.Module, name: str) -> None:
+    def _carry_forward(self, linear: nn.Linear, name: str) -> None:
         """Go on with the weights as the file decodes them."""
         stored = self.artifact.read(name)
         values = codec(stored.codec).decode(stored.planes, stored.shape[1])
@@ -224,6 +211,12 @@ def _block_of(name: str, model: BlockModel) -> str:
     return name.removeprefix(model.architecture.blocks + ".").split(".")[0]
 
 
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 @contextmanager
 def _moments_of(
     block: nn.Module, groups: list[tuple[str, ...]], new: Callable[[int], SecondMoments]
@@ -232,7 +225,7 @@ def _moments_of(
     moments: dict[tuple[str, ...], SecondMoments] = {}
     handles = []
     for group in groups:
-        linear = block.get_submodule(group[0])
+        linear = _linear(block, group[0])
         moments[group] = new(linear.in_features)
 
         def add(_: nn.Module, arguments: tuple[Tensor, ...], total: SecondMoments = moments[group]) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lqexport.artifact import write_json, written_whole
+from lqexport.artifact import written_whole
 from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
 from lqexport.verify import LIMITS, TensorCheck, Verification
@@ -140,12 +141,8 @@ def for_terminal(result: Verification) -> RenderableType:
     lines = [Text(f"warning: {sentence}", style="yellow") for sentence in result.warnings]
     lines += [Text(f"failed: {sentence}", style="red") for sentence in result.failed]
     lines.append(Text(f"result: {verdict(result)}", style="bold red" if result.failed else "bold"))
-    return Group(head, Text(), *([table, Text()] if result.evaluations else []), *lines)
-
-
-def save_json(result: Verification, path: Path) -> None:
-    """Everything that was found, as JSON."""
-    write_json(path, result.as_json())
+    numbers: list[RenderableType] = [table, Text()] if result.evaluations else []
+    return Group(head, Text(), *numbers, *lines)
 
 
 def save_html(result: Verification, path: Path) -> None:
@@ -200,7 +197,7 @@ def plots(result: Verification) -> list[tuple[str, str, str]]:
     ):  # fmt: skip
         lines = by_block(result.tensors, attribute)
         if any(value > 0 for points in lines.values() for _, value in points):
-            found.append((title, note, svg(lambda axes, lines=lines: _draw_by_block(axes, lines))))
+            found.append((title, note, svg(partial(_draw_by_block, lines=lines))))
     if result.tensors:
         note = "All tensors of a kind together, with their types."
         found.append(("Bytes by kind of tensor", note, svg(lambda axes: _draw_kinds(axes, kinds(result.tensors)))))
@@ -231,7 +228,7 @@ def svg(draw: Callable[[Axes], None]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    style = {"svg.fonttype": "none", "svg.hashsalt": draw.__qualname__, "font.family": "sans-serif", "font.size": 9}
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "lqexport", "font.family": "sans-serif", "font.size": 9}
     with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888"}):
         drawing = Figure(figsize=(7.2, 3.0), layout="constrained")
         draw(drawing.subplots())
@@ -248,7 +245,7 @@ def _draw_by_block(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> Non
     axes.set_yscale("log")
     axes.set_xlabel("decoder block")
     axes.set_ylabel("relative error")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
 
@@ -266,7 +263,7 @@ def _draw_windows(axes: Axes, result: Verification) -> None:
     for evaluation in result.evaluations:
         count = len(evaluation.kl_by_window)
         axes.plot(range(1, count + 1), evaluation.kl_by_window, marker="o", markersize=3, label=evaluation.protocol)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.locator_params(axis="x", integer=True)
     _finish_kl(axes, "window")
 
 

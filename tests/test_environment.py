@@ -1,0 +1,47 @@
+"""Devices and versions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lqexport.environment import choose_device, versions
+from lqexport.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("present", "name", "chosen"),
+    [
+        (0, "auto", "cpu"),
+        (1, "auto", "cuda"),
+        (1, "cpu", "cpu"),
+        (1, "cuda", "cuda"),
+        (2, "cuda:1", "cuda:1"),
+    ],
+)
+def test_device_is_the_one_named(present: int, name: str, chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(present, monkeypatch)
+    assert choose_device(name) == torch.device(chosen)
+
+
+@pytest.mark.parametrize(("present", "name"), [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2")])
+def test_absent_device_is_said(present: int, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(present, monkeypatch)
+    with pytest.raises(UserError, match=f"no CUDA device {name} here"):
+        choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["tpu", "meta", "mps", "cuda:", "cuda:x", "gpu", ""])
+def test_unknown_device_is_said(name: str) -> None:
+    with pytest.raises(UserError, match="choose auto, cpu or cuda"):
+        choose_device(name)
+
+
+def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+
+
+def test_versions_are_the_installed_ones() -> None:
+    assert versions("numpy") == {"numpy": np.__version__}
