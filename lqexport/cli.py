@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from lqexport import recipe_options as option
 from lqexport.errors import UserError
 from lqexport.progress import terminal_listener
 from lqexport.recipe import Recipe, load_recipe
@@ -72,33 +73,9 @@ def about(
     """
 
 
-def _default(name: str) -> str:
-    """The end of an option's help: the recipe's own default, so that it stands in one place."""
-    default = next(field.default for field in dataclasses.fields(Recipe) if field.name == name)
-    return f" [default: {default}]"
-
-
-Text = str | None
-Whole = int | None
-Number = float | None
-Switch = bool | None
-
-
 def output() -> Console:
     """Standard output; wide where it is not a terminal, so that no table is folded in a log."""
     return Console() if sys.stdout.isatty() else Console(width=120)
-
-
-def device_named(name: str) -> str:
-    """`cpu` or `cuda`, also for `auto`. Raises UserError where the device is unknown or not there."""
-    import torch
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise UserError(f"There is no device {name!r}; choose auto, cpu or cuda.")
-    present = torch.cuda.is_available()
-    if name == "cuda" and not present:
-        raise UserError("torch sees no CUDA device here; choose --device cpu.")
-    return "cuda" if present and name != "cpu" else "cpu"
 
 
 def merged_recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
@@ -110,7 +87,7 @@ def merged_recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
     return Recipe(**merged)
 
 
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -118,48 +95,22 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 def quantize(
     source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
-    target: Annotated[
-        Text, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, native:table-3.")
-    ] = None,
-    method: Annotated[Text, typer.Option(help="lean, gptq or rtn." + _default("method"))] = None,
-    calibration: Annotated[
-        Text,
-        typer.Option(
-            help="Text to calibrate on: python-docs, wikitext2, c4, ptb (any :split), or a .txt or .jsonl file."
-            + _default("calibration")
-        ),
-    ] = None,
-    samples: Annotated[Whole, typer.Option(help="Calibration sequences." + _default("samples"))] = None,
-    sequence_length: Annotated[Whole, typer.Option(help="Tokens in each." + _default("sequence_length"))] = None,
-    seed: Annotated[Whole, typer.Option(help="Draws the sequences from the text." + _default("seed"))] = None,
-    moments: Annotated[
-        Text,
-        typer.Option(help="plain, or normalized: each token divided by its norm." + _default("moments")),
-    ] = None,
-    prefix: Annotated[
-        Text,
-        typer.Option(help="Inputs of a block come from the full or the quantized blocks before." + _default("prefix")),
-    ] = None,
-    dampening: Annotated[
-        Number, typer.Option(help="Added to the second moments, as a share of their mean." + _default("dampening"))
-    ] = None,
-    importance: Annotated[
-        Text, typer.Option(help="What weighs errors: diagonal, cholesky or inverse." + _default("importance"))
-    ] = None,
-    exponent: Annotated[Number, typer.Option(help="Power of the importance." + _default("exponent"))] = None,
-    act_order: Annotated[
-        Switch,
-        typer.Option("--act-order/--no-act-order", help="Solve columns by falling activation." + _default("act_order")),
-    ] = None,
-    descent: Annotated[
-        Whole, typer.Option(help="Sweeps of coordinate descent after error feedback." + _default("descent"))
-    ] = None,
-    embedding_type: Annotated[Text, typer.Option(help="Type of the embedding, such as Q6_K.")] = None,
-    output_type: Annotated[Text, typer.Option(help="Type of the output, such as Q6_K.")] = None,
-    fallback: Annotated[
-        Switch,
-        typer.Option("--fallback/--no-fallback", help="Whether a shape that a type cannot hold may take another type."),
-    ] = None,
+    target: option.Target = None,
+    method: option.Method = None,
+    calibration: option.Calibration = None,
+    samples: option.Samples = None,
+    sequence_length: option.SequenceLength = None,
+    seed: option.Seed = None,
+    moments: option.Moments = None,
+    prefix: option.Prefix = None,
+    dampening: option.Dampening = None,
+    importance: option.Importance = None,
+    exponent: option.Exponent = None,
+    act_order: option.ActOrder = None,
+    descent: option.Descent = None,
+    embedding_type: option.EmbeddingType = None,
+    output_type: option.OutputType = None,
+    fallback: option.Fallback = None,
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file of these options; those given here count before it.")
     ] = None,
@@ -190,8 +141,9 @@ def run_quantize(recipe: Recipe, out: Path, device: str, *, dry_run: bool, verbo
     """Show the plan; then, unless it is a dry run, check the disk and run."""
     from lqexport.dryrun import as_json as preview_json
     from lqexport.dryrun import preview
+    from lqexport.environment import choose_device
 
-    device = device_named(device)
+    device = str(choose_device(device))
     shown = preview(recipe, out)
     if not as_json:
         _show(shown, device, verbose, dry_run)
@@ -241,6 +193,17 @@ def to_gguf(
         print(f"Wrote {file}, {human_bytes(file.stat().st_size)}. Next: lqexport verify {file} --against SOURCE")
 
 
+Protocols = Annotated[
+    list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
+]
+MadeFrom = Annotated[
+    Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
+]
+MaxPerplexityRatio = Annotated[
+    float, typer.Option(min=0, help="Fail where the perplexity grew by more than this factor; 0: no such limit.")
+]
+
+
 @app.command()
 def verify(
     file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize wrote.")],
@@ -248,16 +211,12 @@ def verify(
     text: Annotated[
         str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
     ] = "python-heldout",
-    protocol: Annotated[
-        list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
-    ] = ["llama.cpp-512"],  # noqa: B006  # typer copies it
-    windows: Annotated[Whole, typer.Option(help="At most so many windows. [default: the whole text]")] = None,
+    protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
+    windows: Annotated[int | None, typer.Option(help="At most so many windows. [default: the whole text]")] = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
-    artifact: Annotated[
-        Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
-    ] = None,
-    max_kl: Annotated[Number, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
-    max_perplexity_ratio: Annotated[Number, typer.Option(help="Fail where the perplexity grew by more.")] = None,
+    artifact: MadeFrom = None,
+    max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
+    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
     as_json: Json = False,
     device: Device = "auto",
@@ -273,8 +232,11 @@ def verify(
         lqexport verify model.gguf --against ./model --artifact ./out --html report.html
     """
     with plain_endings(NOTHING_WRITTEN):
+        from lqexport import report
         from lqexport.verify import verify as check
 
+        if html:
+            report.check_installed()
         with terminal_listener() as listener:
             result = check(
                 file,
@@ -285,8 +247,8 @@ def verify(
                 engine=engine,  # type: ignore[arg-type]  # checked there
                 artifact=artifact,
                 max_kl=max_kl,
-                max_perplexity_ratio=max_perplexity_ratio,
-                device=device_named(device),
+                max_perplexity_ratio=max_perplexity_ratio or None,
+                device=device,
                 listener=listener,
             )
         tell_verification(result, html, as_json)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import io
 import json
 import os
@@ -19,7 +20,7 @@ import pytest
 import torch
 import typer
 from rich.console import Console
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from lqexport import dryrun
@@ -27,7 +28,6 @@ from lqexport import inspect as inspection
 from lqexport.cli import app, merged_recipe
 from lqexport.converters.architectures import LLAMA
 from lqexport.converters.tensor_names import gguf_names
-from lqexport.errors import UserError
 from lqexport.progress import Bars, Lines
 from lqexport.recipe import Recipe
 
@@ -215,6 +215,26 @@ def test_whole_run(tiny_model: Path, artifact: Path, gguf_file: Path, tmp_path: 
     assert "mean KL divergence" in run(*common, "--max-kl", 1e-12, status=1).stdout
 
 
+def test_a_blown_up_file_fails_without_any_option(tiny_model: Path, tmp_path: Path) -> None:
+    """Its last norm is 40 times too large, so the model is sure of the wrong tokens."""
+    shutil.copytree(tiny_model, tmp_path / "broken")
+    state = load_file(tmp_path / "broken" / "model.safetensors")
+    state["model.norm.weight"] *= 40
+    save_file(state, tmp_path / "broken" / "model.safetensors", {"format": "pt"})
+    run("quantize", tmp_path / "broken", tmp_path / "out", "--target", "gguf:F16", "--device", "cpu")
+    verify = ("verify", tmp_path / "out", "--against", tiny_model, "--windows", 1, "--device", "cpu")
+    assert "above the limit of 2" in run(*verify, status=1).stdout
+    assert "no limit was set" in run(*verify, "--max-perplexity-ratio", 0).stdout
+
+
+def test_page_that_cannot_be_made_is_said_before_any_work(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    result = run("verify", "nowhere.gguf", "--against", tiny_model, "--html", tmp_path / "page.html", status=2)
+    assert "lqexport[report]" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -223,6 +243,7 @@ def test_whole_run(tiny_model: Path, artifact: Path, gguf_file: Path, tmp_path: 
         (("verify", "nowhere.gguf", "--against", "."), "nowhere.gguf"),
         (("quantize", "nowhere.gguf", "out", "--target", "gguf:Q4_0"), "There is no file nowhere.gguf."),
         (("quantize", ".", "out", "--target", "gguf:Q4_0", "--device", "tpu"), "choose auto, cpu or cuda"),
+        (("quantize", ".", "out", "--target", "gguf:Q4_0", "--device", "cuda:99"), "no CUDA device cuda:99"),
         (("quantize", ".", "out", "--target", "gguf:Q4_0", "--method", "awq"), "method cannot be 'awq'"),
         (("quantize", ".", "out", "--recipe", "none.toml"), "Cannot read the recipe none.toml"),
     ],
@@ -325,12 +346,3 @@ def test_bars_fill_when_a_stage_ends() -> None:
         listener.message("kept")
     assert "kept" in written.getvalue()
     assert listener.progress.tasks[1].finished
-
-
-def test_wrong_device_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lqexport.cli import device_named
-
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_named("auto") == "cpu"
-    with pytest.raises(UserError, match="no CUDA device"):
-        device_named("cuda")

@@ -1,0 +1,49 @@
+"""The options of `lqexport quantize` as typer reads them: one for each of a recipe's, None where not given."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+import typer
+
+from lqexport.recipe import Recipe
+
+
+def _option(name: str, text: str, *declarations: str) -> Any:
+    """An option with its help, which ends with the recipe's own default, so that it stands in one place."""
+    default = next(field.default for field in dataclasses.fields(Recipe) if field.name == name)
+    return typer.Option(*declarations, help=text if default is None else f"{text} [default: {default}]")
+
+
+Target = Annotated[
+    str | None, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, native:table-3.")
+]
+Method = Annotated[str | None, _option("method", "lean, gptq or rtn.")]
+Calibration = Annotated[
+    str | None,
+    _option(
+        "calibration",
+        "Text to calibrate on: python-docs, wikitext2, c4, ptb (any :split), or a .txt or .jsonl file.",
+    ),
+]
+Samples = Annotated[int | None, _option("samples", "Calibration sequences.")]
+SequenceLength = Annotated[int | None, _option("sequence_length", "Tokens in each.")]
+Seed = Annotated[int | None, _option("seed", "Draws the sequences from the text.")]
+Moments = Annotated[str | None, _option("moments", "plain, or normalized: each token divided by its norm.")]
+Prefix = Annotated[
+    str | None, _option("prefix", "Inputs of a block come from the full or the quantized blocks before.")
+]
+Dampening = Annotated[float | None, _option("dampening", "Added to the second moments, as a share of their mean.")]
+Importance = Annotated[str | None, _option("importance", "What weighs errors: diagonal, cholesky or inverse.")]
+Exponent = Annotated[float | None, _option("exponent", "Power of the importance.")]
+ActOrder = Annotated[
+    bool | None, _option("act_order", "Solve columns by falling activation.", "--act-order/--no-act-order")
+]
+Descent = Annotated[int | None, _option("descent", "Sweeps of coordinate descent after error feedback.")]
+EmbeddingType = Annotated[str | None, _option("embedding_type", "Type of the embedding, such as Q6_K.")]
+OutputType = Annotated[str | None, _option("output_type", "Type of the output, such as Q6_K.")]
+Fallback = Annotated[
+    bool | None,
+    _option("fallback", "Whether a shape that a type cannot hold may take another type.", "--fallback/--no-fallback"),
+]
