@@ -167,13 +167,14 @@ class _Run:
         return any(f"{prefix}{linear}.weight" not in self.artifact for linear in group)
 
     def _advance_finished(self, prefix: str, groups: list[tuple[str, ...]]) -> None:
-        for group in groups:
-            self.listener.advance(sum(self.linears[f"{prefix}{linear}.weight"].weights for linear in group))
+        names = [f"{prefix}{linear}.weight" for group in groups for linear in group]
+        self.listener.advance(sum(self.linears[name].weights for name in names if name in self.linears))
 
     def _solve_group(self, block: nn.Module, prefix: str, group: tuple[str, ...], moments: SecondMoments) -> None:
         hessian = moments.hessian()
         for linear in group:
-            self._solve(f"{prefix}{linear}.weight", _linear(block, linear).weight.data, hessian)
+            if f"{prefix}{linear}.weight" in self.linears:  # a shape that no grid holds is stored already, as F16
+                self._solve(f"{prefix}{linear}.weight", _linear(block, linear).weight.data, hessian)
 
     def _solve(self, name: str, weight: Tensor, hessian: Tensor | None) -> None:
         tensor = self.linears[name]

@@ -149,6 +149,24 @@ def test_biases_are_kept(recipe: Recipe, tmp_path: Path) -> None:
     np.testing.assert_array_equal(values, expected)
 
 
+@pytest.mark.parametrize("prefix", ["full", "quantized"])
+def test_shapes_that_no_block_holds_are_kept_in_half(recipe: Recipe, prefix: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=512, hidden_size=48, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "narrow")
+    AutoTokenizer.from_pretrained(recipe.source).save_pretrained(tmp_path / "narrow")
+    recipe = changed(recipe, source=str(tmp_path / "narrow"), target="gguf:Q4_K", prefix=prefix)
+    quantize(recipe, tmp_path / "out")
+    codecs = {name: entry["codec"] for name, entry in Artifact(tmp_path / "out").manifest().items()}
+    assert codecs["model.layers.0.mlp.up_proj.weight"] == "gguf:F16"  # rows of 48
+    assert codecs["model.layers.0.mlp.down_proj.weight"] == "gguf:Q5_0"  # rows of 96
+    with pytest.raises(UserError, match="cannot hold 9 of 12 tensors"):
+        quantize(changed(recipe, fallback=False), tmp_path / "refused")
+
+
 def test_nan_weights_are_named(recipe: Recipe, tiny_model: Path, tmp_path: Path) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     bad = torch.zeros(512, 256, dtype=torch.float16)
