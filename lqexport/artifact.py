@@ -60,6 +60,19 @@ def write_json(path: Path, content: Any) -> None:
         file.write((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
 
 
+def read_json(path: Path, missing: str) -> dict[str, Any]:
+    """The JSON object in a file. Raises UserError: `missing` where there is no file, else what is wrong with it."""
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(missing) from None
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is damaged: it should hold a JSON object.")
+    return content
+
+
 def digest(planes: Planes) -> str:
     """sha256 over the planes' names, dtypes, shapes and bytes, in the order of their names."""
     hasher = hashlib.sha256()
@@ -116,16 +129,7 @@ class Artifact:
         return self._json("model/config.json")
 
     def _json(self, name: str) -> dict[str, Any]:
-        path = self.folder / name
-        try:
-            content = json.loads(path.read_text())
-        except FileNotFoundError:
-            raise UserError(f"{self.folder} is not an lqexport artifact: it has no {name}.") from None
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{path} is damaged: it should hold a JSON object.")
-        return content
+        return read_json(self.folder / name, f"{self.folder} is not an lqexport artifact: it has no {name}.")
 
     def _path(self, name: str) -> Path:
         return self.folder / "tensors" / f"{name}.safetensors"

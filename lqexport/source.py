@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lqexport.artifact import write_json
+from lqexport.artifact import read_json, write_json
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.errors import UserError
 from lqexport.weights import Weights
@@ -157,15 +156,7 @@ def _download(name: str) -> Path:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path.parent} has no {path.name}: it is not a Hugging Face model folder.") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} should hold a JSON object.")
-    return content
+    return read_json(path, f"{path.parent} has no {path.name}: it is not a Hugging Face model folder.")
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
