@@ -61,11 +61,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("options", nargs="*")
-    arguments = parser.parse_args()
-    result = kill_and_resume(
-        arguments.model, arguments.work, arguments.options, kills=arguments.kills, seed=arguments.seed
-    )
+    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
+    arguments, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    result = kill_and_resume(arguments.model, arguments.work, options, kills=arguments.kills, seed=arguments.seed)
     print(json.dumps(result))
     sys.exit(0 if result["identical"] else 1)
 

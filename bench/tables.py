@@ -1,12 +1,12 @@
 """Non-uniform tables (LeanQuant's grid) against GPTQ and plain rounding at the same bits, and the k-means they rest on.
 
-    python bench/tables.py MODEL --calibration FILE --evaluation FILE [--samples 32] [--windows 6]
+    python bench/tables.py MODEL --calibration FILE --evaluation FILE [--samples 32] [--windows 6] [--every 1]
 
-Second moments are gathered once, from the full-precision prefix. Every method then quantizes all linears of the decoder
-blocks to a table of 2^bits float16 values per row: RTN and GPTQ take the evenly spaced table over a row's range, lean
-fits it by exact weighted k-means. Judged by our own float32 forward against the source, windows of 512 (second half
-scored). Then exact k-means against scikit-learn's with the settings of LeanQuant's released code, on rows of one linear
-of this model: objective and time. Prints Markdown.
+Second moments are gathered once, from the full-precision prefix. Every method then quantizes the linears of the decoder
+blocks (of every n-th block with --every) to a table of 2^bits float16 values per row: RTN and GPTQ take the evenly
+spaced table over a row's range, lean fits it by exact weighted k-means. Judged by our own float32 forward against the
+source, windows of 512 (second half scored). Then exact k-means against scikit-learn's with the settings of LeanQuant's
+released code, on rows of one linear of this model: objective and time. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ METHODS = {
 }
 
 
-def gather(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+def gather(model: torch.nn.Module, tokens: torch.Tensor, every: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Plain and normalized second moments by linear; linears that share their input are gathered each by itself."""
     moments = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and "layers." in name:
+        if isinstance(module, torch.nn.Linear) and "layers." in name and int(name.split(".")[2]) % every == 0:
             pair = [SecondMoments(module.in_features, kind, torch.device("cpu")) for kind in ("plain", "normalized")]
             moments[name] = pair
             module.register_forward_pre_hook(lambda _, args, pair=pair: [total.add(args[0]) for total in pair] and None)
@@ -81,7 +81,7 @@ def methods_table(arguments: argparse.Namespace) -> None:
     windows = evaluate.cut(evaluate.tokenize(tokenizer, text), evaluate.LLAMACPP_512, None, arguments.windows)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     reference = logits(model, windows)
-    moments = gather(model, tokens)
+    moments = gather(model, tokens, arguments.every)
     weights = {name: model.get_submodule(name).weight.data for name in moments}
     print("| bits | method | mean KL | perplexity | same top-1 | solve s |\n|---|---|---|---|---|---|")
     for bits in (4, 3, 2):
@@ -96,7 +96,7 @@ def methods_table(arguments: argparse.Namespace) -> None:
 
 def kmeans_table(weights: dict[str, torch.Tensor], moments: dict, rows: int) -> None:
     """Exact against scikit-learn, weights U_ii^-4 from the plain Hessian as in the original."""
-    name = next(name for name in weights if name.endswith("layers.10.mlp.gate_proj"))
+    name = next(name for name in reversed(weights) if name.endswith("mlp.gate_proj"))
     hessian = moments[name][0]
     factor = factorize(hessian.double(), 0.1, True)
     weight = importance(hessian, factor, "cholesky", 4.0).double().numpy()
@@ -129,6 +129,7 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--moments", default="normalized")
     parser.add_argument("--rows", type=int, default=32)
     arguments = parser.parse_args()
