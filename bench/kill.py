@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import json
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -19,19 +20,28 @@ from typing import Any
 
 
 def kill_and_resume(model: str, work: Path, options: list[str], *, kills: int, seed: int) -> dict[str, Any]:
-    """Run once undisturbed and time it; run again, killed `kills` times at random moments; compare all files."""
+    """Run once undisturbed and time it; then run and kill until `kills` have hit an unfinished run, each life going on
+    from the one before; finish, and compare all files. A run that finished before its kill is compared and begun anew.
+    """
     whole, killed = work / "whole", work / "killed"
     began = time.monotonic()
     subprocess.run(_command(model, whole, options), check=True)
     seconds = time.monotonic() - began
     draw = random.Random(seed)
-    moments = sorted(draw.uniform(0, seconds) for _ in range(kills))
-    finished = []
-    for moment in moments:
-        finished.append(_run_until(_command(model, killed, options), moment, killed))
+    finished: list[int] = []
+    identical = True
+    while len(finished) < kills:
+        moment = draw.uniform(0, seconds)
+        _run_until(_command(model, killed, options), moment)
+        if (killed / "manifest.json").is_file():
+            identical &= digests(whole) == digests(killed)
+            shutil.rmtree(killed)
+            continue
+        finished.append(len(list((killed / "tensors").glob("*.safetensors"))))
         print(f"killed after {moment:.1f} s with {finished[-1]} tensors finished", flush=True)
     subprocess.run(_command(model, killed, options), check=True)
-    return {"seconds": seconds, "finished_at_kills": finished, "identical": digests(whole) == digests(killed)}
+    identical &= digests(whole) == digests(killed)
+    return {"seconds": seconds, "finished_at_kills": finished, "identical": identical}
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -44,15 +54,14 @@ def _command(model: str, out: Path, options: list[str]) -> list[str]:
     return [sys.executable, "-m", "lqexport", "quantize", model, str(out), *options]
 
 
-def _run_until(command: list[str], seconds: float, out: Path) -> int:
-    """Start the command, kill it after `seconds`; how many tensors were finished by then."""
+def _run_until(command: list[str], seconds: float) -> None:
+    """Start the command, and kill it after `seconds` if it still runs."""
     process = subprocess.Popen(command)
     try:
         process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
-    return len(list((out / "tensors").glob("*.safetensors")))
 
 
 def main() -> None:
