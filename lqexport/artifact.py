@@ -148,12 +148,22 @@ class Artifact:
 
     def read(self, name: str) -> StoredTensor:
         """One stored tensor. Raises UserError where the file is missing or damaged."""
+        with self._open(name) as (file, header):
+            planes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            return StoredTensor(name, header["codec"], tuple(header["shape"]), planes, header["facts"])
+
+    def facts(self, name: str) -> dict[str, Any]:
+        """The facts of a stored tensor alone, without reading its planes. Raises UserError as `read`."""
+        with self._open(name) as (_, header):
+            return dict(header["facts"])
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
+        """A tensor's safetensors file and what its metadata says."""
         path = self._path(name)
         try:
             with safe_open(path, "np") as file:
-                facts = json.loads(file.metadata()["lqexport"])
-                planes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            return StoredTensor(name, facts["codec"], tuple(facts["shape"]), planes, facts["facts"])
+                yield file, json.loads(file.metadata()["lqexport"])
         except FileNotFoundError:
             raise UserError(f"{self.folder} has no tensor {name}.") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:

@@ -197,7 +197,7 @@ class _Run:
             entry = {"name": tensor.name, "codec": tensor.codec, "shape": list(tensor.shape), "bytes": tensor.nbytes}
             if tensor.reason:
                 entry |= {"wanted": tensor.wanted, "reason": tensor.reason}
-            tensors.append(entry | self.artifact.read(tensor.name).facts)
+            tensors.append(entry | self.artifact.facts(tensor.name))
         report = {"run": self._identity(), "tensors": tensors, "bits_per_weight": _bits_per_weight(self.planned)}
         self.artifact.finish([tensor.name for tensor in self.planned], report)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
