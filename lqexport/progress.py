@@ -38,18 +38,27 @@ class Silent:
 
 
 class Interruptible:
-    """Notices a Ctrl-C that got lost: one that arrives while numba compiles is raised inside a C callback, which prints
-    it and goes on. It is raised again when the work next advances."""
+    """Stops the work at its next advance after a first Ctrl-C, and at once after a second.
+
+    Raising at once would lose the interrupt where it arrives inside a C callback, as while numba compiles: Python
+    prints such an exception, with its traceback, and goes on.
+    """
 
     interrupted = False
 
     def interrupt(self, *_: object) -> None:
         """A handler of SIGINT."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         self.interrupted = True
-        raise KeyboardInterrupt
+        self.message("Stopping after this step. Press Ctrl-C again to stop at once.")
+
+    def message(self, text: str) -> None:
+        """Shows a line."""
+        raise NotImplementedError
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt where there was one."""
+        """Raises KeyboardInterrupt where there was a first Ctrl-C."""
         if self.interrupted:
             raise KeyboardInterrupt
 
@@ -73,6 +82,7 @@ class Lines(Interruptible):
             self._tell("done" if error is None else "stopped")
 
     def stage(self, description: str, total: float) -> None:
+        self.check()
         if self.description:
             self._tell("done")
         self.description, self.total, self.done = description, total, 0.0
@@ -117,6 +127,7 @@ class Bars(Interruptible):
         self.progress.stop()
 
     def stage(self, description: str, total: float) -> None:
+        self.check()
         self._end_stage()
         self.task = self.progress.add_task(description, total=total)
 
@@ -136,7 +147,7 @@ class Bars(Interruptible):
 
 @contextlib.contextmanager
 def terminal_listener() -> Iterator[Bars | Lines]:
-    """A listener on standard error: bars on a terminal, lines elsewhere. While it is open no Ctrl-C gets lost."""
+    """A listener on standard error: bars on a terminal, lines elsewhere. While it is open, Ctrl-C is theirs."""
     console = Console(stderr=True)
     listener = Bars(console) if sys.stderr.isatty() else Lines(console)
     before = signal.signal(signal.SIGINT, listener.interrupt)

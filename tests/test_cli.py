@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import io
@@ -325,14 +324,24 @@ def test_lines_tell_how_far_a_stopped_run_was() -> None:
 
 
 @pytest.mark.parametrize("kind", [Lines, Bars])
-def test_a_lost_ctrl_c_is_raised_when_work_advances(kind: type[Lines] | type[Bars]) -> None:
-    listener = kind(console()[0])
+def test_the_first_ctrl_c_stops_at_the_next_advance(kind: type[Lines] | type[Bars]) -> None:
+    target, written = console()
+    listener = kind(target)
     listener.stage("Compile", 1)
     listener.advance(0.5)
-    with contextlib.suppress(KeyboardInterrupt):  # as the C callback does
-        listener.interrupt()
+    listener.interrupt()
+    assert "Ctrl-C again" in written.getvalue()
     with pytest.raises(KeyboardInterrupt):
         listener.advance(0.5)
+    with pytest.raises(KeyboardInterrupt):
+        listener.stage("Write", 1)
+
+
+def test_the_second_ctrl_c_stops_at_once() -> None:
+    listener = Lines(console()[0])
+    listener.interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        listener.interrupt()
 
 
 def test_bars_fill_when_a_stage_ends() -> None:
