@@ -24,10 +24,13 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import safetensors.numpy
+import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
+from lqexport.formats.registry import codec
 
 
 @contextlib.contextmanager
@@ -93,6 +96,14 @@ class StoredTensor:
     shape: tuple[int, ...]
     planes: Planes
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
+    """A stored tensor's values, float32 in its own shape. Raises UserError where the planes do not fit the codec."""
+    try:
+        return codec(tensor.codec).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec}: {error}.") from error
 
 
 class Artifact:
@@ -203,3 +214,19 @@ class Artifact:
         """Append one line to log.jsonl."""
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+class SolvedModel:
+    """The tensors that an artifact holds so far, as a model's weights (see `lqexport.weights`), read one at a time."""
+
+    def __init__(self, artifact: Artifact, config: dict[str, Any], names: list[str]) -> None:
+        self._artifact, self.config, self._names = artifact, config, names
+
+    def names(self) -> list[str]:
+        return self._names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._artifact.read(name).shape
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(decoded(self._artifact.read(name)))

@@ -83,16 +83,27 @@ class BlockModel:
         output = block(hidden, **self._arguments[(hidden.shape[0], hidden.shape[1])])
         return output[0] if isinstance(output, tuple) else output
 
-    @torch.no_grad()
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, length, vocabulary] for the hidden states after the last block."""
+    def names(self, index: int) -> list[str]:
+        """Names of the tensors of decoder block `index`."""
+        return [f"{self.architecture.blocks}.{index}.{name}" for name in self._blocks[index].state_dict()]
+
+    def run_as(self, index: int, state: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+        """`run` of block `index` with the weights of `state`, by the names of its own parameters."""
+        arguments = self._arguments[(hidden.shape[0], hidden.shape[1])]
+        output = torch.func.functional_call(self._blocks[index], state, (hidden,), arguments)
+        return output[0] if isinstance(output, tuple) else output
+
+    def logits(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits [..., vocabulary] for hidden states [..., hidden] after the last block; with `norm_state`, by a final
+        norm of those weights."""
         norm = self._model.get_submodule(self.architecture.final_norm)
         if next(norm.parameters()).device.type == "meta":
             self._load(norm, self.architecture.final_norm)
             tied = self.architecture.output not in self.weights.names()
             name = self.architecture.embedding if tied else self.architecture.output
             self._head = self._read(name)
-        return norm(hidden) @ self._head.T
+        normed = norm(hidden) if norm_state is None else torch.func.functional_call(norm, norm_state, (hidden,))
+        return normed @ self._head.T
 
     def _read(self, name: str) -> torch.Tensor:
         return self.weights.read(name).to(self.device, self.dtype)

@@ -102,12 +102,16 @@ def quantize(
     sequence_length: option.SequenceLength = None,
     seed: option.Seed = None,
     moments: option.Moments = None,
+    output_groups: option.OutputGroups = None,
     prefix: option.Prefix = None,
+    asymmetric: option.Asymmetric = None,
     dampening: option.Dampening = None,
     importance: option.Importance = None,
     exponent: option.Exponent = None,
     act_order: option.ActOrder = None,
     descent: option.Descent = None,
+    tune: option.Tune = None,
+    tune_rate: option.TuneRate = None,
     embedding_type: option.EmbeddingType = None,
     output_type: option.OutputType = None,
     fallback: option.Fallback = None,
@@ -118,6 +122,10 @@ def quantize(
         bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")
     ] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps second moments, for other runs over the same source and calibration."),
+    ] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -134,10 +142,13 @@ def quantize(
     given = locals()
     options = {field.name: given[field.name] for field in dataclasses.fields(Recipe)}
     with plain_endings(RESUME):
-        run_quantize(merged_recipe(recipe, options), out, device, dry_run=dry_run, verbose=verbose, as_json=as_json)
+        merged = merged_recipe(recipe, options)
+        run_quantize(merged, out, device, cache, dry_run=dry_run, verbose=verbose, as_json=as_json)
 
 
-def run_quantize(recipe: Recipe, out: Path, device: str, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
+def run_quantize(
+    recipe: Recipe, out: Path, device: str, cache: Path | None, *, dry_run: bool, verbose: bool, as_json: bool
+) -> None:
     """Show the plan; then, unless it is a dry run, check the disk and run."""
     from lqexport.dryrun import as_json as preview_json
     from lqexport.dryrun import preview
@@ -155,7 +166,7 @@ def run_quantize(recipe: Recipe, out: Path, device: str, *, dry_run: bool, verbo
     from lqexport.pipeline import quantize as run
 
     with terminal_listener() as listener:
-        report = run(recipe, out, device=device, listener=listener)
+        report = run(recipe, out, device=device, cache=cache, listener=listener)
     print(json.dumps(report, indent=1) if as_json else f"Wrote {out}. Next: lqexport to-gguf {out} model.gguf")
 
 

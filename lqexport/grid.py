@@ -26,6 +26,12 @@ class Numbers:
     def clone(self) -> Numbers:
         return Numbers(self.format, self.supers.clone(), self.subs.clone())
 
+    @staticmethod
+    def of(scales: Scales, device: torch.device) -> Numbers:
+        """A format's own object on a device."""
+        supers = torch.from_numpy(scales.supers.astype(np.float32)).to(device)
+        return Numbers(scales.format, supers, torch.from_numpy(scales.subs).to(device))
+
     def numpy(self) -> Scales:
         return Scales(self.format, self.supers.cpu().numpy().astype(np.float16), self.subs.cpu().numpy())
 
@@ -40,6 +46,14 @@ class TensorGrid:
     scale: Numbers | None = None
     offset: Numbers | None = None
 
+    @staticmethod
+    def of(grid: Grid, device: torch.device) -> TensorGrid:
+        """A format's own object on a device."""
+        levels = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(grid.levels), np.float32)).to(device)
+        scale = None if grid.scale is None else Numbers.of(grid.scale, device)
+        offset = None if grid.offset is None else Numbers.of(grid.offset, device)
+        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset)
+
     @property
     def group(self) -> int:
         return (self.scale.format.group if self.scale else 0) or self.columns
@@ -52,9 +66,20 @@ class TensorGrid:
 
     def values(self, codes: Tensor) -> Tensor:
         """Decoded weights float32 [R, C] for codes uint8 [R, C]."""
-        levels = self.levels.expand(len(codes), -1).gather(1, codes.long())
-        scale, offset = (part.repeat_interleave(self.group, 1) for part in self.per_group(len(codes)))
-        return scale * levels + offset
+        values = self._levels(codes)
+        if self.scale:
+            values = values.unflatten(1, (-1, self.group)) * self.scale.values()[..., None]
+        if self.offset:
+            values = values + self.offset.values()[..., None]
+        return values.reshape(codes.shape)
+
+    def _levels(self, codes: Tensor) -> Tensor:
+        """The level of each code, float32 [R, C]."""
+        if self.uniform:  # several times faster than a lookup
+            return codes.float() + self.levels[0, 0]
+        if len(self.levels) == 1:
+            return self.levels[0][codes.long()]
+        return self.levels.gather(1, codes.long())
 
     def nearest(self, weights: Tensor) -> Tensor:
         """Codes uint8 [R, C] of the values nearest to float32 [R, C]."""

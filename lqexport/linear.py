@@ -11,7 +11,7 @@ from torch import Tensor
 from lqexport.artifact import StoredTensor
 from lqexport.errors import UserError
 from lqexport.fit import fit, minmax
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes
 from lqexport.formats.registry import codec as codec_named
 from lqexport.grid import TensorGrid
 from lqexport.moments import importance
@@ -49,7 +49,8 @@ def _rounded(codec: PlainCodec | GridCodec, matrix: Tensor) -> dict[str, np.ndar
 
 
 def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe) -> StoredTensor:
-    """Quantize float32 `weight` [R, C] for inputs with second moments `hessian` [C, C] (None: method rtn).
+    """Quantize float32 `weight` [R, C] for inputs with second moments `hessian` (None: method rtn): [C, C], or
+    [G, C, C], one for each of G equal runs of rows.
 
     The facts of the result: `loss` (summed squared output error per token), `relative_error` (to the output's energy),
     `weight_error` (relative, squared), and the dampening that the factorization took.
@@ -58,18 +59,36 @@ def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: 
     codec = codec_named(codec_name)
     if not isinstance(codec, GridCodec):
         return round_tensor(name, weight, codec_name)
-    facts: dict[str, Any] = {}
+    hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
+    runs = [_solve_rows(name, *pair, codec, recipe) for pair in zip(weight.chunk(len(hessians)), hessians, strict=True)]
+    planes = {plane: np.concatenate([part[plane] for part, _ in runs]) for plane in runs[0][0]}
+    return StoredTensor(name, codec_name, tuple(weight.shape), planes, _summed_facts([facts for _, facts in runs]))
+
+
+def _solve_rows(
+    name: str, weight: Tensor, hessian: Tensor | None, codec: GridCodec, recipe: Recipe
+) -> tuple[Planes, dict[str, float]]:
+    """Planes of some rows, and sums over them from which the facts are made."""
+    sums: dict[str, float] = {}
     if hessian is None:
         grid, codes = _round_to_nearest(codec, weight)
     else:
-        grid, codes, facts["dampening"] = _solve(codec, weight, hessian, recipe)
-    stored, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
+        grid, codes, sums["dampening"] = _solve(codec, weight, hessian, recipe)
+    planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
     difference = torch.from_numpy(values).to(weight.device) - weight
-    facts["weight_error"] = float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
+    sums |= {"weight_error": float(difference.square().sum()), "weight": float(weight.square().sum())}
     if hessian is not None:
-        facts["loss"] = layer_loss(difference, hessian)
-        facts["relative_error"] = facts["loss"] / max(layer_loss(weight, hessian), 1e-30)
-    return StoredTensor(name, codec_name, tuple(weight.shape), stored, facts)
+        sums |= {"loss": layer_loss(difference, hessian), "energy": layer_loss(weight, hessian)}
+    return planes, sums
+
+
+def _summed_facts(runs: list[dict[str, float]]) -> dict[str, Any]:
+    total = {key: sum(run[key] for run in runs) for key in runs[0]}
+    facts = {"weight_error": total["weight_error"] / max(total["weight"], 1e-30)}
+    if "loss" in total:
+        facts |= {"loss": total["loss"], "relative_error": total["loss"] / max(total["energy"], 1e-30)}
+        facts["dampening"] = max(run["dampening"] for run in runs)
+    return facts
 
 
 def _round_to_nearest(codec: GridCodec, weight: Tensor) -> tuple[TensorGrid, Tensor]:

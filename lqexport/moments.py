@@ -10,28 +10,43 @@ from lqexport.solve import Factor
 
 
 class SecondMoments:
-    """H = sum over tokens of x x^T, divided by the number of tokens; with `normalized`, every x divided by its norm.
+    """H = sum over tokens of s_t x_t x_t^T, divided by the number of tokens. The weight s_t of a token is
 
-    A few tokens with massive activations (the first of a sequence, separators) otherwise rule H, and the solver spends
-    its freedom on outputs that the end loss does not depend on.
+    plain        1
+    normalized   1 / |x_t|^2. A few tokens with massive activations (the first of a sequence, separators) otherwise rule
+                 H, and the solver spends its freedom on outputs that the end loss does not depend on
+    guided       the mean over the outputs j of (d loss / d z_tj)^2, z = W x, loss the summed cross-entropy: Kim et al.
+                 2025 (GuidedQuant, eq. 7), one H for each of `output_groups` equal runs of outputs. Half of d H d^T,
+                 summed over rows, then estimates in nats per token what the error d of the weights costs the model
     """
 
-    def __init__(self, columns: int, kind: Moments, device: torch.device) -> None:
+    def __init__(self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1) -> None:
         self.kind = kind
-        self.total = torch.zeros(columns, columns, device=device)
+        self.total = torch.zeros(output_groups, columns, columns, device=device)
         self.tokens = 0
 
-    def add(self, inputs: Tensor) -> None:
-        """Add inputs [..., C] of any float dtype; sums are float32."""
+    def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
+        """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
+        outputs, R a multiple of the output groups."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        if self.kind == "normalized":
-            x = x / x.norm(dim=1, keepdim=True).clamp_min(1e-20)
-        self.total.addmm_(x.T, x)
+        for total, weight in zip(self.total, self._weights(x, gradient), strict=True):
+            weighted = x if weight is None else x * weight.sqrt()[:, None]
+            total.addmm_(weighted.T, weighted)
         self.tokens += len(x)
 
+    def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor | None]:
+        """Each token's weight [tokens], for each output group."""
+        if self.kind == "plain":
+            return [None]
+        if self.kind == "normalized":
+            return [x.square().sum(1).clamp_min(1e-30).reciprocal()]
+        assert gradient is not None
+        return list(gradient.reshape(len(x), len(self.total), -1).float().square().mean(2).T)
+
     def hessian(self) -> Tensor:
-        """float32 [C, C]."""
-        return self.total / max(self.tokens, 1)
+        """float32 [C, C], or [output groups, C, C] where there are several."""
+        total = self.total[0] if len(self.total) == 1 else self.total
+        return total / max(self.tokens, 1)
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:

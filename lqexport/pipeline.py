@@ -1,18 +1,18 @@
-"""`quantize`: decoder block by decoder block, from a source to a finished artifact.
+"""`quantize`: from a source to a finished artifact.
 
-For each block: its inputs for all calibration sequences, the second moments of the inputs of its linears, then each
-linear solved, packed and written. The next block's inputs come from the full-precision blocks (`prefix = "full"`:
-linears are independent of each other), or from the quantized ones, linears in the order in which data flows
-(`prefix = "quantized"`: true-sequential, as GPTQ and LeanQuant). A finished linear is never solved again: a resumed run
-repeats the forward passes, which give the same bits, and reads what is done.
+Each linear is solved under the second moments of its inputs, packed and written; then the whole model is tuned end to
+end. Inputs come from the full-precision blocks before (`prefix = "full"`: linears are independent of each other, see
+`lqexport.collect`), or from the quantized ones, linears in the order in which data flows (`prefix = "quantized"`:
+true-sequential, as GPTQ and LeanQuant). A finished linear is never solved again: a resumed run repeats the passes,
+which give the same bits, and reads what is done.
 """
 
 from __future__ import annotations
 
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqexport.artifact import Artifact
+from lqexport.artifact import Artifact, SolvedModel, decoded
+from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
+from lqexport.collect import (
+    BlockMoments,
+    Group,
+    embed,
+    forward_moments,
+    guided_moments,
+    input_of,
+    linear_of,
+    run_through,
+)
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
 from lqexport.environment import choose_device, versions
+from lqexport.errors import UserError
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.moments import SecondMoments
+from lqexport.moments_cache import MomentsCache
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
-
-BATCH_TOKENS = 1024
-"""Tokens in one forward pass on the CPU; larger batches are no faster there and take more memory."""
-GPU_BATCH_TOKENS = 8192
+from lqexport.tune import HELD_OUT, Outcome, Tuner
 
 
 def plan_recipe(source: Source, recipe: Recipe) -> list[PlannedTensor]:
@@ -46,16 +56,21 @@ def plan_recipe(source: Source, recipe: Recipe) -> list[PlannedTensor]:
                 output_type=recipe.output_type, fallback=recipe.fallback)  # fmt: skip
 
 
-def quantize(recipe: Recipe, out: Path, *, device: str = "auto", listener: Listener | None = None) -> dict[str, Any]:
+def quantize(
+    recipe: Recipe, out: Path, *, device: str = "auto", cache: Path | None = None, listener: Listener | None = None
+) -> dict[str, Any]:
     """Quantize `recipe.source` into the artifact folder `out`, or finish what an interrupted run began there.
+
+    cache   a folder that keeps second moments for other runs over the same source and calibration
 
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
-    run = _Run(recipe, out, choose_device(device), listener or Silent())
+    run = _Run(recipe, out, choose_device(device), cache, listener or Silent())
     if not run.artifact.complete:
         with torch.no_grad():
             run.round_others()
             run.solve_linears()
+            run.tune()
         run.finish()
     return run.artifact.report()
 
@@ -63,15 +78,27 @@ def quantize(recipe: Recipe, out: Path, *, device: str = "auto", listener: Liste
 class _Run:
     """The state of one call of `quantize`."""
 
-    def __init__(self, recipe: Recipe, out: Path, device: torch.device, listener: Listener) -> None:
+    def __init__(self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener) -> None:
         self.recipe, self.device, self.listener = recipe, device, listener
         self.source = open_source(recipe.source)
         self.planned = plan_recipe(self.source, recipe)
         self.linears = {tensor.name: tensor for tensor in self.planned if tensor.linear}
+        self._check_output_groups()
         self.calibration = self._calibration()
         self.artifact = Artifact(out)
         self.artifact.begin(self._identity())
         self.source.copy_model_files(self.artifact.model_folder)
+        self.work = out / "work"
+        self.cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
+        self.outcome: Outcome | None = None
+
+    def _check_output_groups(self) -> None:
+        groups = self.recipe.output_groups
+        for tensor in self.linears.values():
+            if tensor.shape[0] % groups:
+                raise UserError(
+                    f"{tensor.name} has {tensor.shape[0]} outputs, which {groups} output groups do not divide."
+                )
 
     def _calibration(self) -> Calibration | None:
         """None where nothing is solved: rounding needs no calibration, and plain types have no grid."""
@@ -79,8 +106,18 @@ class _Run:
         if self.recipe.method == "rtn" or not solved:
             return None
         recipe = self.recipe
-        return load_calibration(recipe.calibration, self.source.tokenizer(), samples=recipe.samples,
-                                sequence_length=recipe.sequence_length, seed=recipe.seed)  # fmt: skip
+        needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
+        calibration = load_calibration(recipe.calibration, self.source.tokenizer(), samples=needed,
+                                       sequence_length=recipe.sequence_length, seed=recipe.seed)  # fmt: skip
+        if calibration.repeats:
+            self.listener.message(f"The text {recipe.calibration} is too short for {needed} different sequences.")
+        return calibration
+
+    @property
+    def sequences(self) -> Tensor:
+        """Token ids [samples, length] that second moments come from."""
+        assert self.calibration is not None
+        return self.calibration.tokens[: self.recipe.samples]
 
     def _identity(self) -> dict[str, Any]:
         return {
@@ -89,6 +126,19 @@ class _Run:
             "source_fingerprint": self.source.fingerprint,
             "device": self.device.type,
             "calibration": self.calibration.facts() if self.calibration else None,
+        }
+
+    def _moments_facts(self) -> dict[str, Any]:
+        """What second moments depend on."""
+        assert self.calibration is not None
+        recipe = self.recipe
+        keys = ("samples", "sequence_length", "seed", "moments", "output_groups")
+        return {
+            "versions": versions("lqexport", "torch", "transformers"),
+            "source_fingerprint": self.source.fingerprint,
+            "device": self.device.type,
+            "calibration": {key: self.calibration.facts()[key] for key in ("sha256", "bos")},
+            "recipe": {key: getattr(recipe, key) for key in keys},
         }
 
     def round_others(self) -> None:
@@ -102,94 +152,126 @@ class _Run:
             self.listener.advance(tensor.weights)
 
     def solve_linears(self) -> None:
-        self.listener.stage("Quantizing", sum(tensor.weights for tensor in self.linears.values()))
+        unfinished = [name for name in self.linears if name not in self.artifact]
         if self.calibration is None:
-            for name in self.linears:
+            self._begin_solving()
+            for name in unfinished:
                 self._solve(name, self.source.read(name), None)
-            return
-        model = BlockModel(self.source, self.device)
-        inputs = self._embed(model, self.calibration.tokens)
-        last = self._last_unfinished(model)
+        elif unfinished:
+            model = BlockModel(self.source, self.device)
+            step = self._solve_on_quantized if self.recipe.prefix == "quantized" else self._solve_on_full
+            step(model)
+
+    def _begin_solving(self) -> None:
+        weights = {name: tensor.weights for name, tensor in self.linears.items()}
+        self.listener.stage("Quantizing", sum(weights.values()))
+        self.listener.advance(sum(weights[name] for name in weights if name in self.artifact))
+
+    def _solve_on_full(self, model: BlockModel) -> None:
+        """Every linear on inputs from the full-precision blocks before."""
+        begun = False
+        for index, moments in self._moments(model):
+            if not begun:  # a pass of its own may come before the first moments
+                self._begin_solving()
+                begun = True
+            for group, hessian in moments.items():
+                for name in self._unfinished(model, index, group):
+                    self._solve(name, self.source.read(name), hessian.to(self.device))
+
+    def _moments(self, model: BlockModel) -> Iterator[BlockMoments]:
+        """Second moments of at least the unfinished linears; from the cache where it has them."""
+        if self.cache is None:
+            return self._collect(model, lambda index, group: bool(self._unfinished(model, index, group)))
+        if all(index in self.cache for index in range(len(model))):
+            return (self.cache.read(index, self.device) for index in range(len(model)))
+        return self.cache.fill(self._collect(model, lambda *_: True))
+
+    def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
+        recipe = self.recipe
+        if recipe.moments == "guided":
+            return guided_moments(model, self.sequences, recipe.output_groups, self.work / "guided", self.listener)
+        groups = model.architecture.linears
+        last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
+        return forward_moments(model, embed(model, self.sequences), recipe.moments, wanted, last)
+
+    def _unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
+        """Names of a group's linears that are still to be solved."""
+        names = [f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group]
+        # A shape that no grid holds is stored already, as F16, and is no linear of the plan.
+        return [name for name in names if name in self.linears and name not in self.artifact]
+
+    def _solve_on_quantized(self, model: BlockModel) -> None:
+        """Block by block on inputs from the quantized blocks before; within a block, group by group."""
+        self._begin_solving()
+        inputs = embed(model, self.sequences)
+        full = list(inputs) if self.recipe.asymmetric else None
+        last = max(i for i in range(len(model)) for g in model.architecture.linears if self._unfinished(model, i, g))
         for index, block in model.blocks():
             if index > last:
-                break
-            prefix = f"{model.architecture.blocks}.{index}."
-            step = self._block_full if self.recipe.prefix == "full" else self._block_quantized
-            step(model, block, prefix, inputs)
-        done = sum(tensor.weights for name, tensor in self.linears.items() if int(_block_of(name, model)) > last)
-        self.listener.advance(done)
+                return
+            original = model.block(index) if full else None
+            for group in model.architecture.linears:
+                if names := self._unfinished(model, index, group):
+                    moments = self._group_moments(model, block, group, inputs, original, full)
+                    for name in names:
+                        self._solve_on(name, moments)
+                for linear in group:
+                    self._carry_forward(
+                        linear_of(block, linear), f"{model.architecture.blocks}.{index}.{linear}.weight"
+                    )
+            run_through(model, block, inputs)
+            if original and full:
+                run_through(model, original, full)
 
-    def _embed(self, model: BlockModel, tokens: Tensor) -> list[Tensor]:
-        """Hidden states that enter the first block, a batch at a time, kept on the host."""
-        budget = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
-        batches = tokens.split(max(1, budget // tokens.shape[1]))
-        return [model.start(batch).cpu() for batch in batches]
+    def _group_moments(
+        self, model: BlockModel, block: nn.Module, group: Group, inputs: list[Tensor],
+        original: nn.Module | None, full: list[Tensor] | None,
+    ) -> SecondMoments | CrossMoments:  # fmt: skip
+        """Second moments of a group's inputs; with the full-precision block and its inputs, cross moments."""
+        columns = linear_of(block, group[0]).in_features
+        if original is None or full is None:
+            moments = SecondMoments(columns, self.recipe.moments, self.device)
+            for batch in inputs:
+                moments.add(input_of(model, block, group[0], batch))
+            return moments
+        cross = CrossMoments(columns, self.recipe.moments, self.device)
+        for i, (batch, exact) in enumerate(zip(inputs, full, strict=True)):
+            cross.add(i % 2, input_of(model, original, group[0], exact), input_of(model, block, group[0], batch))
+        return cross
 
-    def _last_unfinished(self, model: BlockModel) -> int:
-        """Index of the last block with something left to solve; -1 if there is none."""
-        return max((int(_block_of(name, model)) for name in self.linears if name not in self.artifact), default=-1)
+    def _solve_on(self, name: str, moments: SecondMoments | CrossMoments) -> None:
+        weight = self.source.read(name)
+        if isinstance(moments, CrossMoments):
+            target, strength = moments.target(weight.to(self.device).float(), self.recipe.dampening)
+            self._solve(name, target, moments.hessian(), {"asymmetric_strength": strength})
+        else:
+            self._solve(name, weight, moments.hessian())
 
-    def _block_full(self, model: BlockModel, block: nn.Module, prefix: str, inputs: list[Tensor]) -> None:
-        """Second moments of all linears in the one pass that also gives the next block's inputs."""
-        wanted = [group for group in model.architecture.linears if self._unfinished(prefix, group)]
-        moments = self._forward(model, block, inputs, wanted, keep=True)
-        for group in wanted:
-            self._solve_group(block, prefix, group, moments[group])
-        self._advance_finished(prefix, [group for group in model.architecture.linears if group not in wanted])
-
-    def _block_quantized(self, model: BlockModel, block: nn.Module, prefix: str, inputs: list[Tensor]) -> None:
-        """One pass for each group of linears, those before it already quantized; then one for the outputs."""
-        for group in model.architecture.linears:
-            if self._unfinished(prefix, group):
-                moments = self._forward(model, block, inputs, [group], keep=False)
-                self._solve_group(block, prefix, group, moments[group])
-            else:
-                self._advance_finished(prefix, [group])
-            for linear in group:
-                self._carry_forward(_linear(block, linear), prefix + linear + ".weight")
-        self._forward(model, block, inputs, [], keep=True)
-
-    def _forward(
-        self, model: BlockModel, block: nn.Module, inputs: list[Tensor], groups: list[tuple[str, ...]], *, keep: bool
-    ) -> dict[tuple[str, ...], SecondMoments]:
-        """Run every batch through the block, adding up the inputs of each group; `keep` replaces inputs by outputs."""
-        with _moments_of(block, groups, self._new_moments) as moments:
-            for i, batch in enumerate(inputs):
-                output = model.run(block, batch.to(self.device))
-                if keep:
-                    inputs[i] = output.cpu()
-        return moments
-
-    def _new_moments(self, columns: int) -> SecondMoments:
-        return SecondMoments(columns, self.recipe.moments, self.device)
-
-    def _unfinished(self, prefix: str, group: tuple[str, ...]) -> bool:
-        return any(f"{prefix}{linear}.weight" not in self.artifact for linear in group)
-
-    def _advance_finished(self, prefix: str, groups: list[tuple[str, ...]]) -> None:
-        names = [f"{prefix}{linear}.weight" for group in groups for linear in group]
-        self.listener.advance(sum(self.linears[name].weights for name in names if name in self.linears))
-
-    def _solve_group(self, block: nn.Module, prefix: str, group: tuple[str, ...], moments: SecondMoments) -> None:
-        hessian = moments.hessian()
-        for linear in group:
-            if f"{prefix}{linear}.weight" in self.linears:  # a shape that no grid holds is stored already, as F16
-                self._solve(f"{prefix}{linear}.weight", _linear(block, linear).weight.data, hessian)
-
-    def _solve(self, name: str, weight: Tensor, hessian: Tensor | None) -> None:
-        tensor = self.linears[name]
-        if name not in self.artifact:
-            began = time.perf_counter()
-            solved = solve_linear(name, weight.to(self.device).float(), hessian, tensor.codec, self.recipe)
-            self.artifact.write(solved)
-            self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
+    def _solve(self, name: str, weight: Tensor, hessian: Tensor | None, facts: dict[str, Any] | None = None) -> None:
+        tensor, began = self.linears[name], time.perf_counter()
+        solved = solve_linear(name, weight.to(self.device).float(), hessian, tensor.codec, self.recipe)
+        solved.facts.update(facts or {})
+        self.artifact.write(solved)
+        self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
         self.listener.advance(tensor.weights)
 
     def _carry_forward(self, linear: nn.Linear, name: str) -> None:
         """Go on with the weights as the file decodes them."""
-        stored = self.artifact.read(name)
-        values = codec(stored.codec).decode(stored.planes, stored.shape[1])
-        linear.weight.data = torch.from_numpy(values).to(linear.weight)
+        linear.weight.data = torch.from_numpy(decoded(self.artifact.read(name))).to(linear.weight)
+
+    def tune(self) -> None:
+        """Tune the solved model end to end, where the recipe says so."""
+        if self.calibration is None or not self.recipe.tuned_sequences:
+            return
+        solved = SolvedModel(self.artifact, self.source.config, [tensor.name for tensor in self.planned])
+        models = BlockModel(solved, self.device), BlockModel(self.source, self.device)
+        tokens = torch.cat(
+            [self.calibration.tokens[: self.recipe.tuned_sequences], self.calibration.tokens[-HELD_OUT:]]
+        )
+        tuner = Tuner(self.artifact, *models, tokens, self.recipe.tune_rate, self.work, self.listener)
+        self.outcome = tuner.run()
+        if not self.outcome.kept:
+            self.listener.message("Tuning did not help on the held-out sequences: the model stays as it was solved.")
 
     def finish(self) -> None:
         tensors = []
@@ -199,42 +281,13 @@ class _Run:
                 entry |= {"wanted": tensor.wanted, "reason": tensor.reason}
             tensors.append(entry | self.artifact.facts(tensor.name))
         report = {"run": self._identity(), "tensors": tensors, "bits_per_weight": _bits_per_weight(self.planned)}
+        if self.outcome:
+            report["tuning"] = self.outcome.facts()
         self.artifact.finish([tensor.name for tensor in self.planned], report)
+        shutil.rmtree(self.work, ignore_errors=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.artifact.log({"finished": True, "peak_memory_gib": round(peak, 3)})
 
 
 def _bits_per_weight(planned: list[PlannedTensor]) -> float:
     return 8 * sum(tensor.nbytes for tensor in planned) / sum(tensor.weights for tensor in planned)
-
-
-def _block_of(name: str, model: BlockModel) -> str:
-    return name.removeprefix(model.architecture.blocks + ".").split(".")[0]
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear
-
-
-@contextmanager
-def _moments_of(
-    block: nn.Module, groups: list[tuple[str, ...]], new: Callable[[int], SecondMoments]
-) -> Iterator[dict[tuple[str, ...], SecondMoments]]:
-    """While open, whatever enters a group's first linear is added to the group's second moments."""
-    moments: dict[tuple[str, ...], SecondMoments] = {}
-    handles = []
-    for group in groups:
-        linear = _linear(block, group[0])
-        moments[group] = new(linear.in_features)
-
-        def add(_: nn.Module, arguments: tuple[Tensor, ...], total: SecondMoments = moments[group]) -> None:
-            total.add(arguments[0])
-
-        handles.append(linear.register_forward_pre_hook(add))
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -16,9 +16,10 @@ else:
     import tomli as tomllib
 
 Method = Literal["rtn", "gptq", "lean"]
-Moments = Literal["plain", "normalized"]
+Moments = Literal["plain", "normalized", "guided"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
+LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,16 @@ class Recipe:
     sequence_length: int = 512
     seed: int = 0
     moments: Moments = "normalized"
+    output_groups: int = 1
     prefix: Prefix = "full"
+    asymmetric: bool = False
     dampening: float = 0.05
     importance: ImportanceBase = "diagonal"
     exponent: float = 1.0
     act_order: bool = True
     descent: int = 4
+    tune: int | None = None
+    tune_rate: float = 0.003
     embedding_type: str | None = None
     output_type: str | None = None
     fallback: bool = True
@@ -48,9 +53,22 @@ class Recipe:
         for name, literal in choices.items():
             if (value := getattr(self, name)) not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
-        for name, least in {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"{name} must be at least {least}, not {getattr(self, name)}.")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and value < least:
+                raise UserError(f"{name} must be at least {least}, not {value}.")
+        if self.moments == "guided" and self.prefix != "full":
+            raise UserError("Guided second moments come from the full-precision model: they need prefix 'full'.")
+        if self.output_groups > 1 and self.moments != "guided":
+            raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
+        if self.asymmetric and self.prefix != "quantized":
+            raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
+
+    @property
+    def tuned_sequences(self) -> int:
+        """Sequences of end-to-end tuning: what `tune` says, or the default of the method."""
+        if self.tune is not None:
+            return self.tune
+        return 64 if self.method == "lean" else 0
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -30,9 +30,23 @@ Calibration = Annotated[
 Samples = Annotated[int | None, _option("samples", "Calibration sequences.")]
 SequenceLength = Annotated[int | None, _option("sequence_length", "Tokens in each.")]
 Seed = Annotated[int | None, _option("seed", "Draws the sequences from the text.")]
-Moments = Annotated[str | None, _option("moments", "plain, or normalized: each token divided by its norm.")]
+Moments = Annotated[
+    str | None,
+    _option("moments", "plain; normalized: each token divided by its norm; guided: weighted by the loss's gradient."),
+]
+OutputGroups = Annotated[
+    int | None, _option("output_groups", "Runs of a linear's outputs with guided moments of their own.")
+]
 Prefix = Annotated[
     str | None, _option("prefix", "Inputs of a block come from the full or the quantized blocks before.")
+]
+Asymmetric = Annotated[
+    bool | None,
+    _option(
+        "asymmetric",
+        "With the quantized prefix: aim at the full-precision outputs as far as held-out sequences gain.",
+        "--asymmetric/--symmetric",
+    ),
 ]
 Dampening = Annotated[float | None, _option("dampening", "Added to the second moments, as a share of their mean.")]
 Importance = Annotated[str | None, _option("importance", "What weighs errors: diagonal, cholesky or inverse.")]
@@ -41,6 +55,11 @@ ActOrder = Annotated[
     bool | None, _option("act_order", "Solve columns by falling activation.", "--act-order/--no-act-order")
 ]
 Descent = Annotated[int | None, _option("descent", "Sweeps of coordinate descent after error feedback.")]
+Tune = Annotated[
+    int | None,
+    _option("tune", "Sequences to tune norms and stored scales on, end to end; 0: none. [default: 64 for method lean]"),
+]
+TuneRate = Annotated[float | None, _option("tune_rate", "Largest relative change of a tuned number in one step.")]
 EmbeddingType = Annotated[str | None, _option("embedding_type", "Type of the embedding, such as Q6_K.")]
 OutputType = Annotated[str | None, _option("output_type", "Type of the output, such as Q6_K.")]
 Fallback = Annotated[

@@ -22,14 +22,13 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lqexport import evaluate, llamacpp
-from lqexport.artifact import Artifact, StoredTensor, digest
+from lqexport.artifact import Artifact, StoredTensor, decoded, digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.formats.codec import Planes
-from lqexport.formats.registry import codec
 from lqexport.progress import Listener, Silent
 from lqexport.source import GGUFSource, Source, open_source
 from lqexport.texts import Text, read_text
@@ -84,14 +83,6 @@ def stored(export: Export, name: str) -> StoredTensor:
     """One tensor of a written model, as it is stored."""
     kind, planes, shape = export.planes(name)
     return StoredTensor(name, kind, shape, planes)
-
-
-def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
-    """A stored tensor's values, float32 in its own shape. Raises UserError where the planes do not fit the codec."""
-    try:
-        return codec(tensor.codec).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec}: {error}.") from error
 
 
 def open_export(path: Path) -> Export:

@@ -64,7 +64,7 @@ def odd_shape(name: str) -> tuple[int, ...]:
 def artifact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model, rounded to Q4_0."""
     out = tmp_path_factory.mktemp("run") / "out"
-    small = ("--samples", 2, "--sequence-length", 32)
+    small = ("--samples", 2, "--sequence-length", 32, "--tune", 2)
     run("quantize", tiny_model, out, "--target", "gguf:Q4_0", "--method", "rtn", *small, "--device", "cpu")
     return out
 

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from lqexport import solve
 from lqexport.blocks import BlockModel
+from lqexport.collect import moments_of
 from lqexport.fit import fit, minmax
 from lqexport.formats.registry import codec
 from lqexport.moments import SecondMoments, importance
-from lqexport.pipeline import _moments_of
 from lqexport.recipe import ImportanceBase
 from lqexport.source import open_source
 
@@ -149,7 +149,7 @@ def test_calibration_stays_on_the_device(tiny_model: Path) -> None:
         hidden = model.start(torch.zeros(2, 16, dtype=torch.int64))
         block = model.block(0)
         columns = []
-        with _moments_of(block, list(model.architecture.linears), lambda n: SecondMoments(n, "plain", CUDA)) as moments:
+        with moments_of(block, list(model.architecture.linears), lambda n: SecondMoments(n, "plain", CUDA)) as moments:
             hidden = model.run(block, hidden)
         for total in moments.values():
             assert total.hessian().device.type == "cuda"

@@ -34,7 +34,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tiny_model: Path, text: Path) -> Recipe:
-    return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64)
+    return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64, tune=5)
 
 
 def changed(recipe: Recipe, **options: object) -> Recipe:
@@ -103,7 +103,8 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
 
 def test_killed_outright_resumes_to_the_same_bytes(tiny_model: Path, text: Path, load_script, tmp_path: Path) -> None:
     kill = load_script("bench/kill.py")
-    options = ["--target", "gguf:Q2_K", "--calibration", str(text), "--samples", "6", "--sequence-length", "64"]
+    options = ["--target", "gguf:Q2_K", "--calibration", str(text)]
+    options += ["--samples", "6", "--sequence-length", "64", "--tune", "5"]
     result = kill.kill_and_resume(str(tiny_model), tmp_path, options, kills=2, seed=0)
     assert result["identical"]
 
@@ -116,7 +117,7 @@ def test_a_finished_artifact_is_left_alone(recipe: Recipe, tmp_path: Path, monke
 
 def test_the_prefixes_see_different_inputs(recipe: Recipe, tmp_path: Path) -> None:
     for prefix in ("full", "quantized"):
-        quantize(changed(recipe, target="gguf:Q2_K", prefix=prefix), tmp_path / prefix)
+        quantize(changed(recipe, target="gguf:Q2_K", prefix=prefix, tune=0), tmp_path / prefix)
     first, second = (Artifact(tmp_path / prefix) for prefix in ("full", "quantized"))
     same = [name for name in first.manifest() if first.manifest()[name] == second.manifest()[name]]
     assert "model.layers.0.self_attn.q_proj.weight" in same  # nothing before it is quantized

@@ -1,0 +1,58 @@
+"""Second moments on disk, so that several runs over the same source and calibration collect them once.
+
+FOLDER/KEY/facts.json             what they are of: source, calibration, kind
+FOLDER/KEY/block-N.safetensors    one tensor per group of linears; its name is the linears' names, joined by "+"
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+
+from lqexport.artifact import write_json, written_whole
+from lqexport.collect import BlockMoments
+from lqexport.errors import UserError
+
+
+class MomentsCache:
+    """The second moments that `facts` (JSON values) identify, in a folder of their own under `folder`."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self._facts = facts
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index}.safetensors"
+
+    def __contains__(self, index: int) -> bool:
+        return self._path(index).is_file()
+
+    def write(self, moments: BlockMoments) -> None:
+        """Keep the second moments of all linears of a block."""
+        index, groups = moments
+        write_json(self.folder / "facts.json", self._facts)
+        content = safetensors.torch.save({"+".join(group): hessian.cpu() for group, hessian in groups.items()})
+        with written_whole(self._path(index)) as file:
+            file.write(content)
+
+    def read(self, index: int, device: torch.device) -> BlockMoments:
+        """The second moments of a block. Raises UserError where the file is damaged."""
+        path = self._path(index)
+        try:
+            tensors = safetensors.torch.load_file(path, str(device))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.") from error
+        return index, {tuple(name.split("+")): hessian for name, hessian in tensors.items()}
+
+    def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:
+        """Passes `computed` on, keeping each block."""
+        for moments in computed:
+            self.write(moments)
+            yield moments

@@ -1,0 +1,295 @@
+"""End-to-end tuning: what a file stores as floating-point numbers, moved until the model predicts as its source does.
+
+Codes and integers stay as they were solved. Tuned are the gains of the norms (and biases, where there are any), and of
+every solved linear the float16 numbers of its grid: the scales and offsets of superblocks or groups, or the tables. The
+file does not grow. The loss is the mean KL(source || quantized) over every position of some calibration sequences. The
+method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP) with the source's predictions in the place of the
+next token, and with the norms.
+
+A step runs a batch of sequences forward through all blocks, keeping the inputs of each, then backward, running each
+block again with gradients. In memory are one block's decoded weights, the batch's hidden states, and the tuned numbers
+with the optimizer's moments. Every step is kept on disk, so a stopped run goes on from there and ends in the same bits.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from lqexport.artifact import Artifact, StoredTensor, decoded, written_whole
+from lqexport.blocks import BlockModel
+from lqexport.collect import embed
+from lqexport.fit import round_half
+from lqexport.formats.codec import GridCodec, PlainCodec
+from lqexport.formats.registry import codec
+from lqexport.grid import TensorGrid
+from lqexport.progress import Listener
+
+BATCH = 4
+"""Sequences in a step."""
+HELD_OUT = 8
+"""Sequences that are not tuned on, to see whether tuning helped."""
+WARM_UP = 4
+"""Steps over which the rate rises; then it falls to zero, linearly."""
+BETAS = (0.9, 0.95)
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Mean KL in nats per token on the held-out sequences, before and after."""
+
+    before: float
+    after: float
+
+    @property
+    def kept(self) -> bool:
+        """Whether the tuned numbers are better than the solved ones, and so are what the artifact holds."""
+        return self.after < self.before
+
+    def facts(self) -> dict[str, Any]:
+        return {"held_out_kl_before": self.before, "held_out_kl_after": self.after, "kept": self.kept}
+
+
+def numbers(grid: TensorGrid) -> State:
+    """The float16 numbers that a grid is made of, as float32: `scale` and `offset`, or `levels`."""
+    parts = {"scale": grid.scale, "offset": grid.offset}
+    return {name: part.supers for name, part in parts.items() if part is not None} or {"levels": grid.levels}
+
+
+def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
+    """The grid with other numbers in the place of `numbers(grid)`."""
+    if "levels" in new:
+        return replace(grid, levels=new["levels"])
+    scale, offset = (
+        part and replace(part, supers=new[name]) for name, part in (("scale", grid.scale), ("offset", grid.offset))
+    )
+    return replace(grid, scale=scale, offset=offset)
+
+
+def _unit(name: str, values: Tensor) -> Tensor:
+    """What a change of 1 means: a scale or offset itself, the spread of a row's table, or a vector's mean size."""
+    if name == "levels":
+        return values.std(1, keepdim=True)
+    return values if name in ("scale", "offset") else values.abs().mean()
+
+
+class Tuner:
+    """Tunes a solved artifact, all of whose tensors are written.
+
+    solved    the artifact's model, as its tensors decode
+    source    the full-precision model
+    tokens    int64 [sequences + HELD_OUT, length]; those held out come last
+    folder    for what a stopped run goes on from
+    """
+
+    def __init__(
+        self, artifact: Artifact, solved: BlockModel, source: BlockModel, tokens: Tensor, rate: float,
+        folder: Path, listener: Listener,
+    ) -> None:  # fmt: skip
+        self.artifact, self.solved, self.source, self.folder, self.listener = artifact, solved, source, folder, listener
+        self.tokens, self.rate = tokens, rate
+        self.steps = -(-(len(tokens) - HELD_OUT) // BATCH)
+        self.blocks = [solved.names(index) for index in range(len(solved))]
+        self.norm = f"{solved.architecture.final_norm}.weight"
+        self.deltas = self._zeros()
+
+    def _zeros(self) -> State:
+        """One change per tuned number, in units of `_unit`; keys are TENSOR/NUMBER."""
+        deltas = {}
+        for name in [name for names in self.blocks for name in names] + [self.norm]:
+            for number, values in self._numbers(name).items():
+                deltas[f"{name}/{number}"] = torch.zeros_like(values, requires_grad=True)
+        return deltas
+
+    def _numbers(self, name: str) -> State:
+        tensor = self.artifact.read(name)
+        if isinstance(codec(tensor.codec), GridCodec):
+            return numbers(self._grid(tensor)[0])
+        return {"vector": self._decoded(tensor)} if len(tensor.shape) == 1 else {}
+
+    def _decoded(self, tensor: StoredTensor) -> Tensor:
+        return torch.from_numpy(decoded(tensor)).to(self.solved.device)
+
+    def _grid(self, tensor: StoredTensor) -> tuple[TensorGrid, Tensor]:
+        kind = codec(tensor.codec)
+        assert isinstance(kind, GridCodec)
+        grid, codes = kind.unpack(tensor.planes, tensor.shape[1])
+        device = self.solved.device
+        return TensorGrid.of(grid, device), torch.from_numpy(codes).to(device)
+
+    def _moved(self, name: str, values: State) -> State:
+        """A tensor's numbers with the changes so far, differentiable by them."""
+        return {number: base + _unit(number, base) * self.deltas[f"{name}/{number}"] for number, base in values.items()}
+
+    def _value(self, name: str) -> Tensor:
+        """A tensor's values with the changes so far, differentiable by them."""
+        tensor = self.artifact.read(name)
+        if isinstance(codec(tensor.codec), GridCodec):
+            grid, codes = self._grid(tensor)
+            return with_numbers(grid, self._moved(name, numbers(grid))).values(codes)
+        values = self._decoded(tensor)
+        return self._moved(name, {"vector": values})["vector"] if values.ndim == 1 else values
+
+    def _block(self, index: int) -> State:
+        """Block `index` as it is now, by the names of its own parameters."""
+        prefix = f"{self.solved.architecture.blocks}.{index}."
+        return {name.removeprefix(prefix): self._value(name) for name in self.blocks[index]}
+
+    def run(self) -> Outcome:
+        """Tune, then write what was tuned into the artifact, unless the held-out sequences got worse by it."""
+        done = self.folder / "tuned.safetensors"
+        if not done.is_file():
+            self._optimize(done)
+        with safe_open(done, "pt") as file:
+            new = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            outcome = Outcome(**json.loads(file.metadata()["outcome"]))
+        for name in sorted({key.rpartition("/")[0] for key in new}):
+            mine = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}
+            self._store(name, mine)
+        return outcome
+
+    def _optimize(self, done: Path) -> None:
+        """All steps; `done` gets the tuned numbers and the outcome."""
+        targets = self._targets()
+        optimizer = torch.optim.Adam(list(self.deltas.values()), betas=BETAS)
+        reached, before = self._resume(optimizer)
+        self.listener.stage("Tuning end to end", self.steps - reached)
+        before = self._held_out(targets) if before is None else before
+        for step in range(reached, self.steps):
+            self._step(step, targets, optimizer)
+            self._save(step + 1, before, optimizer)
+            self.listener.advance(1)
+        outcome = Outcome(before, self._held_out(targets))
+        content = self._finished() if outcome.kept else {}
+        _write(done, content, {"outcome": json.dumps(asdict(outcome), sort_keys=True)})
+
+    def _targets(self) -> list[Tensor]:
+        """Hidden states [length, hidden] of the source after its last block, for every sequence; kept on disk."""
+        path = self.folder / "source.safetensors"
+        if not path.is_file():
+            hidden = embed(self.source, self.tokens)
+            self.listener.stage("Predictions of the source", len(self.source) * len(hidden))
+            for _, block in self.source.blocks():
+                for i, batch in enumerate(hidden):
+                    hidden[i] = self.source.run(block, batch.to(self.source.device)).cpu()
+                    self.listener.advance(1)
+            _write(path, {"hidden": torch.cat(hidden)}, {})
+        return list(safetensors.torch.load_file(path)["hidden"])
+
+    def _step(self, step: int, targets: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
+        """One batch forward and backward, and the changes that follow from it."""
+        last = len(self.tokens) - HELD_OUT
+        chosen = range(step * BATCH, min((step + 1) * BATCH, last))
+        hidden = self._forward(self.tokens[chosen.start : chosen.stop])
+        gradient = self._head_backward(hidden[-1], targets[chosen.start : chosen.stop])
+        for index in reversed(range(len(self.blocks))):
+            gradient = self._block_backward(index, hidden[index], gradient)
+        for group in optimizer.param_groups:
+            group["lr"] = self.rate * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _forward(self, tokens: Tensor) -> list[Tensor]:
+        """Hidden states [batch, length, hidden] before each block and after the last."""
+        hidden = [self.solved.start(tokens)]
+        for index in range(len(self.blocks)):
+            hidden.append(self.solved.run_as(index, self._block(index), hidden[-1]))
+        return hidden
+
+    def _head_backward(self, hidden: Tensor, targets: list[Tensor]) -> Tensor:
+        """The gradient of the mean KL by the last block's outputs; that by the final norm is added to its change."""
+        parts = []
+        for state, target in zip(hidden, targets, strict=True):
+            with torch.enable_grad():
+                state.requires_grad_()
+                loss = self._divergence(state, target) / len(targets)
+                loss.backward()
+            assert state.grad is not None
+            parts.append(state.grad)
+        return torch.stack(parts)
+
+    def _divergence(self, state: Tensor, target: Tensor) -> Tensor:
+        """Mean KL(source || solved) over a sequence, for hidden states [length, hidden] after the last blocks."""
+        ours = log_softmax(self.solved.logits(state, {"weight": self._value(self.norm)}), -1)
+        theirs = log_softmax(self.source.logits(target.to(state.device)), -1)
+        return kl_div(ours, theirs, reduction="batchmean", log_target=True)
+
+    def _block_backward(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
+        """The gradient by a block's inputs; those by its numbers are added to their changes."""
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            self.solved.run_as(index, self._block(index), hidden).backward(gradient)
+        assert hidden.grad is not None
+        return hidden.grad
+
+    @torch.no_grad()
+    def _held_out(self, targets: list[Tensor]) -> float:
+        """Mean KL over the held-out sequences."""
+        states = [state for batch in self.tokens[-HELD_OUT:].split(BATCH) for state in self._forward(batch)[-1]]
+        pairs = zip(states, targets[-HELD_OUT:], strict=True)
+        return sum(float(self._divergence(state, target)) for state, target in pairs) / HELD_OUT
+
+    def _save(self, step: int, before: float, optimizer: torch.optim.Adam) -> None:
+        """What the next step needs."""
+        content: State = {}
+        for key, delta in self.deltas.items():
+            content |= {f"{key}/{name}": optimizer.state[delta][name] for name in ("exp_avg", "exp_avg_sq")}
+            content[f"{key}/delta"] = delta.detach()
+        _write(self.folder / "tuning.safetensors", content, {"state": json.dumps({"step": step, "before": before})})
+
+    def _resume(self, optimizer: torch.optim.Adam) -> tuple[int, float | None]:
+        """Go on from the last step that was kept: how many are done, and the held-out KL before the first."""
+        path = self.folder / "tuning.safetensors"
+        if not path.is_file():
+            return 0, None
+        with safe_open(path, "pt", str(self.solved.device)) as file:
+            state = json.loads(file.metadata()["state"])
+            for key, delta in self.deltas.items():
+                delta.data.copy_(file.get_tensor(f"{key}/delta"))
+                moments = {name: file.get_tensor(f"{key}/{name}") for name in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[delta] = {"step": torch.tensor(float(state["step"]))} | moments
+        return state["step"], state["before"]
+
+    def _finished(self) -> State:
+        """Every tuned number as the file will hold it."""
+        new: State = {}
+        for name in sorted({key.rpartition("/")[0] for key in self.deltas}):
+            for number, values in self._moved(name, self._numbers(name)).items():
+                new[f"{name}/{number}"] = values.detach() if number == "vector" else round_half(values.detach())
+        return new
+
+    def _store(self, name: str, new: State) -> None:
+        """Write a tensor again, with new numbers. Writing it twice does no harm: nothing is relative to the old."""
+        tensor = self.artifact.read(name)
+        kind = codec(tensor.codec)
+        if isinstance(kind, GridCodec):
+            grid, codes = ascending(with_numbers(self._grid(tensor)[0], new), self._grid(tensor)[1])
+            planes = kind.encode(grid.numpy(), codes.cpu().numpy())
+        else:
+            assert isinstance(kind, PlainCodec)
+            planes = kind.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
+        self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
+
+
+def ascending(grid: TensorGrid, codes: Tensor) -> tuple[TensorGrid, Tensor]:
+    """The same values, with every row's table in ascending order, as the format wants it."""
+    if len(grid.levels) == 1:
+        return grid, codes
+    levels, order = grid.levels.sort(1)
+    return replace(grid, levels=levels), order.argsort(1).gather(1, codes.long()).to(torch.uint8)
+
+
+def _write(path: Path, content: State, metadata: dict[str, str]) -> None:
+    with written_whole(path) as file:
+        file.write(safetensors.torch.save({key: part.contiguous() for key, part in content.items()}, metadata))
