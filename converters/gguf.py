@@ -7,6 +7,7 @@ tensors are read, checked against the manifest's digests and written one after t
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +57,7 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     entries = _entries(artifact, architecture, config)
     factors = llama3_factors(config) if rope_settings(config)["rope_type"] == "llama3" else None
     writer = GGUFWriter(None, architecture.gguf)
-    add_provenance(writer, artifact.run())
+    add_provenance(writer, artifact.run(), _most_weights(entries))
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, config, rows)
     add_tokenizer(writer, artifact.model_folder, rows)
@@ -73,6 +74,15 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
                 on_tensor(entry.name, entry.nbytes)
         if factors is not None:
             _write_blob(file, factors)
+
+
+def _most_weights(entries: list[_Entry]) -> str:
+    """The type that holds most bytes of the blocks' matrices."""
+    total: Counter[str] = Counter()
+    for entry in entries:
+        if len(entry.shape) == 2 and entry.gguf_name.startswith("blk."):
+            total[entry.codec.removeprefix("gguf:")] += entry.nbytes
+    return total.most_common(1)[0][0]
 
 
 def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> list[_Entry]:

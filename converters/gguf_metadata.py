@@ -84,15 +84,16 @@ def _add_yarn(writer: GGUFWriter, config: dict[str, Any], settings: dict[str, An
         raise UserError(f"llama.cpp computes yarn for this architecture without {', '.join(strange)} of config.json.")
 
 
-def add_provenance(writer: GGUFWriter, run: dict[str, Any]) -> None:
-    """General keys, and how the file was made: `lqexport.*`, from an artifact's run.json."""
+def add_provenance(writer: GGUFWriter, run: dict[str, Any], most_weights: str) -> None:
+    """General keys, and how the file was made: `lqexport.*`, from an artifact's run.json. `most_weights` is
+    the type that holds most of them, by which a file of freely chosen types is named."""
     recipe = run.get("recipe") or {}
     writer.add_type("model")
     if name := str(recipe.get("source", "")).rstrip("/").rpartition("/")[2].removesuffix(".gguf"):
         writer.add_name(name)
     family, _, kind = str(recipe.get("target", "")).partition(":")
     if family == "gguf":
-        writer.add_file_type(file_type(kind))
+        writer.add_file_type(file_type(most_weights if kind == "auto" else kind))
     writer.add_quantization_version(QUANTIZATION_VERSION)
     for key in ("recipe", "calibration", "versions"):
         if run.get(key):

@@ -4,6 +4,7 @@
                     BF16: that type), norms and biases in F32
     gguf:MIX        llama.cpp's mixes by its own rules, each tensor in its own type: Q3_K_S/M/L, Q4_K_S/M, Q5_K_S/M,
                     Q2_K_S, and Q2_K_M and Q6_K_M for what llama.cpp calls Q2_K and Q6_K
+    gguf:auto       types chosen by whoever calls (`lqexport.budget`), Q8_0 where there is none
     native:CODEC    every linear in a native codec; embedding and output in F16, norms and biases in F32
 
 `embedding_type` and `output_type` replace what a target says of those two; a model whose output is tied to its
@@ -12,6 +13,9 @@ embedding has only the embedding, and either option means it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from types import MappingProxyType
 from typing import Any
 
 from lqexport.converters.architectures import Architecture, architecture_of
@@ -22,6 +26,8 @@ from lqexport.converters.tensor_names import block_module, gguf_names, head_coun
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec, names
+
+AUTO = "gguf:auto"
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -38,12 +44,14 @@ def plan(
     *,
     embedding_type: str | None = None,
     output_type: str | None = None,
+    types: Mapping[str, str] = MappingProxyType({}),
     fallback: bool = True,
 ) -> list[PlannedTensor]:
     """The codec of every tensor, in the order of the model: embedding, blocks in data-flow order, final norm, output.
 
     config    config.json
     shapes    the checkpoint's tensors, as it names them
+    types     codec of the matrices that a name pattern (as of a shell) fits; the last that fits counts
     fallback  whether a tensor whose shape a type cannot hold may take another, as llama.cpp does
 
     Raises UserError for an unknown target, type, architecture or tensor, for a missing tensor, for shapes that
@@ -53,9 +61,11 @@ def plan(
     kept = _model_tensors(architecture, config, shapes)
     _check_target(target)
     overrides = _overrides(architecture, config, embedding_type, output_type)
+    _check_types(types, kept)
     planned = []
     for name, shape in kept.items():
-        wanted = overrides.get(name) or _wanted(target, architecture, config, name, shape)
+        matching = [kind for pattern, kind in types.items() if len(shape) == 2 and fnmatchcase(name, pattern)]
+        wanted = matching[-1] if matching else overrides.get(name) or _wanted(target, architecture, config, name, shape)
         planned.append(_fitted(architecture, name, shape, wanted))
     if not fallback:
         _refuse_fallbacks(target, planned)
@@ -63,8 +73,16 @@ def plan(
 
 
 def _check_target(target: str) -> None:
-    if target not in targets():
-        raise UserError(f"Unknown target {target!r}. Known: {', '.join(targets())}.")
+    if target not in [*targets(), AUTO]:
+        raise UserError(f"Unknown target {target!r}. Known: {', '.join(targets())}, {AUTO}.")
+
+
+def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
+    for pattern, kind in types.items():
+        if kind not in names():
+            raise UserError(f"Unknown type {kind!r} for {pattern}. Known: {', '.join(names())}.")
+        if not any(len(shape) == 2 and fnmatchcase(name, pattern) for name, shape in shapes.items()):
+            raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
 
 
 def _model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
@@ -127,7 +145,7 @@ def _wanted(target: str, architecture: Architecture, config: dict[str, Any], nam
         return target if linear else "gguf:F16"
     if kind in MIXES:
         return f"gguf:{_mix(kind, architecture, config, name, shape[1])}"
-    return target if linear or _is_plain(target) else "gguf:Q8_0"
+    return target if target != AUTO and (linear or _is_plain(target)) else "gguf:Q8_0"
 
 
 def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:

@@ -80,7 +80,7 @@ def output() -> Console:
 
 def merged_recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
     """The recipe file's options, with those of the command line (where not None) in their place."""
-    given = {name: value for name, value in options.items() if value is not None}
+    given = {name: value for name, value in options.items() if value not in (None, [])}
     merged = (load_recipe(file) if file else {}) | given
     if "target" not in merged:
         raise UserError("No target: give --target, such as gguf:Q4_K_M, or a --recipe file that has one.")
@@ -115,6 +115,8 @@ def quantize(
     embedding_type: option.EmbeddingType = None,
     output_type: option.OutputType = None,
     fallback: option.Fallback = None,
+    types: option.Types = None,
+    size: option.Size = None,
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file of these options; those given here count before it.")
     ] = None,
@@ -137,6 +139,7 @@ def quantize(
 
         lqexport quantize ./model ./out --target gguf:Q4_K_M --dry-run
         lqexport quantize ./model ./out --target gguf:Q3_K --calibration wikitext2
+        lqexport quantize ./model ./out --target gguf:auto --size 4.25bpw --moments guided
         lqexport quantize model.gguf ./out --target native:table-3 --recipe recipe.toml
     """
     given = locals()

@@ -57,6 +57,14 @@ def forward_moments(
         yield index, {group: total.hessian() for group, total in moments.items()}
 
 
+def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None]) -> Iterator[BlockMoments]:
+    """Passes `moments` on, calling `begin` when the first arrive: a pass with progress of its own may come before."""
+    for number, item in enumerate(moments):
+        if number == 0:
+            begin()
+        yield item
+
+
 def run_through(model: BlockModel, block: nn.Module, hidden: list[Tensor]) -> None:
     """Replace every batch of hidden states by the block's outputs."""
     for i, batch in enumerate(hidden):

@@ -13,20 +13,24 @@ import resource
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lqexport.artifact import Artifact, SolvedModel, decoded
+from lqexport.artifact import Artifact, SolvedModel, decoded, read_json, write_json
 from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
+from lqexport.budget import Measured, found, measure_linears, measure_outer, options, parse_size
 from lqexport.calibration import Calibration, load_calibration
 from lqexport.collect import (
     BlockMoments,
     Group,
+    begin_with_first,
     embed,
     forward_moments,
     guided_moments,
@@ -49,11 +53,12 @@ from lqexport.source import Source, open_source
 from lqexport.tune import HELD_OUT, Outcome, Tuner
 
 
-def plan_recipe(source: Source, recipe: Recipe) -> list[PlannedTensor]:
-    """What every tensor of the source will be stored as."""
+def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
+    """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
     shapes = {name: source.shape(name) for name in source.names()}
+    types = (chosen or {}) | recipe.chosen_types()
     return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type,
-                output_type=recipe.output_type, fallback=recipe.fallback)  # fmt: skip
+                output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
 
 
 def quantize(
@@ -68,6 +73,7 @@ def quantize(
     run = _Run(recipe, out, choose_device(device), cache, listener or Silent())
     if not run.artifact.complete:
         with torch.no_grad():
+            run.choose_types()
             run.round_others()
             run.solve_linears()
             run.tune()
@@ -89,8 +95,11 @@ class _Run:
         self.artifact.begin(self._identity())
         self.source.copy_model_files(self.artifact.model_folder)
         self.work = out / "work"
+        # Choosing types needs all moments before solving does, so they are kept.
+        cache = cache or (self.work / "moments" if recipe.size else None)
         self.cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         self.outcome: Outcome | None = None
+        self.budget: dict[str, Any] | None = None
 
     def _check_output_groups(self) -> None:
         groups = self.recipe.output_groups
@@ -141,6 +150,43 @@ class _Run:
             "recipe": {key: getattr(recipe, key) for key in keys},
         }
 
+    def choose_types(self) -> None:
+        """Where the recipe gives a size: measure every tensor in every type, and plan anew with the best choice."""
+        if self.recipe.size is None:
+            return
+        path = self.artifact.folder / "budget.json"
+        if not path.is_file():
+            write_json(path, self._budget(self.recipe.size))
+        self.budget = read_json(path, f"{path} is gone.")
+        self.planned = plan_recipe(self.source, self.recipe, self.budget["chosen"])
+        self.linears = {tensor.name: tensor for tensor in self.planned if tensor.linear}
+
+    def _budget(self, wanted: str) -> dict[str, Any]:
+        """The choice of types, as budget.json keeps it."""
+
+        def bytes_of(target: str) -> int:
+            same = replace(self.recipe, target=target, size=None, types=[])
+            return sum(tensor.nbytes for tensor in plan_recipe(self.source, same))
+
+        weights = sum(tensor.weights for tensor in self.planned)
+        limit = parse_size(wanted, weights, bytes_of)
+        free = {tensor.name: options(tensor) for tensor in self.planned if not self._has_fixed_type(tensor)}
+        measured = Measured(self.work / "measured.json")
+        linears = {name: kinds for name, kinds in free.items() if name in self.linears and name not in measured.losses}
+        if linears:
+            model = BlockModel(self.source, self.device)
+            begin = partial(self.listener.stage, "Measuring types", len(linears))
+            moments = begin_with_first(self._moments(model), begin)
+            measure_linears(self.source, model, moments, linears, self.recipe, measured, self.listener)
+        outer = {name: kinds for name, kinds in free.items() if name not in measured.losses}
+        self.listener.stage("Measuring embedding and output", len(outer))
+        measure_outer(self.source, outer, self.sequences, self.device, measured, self.listener)
+        return found(self.planned, measured.losses, limit)
+
+    def _has_fixed_type(self, tensor: PlannedTensor) -> bool:
+        by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in self.recipe.chosen_types())
+        return by_hand or len(options(tensor)) == 1
+
     def round_others(self) -> None:
         """Store what the solver does not work on."""
         others = [tensor for tensor in self.planned if not tensor.linear]
@@ -169,11 +215,7 @@ class _Run:
 
     def _solve_on_full(self, model: BlockModel) -> None:
         """Every linear on inputs from the full-precision blocks before."""
-        begun = False
-        for index, moments in self._moments(model):
-            if not begun:  # a pass of its own may come before the first moments
-                self._begin_solving()
-                begun = True
+        for index, moments in begin_with_first(self._moments(model), self._begin_solving):
             for group, hessian in moments.items():
                 for name in self._unfinished(model, index, group):
                     self._solve(name, self.source.read(name), hessian.to(self.device))
@@ -283,6 +325,8 @@ class _Run:
         report = {"run": self._identity(), "tensors": tensors, "bits_per_weight": _bits_per_weight(self.planned)}
         if self.outcome:
             report["tuning"] = self.outcome.facts()
+        if self.budget:
+            report["budget"] = self.budget
         self.artifact.finish([tensor.name for tensor in self.planned], report)
         shutil.rmtree(self.work, ignore_errors=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -19,6 +19,7 @@ Method = Literal["rtn", "gptq", "lean"]
 Moments = Literal["plain", "normalized", "guided"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
+AUTO = "gguf:auto"
 LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
 
 
@@ -47,6 +48,8 @@ class Recipe:
     embedding_type: str | None = None
     output_type: str | None = None
     fallback: bool = True
+    types: list[str] = field(default_factory=list)
+    size: str | None = None
 
     def __post_init__(self) -> None:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
@@ -56,12 +59,23 @@ class Recipe:
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}.")
+        if (self.size is not None) != (self.target == AUTO):
+            raise UserError(f"A size and the target {AUTO} go together: the types are then chosen to fit the size.")
+        if self.size is not None and (self.moments != "guided" or self.method == "rtn"):
+            raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
         if self.moments == "guided" and self.prefix != "full":
             raise UserError("Guided second moments come from the full-precision model: they need prefix 'full'.")
         if self.output_groups > 1 and self.moments != "guided":
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
         if self.asymmetric and self.prefix != "quantized":
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
+
+    def chosen_types(self) -> dict[str, str]:
+        """Tensor name pattern -> codec, from `types`. Raises UserError where one is not PATTERN=TYPE."""
+        pairs = [entry.partition("=") for entry in self.types]
+        if wrong := [entry for entry, (_, _, kind) in zip(self.types, pairs, strict=True) if not kind]:
+            raise UserError(f"A type for some tensors is like '*.down_proj.weight=Q6_K', not {wrong[0]!r}.")
+        return {pattern: kind if ":" in kind else f"gguf:{kind}" for pattern, _, kind in pairs}
 
     @property
     def tuned_sequences(self) -> int:
@@ -82,6 +96,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         if name not in fields:
             raise UserError(f"{path}: unknown option {name!r}. Known: {', '.join(fields)}.")
         kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        kinds["list[str]"] = list
         wanted = str(fields[name].type).split(" |")[0]
         if not isinstance(value, kinds.get(wanted, str)) or (wanted != "bool" and isinstance(value, bool)):
             raise UserError(f"{path}: {name} must be a {wanted if wanted in kinds else 'str'}, not {value!r}.")

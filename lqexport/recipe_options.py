@@ -62,6 +62,17 @@ Tune = Annotated[
 TuneRate = Annotated[float | None, _option("tune_rate", "Largest relative change of a tuned number in one step.")]
 EmbeddingType = Annotated[str | None, _option("embedding_type", "Type of the embedding, such as Q6_K.")]
 OutputType = Annotated[str | None, _option("output_type", "Type of the output, such as Q6_K.")]
+Types = Annotated[
+    list[str] | None,
+    typer.Option("--type", help="Type for the tensors of a name pattern: '*.down_proj.weight=Q6_K'. May repeat."),
+]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="With --target gguf:auto: choose each tensor's type so that all tensors together take at most 4.25bpw, "
+        "3.9GB, 700MiB, or what a target such as Q4_K_M takes, and the model loses least."
+    ),
+]
 Fallback = Annotated[
     bool | None,
     _option("fallback", "Whether a shape that a type cannot hold may take another type.", "--fallback/--no-fallback"),

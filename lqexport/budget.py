@@ -1,0 +1,185 @@
+"""A byte budget: the type of every tensor, chosen so that the whole model loses least at a given size.
+
+What each tensor costs in each type is measured once. A linear is solved (error feedback, no descent) under its guided
+second moments, whose loss estimates nats per token of the model (`lqexport.moments`). The embedding and the output are
+rounded, and the model's own KL divergence is measured with that tensor alone replaced. The costs are added up, and
+`lqexport.allocate` finds the choice of least sum within the budget.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+
+from lqexport.allocate import Option, allocate, reachable
+from lqexport.artifact import StoredTensor, decoded, read_json, write_json
+from lqexport.blocks import BlockModel
+from lqexport.collect import BlockMoments, embed, run_through
+from lqexport.converters.plan import PlannedTensor
+from lqexport.errors import UserError
+from lqexport.formats.codec import nbytes
+from lqexport.formats.registry import codec
+from lqexport.linear import round_tensor, solve_linear
+from lqexport.progress import Listener
+from lqexport.recipe import Recipe
+from lqexport.weights import Weights
+
+SUPERBLOCKS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
+BLOCKS = ("gguf:Q4_0", "gguf:Q4_1", "gguf:Q5_0", "gguf:Q5_1", "gguf:Q8_0")
+"""The types to choose from, where 256 divides the columns and where only 32 does. Others of equal bytes lose more."""
+OUTER = ("gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
+"""Those for the embedding and the output."""
+
+CURVE_POINTS = 16
+
+SEQUENCES = 4
+"""Calibration sequences on which the embedding and the output are measured."""
+
+UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+Losses = dict[str, dict[str, float]]
+"""Tensor -> codec -> predicted nats per token."""
+
+
+def parse_size(text: str, weights: int, mix_bytes: Callable[[str], int]) -> int:
+    """Bytes of tensor data that a size means: `4.25bpw` (of all `weights`), `3.9GB`, `700MiB`, or a target such as
+    `Q4_K_M`, whose bytes `mix_bytes` knows. Raises UserError for anything else."""
+    if match := re.fullmatch(r"([0-9.]+)\s*bpw", text.strip(), re.IGNORECASE):
+        return int(_number(match[1], text) * weights / 8)
+    if match := re.fullmatch(r"([0-9.]+)\s*([KMGT]?I?B)", text.strip(), re.IGNORECASE):
+        return int(_number(match[1], text) * UNITS[match[2].upper()])
+    if text[:1].isdigit():
+        raise UserError(f"A size is like 4.25bpw, 3.9GB, 700MiB or Q4_K_M, not {text!r}.")
+    return mix_bytes(text if ":" in text else f"gguf:{text}")
+
+
+def _number(digits: str, text: str) -> float:
+    try:
+        return float(digits)
+    except ValueError:
+        raise UserError(f"{text!r} is not a size: {digits!r} is not a number.") from None
+
+
+def options(tensor: PlannedTensor) -> tuple[str, ...]:
+    """Codecs that may hold a tensor; its own alone where there is nothing to choose."""
+    if len(tensor.shape) == 1:
+        return (tensor.codec,)
+    columns = tensor.shape[1]
+    if columns % 32:
+        return (tensor.codec,)
+    if columns % 256:
+        return BLOCKS if tensor.linear else ("gguf:Q8_0",)
+    return SUPERBLOCKS if tensor.linear else OUTER
+
+
+class Measured:
+    """Losses found so far, kept on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.losses: Losses = read_json(path, "") if path.is_file() else {}
+
+    def add(self, losses: Losses) -> None:
+        """Keep more."""
+        self.losses |= losses
+        write_json(self._path, self.losses)
+
+
+def measure_linears(
+    source: Weights, model: BlockModel, moments: Iterator[BlockMoments], linears: dict[str, tuple[str, ...]],
+    recipe: Recipe, measured: Measured, listener: Listener,
+) -> None:  # fmt: skip
+    """Predicted losses of linears (name -> codecs) from their guided second moments; kept block by block."""
+    quick = dataclasses.replace(recipe, descent=0)
+    for index, groups in moments:
+        losses: Losses = {}
+        for group, hessian in groups.items():
+            for name in [f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group]:
+                weight = source.read(name).to(model.device).float()
+                solved = {
+                    k: solve_linear(name, weight, hessian.to(model.device), k, quick) for k in linears.get(name, ())
+                }
+                losses[name] = {kind: 0.5 * tensor.facts["loss"] for kind, tensor in solved.items()}
+                listener.advance(name in linears)
+        measured.add({name: found for name, found in losses.items() if found})
+
+
+class _Replaced:
+    """A model with one tensor replaced."""
+
+    def __init__(self, weights: Weights, tensor: StoredTensor) -> None:
+        self._weights, self._tensor = weights, tensor
+        self.config = weights.config
+
+    def names(self) -> list[str]:
+        return self._weights.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._weights.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return torch.from_numpy(decoded(self._tensor)) if name == self._tensor.name else self._weights.read(name)
+
+
+def _final_states(model: BlockModel, tokens: Tensor) -> list[Tensor]:
+    hidden = embed(model, tokens)
+    for _, block in model.blocks():
+        run_through(model, block, hidden)
+    return [state for batch in hidden for state in batch]
+
+
+def measure_outer(
+    source: Weights, outer: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device, measured: Measured,
+    listener: Listener,
+) -> None:  # fmt: skip
+    """Mean KL when an embedding or output (name -> codecs) alone is rounded to each codec, on a few sequences."""
+    if not outer:
+        return
+    original, tokens = BlockModel(source, device), tokens[:SEQUENCES]
+    states = _final_states(original, tokens)
+    for name, kinds in outer.items():
+        losses = {}
+        for kind in kinds:
+            changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), kind)), device)
+            pairs = zip(states, _final_states(changed, tokens), strict=True)
+            divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
+            losses[kind] = max(0.0, sum(divergences) / len(divergences))
+        measured.add({name: losses})
+        listener.advance(1)
+
+
+def _kl(theirs: Tensor, ours: Tensor) -> float:
+    p, q = log_softmax(theirs.double(), -1), log_softmax(ours.double(), -1)
+    return float(kl_div(q, p, reduction="batchmean", log_target=True))
+
+
+def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str, Any]:
+    """The best choice within `limit` bytes, as JSON values, with all losses and the curve of loss over bytes.
+
+    Raises UserError where no choice fits, with the reachable sizes."""
+    tensors = {tensor.name: _options(tensor, losses) for tensor in planned}
+    best = allocate(tensors, limit)
+    least, most = reachable(tensors)
+    sizes = [least + (most - least) * i // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]
+    return {
+        "limit_bytes": limit,
+        "tensor_bytes": best.nbytes,
+        "predicted_kl": best.loss,
+        "predicted_kl_gap": best.gap,
+        "chosen": {name: option.name for name, option in best.chosen.items() if name in losses},
+        "losses": losses,
+        "curve": [{"bytes": size, "loss": allocate(tensors, size).loss} for size in sizes],
+    }
+
+
+def _options(tensor: PlannedTensor, losses: Losses) -> list[Option]:
+    """A tensor that was not measured keeps the codec of its plan."""
+    known = losses.get(tensor.name, {tensor.codec: 0.0})
+    return [Option(kind, nbytes(codec(kind), *tensor.matrix), loss) for kind, loss in known.items()]

@@ -1,0 +1,101 @@
+"""A byte budget: what a size means, and that the choice keeps within it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lqexport.artifact import Artifact
+from lqexport.budget import parse_size
+from lqexport.converters.gguf import write
+from lqexport.errors import UserError
+from lqexport.inspect import inspect
+from lqexport.pipeline import plan_recipe, quantize
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("4.25bpw", 4250),
+        ("4 bpw", 4000),
+        ("3.9GB", 3_900_000_000),
+        ("2MiB", 2 << 20),
+        ("700 kb", 700_000),
+        ("Q4_K_M", 77),
+    ],
+)
+def test_a_size_means_bytes(text: str, expected: int) -> None:
+    assert parse_size(text, 8000, {"gguf:Q4_K_M": 77}.__getitem__) == expected
+
+
+@pytest.mark.parametrize("text", ["4.2.1bpw", "12", "5 apples"])
+def test_what_is_no_size_is_said(text: str) -> None:
+    with pytest.raises(UserError, match="size"):
+        parse_size(text, 8000, lambda _: 0)
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, " * 400)
+    return Recipe(str(tiny_model), "gguf:auto", calibration=str(tmp_path / "text.txt"), samples=4, sequence_length=32,
+                  moments="guided", tune=0, size="Q3_K_M")  # fmt: skip
+
+
+def test_the_choice_keeps_within_a_mix(recipe: Recipe, tmp_path: Path) -> None:
+    report = quantize(recipe, tmp_path / "out")
+    budget = report["budget"]
+    mix = plan_recipe(open_source(recipe.source), Recipe(recipe.source, "gguf:Q3_K_M"))
+    assert budget["limit_bytes"] == sum(tensor.nbytes for tensor in mix)
+    assert 0.9 * budget["limit_bytes"] < budget["tensor_bytes"] <= budget["limit_bytes"]
+    assert sum(tensor["bytes"] for tensor in report["tensors"]) == budget["tensor_bytes"]
+    of_mix = sum(budget["losses"][tensor.name][tensor.codec] for tensor in mix if tensor.name in budget["losses"])
+    assert budget["predicted_kl"] <= of_mix
+    assert len({tensor["codec"] for tensor in report["tensors"]}) > 2
+    losses = [point["loss"] for point in budget["curve"]]
+    assert losses == sorted(losses, reverse=True)
+    write(Artifact(tmp_path / "out"), tmp_path / "out.gguf")
+    assert sum(entry.nbytes for entry in inspect(tmp_path / "out.gguf").entries) == budget["tensor_bytes"]
+
+
+def test_a_type_by_hand_is_kept(recipe: Recipe, tmp_path: Path) -> None:
+    types = ["*.down_proj.weight=Q6_K", "model.layers.0.mlp.down_proj.weight=gguf:Q2_K"]
+    report = quantize(Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"}), tmp_path / "out")
+    kinds = {tensor["name"]: tensor["codec"] for tensor in report["tensors"]}
+    assert kinds["model.layers.0.mlp.down_proj.weight"] == "gguf:Q2_K"
+    assert kinds["model.layers.1.mlp.down_proj.weight"] == "gguf:Q6_K"
+    assert not any("down_proj" in name for name in report["budget"]["losses"])
+
+
+def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = quantize(recipe, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr("lqexport.pipeline.measure_outer", None)
+        with pytest.raises(TypeError):
+            quantize(recipe, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "work" / "measured.json").read_text())
+    with monkeypatch.context() as patch:
+        patch.setattr("lqexport.pipeline.guided_moments", None)  # all linears are measured, their moments kept
+        assert quantize(recipe, tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"size": "1bpw"}, "can be reached"),
+        ({"size": None}, "go together"),
+        ({"target": "gguf:Q4_K"}, "go together"),
+        ({"moments": "plain"}, "guided"),
+        ({"types": ["*.down_proj.weight"]}, "is like"),
+        ({"types": ["*.nothing=Q4_K"]}, "has a name like"),
+        ({"types": ["*.down_proj.weight=Q9_K"]}, "Unknown type"),
+    ],
+)
+def test_bad_sizes_and_types_are_said(
+    recipe: Recipe, options: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        quantize(Recipe(**{**vars(recipe), **options}), tmp_path / "out")

@@ -1,0 +1,168 @@
+"""Second moments: guided ones against autograd through the whole model, asymmetric targets, and the cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from lqexport import pipeline
+from lqexport.artifact import Artifact
+from lqexport.asymmetric import CrossMoments
+from lqexport.blocks import BlockModel
+from lqexport.collect import guided_moments
+from lqexport.errors import UserError
+from lqexport.moments import SecondMoments
+from lqexport.pipeline import quantize
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> Tensor:
+    return torch.randint(0, 512, (5, 48), generator=torch.Generator().manual_seed(4))
+
+
+def by_autograd(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
+    """Guided second moments of every linear, from transformers' own model and one backward pass per sequence."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
+    for name, module in linears.items():
+
+        def keep(_: object, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
+            output.retain_grad()
+            seen[name] = (arguments[0].detach()[0], output)
+
+        module.register_forward_hook(keep)
+    total = {name: torch.zeros(module.in_features, module.in_features) for name, module in linears.items()}
+    for sequence in tokens:
+        logits = model(sequence[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
+        for name, (x, z) in seen.items():
+            assert z.grad is not None
+            total[name] += torch.einsum("t,ti,tj->ij", z.grad[0].square().mean(1), x, x)
+    return {name: moments / tokens.numel() for name, moments in total.items()}
+
+
+def test_guided_moments_are_those_of_autograd(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
+    expected = by_autograd(tiny_model, tokens)
+    model = BlockModel(open_source(str(tiny_model)))
+    found = {}
+    for index, groups in guided_moments(model, tokens, 1, tmp_path / "work", Silent()):
+        found |= {f"model.layers.{index}.{linear}": hessian for (linear,), hessian in groups.items()}
+    assert found.keys() == expected.keys()
+    for name, hessian in found.items():
+        torch.testing.assert_close(hessian, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].max()))
+    assert not list((tmp_path / "work").iterdir())
+
+
+def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
+    model = BlockModel(open_source(str(tiny_model)))
+    one, four = (dict(guided_moments(model, tokens, n, tmp_path / str(n), Silent())) for n in (1, 4))
+    for index, groups in one.items():
+        for group, hessian in groups.items():
+            several = four[index][group]
+            assert several.shape == (4, *hessian.shape)
+            torch.testing.assert_close(several.mean(0), hessian, rtol=1e-3, atol=1e-5 * float(hessian.max()))
+            assert not torch.allclose(several[0], several[1], rtol=0.01)
+
+
+@pytest.fixture
+def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, " * 400)
+    return Recipe(str(tiny_model), "gguf:Q2_K", calibration=str(tmp_path / "text.txt"), samples=4, sequence_length=32,
+                  moments="guided", tune=0)  # fmt: skip
+
+
+def test_a_cache_is_shared_by_targets(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize(recipe, tmp_path / "alone")
+    quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
+    monkeypatch.setattr(pipeline, "guided_moments", None)  # nothing is collected again
+    quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
+    other = Recipe(**{**vars(recipe), "target": "native:table-3"})
+    quantize(other, tmp_path / "other", cache=tmp_path / "cache")
+    assert Artifact(tmp_path / "alone").manifest() == Artifact(tmp_path / "first").manifest()
+    assert Artifact(tmp_path / "alone").manifest() == Artifact(tmp_path / "second").manifest()
+    with pytest.raises(TypeError):
+        quantize(Recipe(**{**vars(recipe), "samples": 3}), tmp_path / "third", cache=tmp_path / "cache")
+
+
+def test_a_damaged_cache_is_said(recipe: Recipe, tmp_path: Path) -> None:
+    quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
+    path = next((tmp_path / "cache").glob("*/block-1.safetensors"))
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"block-1\.safetensors is damaged"):
+        quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"moments": "guided", "prefix": "quantized"}, "full-precision model"),
+        ({"moments": "plain", "output_groups": 2}, "Only guided"),
+        ({"asymmetric": True}, "needs prefix 'quantized'"),
+        ({"moments": "guided", "output_groups": 3}, "do not divide"),
+    ],
+)
+def test_options_that_do_not_go_together(
+    recipe: Recipe, options: dict[str, object], sentence: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        quantize(Recipe(**{**vars(recipe), "moments": "plain", **options}), tmp_path / "out")
+
+
+def drifted(tokens: int, noise: float) -> tuple[Tensor, Tensor]:
+    """Full-precision inputs, and those of a prefix that shrinks and mixes them and adds noise."""
+    draw = torch.Generator().manual_seed(tokens)
+    full = torch.randn(tokens, 16, generator=draw) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
+    mixed = 0.8 * full + 0.1 * full.roll(1, 1)
+    return full, mixed + noise * torch.randn(tokens, 16, generator=draw)
+
+
+def cross_moments(tokens: int, noise: float) -> CrossMoments:
+    moments = CrossMoments(16, "plain", CPU)
+    for half in (0, 1):
+        moments.add(half, *(part.chunk(2)[half] for part in drifted(tokens, noise)))
+    return moments
+
+
+def test_an_asymmetric_target_keeps_the_outputs() -> None:
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    target, strength = cross_moments(4000, 0.1).target(weight, 1e-4)
+    full, quantized = drifted(1000, 0.1)
+    before = (full @ weight.T - quantized @ weight.T).square().sum()
+    assert (full @ weight.T - quantized @ target.T).square().sum() < 0.1 * before
+    assert 0.9 < strength <= 1
+
+
+def test_an_asymmetric_target_does_not_fit_noise() -> None:
+    """From 40 tokens, 16 columns of correction are mostly noise; what held-out tokens do not confirm is left out."""
+    weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+    moments = CrossMoments(16, "plain", CPU)
+    draw = torch.Generator().manual_seed(2)
+    for half in (0, 1):
+        full = torch.randn(20, 16, generator=draw)
+        moments.add(half, full, full + torch.randn(20, 16, generator=draw) * 0.05)
+    target, strength = moments.target(weight, 1e-4)
+    assert strength < 0.5
+    same, none = CrossMoments(16, "plain", CPU), torch.randn(20, 16, generator=draw)
+    same.add(0, none, none)
+    assert torch.equal(same.target(weight, 0.05)[0], weight)
+    assert (target - weight).norm() < 0.1 * weight.norm()
+
+
+def test_cross_moments_hold_the_plain_hessian() -> None:
+    full, quantized = drifted(100, 0.1)
+    for kind in ("plain", "normalized"):
+        both, alone = CrossMoments(16, kind, CPU), SecondMoments(16, kind, CPU)
+        both.add(0, full[:60], quantized[:60])
+        both.add(1, full[60:], quantized[60:])
+        alone.add(quantized)
+        torch.testing.assert_close(both.hessian(), alone.hessian())

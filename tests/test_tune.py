@@ -1,0 +1,98 @@
+"""End-to-end tuning: its gradient, what it changes and what it must not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lqexport.artifact import Artifact, SolvedModel
+from lqexport.blocks import BlockModel
+from lqexport.formats.codec import GridCodec
+from lqexport.formats.registry import codec
+from lqexport.pipeline import quantize
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+from lqexport.tune import HELD_OUT, Tuner
+
+TARGETS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:IQ4_NL", "native:table-2", "native:affine-3-g64"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = np.random.default_rng(5)
+    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(" ".join(draw.choice(words, 20000)))
+    return path
+
+
+def recipe_for(model: Path, target: str, text: Path, **options: object) -> Recipe:
+    return Recipe(str(model), target, calibration=str(text), samples=4, sequence_length=64, **options)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_gradient_is_that_of_the_divergence(tiny_model: Path, target: str, text: Path, tmp_path: Path) -> None:
+    """Along a random direction through all numbers: the gradient against a central difference."""
+    quantize(recipe_for(tiny_model, target, text, tune=0), tmp_path / "out")
+    artifact, source = Artifact(tmp_path / "out"), open_source(str(tiny_model))
+    solved = SolvedModel(artifact, source.config, list(artifact.manifest()))
+    tokens = torch.randint(0, 512, (3 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
+    models = BlockModel(solved, dtype=torch.float64), BlockModel(source, dtype=torch.float64)
+    tuner = Tuner(artifact, *models, tokens, 0.0, tmp_path / "work", Silent())
+    tuner.deltas = {key: delta.detach().double().requires_grad_() for key, delta in tuner.deltas.items()}
+    targets = tuner._targets()
+
+    def divergence() -> float:
+        states = tuner._forward(tokens[:3])[-1]
+        return sum(float(tuner._divergence(s, t).detach()) for s, t in zip(states, targets[:3], strict=True)) / 3
+
+    hidden = tuner._forward(tokens[:3])
+    gradient = tuner._head_backward(hidden[-1], targets[:3])
+    for index in reversed(range(len(tuner.blocks))):
+        gradient = tuner._block_backward(index, hidden[index], gradient)
+    draw = torch.Generator().manual_seed(2)
+    direction = {key: torch.randn(delta.shape, generator=draw).double() for key, delta in tuner.deltas.items()}
+    slope = sum(float((tuner.deltas[key].grad * step).sum()) for key, step in direction.items())
+    measured = []
+    for sign in (1, -1):
+        for key, step in direction.items():
+            tuner.deltas[key].data = sign * 1e-4 * step
+        measured.append(divergence())
+    assert (measured[0] - measured[1]) / 2e-4 == pytest.approx(slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_tuning_moves_only_what_is_stored_as_floats(tiny_model: Path, target: str, text: Path, tmp_path: Path) -> None:
+    quantize(recipe_for(tiny_model, target, text, tune=0), tmp_path / "before")
+    report = quantize(recipe_for(tiny_model, target, text, tune=48), tmp_path / "after")
+    tuning = report["tuning"]
+    assert tuning["kept"]
+    assert tuning["held_out_kl_after"] < 0.97 * tuning["held_out_kl_before"]
+    before, after = Artifact(tmp_path / "before"), Artifact(tmp_path / "after")
+    for name in before.manifest():
+        old, new = before.read(name), after.read(name)
+        kind = codec(old.codec)
+        assert new.codec == old.codec
+        assert {k: (v.dtype, v.shape) for k, v in new.planes.items()} == {
+            k: (v.dtype, v.shape) for k, v in old.planes.items()
+        }
+        if isinstance(kind, GridCodec) and "proj" in name:
+            (grid, codes), (tuned, new_codes) = (kind.unpack(t.planes, t.shape[1]) for t in (old, new))
+            if grid.scale is None:  # a table may be sorted anew
+                assert np.all(np.diff(tuned.levels, axis=1) >= 0)
+                continue
+            assert np.array_equal(codes, new_codes)
+            assert np.array_equal(grid.scale.subs, tuned.scale.subs)
+            assert not np.array_equal(grid.scale.supers, tuned.scale.supers)
+    assert not (tmp_path / "after" / "work").exists()
+
+
+def test_tuning_that_does_not_help_is_dropped(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    quantize(recipe_for(tiny_model, "gguf:Q2_K", text, tune=0), tmp_path / "plain")
+    report = quantize(recipe_for(tiny_model, "gguf:Q2_K", text, tune=8, tune_rate=5.0), tmp_path / "wild")
+    assert not report["tuning"]["kept"]
+    assert Artifact(tmp_path / "plain").manifest() == Artifact(tmp_path / "wild").manifest()
