@@ -26,6 +26,8 @@ TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in
 ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
 ONE_SIDED_FINE: Cuts = ((-0.025, -0.025), (0.025, 0.025))
 """The same where there is no offset: shares of the largest magnitude."""
+STRETCHES = (1.0, *(1 + step / 60 for step in range(-15, 16) if step))
+"""What a superblock's float16 is tried at, times the one that uses the whole range of its integers."""
 CHUNK = 1 << 24
 """Weights fitted at once on a GPU; bounds the memory of the search."""
 
@@ -44,7 +46,7 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
         chunks = [part.unflatten(1, (-1, group)) for part in weights.split(max(1, CHUNK // columns))]
         parts = [_fit_groups(chunk, weight, levels, uniform, codec.offset) for chunk in chunks]
         scale, offset = torch.cat([s for s, _ in parts]), torch.cat([o for _, o in parts])
-    return _stored(codec, columns, levels, uniform, scale, offset)
+    return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
 
 
 def _fit_cpu(
@@ -83,26 +85,40 @@ def round_half(values: Tensor) -> Tensor:
     return values.clamp(-65504, 65504).half().float()
 
 
-def store(values: Tensor, format: ScaleFormat) -> Numbers:
+def store(values: Tensor, format: ScaleFormat, weight: Tensor | None = None) -> Numbers:
     """Real numbers [R, G] rounded to what the file holds.
 
-    Two-level formats take the float16 that puts the largest number of a superblock on the end of the integers' range.
+    Two-level formats take, of some float16 around the one that puts a superblock's largest number on the end of the
+    integers' range, that with the least squared error of its numbers, weighted by `weight` [G] (all alike without).
     """
     values = values * format.sign
     if not format.two_level:
         return Numbers(format, round_half(values), torch.ones_like(values, dtype=torch.int16))
     blocks = values.unflatten(1, (-1, format.span))
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
-    supers = round_half(extreme / (format.low or format.high))
-    spread = supers.repeat_interleave(format.span, 1)
-    subs = (values / torch.where(spread == 0, torch.inf, spread)).round().clamp(format.low, format.high)
-    return Numbers(format, supers, subs.to(torch.int16))
+    weight = torch.ones_like(values[0]) if weight is None else weight
+    weight = weight.unflatten(0, (-1, format.span))
+    least = torch.full_like(extreme, torch.inf)
+    supers, subs = torch.zeros_like(extreme), torch.zeros_like(blocks)
+    for stretch in STRETCHES:
+        candidate = round_half(stretch * extreme / (format.low or format.high))
+        step = torch.where(candidate == 0, torch.inf, candidate)[..., None]
+        integers = (blocks / step).round().clamp(format.low, format.high)
+        error = (weight * (candidate[..., None] * integers - blocks).square()).sum(2)
+        better = error < least
+        least = torch.where(better, error, least)
+        supers = torch.where(better, candidate, supers)
+        subs = torch.where(better[..., None], integers, subs)
+    return Numbers(format, supers, subs.flatten(1).to(torch.int16))
 
 
-def _stored(codec: GridCodec, columns: int, levels: Tensor, uniform: bool, scale: Tensor, offset: Tensor) -> TensorGrid:
+def _stored(
+    codec: GridCodec, columns: int, levels: Tensor, uniform: bool, scale: Tensor, offset: Tensor,
+    weight: Tensor | None = None,
+) -> TensorGrid:  # fmt: skip
     assert codec.scale is not None
-    shift = None if codec.offset is None else store(offset, codec.offset)
-    return TensorGrid(columns, levels, uniform, store(scale, codec.scale), shift)
+    shift = None if codec.offset is None else store(offset, codec.offset, weight)
+    return TensorGrid(columns, levels, uniform, store(scale, codec.scale, weight), shift)
 
 
 def _normalized(importance: Tensor) -> Tensor:

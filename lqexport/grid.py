@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -85,6 +85,13 @@ class TensorGrid:
         """Codes uint8 [R, C] of the values nearest to float32 [R, C]."""
         scale, offset = (part.repeat_interleave(self.group, 1) for part in self.per_group(len(weights)))
         return nearest_level((weights - offset) / torch.where(scale == 0, torch.inf, scale), self.levels, self.uniform)
+
+    def ascending(self, codes: Tensor) -> tuple[TensorGrid, Tensor]:
+        """The same values, with every row's table in ascending order, as formats want it."""
+        if len(self.levels) == 1:
+            return self, codes
+        levels, order = self.levels.sort(1)
+        return replace(self, levels=levels), order.argsort(1).gather(1, codes.long()).to(torch.uint8)
 
     def numpy(self) -> Grid:
         levels = self.levels.cpu().numpy()

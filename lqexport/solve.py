@@ -23,6 +23,8 @@ from lqexport.grid import TensorGrid
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256
+REFIT_ROWS = 64
+"""Rows whose tables are refitted at once; bounds the memory that takes."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ def feedback(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
 def refine(
     weights: Tensor, hessian: Tensor, grid: TensorGrid, codes: Tensor, *, sweeps: int, refit: bool
 ) -> tuple[TensorGrid, Tensor]:
-    """Coordinate descent over codes, and over the stored scales and offsets where `refit`; never raises the loss.
+    """Coordinate descent over codes, and over the stored scales and offsets or the tables where `refit`; never raises
+    the loss.
 
     weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]. Returns a new grid and new codes.
     """
@@ -102,6 +105,10 @@ def refine(
     grid = replace(grid, scale=grid.scale and grid.scale.clone(), offset=grid.offset and grid.offset.clone())
     for _ in range(sweeps):
         gradient = (values - weights) @ hessian
+        if refit and grid.scale is None:
+            grid, codes = refit_tables(gradient, hessian, grid, codes)
+            values = grid.values(codes)
+            gradient = (values - weights) @ hessian
         for block in _blocks(grid):
             part = values[:, block].contiguous()
             _backend(weights).refine_block(
@@ -110,6 +117,29 @@ def refine(
             gradient += (part - values[:, block]) @ hessian[block]
             values[:, block] = part
     return grid, codes
+
+
+def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Tensor) -> tuple[TensorGrid, Tensor]:
+    """The best table of each row for fixed codes, as float16: c - (P^T H P)^-1 P^T g for the table c, with P [C, K] the
+    row's codes as indicators and g [C] its gradient (LNQ's closed form: Kim et al. 2025, section 4). A row whose
+    rounded table would not lower the loss keeps its own. Codes follow where a table must be sorted anew.
+    """
+    count = grid.levels.shape[1]
+    parts = []
+    for levels, slope, code in zip(
+        *(part.split(REFIT_ROWS) for part in (grid.levels, gradient, codes.long())), strict=True
+    ):
+        indicator = torch.nn.functional.one_hot(code, count).to(hessian.dtype)  # [r, C, K]
+        right = torch.einsum("rck,rc->rk", indicator, slope).double()
+        matrix = torch.einsum("rck,rcl->rkl", indicator, hessian @ indicator).double()
+        # A level that no code uses has no row in the matrix: the ridge keeps it where it is.
+        ridge = 1e-7 * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
+        step = torch.linalg.solve(matrix + ridge * torch.eye(count, device=matrix.device), -right)
+        new = (levels + step).clamp(-65504, 65504).half().float()
+        step = (new - levels).double()
+        change = torch.einsum("rk,rkl,rl->r", step, matrix, step) + 2 * (right * step).sum(1)
+        parts.append(torch.where(change[:, None] < 0, new, levels))
+    return replace(grid, levels=torch.cat(parts)).ascending(codes)
 
 
 def _backend(tensor: Tensor) -> ModuleType:

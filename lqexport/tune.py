@@ -274,20 +274,13 @@ class Tuner:
         tensor = self.artifact.read(name)
         kind = codec(tensor.codec)
         if isinstance(kind, GridCodec):
-            grid, codes = ascending(with_numbers(self._grid(tensor)[0], new), self._grid(tensor)[1])
+            grid, codes = self._grid(tensor)
+            grid, codes = with_numbers(grid, new).ascending(codes)
             planes = kind.encode(grid.numpy(), codes.cpu().numpy())
         else:
             assert isinstance(kind, PlainCodec)
             planes = kind.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
-
-
-def ascending(grid: TensorGrid, codes: Tensor) -> tuple[TensorGrid, Tensor]:
-    """The same values, with every row's table in ascending order, as the format wants it."""
-    if len(grid.levels) == 1:
-        return grid, codes
-    levels, order = grid.levels.sort(1)
-    return replace(grid, levels=levels), order.argsort(1).gather(1, codes.long()).to(torch.uint8)
 
 
 def _write(path: Path, content: State, metadata: dict[str, str]) -> None:
