@@ -21,6 +21,7 @@ from lqexport.inspect import Entry, bits, human_bytes, size, table
 from lqexport.pipeline import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
+from lqexport.tune import HELD_OUT
 
 PROCESS_BYTES = 700_000_000
 """What Python with torch, transformers and numba takes before any model is read."""
@@ -99,19 +100,43 @@ def memory_estimate(shown: Preview) -> int:
 
 
 def flops_estimate(shown: Preview) -> tuple[float, float]:
-    """Floating-point operations of the forward passes, second moments and factors; and those of the solver."""
+    """Floating-point operations of all passes, second moments and factors; and those of the solver."""
     recipe, linears = shown.recipe, [tensor for tensor in shown.tensors if tensor.linear]
     if recipe.method == "rtn":
         return 0.0, 0.0
     tokens = recipe.samples * recipe.sequence_length
     attention = 4 * recipe.sequence_length * shown.config["hidden_size"] * shown.config["num_hidden_layers"]
-    forward = tokens * (2 * sum(tensor.weights for tensor in linears) + attention)
-    passes = 1 if recipe.prefix == "full" else 1 + len(architecture_of(shown.config).linears)
-    moments = sum(2 * tokens * columns**2 for columns in _inputs(shown, linears))
+    forward = 2 * sum(tensor.weights for tensor in linears) + attention  # per token
+    moments = sum(2 * tokens * columns**2 for columns in _moments_columns(shown, linears))
     factors = sum(2 * columns**3 for columns in _inputs(shown, linears))
     per_column = 1 + 2 * recipe.descent
     solving = sum(per_column * tensor.weights * tensor.matrix[1] for tensor in linears)
-    return float(passes * forward + moments + factors), float(solving)
+    return float(_passes(shown) * tokens * forward + _tuning(shown, forward) + moments + factors), float(solving)
+
+
+def _passes(shown: Preview) -> int:
+    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one."""
+    if shown.recipe.prefix == "quantized":
+        return (1 + len(architecture_of(shown.config).linears)) * (1 + shown.recipe.asymmetric)
+    return 3 if shown.recipe.moments == "guided" else 1
+
+
+def _moments_columns(shown: Preview, linears: list[PlannedTensor]) -> list[int]:
+    """Widths of the inputs whose second moments are summed: guided ones are of each linear, not of each group."""
+    recipe = shown.recipe
+    if recipe.moments != "guided":
+        return _inputs(shown, linears)
+    return [tensor.matrix[1] for tensor in linears] * recipe.output_groups
+
+
+def _tuning(shown: Preview, forward: float) -> float:
+    """Operations of end-to-end tuning: for each token a pass of the source, and one forward, again, and backward."""
+    recipe = shown.recipe
+    if not recipe.tuned_sequences:
+        return 0.0
+    tokens = recipe.tuned_sequences * recipe.sequence_length
+    head = 2 * max(tensor.weights for tensor in shown.tensors)
+    return tokens * (5 * forward + 4 * head) + 3 * HELD_OUT * recipe.sequence_length * (forward + head)
 
 
 def _first_block(shown: Preview) -> list[PlannedTensor]:

@@ -31,10 +31,10 @@ class Recipe:
     target: str
     method: Method = "lean"
     calibration: str = "python-docs"
-    samples: int = 128
+    samples: int = 64
     sequence_length: int = 512
     seed: int = 0
-    moments: Moments = "normalized"
+    moments: Moments = "guided"
     output_groups: int = 1
     prefix: Prefix = "full"
     asymmetric: bool = False
@@ -44,7 +44,7 @@ class Recipe:
     act_order: bool = True
     descent: int = 4
     tune: int | None = None
-    tune_rate: float = 0.003
+    tune_rate: float = 0.0012
     embedding_type: str | None = None
     output_type: str | None = None
     fallback: bool = True
@@ -64,7 +64,10 @@ class Recipe:
         if self.size is not None and (self.moments != "guided" or self.method == "rtn"):
             raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
         if self.moments == "guided" and self.prefix != "full":
-            raise UserError("Guided second moments come from the full-precision model: they need prefix 'full'.")
+            raise UserError(
+                "Guided second moments come from the full-precision model: with the quantized prefix, take --moments "
+                "normalized."
+            )
         if self.output_groups > 1 and self.moments != "guided":
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
         if self.asymmetric and self.prefix != "quantized":

@@ -59,7 +59,9 @@ Tune = Annotated[
     int | None,
     _option("tune", "Sequences to tune norms and stored scales on, end to end; 0: none. [default: 64 for method lean]"),
 ]
-TuneRate = Annotated[float | None, _option("tune_rate", "Largest relative change of a tuned number in one step.")]
+TuneRate = Annotated[
+    float | None, _option("tune_rate", "Largest relative change of a tuned number in a step, where the KL is 1 nat.")
+]
 EmbeddingType = Annotated[str | None, _option("embedding_type", "Type of the embedding, such as Q6_K.")]
 OutputType = Annotated[str | None, _option("output_type", "Type of the output, such as Q6_K.")]
 Types = Annotated[

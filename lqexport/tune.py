@@ -6,9 +6,9 @@ file does not grow. The loss is the mean KL(source || quantized) over every posi
 method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP) with the source's predictions in the place of the
 next token, and with the norms.
 
-A step runs a batch of sequences forward through all blocks, keeping the inputs of each, then backward, running each
-block again with gradients. In memory are one block's decoded weights, the batch's hidden states, and the tuned numbers
-with the optimizer's moments. Every step is kept on disk, so a stopped run goes on from there and ends in the same bits.
+A step runs one sequence forward through all blocks, keeping the inputs of each, then backward, running each block again
+with gradients. In memory are one block's decoded weights, the sequence's hidden states, and the tuned numbers with the
+optimizer's moments. The last steps are kept on disk, so a stopped run goes on from there and ends in the same bits.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid
 from lqexport.progress import Listener
 
-BATCH = 4
-"""Sequences in a step."""
+SAVE_EVERY = 4
+"""Steps after which a stopped run need not start over."""
 HELD_OUT = 8
 """Sequences that are not tuned on, to see whether tuning helped."""
 WARM_UP = 4
@@ -98,7 +98,7 @@ class Tuner:
     ) -> None:  # fmt: skip
         self.artifact, self.solved, self.source, self.folder, self.listener = artifact, solved, source, folder, listener
         self.tokens, self.rate = tokens, rate
-        self.steps = -(-(len(tokens) - HELD_OUT) // BATCH)
+        self.steps = len(tokens) - HELD_OUT
         self.blocks = [solved.names(index) for index in range(len(solved))]
         self.norm = f"{solved.architecture.final_norm}.weight"
         self.deltas = self._zeros()
@@ -165,9 +165,13 @@ class Tuner:
         reached, before = self._resume(optimizer)
         self.listener.stage("Tuning end to end", self.steps - reached)
         before = self._held_out(targets) if before is None else before
+        # Solved weights are off by about sqrt(KL), and so are the numbers to tune.
+        top = self.rate * before**0.5
         for step in range(reached, self.steps):
-            self._step(step, targets, optimizer)
-            self._save(step + 1, before, optimizer)
+            rate = top * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
+            self._step(self.tokens[step : step + 1], targets[step], optimizer, rate)
+            if (step + 1) % SAVE_EVERY == 0:
+                self._save(step + 1, before, optimizer)
             self.listener.advance(1)
         outcome = Outcome(before, self._held_out(targets))
         content = self._finished() if outcome.kept else {}
@@ -186,38 +190,32 @@ class Tuner:
             _write(path, {"hidden": torch.cat(hidden)}, {})
         return list(safetensors.torch.load_file(path)["hidden"])
 
-    def _step(self, step: int, targets: list[Tensor], optimizer: torch.optim.Optimizer) -> None:
-        """One batch forward and backward, and the changes that follow from it."""
-        last = len(self.tokens) - HELD_OUT
-        chosen = range(step * BATCH, min((step + 1) * BATCH, last))
-        hidden = self._forward(self.tokens[chosen.start : chosen.stop])
-        gradient = self._head_backward(hidden[-1], targets[chosen.start : chosen.stop])
+    def _step(self, tokens: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """One sequence [1, length] forward and backward, and the changes that follow from it."""
+        hidden = self._forward(tokens)
+        gradient = self._head_backward(hidden[-1], target)
         for index in reversed(range(len(self.blocks))):
             gradient = self._block_backward(index, hidden[index], gradient)
         for group in optimizer.param_groups:
-            group["lr"] = self.rate * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
+            group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.no_grad()
     def _forward(self, tokens: Tensor) -> list[Tensor]:
-        """Hidden states [batch, length, hidden] before each block and after the last."""
+        """Hidden states [1, length, hidden] before each block and after the last."""
         hidden = [self.solved.start(tokens)]
         for index in range(len(self.blocks)):
             hidden.append(self.solved.run_as(index, self._block(index), hidden[-1]))
         return hidden
 
-    def _head_backward(self, hidden: Tensor, targets: list[Tensor]) -> Tensor:
+    def _head_backward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """The gradient of the mean KL by the last block's outputs; that by the final norm is added to its change."""
-        parts = []
-        for state, target in zip(hidden, targets, strict=True):
-            with torch.enable_grad():
-                state.requires_grad_()
-                loss = self._divergence(state, target) / len(targets)
-                loss.backward()
-            assert state.grad is not None
-            parts.append(state.grad)
-        return torch.stack(parts)
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            self._divergence(hidden[0], target).backward()
+        assert hidden.grad is not None
+        return hidden.grad
 
     def _divergence(self, state: Tensor, target: Tensor) -> Tensor:
         """Mean KL(source || solved) over a sequence, for hidden states [length, hidden] after the last blocks."""
@@ -236,9 +234,8 @@ class Tuner:
     @torch.no_grad()
     def _held_out(self, targets: list[Tensor]) -> float:
         """Mean KL over the held-out sequences."""
-        states = [state for batch in self.tokens[-HELD_OUT:].split(BATCH) for state in self._forward(batch)[-1]]
-        pairs = zip(states, targets[-HELD_OUT:], strict=True)
-        return sum(float(self._divergence(state, target)) for state, target in pairs) / HELD_OUT
+        pairs = zip(self.tokens[-HELD_OUT:].split(1), targets[-HELD_OUT:], strict=True)
+        return sum(float(self._divergence(self._forward(ids)[-1][0], target)) for ids, target in pairs) / HELD_OUT
 
     def _save(self, step: int, before: float, optimizer: torch.optim.Adam) -> None:
         """What the next step needs."""

@@ -34,7 +34,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def recipe(tiny_model: Path, text: Path) -> Recipe:
-    return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64, tune=5)
+    return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64, tune=5,
+                  moments="normalized")  # fmt: skip
 
 
 def changed(recipe: Recipe, **options: object) -> Recipe:
@@ -75,28 +76,38 @@ def test_methods_order_as_they_should(recipe: Recipe, tmp_path: Path) -> None:
     assert losses["lean"] < 0.8 * losses["gptq"]
 
 
-@pytest.mark.parametrize("prefix", ["full", "quantized"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"prefix": "quantized", "asymmetric": True},
+        {"moments": "guided", "output_groups": 2},
+        {"target": "gguf:auto", "size": "4bpw", "moments": "guided"},
+    ],
+    ids=["full", "asymmetric", "guided", "size"],
+)
 def test_interrupted_anywhere_resumes_to_the_same_bytes(
-    recipe: Recipe, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = changed(recipe, prefix=prefix)
+    """Stopped before any of the files that the run writes, whichever they are."""
+    recipe = changed(recipe, **options)
+    place, left = Path.replace, [10_000]
+
+    def until(self: Path, target: Path) -> Path:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return place(self, target)
+
+    monkeypatch.setattr(Path, "replace", until)
     quantize(recipe, tmp_path / "whole")
-    expected = contents(tmp_path / "whole")
-    write = Artifact.write
-    for stop in (0, 3, 8, 11, 15):
-        left = [stop]
-
-        def until(self: Artifact, tensor: artifacts.StoredTensor, left: list[int] = left) -> None:
-            if left[0] == 0:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            write(self, tensor)
-
-        monkeypatch.setattr(Artifact, "write", until)
+    expected, writes = contents(tmp_path / "whole"), 10_000 - left[0]
+    for stop in sorted({*range(0, writes, writes // 5), writes - 1}):
+        left[0] = stop
         with pytest.raises(KeyboardInterrupt):
             quantize(recipe, tmp_path / str(stop))
         assert not Artifact(tmp_path / str(stop)).complete
-        monkeypatch.setattr(Artifact, "write", write)
+        left[0] = 10_000
         quantize(recipe, tmp_path / str(stop))
         assert contents(tmp_path / str(stop)) == expected
 

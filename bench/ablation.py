@@ -1,0 +1,108 @@
+"""What each part of the solver is worth: named variants of the recipe, crossed with models and targets.
+
+    python bench/ablation.py MODEL... --calibration FILE --evaluation FILE [FILE...] --work FOLDER
+                             [--targets gguf:Q2_K ...] [--variants NAME ...] [--samples 64] [--windows 12]
+
+Every variant is quantized from the same calibration sequences and judged by the project's own float32 forward on each
+evaluation text (windows of 512, second half scored; give texts of other domains too). Second moments are kept in
+FOLDER/cache and shared; finished artifacts are used again. Prints one Markdown table per model and target; seconds are
+of `quantize` alone, without the second moments where the cache had them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from lqexport import evaluate, texts
+from lqexport.blocks import BlockModel
+from lqexport.pipeline import quantize
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+from lqexport.source import Source, open_source
+from lqexport.verify import open_export
+
+ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "rtn": {"method": "rtn"},
+    "gptq": {"method": "gptq", "moments": "plain"},
+    "as-released": {"moments": "plain", "prefix": "quantized", "importance": "cholesky", "exponent": 4.0,
+                    "dampening": 0.1, **ONE_PASS},
+    "plain": {"moments": "plain", **ONE_PASS},
+    "normalized": {"moments": "normalized", **ONE_PASS},
+    "guided": {"moments": "guided", **ONE_PASS},
+    "guided-4-groups": {"moments": "guided", "output_groups": 4, **ONE_PASS},
+    "quantized-prefix": {"moments": "normalized", "prefix": "quantized", **ONE_PASS},
+    "asymmetric": {"moments": "normalized", "prefix": "quantized", "asymmetric": True, **ONE_PASS},
+    "guided+descent": {"moments": "guided", "tune": 0},
+    "normalized+descent+tune": {"moments": "normalized"},
+    "guided+descent+tune": {"moments": "guided"},
+}  # fmt: skip
+"""`as-released` is the recipe of LeanQuant's repository, with exact k-means in the place of its approximate one."""
+
+
+class Judge:
+    """KL and perplexity of artifacts against a source, on one text."""
+
+    def __init__(self, source: Source, text: str, windows: int) -> None:
+        tokens = evaluate.tokenize(source.tokenizer(), texts.read_text(text).content)
+        self.windows = evaluate.cut(tokens, evaluate.LLAMACPP_512, None, windows)
+        self.reference = self._logits(BlockModel(source))
+
+    def _logits(self, model: BlockModel) -> list[Any]:
+        return list(evaluate.block_logits(model, self.windows, evaluate.LLAMACPP_512, Silent(), "logits"))
+
+    def __call__(self, artifact: Path) -> evaluate.Evaluation:
+        test = self._logits(BlockModel(open_export(artifact)))
+        return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
+
+
+def rows(model: str, target: str, judges: list[Judge], arguments: argparse.Namespace) -> list[str]:
+    """A line of the table for each variant."""
+    lines = []
+    for name in arguments.variants:
+        recipe = Recipe(model, target, calibration=arguments.calibration, samples=arguments.samples,
+                        seed=arguments.seed, **VARIANTS[name])  # fmt: skip
+        out = arguments.work / f"{Path(model).name}-{target.replace(':', '-')}-{name}-{arguments.samples}"
+        began = time.perf_counter()
+        quantize(recipe, out, cache=arguments.work / "cache")
+        seconds = time.perf_counter() - began
+        results = [judge(out) for judge in judges]
+        cells = [f"{r.kl:.4f} ± {r.kl_error:.4f} | {r.perplexity:.2f} ± {r.perplexity_error:.2f}" for r in results]
+        lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", nargs="+", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--targets", nargs="+", default=["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    tables = []
+    for model in arguments.models:
+        judges = [Judge(open_source(model), text, arguments.windows) for text in arguments.evaluation]
+        for target in arguments.targets:
+            head = "".join(f" KL, {Path(text).stem} | perplexity |" for text in arguments.evaluation)
+            title = [
+                f"{Path(model).name}, {target}",
+                "",
+                f"| variant |{head} s |",
+                "|---" * (2 + 2 * len(judges)) + "|",
+            ]
+            tables.append("\n".join([*title, *rows(model, target, judges, arguments)]))
+    print("\n\n".join(tables))
+
+
+if __name__ == "__main__":
+    main()
