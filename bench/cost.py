@@ -1,9 +1,10 @@
 """What quantizing costs: time and peak memory of the whole process, beside bare forward passes over the same tokens.
 
-    python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 128] [--sequence-length 512]
+    python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 64] [--sequence-length 512]
 
 The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in its own
-process; the best batch size of 1, 2 and 4 counts. Both run on this machine, one after the other; prints JSON.
+process; the best batch size of 1, 2 and 4 counts. Then `lqexport quantize` runs with one pass of the solver, and by its
+defaults (guided moments, descent, tuning). All on this machine, one after the other; prints JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+ONE_PASS = ["--moments", "normalized", "--descent", "0", "--tune", "0"]
+"""Error feedback alone, under second moments that one forward pass gives."""
 
 FLOOR = """
 import json, resource, sys, time
@@ -57,10 +61,11 @@ def measure(model: str, text: str, work: Path, target: str, samples: int, length
     )
     result = {"floor": json.loads(floor.stdout.splitlines()[-1])}
     options = ["--target", target, "--calibration", text, "--samples", sizes[0], "--sequence-length", sizes[1]]
-    result["quantize"] = run_with_peak(
-        [sys.executable, "-m", "lqexport", "quantize", model, str(work / "artifact"), *options]
-    )
-    result["ratio"] = result["quantize"]["seconds"] / result["floor"]["seconds"]
+    for name, more in (("one_pass", ONE_PASS), ("quantize", [])):
+        command = [sys.executable, "-m", "lqexport", "quantize", model, str(work / name), *options, *more]
+        result[name] = run_with_peak(command)
+        result[f"{name}_to_floor"] = result[name]["seconds"] / result["floor"]["seconds"]
+    result["quantize_to_one_pass"] = result["quantize"]["seconds"] / result["one_pass"]["seconds"]
     return {"model": model, "target": target, "samples": samples, "sequence_length": length, **result}
 
 
@@ -70,7 +75,7 @@ def main() -> None:
     parser.add_argument("--text", default="python-docs")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--target", default="gguf:Q4_K")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=512)
     arguments = parser.parse_args()
     result = measure(
