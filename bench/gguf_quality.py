@@ -96,8 +96,8 @@ class Judge:
         logits = evaluate.block_logits(BlockModel(source), self.windows, protocol, Silent(), "source")
         self.reference = list(logits)
 
-    def __call__(self, file: Path) -> evaluate.Evaluation:
-        with llamacpp.LlamaCpp(file, 512) as engine:
+    def __call__(self, file: Path, adapter: Path | None = None) -> evaluate.Evaluation:
+        with llamacpp.LlamaCpp(file, 512, adapter=adapter) as engine:
             test = evaluate.engine_logits(engine, self.windows, evaluate.LLAMACPP_512)
             return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
 

@@ -85,5 +85,7 @@ def _check_scales(
             )
     if not np.isfinite(scales.supers).all():
         raise ValueError(f"A {what} of {codec.name} is infinite or not a number.")
+    if expected.power and np.any(np.frexp(scales.supers)[0] != 0.5):
+        raise ValueError(f"A {what} of {codec.name} is not a power of two.")
     if scales.subs.min() < expected.low or scales.subs.max() > expected.high:
         raise ValueError(f"The {what} subs of {codec.name} must lie in {expected.low}..{expected.high}.")

@@ -34,6 +34,7 @@ class ScaleFormat:
     span    groups that share one float16 (a superblock holds `span` groups)
     low, high   range of the integer that each group stores; `low == high == 1` where the float16 is the number itself
     sign    -1 where the format subtracts what it stores (the mins of K-quants)
+    power   whether the float16 must be a power of two, of which the format stores the exponent alone
     """
 
     group: int
@@ -41,6 +42,7 @@ class ScaleFormat:
     low: int = 1
     high: int = 1
     sign: int = 1
+    power: bool = False
 
     @property
     def two_level(self) -> bool:

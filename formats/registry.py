@@ -6,10 +6,11 @@ import difflib
 
 from lqexport.formats.codec import GridCodec, PlainCodec
 from lqexport.formats.gguf import GGUF
+from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
 
-_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *NATIVE)
+_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *NATIVE, *MXINT)
 _CODECS = {codec.name: codec for codec in _ALL}
 
 

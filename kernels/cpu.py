@@ -26,6 +26,7 @@ class Stored(NamedTuple):
     low: int
     high: int
     sign: np.float32
+    power: bool
 
 
 @njit(cache=True, inline="always")
@@ -49,6 +50,15 @@ def _round_half(x):
     big = x * (2.0**42 + 1)  # Veltkamp's split: keeps 53 - 42 = 11 bits
     half = big - (big - x)
     return min(max(half, -65504.0), 65504.0)
+
+
+@njit(cache=True, inline="always")
+def _round_power(x):
+    """A float64 rounded to the nearest power of two that a float16 holds; below the smallest, that."""
+    if x <= 2.0**-24:
+        return 2.0**-24
+    below = 2.0 ** np.floor(np.log2(x))
+    return min(below if x < 1.5 * below else 2 * below, 2.0**15)
 
 
 @njit(parallel=True, cache=True)
@@ -119,7 +129,8 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction):
         for i in range(first, last):
             direction[i] = stored.sign * subs[i // group] * basis[i]
         step = _best_step(direction, gradient, hessian, first, last)
-        change = _round_half(supers[k] + step) - supers[k]
+        best = supers[k] + step
+        change = (_round_power(best) if stored.power else _round_half(best)) - supers[k]
         if change * (change - 2 * step) < 0:  # the quadratic is lower at `change` than at 0
             supers[k] += np.float32(change)
             _move(direction, change, values, gradient, hessian, first, last)

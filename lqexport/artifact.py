@@ -157,6 +157,10 @@ class Artifact:
         with written_whole(self._path(tensor.name)) as file:
             file.write(content)
 
+    def remove(self, name: str) -> None:
+        """Drop a stored tensor; nothing happens where there is none."""
+        self._path(name).unlink(missing_ok=True)
+
     def read(self, name: str) -> StoredTensor:
         """One stored tensor. Raises UserError where the file is missing or damaged."""
         with self._open(name) as (file, header):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,15 +30,30 @@ class _Catcher(nn.Module):
         raise _Caught
 
 
+def _rounded_by(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return rounding(arguments[0])
+
+    return before
+
+
 class BlockModel:
-    """Embedding, decoder blocks and head of a model, each loaded when it is used."""
+    """Embedding, decoder blocks and head of a model, each loaded when it is used.
+
+    rounding   what the inputs of the blocks' linears go through first; None to leave them as they are
+    """
 
     def __init__(
-        self, weights: Weights, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        weights: Weights,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        rounding: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         self.weights = weights
         self.device = torch.device(device)
         self.dtype = dtype
+        self.rounding = rounding
         self.architecture = architecture_of(weights.config)
         options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
         config = AutoConfig.for_model(**options)
@@ -71,6 +86,9 @@ class BlockModel:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])
         self._load(block, f"{self.architecture.blocks}.{index}")
+        if self.rounding is not None:
+            for name in (name for group in self.architecture.linears for name in group):
+                block.get_submodule(name).register_forward_pre_hook(_rounded_by(self.rounding))
         return block
 
     def blocks(self) -> Iterator[tuple[int, nn.Module]]:

@@ -112,6 +112,12 @@ def quantize(
     descent: option.Descent = None,
     tune: option.Tune = None,
     tune_rate: option.TuneRate = None,
+    rank: option.Rank = None,
+    scaling: option.Scaling = None,
+    factors: option.Factors = None,
+    factor_bytes: option.FactorBytes = None,
+    rounds: option.Rounds = None,
+    merge: option.Merge = None,
     embedding_type: option.EmbeddingType = None,
     output_type: option.OutputType = None,
     fallback: option.Fallback = None,
@@ -170,7 +176,15 @@ def run_quantize(
 
     with terminal_listener() as listener:
         report = run(recipe, out, device=device, cache=cache, listener=listener)
-    print(json.dumps(report, indent=1) if as_json else f"Wrote {out}. Next: lqexport to-gguf {out} model.gguf")
+    if as_json:
+        print(json.dumps(report, indent=1))
+        return
+    if "correction" in report:
+        from lqexport.ranks import sentences
+
+        print("\n".join(sentences(report["correction"])))
+    adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
+    print(f"Wrote {out}. Next: lqexport to-gguf {out} model.gguf{adapter}")
 
 
 def _show(shown: Preview, device: str, verbose: bool, estimates: bool) -> None:
@@ -186,6 +200,9 @@ def _show(shown: Preview, device: str, verbose: bool, estimates: bool) -> None:
 def to_gguf(
     artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gguf:...")],
     file: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Write the low-rank corrections here, as a LoRA adapter for --lora.")
+    ] = None,
 ) -> None:
     """Write the artifact as a GGUF file for llama.cpp.
 
@@ -194,17 +211,44 @@ def to_gguf(
     Examples:
 
         lqexport to-gguf ./out model.gguf
+        lqexport to-gguf ./out model.gguf --adapter adapter.gguf
     """
     with plain_endings(NOTHING_WRITTEN):
         from lqexport.artifact import Artifact
-        from lqexport.converters.gguf import write
+        from lqexport.converters import gguf, gguf_adapter
         from lqexport.inspect import human_bytes, inspect, size
 
-        total = size(inspect(artifact).entries)
+        stored = Artifact(artifact)
+        gguf_adapter.check_asked(stored, adapter is not None)
         with terminal_listener() as listener:
-            listener.stage(f"Write {file}", total)
-            write(Artifact(artifact), file, lambda _, written: listener.advance(written))
-        print(f"Wrote {file}, {human_bytes(file.stat().st_size)}. Next: lqexport verify {file} --against SOURCE")
+            listener.stage(f"Write {file}", size(inspect(artifact).entries))
+            gguf.write(stored, file, lambda _, written: listener.advance(written))
+            if adapter:
+                gguf_adapter.write(stored, adapter, lambda _, written: listener.advance(written))
+        beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
+        print(f"Wrote {file}, {human_bytes(file.stat().st_size)}{beside}.")
+        print(f"Next: lqexport verify {file} --against SOURCE{f' --adapter {adapter}' if adapter else ''}")
+
+
+@app.command()
+def to_peft(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote with --rank.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write the artifact's low-rank corrections as a PEFT LoRA folder.
+
+    For transformers, vLLM and ExLlamaV2, beside the quantized base.
+
+    Examples:
+
+        lqexport to-peft ./out ./adapter
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.artifact import Artifact
+        from lqexport.converters.peft import write
+
+        write(Artifact(artifact), folder)
+        print(f"Wrote {folder}.")
 
 
 Protocols = Annotated[
@@ -229,6 +273,12 @@ def verify(
     windows: Annotated[int | None, typer.Option(help="At most so many windows. [default: the whole text]")] = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
     artifact: MadeFrom = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter with its low-rank corrections: measured with and without.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Emulate inputs of linears rounded to this type, such as native:mxint-8-g16.")
+    ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
     max_perplexity_ratio: MaxPerplexityRatio = 2.0,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
@@ -260,6 +310,8 @@ def verify(
                 windows=windows,
                 engine=engine,  # type: ignore[arg-type]  # checked there
                 artifact=artifact,
+                adapter=adapter,
+                activations=activations,
                 max_kl=max_kl,
                 max_perplexity_ratio=max_perplexity_ratio or None,
                 device=device,

@@ -57,6 +57,26 @@ def forward_moments(
         yield index, {group: total.hessian() for group, total in moments.items()}
 
 
+def input_magnitudes(model: BlockModel, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
+    the full-precision model. `inputs` end as the last block's outputs."""
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            largest = arguments[0].float().abs().mean(1).amax(0)
+            found[name] = found[name].maximum(largest) if name in found else largest
+
+        return before
+
+    for index, block in model.blocks():
+        for linear in (linear for group in model.architecture.linears for linear in group):
+            name = f"{model.architecture.blocks}.{index}.{linear}.weight"
+            linear_of(block, linear).register_forward_pre_hook(watch(name))
+        run_through(model, block, inputs)
+    return found
+
+
 def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None]) -> Iterator[BlockMoments]:
     """Passes `moments` on, calling `begin` when the first arrive: a pass with progress of its own may come before."""
     for number, item in enumerate(moments):

@@ -18,7 +18,7 @@ from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.inspect import Entry, bits, human_bytes, size, table
-from lqexport.pipeline import plan_recipe
+from lqexport.pipeline import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
@@ -70,6 +70,7 @@ def preview(recipe: Recipe, out: Path) -> Preview:
     """Plan a run: reads names and shapes only. Raises UserError as `plan` and `open_source` do."""
     source = open_source(recipe.source)
     tensors = plan_recipe(source, recipe)
+    tensors += plan_factors(tensors, recipe)
     artifact = Artifact(out)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())

@@ -73,13 +73,27 @@ def cut(tokens: NDArray[np.int64], protocol: Protocol, bos: int | None, limit: i
     return windows
 
 
+@dataclass(frozen=True)
+class BlockLogits:
+    """Logits [scored tokens, vocabulary] of a model, window by window, as often as they are iterated over.
+
+    hidden   states [1, scored tokens, hidden] after the last block, one per window
+    """
+
+    model: BlockModel
+    hidden: list[torch.Tensor]
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (self.model.logits(state)[0] for state in self.hidden)
+
+
 def block_logits(
     model: BlockModel, windows: NDArray[np.int64], protocol: Protocol, listener: Listener, description: str
-) -> Iterator[torch.Tensor]:
+) -> BlockLogits:
     """Logits [protocol.scored, vocabulary] that predict the scored tokens, window by window.
 
     Every decoder block runs over all windows before the next one is loaded, so memory holds one block's weights and
-    one hidden state per token. That is done at the call; the iterator only applies the head.
+    one hidden state per token. That is done at the call; iterating only applies the head.
     """
     listener.stage(description, len(model) * len(windows))
     hidden = [model.start(torch.from_numpy(window)[None]) for window in windows]
@@ -88,7 +102,7 @@ def block_logits(
             for window, state in enumerate(hidden):
                 hidden[window] = model.run(block, state)
                 listener.advance(1)
-    return (model.logits(state[:, protocol.first - 1 : -1])[0] for state in hidden)
+    return BlockLogits(model, [state[:, protocol.first - 1 : -1] for state in hidden])
 
 
 def engine_logits(engine: LlamaCpp, windows: NDArray[np.int64], protocol: Protocol) -> Iterator[torch.Tensor]:

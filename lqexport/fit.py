@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, ScaleFormat
-from lqexport.grid import Numbers, TensorGrid, nearest_level, shared_levels
+from lqexport.grid import Numbers, TensorGrid, nearest_level, round_half, round_super, shared_levels
 from lqexport.kernels import cpu
 from lqexport.kernels.kmeans import weighted_kmeans
 
@@ -40,7 +40,10 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
     weight = _normalized(importance.unflatten(0, (-1, group)))
-    if weights.device.type == "cpu":
+    if codec.scale.power:
+        scale = _fit_powers(weights.unflatten(1, (-1, group)), weight, levels)
+        offset = torch.zeros_like(scale)
+    elif weights.device.type == "cpu":
         scale, offset = _fit_cpu(weights, weight, levels, uniform, codec.offset)
     else:
         chunks = [part.unflatten(1, (-1, group)) for part in weights.split(max(1, CHUNK // columns))]
@@ -71,18 +74,13 @@ def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
         table = low + (high - low) * torch.linspace(0, 1, codec.level_count, device=weights.device)
         return TensorGrid(columns, round_half(table), False)
     levels, uniform = shared_levels(codec, weights.device)
-    scale, offset = _span(
-        weights.unflatten(1, (-1, codec.scale.group or columns)),
-        levels,
-        codec.offset,
-        torch.zeros(2, 1, 1, device=weights.device),
-    )
+    groups = weights.unflatten(1, (-1, codec.scale.group or columns))
+    if codec.scale.power:
+        scale = _covering_power(groups, levels)
+        offset = torch.zeros_like(scale)
+    else:
+        scale, offset = _span(groups, levels, codec.offset, torch.zeros(2, 1, 1, device=weights.device))
     return _stored(codec, columns, levels, uniform, scale, offset)
-
-
-def round_half(values: Tensor) -> Tensor:
-    """float32 values rounded to float16 ones; beyond its range, the largest."""
-    return values.clamp(-65504, 65504).half().float()
 
 
 def store(values: Tensor, format: ScaleFormat, weight: Tensor | None = None) -> Numbers:
@@ -93,7 +91,7 @@ def store(values: Tensor, format: ScaleFormat, weight: Tensor | None = None) -> 
     """
     values = values * format.sign
     if not format.two_level:
-        return Numbers(format, round_half(values), torch.ones_like(values, dtype=torch.int16))
+        return Numbers(format, round_super(values, format), torch.ones_like(values, dtype=torch.int16))
     blocks = values.unflatten(1, (-1, format.span))
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
     weight = torch.ones_like(values[0]) if weight is None else weight
@@ -125,6 +123,27 @@ def _normalized(importance: Tensor) -> Tensor:
     """Importance [G, g] with sum 1 in each group; a group whose inputs are always zero is fitted evenly."""
     total = importance.sum(-1, keepdim=True)
     return torch.where(total > 0, importance / total, 1 / importance.shape[-1])
+
+
+def _covering_power(groups: Tensor, levels: Tensor) -> Tensor:
+    """Steps [R, G] of groups [R, G, g] as LQER takes them: 2^(e - (B - 1)) with e = ceil(log2 max |w|), so that the
+    largest weight is at most one step beyond the last level 2^(B-1) - 1."""
+    least = (groups.abs().amax(2) / (levels[0, -1] + 1)).clamp(2.0**-24, 2.0**15)
+    mantissa = least.frexp().mantissa
+    return torch.where(mantissa == 0.5, least, least / mantissa)
+
+
+def _fit_powers(groups: Tensor, weight: Tensor, levels: Tensor) -> Tensor:
+    """The power of two [R, G] with the least weighted squared error for groups [R, G, g]: LQER's, twice that, or one of
+    three below; weight [G, g]."""
+    covering = _covering_power(groups, levels)
+    best, error = covering, torch.full_like(covering, torch.inf)
+    for factor in (2.0, 1.0, 0.5, 0.25, 0.125):
+        step = (covering * factor).clamp(2.0**-24, 2.0**15)
+        value = step[..., None] * (groups / step[..., None]).round().clamp(levels[0, 0], levels[0, -1])
+        found = (weight * (groups - value).square()).sum(-1)
+        best, error = torch.where(found < error, step, best), error.minimum(found)
+    return best
 
 
 def _cuts(offset: ScaleFormat | None) -> tuple[Cuts, Cuts]:

@@ -112,3 +112,17 @@ def shared_levels(codec: GridCodec, device: torch.device) -> tuple[Tensor, bool]
     """A format's levels [1, K], and whether they are consecutive integers."""
     levels = np.asarray(codec.levels, np.float32)
     return torch.as_tensor(levels, device=device)[None], bool(np.all(np.diff(levels) == 1))
+
+
+def round_half(values: Tensor) -> Tensor:
+    """float32 values rounded to float16 ones; beyond its range, the largest."""
+    return values.clamp(-65504, 65504).half().float()
+
+
+def round_super(values: Tensor, format: ScaleFormat) -> Tensor:
+    """float32 values rounded to the nearest float16 that the format stores: any, or a power of two."""
+    if not format.power:
+        return round_half(values)
+    values = values.clamp(2.0**-24, 2.0**15)
+    below = values / values.frexp().mantissa / 2  # not exp2 of log2, which some devices round
+    return torch.where(values < 1.5 * below, below, 2 * below).clamp_max(2.0**15)

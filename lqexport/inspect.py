@@ -13,6 +13,7 @@ from rich.table import Table
 from safetensors import safe_open
 
 from lqexport.artifact import Artifact
+from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
@@ -62,7 +63,8 @@ class Inspection:
 
 
 def weights(entries: Iterable[Entry]) -> int:
-    return sum(entry.weights for entry in entries)
+    """Weights of the model; factors of corrections add bytes, not weights."""
+    return sum(entry.weights for entry in entries if not is_factor(entry.name))
 
 
 def size(entries: Iterable[Entry]) -> int:
@@ -71,8 +73,9 @@ def size(entries: Iterable[Entry]) -> int:
 
 
 def bits(entries: list[Entry]) -> float:
-    """Effective bits per weight: 8 times all bytes over all weights, scales and tables included."""
-    return 8 * size(entries) / max(1, weights(entries))
+    """Effective bits per weight: 8 times all bytes over all weights; scales, tables and factors included. Of factors
+    alone: bits per number."""
+    return 8 * size(entries) / max(1, weights(entries) or sum(entry.weights for entry in entries))
 
 
 def grouped(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:

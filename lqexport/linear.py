@@ -70,7 +70,7 @@ def _solve_rows(
 ) -> tuple[Planes, dict[str, float]]:
     """Planes of some rows, and sums over them from which the facts are made."""
     sums: dict[str, float] = {}
-    if hessian is None:
+    if hessian is None or recipe.method == "rtn":
         grid, codes = _round_to_nearest(codec, weight)
     else:
         grid, codes, sums["dampening"] = _solve(codec, weight, hessian, recipe)
@@ -87,6 +87,7 @@ def _summed_facts(runs: list[dict[str, float]]) -> dict[str, Any]:
     facts = {"weight_error": total["weight_error"] / max(total["weight"], 1e-30)}
     if "loss" in total:
         facts |= {"loss": total["loss"], "relative_error": total["loss"] / max(total["energy"], 1e-30)}
+    if "dampening" in total:
         facts["dampening"] = max(run["dampening"] for run in runs)
     return facts
 

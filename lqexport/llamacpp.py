@@ -103,6 +103,11 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_model_get_vocab": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_vocab_n_tokens": (ctypes.c_int32, [ctypes.c_void_p]),
     "llama_vocab_type": (ctypes.c_int32, [ctypes.c_void_p]),
+    "llama_adapter_lora_init": (ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_char_p]),
+    "llama_set_adapters_lora": (
+        ctypes.c_int32,
+        [ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_size_t, ctypes.POINTER(ctypes.c_float)],
+    ),
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
@@ -195,10 +200,12 @@ class LlamaCpp:
     """A GGUF file loaded in llama.cpp, on the CPU, with its default options (KV cache in float16).
 
     A context manager: the model is in memory until `close`. One sequence of at most `n_ctx` tokens at a time.
-    Raises UserError where the wheel is missing or llama.cpp does not load the file, with llama.cpp's own reason.
+    adapter   a GGUF LoRA adapter to apply at run time, as llama.cpp's --lora does
+
+    Raises UserError where the wheel is missing or llama.cpp does not load a file, with llama.cpp's own reason.
     """
 
-    def __init__(self, path: Path, n_ctx: int, threads: int | None = None) -> None:
+    def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None) -> None:
         self._llama, self._log = _library()
         self._model = self._context = None
         if not path.is_file():
@@ -215,6 +222,17 @@ class LlamaCpp:
         if not self._context:
             self.close()
             raise UserError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}.{self._log.said()}")
+        if adapter is not None:
+            self._set_adapter(adapter)
+
+    def _set_adapter(self, adapter: Path) -> None:
+        """Load an adapter and apply it with scale 1; the model frees it."""
+        self._log.said()
+        loaded = self._llama.llama_adapter_lora_init(self._model, os.fsencode(adapter))
+        pointers, scales = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
+        if not loaded or self._llama.llama_set_adapters_lora(self._context, pointers, 1, scales) != 0:
+            self.close()
+            raise UserError(f"llama.cpp cannot apply the adapter {adapter}.{self._log.said()}")
 
     def _context_parameters(self, threads: int) -> Any:
         parameters = self._llama.llama_context_default_params()

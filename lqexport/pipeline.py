@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lqexport.artifact import Artifact, SolvedModel, decoded, read_json, write_json
+from lqexport.artifact import Artifact, SolvedModel, StoredTensor, read_json, write_json
 from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
 from lqexport.budget import Measured, found, measure_linears, measure_outer, options, parse_size
@@ -34,12 +34,15 @@ from lqexport.collect import (
     embed,
     forward_moments,
     guided_moments,
+    input_magnitudes,
     input_of,
     linear_of,
     run_through,
 )
+from lqexport.converters.factors import planned_factors
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
+from lqexport.corrected import solve_corrected, stored_correction, values_of
 from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import GridCodec
@@ -48,6 +51,7 @@ from lqexport.linear import round_tensor, solve_linear
 from lqexport.moments import SecondMoments
 from lqexport.moments_cache import MomentsCache
 from lqexport.progress import Listener, Silent
+from lqexport.ranks import at_ranks, share, summary
 from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
 from lqexport.tune import HELD_OUT, Outcome, Tuner
@@ -59,6 +63,11 @@ def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = 
     types = (chosen or {}) | recipe.chosen_types()
     return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type,
                 output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
+
+
+def plan_factors(planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
+    """The factors that a run of `recipe` stores beside its linears."""
+    return planned_factors(planned, recipe.rank, recipe.factors) if recipe.rank and not recipe.merge else []
 
 
 def quantize(
@@ -76,6 +85,7 @@ def quantize(
             run.choose_types()
             run.round_others()
             run.solve_linears()
+            run.share_ranks()
             run.tune()
         run.finish()
     return run.artifact.report()
@@ -88,6 +98,7 @@ class _Run:
         self.recipe, self.device, self.listener = recipe, device, listener
         self.source = open_source(recipe.source)
         self.planned = plan_recipe(self.source, recipe)
+        self.factors = plan_factors(self.planned, recipe)
         self.linears = {tensor.name: tensor for tensor in self.planned if tensor.linear}
         self._check_output_groups()
         self.calibration = self._calibration()
@@ -100,6 +111,8 @@ class _Run:
         self.cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         self.outcome: Outcome | None = None
         self.budget: dict[str, Any] | None = None
+        self.magnitudes: dict[str, Tensor] = {}
+        self.ranks: dict[str, int] = {}
 
     def _check_output_groups(self) -> None:
         groups = self.recipe.output_groups
@@ -110,9 +123,10 @@ class _Run:
                 )
 
     def _calibration(self) -> Calibration | None:
-        """None where nothing is solved: rounding needs no calibration, and plain types have no grid."""
+        """None where nothing is solved: rounding needs no calibration, and plain types have no grid. A correction
+        needs it whatever the method."""
         solved = any(isinstance(codec(tensor.codec), GridCodec) for tensor in self.linears.values())
-        if self.recipe.method == "rtn" or not solved:
+        if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
             return None
         recipe = self.recipe
         needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
@@ -205,6 +219,8 @@ class _Run:
                 self._solve(name, self.source.read(name), None)
         elif unfinished:
             model = BlockModel(self.source, self.device)
+            if self.recipe.rank and self.recipe.scaling == "l2qer":
+                self.magnitudes = input_magnitudes(model, embed(model, self.sequences))
             step = self._solve_on_quantized if self.recipe.prefix == "quantized" else self._solve_on_full
             step(model)
 
@@ -291,15 +307,27 @@ class _Run:
 
     def _solve(self, name: str, weight: Tensor, hessian: Tensor | None, facts: dict[str, Any] | None = None) -> None:
         tensor, began = self.linears[name], time.perf_counter()
-        solved = solve_linear(name, weight.to(self.device).float(), hessian, tensor.codec, self.recipe)
+        *factors, solved = self._solved(name, weight.to(self.device).float(), hessian, tensor.codec)
         solved.facts.update(facts or {})
-        self.artifact.write(solved)
+        for stored in (*factors, solved):  # the linear comes last: where it is, its factors are
+            self.artifact.write(stored)
         self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
         self.listener.advance(tensor.weights)
 
+    def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
+        if hessian is None or not self.recipe.rank:
+            return [solve_linear(name, weight, hessian, kind, self.recipe)]
+        return solve_corrected(name, weight, hessian, self.magnitudes.get(name), kind, self.recipe)
+
     def _carry_forward(self, linear: nn.Linear, name: str) -> None:
         """Go on with the weights as the file decodes them."""
-        linear.weight.data = torch.from_numpy(decoded(self.artifact.read(name))).to(linear.weight)
+        values, correction = values_of(self.artifact.read(name)), stored_correction(self.artifact, name)
+        linear.weight.data = (values if correction is None else values + correction).to(linear.weight)
+
+    def share_ranks(self) -> None:
+        """Settle the ranks of the corrections."""
+        if self.recipe.rank:
+            self.ranks = share(self.artifact, list(self.linears.values()), self.recipe)
 
     def tune(self) -> None:
         """Tune the solved model end to end, where the recipe says so."""
@@ -316,22 +344,36 @@ class _Run:
             self.listener.message("Tuning did not help on the held-out sequences: the model stays as it was solved.")
 
     def finish(self) -> None:
-        tensors = []
-        for tensor in self.planned:
-            entry = {"name": tensor.name, "codec": tensor.codec, "shape": list(tensor.shape), "bytes": tensor.nbytes}
-            if tensor.reason:
-                entry |= {"wanted": tensor.wanted, "reason": tensor.reason}
-            tensors.append(entry | self.artifact.facts(tensor.name))
-        report = {"run": self._identity(), "tensors": tensors, "bits_per_weight": _bits_per_weight(self.planned)}
+        factors = at_ranks(self.factors, self.ranks)
+        tensors = [self._entry(tensor) for tensor in self.planned]
+        report = {
+            "run": self._identity(),
+            "tensors": tensors,
+            "bits_per_weight": _bits_per_weight(self.planned, factors),
+        }
+        if self.ranks:
+            report["correction"] = summary(tensors, self.planned, factors, self.recipe.merge)
         if self.outcome:
             report["tuning"] = self.outcome.facts()
         if self.budget:
             report["budget"] = self.budget
-        self.artifact.finish([tensor.name for tensor in self.planned], report)
+        self.artifact.finish([tensor.name for tensor in (*self.planned, *factors)], report)
         shutil.rmtree(self.work, ignore_errors=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self.artifact.log({"finished": True, "peak_memory_gib": round(peak, 3)})
 
+    def _entry(self, tensor: PlannedTensor) -> dict[str, Any]:
+        """A tensor in the report."""
+        entry: dict[str, Any] = {"name": tensor.name, "codec": tensor.codec, "shape": list(tensor.shape)}
+        entry["bytes"] = tensor.nbytes
+        if tensor.reason:
+            entry |= {"wanted": tensor.wanted, "reason": tensor.reason}
+        entry |= self.artifact.facts(tensor.name)
+        if tensor.name in self.ranks:
+            entry["correction"]["rank"] = self.ranks[tensor.name]
+        return entry
 
-def _bits_per_weight(planned: list[PlannedTensor]) -> float:
-    return 8 * sum(tensor.nbytes for tensor in planned) / sum(tensor.weights for tensor in planned)
+
+def _bits_per_weight(planned: list[PlannedTensor], factors: list[PlannedTensor]) -> float:
+    """Bytes of factors count, their numbers do not: they add nothing to the model's weights."""
+    return 8 * sum(tensor.nbytes for tensor in (*planned, *factors)) / sum(tensor.weights for tensor in planned)

@@ -17,10 +17,12 @@ else:
 
 Method = Literal["rtn", "gptq", "lean"]
 Moments = Literal["plain", "normalized", "guided"]
+Scaling = Literal["lqer", "l2qer", "qera-diag", "qera"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
 AUTO = "gguf:auto"
 LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
+LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,12 @@ class Recipe:
     descent: int = 4
     tune: int | None = None
     tune_rate: float = 0.0012
+    rank: int = 0
+    scaling: Scaling = "qera"
+    factors: str = "F16"
+    factor_bytes: int = 0
+    rounds: int = 1
+    merge: bool = False
     embedding_type: str | None = None
     output_type: str | None = None
     fallback: bool = True
@@ -53,6 +61,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
+        choices |= {"scaling": Scaling}
         for name, literal in choices.items():
             if (value := getattr(self, name)) not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
@@ -72,6 +81,17 @@ class Recipe:
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
         if self.asymmetric and self.prefix != "quantized":
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
+        self._check_correction()
+
+    def _check_correction(self) -> None:
+        if not self.rank and (self.factor_bytes or self.merge or self.rounds > 1):
+            raise UserError("factor_bytes, rounds and merge say more of a low-rank correction: give its rank too.")
+        if self.rank and self.size is not None:
+            raise UserError("A size chooses types for a model without low-rank corrections: leave out rank.")
+        if self.factor_bytes and self.prefix == "quantized":
+            raise UserError("factor_bytes is shared at the end, so later blocks cannot see it: take prefix full.")
+        if self.merge and self.factor_bytes:
+            raise UserError("factor_bytes shares bytes among stored factors, and merge stores none: give one of them.")
 
     def chosen_types(self) -> dict[str, str]:
         """Tensor name pattern -> codec, from `types`. Raises UserError where one is not PATTERN=TYPE."""

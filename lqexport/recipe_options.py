@@ -62,6 +62,22 @@ Tune = Annotated[
 TuneRate = Annotated[
     float | None, _option("tune_rate", "Largest relative change of a tuned number in a step, where the KL is 1 nat.")
 ]
+Rank = Annotated[int | None, _option("rank", "Rank of the low-rank correction of each linear; 0 for none.")]
+Scaling = Annotated[
+    str | None, _option("scaling", "What the correction weighs errors by: lqer, l2qer, qera-diag or qera.")
+]
+Factors = Annotated[
+    str | None, _option("factors", "Type of the correction's factors: F16, BF16, F32, Q8_0, native:mxint-8-g16.")
+]
+FactorBytes = Annotated[
+    int | None,
+    _option("factor_bytes", "Share so many bytes among the linears, at most --rank each; 0: the same rank for all."),
+]
+Rounds = Annotated[int | None, _option("rounds", "How often codes and correction are solved for in turn.")]
+Merge = Annotated[
+    bool | None,
+    _option("merge", "Solve the corrected weights into the format again, and store no factors.", "--merge/--no-merge"),
+]
 EmbeddingType = Annotated[str | None, _option("embedding_type", "Type of the embedding, such as Q6_K.")]
 OutputType = Annotated[str | None, _option("output_type", "Type of the output, such as Q6_K.")]
 Types = Annotated[

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lqexport.artifact import written_whole
+from lqexport.converters.factors import is_factor
 from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
 from lqexport.verify import LIMITS, TensorCheck, Verification
@@ -102,8 +103,8 @@ ROWS: dict[str, Callable[[Any], str]] = {
 
 
 def measures(result: Verification) -> list[tuple[str, list[str]]]:
-    """Label, and the value by each protocol."""
-    return [(label, [show(found) for found in result.evaluations]) for label, show in ROWS.items()]
+    """Label, and the value in each of the result's columns."""
+    return [(label, [show(found) for _, found in result.columns]) for label, show in ROWS.items()]
 
 
 def checks(result: Verification) -> list[tuple[str, str]]:
@@ -111,7 +112,7 @@ def checks(result: Verification) -> list[tuple[str, str]]:
     compared = [tensor for tensor in result.tensors if tensor.same_bytes is not None]
     same = sum(tensor.same_bytes is True for tensor in compared)
     digests = f"{same} of {len(compared)} tensors are the artifact's" if compared else "no artifact given"
-    weights = sum(tensor.weights for tensor in result.tensors)
+    weights = sum(tensor.weights for tensor in result.tensors if not is_factor(tensor.name))
     return [
         ("tensors", f"{len(result.tensors)}, {weights / 1e6:.1f} million weights"),
         ("size", f"{human_bytes(result.nbytes)}, {result.bits_per_weight:.3f} bits per weight"),
@@ -130,12 +131,16 @@ def for_terminal(result: Verification) -> RenderableType:
     """What `lqexport verify` prints."""
     head = Table(box=None, show_header=False, pad_edge=False)
     where = [("file", result.file), ("against", result.against), ("engine", result.engine), ("text", result.text)]
+    if result.adapter:
+        where.insert(1, ("adapter", result.adapter))
+    if result.activations:
+        where.append(("activations", f"{result.activations}, emulated"))
     for label, value in [*where, *checks(result)]:
         head.add_row(Text(label), Text(value))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
-    for found in result.evaluations:
-        table.add_column(found.protocol, justify="right")
+    for title, _ in result.columns:
+        table.add_column(title, justify="right")
     for label, values in measures(result):
         table.add_row(Text(label), *map(Text, values))
     lines = [Text(f"warning: {sentence}", style="yellow") for sentence in result.warnings]

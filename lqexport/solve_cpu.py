@@ -35,9 +35,9 @@ def refine_block(
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
     """The block's stored numbers, as views of the grid's."""
     if numbers is None:
-        return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1))
+        return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), False)
     form = numbers.format
     first, last = block.start // grid.group, block.stop // grid.group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign))
+    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), form.power)

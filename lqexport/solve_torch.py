@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lqexport.grid import Numbers, TensorGrid, nearest_level
+from lqexport.grid import Numbers, TensorGrid, nearest_level, round_super
 
 
 def feedback_block(
@@ -65,7 +65,7 @@ def _refit(
         shared = subs[:, k * form.span : (k + 1) * form.span].repeat_interleave(group, 1)
         direction = form.sign * shared * basis[:, columns]
         step = _best_step(direction, gradient[:, columns], hessian[columns, columns])
-        new = (supers[:, k] + step).clamp(-65504, 65504).half().float()
+        new = round_super(supers[:, k] + step, form)
         supers[:, k] += _move(new - supers[:, k], step, direction, columns, values, gradient, hessian)
     if not form.two_level:
         return

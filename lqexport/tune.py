@@ -27,10 +27,10 @@ from torch.nn.functional import kl_div, log_softmax
 from lqexport.artifact import Artifact, StoredTensor, decoded, written_whole
 from lqexport.blocks import BlockModel
 from lqexport.collect import embed
-from lqexport.fit import round_half
+from lqexport.corrected import stored_correction
 from lqexport.formats.codec import GridCodec, PlainCodec
 from lqexport.formats.registry import codec
-from lqexport.grid import TensorGrid
+from lqexport.grid import TensorGrid, round_half
 from lqexport.progress import Listener
 
 SAVE_EVERY = 4
@@ -62,8 +62,11 @@ class Outcome:
 
 def numbers(grid: TensorGrid) -> State:
     """The float16 numbers that a grid is made of, as float32: `scale` and `offset`, or `levels`."""
+    if grid.scale is None:
+        return {"levels": grid.levels}
     parts = {"scale": grid.scale, "offset": grid.offset}
-    return {name: part.supers for name, part in parts.items() if part is not None} or {"levels": grid.levels}
+    # A power of two has no small changes.
+    return {name: part.supers for name, part in parts.items() if part is not None and not part.format.power}
 
 
 def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
@@ -71,7 +74,8 @@ def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
     if "levels" in new:
         return replace(grid, levels=new["levels"])
     scale, offset = (
-        part and replace(part, supers=new[name]) for name, part in (("scale", grid.scale), ("offset", grid.offset))
+        replace(part, supers=new[name]) if part and name in new else part
+        for name, part in (("scale", grid.scale), ("offset", grid.offset))
     )
     return replace(grid, scale=scale, offset=offset)
 
@@ -136,7 +140,9 @@ class Tuner:
         tensor = self.artifact.read(name)
         if isinstance(codec(tensor.codec), GridCodec):
             grid, codes = self._grid(tensor)
-            return with_numbers(grid, self._moved(name, numbers(grid))).values(codes)
+            values = with_numbers(grid, self._moved(name, numbers(grid))).values(codes)
+            correction = stored_correction(self.artifact, name)
+            return values if correction is None else values + correction.to(values.device)
         values = self._decoded(tensor)
         return self._moved(name, {"vector": values})["vector"] if values.ndim == 1 else values
 

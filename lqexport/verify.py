@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
@@ -22,9 +22,13 @@ from numpy.typing import NDArray
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from lqexport import evaluate, llamacpp
+from lqexport.activations import rounding
+from lqexport.adapters import Corrected, Factors, misfits, open_factors
 from lqexport.artifact import Artifact, StoredTensor, decoded, digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
+from lqexport.converters.factors import is_factor
+from lqexport.converters.peft import PeftAdapter
 from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
@@ -50,11 +54,15 @@ LIMITS = {"max_kl": "mean KL divergence", "max_perplexity_ratio": "perplexity re
 """What each limit is on, in words."""
 
 
-class Export(Weights, Protocol):
-    """A written model whose tensors can be had as they are stored."""
+class Packed(Protocol):
+    """Written tensors that can be had as they are stored."""
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """One tensor's codec, planes and shape, rows in the order of the Hugging Face model."""
+
+
+class Export(Weights, Packed, Protocol):
+    """A written model."""
 
 
 class ArtifactModel:
@@ -66,7 +74,7 @@ class ArtifactModel:
         self.config = self._artifact.config()
 
     def names(self) -> list[str]:
-        return list(self._manifest)
+        return [name for name in self._manifest if not is_factor(name)]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._manifest[name]["shape"])
@@ -79,7 +87,7 @@ class ArtifactModel:
         return torch.from_numpy(decoded(stored(self, name)))
 
 
-def stored(export: Export, name: str) -> StoredTensor:
+def stored(export: Packed, name: str) -> StoredTensor:
     """One tensor of a written model, as it is stored."""
     kind, planes, shape = export.planes(name)
     return StoredTensor(name, kind, shape, planes)
@@ -121,7 +129,13 @@ class TensorCheck:
 
 @dataclass
 class Verification:
-    """What was found. `failed` holds one sentence per reason why the file does not pass; empty means that it does."""
+    """What was found. `failed` holds one sentence per reason why the file does not pass; empty means that it does.
+
+    adapter            the file of low-rank corrections, or the artifact folder that holds them; None without any
+    activations        the type that inputs of linears were rounded to, emulated; None where they were not
+    evaluations        of the file, with its adapter where there is one: what the limits are on
+    base_evaluations   of the file without its adapter
+    """
 
     file: str
     sha256: str
@@ -132,10 +146,13 @@ class Verification:
     text: str
     text_sha256: str
     versions: dict[str, str]
+    adapter: str | None = None
+    activations: str | None = None
     limits: dict[str, float] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     tensors: list[TensorCheck] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    base_evaluations: list[Evaluation] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -146,15 +163,22 @@ class Verification:
 
     @property
     def bits_per_weight(self) -> float:
-        """Effective, over all tensors, scales and tables included."""
-        return 8 * self.nbytes / max(1, sum(tensor.weights for tensor in self.tensors))
+        """Effective, over all tensors, scales, tables and factors included."""
+        return 8 * self.nbytes / max(1, sum(tensor.weights for tensor in self.tensors if not is_factor(tensor.name)))
+
+    @property
+    def columns(self) -> list[tuple[str, Evaluation]]:
+        """Every evaluation with its title."""
+        base = [(f"{found.protocol}, base alone", found) for found in self.base_evaluations]
+        return [(found.protocol, found) for found in self.evaluations] + base
 
     def as_json(self) -> dict[str, Any]:
         """Everything as JSON values; what is not finite becomes null."""
         content = dataclasses.asdict(self) | {"nbytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
         content["passed"] = not self.failed
-        for entry, evaluation in zip(content["evaluations"], self.evaluations, strict=True):
-            entry["perplexity_ratio"] = evaluation.perplexity_ratio
+        for name in ("evaluations", "base_evaluations"):
+            for entry, evaluation in zip(content[name], getattr(self, name), strict=True):
+                entry["perplexity_ratio"] = evaluation.perplexity_ratio
         return _finite_or_null(content)
 
 
@@ -176,6 +200,8 @@ def verify(
     windows: int | None = None,
     engine: Engine = "lqexport",
     artifact: Path | None = None,
+    adapter: Path | None = None,
+    activations: str | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = None,
     device: str = "auto",
@@ -189,26 +215,36 @@ def verify(
     windows      at most so many per protocol; None for the whole text
     engine       what runs the file: this program's own decoding, or llama.cpp. The source always runs in ours, float32.
     artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself
+    adapter      low-rank corrections to run the file with, a GGUF LoRA adapter or a PEFT folder (an artifact folder has
+                 its own): evaluated with and without
+    activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
     max_kl, max_perplexity_ratio   limits, for each protocol
 
     Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
     """
     _check_options(file, protocols, windows, engine)
+    _check_engine(engine, adapter, activations)
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
     made_from = Artifact(artifact or file) if artifact or file.is_dir() else None
+    factors = open_factors(file, adapter, source.config)
     result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
+    result.adapter = str(adapter or file) if factors else None
+    result.activations = activations
     limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio}
     result.limits = {name: limit for name, limit in limits.items() if limit is not None}
     usable = check_structure(result, export, source)
-    check_tensors(result, export, source, made_from, listener)
+    if factors:
+        result.failed += (wrong := misfits(export, factors))
+        usable = usable and not wrong
+    check_tensors(result, export, factors, source, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
         tokenizer = source.tokenizer()
         cut = cut_text(tokenizer, evaluation_text, protocols, windows)
         if engine == "llama.cpp":
             check_tokenizer(result, tokenizer, evaluation_text)
-        evaluate_file(result, export, source, cut, listener)
+        evaluate_file(result, export, factors, source, cut, listener)
         check_limits(result)
     return result
 
@@ -242,6 +278,16 @@ def _check_options(file: Path, protocols: tuple[str, ...], windows: int | None, 
         raise UserError(f"llama.cpp runs .gguf files, and {file} is a folder. Run `lqexport to-gguf` first.")
     if engine == "llama.cpp":
         llamacpp.check_installed()
+
+
+def _check_engine(engine: str, adapter: Path | None, activations: str | None) -> None:
+    """What llama.cpp cannot run."""
+    if activations is not None:
+        rounding(activations)
+        if engine == "llama.cpp":
+            raise UserError("Activations are emulated by the engine lqexport alone: llama.cpp rounds them its own way.")
+    if engine == "llama.cpp" and adapter is not None and adapter.is_dir():
+        raise UserError(f"llama.cpp runs GGUF adapters, and {adapter} is a folder.")
 
 
 def _file_digest(path: Path) -> str:
@@ -284,17 +330,26 @@ def _listed(items: list[str], most: int = 3) -> str:
 
 
 def check_tensors(
-    result: Verification, export: Export, source: Weights, artifact: Artifact | None, listener: Listener
+    result: Verification,
+    export: Export,
+    factors: Factors | None,
+    source: Weights,
+    artifact: Artifact | None,
+    listener: Listener,
 ) -> None:
-    """Read every tensor of the file: digest, finiteness, distance to the source."""
+    """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
     manifest = artifact.manifest() if artifact else None
     output_errors = _recorded_errors(artifact) if artifact else {}
-    names, known = export.names(), set(source.names())
+    holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
+    if factors:
+        holders |= dict.fromkeys(factors.names(), factors)
+    names, known = list(holders), set(source.names())
     listener.stage("Read the tensors", len(names))
-    for name in names:
-        tensor = stored(export, name)
+    for name, holder in holders.items():
+        tensor = stored(holder, name)
         original = source.read(name).float().numpy() if name in known else None
-        same = None if manifest is None else _same(tensor, manifest)
+        # A PEFT folder holds values, not what was packed.
+        same = None if manifest is None or isinstance(holder, PeftAdapter) else _same(tensor, manifest)
         result.tensors.append(_check(tensor, original, output_errors.get(name), same))
         listener.advance(1)
     if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
@@ -302,7 +357,11 @@ def check_tensors(
     changed = [tensor.name for tensor in result.tensors if tensor.same_bytes is False]
     if artifact and changed:
         result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {_listed(changed)}.")
-    if absent := [name for name in manifest or () if name not in names]:
+    absent = [name for name in manifest or () if name not in holders]
+    if not factors and any(is_factor(name) for name in absent):
+        result.warnings.append("The artifact holds low-rank corrections, and the file is read without an adapter.")
+        absent = [name for name in absent if not is_factor(name)]
+    if absent:
         result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
 
 
@@ -366,31 +425,45 @@ def cut_text(
 
 @contextlib.contextmanager
 def _logits_of_file(
-    result: Verification, export: Weights, windows: NDArray[np.int64], protocol: evaluate.Protocol, listener: Listener
-) -> Iterator[Iterator[torch.Tensor]]:
-    """The file's logits, by the engine that `result` names."""
+    result: Verification,
+    export: Weights,
+    factors: Factors | None,
+    windows: NDArray[np.int64],
+    protocol: evaluate.Protocol,
+    listener: Listener,
+) -> Iterator[Iterable[torch.Tensor]]:
+    """The file's logits, by the engine that `result` names; with its adapter where `factors` are given."""
+    label = f"Run the file{' with its adapter' if factors else ''}, {protocol.name}"
     if result.engine == "llama.cpp":
-        with llamacpp.LlamaCpp(Path(result.file), protocol.window) as engine:
+        adapter = Path(str(result.adapter)) if factors else None
+        with llamacpp.LlamaCpp(Path(result.file), protocol.window, adapter=adapter) as engine:
             yield evaluate.engine_logits(engine, windows, protocol)
     else:
-        model = BlockModel(export, result.device)
-        yield evaluate.block_logits(model, windows, protocol, listener, f"Run the file, {protocol.name}")
+        weights = Corrected(export, factors) if factors else export
+        rounded = rounding(result.activations) if result.activations else None
+        model = BlockModel(weights, result.device, rounding=rounded)
+        yield evaluate.block_logits(model, windows, protocol, listener, label)
 
 
 def evaluate_file(
     result: Verification,
     export: Weights,
+    factors: Factors | None,
     source: Weights,
     windows: dict[evaluate.Protocol, NDArray[np.int64]],
     listener: Listener,
 ) -> None:
-    """Evaluate by every protocol, the source in float32 by this program's own decoding."""
+    """Evaluate by every protocol, with and without the adapter where there is one; the source in float32 by this
+    program's own decoding."""
     for protocol, cut in windows.items():
         # The file first: where it does not load, that is known before the source has run.
-        with _logits_of_file(result, export, cut, protocol, listener) as test:
+        with _logits_of_file(result, export, factors, cut, protocol, listener) as test:
             model = BlockModel(source, result.device)
             reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
             result.evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
+        if factors:
+            with _logits_of_file(result, export, None, cut, protocol, listener) as test:
+                result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
 
 
 def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:

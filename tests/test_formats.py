@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Scales, bits_per_weight
+from lqexport.formats.native import pack_bits
 from lqexport.formats.registry import codec, names
 
 PLAIN = ["gguf:F32", "gguf:F16", "gguf:BF16"]
@@ -52,6 +53,8 @@ def random_scales(rng: np.random.Generator, form: ScaleFormat | None, rows: int,
         return None
     groups = form.groups(columns)
     subs = rng.integers(form.low, form.high, (rows, groups), dtype=np.int16, endpoint=True)
+    if form.power:
+        return Scales(form, np.ldexp(np.float16(1), rng.integers(-24, 16, (rows, groups))).astype(np.float16), subs)
     return Scales(form, float16s(rng, (rows, groups // form.span)), subs)
 
 
@@ -181,6 +184,32 @@ def test_values_are_scale_times_level_plus_offset_in_float32(name: str) -> None:
         assert same_bits(values[row, column], expected)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
+def test_mxint_by_hand(bits: int) -> None:
+    """A group with e = 3 holds multiples of 2^(3 - (B - 1)): the largest is one of them below 8."""
+    largest = 2 ** (bits - 1) - 1
+    codes = np.array([[0, largest, 2 * largest] + [largest] * 13], dtype=np.uint8)
+    planes = {"codes": pack_bits(codes, bits), "exponents": np.array([[3 + 127]], dtype=np.uint8)}
+    step = 2.0 ** (3 - (bits - 1))
+    expected = np.array([[-largest * step, 0, largest * step] + [0] * 13], dtype=np.float32)
+    assert np.array_equal(codec(f"native:mxint-{bits}-g16").decode(planes, 16), expected)
+    assert largest * step + step == 8
+
+
+def test_what_mxint_cannot_mean_is_refused() -> None:
+    mxint, planes = codec("native:mxint-4-g16"), {"codes": np.zeros((1, 8), np.uint8)}
+    for exponent in (127 - 22, 127 + 19):
+        with pytest.raises(ValueError, match="out of its range"):
+            mxint.decode(planes | {"exponents": np.array([[exponent]], np.uint8)}, 16)
+    with pytest.raises(ValueError, match="has no value"):
+        mxint.decode({"codes": np.full((1, 8), 255, np.uint8), "exponents": np.array([[127]], np.uint8)}, 16)
+    _, grid, codes = random_case("native:mxint-4-g16", 1)
+    for supers in (np.float16(3) * grid.scale.supers, -grid.scale.supers, 0 * grid.scale.supers):
+        odd = dataclasses.replace(grid, scale=dataclasses.replace(grid.scale, supers=supers.clip(-1e4, 1e4)))
+        with pytest.raises(ValueError, match="not a power of two"):
+            mxint.encode(odd, codes)
+
+
 def stored_number(scales: Scales, row: int, column: int, columns: int) -> np.float32:
     group = column // (scales.format.group or columns)
     number = np.float32(scales.supers[row, group // scales.format.span]) * np.float32(scales.subs[row, group])
@@ -222,6 +251,8 @@ def test_what_a_file_spends_on_a_weight() -> None:
     assert spent["gguf:BF16"] == 16
     assert spent["native:table-3"] == round(3 + 8 * 16 / 4096, 4)
     assert spent["native:affine-3-g128"] == 3.25
+    assert spent["native:mxint-4-g16"] == 4.5
+    assert spent["native:mxint-3-g32"] == 3.25
     assert spent["native:affine-4-row"] == round(4 + 32 / 4096, 4)
 
 
@@ -340,9 +371,9 @@ def test_a_shape_that_does_not_fit_is_refused(name: str) -> None:
         codec(name).layout(0, 256)
     if codec(name).block > 1:
         with pytest.raises(
-            ValueError, match=rf"multiple of {codec(name).block} weights, not {codec(name).block + 16}\."
+            ValueError, match=rf"multiple of {codec(name).block} weights, not {codec(name).block + 8}\."
         ):
-            codec(name).layout(4, codec(name).block + 16)
+            codec(name).layout(4, codec(name).block + 8)
 
 
 @every_codec

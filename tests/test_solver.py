@@ -28,6 +28,7 @@ FEW = [
     "gguf:IQ4_XS",
     "native:table-3",
     "native:affine-3-g64",
+    "native:mxint-3-g32",
 ]
 
 

@@ -71,6 +71,16 @@ def affine(bits: int, group: int, rng: np.random.Generator) -> dict:
     return entry(columns, {"codes": stream, "scale": scale, "offset": offset}, values)
 
 
+def mxint(bits: int, group: int, rng: np.random.Generator) -> dict:
+    columns, largest = 2 * group, 2 ** (bits - 1) - 1
+    integers = rng.integers(-largest, largest, (2, columns), endpoint=True)
+    exponents = rng.integers(-10, 10, (2, 2))
+    rows = [sum(int(m + largest) << (bits * j) for j, m in enumerate(row)) for row in integers]
+    stream = np.array([list(row.to_bytes(columns * bits // 8, "little")) for row in rows], dtype=np.uint8)
+    values = integers * 2.0 ** (np.repeat(exponents, group, axis=1) - (bits - 1))
+    return entry(columns, {"codes": stream, "exponents": (exponents + 127).astype(np.uint8)}, values)
+
+
 def entry(columns: int, planes: dict[str, np.ndarray], values: np.ndarray) -> dict:
     stored = {name: [plane.dtype.str, list(plane.shape), plane.tobytes().hex()] for name, plane in planes.items()}
     return {"columns": columns, "planes": stored, "float32": values.astype("<f4").tobytes().hex()}
@@ -84,6 +94,8 @@ def main() -> None:
     for bits in (2, 3, 4, 5, 6, 8):
         for name, group in {"g32": 32, "g64": 64, "g128": 128, "row": 0}.items():
             content[f"native:affine-{bits}-{name}"] = affine(bits, group, rng)
+    for bits in (2, 3, 4, 6, 8):
+        content |= {f"native:mxint-{bits}-g{group}": mxint(bits, group, rng) for group in (16, 32)}
     json.dump(content, sys.stdout, indent=1)
     print()
 

@@ -1,0 +1,143 @@
+"""What a low-rank correction gains in llama.cpp, against the same bytes spent on a wider type.
+
+    python bench/lowrank.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--samples 16] [--windows 12]
+
+Pure types (embedding and output Q8_0) without correction; then Q2_K and Q3_K with adapters of several ranks and types,
+cut out of one correction of rank 96 in float32, and with a correction that was solved for in two rounds. Every file is
+judged in llama.cpp; bytes are those of the files. Artifacts that FOLDER holds from a stopped run are not solved again.
+Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gguf_quality import Judge
+
+from lqexport.artifact import Artifact
+from lqexport.converters import gguf, gguf_adapter
+from lqexport.converters.factors import A, block_codec, corrected_linear, is_factor
+from lqexport.corrected import values_of
+from lqexport.evaluate import Evaluation
+from lqexport.linear import round_tensor
+from lqexport.pipeline import plan_recipe, quantize
+from lqexport.ranks import cut, share
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+LARGEST = 96
+VARIANTS = [(16, "F16"), (32, "F16"), (64, "F16"), (32, "Q8_0"), (64, "Q8_0")]
+
+
+def artifact(arguments: argparse.Namespace, kind: str, name: str, **options: Any) -> tuple[Artifact, Recipe]:
+    """A finished artifact; one that an earlier run of this script left is taken as it is."""
+    recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration, samples=arguments.samples,
+                    **options)  # fmt: skip
+    quantize(recipe, arguments.work / name)
+    return Artifact(arguments.work / name), recipe
+
+
+def adapter(large: Artifact, ranks: dict[str, int], kind: str, work: Path) -> Path:
+    """A GGUF adapter with the first ranks of each correction of `large`, rounded to another type."""
+    folder = work / "cut"
+    shutil.rmtree(folder, ignore_errors=True)
+    small, names = Artifact(folder), []
+    small.begin(large.run())
+    shutil.copytree(large.model_folder, small.model_folder)
+    for name in filter(is_factor, large.manifest()):
+        stored, rank = large.read(name), ranks[corrected_linear(name)]
+        if rank:
+            rows, columns = stored.shape
+            part = cut(stored, (rank, columns) if name.endswith(A) else (rows, rank))
+            small.write(round_tensor(name, values_of(part), block_codec(kind, "factors")))
+            names.append(name)
+    small.finish(names, {})
+    gguf_adapter.write(small, work / "adapter.gguf")
+    return work / "adapter.gguf"
+
+
+def shared_ranks(large: Artifact, arguments: argparse.Namespace, recipe: Recipe, rank: int) -> dict[str, int]:
+    """Ranks that take as many bytes as `rank` everywhere does, shared by what each linear gains."""
+    linears = [tensor for tensor in plan_recipe(open_source(arguments.model), recipe) if tensor.linear]
+    numbers = sum(rank * sum(tensor.matrix) for tensor in linears)
+    copy = Artifact(arguments.work / "shared")
+    shutil.rmtree(copy.folder, ignore_errors=True)
+    shutil.copytree(large.folder, copy.folder)
+    return share(copy, linears, replace(recipe, factor_bytes=4 * numbers))
+
+
+def row(kind: str, label: str, file: Path, found: Evaluation, adapter: Path | None = None) -> dict[str, Any]:
+    sizes = [path.stat().st_size for path in (file, adapter) if path]
+    return {"type": kind, "label": label, "bytes": sum(sizes), "kl": found.kl, "kl_error": found.kl_error,
+            "perplexity": found.perplexity, "perplexity_error": found.perplexity_error, "top1": found.top1}  # fmt: skip
+
+
+def corrected(arguments: argparse.Namespace, judge: Judge, kind: str) -> Iterator[dict[str, Any]]:
+    """The base alone, then with adapters cut from one correction."""
+    large, recipe = artifact(arguments, kind, kind, rank=LARGEST, factors="F32")
+    base = arguments.work / f"{kind}.gguf"
+    gguf.write(large, base)
+    yield row(kind, "none", base, judge(base))
+    linears = {corrected_linear(name) for name in large.manifest() if is_factor(name)}
+    for rank, factors in VARIANTS:
+        file = adapter(large, dict.fromkeys(linears, rank), factors, arguments.work)
+        yield row(kind, f"rank {rank}, {factors}", base, judge(base, file), file)
+    file = adapter(large, shared_ranks(large, arguments, recipe, 32), "F16", arguments.work)
+    yield row(kind, "rank 32 on average, shared, F16", base, judge(base, file), file)
+
+
+def in_rounds(arguments: argparse.Namespace, judge: Judge, kind: str) -> Iterator[dict[str, Any]]:
+    stored, _ = artifact(arguments, kind, f"{kind}-rounds", rank=32, rounds=2)
+    base, file = arguments.work / f"{kind}-rounds.gguf", arguments.work / "adapter.gguf"
+    gguf.write(stored, base)
+    gguf_adapter.write(stored, file)
+    yield row(kind, "rank 32, F16, 2 rounds", base, judge(base, file), file)
+
+
+def plain(arguments: argparse.Namespace, judge: Judge, kind: str) -> Iterator[dict[str, Any]]:
+    base = arguments.work / f"{kind}.gguf"
+    gguf.write(artifact(arguments, kind, kind)[0], base)
+    yield row(kind, "none", base, judge(base))
+
+
+STAGES = [("Q2_K", corrected), ("Q3_K", corrected), ("Q4_K", plain), ("IQ4_XS", plain), ("Q2_K", in_rounds)]
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = ["| type | correction | MB | mean KL | perplexity | same top-1 |", "|---|---|---|---|---|---|"]
+    for entry in sorted(rows, key=lambda entry: entry["bytes"]):
+        lines.append(
+            f"| {entry['type']} | {entry['label']} | {entry['bytes'] / 1e6:.1f} | {entry['kl']:.4f} ± "
+            f"{entry['kl_error']:.4f} | {entry['perplexity']:.2f} ± {entry['perplexity_error']:.2f} | "
+            f"{entry['top1']:.1%} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=12)
+    arguments = parser.parse_args()
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows)
+    rows = []
+    for kind, stage in STAGES:
+        for measured in stage(arguments, judge, kind):
+            rows.append(measured)
+            print(json.dumps(measured), flush=True)
+    print(markdown(rows))
+
+
+if __name__ == "__main__":
+    main()

