@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.allocate import Option, allocate, reachable
-from lqexport.artifact import StoredTensor, decoded, read_json, write_json
+from lqexport.artifact import Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
 from lqexport.collect import BlockMoments, embed, run_through
 from lqexport.converters.plan import PlannedTensor
@@ -158,6 +158,12 @@ def measure_outer(
 def _kl(theirs: Tensor, ours: Tensor) -> float:
     p, q = log_softmax(theirs.double(), -1), log_softmax(ours.double(), -1)
     return float(kl_div(q, p, reduction="batchmean", log_target=True))
+
+
+def chosen_types(artifact: Artifact) -> dict[str, str]:
+    """Tensor -> codec as an earlier search for this artifact found them; empty where there was none."""
+    path = artifact.folder / "budget.json"
+    return dict(read_json(path, "")["chosen"]) if path.is_file() else {}
 
 
 def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str, Any]:

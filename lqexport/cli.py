@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -179,12 +180,30 @@ def run_quantize(
     if as_json:
         print(json.dumps(report, indent=1))
         return
+    if "budget" in report:
+        _show_budget(recipe, out, report["budget"])
+    if "tuning" in report:
+        before, after = (report["tuning"][f"held_out_kl_{when}"] for when in ("before", "after"))
+        print(f"Tuning: KL on held-out calibration sequences {before:.4f} before, {after:.4f} after")
     if "correction" in report:
         from lqexport.ranks import sentences
 
         print("\n".join(sentences(report["correction"])))
     adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
     print(f"Wrote {out}. Next: lqexport to-gguf {out} model.gguf{adapter}")
+
+
+def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
+    """The types that were chosen; and the curve that the choice lies on as OUT/budget.svg, where matplotlib is."""
+    from lqexport.dryrun import preview, show_plan
+
+    show_plan(preview(recipe, out), output())
+    print(f"Predicted KL: {budget['predicted_kl']:.4f}, at most {budget['predicted_kl_gap']:.1e} above the best choice")
+    if importlib.util.find_spec("matplotlib"):
+        from lqexport.report import save_budget_plot
+
+        save_budget_plot(budget, out / "budget.svg")
+        print(f"Loss against bytes: {out / 'budget.svg'}")
 
 
 def _show(shown: Preview, device: str, verbose: bool, estimates: bool) -> None:

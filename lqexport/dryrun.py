@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 
 from lqexport.artifact import Artifact
+from lqexport.budget import chosen_types
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
@@ -43,6 +44,7 @@ class Preview:
     """
 
     recipe: Recipe
+    out: Path
     config: dict[str, Any]
     tensors: list[PlannedTensor]
     already: int
@@ -69,12 +71,12 @@ class Preview:
 def preview(recipe: Recipe, out: Path) -> Preview:
     """Plan a run: reads names and shapes only. Raises UserError as `plan` and `open_source` do."""
     source = open_source(recipe.source)
-    tensors = plan_recipe(source, recipe)
-    tensors += plan_factors(tensors, recipe)
     artifact = Artifact(out)
+    tensors = plan_recipe(source, recipe, chosen_types(artifact))
+    tensors += plan_factors(tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
-    return Preview(recipe, source.config, tensors, already, shutil.disk_usage(existing).free)
+    return Preview(recipe, out, source.config, tensors, already, shutil.disk_usage(existing).free)
 
 
 def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
@@ -190,6 +192,8 @@ def as_json(shown: Preview, device: str) -> dict[str, Any]:
 def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
     """Print the types, the fallbacks and the size."""
     console.print(table(shown.entries, every))
+    if shown.recipe.size and not chosen_types(Artifact(shown.out)):
+        console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
     for sentence in fallbacks(shown.tensors):
         console.print(f"Fallback: {sentence}", markup=False, highlight=False)
 

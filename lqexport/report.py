@@ -157,6 +157,23 @@ def save_html(result: Verification, path: Path) -> None:
         file.write(content)
 
 
+def save_budget_plot(budget: dict[str, Any], path: Path) -> None:
+    """Least predicted KL over bytes, and the choice that was made, as an SVG file; `budget` as in budget.json."""
+    content = svg(lambda axes: _draw_budget(axes, budget)).encode()
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def _draw_budget(axes: Axes, budget: dict[str, Any]) -> None:
+    axes.plot([p["bytes"] / 1e6 for p in budget["curve"]], [p["loss"] for p in budget["curve"]], color="#4477aa")
+    axes.plot(budget["tensor_bytes"] / 1e6, budget["predicted_kl"], "o", color="#cc3311", label="chosen")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB of tensor data")
+    axes.set_ylabel("predicted KL, nats per token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
 def check_installed() -> None:
     """Raises UserError where the page's packages are missing, so that this is known before long work."""
     if any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib")):

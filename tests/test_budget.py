@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from lqexport.artifact import Artifact
 from lqexport.budget import parse_size
+from lqexport.cli import app
 from lqexport.converters.gguf import write
 from lqexport.errors import UserError
 from lqexport.inspect import inspect
@@ -99,3 +101,17 @@ def test_bad_sizes_and_types_are_said(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         quantize(Recipe(**{**vars(recipe), **options}), tmp_path / "out")
+
+
+def test_the_command_shows_the_choice(recipe: Recipe, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["quantize", recipe.source, str(tmp_path / "out"), "--target", "gguf:auto", "--size", "4.5bpw",
+                 "--calibration", recipe.calibration, "--samples", "2", "--sequence-length", "32",
+                 "--tune", "0"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "These types will be chosen anew, to fit 4.5bpw." in result.stdout
+    assert "Predicted KL: " in result.stdout
+    assert "predicted KL, nats per token" in (tmp_path / "out" / "budget.svg").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["bits_per_weight"] <= 4.5
