@@ -156,7 +156,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def options(tiny_model: Path, text: Path) -> dict[str, Any]:
     return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), "samples": 4,
-            "sequence_length": 64, "method": "gptq"}  # fmt: skip
+            "sequence_length": 64, "method": "gptq", "moments": "normalized"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
