@@ -4,8 +4,8 @@
 
 Pure types (embedding and output Q8_0) without correction; then Q2_K and Q3_K with adapters of several ranks and types,
 cut out of one correction of rank 96 in float32, and with a correction that was solved for in two rounds. Every file is
-judged in llama.cpp; bytes are those of the files. Artifacts that FOLDER holds from a stopped run are not solved again.
-Prints Markdown.
+judged in llama.cpp; bytes are those of the files. Second moments are normalized ones and nothing is tuned end to end.
+Artifacts that FOLDER holds from a stopped run are not solved again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VARIANTS = [(16, "F16"), (32, "F16"), (64, "F16"), (32, "Q8_0"), (64, "Q8_0")]
 def artifact(arguments: argparse.Namespace, kind: str, name: str, **options: Any) -> tuple[Artifact, Recipe]:
     """A finished artifact; one that an earlier run of this script left is taken as it is."""
     recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration, samples=arguments.samples,
-                    **options)  # fmt: skip
+                    moments="normalized", tune=0, **options)  # fmt: skip
     quantize(recipe, arguments.work / name)
     return Artifact(arguments.work / name), recipe
 

