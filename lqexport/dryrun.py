@@ -190,6 +190,8 @@ def as_json(shown: Preview, device: str) -> dict[str, Any]:
 def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
     """Print the types, the fallbacks and the size."""
     console.print(table(shown.entries, every))
+    if shown.recipe.bits is not None and shown.recipe.method != "rtn":
+        console.print("Widths: even here; the run measures what each mix costs and takes the best of this size.")
     for sentence in fallbacks(shown.tensors):
         console.print(f"Fallback: {sentence}", markup=False, highlight=False)
 
