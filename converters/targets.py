@@ -58,7 +58,7 @@ def plan(
     config.json does not explain, and with `fallback=False` for tensors that would fall back.
     """
     architecture = architecture_of(config)
-    kept = _model_tensors(architecture, config, shapes)
+    kept = model_tensors(architecture, config, shapes)
     _check_target(target)
     overrides = _overrides(architecture, config, embedding_type, output_type)
     _check_types(types, kept)
@@ -85,7 +85,7 @@ def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
             raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
 
 
-def _model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
+def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
     """The tensors to store, in the order of the model, checked against the architecture and config.json."""
     known = gguf_names(architecture, _layers(config))
     # Old checkpoints store the rotary frequencies, which follow from config.json.

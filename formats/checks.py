@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.formats.codec import Codec, Grid, GridCodec, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import Codec, Grid, GridCodec, GroupNumbers, Planes, ScaleFormat, Scales
 
 
 def check_shape(codec: Codec, rows: int, columns: int) -> None:
@@ -40,6 +40,8 @@ def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
     check_shape(codec, rows, columns)
     if grid.columns != columns:
         raise ValueError(f"The grid has {grid.columns} columns and the codes {columns}.")
+    if grid.half:
+        raise ValueError(f"The grid is not one of {codec.name}: it rounds its values to float16.")
     if (largest := int(codes.max())) >= codec.level_count:
         raise ValueError(f"Code {largest} is too large: {codec.name} has {codec.level_count} levels.")
     _check_levels(codec, grid.levels, rows)
@@ -65,13 +67,13 @@ def _check_levels(codec: GridCodec, levels: NDArray[np.float32], rows: int) -> N
 
 
 def _check_scales(
-    codec: GridCodec, what: str, expected: ScaleFormat | None, scales: Scales | None, shape: tuple[int, ...]
+    codec: GridCodec, what: str, expected: ScaleFormat | None, scales: GroupNumbers | None, shape: tuple[int, ...]
 ) -> None:
     """Check a grid's scale or offset (`what`) against the codec's, for a matrix of `shape`."""
-    if (scales.format if scales else None) != expected:
-        raise ValueError(f"The grid is not one of {codec.name}: it has another {what} format.")
-    if scales is None or expected is None:
+    if scales is None and expected is None:
         return
+    if not isinstance(scales, Scales) or expected is None or scales.format != expected:
+        raise ValueError(f"The grid is not one of {codec.name}: it has another {what} format.")
     rows, groups = shape[0], expected.groups(shape[1])
     arrays = {
         "supers": (scales.supers, np.float16, (rows, groups // expected.span)),

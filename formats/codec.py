@@ -15,7 +15,7 @@ and `decode` is the definition of the format.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 Planes = dict[str, np.ndarray]
 """The packed bytes of one tensor: plane name to array. The first axis of every plane is the tensor's rows, so moving
-rows of a packed tensor (the rope permutation of GGUF) is `plane[order]`."""
+rows of a packed tensor (the rope permutation of GGUF) is `plane[order]`; only a `SectionedCodec` has it otherwise."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,17 @@ class ScaleFormat:
         return columns // group
 
 
+class GroupNumbers(Protocol):
+    """One number per row and group of columns, made of what the file stores."""
+
+    @property
+    def subs(self) -> NDArray[np.int16]:
+        """What each row and group stores: int16 [rows, groups]."""
+
+    def values(self) -> NDArray[np.float32]:
+        """float32 [rows, groups]."""
+
+
 @dataclass(frozen=True)
 class Scales:
     """Numbers as a file stores them, one per row and group.
@@ -74,9 +85,10 @@ class Scales:
         supers = np.repeat(self.supers.astype(np.float32), self.format.span, axis=1)
         return np.float32(self.format.sign) * supers * self.subs.astype(np.float32)
 
-    def grouped(self, matrix: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A matrix [rows, columns] as [rows, groups, columns per group], to meet `values()[..., None]`."""
-        return matrix.reshape(*self.subs.shape, -1)
+
+def grouped(matrix: NDArray[np.float32], numbers: GroupNumbers) -> NDArray[np.float32]:
+    """A matrix [rows, columns] as [rows, groups, columns per group], to meet `numbers.values()[..., None]`."""
+    return matrix.reshape(*numbers.subs.shape, -1)
 
 
 @dataclass(frozen=True)
@@ -87,12 +99,14 @@ class Grid:
     levels   float32, ascending: [K] shared by all rows, or [rows, K], a table per row
     scale    None where the levels are the values (a table per row)
     offset   None where the format has none; a format without an offset keeps the sign of zero
+    half     whether each value is rounded to float16, as ExLlamaV2 decodes
     """
 
     columns: int
     levels: NDArray[np.float32]
-    scale: Scales | None = None
-    offset: Scales | None = None
+    scale: GroupNumbers | None = None
+    offset: GroupNumbers | None = None
+    half: bool = field(default=False, kw_only=True)
 
     @property
     def uniform(self) -> bool:
@@ -103,9 +117,11 @@ class Grid:
         """Decoded weights, float32 [rows, columns], for codes uint8 [rows, columns] in 0..K-1."""
         values = self.levels[codes] if self.levels.ndim == 1 else np.take_along_axis(self.levels, codes, axis=1)
         if self.scale is not None:
-            values = self.scale.grouped(values) * self.scale.values()[..., None]
+            values = grouped(values, self.scale) * self.scale.values()[..., None]
         if self.offset is not None:
-            values = self.offset.grouped(values) + self.offset.values()[..., None]
+            values = grouped(values, self.offset) + self.offset.values()[..., None]
+        if self.half:
+            values = values.astype(np.float16).astype(np.float32)
         return values.reshape(codes.shape)
 
     def nearest(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -123,13 +139,62 @@ class Grid:
         """`(weights - offset) / scale`, float32 [rows, columns]; 0 where the scale is 0 and every level gives 0."""
         target = weights
         if self.offset is not None:
-            target = self.offset.grouped(target) - self.offset.values()[..., None]
+            target = grouped(target, self.offset) - self.offset.values()[..., None]
         if self.scale is not None:
             scale = self.scale.values()[..., None]
             scale[scale == 0] = np.inf
             with np.errstate(over="ignore"):  # an infinite quotient becomes the first or last level
-                target = self.scale.grouped(target) / scale
+                target = grouped(target, self.scale) / scale
         return target.reshape(weights.shape)
+
+
+@dataclass(frozen=True)
+class Run:
+    """`count` groups of `group` columns each, in codes of `bits` bits."""
+
+    bits: int
+    group: int
+    count: int
+
+    @property
+    def columns(self) -> int:
+        return self.group * self.count
+
+
+@dataclass(frozen=True)
+class Sections:
+    """The values that the weights of one matrix may take where its columns, in another order, fall into runs that have
+    a grid each.
+
+    order   int64 [columns]: stored column k is the matrix's column order[k]
+    grids   of consecutive stored columns
+    """
+
+    order: NDArray[np.int64]
+    grids: tuple[Grid, ...]
+
+    @property
+    def columns(self) -> int:
+        return len(self.order)
+
+    def values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Decoded weights, float32 [rows, columns], for codes uint8 [rows, columns], both in the matrix's order."""
+        values = np.empty(codes.shape, np.float32)
+        for columns, grid in self.runs():
+            values[:, columns] = grid.values(codes[:, columns])
+        return values
+
+    def nearest(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
+        """Codes uint8 [rows, columns] of the values nearest to float32 [rows, columns]; a tie goes either way."""
+        codes = np.empty(weights.shape, np.uint8)
+        for columns, grid in self.runs():
+            codes[:, columns] = grid.nearest(weights[:, columns])
+        return codes
+
+    def runs(self) -> list[tuple[NDArray[np.int64], Grid]]:
+        """The matrix's columns of each grid."""
+        ends = np.cumsum([grid.columns for grid in self.grids])
+        return list(zip(np.split(self.order, ends[:-1]), self.grids, strict=True))
 
 
 class Codec(Protocol):
@@ -176,6 +241,20 @@ class GridCodec(Codec, Protocol):
         """Pack codes uint8 [rows, columns] and the stored numbers of `grid`, which must be of this format."""
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
+        """The grid and the codes that the bytes hold; `decode` is `grid.values(codes)` of these."""
+
+
+@runtime_checkable
+class SectionedCodec(Codec, Protocol):
+    """A format whose weights are codes on a grid per run of reordered columns. Its planes are those of its file, whose
+    rows are columns of the matrix."""
+
+    runs: tuple[Run, ...]
+
+    def encode(self, grid: Sections, codes: NDArray[np.uint8]) -> Planes:
+        """Pack codes uint8 [rows, columns] and the stored numbers of `grid`, whose runs must be the codec's."""
+
+    def unpack(self, planes: Planes, columns: int) -> tuple[Sections, NDArray[np.uint8]]:
         """The grid and the codes that the bytes hold; `decode` is `grid.values(codes)` of these."""
 
 

@@ -107,7 +107,7 @@ class _BlockType(GridCodec):
         rows, columns = codes.shape
         blocks = np.zeros((rows, columns // self.block), dtype=self.members)
         self._write_codes(blocks, codes.reshape(*blocks.shape, self.block))
-        stored = [scales for scales in (grid.scale, grid.offset) if scales is not None]
+        stored = [scales for scales in (grid.scale, grid.offset) if isinstance(scales, Scales)]
         for member, scales in zip(self.supers, stored, strict=True):
             blocks[member] = scales.supers
         self._write_subs(blocks, tuple(scales.subs.reshape(*blocks.shape, -1) for scales in stored))

@@ -54,7 +54,7 @@ class MXInt(GridCodec):
     def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
         """See `codec.GridCodec`. Raises ValueError for a grid of another format."""
         check_grid(self, grid, codes)
-        assert grid.scale is not None  # check_grid
+        assert isinstance(grid.scale, Scales)  # check_grid
         _, power = np.frexp(grid.scale.supers)  # 2^k is 0.5 * 2^(k + 1)
         exponents = power + (self.bits - 2) + BIAS
         return {"codes": pack_bits(codes, self.bits), "exponents": exponents.astype(np.uint8)}

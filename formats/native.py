@@ -124,8 +124,8 @@ class Affine(GridCodec):
     def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
         """See `codec.GridCodec`. Raises ValueError for a grid of another format."""
         check_grid(self, grid, codes)
-        assert grid.scale is not None  # check_grid
-        assert grid.offset is not None
+        assert isinstance(grid.scale, Scales)  # check_grid
+        assert isinstance(grid.offset, Scales)
         scale, offset = grid.scale.supers.copy(), grid.offset.supers.copy()
         return {"codes": pack_bits(codes, self.bits), "scale": scale, "offset": offset}
 

@@ -61,13 +61,20 @@ def _round_power(x):
     return min(below if x < 1.5 * below else 2 * below, 2.0**15)
 
 
+@njit(cache=True, inline="always")
+def _value(scale, level, offset, half):
+    """The weight that the file's numbers mean; `half`: rounded to float16."""
+    value = scale * level + offset
+    return np.float32(_round_half(np.float64(value))) if half else value
+
+
 @njit(parallel=True, cache=True)
-def feedback_block(weights, factor, scale, offset, levels, uniform, codes, errors):
+def feedback_block(weights, factor, scale, offset, levels, uniform, half, codes, errors):
     """Quantize the columns of one block in turn, spreading each error over the columns of the block that follow.
 
     weights   [R, B] in solve order, changed in place
     factor    [B, B] the block's part of U, where H^-1 = U^T U
-    scale, offset   [R, B] of each column;  levels [1 or R, K]
+    scale, offset   [R, B] of each column;  levels [1 or R, K];  half   whether values are rounded to float16
     codes     uint8 [R, B], written;  errors [R, B] (w - q) / U_ii, written: the caller spreads them over later blocks
     """
     width = factor.shape[0]
@@ -77,7 +84,7 @@ def feedback_block(weights, factor, scale, offset, levels, uniform, codes, error
         for i in range(width):
             s, o = scale[r, i], offset[r, i]
             code = _nearest((row[i] - o) / s if s != 0 else np.float32(0), table, uniform)
-            error = (row[i] - (s * table[code] + o)) / factor[i, i]
+            error = (row[i] - _value(s, table[code], o, half)) / factor[i, i]
             codes[r, i] = code
             errors[r, i] = error
             for j in range(i + 1, width):
@@ -155,14 +162,14 @@ def _number(stored, r, group, default):
 
 
 @njit(parallel=True, cache=True)
-def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit):
+def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit, half):
     """One sweep of coordinate descent over one block of columns, for the loss (Q - W) H (Q - W)^T of each row.
 
     Where `refit`, first the block's stored scales and offsets with the codes fixed; then each code in turn. No step
     raises the loss. All arrays are this block's part, changed in place:
 
     values    [R, B] decoded weights Q;  gradient [R, B] (Q - W) H;  hessian [B, B];  codes uint8 [R, B]
-    scale, offset   `Stored`, one number per `group` columns
+    scale, offset   `Stored`, one number per `group` columns;  half   whether values are rounded to float16
     """
     rows, width = values.shape
     for r in prange(rows):
@@ -182,7 +189,9 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
                 continue
             code = _nearest((q[i] - g[i] / hessian[i, i] - o) / s, table, uniform)
             if code != codes[r, i]:
-                change = (s * table[code] + o) - q[i]
+                change = _value(s, table[code], o, half) - q[i]
+                if half and change * (change + 2 * g[i] / hessian[i, i]) >= 0:  # of two rounded values, the farther
+                    continue
                 codes[r, i] = code
                 q[i] += change
                 _push(g, hessian, i, change)

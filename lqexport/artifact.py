@@ -3,6 +3,7 @@
     OUT/run.json           what makes the run this run: recipe, source, calibration, versions. Written first.
     OUT/model/             config.json, tokenizer and other small files of the source
     OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
+    OUT/options/BLOCK.json EXL2: what each mix of widths would cost each linear of a block
     OUT/report.json        what the solver saw per tensor
     OUT/manifest.json      every tensor with its codec, shape and digest. Written last: it says the artifact is whole.
     OUT/log.jsonl          times, memory; the one file that differs between two runs of the same recipe
@@ -18,7 +19,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +29,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
+from lqexport.allocate import Option
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
@@ -185,6 +187,17 @@ class Artifact:
             raise UserError(
                 f"{path} is damaged ({error}). Delete it and run the same quantize command again."
             ) from error
+
+    def options(self, block: int) -> dict[str, list[Option]]:
+        """What was measured of a block's linears; empty where that has not been done."""
+        path = self.folder / "options" / f"{block}.json"
+        found = read_json(path, "") if path.is_file() else {}
+        return {name: [Option(**option) for option in tried] for name, tried in found.items()}
+
+    def write_options(self, block: int, options: dict[str, list[Option]]) -> None:
+        """Keep what was measured of a block's linears."""
+        content = {name: [asdict(option) for option in tried] for name, tried in options.items()}
+        write_json(self.folder / "options" / f"{block}.json", content)
 
     def finish(self, names: list[str], report: dict[str, Any]) -> None:
         """Write the report and then the manifest of all `names`, which says that the artifact is whole."""

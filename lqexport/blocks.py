@@ -63,6 +63,7 @@ class BlockModel:
         self._blocks = self._model.get_submodule(self.architecture.blocks)
         # Its tables are computed, not loaded, so it is made anew with storage.
         self._body.rotary_emb = type(self._body.rotary_emb)(config=config).to(self.device)
+        self._head: torch.Tensor | None = None
         self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
 
     def __len__(self) -> int:
@@ -111,17 +112,20 @@ class BlockModel:
         output = torch.func.functional_call(self._blocks[index], state, (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
 
-    def logits(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [..., vocabulary] for hidden states [..., hidden] after the last block; with `norm_state`, by a final
-        norm of those weights."""
+    def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """What the output layer takes for hidden states [..., hidden] after the last block; with `norm_state`, by a
+        final norm of those weights."""
         norm = self._model.get_submodule(self.architecture.final_norm)
         if next(norm.parameters()).device.type == "meta":
             self._load(norm, self.architecture.final_norm)
+        return norm(hidden) if norm_state is None else torch.func.functional_call(norm, norm_state, (hidden,))
+
+    def logits(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits [..., vocabulary] for the same."""
+        if self._head is None:
             tied = self.architecture.output not in self.weights.names()
-            name = self.architecture.embedding if tied else self.architecture.output
-            self._head = self._read(name)
-        normed = norm(hidden) if norm_state is None else torch.func.functional_call(norm, norm_state, (hidden,))
-        return normed @ self._head.T
+            self._head = self._read(self.architecture.embedding if tied else self.architecture.output)
+        return self.normed(hidden, norm_state) @ self._head.T
 
     def _read(self, name: str) -> torch.Tensor:
         return self.weights.read(name).to(self.device, self.dtype)

@@ -128,7 +128,8 @@ class _Replaced:
         return torch.from_numpy(decoded(self._tensor)) if name == self._tensor.name else self._weights.read(name)
 
 
-def _final_states(model: BlockModel, tokens: Tensor) -> list[Tensor]:
+def final_states(model: BlockModel, tokens: Tensor) -> list[Tensor]:
+    """Hidden states [length, hidden] after the last block, for each of token ids [samples, length]."""
     hidden = embed(model, tokens)
     for _, block in model.blocks():
         run_through(model, block, hidden)
@@ -143,12 +144,12 @@ def measure_outer(
     if not outer:
         return
     original, tokens = BlockModel(source, device), tokens[:SEQUENCES]
-    states = _final_states(original, tokens)
+    states = final_states(original, tokens)
     for name, kinds in outer.items():
         losses = {}
         for kind in kinds:
             changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), kind)), device)
-            pairs = zip(states, _final_states(changed, tokens), strict=True)
+            pairs = zip(states, final_states(changed, tokens), strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
             losses[kind] = max(0.0, sum(divergences) / len(divergences))
         measured.add({name: losses})

@@ -124,6 +124,8 @@ def quantize(
     fallback: option.Fallback = None,
     types: option.Types = None,
     size: option.Size = None,
+    bits: option.Bits = None,
+    head_bits: option.HeadBits = None,
     recipe: Annotated[
         Path | None, typer.Option(help="TOML file of these options; those given here count before it.")
     ] = None,
@@ -190,7 +192,8 @@ def run_quantize(
 
         print("\n".join(sentences(report["correction"])))
     adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
-    print(f"Wrote {out}. Next: lqexport to-gguf {out} model.gguf{adapter}")
+    following = f"to-exl2 {out} FOLDER" if recipe.target == "exl2" else f"to-gguf {out} model.gguf{adapter}"
+    print(f"Wrote {out}. Next: lqexport {following}")
 
 
 def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
@@ -270,6 +273,32 @@ def to_peft(
         print(f"Wrote {folder}.")
 
 
+@app.command()
+def to_exl2(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with the target exl2.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+) -> None:
+    """Write the artifact as a folder that ExLlamaV2 loads.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target exl2 --bits 3.5
+        lqexport to-exl2 ./out ./model-exl2
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.artifact import Artifact
+        from lqexport.converters.exl2 import write
+        from lqexport.inspect import human_bytes, inspect, size
+
+        total = size(inspect(artifact).entries)
+        with terminal_listener() as listener:
+            listener.stage(f"Write {folder}", total)
+            write(Artifact(artifact), folder, lambda _, written: listener.advance(written))
+        print(f"Wrote {folder}, {human_bytes(total)}. Next: lqexport verify {folder} --against SOURCE")
+
+
 Protocols = Annotated[
     list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
 ]
@@ -283,7 +312,7 @@ MaxPerplexityRatio = Annotated[
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize wrote.")],
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-exl2 or quantize wrote.")],
     against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
     text: Annotated[
         str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
@@ -355,7 +384,7 @@ def tell_verification(result: Verification, html: Path | None, as_json: bool) ->
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A Hugging Face folder, a .gguf file, or a folder that quantize wrote.")],
+    path: Annotated[Path, typer.Argument(help="A folder of a model, a .gguf file, or a folder that quantize wrote.")],
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:

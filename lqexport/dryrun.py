@@ -194,6 +194,8 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
     console.print(table(shown.entries, every))
     if shown.recipe.size and not chosen_types(Artifact(shown.out)):
         console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
+    if shown.recipe.bits is not None and shown.recipe.method != "rtn":
+        console.print("Widths: even here; the run measures what each mix costs and takes the best of this size.")
     for sentence in fallbacks(shown.tensors):
         console.print(f"Fallback: {sentence}", markup=False, highlight=False)
 

@@ -39,7 +39,7 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
         return TensorGrid(columns, _fit_table(weights, importance, codec.level_count), False)
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
-    weight = _normalized(importance.unflatten(0, (-1, group)))
+    weight = normalized(importance.unflatten(0, (-1, group)))
     if codec.scale.power:
         scale = _fit_powers(weights.unflatten(1, (-1, group)), weight, levels)
         offset = torch.zeros_like(scale)
@@ -119,7 +119,7 @@ def _stored(
     return TensorGrid(columns, levels, uniform, store(scale, codec.scale, weight), shift)
 
 
-def _normalized(importance: Tensor) -> Tensor:
+def normalized(importance: Tensor) -> Tensor:
     """Importance [G, g] with sum 1 in each group; a group whose inputs are always zero is fitted evenly."""
     total = importance.sum(-1, keepdim=True)
     return torch.where(total > 0, importance / total, 1 / importance.shape[-1])

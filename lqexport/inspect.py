@@ -13,6 +13,8 @@ from rich.table import Table
 from safetensors import safe_open
 
 from lqexport.artifact import Artifact
+from lqexport.converters.exl2 import is_exl2_folder
+from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.errors import UserError
@@ -40,6 +42,11 @@ class Entry:
     def kind(self) -> str:
         """What the tensor does, whichever block it is in: `layers.*.mlp.up_proj.weight`."""
         return re.sub(r"\.\d+\.", ".*.", self.name).removeprefix("model.")
+
+    @property
+    def sort(self) -> str:
+        """The type without what only this tensor has: EXL2's list of groups."""
+        return "exl2" if self.type.startswith("exl2:") else self.type
 
 
 @dataclass(frozen=True)
@@ -79,10 +86,10 @@ def bits(entries: list[Entry]) -> float:
 
 
 def grouped(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
-    """Entries by kind and type, in the order in which they first come."""
+    """Entries by kind and sort of type, in the order in which they first come."""
     groups: dict[tuple[str, str], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.kind, entry.type), []).append(entry)
+        groups.setdefault((entry.kind, entry.sort), []).append(entry)
     return groups
 
 
@@ -100,7 +107,8 @@ def table(entries: list[Entry], every: bool = False) -> Table:
     result.add_column("size", human_bytes(size(entries)), justify="right", no_wrap=True)
     for label, group in groups:
         shapes = " or ".join(dict.fromkeys(" x ".join(map(str, entry.shape)) for entry in group))
-        row = (label, str(len(group)), shapes, group[0].type, f"{bits(group):.3f}", human_bytes(size(group)))
+        type_ = group[0].type if every else group[0].sort
+        row = (label, str(len(group)), shapes, type_, f"{bits(group):.3f}", human_bytes(size(group)))
         result.add_row(*row)
     return result
 
@@ -115,15 +123,17 @@ def human_bytes(count: float) -> str:
 
 
 def inspect(path: Path) -> Inspection:
-    """The tensors of a Hugging Face folder, a .gguf file or an artifact. Raises UserError for anything else."""
+    """The tensors of a Hugging Face or ExLlamaV2 folder, a .gguf file or an artifact. Raises UserError for others."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is not a .gguf file.")
-        return Inspection(str(path), "GGUF file", _gguf_entries(path))
+        return Inspection(str(path), "GGUF file", _model_entries(GGUFModel(path)))
     if not path.is_dir():
         raise UserError(f"There is no file or folder {path}.")
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
+    if is_exl2_folder(path):
+        return Inspection(str(path), "ExLlamaV2 folder", _model_entries(Exl2Model(path)))
     return Inspection(str(path), "Hugging Face folder", _folder_entries(path))
 
 
@@ -131,8 +141,7 @@ def _artifact_entries(artifact: Artifact) -> list[Entry]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _gguf_entries(path: Path) -> list[Entry]:
-    model = GGUFModel(path)
+def _model_entries(model: GGUFModel | Exl2Model) -> list[Entry]:
     return [_coded(name, model.shape(name), model.codec(name)) for name in model.names()]
 
 

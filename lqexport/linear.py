@@ -11,12 +11,14 @@ from torch import Tensor
 from lqexport.artifact import StoredTensor
 from lqexport.errors import UserError
 from lqexport.fit import fit, minmax
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes
+from lqexport.fit_sections import fit_sections, minmax_sections
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
 from lqexport.formats.registry import codec as codec_named
-from lqexport.grid import TensorGrid
+from lqexport.grid import TensorGrid, TensorSections
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
-from lqexport.solve import damped, factorize, feedback, layer_loss, refine
+from lqexport.solve import Factor, damped, factorize, feedback, layer_loss, refine
+from lqexport.solve_sections import refine_sections
 
 ROUND_CHUNK = 1 << 24
 """Weights rounded at once, so that a large embedding needs little memory."""
@@ -41,9 +43,10 @@ def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
     return StoredTensor(name, codec_name, tuple(weight.shape), planes)
 
 
-def _rounded(codec: PlainCodec | GridCodec, matrix: Tensor) -> dict[str, np.ndarray]:
-    if not isinstance(codec, GridCodec):
+def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> dict[str, np.ndarray]:
+    if isinstance(codec, PlainCodec):
         return codec.encode_values(matrix.cpu().numpy())
+    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2 without solving it
     grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
     return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
@@ -57,16 +60,17 @@ def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: 
     """
     check_finite(name, weight)
     codec = codec_named(codec_name)
-    if not isinstance(codec, GridCodec):
+    if isinstance(codec, PlainCodec):
         return round_tensor(name, weight, codec_name)
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
+    assert len(hessians) == 1 or isinstance(codec, GridCodec)  # EXL2's maxima are shared by all rows
     runs = [_solve_rows(name, *pair, codec, recipe) for pair in zip(weight.chunk(len(hessians)), hessians, strict=True)]
     planes = {plane: np.concatenate([part[plane] for part, _ in runs]) for plane in runs[0][0]}
     return StoredTensor(name, codec_name, tuple(weight.shape), planes, _summed_facts([facts for _, facts in runs]))
 
 
 def _solve_rows(
-    name: str, weight: Tensor, hessian: Tensor | None, codec: GridCodec, recipe: Recipe
+    name: str, weight: Tensor, hessian: Tensor | None, codec: GridCodec | SectionedCodec, recipe: Recipe
 ) -> tuple[Planes, dict[str, float]]:
     """Planes of some rows, and sums over them from which the facts are made."""
     sums: dict[str, float] = {}
@@ -92,27 +96,55 @@ def _summed_facts(runs: list[dict[str, float]]) -> dict[str, Any]:
     return facts
 
 
-def _round_to_nearest(codec: GridCodec, weight: Tensor) -> tuple[TensorGrid, Tensor]:
-    grid = minmax(codec, weight)
+def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tuple[TensorGrid | TensorSections, Tensor]:
+    natural = torch.arange(weight.shape[1], device=weight.device)
+    grid = minmax(codec, weight) if isinstance(codec, GridCodec) else minmax_sections(codec, weight, natural)
     return grid, grid.nearest(weight)
 
 
-def _solve(codec: GridCodec, weight: Tensor, hessian: Tensor, recipe: Recipe) -> tuple[TensorGrid, Tensor, float]:
+def _solve(
+    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, recipe: Recipe
+) -> tuple[TensorGrid | TensorSections, Tensor, float]:
     """Grid, codes, and the dampening that it took."""
     factor = factorize(hessian.double(), recipe.dampening, recipe.act_order)
+    if isinstance(codec, GridCodec):
+        return *_solve_grid(codec, weight, hessian, factor, recipe), factor.dampening
+    return *_solve_sections(codec, weight, hessian, factor, recipe), factor.dampening
+
+
+def _solve_grid(
+    codec: GridCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+) -> tuple[TensorGrid, Tensor]:
     if recipe.method == "gptq":
         grid = minmax(codec, weight)
     else:
         grid = fit(codec, weight, importance(hessian, factor, recipe.importance, recipe.exponent))
     codes = feedback(weight, grid, factor)
     if recipe.method == "lean" and recipe.descent:
-        grid, codes = refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
-    return grid, codes, factor.dampening
+        return refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
+    return grid, codes
 
 
-def _pack(codec: GridCodec, grid: Grid, codes: np.ndarray, name: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _solve_sections(
+    codec: SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+) -> tuple[TensorSections, Tensor]:
+    """The same where columns are stored in the order in which they are solved."""
+    if recipe.method == "gptq":
+        grid = minmax_sections(codec, weight, factor.order)
+    else:
+        weights = importance(hessian, factor, recipe.importance, recipe.exponent)
+        grid = fit_sections(codec, weight, weights, factor.order)
+    codes = feedback(weight, grid, factor)
+    if recipe.method == "lean" and recipe.descent:
+        return refine_sections(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent)
+    return grid, codes
+
+
+def _pack(
+    codec: GridCodec | SectionedCodec, grid: Grid | Sections, codes: np.ndarray, name: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Planes and the values that they decode to, which must be the grid's own, bit for bit."""
-    planes = codec.encode(grid, codes)
+    planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
     values = codec.decode(planes, grid.columns)
     if not np.array_equal(values.view(np.uint32), grid.values(codes).view(np.uint32)):
         raise AssertionError(

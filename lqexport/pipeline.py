@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lqexport.allocate import Allocation
 from lqexport.artifact import Artifact, SolvedModel, StoredTensor, read_json, write_json
 from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
-from lqexport.budget import Measured, found, measure_linears, measure_outer, options, parse_size
+from lqexport.budget import Measured, final_states, found, measure_linears, measure_outer, options, parse_size
 from lqexport.calibration import Calibration, load_calibration
+from lqexport.choose import chosen_mixes, measured_options
 from lqexport.collect import (
     BlockMoments,
     Group,
@@ -39,13 +41,16 @@ from lqexport.collect import (
     linear_of,
     run_through,
 )
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.exl2_plan import keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
+from lqexport.converters.tensor_names import is_tied
 from lqexport.corrected import solve_corrected, stored_correction, values_of
 from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
-from lqexport.formats.codec import GridCodec
+from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.moments import SecondMoments
@@ -60,6 +65,8 @@ from lqexport.tune import HELD_OUT, Outcome, Tuner
 def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
     """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
     shapes = {name: source.shape(name) for name in source.names()}
+    if recipe.bits is not None:
+        return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
     types = (chosen or {}) | recipe.chosen_types()
     return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type,
                 output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
@@ -83,6 +90,7 @@ def quantize(
     if not run.artifact.complete:
         with torch.no_grad():
             run.choose_types()
+            run.choose_mixes()
             run.round_others()
             run.solve_linears()
             run.share_ranks()
@@ -97,9 +105,9 @@ class _Run:
     def __init__(self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener) -> None:
         self.recipe, self.device, self.listener = recipe, device, listener
         self.source = open_source(recipe.source)
-        self.planned = plan_recipe(self.source, recipe)
+        self.architecture = architecture_of(self.source.config)
+        self._take_plan(plan_recipe(self.source, recipe))
         self.factors = plan_factors(self.planned, recipe)
-        self.linears = {tensor.name: tensor for tensor in self.planned if tensor.linear}
         self._check_output_groups()
         self.calibration = self._calibration()
         self.artifact = Artifact(out)
@@ -107,12 +115,20 @@ class _Run:
         self.source.copy_model_files(self.artifact.model_folder)
         self.work = out / "work"
         # Choosing types needs all moments before solving does, so they are kept.
-        cache = cache or (self.work / "moments" if recipe.size else None)
+        cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
         self.cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         self.outcome: Outcome | None = None
         self.budget: dict[str, Any] | None = None
         self.magnitudes: dict[str, Tensor] = {}
         self.ranks: dict[str, int] = {}
+        self.allocation: Allocation | None = None
+
+    def _take_plan(self, planned: list[PlannedTensor]) -> None:
+        """linears   what the solver works on in the decoder blocks;  head   the output, where it works on that"""
+        self.planned = planned
+        solved = {tensor.name: tensor for tensor in planned if tensor.linear}
+        self.head = solved.pop(self.architecture.output, None)
+        self.linears = solved
 
     def _check_output_groups(self) -> None:
         groups = self.recipe.output_groups
@@ -125,7 +141,7 @@ class _Run:
     def _calibration(self) -> Calibration | None:
         """None where nothing is solved: rounding needs no calibration, and plain types have no grid. A correction
         needs it whatever the method."""
-        solved = any(isinstance(codec(tensor.codec), GridCodec) for tensor in self.linears.values())
+        solved = any(not isinstance(codec(tensor.codec), PlainCodec) for tensor in self.linears.values())
         if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
             return None
         recipe = self.recipe
@@ -172,8 +188,7 @@ class _Run:
         if not path.is_file():
             write_json(path, self._budget(self.recipe.size))
         self.budget = read_json(path, f"{path} is gone.")
-        self.planned = plan_recipe(self.source, self.recipe, self.budget["chosen"])
-        self.linears = {tensor.name: tensor for tensor in self.planned if tensor.linear}
+        self._take_plan(plan_recipe(self.source, self.recipe, self.budget["chosen"]))
 
     def _budget(self, wanted: str) -> dict[str, Any]:
         """The choice of types, as budget.json keeps it."""
@@ -201,6 +216,44 @@ class _Run:
         by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in self.recipe.chosen_types())
         return by_hand or len(options(tensor)) == 1
 
+    def choose_mixes(self) -> None:
+        """EXL2: measure what each mix of widths costs each linear, then plan those that cost least within the size."""
+        if self.recipe.bits is None or self.calibration is None:
+            return
+        self._measure_mixes()
+        blocks = range(self.source.config["num_hidden_layers"])
+        options = {name: tried for index in blocks for name, tried in self.artifact.options(index).items()}
+        shapes = {name: tensor.matrix for name, tensor in self.linears.items()}
+        self.allocation = chosen_mixes(options, shapes, self.recipe.bits)
+        chosen = {name: option.name for name, option in self.allocation.chosen.items()}
+        self._take_plan([replace(tensor, codec=chosen.get(tensor.name, tensor.codec)) for tensor in self.planned])
+
+    def _measure_mixes(self) -> None:
+        """Store the options of every block's linears; those that an interrupted run stored stay."""
+        model = BlockModel(self.source, self.device)
+        missing = {index for index in range(len(model)) if not self.artifact.options(index)}
+        if not missing:
+            return
+        begin = partial(self.listener.stage, "Measuring mixes of widths", len(missing))
+        for index, groups in begin_with_first(self._moments(model), begin):
+            if index not in missing:
+                continue
+            found = {}
+            for group, hessian in groups.items():
+                for name in (f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group):
+                    weight = self.source.read(name).to(self.device).float()
+                    found[name] = measured_options(weight, hessian.to(self.device), self._recipe_of(name))
+            self.artifact.write_options(index, found)
+            self.listener.advance(1)
+
+    def _recipe_of(self, name: str) -> Recipe:
+        """The recipe for one linear."""
+        if self.recipe.bits is not None and keeps_order(self.architecture, self.source.config, name):
+            return replace(self.recipe, act_order=False)
+        if name == self.architecture.output:
+            return replace(self.recipe, descent=0)  # many rows, and so wide that little is left to gain
+        return self.recipe
+
     def round_others(self) -> None:
         """Store what the solver does not work on."""
         others = [tensor for tensor in self.planned if not tensor.linear]
@@ -216,13 +269,28 @@ class _Run:
         if self.calibration is None:
             self._begin_solving()
             for name in unfinished:
-                self._solve(name, self.source.read(name), None)
+                self._solve(self.linears[name], self.source.read(name), None)
         elif unfinished:
             model = BlockModel(self.source, self.device)
             if self.recipe.rank and self.recipe.scaling == "l2qer":
                 self.magnitudes = input_magnitudes(model, embed(model, self.sequences))
             step = self._solve_on_quantized if self.recipe.prefix == "quantized" else self._solve_on_full
             step(model)
+        if self.head and self.head.name not in self.artifact:
+            self._solve_head(self.head)
+
+    def _solve_head(self, head: PlannedTensor) -> None:
+        """The output, on inputs from the full-precision model."""
+        own = head.name in self.source.names() and not is_tied(self.source.config)
+        weight = self.source.read(head.name if own else self.architecture.embedding)
+        if self.calibration is None:
+            self._solve(head, weight, None)
+            return
+        model, kind = BlockModel(self.source, self.device), self.recipe.moments
+        moments = SecondMoments(head.matrix[1], "normalized" if kind == "guided" else kind, self.device)
+        for state in final_states(model, self.sequences):
+            moments.add(model.normed(state.to(self.device)))
+        self._solve(head, weight, moments.hessian())
 
     def _begin_solving(self) -> None:
         weights = {name: tensor.weights for name, tensor in self.linears.items()}
@@ -234,7 +302,7 @@ class _Run:
         for index, moments in begin_with_first(self._moments(model), self._begin_solving):
             for group, hessian in moments.items():
                 for name in self._unfinished(model, index, group):
-                    self._solve(name, self.source.read(name), hessian.to(self.device))
+                    self._solve(self.linears[name], self.source.read(name), hessian.to(self.device))
 
     def _moments(self, model: BlockModel) -> Iterator[BlockMoments]:
         """Second moments of at least the unfinished linears; from the cache where it has them."""
@@ -298,15 +366,17 @@ class _Run:
         return cross
 
     def _solve_on(self, name: str, moments: SecondMoments | CrossMoments) -> None:
-        weight = self.source.read(name)
+        weight, tensor = self.source.read(name), self.linears[name]
         if isinstance(moments, CrossMoments):
             target, strength = moments.target(weight.to(self.device).float(), self.recipe.dampening)
-            self._solve(name, target, moments.hessian(), {"asymmetric_strength": strength})
+            self._solve(tensor, target, moments.hessian(), {"asymmetric_strength": strength})
         else:
-            self._solve(name, weight, moments.hessian())
+            self._solve(tensor, weight, moments.hessian())
 
-    def _solve(self, name: str, weight: Tensor, hessian: Tensor | None, facts: dict[str, Any] | None = None) -> None:
-        tensor, began = self.linears[name], time.perf_counter()
+    def _solve(
+        self, tensor: PlannedTensor, weight: Tensor, hessian: Tensor | None, facts: dict[str, Any] | None = None
+    ) -> None:
+        name, began = tensor.name, time.perf_counter()
         *factors, solved = self._solved(name, weight.to(self.device).float(), hessian, tensor.codec)
         solved.facts.update(facts or {})
         for stored in (*factors, solved):  # the linear comes last: where it is, its factors are
@@ -316,7 +386,7 @@ class _Run:
 
     def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
         if hessian is None or not self.recipe.rank:
-            return [solve_linear(name, weight, hessian, kind, self.recipe)]
+            return [solve_linear(name, weight, hessian, kind, self._recipe_of(name))]
         return solve_corrected(name, weight, hessian, self.magnitudes.get(name), kind, self.recipe)
 
     def _carry_forward(self, linear: nn.Linear, name: str) -> None:
@@ -357,6 +427,10 @@ class _Run:
             report["tuning"] = self.outcome.facts()
         if self.budget:
             report["budget"] = self.budget
+        if self.recipe.bits is not None:
+            report["linears_bits_per_weight"] = _bits_per_weight(list(self.linears.values()), [])
+        if self.allocation:
+            report["allocation"] = {"predicted": self.allocation.loss, "gap": self.allocation.gap}
         self.artifact.finish([tensor.name for tensor in (*self.planned, *factors)], report)
         shutil.rmtree(self.work, ignore_errors=True)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
@@ -368,6 +442,8 @@ class _Run:
         entry["bytes"] = tensor.nbytes
         if tensor.reason:
             entry |= {"wanted": tensor.wanted, "reason": tensor.reason}
+        if self.allocation and tensor.name in self.allocation.chosen:
+            entry["predicted"] = self.allocation.chosen[tensor.name].loss
         entry |= self.artifact.facts(tensor.name)
         if tensor.name in self.ranks:
             entry["correction"]["rank"] = self.ranks[tensor.name]

@@ -58,6 +58,8 @@ class Recipe:
     fallback: bool = True
     types: list[str] = field(default_factory=list)
     size: str | None = None
+    bits: float | None = None
+    head_bits: int = 6
 
     def __post_init__(self) -> None:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
@@ -82,6 +84,7 @@ class Recipe:
         if self.asymmetric and self.prefix != "quantized":
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
         self._check_correction()
+        self._check_exl2()
 
     def _check_correction(self) -> None:
         if not self.rank and (self.factor_bytes or self.merge or self.rounds > 1):
@@ -92,6 +95,16 @@ class Recipe:
             raise UserError("factor_bytes is shared at the end, so later blocks cannot see it: take prefix full.")
         if self.merge and self.factor_bytes:
             raise UserError("factor_bytes shares bytes among stored factors, and merge stores none: give one of them.")
+
+    def _check_exl2(self) -> None:
+        if (self.target == "exl2") != (self.bits is not None):
+            raise UserError("The target exl2, and no other, needs --bits: how many the linears may take per weight.")
+        if self.target == "exl2" and (self.embedding_type or self.output_type or self.types):
+            raise UserError("EXL2 keeps the embedding in float16 and chooses the rest; --head-bits sets the output.")
+        if self.target == "exl2" and self.output_groups > 1:
+            raise UserError("EXL2 stores all rows of a matrix in one order of columns: it takes one output group.")
+        if self.target == "exl2" and self.rank:
+            raise UserError("Low-rank corrections have no place in an EXL2 folder: leave out rank.")
 
     def chosen_types(self) -> dict[str, str]:
         """Tensor name pattern -> codec, from `types`. Raises UserError where one is not PATTERN=TYPE."""

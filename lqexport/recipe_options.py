@@ -17,7 +17,7 @@ def _option(name: str, text: str, *declarations: str) -> Any:
 
 
 Target = Annotated[
-    str | None, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, native:table-3.")
+    str | None, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, native:table-3, exl2.")
 ]
 Method = Annotated[str | None, _option("method", "lean, gptq or rtn.")]
 Calibration = Annotated[
@@ -95,3 +95,5 @@ Fallback = Annotated[
     bool | None,
     _option("fallback", "Whether a shape that a type cannot hold may take another type.", "--fallback/--no-fallback"),
 ]
+Bits = Annotated[float | None, _option("bits", "Target exl2: bits per weight of the linears on average, such as 3.5.")]
+HeadBits = Annotated[int | None, _option("head_bits", "Target exl2: width of the output's codes; 16 for float16.")]

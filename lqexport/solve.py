@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lqexport import solve_cpu, solve_torch
 from lqexport.errors import UserError
-from lqexport.grid import TensorGrid
+from lqexport.grid import TensorGrid, TensorSections
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256
@@ -71,22 +71,21 @@ def layer_loss(difference: Tensor, hessian: Tensor) -> float:
     return float(((difference @ hessian) * difference).sum())
 
 
-def feedback(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
+def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Factor) -> Tensor:
     """Codes uint8 [R, C] by error feedback through float32 weights [R, C] in the factor's order."""
     upper = factor.upper.float()
     remaining = weights[:, factor.order].contiguous()
-    rows, columns = remaining.shape
-    group_of = (torch.arange(columns, device=weights.device) // grid.group)[factor.order]
-    scale, offset = grid.per_group(rows)
-    ordered = torch.empty(rows, columns, dtype=torch.uint8, device=weights.device)
-    for start in range(0, columns, FEEDBACK_BLOCK):
-        block = slice(start, min(start + FEEDBACK_BLOCK, columns))
-        spread = group_of[block]
-        ordered[:, block], errors = _backend(weights).feedback_block(
-            remaining[:, block].contiguous(), upper[block, block].contiguous(), scale[:, spread].contiguous(),
-            offset[:, spread].contiguous(), grid.levels, grid.uniform,
-        )  # fmt: skip
-        remaining[:, block.stop :] -= errors @ upper[block, block.stop :]
+    ordered = torch.empty_like(remaining, dtype=torch.uint8)
+    for run, columns, part in grid.runs(factor.order):
+        scale, offset = part.per_group(len(weights))
+        for start in range(run.start, run.stop, FEEDBACK_BLOCK):
+            block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
+            spread = columns[block.start - run.start : block.stop - run.start] // part.group
+            ordered[:, block], errors = backend(weights).feedback_block(
+                remaining[:, block].contiguous(), upper[block, block].contiguous(), scale[:, spread].contiguous(),
+                offset[:, spread].contiguous(), part.levels, part.uniform, part.half,
+            )  # fmt: skip
+            remaining[:, block.stop :] -= errors @ upper[block, block.stop :]
     codes = torch.empty_like(ordered)
     codes[:, factor.order] = ordered
     return codes
@@ -111,7 +110,7 @@ def refine(
             gradient = (values - weights) @ hessian
         for block in _blocks(grid):
             part = values[:, block].contiguous()
-            _backend(weights).refine_block(
+            backend(weights).refine_block(
                 part, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
             )
             gradient += (part - values[:, block]) @ hessian[block]
@@ -142,7 +141,7 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
     return replace(grid, levels=torch.cat(parts)).ascending(codes)
 
 
-def _backend(tensor: Tensor) -> ModuleType:
+def backend(tensor: Tensor) -> ModuleType:
     return solve_cpu if tensor.device.type == "cpu" else solve_torch
 
 

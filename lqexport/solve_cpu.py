@@ -11,12 +11,12 @@ from lqexport.kernels import cpu
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool
+    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     cpu.feedback_block(weights.numpy(), factor.numpy(), scale.numpy(), offset.numpy(), levels.numpy(), uniform,
-                       codes.numpy(), errors.numpy())  # fmt: skip
+                       half, codes.numpy(), errors.numpy())  # fmt: skip
     return codes, errors
 
 
@@ -27,7 +27,7 @@ def refine_block(
     part = codes[:, block].contiguous()
     cpu.refine_block(
         values.numpy(), gradient.numpy(), hessian.numpy(), part.numpy(), grid.levels.numpy(), grid.uniform, grid.group,
-        _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit,
+        _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit, grid.half,
     )  # fmt: skip
     codes[:, block] = part
 

@@ -10,12 +10,12 @@ from lqexport.grid import Numbers, TensorGrid, nearest_level, round_super
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool
+    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     for i in range(weights.shape[1]):
-        codes[:, i], value = _round(weights[:, i], scale[:, i], offset[:, i], levels, uniform)
+        codes[:, i], value = _round(weights[:, i], scale[:, i], offset[:, i], levels, uniform, half)
         error = (weights[:, i] - value) / factor[i, i]
         errors[:, i] = error
         weights[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
@@ -36,20 +36,27 @@ def refine_block(
     for i in range(values.shape[1]):
         column = block.start + i
         s, o = scale[:, column // grid.group], offset[:, column // grid.group]
-        code, value = _round(values[:, i] - gradient[:, i] / hessian[i, i], s, o, grid.levels, grid.uniform)
+        step = -gradient[:, i] / hessian[i, i]
+        code, value = _round(values[:, i] + step, s, o, grid.levels, grid.uniform, grid.half)
         keep = (s == 0) | (code == codes[:, column])
+        if grid.half:  # of two rounded values, the farther
+            change = value - values[:, i]
+            keep |= change * (change - 2 * step) >= 0
         codes[:, column] = torch.where(keep, codes[:, column], code)
         change = torch.where(keep, 0, value - values[:, i])
         values[:, i] += change
         gradient += change[:, None] * hessian[i]
 
 
-def _round(target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool) -> tuple[Tensor, Tensor]:
+def _round(
+    target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+) -> tuple[Tensor, Tensor]:
     """Code and value [R] nearest to the target [R]."""
     steps = (target - offset) / torch.where(scale == 0, torch.inf, scale)
     code = nearest_level(steps[:, None], levels, uniform)
     level = levels.expand(len(target), -1).gather(1, code.long())[:, 0]
-    return code[:, 0], scale * level + offset
+    value = scale * level + offset
+    return code[:, 0], value.half().float() if half else value
 
 
 def _refit(

@@ -27,8 +27,12 @@ from lqexport.adapters import Corrected, Factors, misfits, open_factors
 from lqexport.artifact import Artifact, StoredTensor, decoded, digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.exl2 import is_exl2_folder
+from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.peft import PeftAdapter
+from lqexport.converters.tensor_names import is_tied
 from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
@@ -93,12 +97,21 @@ def stored(export: Packed, name: str) -> StoredTensor:
     return StoredTensor(name, kind, shape, planes)
 
 
+class Exl2Folder(Exl2Model):
+    """A folder for ExLlamaV2 as a model."""
+
+    def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        return torch.from_numpy(super().read(name))
+
+
 def open_export(path: Path) -> Export:
-    """A .gguf file or a finished artifact folder. Raises UserError for anything else."""
+    """A .gguf file, a folder of ExLlamaV2 or a finished artifact folder. Raises UserError for anything else."""
+    if is_exl2_folder(path):
+        return Exl2Folder(path)
     if path.is_dir():
         return ArtifactModel(path)
     if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"{path} is neither a .gguf file nor an artifact folder.")
+        raise UserError(f"{path} is neither a .gguf file nor a folder of ExLlamaV2 or an artifact.")
     return GGUFSource(path)
 
 
@@ -207,7 +220,7 @@ def verify(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
-    """Check a .gguf file or an artifact folder against the model that it was made from.
+    """Check a .gguf file, a folder of ExLlamaV2 or an artifact folder against the model that it was made from.
 
     against      the source: folder, hub id or .gguf file
     text         name or file for `texts.read_text`; not what was calibrated on
@@ -226,7 +239,7 @@ def verify(
     _check_engine(engine, adapter, activations)
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
-    made_from = Artifact(artifact or file) if artifact or file.is_dir() else None
+    made_from = Artifact(artifact or file) if artifact or isinstance(export, ArtifactModel) else None
     factors = open_factors(file, adapter, source.config)
     result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
@@ -274,7 +287,7 @@ def _check_options(file: Path, protocols: tuple[str, ...], windows: int | None, 
     if engine not in get_args(Engine):
         raise UserError(f"Unknown engine {engine!r}. Known: {', '.join(get_args(Engine))}.")
     if engine == "llama.cpp" and file.is_dir():
-        raise UserError(f"llama.cpp runs .gguf files, and {file} is a folder. Run `lqexport to-gguf` first.")
+        raise UserError(f"llama.cpp runs .gguf files, and {file} is a folder. `lqexport to-gguf` writes such files.")
     if engine == "llama.cpp":
         llamacpp.check_installed()
 
@@ -290,11 +303,14 @@ def _check_engine(engine: str, adapter: Path | None, activations: str | None) ->
 
 
 def _file_digest(path: Path) -> str:
-    """sha256 of the file, or of an artifact's manifest, which holds the digest of every tensor."""
-    with (path / "manifest.json" if path.is_dir() else path).open("rb") as file:
-        hasher = hashlib.sha256()
-        while chunk := file.read(1 << 22):
-            hasher.update(chunk)
+    """sha256 of the file, of all shards of a folder of ExLlamaV2, or of an artifact's manifest, which holds the digest
+    of every tensor."""
+    manifest = path / "manifest.json"
+    hasher = hashlib.sha256()
+    for part in [path] if path.is_file() else [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors")):
+        with part.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                hasher.update(chunk)
     return hasher.hexdigest()
 
 
@@ -320,7 +336,9 @@ def check_structure(result: Verification, export: Weights, factors: Factors | No
         result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}.")
     if wrong:
         result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
-    if unknown := [name for name in present if name not in expected]:
+    # ExLlamaV2's folders have an output of their own where it shares the embedding's weights.
+    separate = architecture_of(source.config).output if is_tied(source.config) else None
+    if unknown := [name for name in present if name not in expected and name != separate]:
         result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
     unfit = misfits(export, factors) if factors else []
     result.failed += unfit

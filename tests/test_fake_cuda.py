@@ -21,9 +21,11 @@ from lqexport import solve
 from lqexport.blocks import BlockModel
 from lqexport.collect import moments_of
 from lqexport.fit import fit, minmax
+from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
 from lqexport.moments import SecondMoments, importance
 from lqexport.recipe import ImportanceBase
+from lqexport.solve_sections import refine_sections
 from lqexport.source import open_source
 
 CUDA = torch.device("cuda")
@@ -115,6 +117,21 @@ def test_the_solve_path_stays_on_the_device(name: str) -> None:
         grid = fit(codec(name), weights, weight)
         codes = solve.feedback(weights, grid, factor)
         grid, codes = solve.refine(weights, solve.damped(hessian, 0.05), grid, codes, sweeps=1, refit=True)
+        values = grid.values(codes)
+        assert values.device.type == "cuda"
+        assert values.shape == weights.shape
+        assert grid.nearest(weights).device.type == "cuda"
+
+
+def test_exl2s_solve_path_stays_on_the_device() -> None:
+    with fake():
+        weights = torch.randn(64, 256, device=CUDA)
+        hessian, factor = hessian_and_factor()
+        kind = codec("exl2:8g32x1+4g64x2+3g96x1")
+        assert minmax_sections(kind, weights, factor.order).sections[0].maxima.device.type == "cuda"
+        grid = fit_sections(kind, weights, importance(hessian, factor, "diagonal", 1.0), factor.order)
+        codes = solve.feedback(weights, grid, factor)
+        grid, codes = refine_sections(weights, solve.damped(hessian, 0.05), grid, codes, sweeps=1)
         values = grid.values(codes)
         assert values.device.type == "cuda"
         assert values.shape == weights.shape

@@ -90,7 +90,7 @@ def test_feedback_loss_is_the_sum_of_the_steps(problem: tuple[torch.Tensor, torc
     grid = fit(codec("gguf:Q4_0"), weights, hessian.diagonal())
     scale, offset = (part.repeat_interleave(32, 1) for part in grid.per_group(len(weights)))
     upper = factor.upper.float()
-    codes, errors = solve_cpu.feedback_block(weights.clone(), upper, scale, offset, grid.levels, grid.uniform)
+    codes, errors = solve_cpu.feedback_block(weights.clone(), upper, scale, offset, grid.levels, grid.uniform, False)
     damped = solve.damped(hessian.double(), 0.01)
     difference = (grid.values(codes) - weights).double()
     assert float(errors.double().square().sum()) == pytest.approx(solve.layer_loss(difference, damped), rel=1e-3)
@@ -118,7 +118,7 @@ def test_torch_path_equals_the_kernels(
     weights, hessian = problem
     results = []
     for backend in (solve_cpu, solve_torch):
-        monkeypatch.setattr(solve, "_backend", lambda _, chosen=backend: chosen)
+        monkeypatch.setattr(solve, "backend", lambda _, chosen=backend: chosen)
         grid, codes = solved(name, weights, hessian)
         refined = solve.refine(weights, solve.damped(hessian, 0.01), grid, codes, sweeps=1, refit=True)
         results.append((codes, *refined))
@@ -134,7 +134,7 @@ def test_torch_fit_equals_the_kernel(name: str, problem: tuple[torch.Tensor, tor
     weights, hessian = problem
     chosen = codec(name)
     levels, uniform = fitting.shared_levels(chosen, weights.device)
-    importances = fitting._normalized(hessian.diagonal().unflatten(0, (-1, chosen.scale.group)))
+    importances = fitting.normalized(hessian.diagonal().unflatten(0, (-1, chosen.scale.group)))
     ours = fitting._fit_cpu(weights, importances, levels, uniform, chosen.offset)
     groups = weights.unflatten(1, (-1, chosen.scale.group))
     theirs = fitting._fit_groups(groups, importances, levels, uniform, chosen.offset)

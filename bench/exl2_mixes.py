@@ -1,0 +1,58 @@
+"""What mixing widths saves, from the options that a run with the target exl2 measured.
+
+    python bench/exl2_mixes.py OUT
+
+For each pure width: the loss of the best mix of no more bytes over that of the pure width, geometric mean by kind of
+linear; then the sum of losses when all linears together take as many bytes as that width everywhere, allocated by
+`lqexport.allocate`, from pure widths alone and from all mixes. Solves nothing. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from lqexport.allocate import Option, allocate
+from lqexport.artifact import Artifact
+from lqexport.formats.exl2 import runs_named
+from lqexport.report import kind_of
+
+WIDTHS = (2, 3, 4, 5, 6)
+
+
+def pure(options: list[Option], bits: int) -> Option:
+    return next(option for option in options if [run.bits for run in runs_named(option.name)] == [bits])
+
+
+def saved(options: list[Option], bits: int) -> float:
+    """Loss of the best option of no more bytes over that of the pure width."""
+    even = pure(options, bits)
+    return min(option.loss for option in options if option.nbytes <= even.nbytes) / even.loss
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    artifact = Artifact(parser.parse_args().artifact)
+    count = len(list((artifact.folder / "options").glob("*.json")))
+    options = {name: tried for block in range(count) for name, tried in artifact.options(block).items()}
+    kinds: dict[str, list[list[Option]]] = {}
+    for name, tried in options.items():
+        kinds.setdefault(kind_of(name), []).append(tried)
+    print(f"| linear | {' | '.join(f'{bits} bits' for bits in WIDTHS)} |\n|---|{'---|' * len(WIDTHS)}")
+    for kind, members in kinds.items():
+        ratios = [np.exp(np.mean([np.log(saved(tried, bits)) for tried in members])) for bits in WIDTHS]
+        print(f"| {kind} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+    print("\n| bytes of | even | allocated, pure widths | allocated, all mixes |\n|---|---|---|---|")
+    for bits in WIDTHS:
+        even = [pure(tried, bits) for tried in options.values()]
+        budget, alone = sum(option.nbytes for option in even), sum(option.loss for option in even)
+        widths = {name: [pure(tried, width) for width in (*WIDTHS, 8)] for name, tried in options.items()}
+        row = alone, allocate(widths, budget).loss, allocate(options, budget).loss
+        print(f"| {bits} bits | {' | '.join(f'{value:.4f}' for value in row)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""EXL2 folders at several sizes, read back and judged against the source; beside them ExLlamaV2's own recipe.
+
+    python bench/exl2_quality.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--bits 2.5 3 4]
+
+Ours is quantized by `lqexport quantize --target exl2`, written by `to-exl2`, and evaluated from the folder. The
+baseline is ExLlamaV2's recipe for one matrix, written anew from its description: act-order, dampening 0.12, each
+group's scales found just before the group is solved (97 multipliers, sum of |error|^3.5 over all rows), error feedback.
+It is given the mixes that our allocation chose (`same widths`), and nearly the same width for every matrix (`even
+widths`), since its own search over mixes takes hours. Both have our output layer and embedding, so all of a size take
+the same bytes. Finished artifacts in FOLDER are used again. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lqexport import evaluate, texts
+from lqexport.artifact import Artifact, StoredTensor
+from lqexport.blocks import BlockModel
+from lqexport.calibration import load_calibration
+from lqexport.collect import embed, forward_moments
+from lqexport.converters import exl2
+from lqexport.converters.exl2_plan import plan_exl2
+from lqexport.formats.exl2 import Exl2, runs_named
+from lqexport.grid import Section, TensorSections, half, squared_scale
+from lqexport.pipeline import quantize
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+from lqexport.solve import Factor, factorize, feedback
+from lqexport.source import Source, open_source
+from lqexport.verify import Exl2Folder
+
+MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
+Codecs = dict[str, str]
+
+
+def searched_section(group: Tensor, bits: int) -> Section:
+    """ExLlamaV2's scales of one group of columns [R, g], as they are when the group's turn comes."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    base = 2 * group.abs().amax(1) / (2**bits - 1)
+    largest = base.max()
+    subs = ((16 * (base / largest.clamp_min(1e-10)).sqrt()).round() - 1).clamp(0, 15).to(torch.int16)
+    errors = []
+    for multiplier in MULTIPLIERS:
+        scale = squared_scale(half(largest * multiplier), subs)[:, None]
+        level = (group / torch.where(scale == 0, torch.inf, scale)).round().clamp(low, high)
+        errors.append((group - scale * level).abs().pow(3.5).sum())
+    maximum = half(largest * MULTIPLIERS[torch.stack(errors).argmin()])
+    levels = torch.arange(low, high + 1, dtype=torch.float32)[None]
+    return Section(levels, group.shape[1], maximum[None], subs[:, None])
+
+
+def converted(codec: Exl2, weight: Tensor, hessian: Tensor) -> tuple[TensorSections, Tensor]:
+    """Grid and codes of a matrix by ExLlamaV2's recipe: group by group, scales from the weights as they have moved."""
+    factor = factorize(hessian.double(), 0.12, act_order=True)
+    remaining, upper = weight[:, factor.order].contiguous(), factor.upper.float()
+    sections, codes, start = [], [], 0
+    for run in codec.runs:
+        for _ in range(run.count):
+            where = slice(start, start + run.group)
+            section = searched_section(remaining[:, where], run.bits)
+            natural = torch.arange(run.group)
+            part = TensorSections(natural, (section,))
+            found = feedback(remaining[:, where], part, Factor(factor.upper[where, where], natural, 0.12))
+            codes.append(found)
+            sections.append(section)
+            spread_errors(remaining, part.values(found), upper, where)
+            start = where.stop
+    return joined(codec, factor, sections), torch.cat(codes, dim=1)[:, factor.order.argsort()]
+
+
+def spread_errors(remaining: Tensor, values: Tensor, upper: Tensor, where: slice) -> None:
+    """Move the columns after a solved group to make up for its errors, as error feedback column by column would.
+
+    With d = W - Q of the group and U its part of the factor, the scaled errors E solve E U = d."""
+    errors = torch.linalg.solve_triangular(upper[where, where], remaining[:, where] - values, upper=True, left=False)
+    remaining[:, where.stop :] -= errors @ upper[where, where.stop :]
+
+
+def joined(codec: Exl2, factor: Factor, groups: list[Section]) -> TensorSections:
+    sections, start = [], 0
+    for run in codec.runs:
+        parts = groups[start : start + run.count]
+        maxima, subs = torch.cat([part.maxima for part in parts]), torch.cat([part.subs for part in parts], dim=1)
+        sections.append(replace(parts[0], maxima=maxima, subs=subs))
+        start += run.count
+    return TensorSections(factor.order, tuple(sections))
+
+
+class Baseline:
+    """A model whose linears ExLlamaV2's recipe has quantized, everything else as another export has it."""
+
+    def __init__(self, export: Exl2Folder, linears: dict[str, StoredTensor]) -> None:
+        self._export, self._linears, self.config = export, linears, export.config
+
+    def names(self) -> list[str]:
+        return self._export.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._export.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        if name not in self._linears:
+            return self._export.read(name)
+        tensor = self._linears[name]
+        return torch.from_numpy(Exl2(runs_named(tensor.codec)).decode(tensor.planes, tensor.shape[1]))
+
+
+def baselines(source: Source, tokens: Tensor, choices: dict[str, Codecs]) -> dict[str, dict[str, StoredTensor]]:
+    """Every linear by ExLlamaV2's recipe in the codecs of each choice, from one pass of plain second moments."""
+    model, found = BlockModel(source), {label: {} for label in choices}
+    blocks = forward_moments(model, embed(model, tokens), "plain", lambda *_: True, len(model) - 1)
+    for index, groups in blocks:
+        for group, hessian in groups.items():
+            for name in (f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group):
+                weight = source.read(name).float()
+                for label, codecs in choices.items():
+                    codec = Exl2(runs_named(codecs[name]))
+                    grid, codes = converted(codec, weight, hessian)
+                    planes = codec.encode(grid.numpy(), codes.numpy())
+                    found[label][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
+    return found
+
+
+def ours(recipe: Recipe, work: Path) -> tuple[Artifact, Path]:
+    """The artifact and the folder of one size; the moments are collected once for all."""
+    artifact, folder = work / f"{recipe.bits:g}", work / f"{recipe.bits:g}-exl2"
+    quantize(recipe, artifact, cache=work / "moments")
+    if not folder.is_dir():
+        exl2.write(Artifact(artifact), folder)
+    return Artifact(artifact), folder
+
+
+def judge(source: Source, text: str, limit: int) -> Callable[[object], evaluate.Evaluation]:
+    """Evaluates weights against the source, whose logits are computed once."""
+    protocol = evaluate.LLAMACPP_512
+    windows = evaluate.cut(evaluate.tokenize(source.tokenizer(), texts.read_text(text).content), protocol, None, limit)
+    reference = list(evaluate.block_logits(BlockModel(source), windows, protocol, Silent(), ""))
+
+    def judged(weights: object) -> evaluate.Evaluation:
+        test = evaluate.block_logits(BlockModel(weights), windows, protocol, Silent(), "")  # type: ignore[arg-type]
+        return evaluate.compare(reference, test, windows, protocol)
+
+    return judged
+
+
+def row(bits: float, label: str, size: float, result: evaluate.Evaluation) -> None:
+    print(
+        f"| {bits:g} | {label} | {size:.3f} | {result.kl:.4f} ± {result.kl_error:.4f} | {result.perplexity:.2f} | "
+        f"{result.top1:.1%} |",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.0])
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--moments", default="normalized")
+    parser.add_argument("--tune", type=int, default=0)
+    arguments = parser.parse_args()
+    source = open_source(arguments.model)
+    judged = judge(source, arguments.evaluation, arguments.windows)
+    tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=arguments.samples,
+                              sequence_length=512, seed=0).tokens  # fmt: skip
+    print("| bits | method | bits of the linears | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|")
+    with torch.no_grad():
+        for bits in arguments.bits:
+            recipe = Recipe(arguments.model, "exl2", bits=bits, calibration=arguments.calibration,
+                            samples=arguments.samples, moments=arguments.moments, tune=arguments.tune)  # fmt: skip
+            measure(source, recipe, arguments.work, tokens, judged)
+
+
+def measure(
+    source: Source, recipe: Recipe, work: Path, tokens: Tensor, judged: Callable[[object], evaluate.Evaluation]
+) -> None:
+    artifact, folder = ours(recipe, work)
+    report, export = artifact.report(), Exl2Folder(folder)
+    assert recipe.bits is not None
+    row(recipe.bits, "lqexport", report["linears_bits_per_weight"], judged(export))
+    shapes = {name: source.shape(name) for name in source.names()}
+    even = plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits)
+    choices = {
+        "ExLlamaV2's recipe, same widths": {tensor["name"]: tensor["codec"] for tensor in report["tensors"]},
+        "ExLlamaV2's recipe, even widths": {tensor.name: tensor.codec for tensor in even},
+    }
+    for label, linears in baselines(source, tokens, choices).items():
+        spent = 8 * sum(plane.nbytes for tensor in linears.values() for plane in tensor.planes.values())
+        size = spent / sum(np.prod(tensor.shape) for tensor in linears.values())
+        row(recipe.bits, label, size, judged(Baseline(export, linears)))
+
+
+if __name__ == "__main__":
+    main()
