@@ -1,9 +1,9 @@
 """A byte budget: the type of every tensor, chosen so that the whole model loses least at a given size.
 
-What each tensor costs in each type is measured once. A linear is solved (error feedback, no descent) under its guided
-second moments, whose loss estimates nats per token of the model (`lqexport.moments`). The embedding and the output are
-rounded, and the model's own KL divergence is measured with that tensor alone replaced. The costs are added up, and
-`lqexport.allocate` finds the choice of least sum within the budget.
+What each tensor costs in each type is measured once. Rows of a linear are solved (error feedback, no descent) under its
+guided second moments, whose loss estimates nats per token of the model (`lqexport.moments`). The embedding and the
+output are rounded, and the model's own KL divergence is measured with that tensor alone replaced. The costs are added
+up, and `lqexport.allocate` finds the choice of least sum within the budget.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ OUTER = ("gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
 
 CURVE_POINTS = 16
 
+SAMPLED_ROWS = 256
+"""Rows of a linear, evenly spread, on which its types are measured."""
 SEQUENCES = 4
 """Calibration sequences on which the embedding and the output are measured."""
 
@@ -99,16 +101,19 @@ def measure_linears(
     """Predicted losses of linears (name -> codecs) from their guided second moments; kept block by block."""
     quick = dataclasses.replace(recipe, descent=0)
     for index, groups in moments:
+        names = {
+            f"{model.architecture.blocks}.{index}.{name}.weight": h for group, h in groups.items() for name in group
+        }
         losses: Losses = {}
-        for group, hessian in groups.items():
-            for name in [f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group]:
-                weight = source.read(name).to(model.device).float()
-                solved = {
-                    k: solve_linear(name, weight, hessian.to(model.device), k, quick) for k in linears.get(name, ())
-                }
-                losses[name] = {kind: 0.5 * tensor.facts["loss"] for kind, tensor in solved.items()}
-                listener.advance(name in linears)
-        measured.add({name: found for name, found in losses.items() if found})
+        for name in names.keys() & linears.keys():
+            weight = source.read(name).to(model.device).float()
+            sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
+            hessian = names[name].to(model.device).reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
+            solved = {kind: solve_linear(name, sample, hessian, kind, quick) for kind in linears[name]}
+            per_loss = 0.5 * len(weight) / len(sample)
+            losses[name] = {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
+            listener.advance(1)
+        measured.add(losses)
 
 
 class _Replaced:
