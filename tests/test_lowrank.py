@@ -17,6 +17,8 @@ import torch
 from lqexport.activations import rounding
 from lqexport.adapters import ArtifactFactors, Corrected, open_factors
 from lqexport.artifact import Artifact, StoredTensor
+from lqexport.blocks import BlockModel
+from lqexport.collect import input_magnitudes
 from lqexport.converters import gguf, gguf_adapter, peft
 from lqexport.converters.factors import corrected_linear, factor_names, is_factor
 from lqexport.converters.gguf_adapter import GGUFAdapter
@@ -195,6 +197,23 @@ def test_factors_are_tensors_of_their_own(corrected: Artifact) -> None:
 def test_every_method_can_be_corrected(options: dict[str, Any], method: str, tmp_path: Path) -> None:
     found = quantize(Recipe(**options | {"method": method, "tune": 0}, rank=8), tmp_path / "out")["correction"]
     assert found["corrected"] < 0.9 * found["alone"]
+
+
+def test_l2qer_takes_the_largest_mean_magnitude_of_any_sequence(
+    options: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    tokens, seen = torch.arange(96).reshape(3, 32), []
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    model.get_submodule(Q.removesuffix(".weight")).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    blocks = BlockModel(open_source(str(tiny_model)))
+    with torch.no_grad():
+        model(tokens)
+        found = input_magnitudes(blocks, [blocks.start(tokens[:2]), blocks.start(tokens[2:])])
+    torch.testing.assert_close(found[Q], seen[0].abs().mean(1).amax(0), rtol=1e-4, atol=1e-5)
+    report = quantize(Recipe(**options, rank=8, scaling="l2qer"), tmp_path / "out")
+    assert report["correction"]["corrected"] < report["correction"]["alone"]
 
 
 @pytest.mark.parametrize("factors", ["Q8_0", "native:mxint-8-g16", "BF16"])
