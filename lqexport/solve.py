@@ -6,7 +6,8 @@ Rows are independent. The solver sees a grid, never a format's bytes.
 Error feedback is GPTQ's (Frantar et al. 2022, eq. 2 and 3): with H^-1 = U^T U, U upper triangular, column i is rounded
 to its nearest grid value and the error (w_i - q_i) / U_ii is spread over the columns that follow by U's row i.
 
-CPU tensors go through `lqexport.kernels.cpu`, all others through `lqexport.solve_torch`; both do the same arithmetic.
+CPU tensors go through `lqexport.kernels.cpu`, those on a GPU through the CUDA kernels where CuPy is installed, all
+others through `lqexport.solve_torch`. All do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lqexport import solve_cpu, solve_torch
+from lqexport import solve_cpu, solve_cuda, solve_torch
 from lqexport.errors import UserError
 from lqexport.grid import TensorGrid
+from lqexport.kernels import cuda
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256
@@ -143,7 +145,9 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
 
 
 def _backend(tensor: Tensor) -> ModuleType:
-    return solve_cpu if tensor.device.type == "cpu" else solve_torch
+    if tensor.device.type == "cpu":
+        return solve_cpu
+    return solve_cuda if cuda.usable(tensor.device) else solve_torch
 
 
 def _blocks(grid: TensorGrid) -> list[slice]:
