@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all of their own set-up: they need Python 3.10 or later, its venv module, and a C compiler.
+# `make demo` and `make test` do all of their own set-up: they need Python 3.10 or later, its venv module, and g++.
 PYTHON ?= python3
 BIN := .venv/bin
 # One thread per test process: two processes share two cores.

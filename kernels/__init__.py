@@ -1,1 +1,1 @@
-"""Hot loops, compiled: the solver's inner loops for the CPU (numba)."""
+"""Hot loops: the solver's, for the CPU (numba) and a GPU (CUDA through CuPy); decoding and products on a GPU."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, ScaleFormat
 from lqexport.grid import Numbers, TensorGrid, nearest_level, round_half, round_super, shared_levels
-from lqexport.kernels import cpu
+from lqexport.kernels import cpu, cuda, cuda_solve
 from lqexport.kernels.kmeans import weighted_kmeans
 
 Cuts = tuple[tuple[float, float], ...]
@@ -45,6 +45,8 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
         offset = torch.zeros_like(scale)
     elif weights.device.type == "cpu":
         scale, offset = _fit_cpu(weights, weight, levels, uniform, codec.offset)
+    elif cuda.usable(weights.device):
+        scale, offset = _fit_cuda(weights, weight, levels, uniform, codec.offset)
     else:
         chunks = [part.unflatten(1, (-1, group)) for part in weights.split(max(1, CHUNK // columns))]
         parts = [_fit_groups(chunk, weight, levels, uniform, codec.offset) for chunk in chunks]
@@ -64,6 +66,17 @@ def _fit_cpu(
         not_positive, coarse, fine, scale.numpy(), shift.numpy(),
     )  # fmt: skip
     return scale, shift
+
+
+def _fit_cuda(
+    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+) -> tuple[Tensor, Tensor]:
+    """`_fit_groups` in one CUDA kernel."""
+    coarse, fine = (torch.tensor(cuts, device=weights.device) for cuts in _cuts(offset))
+    not_positive = offset is not None and offset.two_level
+    return cuda_solve.fit_groups(
+        weights.contiguous(), weight.contiguous(), levels[0], uniform, offset is not None, not_positive, coarse, fine
+    )
 
 
 def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:

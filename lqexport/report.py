@@ -135,6 +135,7 @@ def for_terminal(result: Verification) -> RenderableType:
         where.insert(1, ("adapter", result.adapter))
     if result.activations:
         where.append(("activations", f"{result.activations}, emulated"))
+    where.append(("decoded by", result.decoding))
     for label, value in [*where, *checks(result)]:
         head.add_row(Text(label), Text(value))
     table = Table(box=None, pad_edge=False)

@@ -6,7 +6,8 @@ Rows are independent. The solver sees a grid, never a format's bytes.
 Error feedback is GPTQ's (Frantar et al. 2022, eq. 2 and 3): with H^-1 = U^T U, U upper triangular, column i is rounded
 to its nearest grid value and the error (w_i - q_i) / U_ii is spread over the columns that follow by U's row i.
 
-CPU tensors go through `lqexport.kernels.cpu`, all others through `lqexport.solve_torch`; both do the same arithmetic.
+CPU tensors go through `lqexport.kernels.cpu`, those on a GPU through the CUDA kernels where CuPy is installed, all
+others through `lqexport.solve_torch`. All do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lqexport import solve_cpu, solve_torch
+from lqexport import solve_cpu, solve_cuda, solve_torch
 from lqexport.errors import UserError
 from lqexport.grid import TensorGrid, TensorSections
+from lqexport.kernels import cuda
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256
@@ -81,7 +83,7 @@ def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Factor)
         for start in range(run.start, run.stop, FEEDBACK_BLOCK):
             block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
             spread = columns[block.start - run.start : block.stop - run.start] // part.group
-            ordered[:, block], errors = backend(weights).feedback_block(
+            ordered[:, block], errors = backend(weights, part.half).feedback_block(
                 remaining[:, block].contiguous(), upper[block, block].contiguous(), scale[:, spread].contiguous(),
                 offset[:, spread].contiguous(), part.levels, part.uniform, part.half,
             )  # fmt: skip
@@ -110,7 +112,7 @@ def refine(
             gradient = (values - weights) @ hessian
         for block in _blocks(grid):
             part = values[:, block].contiguous()
-            backend(weights).refine_block(
+            backend(weights, grid.half).refine_block(
                 part, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
             )
             gradient += (part - values[:, block]) @ hessian[block]
@@ -141,8 +143,11 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
     return replace(grid, levels=torch.cat(parts)).ascending(codes)
 
 
-def backend(tensor: Tensor) -> ModuleType:
-    return solve_cpu if tensor.device.type == "cpu" else solve_torch
+def backend(tensor: Tensor, half: bool) -> ModuleType:
+    """Where the solver's blocks run. The CUDA kernels have no grids whose values are rounded to float16 (`half`)."""
+    if tensor.device.type == "cpu":
+        return solve_cpu
+    return solve_cuda if cuda.usable(tensor.device) and not half else solve_torch
 
 
 def _blocks(grid: TensorGrid) -> list[slice]:

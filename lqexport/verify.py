@@ -33,6 +33,7 @@ from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.peft import PeftAdapter
 from lqexport.converters.tensor_names import is_tied
+from lqexport.crosscheck import CrossCheck
 from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
@@ -161,6 +162,7 @@ class Verification:
     versions: dict[str, str]
     adapter: str | None = None
     activations: str | None = None
+    decoding: str = "NumPy"
     limits: dict[str, float] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     tensors: list[TensorCheck] = field(default_factory=list)
@@ -358,7 +360,7 @@ def check_tensors(
     listener: Listener,
 ) -> None:
     """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
-    manifest = artifact.manifest() if artifact else None
+    manifest, kernels = artifact.manifest() if artifact else None, CrossCheck(result.device)
     output_errors = _recorded_errors(artifact) if artifact else {}
     holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
     if factors:
@@ -370,8 +372,12 @@ def check_tensors(
         original = source.read(name).float().numpy() if name in known else None
         # A PEFT folder holds values, not what was packed.
         same = None if manifest is None or isinstance(holder, PeftAdapter) else _same(tensor, manifest)
-        result.tensors.append(_check(tensor, original, output_errors.get(name), same))
+        result.tensors.append(_check(tensor, original, output_errors.get(name), same, kernels))
         listener.advance(1)
+    result.decoding = kernels.sentence(len(names))
+    if kernels.different:
+        listed = _listed(kernels.different)
+        result.failed.append(f"{len(kernels.different)} tensors decode to other values by the CUDA kernels: {listed}.")
     if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
         result.failed.append(f"{len(broken)} tensors hold values that are not finite: {_listed(broken)}.")
     changed = [tensor.name for tensor in result.tensors if tensor.same_bytes is False]
@@ -397,9 +403,14 @@ def _recorded_errors(artifact: Artifact) -> dict[str, float]:
 
 
 def _check(
-    tensor: StoredTensor, original: NDArray[np.float32] | None, output_error: float | None, same: bool | None
+    tensor: StoredTensor,
+    original: NDArray[np.float32] | None,
+    output_error: float | None,
+    same: bool | None,
+    kernels: CrossCheck,
 ) -> TensorCheck:
     values = decoded(tensor)
+    kernels.add(tensor, values)
     nbytes = sum(plane.nbytes for plane in tensor.planes.values())
     error = None if original is None or original.shape != values.shape else relative_energy(values - original, original)
     finite = bool(np.isfinite(values).all())

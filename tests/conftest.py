@@ -29,8 +29,48 @@ def _load_script(path: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def cuda_harness() -> ModuleType:
+    """tests/cudacpu/harness.py, which runs CUDA kernels on the CPU. Skips where it cannot."""
+    harness = _load_script("tests/cudacpu/harness.py")
+    if reason := harness.missing():
+        pytest.skip(reason)
+    return harness
+
+
+@pytest.fixture(scope="session")
+def cuda_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the harness's programs are built, one folder for all test processes of a run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cudacpu"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def kernels_on(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, dict[str, list[str]]], str]:
+    """Sends the launches of a test to a GPU (`gpu`) or to the harness, by one of its builds, and returns the device of
+    the tensors. Arguments: where, and every kernel to build of each source file."""
+
+    def choose(where: str, kernels: dict[str, list[str]]) -> str:
+        from lqexport.kernels import cuda
+
+        if where == "gpu":
+            if reason := cuda.missing():
+                pytest.skip(reason)
+            return "cuda"
+        harness, folder = request.getfixturevalue("cuda_harness"), request.getfixturevalue("cuda_folder")
+        monkeypatch.setattr(cuda, "launch", harness.HostGpu(where, folder, kernels).launch)
+        return "cpu"
+
+    return choose
 
 
 @pytest.fixture(scope="session")

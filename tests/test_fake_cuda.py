@@ -23,6 +23,7 @@ from lqexport.collect import moments_of
 from lqexport.fit import fit, minmax
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
+from lqexport.kernels import cuda
 from lqexport.moments import SecondMoments, importance
 from lqexport.recipe import ImportanceBase
 from lqexport.solve_sections import refine_sections
@@ -173,3 +174,24 @@ def test_calibration_stays_on_the_device(tiny_model: Path) -> None:
             columns.append(total.hessian().shape[0])
         assert columns == [256, 256, 256, 512]
         assert model.logits(hidden).device.type == "cuda"
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_the_kernels_get_tensors_of_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same path with the CUDA kernels: of another device they would fail, with other strides read wrongly."""
+    launched = []
+
+    def launch(source: str, kernel: str, blocks: int, threads: int, arguments: list[Any]) -> None:
+        tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+        assert all(tensor.device.type == "cuda" and tensor.is_contiguous() for tensor in tensors)
+        launched.append(kernel)
+
+    monkeypatch.setattr(cuda, "usable", lambda device: device.type == "cuda")
+    monkeypatch.setattr(cuda, "launch", launch)
+    with fake():
+        weights = torch.randn(8, 256, device=CUDA)
+        hessian, factor = hessian_and_factor()
+        grid = fit(codec(name), weights, importance(hessian, factor, "diagonal", 1.0))
+        codes = solve.feedback(weights, grid, factor)
+        solve.refine(weights, solve.damped(hessian, 0.05), grid, codes, sweeps=1, refit=True)
+    assert set(launched) == {"fit_groups", "feedback_block", "refine_block"}

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one go: the GPU tests, each kernel's time beside its floor, and a model quantized and
+# verified on the GPU. Run from the repository after `pip install -e '.[test,cuda]'`, with a CUDA build of torch.
+#
+#     bench/gpu.sh MODEL [WORK]      MODEL: a Hugging Face folder; WORK: where the export goes (default: gpu-work)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+model=${1:?give the folder of a Hugging Face model}
+work=${2:-gpu-work}
+python=${PYTHON:-python}
+
+# A run that skips everything would look like a pass.
+$python -c 'from lqexport.kernels import cuda; import sys; sys.exit(cuda.missing())'
+$python -m pytest -m gpu tests
+$python bench/kernels.py time
+mkdir -p "$work"
+time $python -m lqexport quantize "$model" "$work/artifact" --target gguf:Q4_K --device cuda
+$python -m lqexport to-gguf "$work/artifact" "$work/model.gguf"
+$python -m lqexport verify "$work/model.gguf" --against "$model" --artifact "$work/artifact" --device cuda

@@ -1,0 +1,97 @@
+"""Launches the CUDA kernels of this folder (.cu) through CuPy, which compiles each for the device at its first use.
+
+Nothing is copied: tensors are handed over by DLPack, and a kernel runs on torch's current stream. The tests put their
+own `launch` in the place of this one, which runs the same launches on the CPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+Argument = Tensor | int | float | None
+TYPES: Mapping[torch.dtype, str] = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "bf16"}
+"""The kernels' names of the types that weights and activations may have."""
+
+
+class KernelsMissingError(RuntimeError):
+    """The kernels cannot run here; the message is a sentence that says why."""
+
+
+@cache
+def missing() -> str | None:
+    """Why the kernels cannot run here, a sentence; None where they can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported ({error}); install lqexport[cuda]."
+    try:
+        cupy.cuda.nvrtc.getVersion()
+    except (RuntimeError, ImportError, OSError) as error:
+        return f"CuPy finds no NVRTC to compile with ({' '.join(str(error).split())}); install lqexport[cuda]."
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except cupy.cuda.runtime.CUDARuntimeError as error:
+        return f"CuPy finds no CUDA device ({error})."
+    return None if count else "CuPy finds no CUDA device."
+
+
+def usable(device: torch.device) -> bool:
+    """Whether the kernels can work on tensors of this device."""
+    return device.type == "cuda" and missing() is None
+
+
+def options() -> tuple[str, ...]:
+    """What every kernel is compiled with, beside what CuPy adds. CuPy's cache does not look into headers, so their
+    digest is an option."""
+    headers = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
+    return ("-std=c++17", f"-I{FOLDER}", f"-DHEADERS=0x{hashlib.sha256(headers).hexdigest()[:8]}")
+
+
+def launch(
+    source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument], shared_bytes: int = 0
+) -> None:
+    """Run `kernel`, a name such as `decode<Blocks<Q4_0>, float>`, of the file `source` on the tensors' device.
+
+    arguments      contiguous tensors on one CUDA device, int32 and float32 numbers; None is a null pointer
+    shared_bytes   dynamic shared memory of a block
+
+    Raises KernelsMissingError where CuPy, NVRTC or a device is missing.
+    """
+    if reason := missing():
+        raise KernelsMissingError(reason)
+    import cupy
+
+    device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
+    index = torch.cuda.current_device() if device.index is None else device.index
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with cupy.cuda.Device(index), cupy.cuda.ExternalStream(stream, index):
+        values = tuple(_argument(cupy, each) for each in arguments)
+        _function(source, kernel, index)((blocks,), (threads,), values, shared_mem=shared_bytes)
+
+
+@cache
+def _function(source: str, kernel: str, device: int) -> Any:
+    """The compiled kernel; a module of its own, so that only what is used is compiled. Device: the current one."""
+    import cupy
+
+    code = (FOLDER / source).read_text()
+    return cupy.RawModule(code=code, options=options(), name_expressions=(kernel,)).get_function(kernel)
+
+
+def _argument(cupy: Any, argument: Argument) -> Any:
+    if argument is None:
+        return np.uint64(0)
+    if isinstance(argument, Tensor):
+        # CuPy has no bfloat16; a kernel only takes the address.
+        bits = argument.detach().view(torch.int16) if argument.dtype == torch.bfloat16 else argument.detach()
+        return cupy.from_dlpack(bits)
+    return np.float32(argument) if isinstance(argument, float) else np.int32(argument)

@@ -1,0 +1,80 @@
+"""Packed planes to a dense matrix on the device (decode.cu), bit for bit as `formats` decodes them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lqexport.formats.codec import GridCodec
+from lqexport.formats.gguf import GGUF
+from lqexport.formats.mxint import MXINT
+from lqexport.formats.native import NATIVE, Affine, Table
+from lqexport.formats.registry import codec
+from lqexport.kernels import cuda
+
+SOURCE = "decode.cu"
+THREADS = 256
+
+
+class Reader(NamedTuple):
+    """A format in formats.cuh: its C++ type, and the planes that it reads, in order."""
+
+    type: str
+    planes: tuple[str, ...]
+
+
+def _native(codec: GridCodec) -> Reader:
+    if isinstance(codec, Table):
+        return Reader(f"Table<{codec.bits}>", ("codes", "table"))
+    assert isinstance(codec, Affine)
+    return Reader(f"Affine<{codec.bits}>", ("codes", "scale", "offset"))
+
+
+READERS: dict[str, Reader] = {
+    "gguf:F32": Reader("Plain<float>", ("blocks",)),
+    "gguf:F16": Reader("Plain<__half>", ("blocks",)),
+    "gguf:BF16": Reader("Plain<bf16>", ("blocks",)),
+    **{codec.name: Reader(f"Blocks<{codec.name.removeprefix('gguf:')}>", ("blocks",)) for codec in GGUF},
+    **{codec.name: _native(codec) for codec in NATIVE},
+    **{codec.name: Reader(f"MxInt<{codec.bits}>", ("codes", "exponents")) for codec in MXINT},
+}
+"""Codec name to what reads it. To add a format: a reader in formats.cuh and its entry here."""
+
+
+def kernels() -> list[str]:
+    """Every kernel of decode.cu that `decode` may launch."""
+    readers = dict.fromkeys(reader.type for reader in READERS.values())
+    return [f"decode<{reader}, {kind}>" for reader in readers for kind in cuda.TYPES.values()]
+
+
+def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
+    """The first six arguments of a kernel that reads the format `name`, and the number of rows.
+
+    Raises ValueError where the planes are not those of a matrix of `columns`.
+    """
+    chosen, reader = codec(name), READERS[name]
+    rows = len(planes[reader.planes[0]])
+    for plane, (dtype, shape) in chosen.layout(rows, columns).items():
+        if tuple(planes[plane].shape) != shape or planes[plane].element_size() != dtype.itemsize:
+            raise ValueError(f"Plane {plane} of {name} must be {dtype} {list(shape)}, not {list(planes[plane].shape)}.")
+    scale = getattr(chosen, "scale", None)
+    pointers: list[cuda.Argument] = [planes[plane].contiguous() for plane in reader.planes]
+    pointers += [None] * (3 - len(pointers))
+    return [*pointers, rows, columns, (scale.group if scale else 0) or columns], rows
+
+
+def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weights [rows, columns] of the format `name` from its planes on a CUDA device; float16 and bfloat16 are the
+    float32 weights, rounded to nearest, ties to even.
+
+    Raises ValueError where the planes are not those of such a matrix, KernelsMissingError where kernels cannot run.
+    """
+    arguments, rows = packed(name, planes, columns)
+    out = torch.empty(rows, columns, dtype=dtype, device=planes[READERS[name].planes[0]].device)
+    blocks = -(-rows * -(-columns // 8) // THREADS)
+    kernel = f"decode<{READERS[name].type}, {cuda.TYPES[dtype]}>"
+    cuda.launch(SOURCE, kernel, blocks, THREADS, [*arguments, out])
+    return out

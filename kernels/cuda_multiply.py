@@ -1,0 +1,79 @@
+"""Activations times packed weights on the device: decoded on the way for a few tokens (multiply.cu), else before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lqexport.formats.native import NATIVE
+from lqexport.kernels import cuda, cuda_decode
+
+SOURCE = "multiply.cu"
+THREADS = 128
+ROWS = 2
+TILES = (1, 8)
+"""Tokens that a block may take."""
+MOST_TOKENS = 16
+"""Above it, decoding the matrix once and multiplying by cuBLAS moves fewer bytes per token."""
+FUSED = ("gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", *(codec.name for codec in NATIVE))
+"""Formats that are decoded on the way; others are always decoded first."""
+
+
+class LowRank(NamedTuple):
+    """A correction of the weights: left [rows, rank] float16 times right [rank, columns]."""
+
+    left: Tensor
+    right: Tensor
+
+
+def kernels() -> list[str]:
+    """Every kernel of multiply.cu that `multiply` may launch."""
+    readers = dict.fromkeys(cuda_decode.READERS[name].type for name in FUSED)
+    return [
+        f"multiply<{reader}, {kind}, {tile}>" for reader in readers for kind in cuda.TYPES.values() for tile in TILES
+    ]
+
+
+def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRank | None = None) -> Tensor:
+    """x W^T [tokens, rows] in the type of x [tokens, columns]: float32, float16 or bfloat16, sums in float32.
+
+    W has the format `name`; with `low_rank`, left @ right is added to it. Up to MOST_TOKENS tokens of the formats in
+    FUSED, W is decoded on the way; otherwise it is decoded into memory first.
+
+    Raises ValueError where the planes are not those of a matrix of x's columns, KernelsMissingError where kernels
+    cannot run.
+    """
+    if name not in FUSED or len(x) > MOST_TOKENS:
+        return _dense(x, name, planes, low_rank)
+    arguments, rows = cuda_decode.packed(name, planes, x.shape[1])
+    x = _aligned(x)
+    y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)
+    tile = TILES[0] if len(x) == 1 else TILES[1]
+    blocks = -(-rows // ROWS) * -(-len(x) // tile)
+    kernel = f"multiply<{cuda_decode.READERS[name].type}, {cuda.TYPES[x.dtype]}, {tile}>"
+    shared_bytes = 4 * (THREADS // 32) * ROWS * tile  # a float32 of each warp, row and token
+    arguments += [x, len(x), *_correction(x, low_rank), y]
+    cuda.launch(SOURCE, kernel, blocks, THREADS, arguments, shared_bytes)
+    return y
+
+
+def _correction(x: Tensor, low_rank: LowRank | None) -> list[cuda.Argument]:
+    """The kernel's `left`, `reduced` and `rank`."""
+    if low_rank is None:
+        return [None, None, 0]
+    left, right = low_rank
+    return [left.half().contiguous(), (x.float() @ right.float().T).contiguous(), left.shape[1]]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Contiguous, on a 16-byte boundary: torch allocates so, but a slice may begin anywhere."""
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _dense(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRank | None) -> Tensor:
+    y = x @ cuda_decode.decode(name, planes, x.shape[1], x.dtype).T
+    return y if low_rank is None else y + (x @ low_rank.right.to(x.dtype).T) @ low_rank.left.to(x.dtype).T

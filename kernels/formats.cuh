@@ -1,0 +1,308 @@
+// How each format stores a weight: the device's version of lqexport.formats, which defines it.
+//
+// Eight weights that begin at a multiple of eight share their scale and offset in every format, and their codes fill
+// whole bytes. So a format is a reader of one row with
+//
+//   Reader(planes, row, columns, group)
+//   eight(column, count, value)    the weights column .. column + count - 1, count = 8 but at the end of a row
+//
+// To add a format: a reader here, and its name in lqexport/kernels/cuda_decode.py. Products and sums are rounded one by
+// one (__fmul_rn, __fadd_rn), as the format defines a value: the compiler must not fuse them.
+#pragma once
+#include "common.cuh"
+
+// Up to three planes of a packed tensor, each an array whose first axis is the rows.
+struct Planes {
+  const u8* first;
+  const u8* second;
+  const u8* third;
+};
+
+__device__ __forceinline__ float half_at(const u8* bytes) { return to_float(*reinterpret_cast<const __half*>(bytes)); }
+
+// ---- GGUF: rows of blocks; a block has an even number of bytes, so its 16-bit words are aligned.
+
+__device__ __forceinline__ u64 eight_bytes(const u8* bytes) {
+  const u16* words = reinterpret_cast<const u16*>(bytes);
+  return words[0] | (u64)words[1] << 16 | (u64)words[2] << 32 | (u64)words[3] << 48;
+}
+
+// Where integer n lies in a member packed as formats/gguf.py's `Bits`: its byte, and its lowest bit in that byte.
+template <int BITS, int RUN>
+__device__ __forceinline__ u32 byte_of(u32 n) {
+  return n / (RUN * 8 / BITS) * RUN + n % RUN;
+}
+
+template <int BITS, int RUN>
+__device__ __forceinline__ u32 shift_of(u32 n) {
+  return n / RUN % (8 / BITS) * BITS;
+}
+
+// Integers n .. n + 7 of a member, one in each byte.
+template <int BITS, int RUN>
+__device__ __forceinline__ u64 integers(const u8* member, u32 n) {
+  return eight_bytes(member + byte_of<BITS, RUN>(n)) >> shift_of<BITS, RUN>(n) & 0x0101010101010101ull * ((1 << BITS) - 1);
+}
+
+template <int BITS, int RUN>
+__device__ __forceinline__ int integer(const u8* member, u32 n) {
+  return member[byte_of<BITS, RUN>(n)] >> shift_of<BITS, RUN>(n) & ((1 << BITS) - 1);
+}
+
+// Bits n .. n + 7 of a bit mask, one in each byte.
+__device__ __forceinline__ u64 mask_bits(const u8* mask, u32 n) {
+  u64 bits = 0;
+#pragma unroll
+  for (int k = 0; k < 8; k++) bits |= (u64)(mask[n / 8] >> k & 1) << 8 * k;
+  return bits;
+}
+
+// A block type has, beside its sizes: codes(block, n), one in each byte; level(code); scale(block, n).
+struct Block32 {
+  static const int weights = 32;
+  static const bool has_offset = false;
+  static __device__ float offset(const u8*, u32) { return 0; }
+  static __device__ float scale(const u8* block, u32) { return half_at(block); }
+};
+
+struct Block256 {
+  static const int weights = 256;
+  static const bool has_offset = false;
+  static __device__ float offset(const u8*, u32) { return 0; }
+};
+
+struct Q4_0 : Block32 {
+  static const int bytes = 18;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 16>(block + 2, n); }
+  static __device__ int level(int code) { return code - 8; }
+};
+
+struct Q4_1 : Block32 {
+  static const int bytes = 20;
+  static const bool has_offset = true;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 16>(block + 4, n); }
+  static __device__ int level(int code) { return code; }
+  static __device__ float offset(const u8* block, u32) { return half_at(block + 2); }
+};
+
+struct Q5_0 : Block32 {
+  static const int bytes = 22;
+  static __device__ u64 codes(const u8* block, u32 n) {
+    return integers<4, 16>(block + 6, n) | mask_bits(block + 2, n) << 4;
+  }
+  static __device__ int level(int code) { return code - 16; }
+};
+
+struct Q5_1 : Block32 {
+  static const int bytes = 24;
+  static const bool has_offset = true;
+  static __device__ u64 codes(const u8* block, u32 n) {
+    return integers<4, 16>(block + 8, n) | mask_bits(block + 4, n) << 4;
+  }
+  static __device__ int level(int code) { return code; }
+  static __device__ float offset(const u8* block, u32) { return half_at(block + 2); }
+};
+
+struct Q8_0 : Block32 {
+  static const int bytes = 34;
+  static __device__ u64 codes(const u8* block, u32 n) { return eight_bytes(block + 2 + n); }
+  static __device__ int level(int code) { return (signed char)code; }
+};
+
+// formats/gguf.py's CODEBOOK: -127 -104 -83 -65 -49 -35 -22 -10 and 1 13 25 38 53 69 89 113, lowest byte first.
+__device__ __forceinline__ int codebook(int code) {
+  const u64 levels = code < 8 ? 0xf6eaddcfbfad9881ull : 0x7159453526190d01ull;
+  return (signed char)(levels >> 8 * (code & 7));
+}
+
+struct IQ4_NL : Block32 {
+  static const int bytes = 18;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 16>(block + 2, n); }
+  static __device__ int level(int code) { return codebook(code); }
+};
+
+struct IQ4_XS : Block256 {
+  static const int bytes = 136;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 16>(block + 8, n); }
+  static __device__ int level(int code) { return codebook(code); }
+  static __device__ float scale(const u8* block, u32 n) {
+    const int stored = integer<4, 1>(block + 4, n / 32) | integer<2, 1>(block + 2, n / 32) << 4;
+    return __fmul_rn(half_at(block), (float)(stored - 32));
+  }
+};
+
+struct Q2_K : Block256 {
+  static const int bytes = 84;
+  static const bool has_offset = true;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<2, 32>(block + 16, n); }
+  static __device__ int level(int code) { return code; }
+  static __device__ float scale(const u8* block, u32 n) {
+    return __fmul_rn(half_at(block + 80), (float)(block[n / 16] & 15));
+  }
+  static __device__ float offset(const u8* block, u32 n) {
+    return __fmul_rn(-half_at(block + 82), (float)(block[n / 16] >> 4));
+  }
+};
+
+struct Q3_K : Block256 {
+  static const int bytes = 110;
+  static __device__ u64 codes(const u8* block, u32 n) {
+    return integers<2, 32>(block + 32, n) | integers<1, 32>(block, n) << 2;
+  }
+  static __device__ int level(int code) { return code - 4; }
+  static __device__ float scale(const u8* block, u32 n) {
+    const int stored = integer<4, 8>(block + 96, n / 16) | integer<2, 4>(block + 104, n / 16) << 4;
+    return __fmul_rn(half_at(block + 108), (float)(stored - 32));
+  }
+};
+
+struct Q4_K : Block256 {
+  static const int bytes = 144;
+  static const bool has_offset = true;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 32>(block + 16, n); }
+  static __device__ int level(int code) { return code; }
+  // `at` is 0 for the scales and 4 for the mins; the low bits of groups 4 .. 7 share bytes, in nibble at / 4.
+  static __device__ int six_bits(const u8* block, u32 group, int at) {
+    const u8* scales = block + 4;
+    if (group < 4) return scales[at + group] & 63;
+    return scales[4 + group] >> at & 15 | scales[at + group - 4] >> 6 << 4;
+  }
+  static __device__ float scale(const u8* block, u32 n) {
+    return __fmul_rn(half_at(block), (float)six_bits(block, n / 32, 0));
+  }
+  static __device__ float offset(const u8* block, u32 n) {
+    return __fmul_rn(-half_at(block + 2), (float)six_bits(block, n / 32, 4));
+  }
+};
+
+struct Q5_K : Q4_K {
+  static const int bytes = 176;
+  static __device__ u64 codes(const u8* block, u32 n) {
+    return integers<4, 32>(block + 48, n) | integers<1, 32>(block + 16, n) << 4;
+  }
+};
+
+struct Q6_K : Block256 {
+  static const int bytes = 210;
+  static __device__ u64 codes(const u8* block, u32 n) {
+    return integers<4, 64>(block, n) | integers<2, 32>(block + 128, n) << 4;
+  }
+  static __device__ int level(int code) { return code - 32; }
+  static __device__ float scale(const u8* block, u32 n) {
+    return __fmul_rn(half_at(block + 208), (float)(signed char)block[192 + n / 16]);
+  }
+};
+
+// A row of blocks: scale * level + offset.
+template <class Block>
+struct Blocks {
+  const u8* row;
+
+  __device__ Blocks(const Planes& planes, size_t r, int columns, int)
+      : row(planes.first + r * (columns / Block::weights * Block::bytes)) {}
+
+  __device__ __forceinline__ void eight(u32 column, int, float* value) const {
+    const u8* block = row + column / Block::weights * Block::bytes;
+    const u32 n = column % Block::weights;
+    const u64 codes = Block::codes(block, n);
+    const float scale = Block::scale(block, n);
+    const float offset = Block::offset(block, n);
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      value[k] = __fmul_rn(scale, (float)Block::level((int)(codes >> 8 * k & 255)));
+      if (Block::has_offset) value[k] = __fadd_rn(value[k], offset);
+    }
+  }
+};
+
+// ---- Plain types: every weight by itself.
+template <class T>
+struct Plain {
+  const T* row;
+
+  __device__ Plain(const Planes& planes, size_t r, int columns, int)
+      : row(reinterpret_cast<const T*>(planes.first) + r * columns) {}
+
+  __device__ __forceinline__ void eight(u32 column, int count, float* value) const {
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+      value[k] = k < count ? to_float(row[column + k]) : 0;
+  }
+};
+
+// ---- Native formats: a bit stream of codes per row, and tables or scales beside it.
+
+// Eight codes of BITS bits are BITS bytes of the stream, the lowest bits first; the last bytes of a row may be fewer.
+template <int BITS>
+__device__ __forceinline__ u64 stream_bytes(const u8* stream, u32 column, int count) {
+  const u8* bytes = stream + column / 8 * BITS;
+  u64 word = 0;
+#pragma unroll
+  for (int k = 0; k < BITS; k++)
+    if (8 * k < count * BITS) word |= (u64)bytes[k] << 8 * k;
+  return word;
+}
+
+template <int BITS>
+__device__ __forceinline__ const u8* stream_of(const u8* codes, size_t r, int columns) {
+  return codes + r * (((size_t)columns * BITS + 7) / 8);
+}
+
+// Planes: codes, table.
+template <int BITS>
+struct Table {
+  const u8* stream;
+  const __half* table;
+
+  __device__ Table(const Planes& planes, size_t r, int columns, int)
+      : stream(stream_of<BITS>(planes.first, r, columns)),
+        table(reinterpret_cast<const __half*>(planes.second) + (r << BITS)) {}
+
+  __device__ __forceinline__ void eight(u32 column, int count, float* value) const {
+    const u64 word = stream_bytes<BITS>(stream, column, count);
+#pragma unroll
+    for (int k = 0; k < 8; k++) value[k] = to_float(table[word >> BITS * k & ((1 << BITS) - 1)]);
+  }
+};
+
+// Planes: codes, scale, offset; `group` columns share the numbers.
+template <int BITS>
+struct Affine {
+  const u8* stream;
+  const __half* scale;
+  const __half* offset;
+  int group;
+
+  __device__ Affine(const Planes& planes, size_t r, int columns, int group)
+      : stream(stream_of<BITS>(planes.first, r, columns)),
+        scale(reinterpret_cast<const __half*>(planes.second) + r * (columns / group)),
+        offset(reinterpret_cast<const __half*>(planes.third) + r * (columns / group)),
+        group(group) {}
+
+  __device__ __forceinline__ void eight(u32 column, int count, float* value) const {
+    const u64 word = stream_bytes<BITS>(stream, column, count);
+    const float s = to_float(scale[column / group]), o = to_float(offset[column / group]);
+#pragma unroll
+    for (int k = 0; k < 8; k++) value[k] = __fadd_rn(__fmul_rn(s, (float)(word >> BITS * k & ((1 << BITS) - 1))), o);
+  }
+};
+
+// Planes: codes, exponents; MXINT's integers code - (2^(BITS - 1) - 1) times a power of two for each group.
+template <int BITS>
+struct MxInt {
+  const u8* stream;
+  const u8* exponents;
+  int group;
+
+  __device__ MxInt(const Planes& planes, size_t r, int columns, int group)
+      : stream(stream_of<BITS>(planes.first, r, columns)), exponents(planes.second + r * (columns / group)), group(group) {}
+
+  __device__ __forceinline__ void eight(u32 column, int count, float* value) const {
+    const u64 word = stream_bytes<BITS>(stream, column, count);
+    // 2^(e - (BITS - 1)): the stored e + 127 is a float's own exponent.
+    const float scale = __uint_as_float((u32)(exponents[column / group] - (BITS - 1)) << 23);
+    const int most = (1 << (BITS - 1)) - 1;
+#pragma unroll
+    for (int k = 0; k < 8; k++) value[k] = __fmul_rn(scale, (float)((int)(word >> BITS * k & ((1 << BITS) - 1)) - most));
+  }
+};

@@ -1,0 +1,20 @@
+// The solver's arithmetic on a grid. Where cpu.py rounds twice, so must the device: no product is fused with a sum.
+#pragma once
+#include "common.cuh"
+
+// Code of the level nearest to `target`, which is a weight less its offset, over its scale. A tie between levels of a
+// table goes down, between integers to the even one.
+__device__ __forceinline__ int nearest(float target, const float* levels, int count, int uniform) {
+  if (uniform) return (int)fminf(fmaxf(rintf(target - levels[0]), 0.0f), (float)(count - 1));
+  int code = 0;
+  for (int k = 0; k < count - 1; k++) code += target > 0.5f * (levels[k] + levels[k + 1]);
+  return code;
+}
+
+__device__ __forceinline__ float grid_value(float scale, float level, float offset) {
+  return __fadd_rn(__fmul_rn(scale, level), offset);
+}
+
+// value - a * b, rounded twice.
+__device__ __forceinline__ float less(float value, float a, float b) { return __fadd_rn(value, -__fmul_rn(a, b)); }
+__device__ __forceinline__ float plus(float value, float a, float b) { return __fadd_rn(value, __fmul_rn(a, b)); }

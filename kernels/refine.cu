@@ -1,0 +1,197 @@
+// One sweep of coordinate descent over one block of columns: what cpu.py's refine_block does.
+//
+// A warp takes a row. Column j is that of lane j % 32: only this lane reads or writes its value, gradient and code, so
+// lanes speak to each other by shuffles alone, but for the stored numbers of the row.
+#include "grid.cuh"
+
+// Scales or offsets of the block as the file stores them (formats.codec.ScaleFormat): supers [rows, groups / span],
+// each value a float16, and subs [rows, groups]; a null pointer where the format has none.
+struct Stored {
+  float* supers;
+  short* subs;
+  int span;
+  int low;
+  int high;
+  int sign;
+  int power;
+};
+
+__device__ Stored of_row(Stored stored, size_t row, size_t groups) {
+  if (stored.supers) {
+    stored.supers += row * (groups / stored.span);
+    stored.subs += row * groups;
+  }
+  return stored;
+}
+
+struct Row {
+  float* values;
+  float* gradient;
+  u8* codes;
+  const float* hessian;
+  const float* levels;
+  int level_count;
+  int uniform;
+  int width;
+  int group;
+  int lane;
+};
+
+__device__ __forceinline__ float number(const Stored& stored, int group, float absent) {
+  if (!stored.supers) return absent;
+  return __fmul_rn((float)stored.sign * stored.supers[group / stored.span], (float)stored.subs[group]);
+}
+
+// A float64 rounded to the nearest float16, ties to even, saturating at the largest.
+__device__ __forceinline__ double round_half(double x) {
+  if (fabs(x) < 0x1p-14) return rint(x * 0x1p24) * 0x1p-24;  // subnormal halves are multiples of 2^-24
+  const double big = x * (0x1p42 + 1);  // Veltkamp's split keeps 53 - 42 = 11 bits; the sums must not be fused
+  return fmin(fmax(__dadd_rn(big, -__dadd_rn(big, -x)), -65504.0), 65504.0);
+}
+
+// A float64 rounded to the nearest power of two that a float16 holds; below the smallest, that.
+__device__ __forceinline__ double round_power(double x) {
+  if (x <= 0x1p-24) return 0x1p-24;
+  const double below = scalbn(1.0, ilogb(x));
+  return fmin(x < 1.5 * below ? below : 2 * below, 0x1p15);
+}
+
+// What one stored number multiplies in column j: `own` times the level, or times one.
+__device__ __forceinline__ float direction(const Row& row, int j, float own, bool of_scale) {
+  return of_scale ? __fmul_rn(own, row.levels[row.codes[j]]) : own;
+}
+
+// The factor of `direction` in a column: for a super, sign * the group's integer; for an integer, sign * its super.
+__device__ __forceinline__ float basis(const Row& row, const Stored& stored, int j, bool of_super) {
+  const int group = j / row.group;
+  return (float)stored.sign * (of_super ? (float)stored.subs[group] : stored.supers[group / stored.span]);
+}
+
+// A run of columns that one stored number moves.
+struct Run {
+  int first;
+  int last;
+  bool of_scale;
+  bool of_super;
+};
+
+__device__ __forceinline__ float along(const Row& row, const Stored& stored, const Run& run, int j) {
+  if (j < run.first || j >= run.last) return 0;
+  return direction(row, j, basis(row, stored, j, run.of_super), run.of_scale);
+}
+
+// The step that minimises the loss, minus slope over curvature; the same in all lanes.
+__device__ __forceinline__ double best_step(const Row& row, const Stored& stored, const Run& run) {
+  double slope = 0, curvature = 0;
+  for (int block = run.first / 32 * 32; block < run.last; block += 32) {
+    const int own = block + row.lane;
+    const float mine = along(row, stored, run, own);
+    if (mine != 0) slope += (double)mine * row.gradient[own];
+    float product = 0;  // (H d) of the own column
+    for (int other = run.first / 32 * 32; other < run.last; other += 32) {
+      const float given = along(row, stored, run, other + row.lane);
+      for (int l = max(run.first - other, 0); l < min(run.last - other, 32); l++) {
+        const float d = __shfl_sync(ALL_LANES, given, l);
+        if (own < row.width) product += d * row.hessian[(size_t)(other + l) * row.width + own];
+      }
+    }
+    curvature += (double)mine * product;
+  }
+  slope = warp_sum(slope);
+  curvature = warp_sum(curvature);
+  return curvature > 0 ? -slope / curvature : 0;
+}
+
+// Add `change` in column `i` to the gradient of the lane's own columns.
+__device__ __forceinline__ void push(const Row& row, int i, float change) {
+  const float* line = row.hessian + (size_t)i * row.width;
+  for (int j = row.lane; j < row.width; j += 32) row.gradient[j] = plus(row.gradient[j], change, line[j]);
+}
+
+// Move the run's columns by `amount` along the direction.
+__device__ __forceinline__ void move(const Row& row, const Stored& stored, const Run& run, double amount) {
+  for (int block = run.first / 32 * 32; block < run.last; block += 32) {
+    const float mine = (float)(amount * along(row, stored, run, block + row.lane));
+    if (mine != 0) row.values[block + row.lane] = __fadd_rn(row.values[block + row.lane], mine);
+    for (int l = max(run.first - block, 0); l < min(run.last - block, 32); l++) {
+      const float change = __shfl_sync(ALL_LANES, mine, l);
+      if (change != 0) push(row, block + l, change);
+    }
+  }
+}
+
+// A quadratic with its minimum at `step` is lower at `change` than at 0.
+__device__ __forceinline__ bool lowers(double change, double step) { return change * (change - 2 * step) < 0; }
+
+// Move each float16 (of_super) or each group's integer to the best that the file can hold.
+__device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool of_scale, bool of_super) {
+  const int groups = row.width / row.group;
+  const int count = of_super ? groups / stored.span : groups;
+  const int width = of_super ? row.group * stored.span : row.group;
+  for (int n = 0; n < count; n++) {
+    const Run run = {n * width, (n + 1) * width, of_scale, of_super};
+    const double step = best_step(row, stored, run), old = of_super ? stored.supers[n] : stored.subs[n];
+    const double best = old + step;
+    double wished = fmin(fmax(rint(best), (double)stored.low), (double)stored.high);
+    if (of_super) wished = stored.power ? round_power(best) : round_half(best);
+    if (!lowers(wished - old, step)) continue;
+    __syncwarp();  // all have read it
+    if (row.lane == 0 && of_super) stored.supers[n] = (float)wished;
+    if (row.lane == 0 && !of_super) stored.subs[n] = (short)wished;
+    __syncwarp();
+    move(row, stored, run, wished - old);
+  }
+}
+
+// Move each code in turn to the best one.
+__device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale, const Stored& offset) {
+  for (int block = 0; block < row.width; block += 32) {
+    const int own = block + row.lane;
+    const bool real = own < row.width;
+    const float s = real ? number(scale, own / row.group, 1) : 0, o = real ? number(offset, own / row.group, 0) : 0;
+    const float curvature = real ? row.hessian[(size_t)own * row.width + own] : 0;
+    for (int l = 0; l < 32 && block + l < row.width; l++) {
+      float change = 0;
+      if (row.lane == l && s != 0 && curvature > 0) {
+        const float value = row.values[own];
+        const float target = (value - row.gradient[own] / curvature - o) / s;
+        const int code = nearest(target, row.levels, row.level_count, row.uniform);
+        if (code != row.codes[own]) {
+          change = grid_value(s, row.levels[code], o) - value;
+          row.codes[own] = (u8)code;
+          row.values[own] = value + change;
+        }
+      }
+      change = __shfl_sync(ALL_LANES, change, l);
+      if (change != 0) push(row, block + l, change);
+    }
+  }
+}
+
+// values [rows, width] decoded weights Q    gradient [rows, width] (Q - W) H    hessian [width, width]
+// codes [rows, width]    All of the block's part, changed in place but for the Hessian and the levels.
+__global__ void __launch_bounds__(128, 4)
+    refine_block(float* values, float* gradient, const float* hessian, u8* codes, const float* levels, int level_rows,
+                 int level_count, int uniform, int group, int rows, int width, float* scale_supers, short* scale_subs,
+                 int scale_span, int scale_low, int scale_high, int scale_sign, int scale_power, float* offset_supers,
+                 short* offset_subs, int offset_span, int offset_low, int offset_high, int offset_sign,
+                 int offset_power, int refitting) {
+  const int r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+  if (r >= rows) return;
+  const size_t start = (size_t)r * width, groups = width / group;
+  const Row row = {values + start, gradient + start, codes + start, hessian,
+                   levels + (level_rows == 1 ? 0 : (size_t)r * level_count), level_count, uniform, width, group,
+                   (int)threadIdx.x % 32};
+  const Stored scale = of_row({scale_supers, scale_subs, scale_span, scale_low, scale_high, scale_sign, scale_power}, r, groups);
+  const Stored offset =
+      of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign, offset_power}, r,
+                               groups);
+  // Offsets first, and of each the float16s before the integers; one loop, so that there is one copy of the code.
+#pragma unroll 1
+  for (int pass = refitting ? 0 : 4; pass < 4; pass++) {
+    const bool of_scale = pass / 2, of_super = pass % 2 == 0;
+    const Stored stored = of_scale ? scale : offset;
+    if (stored.supers && (of_super || stored.low != stored.high)) refit(row, stored, of_scale, of_super);
+  }
+  sweep_codes(row, scale, offset);
+}

@@ -1,0 +1,49 @@
+"""The solver's blocks on a GPU: as `lqexport.solve_cpu`, with the CUDA kernels (`lqexport.kernels.cuda_solve`)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lqexport.grid import Numbers, TensorGrid
+from lqexport.kernels import cuda_solve
+
+
+def feedback_block(
+    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
+    assert not half
+    return cuda_solve.feedback_block(weights, factor, scale, offset, levels, uniform)
+
+
+def refine_block(
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
+) -> None:
+    """One sweep over the columns of `block`; values [R, B], codes [R, C] and the grid's numbers change in place."""
+    part = codes[:, block].contiguous()
+    # The kernel changes the block's numbers in copies, since the grid's own are a part of wider rows.
+    scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
+    group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block will do
+    cuda_solve.refine_block(values, gradient, hessian, part, grid.levels, grid.uniform, group, scale, offset, refit)
+    codes[:, block] = part
+    for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):
+        if numbers is not None and changed.supers is not None and changed.subs is not None:
+            supers, subs = _parts(numbers, grid, block)
+            supers.copy_(changed.supers)
+            subs.copy_(changed.subs)
+
+
+def _parts(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[Tensor, Tensor]:
+    """The block's supers and subs, as views of the grid's."""
+    first, last = block.start // grid.group, block.stop // grid.group
+    span = numbers.format.span
+    return numbers.supers[:, first // span : last // span], numbers.subs[:, first:last]
+
+
+def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.Stored:
+    if numbers is None:
+        return cuda_solve.Stored()
+    form = numbers.format
+    supers, subs = (torch.clone(part, memory_format=torch.contiguous_format) for part in _parts(numbers, grid, block))
+    return cuda_solve.Stored(supers, subs, form.span, form.low, form.high, form.sign, form.power)

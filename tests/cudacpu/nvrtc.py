@@ -1,0 +1,83 @@
+"""Compiles kernels with NVRTC as CuPy does, without a driver, and reads what ptxas says of registers and spills."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
+CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
+"""What CuPy's RawModule adds to a caller's options."""
+
+
+class Usage(NamedTuple):
+    """What one kernel takes: registers a thread, bytes of spills (stores and loads), of local memory (stack), and of
+    static shared memory a block."""
+
+    kernel: str
+    registers: int
+    spills: int
+    stack: int
+    shared: int
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """libnvrtc of nvidia-cuda-nvrtc-cu12, or None where it is not installed."""
+    try:
+        import nvidia
+    except ModuleNotFoundError:
+        return None
+    found = [path for entry in nvidia.__path__ for path in Path(entry).glob("cuda_nvrtc/lib/libnvrtc.so.*")]
+    return ctypes.CDLL(str(found[0])) if found else None
+
+
+def compile_kernels(source: Path, kernels: Sequence[str], architecture: int, options: Sequence[str]) -> list[Usage]:
+    """Compile one .cu file with these kernels to machine code. Raises RuntimeError with NVRTC's log where it fails."""
+    nvrtc = library()
+    assert nvrtc is not None
+    flags = [*options, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v"]
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
+    for kernel in kernels:
+        nvrtc.nvrtcAddNameExpression(program, kernel.encode())
+    status = nvrtc.nvrtcCompileProgram(program, len(flags), (ctypes.c_char_p * len(flags))(*map(str.encode, flags)))
+    log = _text(nvrtc, program, "ProgramLog")
+    if status:
+        raise RuntimeError(f"{source.name} for sm_{architecture}: {log}")
+    lowered = {_lowered(nvrtc, program, kernel): kernel for kernel in kernels}
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return [usage._replace(kernel=lowered[usage.kernel]) for usage in _usages(log)]
+
+
+def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+    size = ctypes.c_size_t()
+    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    text = ctypes.create_string_buffer(size.value)
+    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
+    return text.value.decode()
+
+
+def _lowered(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, kernel: str) -> str:
+    name = ctypes.c_char_p()
+    if nvrtc.nvrtcGetLoweredName(program, kernel.encode(), ctypes.byref(name)) or name.value is None:
+        raise RuntimeError(f"NVRTC knows no kernel {kernel}")
+    return name.value.decode()
+
+
+def _usages(log: str) -> list[Usage]:
+    """ptxas's lines on each kernel; the log also speaks of functions that are no kernels."""
+    usages = []
+    for entry in log.split("Compiling entry function '")[1:]:
+        numbers = {
+            what: int(count)
+            for count, what in re.findall(r"(\d+) (bytes stack|bytes spill \w+|registers|bytes smem)", entry)
+        }
+        spills = numbers["bytes spill stores"] + numbers["bytes spill loads"]
+        stack, shared = numbers["bytes stack"], numbers.get("bytes smem", 0)
+        usages.append(Usage(entry.split("'")[0], numbers["registers"], spills, stack, shared))
+    return usages

@@ -1,0 +1,111 @@
+"""NVRTC compiles every kernel for every architecture, with CuPy's options: no spills, and registers within a budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lqexport.kernels import cuda, cuda_decode, cuda_multiply, cuda_solve
+
+KERNELS = {
+    cuda_decode.SOURCE: cuda_decode.kernels(),
+    cuda_multiply.SOURCE: cuda_multiply.kernels(),
+    **cuda_solve.KERNELS,
+}
+REGISTERS = {"decode.cu": 40, "multiply.cu": 96, "feedback.cu": 64, "refine.cu": 96, "fit.cu": 72}
+"""The most that a kernel of each file may take; with these, at least five warps fit each of an SM's four schedulers."""
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
+WHOLE = (70, 90, 120)
+"""All products are compiled for these; for the others, of each format the one that takes the most registers."""
+
+
+def kernels(source: str, architecture: int) -> list[str]:
+    if source == cuda_multiply.SOURCE and architecture not in WHOLE:
+        return [kernel for kernel in KERNELS[source] if kernel.endswith(f", float, {cuda_multiply.TILES[-1]}>")]
+    return KERNELS[source]
+
+
+@pytest.fixture(scope="module")
+def nvrtc(cuda_harness: ModuleType, load_script: Callable[[str], ModuleType]) -> ModuleType:
+    module = load_script("tests/cudacpu/nvrtc.py")
+    if module.library() is None:
+        pytest.skip("nvidia-cuda-nvrtc-cu12 is not installed")
+    return module
+
+
+def options(cuda_harness: ModuleType) -> list[str]:
+    return [*cuda.options(), f"-I{cuda_harness.headers()}"]
+
+
+def test_every_source_is_compiled() -> None:
+    assert sorted(KERNELS) == sorted(path.name for path in cuda.FOLDER.glob("*.cu")) == sorted(REGISTERS)
+
+
+def test_shared_memory_is_had_by_the_macro_alone_and_nothing_is_written_in_ptx() -> None:
+    """See common.cuh; and what is written in PTX would have to be tested by another version for the host."""
+    assert [path.name for path in cuda.FOLDER.glob("*.cu*") if re.search(r"\basm\b", path.read_text())] == []
+    uses = [path.name for path in cuda.FOLDER.glob("*.cu*") for _ in re.findall("__shared__", path.read_text())]
+    assert uses == ["common.cuh"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("source", KERNELS)
+def test_compiles_without_spills(source: str, architecture: int, nvrtc: ModuleType, cuda_harness: ModuleType) -> None:
+    wanted = kernels(source, architecture)
+    usages = nvrtc.compile_kernels(cuda.FOLDER / source, wanted, architecture, options(cuda_harness))
+    assert sorted(usage.kernel for usage in usages) == sorted(wanted) != []
+    assert [usage for usage in usages if usage.spills or usage.stack] == []
+    assert [usage for usage in usages if usage.registers > REGISTERS[source]] == []
+
+
+def test_a_spill_would_be_seen(nvrtc: ModuleType, cuda_harness: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "spills.cu"
+    source.write_text("""
+__global__ void __launch_bounds__(1024) spills(float* x, int n) {
+  float many[90];
+  for (int k = 0; k < 90; k++) many[k] = x[k * n];
+  for (int i = 0; i < n; i++)
+#pragma unroll
+    for (int k = 0; k < 90; k++) many[k] = many[k] * many[(k + 1) % 90] + x[i];
+  for (int k = 0; k < 90; k++) x[k * n] = many[k];
+}""")
+    (usage,) = nvrtc.compile_kernels(source, ["spills"], 80, options(cuda_harness))
+    assert usage.registers == 64
+    assert usage.spills > 0
+
+
+def test_nvrtcs_words_are_passed_on(nvrtc: ModuleType, cuda_harness: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "wrong.cu"
+    source.write_text("__global__ void wrong(float* x) { x[0] = absent; }")
+    with pytest.raises(RuntimeError, match="absent"):
+        nvrtc.compile_kernels(source, ["wrong"], 80, options(cuda_harness))
+
+
+def test_the_counts_in_the_docs_are_those_of_the_bench(
+    root: Path,
+    load_script: Callable[[str], ModuleType],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The table of bytes and operations; the other one depends on NVRTC's version."""
+    bench = load_script("bench/kernels.py")
+    used = ModuleType("usage")
+    used.registers = 32  # type: ignore[attr-defined]
+    monkeypatch.setattr(bench, "usage", lambda work, architecture: used)
+    bench.count()
+    counted, _ = capsys.readouterr().out.split("\n\n")
+    assert counted.strip() in (root / "docs" / "kernels.md").read_text()
+
+
+def test_occupancy(load_script: Callable[[str], ModuleType]) -> None:
+    """Against NVIDIA's occupancy calculator: limits by threads, by blocks and by registers, given out by 256 a warp."""
+    bench = load_script("bench/kernels.py")
+    ada, hopper = bench.GPUS
+    assert bench.occupancy(ada, 32, 256) == 48
+    assert bench.occupancy(hopper, 16, 32) == 32
+    assert bench.occupancy(ada, 88, 128) == 20
+    assert bench.occupancy(hopper, 255, 128) == 8

@@ -1,0 +1,156 @@
+"""The solver's kernels against `kernels.cpu`: run on the CPU, and on a GPU by `pytest -m gpu`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from lqexport import fit as fitting
+from lqexport import solve, solve_cpu, solve_cuda
+from lqexport.blocks import BlockModel
+from lqexport.collect import moments_of
+from lqexport.fit import fit
+from lqexport.formats.registry import codec
+from lqexport.grid import TensorGrid
+from lqexport.kernels import cuda_solve
+from lqexport.moments import SecondMoments
+from lqexport.source import open_source
+from lqexport.texts import read_text
+
+KernelsOn = Callable[[str, dict[str, list[str]]], str]
+NAMES = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q4_1", "gguf:Q6_K", "gguf:IQ4_XS", "native:affine-3-g64",
+         "native:affine-4-row", "native:table-3", "native:mxint-3-g32"]  # fmt: skip
+"""One of each kind: two-level and plain numbers, with and without offset, uniform and not, groups from 16 to a row."""
+SANITIZED = ["gguf:Q2_K", "gguf:IQ4_XS", "native:table-3"]
+
+
+@cache
+def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, and second moments of inputs that depend on each other, one of them large."""
+    generator = torch.Generator().manual_seed(columns)
+    mixing = torch.randn(columns, columns, generator=generator) * columns**-0.5
+    inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
+    inputs[:, 0] *= 10
+    return torch.randn(rows, columns, generator=generator), inputs.T @ inputs / len(inputs)
+
+
+def solved(
+    backend: object, name: str, weights: torch.Tensor, hessian: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> tuple[TensorGrid, torch.Tensor, TensorGrid, torch.Tensor]:
+    """Grid and codes after error feedback, and after two sweeps of refinement, by one of the backends."""
+    monkeypatch.setattr(solve, "_backend", lambda _: backend)
+    grid = fit(codec(name), weights.cpu(), hessian.diagonal().cpu())
+    grid = moved(grid, weights.device)
+    codes = solve.feedback(weights, grid, solve.factorize(hessian.double(), 0.05, True))
+    refined = solve.refine(weights, solve.damped(hessian, 0.05), grid, codes, sweeps=2, refit=True)
+    return grid, codes, *refined
+
+
+def moved(grid: TensorGrid, device: torch.device) -> TensorGrid:
+    numbers = [
+        part and type(part)(part.format, part.supers.to(device), part.subs.to(device))
+        for part in (grid.scale, grid.offset)
+    ]
+    return TensorGrid(grid.columns, grid.levels.to(device), grid.uniform, *numbers)
+
+
+def compare(
+    name: str, weights: torch.Tensor, hessian: torch.Tensor, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Codes by kernels.cpu and by the kernels: of feedback the same but for ties, of refinement as good."""
+    _, first, grid, codes = solved(solve_cpu, name, weights, hessian, monkeypatch)
+    theirs = solved(solve_cuda, name, weights.to(device), hessian.to(device), monkeypatch)
+    other_first, other_codes = theirs[1].cpu(), theirs[3].cpu()
+    # On the CPU the same bits; on a GPU the products between blocks are another library's.
+    limit = 0 if device == "cpu" else 2e-3
+    assert float((first != other_first).float().mean()) <= limit
+    assert float((codes != other_codes).float().mean()) <= 2e-3
+    losses = [
+        solve.layer_loss((values - weights).double(), hessian.double())
+        for values in (grid.values(codes), moved(theirs[2], torch.device("cpu")).values(other_codes))
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+@pytest.fixture(params=["plain", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, kernels_on: KernelsOn) -> str:
+    return kernels_on(request.param, cuda_solve.KERNELS)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_and_numbers_are_those_of_the_cpu(name: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compare(name, *problem(7, 256), device, monkeypatch)
+
+
+def test_columns_that_fill_no_block(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for columns in (1, 45, 165):
+        compare("native:table-3", *problem(5, columns), device, monkeypatch)
+        compare("native:affine-4-row", *problem(5, columns), device, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["gguf:Q4_K", "gguf:Q2_K", "native:table-4"])
+def test_real_layers(name: str, device: str, reference_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of smollm2-k's first block, and second moments of what enters them."""
+    for weights, hessian in real_layers(reference_models / "smollm2-k"):
+        compare(name, weights[:12].contiguous(), hessian, device, monkeypatch)
+
+
+@cache
+def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    source = open_source(str(folder))
+    tokens = source.tokenizer()(read_text("python-docs").content[:20000], return_tensors="pt")["input_ids"]
+    model = BlockModel(source, torch.device("cpu"))
+    block, groups = model.block(0), [("self_attn.q_proj",), ("mlp.gate_proj",)]
+    with (
+        torch.no_grad(),
+        moments_of(block, groups, lambda n: SecondMoments(n, "normalized", torch.device("cpu"))) as found,
+    ):
+        model.run(block, model.start(tokens[:, :1024]))
+    return [
+        (block.get_submodule(group[0]).weight.detach().float(), moments.hessian()) for group, moments in found.items()
+    ]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if codec(name).scale and not codec(name).scale.power])
+def test_fitted_groups_are_as_good(name: str, device: str) -> None:
+    weights, hessian = problem(7, 256)
+    weights = weights.clone()
+    weights[0, :64], weights[1, :64] = 0, 3.0  # groups without a range
+    chosen = codec(name)
+    levels, uniform = fitting.shared_levels(chosen, weights.device)
+    group = chosen.scale.group or 256
+    importance = fitting._normalized(hessian.diagonal().unflatten(0, (-1, group)))
+    expected = fitting._fit_cpu(weights, importance, levels, uniform, chosen.offset)
+    on_device = [tensor.to(device) for tensor in (weights, importance, levels)]
+    actual = fitting._fit_cuda(*on_device, uniform, chosen.offset)
+
+    def error(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+        groups = weights.unflatten(1, (-1, group))
+        level = fitting._chosen(groups, scale.cpu(), shift.cpu(), levels, uniform)
+        off = groups - scale.cpu()[..., None] * level - shift.cpu()[..., None]
+        return (importance * off.square()).sum(-1)
+
+    torch.testing.assert_close(error(*actual).sum(), error(*expected).sum(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(error(*actual), error(*expected), rtol=0.05, atol=1e-6)
+
+
+@pytest.mark.parametrize("flavour", ["address", "thread"])
+@pytest.mark.parametrize("name", SANITIZED)
+def test_under_the_sanitizers(name: str, flavour: str, kernels_on: KernelsOn, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = kernels_on(flavour, cuda_solve.KERNELS)
+    compare(name, *problem(5, 256), device, monkeypatch)
+    if codec(name).scale:
+        weights, hessian = problem(5, 256)
+        group = codec(name).scale.group
+        importance = fitting._normalized(hessian.diagonal().unflatten(0, (-1, group)))
+        levels, uniform = fitting.shared_levels(codec(name), weights.device)
+        fitting._fit_cuda(weights, importance, levels, uniform, codec(name).offset)
+
+
+def test_a_block_that_is_too_wide_is_refused() -> None:
+    with pytest.raises(ValueError, match="at most 128 columns, not 129"):
+        cuda_solve.feedback_block(*torch.zeros(4, 2, 129), torch.zeros(1, 4), True)
