@@ -34,6 +34,7 @@ from lqexport.pipeline import quantize
 from lqexport.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
+from lqexport.texts import read_text
 from lqexport.verify import ArtifactModel, verify
 
 needs_engine = pytest.mark.skipif(
@@ -450,10 +451,17 @@ def test_what_an_artifact_lacks_is_said(options: dict[str, Any], corrected: Arti
 # Verification.
 
 
-def test_verify_measures_with_and_without(corrected: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("heldout") / "text.txt"
+    path.write_text(read_text("python-heldout").content[:20_000], encoding="utf-8")
+    return str(path)
+
+
+def test_verify_measures_with_and_without(corrected: Artifact, tiny_model: Path, heldout: str, tmp_path: Path) -> None:
     gguf.write(corrected, tmp_path / "m.gguf")
     gguf_adapter.write(corrected, tmp_path / "a.gguf")
-    files = {"against": str(tiny_model), "text": "python-heldout", "windows": 1}
+    files = {"against": str(tiny_model), "text": heldout, "windows": 1}
     found = verify(tmp_path / "m.gguf", adapter=tmp_path / "a.gguf", artifact=corrected.folder, **files)
     assert found.failed == []
     assert found.adapter == str(tmp_path / "a.gguf")
@@ -477,13 +485,13 @@ def test_verify_measures_with_and_without(corrected: Artifact, tiny_model: Path,
         assert ran.base_evaluations[0].kl == pytest.approx(found.base_evaluations[0].kl, rel=0.05)
 
 
-def test_a_damaged_factor_fails(corrected: Artifact, tiny_model: Path, tmp_path: Path) -> None:
+def test_a_damaged_factor_fails(corrected: Artifact, tiny_model: Path, heldout: str, tmp_path: Path) -> None:
     gguf.write(corrected, tmp_path / "m.gguf")
     gguf_adapter.write(corrected, tmp_path / "a.gguf")
     content = bytearray((tmp_path / "a.gguf").read_bytes())
     content[-2:] = np.float16(np.inf).tobytes()
     (tmp_path / "a.gguf").write_bytes(content)
-    found = verify(tmp_path / "m.gguf", str(tiny_model), text="python-heldout", windows=1, artifact=corrected.folder,
+    found = verify(tmp_path / "m.gguf", str(tiny_model), text=heldout, windows=1, artifact=corrected.folder,
                    adapter=tmp_path / "a.gguf")  # fmt: skip
     assert any("not finite" in sentence for sentence in found.failed)
     assert any("are not those of" in sentence for sentence in found.failed)
@@ -555,13 +563,13 @@ def round_rtn(kind: str, weights: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(codec(kind).decode(stored.planes, weights.shape[1]))
 
 
-def test_emulated_activations_cost_what_their_bits_do(corrected: Artifact, tiny_model: Path) -> None:
+def test_emulated_activations_cost_what_their_bits_do(corrected: Artifact, tiny_model: Path, heldout: str) -> None:
     kl = {}
     for kind in (None, "native:mxint-8-g16", "native:mxint-3-g16"):
-        found = verify(corrected.folder, str(tiny_model), text="python-heldout", windows=1, activations=kind)
+        found = verify(corrected.folder, str(tiny_model), text=heldout, windows=1, activations=kind)
         assert found.activations == kind
         kl[kind] = found.evaluations[0].kl
     assert kl["native:mxint-8-g16"] == pytest.approx(kl[None], rel=0.1)
     assert kl["native:mxint-3-g16"] > 1.2 * kl[None]
     with pytest.raises(UserError, match="has no grid"):
-        verify(corrected.folder, str(tiny_model), text="python-heldout", activations="F16")
+        verify(corrected.folder, str(tiny_model), text=heldout, activations="F16")
