@@ -21,7 +21,7 @@ from reference_models import smollm2_gguf
 def commands(folder: Path, target: str) -> list[list[str]]:
     """Arguments of `lqexport`, step by step."""
     source, artifact, file = str(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
-    sizes = ["--samples", "32", "--sequence-length", "512"]
+    sizes = ["--samples", "16", "--tune", "24", "--sequence-length", "512"]
     limits = ["--windows", "8", "--max-kl", "0.5"]
     check = ["--artifact", artifact, "--engine", "llama.cpp", *limits, "--html", str(folder / "report.html")]
     return [
