@@ -50,7 +50,7 @@ def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Fa
         raise UserError(f"{file} is a folder, which holds its own factors: leave out the adapter.")
     if adapter is not None:
         return PeftAdapter(adapter) if adapter.is_dir() else GGUFAdapter(adapter, config)
-    factors = ArtifactFactors(Artifact(file)) if file.is_dir() else None
+    factors = ArtifactFactors(Artifact(file)) if (file / "manifest.json").is_file() else None
     return factors if factors and factors.names() else None
 
 

@@ -54,6 +54,11 @@ def _sections(
     return TensorSections(order, tuple(sections))
 
 
+def storable(maxima: Tensor, bits: int) -> Tensor:
+    """Maxima rounded to float16, none so large that a weight would become infinite."""
+    return half(maxima.clamp(0, 65504 / 2 ** (bits - 1)))
+
+
 def _base(groups: Tensor, bits: int) -> Tensor:
     """The scale [R, G] under which the largest weight of each group [R, G, g] falls between its end levels."""
     return groups.abs().amax(2) / (2 ** (bits - 1) - 0.5)
@@ -61,7 +66,7 @@ def _base(groups: Tensor, bits: int) -> Tensor:
 
 def _span_run(part: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     base = _base(part.unflatten(1, (-1, run.group)), run.bits)
-    maxima = half(base.amax(0))
+    maxima = storable(base.amax(0), run.bits)
     share = base / torch.where(maxima == 0, torch.inf, maxima)
     return maxima, ((16 * share.sqrt()).round() - 1).clamp(0, 15).to(torch.int16)
 
@@ -88,7 +93,7 @@ def _fit_group(group: Tensor, weight: Tensor, bits: int, base: Tensor) -> tuple[
 
 def _tried(group: Tensor, weight: Tensor, bits: int, maxima: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The maxima [M] as stored, and for each row the least error and its scale code [R, M]."""
-    maxima = half(maxima)
+    maxima = storable(maxima, bits)
     scales = squared_scale(maxima[:, None], torch.arange(16, device=group.device))
     best = _best_subs_cpu if group.device.type == "cpu" else _best_subs
     return maxima, *best(group, weight, scales, bits)

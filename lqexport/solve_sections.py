@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lqexport.fit_sections import storable
 from lqexport.grid import Section, TensorSections, half, squared_scale
 from lqexport.solve import REFINE_BLOCK, backend
 
@@ -77,7 +78,8 @@ def _move_maximum(
     """Move M of one group to the best that the file can hold; what it changes [R, g], zero where that is not better."""
     slope, curvature = (part.sum() for part in _best_factor(values, gradient, hessian))
     share = torch.where(curvature > 0, -slope / curvature, 0.0)
-    maximum = half((section.maxima[g] * (1 + share)).clamp(0, 65504 / 2**7).float())
+    bits = section.levels.shape[1].bit_length() - 1
+    maximum = storable((section.maxima[g] * (1 + share)).float(), bits)
     new = half(levels * squared_scale(maximum, section.subs[:, g])[:, None])
     change = new - values
     better = _loss_change(change, gradient, hessian).sum() < 0

@@ -47,7 +47,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def recipe(tiny_model: Path, text: Path) -> Recipe:
-    options = {"calibration": str(text), "samples": 4, "sequence_length": 64, "descent": 1, "tune": 0}
+    options = {
+        "calibration": str(text),
+        "samples": 4,
+        "sequence_length": 64,
+        "moments": "normalized",
+        "descent": 1,
+        "tune": 0,
+    }
     return Recipe(str(tiny_model), "exl2", bits=3.3, **options)
 
 

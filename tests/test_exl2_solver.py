@@ -171,9 +171,19 @@ def test_inputs_and_weights_of_zero_survive() -> None:
         assert not codec(name).decode(tensor.planes, 256).any()
 
 
+def test_weights_beyond_float16_become_its_largest() -> None:
+    weights = torch.full((32, 256), 1e6)
+    weights[:, ::2] = -1e6
+    for name in NAMES:
+        tensor = solve_linear("x", weights, torch.eye(256), name, Recipe("x", "exl2", bits=3, descent=1))
+        values = codec(name).decode(tensor.planes, 256)
+        assert np.isfinite(values).all()
+        assert values[0, 0] < -60000
+
+
 def test_measured_options_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    recipe = Recipe("x", "exl2", bits=3, descent=0)
+    recipe = Recipe("x", "exl2", bits=3, moments="normalized", descent=0)
     options = {option.name: option for option in measured_options(weights, hessian, recipe)}
     assert {"exl2:2g32x8", "exl2:8g32x8"} < options.keys()
     assert all(sum(run.columns for run in codec(name).runs) == 256 for name in options)
