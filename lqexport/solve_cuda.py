@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from lqexport.grid import Numbers, TensorGrid
@@ -22,7 +21,7 @@ def refine_block(
 ) -> None:
     """One sweep over the columns of `block`; values [R, B], codes [R, C] and the grid's numbers change in place."""
     part = codes[:, block].contiguous()
-    # The kernel changes the block's numbers in copies, since the grid's own are a part of wider rows.
+    # The kernel wants contiguous rows, which the block's part of the grid's numbers is not.
     scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
     group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block will do
     cuda_solve.refine_block(values, gradient, hessian, part, grid.levels, grid.uniform, group, scale, offset, refit)
@@ -30,20 +29,19 @@ def refine_block(
     for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):
         if numbers is not None and changed.supers is not None and changed.subs is not None:
             supers, subs = _parts(numbers, grid, block)
-            supers.copy_(changed.supers)
-            subs.copy_(changed.subs)
+            numbers.supers[:, supers] = changed.supers
+            numbers.subs[:, subs] = changed.subs
 
 
-def _parts(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[Tensor, Tensor]:
-    """The block's supers and subs, as views of the grid's."""
+def _parts(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, slice]:
+    """Where the block's supers and subs stand in a row of the grid's."""
     first, last = block.start // grid.group, block.stop // grid.group
-    span = numbers.format.span
-    return numbers.supers[:, first // span : last // span], numbers.subs[:, first:last]
+    return slice(first // numbers.format.span, last // numbers.format.span), slice(first, last)
 
 
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.Stored:
     if numbers is None:
         return cuda_solve.Stored()
-    form = numbers.format
-    supers, subs = (torch.clone(part, memory_format=torch.contiguous_format) for part in _parts(numbers, grid, block))
-    return cuda_solve.Stored(supers, subs, form.span, form.low, form.high, form.sign, form.power)
+    form, (supers, subs) = numbers.format, _parts(numbers, grid, block)
+    parts = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
+    return cuda_solve.Stored(*parts, form.span, form.low, form.high, form.sign, form.power)
