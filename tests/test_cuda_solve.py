@@ -42,7 +42,7 @@ def solved(
     backend: object, name: str, weights: torch.Tensor, hessian: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[TensorGrid, torch.Tensor, TensorGrid, torch.Tensor]:
     """Grid and codes after error feedback, and after two sweeps of refinement, by one of the backends."""
-    monkeypatch.setattr(solve, "_backend", lambda _: backend)
+    monkeypatch.setattr(solve, "backend", lambda *_: backend)
     grid = fit(codec(name), weights.cpu(), hessian.diagonal().cpu())
     grid = moved(grid, weights.device)
     codes = solve.feedback(weights, grid, solve.factorize(hessian.double(), 0.05, True))
@@ -123,7 +123,7 @@ def test_fitted_groups_are_as_good(name: str, device: str) -> None:
     chosen = codec(name)
     levels, uniform = fitting.shared_levels(chosen, weights.device)
     group = chosen.scale.group or 256
-    importance = fitting._normalized(hessian.diagonal().unflatten(0, (-1, group)))
+    importance = fitting.normalized(hessian.diagonal().unflatten(0, (-1, group)))
     expected = fitting._fit_cpu(weights, importance, levels, uniform, chosen.offset)
     on_device = [tensor.to(device) for tensor in (weights, importance, levels)]
     actual = fitting._fit_cuda(*on_device, uniform, chosen.offset)
@@ -146,7 +146,7 @@ def test_under_the_sanitizers(name: str, flavour: str, kernels_on: KernelsOn, mo
     if codec(name).scale:
         weights, hessian = problem(5, 256)
         group = codec(name).scale.group
-        importance = fitting._normalized(hessian.diagonal().unflatten(0, (-1, group)))
+        importance = fitting.normalized(hessian.diagonal().unflatten(0, (-1, group)))
         levels, uniform = fitting.shared_levels(codec(name), weights.device)
         fitting._fit_cuda(weights, importance, levels, uniform, codec(name).offset)
 

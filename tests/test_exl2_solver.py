@@ -145,7 +145,7 @@ def test_torch_path_equals_the_kernels(
     results = []
     for backend in (solve_cpu, solve_torch):
         for module in (solve, solve_sections):
-            monkeypatch.setattr(module, "backend", lambda _, chosen=backend: chosen)
+            monkeypatch.setattr(module, "backend", lambda *_, chosen=backend: chosen)
         grid, codes = solved(name, weights, hessian)
         results.append(
             (codes, *solve_sections.refine_sections(weights, solve.damped(hessian, 0.01), grid, codes, sweeps=1))

@@ -118,7 +118,7 @@ def test_torch_path_equals_the_kernels(
     weights, hessian = problem
     results = []
     for backend in (solve_cpu, solve_torch):
-        monkeypatch.setattr(solve, "backend", lambda _, chosen=backend: chosen)
+        monkeypatch.setattr(solve, "backend", lambda *_, chosen=backend: chosen)
         grid, codes = solved(name, weights, hessian)
         refined = solve.refine(weights, solve.damped(hessian, 0.01), grid, codes, sweeps=1, refit=True)
         results.append((codes, *refined))
