@@ -240,10 +240,10 @@ def to_gguf(
         from lqexport.converters import gguf, gguf_adapter
         from lqexport.inspect import human_bytes, inspect, size
 
-        stored = Artifact(artifact)
+        stored, total = Artifact(artifact), size(inspect(artifact).entries)
         gguf_adapter.check_asked(stored, adapter is not None)
         with terminal_listener() as listener:
-            listener.stage(f"Write {file}", size(inspect(artifact).entries))
+            listener.stage(f"Write {file}", total)
             gguf.write(stored, file, lambda _, written: listener.advance(written))
             if adapter:
                 gguf_adapter.write(stored, adapter, lambda _, written: listener.advance(written))

@@ -155,7 +155,8 @@ def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
 
 
 def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
-    shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", samples=1, sequence_length=8, descent=0), tmp_path)
+    shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", samples=1, sequence_length=8, descent=0, tune=0,
+                                   moments="normalized"), tmp_path)  # fmt: skip
     linears = 2 * (4 * 96 * 96 + 3 * 96 * 256)
     forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down

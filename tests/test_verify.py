@@ -301,10 +301,10 @@ def test_overlap_is_looked_for_in_the_artifacts_run(
         ({"protocols": ()}, "at least one protocol"),
         ({"windows": 0}, "at least 1, not 0"),
         ({"engine": "ollama"}, "Unknown engine 'ollama'"),
-        ({"engine": "llama.cpp"}, "is a folder. Run `lqexport to-gguf` first"),
+        ({"engine": "llama.cpp"}, "is a folder. `lqexport to-gguf` writes such files"),
         ({"text": "no-such-text"}, "no-such-text"),
         ({"against": "/no/such/model.gguf"}, "There is no file"),
-        ({"file": Path("model.safetensors")}, "neither a .gguf file nor an artifact folder"),
+        ({"file": Path("model.safetensors")}, "neither a .gguf file nor a folder of ExLlamaV2 or an artifact"),
         ({"artifact": Path("/no/such/folder")}, "not an lqexport artifact"),
     ],
 )
