@@ -97,7 +97,8 @@ class Judge:
         self.reference = list(logits)
 
     def __call__(self, file: Path, adapter: Path | None = None) -> evaluate.Evaluation:
-        with llamacpp.LlamaCpp(file, 512, adapter=adapter) as engine:
+        # As many threads as torch: on a busy machine more of them wait for each other.
+        with llamacpp.LlamaCpp(file, 512, torch.get_num_threads(), adapter) as engine:
             test = evaluate.engine_logits(engine, self.windows, evaluate.LLAMACPP_512)
             return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
 
