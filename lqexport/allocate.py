@@ -47,12 +47,6 @@ class Allocation:
     gap: float
 
 
-def six_digits(loss: float) -> float:
-    """A predicted loss without the digits that depend on where in memory a product's factors lie, so that a resumed
-    run finds what a whole one does."""
-    return float(f"{loss:.6g}")
-
-
 def reachable(tensors: Mapping[str, Sequence[Option]]) -> tuple[int, int]:
     """The least and the most bytes that any choice takes."""
     sizes = [[option.nbytes for option in options] for options in tensors.values()]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lqexport.allocate import Option, allocate, reachable, six_digits
+from lqexport.allocate import Option, allocate, reachable
 from lqexport.artifact import Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
 from lqexport.collect import BlockMoments, embed, run_through
@@ -111,7 +111,7 @@ def measure_linears(
             hessian = names[name].to(model.device).reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
             solved = {kind: solve_linear(name, sample, hessian, kind, quick) for kind in linears[name]}
             per_loss = 0.5 * len(weight) / len(sample)
-            losses[name] = {kind: six_digits(per_loss * tensor.facts["loss"]) for kind, tensor in solved.items()}
+            losses[name] = {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
             listener.advance(1)
         measured.add(losses)
 
@@ -156,7 +156,7 @@ def measure_outer(
             changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), kind)), device)
             pairs = zip(states, final_states(changed, tokens), strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
-            losses[kind] = six_digits(max(0.0, sum(divergences) / len(divergences)))
+            losses[kind] = max(0.0, sum(divergences) / len(divergences))
         measured.add({name: losses})
         listener.advance(1)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from lqexport.allocate import Allocation, Option, allocate, six_digits
+from lqexport.allocate import Allocation, Option, allocate
 from lqexport.converters.exl2_plan import filled_runs
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import Run, nbytes
@@ -45,8 +45,7 @@ def measured_options(weight: Tensor, hessian: Tensor, recipe: Recipe) -> list[Op
         grid = _assembled(runs, pure)
         error = grid.values(feedback(sample, grid, factor)) - sample
         codec = Exl2(runs)
-        loss = six_digits(unit * layer_loss(error, hessian))
-        options.append(Option(codec.name, nbytes(codec, *weight.shape), loss))
+        options.append(Option(codec.name, nbytes(codec, *weight.shape), unit * layer_loss(error, hessian)))
     return options
 
 

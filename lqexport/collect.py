@@ -232,8 +232,7 @@ class _States:
 
     def read(self, kind: str, index: int) -> list[Tensor]:
         with safe_open(self._path(kind, index), "pt") as file:
-            # Copies, since a product's last bits depend on where in memory its factors begin.
-            return [file.get_tensor(key).clone() for key in sorted(file.keys())]
+            return [file.get_tensor(key) for key in sorted(file.keys())]
 
     def remove(self, kind: str, index: int) -> None:
         self._path(kind, index).unlink(missing_ok=True)

@@ -8,6 +8,7 @@ import re
 import torch
 
 from lqexport.errors import UserError
+from lqexport.kernels.threads import start_pool
 
 
 def choose_device(name: str) -> torch.device:
@@ -20,6 +21,17 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"torch sees no CUDA device {name} here; choose --device cpu.")
     return device
+
+
+def steady_threads() -> None:
+    """Keep torch's number of threads as it is for the whole process.
+
+    When numba starts its OpenMP threads, the number of those becomes torch's too; and the last bits of torch's products
+    depend on it. A resumed run would then differ from a whole one by what came before its first compiled loop.
+    """
+    threads = torch.get_num_threads()
+    start_pool()
+    torch.set_num_threads(threads)
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -49,8 +49,7 @@ class MomentsCache:
             tensors = safetensors.torch.load_file(path, str(device))
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.") from error
-        # Copies, since a product's last bits depend on where in memory its factors begin.
-        return index, {tuple(name.split("+")): hessian.clone() for name, hessian in tensors.items()}
+        return index, {tuple(name.split("+")): hessian for name, hessian in tensors.items()}
 
     def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:
         """Passes `computed` on, keeping each block."""

@@ -48,7 +48,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
 from lqexport.converters.tensor_names import is_tied
 from lqexport.corrected import solve_corrected, stored_correction, values_of
-from lqexport.environment import choose_device, versions
+from lqexport.environment import choose_device, steady_threads, versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
@@ -86,6 +86,7 @@ def quantize(
 
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
+    steady_threads()
     run = _Run(recipe, out, choose_device(device), cache, listener or Silent())
     if not run.artifact.complete:
         with torch.no_grad():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -45,3 +49,23 @@ def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_are_the_installed_ones() -> None:
     assert versions("numpy") == {"numpy": np.__version__}
+
+
+THREADS = """
+import sys
+import torch
+from lqexport.environment import steady_threads
+from lqexport.kernels.threads import start_pool
+steady_threads() if sys.argv[1] == "steady" else None
+start_pool()
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize(("how", "threads"), [("steady", 1), ("as it comes", 2)])
+def test_compiled_loops_leave_torch_its_threads(how: str, threads: int) -> None:
+    """The second case shows that there is something to prevent."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": "omp"}
+    command = [sys.executable, "-c", THREADS, how]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
+    assert int(done.stdout) == threads
