@@ -25,7 +25,7 @@ from lqexport import evaluate, texts
 from lqexport.artifact import Artifact, StoredTensor
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
-from lqexport.collect import embed, forward_moments
+from lqexport.collect import by_weight, embed, forward_moments
 from lqexport.converters import exl2
 from lqexport.converters.exl2_plan import plan_exl2
 from lqexport.formats.exl2 import Exl2, runs_named
@@ -117,15 +117,14 @@ def baselines(source: Source, tokens: Tensor, choices: dict[str, Codecs]) -> dic
     """Every linear by ExLlamaV2's recipe in the codecs of each choice, from one pass of plain second moments."""
     model, found = BlockModel(source), {label: {} for label in choices}
     blocks = forward_moments(model, embed(model, tokens), "plain", lambda *_: True, len(model) - 1)
-    for index, groups in blocks:
-        for group, hessian in groups.items():
-            for name in (f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group):
-                weight = source.read(name).float()
-                for label, codecs in choices.items():
-                    codec = Exl2(runs_named(codecs[name]))
-                    grid, codes = converted(codec, weight, hessian)
-                    planes = codec.encode(grid.numpy(), codes.numpy())
-                    found[label][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
+    for block in blocks:
+        for name, hessian in by_weight(model, block).items():
+            weight = source.read(name).float()
+            for label, codecs in choices.items():
+                codec = Exl2(runs_named(codecs[name]))
+                grid, codes = converted(codec, weight, hessian)
+                planes = codec.encode(grid.numpy(), codes.numpy())
+                found[label][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
     return found
 
 

@@ -45,7 +45,7 @@ def importance_matrix(source: Source, text: str, samples: int) -> dict[str, np.n
         sums = {}
         for group in model.architecture.linears:
             for linear in group:
-                name = names[f"{model.architecture.blocks}.{index}.{linear}.weight"]
+                name = names[model.weight_name(index, linear)]
                 sums[name] = torch.zeros(block.get_submodule(linear).in_features, dtype=torch.float64)
                 block.get_submodule(linear).register_forward_pre_hook(_adding(sums[name]))
         with torch.no_grad():
@@ -135,6 +135,14 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def figures(entry: dict[str, Any]) -> str:
+    """Size, KL, perplexity and agreement of a `row`, as cells of a table."""
+    return (
+        f"{entry['bytes'] / 1e6:.1f} | {entry['kl']:.4f} ± {entry['kl_error']:.4f} | {entry['perplexity']:.2f} ± "
+        f"{entry['perplexity_error']:.2f} | {entry['top1']:.1%}"
+    )
+
+
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| type | method | MB | mean KL | perplexity | same top-1 | loads bitwise |",
@@ -142,11 +150,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     ]
     for entry in rows:
         exact = {True: "yes", False: "NO", None: ""}[entry["bitwise"]]
-        lines.append(
-            f"| {entry['type']} | {entry['method']} | {entry['bytes'] / 1e6:.1f} | {entry['kl']:.4f} ± "
-            f"{entry['kl_error']:.4f} | {entry['perplexity']:.2f} ± {entry['perplexity_error']:.2f} | "
-            f"{entry['top1']:.1%} | {exact} |"
-        )
+        lines.append(f"| {entry['type']} | {entry['method']} | {figures(entry)} | {exact} |")
     return "\n".join(lines)
 
 

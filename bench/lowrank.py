@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from gguf_quality import Judge
+from gguf_quality import Judge, figures
 
 from lqexport.artifact import Artifact
 from lqexport.converters import gguf, gguf_adapter
@@ -112,11 +112,7 @@ STAGES = [("Q2_K", corrected), ("Q3_K", corrected), ("Q4_K", plain), ("IQ4_XS", 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| type | correction | MB | mean KL | perplexity | same top-1 |", "|---|---|---|---|---|---|"]
     for entry in sorted(rows, key=lambda entry: entry["bytes"]):
-        lines.append(
-            f"| {entry['type']} | {entry['label']} | {entry['bytes'] / 1e6:.1f} | {entry['kl']:.4f} ± "
-            f"{entry['kl_error']:.4f} | {entry['perplexity']:.2f} ± {entry['perplexity_error']:.2f} | "
-            f"{entry['top1']:.1%} |"
-        )
+        lines.append(f"| {entry['type']} | {entry['label']} | {figures(entry)} |")
     return "\n".join(lines)
 
 

@@ -19,6 +19,12 @@ def check_shape(codec: Codec, rows: int, columns: int) -> None:
 def check_planes(codec: Codec, planes: Planes, columns: int) -> int:
     """The rows that `planes` hold. Raises ValueError where they are not those of a matrix of `columns`."""
     rows = len(next(iter(planes.values()), ()))
+    check_layout(codec, planes, rows, columns)
+    return rows
+
+
+def check_layout(codec: Codec, planes: Planes, rows: int, columns: int) -> None:
+    """Raises ValueError where the planes are not those of a matrix [rows, columns]."""
     expected = codec.layout(rows, columns)
     if sorted(expected) != sorted(planes):
         raise ValueError(f"{codec.name} has the planes {', '.join(expected)}, not {', '.join(planes) or 'none'}.")
@@ -29,7 +35,6 @@ def check_planes(codec: Codec, planes: Planes, columns: int) -> int:
                 f"Plane {name} of {codec.name} with {columns} columns must be {dtype} {list(shape)}, "
                 f"not {plane.dtype} {list(plane.shape)}."
             )
-    return rows
 
 
 def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:

@@ -27,6 +27,7 @@ from itertools import groupby, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from lqexport.formats.checks import check_layout
 from lqexport.formats.codec import Grid, Planes, Run, SectionedCodec, Sections
 from lqexport.formats.native import pack_bits, unpack_bits
 
@@ -224,15 +225,7 @@ def _check_scale(codec: Exl2, run: Run, scale: SquaredScales, rows: int) -> None
 def _check_planes(codec: Exl2, planes: Planes, columns: int) -> int:
     """The rows that `planes` hold. Raises ValueError where they are not those of a matrix of `columns`."""
     rows = planes["q_weight"].shape[-1] if "q_weight" in planes else 0
-    expected = codec.layout(rows, columns)
-    if sorted(expected) != sorted(planes):
-        raise ValueError(f"EXL2 has the planes {', '.join(expected)}, not {', '.join(planes) or 'none'}.")
-    for name, (dtype, shape) in expected.items():
-        plane = planes[name]
-        if plane.dtype != dtype or plane.shape != shape:
-            raise ValueError(
-                f"Plane {name} of {codec.name} must be {dtype} {list(shape)}, not {plane.dtype} {list(plane.shape)}."
-            )
+    check_layout(codec, planes, rows, columns)
     if not np.array_equal(planes["q_groups"], _group_table(codec.runs)):
         raise ValueError(f"q_groups does not list the groups of {codec.name}.")
     _check_order(planes["q_invperm"], columns)

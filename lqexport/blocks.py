@@ -102,6 +102,10 @@ class BlockModel:
         output = block(hidden, **self._arguments[(hidden.shape[0], hidden.shape[1])])
         return output[0] if isinstance(output, tuple) else output
 
+    def weight_name(self, index: int, linear: str) -> str:
+        """Name of the weight of a linear of decoder block `index`."""
+        return f"{self.architecture.blocks}.{index}.{linear}.weight"
+
     def names(self, index: int) -> list[str]:
         """Names of the tensors of decoder block `index`."""
         return [f"{self.architecture.blocks}.{index}.{name}" for name in self._blocks[index].state_dict()]

@@ -21,7 +21,7 @@ from torch.nn.functional import kl_div, log_softmax
 from lqexport.allocate import Option, allocate, reachable
 from lqexport.artifact import Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
-from lqexport.collect import BlockMoments, embed, run_through
+from lqexport.collect import BlockMoments, by_weight, final_states
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
@@ -100,15 +100,13 @@ def measure_linears(
 ) -> None:  # fmt: skip
     """Predicted losses of linears (name -> codecs) from their guided second moments; kept block by block."""
     quick = dataclasses.replace(recipe, descent=0)
-    for index, groups in moments:
-        names = {
-            f"{model.architecture.blocks}.{index}.{name}.weight": h for group, h in groups.items() for name in group
-        }
+    for block in moments:
+        hessians = by_weight(model, block)
         losses: Losses = {}
-        for name in names.keys() & linears.keys():
+        for name in hessians.keys() & linears.keys():
             weight = source.read(name).to(model.device).float()
             sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
-            hessian = names[name].to(model.device).reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
+            hessian = hessians[name].to(model.device).reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
             solved = {kind: solve_linear(name, sample, hessian, kind, quick) for kind in linears[name]}
             per_loss = 0.5 * len(weight) / len(sample)
             losses[name] = {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
@@ -133,14 +131,6 @@ class _Replaced:
         return torch.from_numpy(decoded(self._tensor)) if name == self._tensor.name else self._weights.read(name)
 
 
-def final_states(model: BlockModel, tokens: Tensor) -> list[Tensor]:
-    """Hidden states [length, hidden] after the last block, for each of token ids [samples, length]."""
-    hidden = embed(model, tokens)
-    for _, block in model.blocks():
-        run_through(model, block, hidden)
-    return [state for batch in hidden for state in batch]
-
-
 def measure_outer(
     source: Weights, outer: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device, measured: Measured,
     listener: Listener,
@@ -154,7 +144,9 @@ def measure_outer(
         losses = {}
         for kind in kinds:
             changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), kind)), device)
-            pairs = zip(states, final_states(changed, tokens), strict=True)
+            # An output of its own comes after the states.
+            own = states if name == original.architecture.output else final_states(changed, tokens)
+            pairs = zip(states, own, strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
             losses[kind] = max(0.0, sum(divergences) / len(divergences))
         measured.add({name: losses})

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lqexport.artifact import written_whole
 from lqexport.blocks import BlockModel
 from lqexport.moments import SecondMoments
-from lqexport.progress import Listener
+from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
 
 BATCH_TOKENS = 1024
@@ -71,10 +71,15 @@ def input_magnitudes(model: BlockModel, inputs: list[Tensor]) -> dict[str, Tenso
 
     for index, block in model.blocks():
         for linear in (linear for group in model.architecture.linears for linear in group):
-            name = f"{model.architecture.blocks}.{index}.{linear}.weight"
-            linear_of(block, linear).register_forward_pre_hook(watch(name))
+            linear_of(block, linear).register_forward_pre_hook(watch(model.weight_name(index, linear)))
         run_through(model, block, inputs)
     return found
+
+
+def by_weight(model: BlockModel, moments: BlockMoments) -> dict[str, Tensor]:
+    """A block's second moments by the names of the weights that they are for."""
+    index, groups = moments
+    return {model.weight_name(index, linear): hessian for group, hessian in groups.items() for linear in group}
 
 
 def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None]) -> Iterator[BlockMoments]:
@@ -85,10 +90,24 @@ def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None])
         yield item
 
 
-def run_through(model: BlockModel, block: nn.Module, hidden: list[Tensor]) -> None:
-    """Replace every batch of hidden states by the block's outputs."""
+def run_through(model: BlockModel, block: nn.Module, hidden: list[Tensor], listener: Listener | None = None) -> None:
+    """Replace every batch of hidden states by the block's outputs; the listener advances by one for each."""
+    listener = listener or Silent()
     for i, batch in enumerate(hidden):
         hidden[i] = model.run(block, batch.to(model.device)).cpu()
+        listener.advance(1)
+
+
+def final_states(
+    model: BlockModel, tokens: Tensor, listener: Listener | None = None, description: str = ""
+) -> list[Tensor]:
+    """Hidden states [length, hidden] after the last block, for each of token ids [samples, length]; a stage of
+    `description` where somebody listens."""
+    hidden, listener = embed(model, tokens), listener or Silent()
+    listener.stage(description, len(model) * len(hidden))
+    for _, block in model.blocks():
+        run_through(model, block, hidden, listener)
+    return [state for batch in hidden for state in batch]
 
 
 def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> Tensor:
@@ -159,9 +178,7 @@ def _keep_inputs(model: BlockModel, ids: list[Tensor], states: _States, listener
     hidden = [model.start(batch).cpu() for batch in ids]
     for index, block in model.blocks():
         states.write("inputs", index, hidden)
-        for i, batch in enumerate(hidden):
-            hidden[i] = model.run(block, batch.to(model.device)).cpu()
-            listener.advance(1)
+        run_through(model, block, hidden, listener)
     gradients = [_head_gradient(model, batch, state) for batch, state in zip(ids, hidden, strict=True)]
     states.write("gradient", len(model), gradients)
 

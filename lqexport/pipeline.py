@@ -26,14 +26,16 @@ from lqexport.allocate import Allocation
 from lqexport.artifact import Artifact, SolvedModel, StoredTensor, read_json, write_json
 from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
-from lqexport.budget import Measured, final_states, found, measure_linears, measure_outer, options, parse_size
+from lqexport.budget import Measured, found, measure_linears, measure_outer, options, parse_size
 from lqexport.calibration import Calibration, load_calibration
 from lqexport.choose import chosen_mixes, measured_options
 from lqexport.collect import (
     BlockMoments,
     Group,
     begin_with_first,
+    by_weight,
     embed,
+    final_states,
     forward_moments,
     guided_moments,
     input_magnitudes,
@@ -236,15 +238,14 @@ class _Run:
         if not missing:
             return
         begin = partial(self.listener.stage, "Measuring mixes of widths", len(missing))
-        for index, groups in begin_with_first(self._moments(model), begin):
-            if index not in missing:
+        for block in begin_with_first(self._moments(model), begin):
+            if block[0] not in missing:
                 continue
             found = {}
-            for group, hessian in groups.items():
-                for name in (f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group):
-                    weight = self.source.read(name).to(self.device).float()
-                    found[name] = measured_options(weight, hessian.to(self.device), self._recipe_of(name))
-            self.artifact.write_options(index, found)
+            for name, hessian in by_weight(model, block).items():
+                weight = self.source.read(name).to(self.device).float()
+                found[name] = measured_options(weight, hessian.to(self.device), self._recipe_of(name))
+            self.artifact.write_options(block[0], found)
             self.listener.advance(1)
 
     def _recipe_of(self, name: str) -> Recipe:
@@ -300,9 +301,9 @@ class _Run:
 
     def _solve_on_full(self, model: BlockModel) -> None:
         """Every linear on inputs from the full-precision blocks before."""
-        for index, moments in begin_with_first(self._moments(model), self._begin_solving):
-            for group, hessian in moments.items():
-                for name in self._unfinished(model, index, group):
+        for block in begin_with_first(self._moments(model), self._begin_solving):
+            for name, hessian in by_weight(model, block).items():
+                if self._is_unfinished(name):
                     self._solve(self.linears[name], self.source.read(name), hessian.to(self.device))
 
     def _moments(self, model: BlockModel) -> Iterator[BlockMoments]:
@@ -323,9 +324,11 @@ class _Run:
 
     def _unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""
-        names = [f"{model.architecture.blocks}.{index}.{linear}.weight" for linear in group]
+        return [name for linear in group if self._is_unfinished(name := model.weight_name(index, linear))]
+
+    def _is_unfinished(self, name: str) -> bool:
         # A shape that no grid holds is stored already, as F16, and is no linear of the plan.
-        return [name for name in names if name in self.linears and name not in self.artifact]
+        return name in self.linears and name not in self.artifact
 
     def _solve_on_quantized(self, model: BlockModel) -> None:
         """Block by block on inputs from the quantized blocks before; within a block, group by group."""
@@ -343,9 +346,7 @@ class _Run:
                     for name in names:
                         self._solve_on(name, moments)
                 for linear in group:
-                    self._carry_forward(
-                        linear_of(block, linear), f"{model.architecture.blocks}.{index}.{linear}.weight"
-                    )
+                    self._carry_forward(linear_of(block, linear), model.weight_name(index, linear))
             run_through(model, block, inputs)
             if original and full:
                 run_through(model, original, full)

@@ -26,7 +26,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.artifact import Artifact, StoredTensor, decoded, written_whole
 from lqexport.blocks import BlockModel
-from lqexport.collect import embed
+from lqexport.collect import final_states
 from lqexport.corrected import stored_correction
 from lqexport.formats.codec import GridCodec, PlainCodec
 from lqexport.formats.registry import codec
@@ -187,13 +187,8 @@ class Tuner:
         """Hidden states [length, hidden] of the source after its last block, for every sequence; kept on disk."""
         path = self.folder / "source.safetensors"
         if not path.is_file():
-            hidden = embed(self.source, self.tokens)
-            self.listener.stage("Predictions of the source", len(self.source) * len(hidden))
-            for _, block in self.source.blocks():
-                for i, batch in enumerate(hidden):
-                    hidden[i] = self.source.run(block, batch.to(self.source.device)).cpu()
-                    self.listener.advance(1)
-            _write(path, {"hidden": torch.cat(hidden)}, {})
+            hidden = final_states(self.source, self.tokens, self.listener, "Predictions of the source")
+            _write(path, {"hidden": torch.stack(hidden)}, {})
         return list(safetensors.torch.load_file(path)["hidden"])
 
     def _step(self, tokens: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:

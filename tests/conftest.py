@@ -107,6 +107,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of 20000 words of four letters, of 80 kinds, to calibrate the tiny model on."""
+    import numpy as np
+
+    draw = np.random.default_rng(3)
+    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(" ".join(draw.choice(words, 20000)))
+    return path
+
+
 def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers' class of it depends on its version
     """A byte-level BPE tokenizer of 512 tokens that splits text as SmolLM2's does; it adds no special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers

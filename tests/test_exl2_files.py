@@ -37,15 +37,6 @@ DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(3)
-    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(" ".join(draw.choice(words, 20000)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def recipe(tiny_model: Path, text: Path) -> Recipe:
     options = {
         "calibration": str(text),

@@ -148,15 +148,6 @@ def test_a_step_that_gains_nothing_is_not_taken() -> None:
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(3)
-    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(" ".join(draw.choice(words, 20000)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def options(tiny_model: Path, text: Path) -> dict[str, Any]:
     return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), "samples": 4,
             "sequence_length": 64, "method": "gptq", "moments": "normalized"}  # fmt: skip

@@ -23,15 +23,6 @@ from lqexport.recipe import Recipe
 from lqexport.source import open_source
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(3)
-    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(" ".join(draw.choice(words, 20000)))
-    return path
-
-
 @pytest.fixture
 def recipe(tiny_model: Path, text: Path) -> Recipe:
     return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64, tune=5,

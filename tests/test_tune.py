@@ -21,15 +21,6 @@ from lqexport.tune import HELD_OUT, Tuner
 TARGETS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:IQ4_NL", "native:table-2", "native:affine-3-g64"]
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    draw = np.random.default_rng(5)
-    words = ["".join(draw.choice(list("etaoinshrdlu"), 4)) for _ in range(80)]
-    path = tmp_path_factory.mktemp("text") / "calibration.txt"
-    path.write_text(" ".join(draw.choice(words, 20000)))
-    return path
-
-
 def recipe_for(model: Path, target: str, text: Path, **options: object) -> Recipe:
     return Recipe(str(model), target, calibration=str(text), samples=4, sequence_length=64, **options)
 
