@@ -25,7 +25,8 @@ def load_script() -> Callable[[str], ModuleType]:
 
 
 def _load_script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    # Not the bare stem: bench/kernels.py must not answer to `import kernels`.
+    spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
