@@ -25,8 +25,9 @@ from lqexport.converters import gguf, gguf_adapter
 from lqexport.converters.factors import A, block_codec, corrected_linear, is_factor
 from lqexport.corrected import values_of
 from lqexport.evaluate import Evaluation
+from lqexport.job import plan_recipe
 from lqexport.linear import round_tensor
-from lqexport.pipeline import plan_recipe, quantize
+from lqexport.pipeline import quantize
 from lqexport.ranks import cut, share
 from lqexport.recipe import Recipe
 from lqexport.source import open_source

@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from torch.nn.functional import kl_div, log_softmax
 from lqexport.allocate import Option, allocate, reachable
 from lqexport.artifact import Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
-from lqexport.collect import BlockMoments, by_weight, final_states
+from lqexport.collect import BlockMoments, begin_with_first, by_weight, final_states
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
+from lqexport.job import Job, plan_recipe
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
@@ -48,6 +51,44 @@ UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB
 
 Losses = dict[str, dict[str, float]]
 """Tensor -> codec -> predicted nats per token."""
+
+
+def choose_types(job: Job) -> dict[str, Any] | None:
+    """Where the recipe gives a size: measure every tensor in every type, and plan the job anew with the best choice,
+    which is returned as budget.json keeps it."""
+    if job.recipe.size is None:
+        return None
+    path = job.artifact.folder / "budget.json"
+    if not path.is_file():
+        write_json(path, _measured_choice(job, job.recipe.size))
+    budget: dict[str, Any] = read_json(path, f"{path} is gone.")
+    job.take_plan(plan_recipe(job.source, job.recipe, budget["chosen"]))
+    return budget
+
+
+def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
+    def bytes_of(target: str) -> int:
+        same = dataclasses.replace(job.recipe, target=target, size=None, types=[])
+        return sum(tensor.nbytes for tensor in plan_recipe(job.source, same))
+
+    limit = parse_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
+    free = {tensor.name: options(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
+    measured = Measured(job.work / "measured.json")
+    linears = {name: kinds for name, kinds in free.items() if name in job.linears and name not in measured.losses}
+    if linears:
+        model = job.model()
+        begin = partial(job.listener.stage, "Measuring types", len(linears))
+        moments = begin_with_first(job.moments(model), begin)
+        measure_linears(job.source, model, moments, linears, job.recipe, measured, job.listener)
+    outer = {name: kinds for name, kinds in free.items() if name not in measured.losses}
+    job.listener.stage("Measuring embedding and output", len(outer))
+    measure_outer(job.source, outer, job.sequences, job.device, measured, job.listener)
+    return found(job.planned, measured.losses, limit)
+
+
+def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
+    by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in recipe.chosen_types())
+    return by_hand or len(options(tensor)) == 1
 
 
 def parse_size(text: str, weights: int, mix_bytes: Callable[[str], int]) -> int:

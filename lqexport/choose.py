@@ -8,16 +8,19 @@ model depends on a linear, so there the loss is taken relative to the energy of 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 from torch import Tensor
 
 from lqexport.allocate import Allocation, Option, allocate
+from lqexport.collect import begin_with_first, by_weight
 from lqexport.converters.exl2_plan import filled_runs
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
 from lqexport.grid import TensorSections
+from lqexport.job import Job
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
 from lqexport.solve import Factor, factorize, feedback, layer_loss
@@ -25,6 +28,38 @@ from lqexport.solve import Factor, factorize, feedback, layer_loss
 AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0)
 """Mean widths of the mixes that are tried besides the pure widths."""
 SAMPLED_ROWS = 256
+
+
+def choose_mixes(job: Job) -> Allocation | None:
+    """EXL2: measure what each mix of widths costs each linear, and plan the job anew with those that cost least within
+    the size."""
+    if job.recipe.bits is None or job.calibration is None:
+        return None
+    _measure_mixes(job)
+    blocks = range(job.source.config["num_hidden_layers"])
+    options = {name: tried for index in blocks for name, tried in job.artifact.options(index).items()}
+    allocation = chosen_mixes(options, {name: linear.matrix for name, linear in job.linears.items()}, job.recipe.bits)
+    chosen = {name: option.name for name, option in allocation.chosen.items()}
+    job.take_plan([replace(tensor, codec=chosen.get(tensor.name, tensor.codec)) for tensor in job.planned])
+    return allocation
+
+
+def _measure_mixes(job: Job) -> None:
+    """Store the options of every block's linears; those that an interrupted run stored stay."""
+    model = job.model()
+    missing = {index for index in range(len(model)) if not job.artifact.options(index)}
+    if not missing:
+        return
+    begin = partial(job.listener.stage, "Measuring mixes of widths", len(missing))
+    for block in begin_with_first(job.moments(model), begin):
+        if block[0] not in missing:
+            continue
+        found = {}
+        for name, hessian in by_weight(model, block).items():
+            weight = job.source.read(name).to(job.device).float()
+            found[name] = measured_options(weight, hessian.to(job.device), job.recipe_of(name))
+        job.artifact.write_options(block[0], found)
+        job.listener.advance(1)
 
 
 def measured_options(weight: Tensor, hessian: Tensor, recipe: Recipe) -> list[Option]:

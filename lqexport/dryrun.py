@@ -19,7 +19,7 @@ from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.inspect import Entry, bits, human_bytes, size, table
-from lqexport.pipeline import plan_factors, plan_recipe
+from lqexport.job import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT

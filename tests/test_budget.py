@@ -14,7 +14,8 @@ from lqexport.cli import app
 from lqexport.converters.gguf import write
 from lqexport.errors import UserError
 from lqexport.inspect import inspect
-from lqexport.pipeline import plan_recipe, quantize
+from lqexport.job import plan_recipe
+from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 
@@ -75,12 +76,12 @@ def test_a_type_by_hand_is_kept(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = quantize(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("lqexport.pipeline.measure_outer", None)
+        patch.setattr("lqexport.budget.measure_outer", None)
         with pytest.raises(TypeError):
             quantize(recipe, tmp_path / "out")
     assert json.loads((tmp_path / "out" / "work" / "measured.json").read_text())
     with monkeypatch.context() as patch:
-        patch.setattr("lqexport.pipeline.guided_moments", None)  # all linears are measured, their moments kept
+        patch.setattr("lqexport.job.guided_moments", None)  # all linears are measured, their moments kept
         assert quantize(recipe, tmp_path / "out") == expected
 
 

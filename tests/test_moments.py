@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lqexport import pipeline
+from lqexport import job
 from lqexport.artifact import Artifact
 from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
@@ -84,7 +84,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
 def test_a_cache_is_shared_by_targets(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(recipe, tmp_path / "alone")
     quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
-    monkeypatch.setattr(pipeline, "guided_moments", None)  # nothing is collected again
+    monkeypatch.setattr(job, "guided_moments", None)  # nothing is collected again
     quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
     other = Recipe(**{**vars(recipe), "target": "native:table-3"})
     quantize(other, tmp_path / "other", cache=tmp_path / "cache")

@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from lqexport import artifact as artifacts
-from lqexport import pipeline
+from lqexport import job, solving
 from lqexport.artifact import Artifact
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec
@@ -113,7 +113,7 @@ def test_killed_outright_resumes_to_the_same_bytes(tiny_model: Path, text: Path,
 
 def test_a_finished_artifact_is_left_alone(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = quantize(recipe, tmp_path / "out")
-    monkeypatch.setattr(pipeline, "solve_linear", None)
+    monkeypatch.setattr(solving, "solve_linear", None)
     assert quantize(recipe, tmp_path / "out") == report
 
 
@@ -221,7 +221,7 @@ def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypa
     recipe = changed(recipe, method="rtn")
     quantize(recipe, tmp_path / "out")
     assert Artifact(tmp_path / "out").run()["versions"]["numpy"] == np.__version__
-    monkeypatch.setattr(pipeline, "versions", lambda *names: dict.fromkeys(names, "0"))
+    monkeypatch.setattr(job, "versions", lambda *names: dict.fromkeys(names, "0"))
     with pytest.raises(UserError, match=r"holds another run \(different: versions\)"):
         quantize(recipe, tmp_path / "out")
 

@@ -1,0 +1,166 @@
+"""What all stages of one call of `quantize` work on: the source, the plan, the calibration, the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqexport.artifact import Artifact
+from lqexport.blocks import BlockModel
+from lqexport.calibration import Calibration, load_calibration
+from lqexport.collect import BlockMoments, Group, embed, forward_moments, guided_moments
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.exl2_plan import keeps_order, plan_exl2
+from lqexport.converters.factors import planned_factors
+from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.targets import plan
+from lqexport.environment import versions
+from lqexport.errors import UserError
+from lqexport.formats.codec import PlainCodec
+from lqexport.formats.registry import codec
+from lqexport.moments_cache import MomentsCache
+from lqexport.progress import Listener
+from lqexport.recipe import Recipe
+from lqexport.source import Source, open_source
+from lqexport.tune import HELD_OUT
+
+
+def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
+    """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
+    shapes = {name: source.shape(name) for name in source.names()}
+    if recipe.bits is not None:
+        return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
+    types = (chosen or {}) | recipe.chosen_types()
+    return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type,
+                output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
+
+
+def plan_factors(planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
+    """The factors that a run of `recipe` stores beside its linears."""
+    return planned_factors(planned, recipe.rank, recipe.factors) if recipe.rank and not recipe.merge else []
+
+
+class Job:
+    """Opened and checked, and the artifact begun. Raises UserError for bad input.
+
+    planned   what every tensor will be stored as
+    linears   those of the decoder blocks that the solver works on, by name;  head   the output, where it works on that
+    factors   of the linears' low-rank corrections
+    work      a folder of the artifact for what a stopped run goes on from
+    """
+
+    def __init__(self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener) -> None:
+        self.recipe, self.device, self.listener = recipe, device, listener
+        self.source = open_source(recipe.source)
+        self.architecture = architecture_of(self.source.config)
+        self.take_plan(plan_recipe(self.source, recipe))
+        self.factors = plan_factors(self.planned, recipe)
+        self._check_output_groups()
+        self.calibration = self._calibration()
+        self.artifact = Artifact(out)
+        self.artifact.begin(self.identity())
+        self.source.copy_model_files(self.artifact.model_folder)
+        self.work = out / "work"
+        # Choosing types needs all moments before solving does, so they are kept.
+        cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
+        self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
+
+    def take_plan(self, planned: list[PlannedTensor]) -> None:
+        """Go on with this plan."""
+        self.planned = planned
+        solved = {tensor.name: tensor for tensor in planned if tensor.linear}
+        self.head = solved.pop(self.architecture.output, None)
+        self.linears = solved
+
+    def _check_output_groups(self) -> None:
+        groups = self.recipe.output_groups
+        for tensor in self.linears.values():
+            if tensor.shape[0] % groups:
+                raise UserError(
+                    f"{tensor.name} has {tensor.shape[0]} outputs, which {groups} output groups do not divide."
+                )
+
+    def _calibration(self) -> Calibration | None:
+        """None where nothing is solved: rounding needs no calibration, and plain types have no grid. A correction
+        needs it whatever the method."""
+        solved = any(not isinstance(codec(tensor.codec), PlainCodec) for tensor in self.linears.values())
+        if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
+            return None
+        recipe = self.recipe
+        needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
+        calibration = load_calibration(recipe.calibration, self.source.tokenizer(), samples=needed,
+                                       sequence_length=recipe.sequence_length, seed=recipe.seed)  # fmt: skip
+        if calibration.repeats:
+            self.listener.message(f"The text {recipe.calibration} is too short for {needed} different sequences.")
+        return calibration
+
+    @property
+    def sequences(self) -> Tensor:
+        """Token ids [samples, length] that second moments come from."""
+        assert self.calibration is not None
+        return self.calibration.tokens[: self.recipe.samples]
+
+    def identity(self) -> dict[str, Any]:
+        """What two runs must have in common to write the same artifact, as JSON values."""
+        return {
+            "versions": versions("lqexport", "torch", "transformers", "numpy", "numba"),
+            "recipe": asdict(self.recipe),
+            "source_fingerprint": self.source.fingerprint,
+            "device": self.device.type,
+            "calibration": self.calibration.facts() if self.calibration else None,
+        }
+
+    def _moments_facts(self) -> dict[str, Any]:
+        """What second moments depend on."""
+        assert self.calibration is not None
+        recipe = self.recipe
+        keys = ("samples", "sequence_length", "seed", "moments", "output_groups")
+        return {
+            "versions": versions("lqexport", "torch", "transformers"),
+            "source_fingerprint": self.source.fingerprint,
+            "device": self.device.type,
+            "calibration": {key: self.calibration.facts()[key] for key in ("sha256", "bos")},
+            "recipe": {key: getattr(recipe, key) for key in keys},
+        }
+
+    def recipe_of(self, name: str) -> Recipe:
+        """The recipe for one linear."""
+        if self.recipe.bits is not None and keeps_order(self.architecture, self.source.config, name):
+            return replace(self.recipe, act_order=False)
+        if name == self.architecture.output:
+            return replace(self.recipe, descent=0)  # many rows, and so wide that little is left to gain
+        return self.recipe
+
+    def model(self) -> BlockModel:
+        """The full-precision model."""
+        return BlockModel(self.source, self.device)
+
+    def moments(self, model: BlockModel) -> Iterator[BlockMoments]:
+        """Second moments of at least the unfinished linears; from the cache where it has them."""
+        if self._cache is None:
+            return self._collect(model, lambda index, group: bool(self.unfinished(model, index, group)))
+        if all(index in self._cache for index in range(len(model))):
+            return (self._cache.read(index, self.device) for index in range(len(model)))
+        return self._cache.fill(self._collect(model, lambda *_: True))
+
+    def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
+        recipe = self.recipe
+        if recipe.moments == "guided":
+            return guided_moments(model, self.sequences, recipe.output_groups, self.work / "guided", self.listener)
+        groups = model.architecture.linears
+        last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
+        return forward_moments(model, embed(model, self.sequences), recipe.moments, wanted, last)
+
+    def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
+        """Names of a group's linears that are still to be solved."""
+        return [name for linear in group if self.is_unfinished(name := model.weight_name(index, linear))]
+
+    def is_unfinished(self, name: str) -> bool:
+        """Whether the solver has to do this tensor."""
+        # A shape that no grid holds is stored already, as F16, and is no linear of the plan.
+        return name in self.linears and name not in self.artifact
