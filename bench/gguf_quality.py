@@ -65,7 +65,7 @@ def ours(recipe: Recipe, work: Path, label: str) -> Path:
     """Quantize and export by the recipe; the path of the GGUF file."""
     file = work / f"{label}.gguf"
     began = time.perf_counter()
-    quantize(recipe, work / label)
+    quantize(recipe, work / label, cache=work / "cache")
     if not file.is_file():
         gguf.write(Artifact(work / label), file)
     print(f"{label}: {time.perf_counter() - began:.0f} s", flush=True)
@@ -127,11 +127,12 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row(label, kind, file, judge, None))
         for moments in arguments.moments:
             recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration,
-                            samples=arguments.samples, moments=moments)  # fmt: skip
-            label = f"{kind}-{moments}-{arguments.samples}"
+                            samples=arguments.samples, moments=moments, tune=arguments.tune,
+                            products=arguments.products)  # fmt: skip
+            label = f"{kind}-{moments}-{arguments.samples}-{arguments.tune}"
             file = ours(recipe, work, label)
             exact = loads_as_solved(Artifact(work / label), file, work)
-            rows.append(row(f"lqexport, {moments} moments", kind, file, judge, exact))
+            rows.append(row(f"lqexport, {moments} moments, tune {arguments.tune}", kind, file, judge, exact))
     return rows
 
 
@@ -161,8 +162,10 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K", "Q4_K"])
-    parser.add_argument("--moments", nargs="+", default=["normalized", "plain"])
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--moments", nargs="+", default=["guided"])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--tune", type=int, default=64)
+    parser.add_argument("--products", default="float32")
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -41,6 +41,8 @@ class BlockModel:
     """Embedding, decoder blocks and head of a model, each loaded when it is used.
 
     rounding   what the inputs of the blocks' linears go through first; None to leave them as they are
+    products   what the blocks' matrix products are computed in (autocast); weights, hidden states and all else stay in
+               `dtype`, and so does the output layer
     """
 
     def __init__(
@@ -49,11 +51,13 @@ class BlockModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         rounding: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        products: torch.dtype = torch.float32,
     ) -> None:
         self.weights = weights
         self.device = torch.device(device)
         self.dtype = dtype
         self.rounding = rounding
+        self._products = products
         self.architecture = architecture_of(weights.config)
         options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
         config = AutoConfig.for_model(**options)
@@ -99,8 +103,14 @@ class BlockModel:
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after `block`; `start` must have seen the same batch shape before."""
-        output = block(hidden, **self._arguments[(hidden.shape[0], hidden.shape[1])])
+        with self._autocast():
+            output = block(hidden, **self._arguments[(hidden.shape[0], hidden.shape[1])])
         return output[0] if isinstance(output, tuple) else output
+
+    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self._products == self.dtype:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._products)
 
     def weight_name(self, index: int, linear: str) -> str:
         """Name of the weight of a linear of decoder block `index`."""
@@ -113,7 +123,8 @@ class BlockModel:
     def run_as(self, index: int, state: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """`run` of block `index` with the weights of `state`, by the names of its own parameters."""
         arguments = self._arguments[(hidden.shape[0], hidden.shape[1])]
-        output = torch.func.functional_call(self._blocks[index], state, (hidden,), arguments)
+        with self._autocast():
+            output = torch.func.functional_call(self._blocks[index], state, (hidden,), arguments)
         return output[0] if isinstance(output, tuple) else output
 
     def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:

@@ -105,6 +105,7 @@ def quantize(
     moments: option.Moments = None,
     output_groups: option.OutputGroups = None,
     prefix: option.Prefix = None,
+    products: option.Products = None,
     asymmetric: option.Asymmetric = None,
     dampening: option.Dampening = None,
     importance: option.Importance = None,

@@ -28,6 +28,7 @@ from lqexport.progress import Listener
 from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
 from lqexport.tune import HELD_OUT
+from lqexport.weights import Weights
 
 
 def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
@@ -119,7 +120,7 @@ class Job:
         """What second moments depend on."""
         assert self.calibration is not None
         recipe = self.recipe
-        keys = ("samples", "sequence_length", "seed", "moments", "output_groups")
+        keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "products")
         return {
             "versions": versions("lqexport", "torch", "transformers"),
             "source_fingerprint": self.source.fingerprint,
@@ -138,7 +139,11 @@ class Job:
 
     def model(self) -> BlockModel:
         """The full-precision model."""
-        return BlockModel(self.source, self.device)
+        return self.model_of(self.source)
+
+    def model_of(self, weights: Weights) -> BlockModel:
+        """A model to calibrate with."""
+        return BlockModel(weights, self.device, products=getattr(torch, self.recipe.products))
 
     def moments(self, model: BlockModel) -> Iterator[BlockMoments]:
         """Second moments of at least the unfinished linears; from the cache where it has them."""

@@ -8,6 +8,9 @@ from torch import Tensor
 from lqexport.recipe import ImportanceBase, Moments
 from lqexport.solve import Factor
 
+PANELS = 8
+"""Of a symmetric matrix only what is below the diagonal is added up, in so many panels: 0.56 of the products."""
+
 
 class SecondMoments:
     """H = sum over tokens of s_t x_t x_t^T, divided by the number of tokens. The weight s_t of a token is
@@ -22,16 +25,19 @@ class SecondMoments:
 
     def __init__(self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1) -> None:
         self.kind = kind
-        self.total = torch.zeros(output_groups, columns, columns, device=device)
+        self._lower = torch.zeros(output_groups, columns, columns, device=device)
         self.tokens = 0
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
         """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
         outputs, R a multiple of the output groups."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        for total, weight in zip(self.total, self._weights(x, gradient), strict=True):
+        columns = x.shape[1]
+        for lower, weight in zip(self._lower, self._weights(x, gradient), strict=True):
             weighted = x if weight is None else x * weight.sqrt()[:, None]
-            total.addmm_(weighted.T, weighted)
+            for start in range(0, columns, width := -(-columns // PANELS)):
+                panel = slice(start, start + width)
+                lower[start:, panel].addmm_(weighted[:, start:].T, weighted[:, panel])
         self.tokens += len(x)
 
     def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor | None]:
@@ -41,12 +47,12 @@ class SecondMoments:
         if self.kind == "normalized":
             return [x.square().sum(1).clamp_min(1e-30).reciprocal()]
         assert gradient is not None
-        return list(gradient.reshape(len(x), len(self.total), -1).float().square().mean(2).T)
+        return list(gradient.reshape(len(x), len(self._lower), -1).float().square().mean(2).T)
 
     def hessian(self) -> Tensor:
         """float32 [C, C], or [output groups, C, C] where there are several."""
-        total = self.total[0] if len(self.total) == 1 else self.total
-        return total / max(self.tokens, 1)
+        total = self._lower.tril() + self._lower.tril(-1).mT
+        return (total[0] if len(total) == 1 else total) / max(self.tokens, 1)
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:

@@ -16,7 +16,6 @@ import torch
 
 from lqexport.allocate import Allocation
 from lqexport.artifact import SolvedModel
-from lqexport.blocks import BlockModel
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
@@ -80,7 +79,7 @@ def _tune(job: Job) -> Outcome | None:
         return None
     solved = SolvedModel(job.artifact, job.source.config, [tensor.name for tensor in job.planned])
     tokens = torch.cat([job.calibration.tokens[:count], job.calibration.tokens[-HELD_OUT:]])
-    models = BlockModel(solved, job.device), job.model()
+    models = job.model_of(solved), job.model()
     outcome = Tuner(job.artifact, *models, tokens, job.recipe.tune_rate, job.work, job.listener).run()
     if not outcome.kept:
         job.listener.message("Tuning did not help on the held-out sequences: the model stays as it was solved.")

@@ -18,6 +18,7 @@ else:
 Method = Literal["rtn", "gptq", "lean"]
 Moments = Literal["plain", "normalized", "guided"]
 Scaling = Literal["lqer", "l2qer", "qera-diag", "qera"]
+Products = Literal["float32", "bfloat16"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
 AUTO = "gguf:auto"
@@ -39,6 +40,7 @@ class Recipe:
     moments: Moments = "guided"
     output_groups: int = 1
     prefix: Prefix = "full"
+    products: Products = "float32"
     asymmetric: bool = False
     dampening: float = 0.05
     importance: ImportanceBase = "diagonal"
@@ -63,7 +65,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
-        choices |= {"scaling": Scaling}
+        choices |= {"scaling": Scaling, "products": Products}
         for name, literal in choices.items():
             if (value := getattr(self, name)) not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")

@@ -40,6 +40,12 @@ OutputGroups = Annotated[
 Prefix = Annotated[
     str | None, _option("prefix", "Inputs of a block come from the full or the quantized blocks before.")
 ]
+Products = Annotated[
+    str | None,
+    _option(
+        "products", "Forward and backward passes multiply in float32 or, faster where the hardware has it, bfloat16."
+    ),
+]
 Asymmetric = Annotated[
     bool | None,
     _option(

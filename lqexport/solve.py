@@ -132,7 +132,9 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
     ):
         indicator = torch.nn.functional.one_hot(code, count).to(hessian.dtype)  # [r, C, K]
         right = torch.einsum("rck,rc->rk", indicator, slope).double()
-        matrix = torch.einsum("rck,rcl->rkl", indicator, hessian @ indicator).double()
+        # One wide product; a narrow one for each row takes several times as long.
+        product = (hessian @ indicator.movedim(1, 0).flatten(1)).unflatten(1, (len(code), count))  # [C, r, K]
+        matrix = torch.einsum("rck,crl->rkl", indicator, product).double()
         # A level that no code uses has no row in the matrix: the ridge keeps it where it is.
         ridge = 1e-7 * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
         step = torch.linalg.solve(matrix + ridge * torch.eye(count, device=matrix.device), -right)

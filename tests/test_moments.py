@@ -74,6 +74,28 @@ def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path
             assert not torch.allclose(several[0], several[1], rtol=0.01)
 
 
+@pytest.mark.parametrize("columns", [5, 8, 100])
+def test_panels_make_a_whole_matrix(columns: int) -> None:
+    x = torch.randn(30, columns)
+    moments = SecondMoments(columns, "plain", CPU)
+    for part in x.split(11):
+        moments.add(part)
+    torch.testing.assert_close(moments.hessian(), x.T @ x / 30)
+    assert torch.equal(moments.hessian(), moments.hessian().T)
+
+
+def test_products_in_bfloat16_give_nearly_the_same(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
+    source = open_source(str(tiny_model))
+    exact, near = (
+        dict(guided_moments(BlockModel(source, products=products), tokens, 1, tmp_path / str(products), Silent()))
+        for products in (torch.float32, torch.bfloat16)
+    )
+    for index, groups in exact.items():
+        for group, hessian in groups.items():
+            difference = (near[index][group] - hessian).norm() / hessian.norm()
+            assert 1e-5 < difference < 0.1  # the products were rounded, and to no less than bfloat16
+
+
 @pytest.fixture
 def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, " * 400)
