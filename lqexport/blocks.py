@@ -41,8 +41,8 @@ class BlockModel:
     """Embedding, decoder blocks and head of a model, each loaded when it is used.
 
     rounding   what the inputs of the blocks' linears go through first; None to leave them as they are
-    products   what the blocks' matrix products are computed in (autocast); weights, hidden states and all else stay in
-               `dtype`, and so does the output layer
+    products   what the blocks' matrix products are computed in (autocast), if not in `dtype`; weights, hidden states and
+               the output layer stay in that
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class BlockModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         rounding: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        products: torch.dtype = torch.float32,
+        products: torch.dtype | None = None,
     ) -> None:
         self.weights = weights
         self.device = torch.device(device)
         self.dtype = dtype
         self.rounding = rounding
-        self._products = products
+        self._products = products or dtype
         self.architecture = architecture_of(weights.config)
         options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
         config = AutoConfig.for_model(**options)
