@@ -41,8 +41,8 @@ class BlockModel:
     """Embedding, decoder blocks and head of a model, each loaded when it is used.
 
     rounding   what the inputs of the blocks' linears go through first; None to leave them as they are
-    products   what the blocks' matrix products are computed in (autocast), if not in `dtype`; weights, hidden states and
-               the output layer stay in that
+    products   what the blocks' matrix products are computed in (autocast), if not in `dtype`, in which weights, hidden
+               states and the output layer stay
     """
 
     def __init__(

@@ -102,19 +102,33 @@ def memory_estimate(shown: Preview) -> int:
     return PROCESS_BYTES + max(states + blocks + moments + 8 * 4 * largest + 4 * 4 * widest**2, 2 * 4 * embedding)
 
 
-def flops_estimate(shown: Preview) -> tuple[float, float]:
-    """Floating-point operations of all passes, second moments and factors; and those of the solver."""
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a run.
+
+    passes    matrix products of the forward and backward passes, in the recipe's `products`
+    moments   second moments and their factors
+    solver    error feedback and descent
+    """
+
+    passes: float = 0.0
+    moments: float = 0.0
+    solver: float = 0.0
+
+
+def operations_estimate(shown: Preview) -> Operations:
+    """What a run from nothing computes."""
     recipe, linears = shown.recipe, [tensor for tensor in shown.tensors if tensor.linear]
     if recipe.method == "rtn":
-        return 0.0, 0.0
+        return Operations()
     tokens = recipe.samples * recipe.sequence_length
     attention = 4 * recipe.sequence_length * shown.config["hidden_size"] * shown.config["num_hidden_layers"]
     forward = 2 * sum(tensor.weights for tensor in linears) + attention  # per token
-    moments = sum(2 * tokens * columns**2 for columns in _moments_columns(shown, linears))
+    moments = sum(tokens * columns**2 for columns in _moments_columns(shown, linears))  # one half of the matrix
     factors = sum(2 * columns**3 for columns in _inputs(shown, linears))
     per_column = 1 + 2 * recipe.descent
-    solving = sum(per_column * tensor.weights * tensor.matrix[1] for tensor in linears)
-    return float(_passes(shown) * tokens * forward + _tuning(shown, forward) + moments + factors), float(solving)
+    solver = sum(per_column * tensor.weights * tensor.matrix[1] for tensor in linears)
+    return Operations(_passes(shown) * tokens * forward + _tuning(shown, forward), moments + factors, solver)
 
 
 def _passes(shown: Preview) -> int:
@@ -153,9 +167,9 @@ def _inputs(shown: Preview, tensors: Iterable[PlannedTensor]) -> list[int]:
     return [tensor.matrix[1] for tensor in tensors if tensor.name.endswith(firsts)]
 
 
-def measured_rate(device: str, size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of float32 matrix products of `size`, measured for about `seconds`."""
-    left, right = (torch.randn(size, size, device=device) for _ in range(2))
+def measured_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
+    """Floating-point operations per second of matrix products of `size`, measured for about `seconds`."""
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     best, began = float("inf"), time.perf_counter()
     while time.perf_counter() - began < seconds or best == float("inf"):
@@ -166,12 +180,19 @@ def measured_rate(device: str, size: int = 1024, seconds: float = 0.3) -> float:
     return 2 * size**3 / best
 
 
-def seconds_estimate(shown: Preview, rate: float) -> float:
-    """Seconds of a run from nothing, where large matrix products take `rate` floating-point operations per second."""
-    products, solving = flops_estimate(shown)
+def seconds_estimate(shown: Preview, rate: float, passes_rate: float) -> float:
+    """Seconds of a run from nothing, where large matrix products take `rate` floating-point operations per second in
+    float32 and `passes_rate` in the recipe's `products`."""
+    operations = operations_estimate(shown)
     matrices = sum(tensor.weights for tensor in shown.tensors if len(tensor.shape) == 2)
     fitting = matrices * FIT_SECONDS_PER_WEIGHT / torch.get_num_threads()
-    return products / rate + solving / (SOLVER_SHARE * rate) + fitting
+    solving = operations.solver / (SOLVER_SHARE * rate)
+    return operations.passes / passes_rate + operations.moments / rate + solving + fitting
+
+
+def _seconds_here(shown: Preview, device: str) -> float:
+    products = getattr(torch, shown.recipe.products)
+    return seconds_estimate(shown, measured_rate(device, torch.float32), measured_rate(device, products))
 
 
 def as_json(shown: Preview, device: str) -> dict[str, Any]:
@@ -181,7 +202,7 @@ def as_json(shown: Preview, device: str) -> dict[str, Any]:
         "bits_per_weight": bits(shown.entries),
         "tensor_bytes": size(shown.entries),
         "estimated_memory_bytes": memory_estimate(shown),
-        "estimated_seconds": seconds_estimate(shown, measured_rate(device)),
+        "estimated_seconds": _seconds_here(shown, device),
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,
         "fallbacks": fallbacks(shown.tensors),
@@ -202,7 +223,7 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
 
 def show_estimates(shown: Preview, console: Console, device: str) -> None:
     """Print what the run would cost, and what the disk has."""
-    minutes = seconds_estimate(shown, measured_rate(device)) / 60
+    minutes = _seconds_here(shown, device) / 60
     lines = (
         f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
         f"Peak memory: about {human_bytes(memory_estimate(shown))} (estimate)",

@@ -147,7 +147,7 @@ def test_full_disk_is_said_before_any_work(odd_model: Path, tmp_path: Path, monk
 def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
     def estimates(**options: Any) -> tuple[int, float]:
         shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", **options), tmp_path)
-        return dryrun.memory_estimate(shown), dryrun.seconds_estimate(shown, 1e10)
+        return dryrun.memory_estimate(shown), dryrun.seconds_estimate(shown, 1e10, 1e10)
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
     assert more[0] > small[0]
@@ -160,13 +160,14 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     linears = 2 * (4 * 96 * 96 + 3 * 96 * 256)
     forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
-    moments_and_factors = sum(2 * 8 * width**2 + 2 * width**3 for width in inputs)
+    moments_and_factors = sum(8 * width**2 + 2 * width**3 for width in inputs)
     solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
-    assert dryrun.flops_estimate(shown) == (forward + moments_and_factors, solving)
+    assert dryrun.operations_estimate(shown) == dryrun.Operations(forward, moments_and_factors, solving)
 
 
-def test_measured_rate_is_one_of_this_century() -> None:
-    assert 1e8 < dryrun.measured_rate("cpu", size=256, seconds=0.05) < 1e16
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_measured_rate_is_one_of_this_century(dtype: torch.dtype) -> None:
+    assert 1e8 < dryrun.measured_rate("cpu", dtype, size=256, seconds=0.05) < 1e16
 
 
 # --- inspect ---
