@@ -1,0 +1,47 @@
+"""Types chosen under a byte budget against llama.cpp's mixes of the same size, both solved by the same solver.
+
+    python bench/budget.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--sizes Q4_K_M Q3_K_M]
+
+For each mix: the mix itself, and `--target gguf:auto --size MIX`, from the same guided moments, without tuning. Judged
+by the project's own float32 forward, windows of 512, second half scored. Finished artifacts in FOLDER are used again.
+Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ablation import Judge
+
+from lqexport.pipeline import quantize
+from lqexport.recipe import AUTO, Recipe
+from lqexport.source import open_source
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--sizes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--products", default="float32")
+    parser.add_argument("--windows", type=int, default=12)
+    arguments = parser.parse_args()
+    judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows)
+    print("| size of | types | MB | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|", flush=True)
+    for size in arguments.sizes:
+        for label, target, limit in (("the mix", f"gguf:{size}", None), ("chosen", AUTO, size)):
+            recipe = Recipe(arguments.model, target, calibration=arguments.calibration, samples=arguments.samples,
+                            products=arguments.products, size=limit, tune=0)  # fmt: skip
+            out = arguments.work / f"{size}-{label.replace(' ', '-')}"
+            report = quantize(recipe, out, cache=arguments.work / "cache")
+            found, nbytes = judge(out), sum(tensor["bytes"] for tensor in report["tensors"])
+            figures = f"{found.kl:.4f} ± {found.kl_error:.4f} | {found.perplexity:.2f} ± {found.perplexity_error:.2f}"
+            print(f"| {size} | {label} | {nbytes / 1e6:.2f} | {figures} | {found.top1:.1%} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
