@@ -5,7 +5,8 @@
     OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
     OUT/options/BLOCK.json EXL2: what each mix of widths would cost each linear of a block
     OUT/report.json        what the solver saw per tensor
-    OUT/manifest.json      every tensor with its codec, shape and digest. Written last: it says the artifact is whole.
+    OUT/manifest.json      every tensor with its codec, shape and digest, the digest of every file and its own. Written
+                           last: it says the artifact is whole.
     OUT/log.jsonl          times, memory; the one file that differs between two runs of the same recipe
 
 A file appears under its final name only when it is whole and on disk, so a killed run resumes from what is there.
@@ -62,7 +63,21 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def write_json(path: Path, content: Any) -> None:
     """JSON with sorted keys, so that equal content is equal bytes."""
     with written_whole(path) as file:
-        file.write((json.dumps(content, indent=1, sort_keys=True) + "\n").encode())
+        file.write(_json_bytes(content))
+
+
+def _json_bytes(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
+
+
+def file_digest(*paths: Path) -> str:
+    """sha256 of the bytes of some files, one after the other."""
+    hasher = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                hasher.update(chunk)
+    return hasher.hexdigest()
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
@@ -129,9 +144,27 @@ class Artifact:
 
     def manifest(self) -> dict[str, dict[str, Any]]:
         """Per tensor, in model order: codec, shape, sha256. Raises UserError where the run is not finished."""
+        return {entry["name"]: entry for entry in self._manifest()["tensors"]}
+
+    def _manifest(self) -> dict[str, Any]:
         if not self.complete and (self.folder / "run.json").is_file():
             raise UserError(f"{self.folder} is not finished: run the `lqexport quantize` command that began it again.")
-        return {entry["name"]: entry for entry in self._json("manifest.json")["tensors"]}
+        content = self._json("manifest.json")
+        if (self.folder / "manifest.json").read_bytes() != _json_bytes(_with_digest(content)):
+            raise UserError(
+                f"{self.folder}/manifest.json is damaged: its content is not that of its own digest. Copy the artifact "
+                "again, or quantize again into another folder."
+            )
+        return content
+
+    def damaged(self) -> list[str]:
+        """Files of a finished artifact that are gone, or not as they were written. Raises UserError as `manifest`."""
+
+        def is_whole(name: str, expected: str) -> bool:
+            path = self.folder / name
+            return path.is_file() and file_digest(path) == expected
+
+        return [name for name, expected in self._manifest()["files"].items() if not is_whole(name, expected)]
 
     def report(self) -> dict[str, Any]:
         """The content of report.json. Raises UserError where the run is not finished."""
@@ -145,6 +178,8 @@ class Artifact:
         return read_json(self.folder / name, f"{self.folder} is not an lqexport artifact: it has no {name}.")
 
     def _path(self, name: str) -> Path:
+        if "/" in name or os.sep in name:
+            raise UserError(f"{name!r} cannot be the name of a tensor: it would be a path out of {self.folder}.")
         return self.folder / "tensors" / f"{name}.safetensors"
 
     def __contains__(self, name: str) -> bool:
@@ -184,9 +219,10 @@ class Artifact:
         except FileNotFoundError:
             raise UserError(f"{self.folder} has no tensor {name}.") from None
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            raise UserError(
-                f"{path} is damaged ({error}). Delete it and run the same quantize command again."
-            ) from error
+            again = "Delete it and run the same quantize command again."
+            if self.complete:
+                again = "Copy the artifact again, or quantize again into another folder."
+            raise UserError(f"{path} is damaged ({error}). {again}") from error
 
     def options(self, block: int) -> dict[str, list[Option]]:
         """What was measured of a block's linears; empty where that has not been done."""
@@ -207,7 +243,14 @@ class Artifact:
             entry = {"name": name, "codec": tensor.codec, "shape": list(tensor.shape), "sha256": digest(tensor.planes)}
             entries.append(entry)
         write_json(self.folder / "report.json", report)
-        write_json(self.folder / "manifest.json", {"tensors": entries})
+        files = {path: file_digest(self.folder / path) for path in self._files(names)}
+        write_json(self.folder / "manifest.json", _with_digest({"tensors": entries, "files": files}))
+
+    def _files(self, names: list[str]) -> list[str]:
+        """Paths in the folder of what a finished artifact of these tensors holds, besides the manifest and the log."""
+        others = ("run.json", "report.json", "budget.json", "options/*.json", "model/**/*")
+        paths = [path for pattern in others for path in self.folder.glob(pattern) if path.is_file()]
+        return sorted(path.relative_to(self.folder).as_posix() for path in [*paths, *map(self._path, names)])
 
     def begin(self, run: dict[str, Any]) -> None:
         """Claim the folder for `run`, or check that it already belongs to the very same run.
@@ -231,6 +274,12 @@ class Artifact:
         """Append one line to log.jsonl."""
         with (self.folder / "log.jsonl").open("a") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _with_digest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the sha256 of the rest of it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return rest | {"sha256": hashlib.sha256(_json_bytes(rest)).hexdigest()}
 
 
 class SolvedModel:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 from lqexport import evaluate, llamacpp
 from lqexport.activations import rounding
 from lqexport.adapters import Corrected, Factors, misfits, open_factors
-from lqexport.artifact import Artifact, StoredTensor, decoded, digest
+from lqexport.artifact import Artifact, StoredTensor, decoded, digest, file_digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.converters.architectures import architecture_of
@@ -267,7 +266,7 @@ def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, en
     """What is verified, with nothing found yet."""
     return Verification(
         file=str(file),
-        sha256=_file_digest(file),
+        sha256=_digest_of(file),
         against=source.name,
         source_fingerprint=source.fingerprint,
         engine=engine,
@@ -304,16 +303,12 @@ def _check_engine(engine: str, adapter: Path | None, activations: str | None) ->
         raise UserError(f"llama.cpp runs GGUF adapters, and {adapter} is a folder.")
 
 
-def _file_digest(path: Path) -> str:
+def _digest_of(path: Path) -> str:
     """sha256 of the file, of all shards of a folder of ExLlamaV2, or of an artifact's manifest, which holds the digest
-    of every tensor."""
+    of every file."""
     manifest = path / "manifest.json"
-    hasher = hashlib.sha256()
-    for part in [path] if path.is_file() else [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors")):
-        with part.open("rb") as file:
-            while chunk := file.read(1 << 22):
-                hasher.update(chunk)
-    return hasher.hexdigest()
+    parts = [path] if path.is_file() else [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
+    return file_digest(*parts)
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -362,6 +357,10 @@ def check_tensors(
     """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
     manifest, kernels = artifact.manifest() if artifact else None, CrossCheck(result.device)
     output_errors = _recorded_errors(artifact) if artifact else {}
+    if artifact and (damaged := artifact.damaged()):
+        result.failed.append(
+            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
+        )
     holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
     if factors:
         holders |= dict.fromkeys(factors.names(), factors)

@@ -217,15 +217,17 @@ def test_an_artifact_is_checked_against_its_manifest(
     next(iter(changed.values())).reshape(-1).view(np.uint8)[5] ^= 1
     artifact.write(dataclasses.replace(tensor, planes=changed))
     result = verify(artifact.folder, str(tiny_model), text=text, windows=1)
-    assert result.failed == [f"1 tensors are not those of {artifact.folder}: {DOWN}."]
+    assert result.failed == [
+        f"1 files of {artifact.folder} are gone or not as they were written: tensors/{DOWN}.safetensors.",
+        f"1 tensors are not those of {artifact.folder}: {DOWN}.",
+    ]
 
 
 def test_a_missing_tensor_fails_before_anything_runs(
     lossy: Artifact, tiny_model: Path, text: str, tmp_path: Path
 ) -> None:
     artifact = copied(lossy, tmp_path / "artifact")
-    entries = [entry for name, entry in artifact.manifest().items() if name != DOWN]
-    write_json(artifact.folder / "manifest.json", {"tensors": entries})
+    artifact.finish([name for name in artifact.manifest() if name != DOWN], artifact.report())
     result = verify(artifact.folder, str(tiny_model), text=text)
     assert result.failed == [f"1 of 20 tensors are missing: {DOWN}."]
     assert result.evaluations == []
@@ -235,8 +237,8 @@ def test_a_file_that_lacks_tensors_of_the_artifact_fails(
     lossy: Artifact, lossy_file: Path, tiny_model: Path, text: str, tmp_path: Path
 ) -> None:
     artifact = copied(lossy, tmp_path / "artifact")
-    entries = [*artifact.manifest().values(), {"name": "extra.weight", "codec": "gguf:F32", "shape": [1], "sha256": ""}]
-    write_json(artifact.folder / "manifest.json", {"tensors": entries})
+    artifact.write(dataclasses.replace(artifact.read("model.norm.weight"), name="extra.weight"))
+    artifact.finish([*artifact.manifest(), "extra.weight"], artifact.report())
     result = verify(lossy_file, str(tiny_model), text=text, windows=1, artifact=artifact.folder)
     assert result.failed == ["1 tensors of the artifact are not in the file: extra.weight."]
 

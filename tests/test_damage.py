@@ -1,0 +1,64 @@
+"""A finished artifact in which any byte of any file has changed is not taken for the one that was written."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lqexport.artifact import Artifact
+from lqexport.errors import UserError
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+
+TRIES = 60
+"""Bytes changed in each kind of file."""
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("damage") / "artifact"
+    quantize(Recipe(str(tiny_model), "gguf:Q4_0", method="rtn"), folder)
+    return Artifact(folder)
+
+
+def found(artifact: Artifact) -> list[str]:
+    """Files that are known to be damaged."""
+    try:
+        return artifact.damaged()
+    except UserError as error:
+        return [str(error)]
+
+
+def test_a_whole_artifact_is_whole(finished: Artifact) -> None:
+    assert finished.damaged() == []
+    listed = {path.relative_to(finished.folder).as_posix() for path in finished.folder.rglob("*") if path.is_file()}
+    # All that a run writes is under the manifest's digests, but for itself and the log.
+    digests = json.loads((finished.folder / "manifest.json").read_text())["files"]
+    assert listed - digests.keys() == {"manifest.json", "log.jsonl"}
+
+
+@pytest.mark.parametrize("pattern", ["manifest.json", "run.json", "report.json", "model/*.json", "tensors/*norm*"])
+def test_any_changed_byte_is_found(finished: Artifact, tmp_path: Path, pattern: str) -> None:
+    folder = tmp_path / "artifact"
+    shutil.copytree(finished.folder, folder)
+    draw, paths = random.Random(pattern), sorted(folder.glob(pattern))
+    for _ in range(TRIES):
+        path = draw.choice(paths)
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+        path.write_bytes(changed)
+        (name,) = found(Artifact(folder))
+        assert path.name in name
+        path.write_bytes(content)
+    path.unlink()
+    assert found(Artifact(folder))
+
+
+def test_a_tensor_cannot_be_named_out_of_the_folder(finished: Artifact) -> None:
+    with pytest.raises(UserError, match="cannot be the name of a tensor"):
+        finished.read("../model/config")
