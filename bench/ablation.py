@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--products", default="float32")
+    parser.add_argument("--products", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--products", default="float32")
+    parser.add_argument("--products", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
     judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows)

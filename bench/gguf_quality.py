@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--moments", nargs="+", default=["guided"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tune", type=int, default=64)
-    parser.add_argument("--products", default="float32")
+    parser.add_argument("--products", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -191,7 +191,7 @@ def seconds_estimate(shown: Preview, rate: float, passes_rate: float) -> float:
 
 
 def _seconds_here(shown: Preview, device: str) -> float:
-    products = getattr(torch, shown.recipe.products)
+    products = getattr(torch, shown.recipe.products_on(torch.device(device).type))
     return seconds_estimate(shown, measured_rate(device, torch.float32), measured_rate(device, products))
 
 

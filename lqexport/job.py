@@ -120,13 +120,13 @@ class Job:
         """What second moments depend on."""
         assert self.calibration is not None
         recipe = self.recipe
-        keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "products")
+        keys = ("samples", "sequence_length", "seed", "moments", "output_groups")
         return {
             "versions": versions("lqexport", "torch", "transformers"),
             "source_fingerprint": self.source.fingerprint,
             "device": self.device.type,
             "calibration": {key: self.calibration.facts()[key] for key in ("sha256", "bos")},
-            "recipe": {key: getattr(recipe, key) for key in keys},
+            "recipe": {key: getattr(recipe, key) for key in keys} | {"products": recipe.products_on(self.device.type)},
         }
 
     def recipe_of(self, name: str) -> Recipe:
@@ -143,7 +143,7 @@ class Job:
 
     def model_of(self, weights: Weights) -> BlockModel:
         """A model to calibrate with."""
-        return BlockModel(weights, self.device, products=getattr(torch, self.recipe.products))
+        return BlockModel(weights, self.device, products=getattr(torch, self.recipe.products_on(self.device.type)))
 
     def moments(self, model: BlockModel) -> Iterator[BlockMoments]:
         """Second moments of at least the unfinished linears; from the cache where it has them."""

@@ -40,7 +40,7 @@ class Recipe:
     moments: Moments = "guided"
     output_groups: int = 1
     prefix: Prefix = "full"
-    products: Products = "float32"
+    products: Products | None = None
     asymmetric: bool = False
     dampening: float = 0.05
     importance: ImportanceBase = "diagonal"
@@ -67,7 +67,7 @@ class Recipe:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
         choices |= {"scaling": Scaling, "products": Products}
         for name, literal in choices.items():
-            if (value := getattr(self, name)) not in get_args(literal):
+            if (value := getattr(self, name)) is not None and value not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
@@ -121,6 +121,10 @@ class Recipe:
         if self.tune is not None:
             return self.tune
         return 64 if self.method == "lean" else 0
+
+    def products_on(self, device: str) -> Products:
+        """What passes multiply in on a type of device: what `products` says, or the default."""
+        return self.products or ("bfloat16" if device == "cuda" else "float32")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

@@ -43,7 +43,9 @@ Prefix = Annotated[
 Products = Annotated[
     str | None,
     _option(
-        "products", "Forward and backward passes multiply in float32 or, faster where the hardware has it, bfloat16."
+        "products",
+        "What calibration passes multiply in: float32, or bfloat16 where the hardware is faster at it. "
+        "[default: bfloat16 on a GPU, else float32]",
     ),
 ]
 Asymmetric = Annotated[
