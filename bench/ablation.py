@@ -65,7 +65,7 @@ def rows(model: str, target: str, judges: list[Judge], arguments: argparse.Names
     lines = []
     for name in arguments.variants:
         recipe = Recipe(model, target, calibration=arguments.calibration, samples=arguments.samples,
-                        seed=arguments.seed, products=arguments.products, **VARIANTS[name])  # fmt: skip
+                        seed=arguments.seed, compute_dtype=arguments.compute_dtype, **VARIANTS[name])  # fmt: skip
         out = arguments.work / f"{Path(model).name}-{target.replace(':', '-')}-{name}-{arguments.samples}"
         began = time.perf_counter()
         quantize(recipe, out, cache=arguments.work / "cache")
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="+", default=["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--products", choices=["float32", "bfloat16"])
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
     parser.add_argument("--samples", type=int, default=64)
-    parser.add_argument("--products", choices=["float32", "bfloat16"])
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
     judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows)
@@ -35,7 +35,7 @@ def main() -> None:
     for size in arguments.sizes:
         for label, target, limit in (("the mix", f"gguf:{size}", None), ("chosen", AUTO, size)):
             recipe = Recipe(arguments.model, target, calibration=arguments.calibration, samples=arguments.samples,
-                            products=arguments.products, size=limit, tune=0)  # fmt: skip
+                            compute_dtype=arguments.compute_dtype, size=limit, tune=0)  # fmt: skip
             out = arguments.work / f"{size}-{label.replace(' ', '-')}"
             report = quantize(recipe, out, cache=arguments.work / "cache")
             found, nbytes = judge(out), sum(tensor["bytes"] for tensor in report["tensors"])

@@ -128,7 +128,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         for moments in arguments.moments:
             recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration,
                             samples=arguments.samples, moments=moments, tune=arguments.tune,
-                            products=arguments.products)  # fmt: skip
+                            compute_dtype=arguments.compute_dtype)  # fmt: skip
             label = f"{kind}-{moments}-{arguments.samples}-{arguments.tune}"
             file = ours(recipe, work, label)
             exact = loads_as_solved(Artifact(work / label), file, work)
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--moments", nargs="+", default=["guided"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tune", type=int, default=64)
-    parser.add_argument("--products", choices=["float32", "bfloat16"])
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)

@@ -40,9 +40,9 @@ def _rounded_by(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..
 class BlockModel:
     """Embedding, decoder blocks and head of a model, each loaded when it is used.
 
-    rounding   what the inputs of the blocks' linears go through first; None to leave them as they are
-    products   what the blocks' matrix products are computed in (autocast), if not in `dtype`, in which weights, hidden
-               states and the output layer stay
+    rounding        what the inputs of the blocks' linears go through first; None to leave them as they are
+    compute_dtype   what the blocks' matrix products are computed in (autocast), if not in `dtype`, in which weights,
+                    hidden states and the output layer stay
     """
 
     def __init__(
@@ -51,13 +51,13 @@ class BlockModel:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         rounding: Callable[[torch.Tensor], torch.Tensor] | None = None,
-        products: torch.dtype | None = None,
+        compute_dtype: torch.dtype | None = None,
     ) -> None:
         self.weights = weights
         self.device = torch.device(device)
         self.dtype = dtype
         self.rounding = rounding
-        self._products = products or dtype
+        self._compute_dtype = compute_dtype or dtype
         self.architecture = architecture_of(weights.config)
         options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
         config = AutoConfig.for_model(**options)
@@ -108,9 +108,9 @@ class BlockModel:
         return output[0] if isinstance(output, tuple) else output
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
-        if self._products == self.dtype:
+        if self._compute_dtype == self.dtype:
             return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._products)
+        return torch.autocast(self.device.type, self._compute_dtype)
 
     def weight_name(self, index: int, linear: str) -> str:
         """Name of the weight of a linear of decoder block `index`."""

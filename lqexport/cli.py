@@ -105,7 +105,7 @@ def quantize(
     moments: option.Moments = None,
     output_groups: option.OutputGroups = None,
     prefix: option.Prefix = None,
-    products: option.Products = None,
+    compute_dtype: option.ComputeDtype = None,
     asymmetric: option.Asymmetric = None,
     dampening: option.Dampening = None,
     importance: option.Importance = None,

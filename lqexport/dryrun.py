@@ -106,7 +106,7 @@ def memory_estimate(shown: Preview) -> int:
 class Operations:
     """Floating-point operations of a run.
 
-    passes    matrix products of the forward and backward passes, in the recipe's `products`
+    passes    matrix products of the forward and backward passes, in the recipe's `compute_dtype`
     moments   second moments and their factors
     solver    error feedback and descent
     """
@@ -182,7 +182,7 @@ def measured_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: fl
 
 def seconds_estimate(shown: Preview, rate: float, passes_rate: float) -> float:
     """Seconds of a run from nothing, where large matrix products take `rate` floating-point operations per second in
-    float32 and `passes_rate` in the recipe's `products`."""
+    float32 and `passes_rate` in the recipe's `compute_dtype`."""
     operations = operations_estimate(shown)
     matrices = sum(tensor.weights for tensor in shown.tensors if len(tensor.shape) == 2)
     fitting = matrices * FIT_SECONDS_PER_WEIGHT / torch.get_num_threads()
@@ -191,8 +191,8 @@ def seconds_estimate(shown: Preview, rate: float, passes_rate: float) -> float:
 
 
 def _seconds_here(shown: Preview, device: str) -> float:
-    products = getattr(torch, shown.recipe.products_on(torch.device(device).type))
-    return seconds_estimate(shown, measured_rate(device, torch.float32), measured_rate(device, products))
+    dtype = getattr(torch, shown.recipe.compute_dtype_on(torch.device(device).type))
+    return seconds_estimate(shown, measured_rate(device, torch.float32), measured_rate(device, dtype))
 
 
 def as_json(shown: Preview, device: str) -> dict[str, Any]:

@@ -126,7 +126,8 @@ class Job:
             "source_fingerprint": self.source.fingerprint,
             "device": self.device.type,
             "calibration": {key: self.calibration.facts()[key] for key in ("sha256", "bos")},
-            "recipe": {key: getattr(recipe, key) for key in keys} | {"products": recipe.products_on(self.device.type)},
+            "recipe": {key: getattr(recipe, key) for key in keys},
+            "compute_dtype": recipe.compute_dtype_on(self.device.type),
         }
 
     def recipe_of(self, name: str) -> Recipe:
@@ -143,7 +144,8 @@ class Job:
 
     def model_of(self, weights: Weights) -> BlockModel:
         """A model to calibrate with."""
-        return BlockModel(weights, self.device, products=getattr(torch, self.recipe.products_on(self.device.type)))
+        dtype = getattr(torch, self.recipe.compute_dtype_on(self.device.type))
+        return BlockModel(weights, self.device, compute_dtype=dtype)
 
     def moments(self, model: BlockModel) -> Iterator[BlockMoments]:
         """Second moments of at least the unfinished linears; from the cache where it has them."""

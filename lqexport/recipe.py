@@ -18,7 +18,7 @@ else:
 Method = Literal["rtn", "gptq", "lean"]
 Moments = Literal["plain", "normalized", "guided"]
 Scaling = Literal["lqer", "l2qer", "qera-diag", "qera"]
-Products = Literal["float32", "bfloat16"]
+ComputeDtype = Literal["float32", "bfloat16"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
 AUTO = "gguf:auto"
@@ -40,7 +40,7 @@ class Recipe:
     moments: Moments = "guided"
     output_groups: int = 1
     prefix: Prefix = "full"
-    products: Products | None = None
+    compute_dtype: ComputeDtype | None = None
     asymmetric: bool = False
     dampening: float = 0.05
     importance: ImportanceBase = "diagonal"
@@ -65,7 +65,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
-        choices |= {"scaling": Scaling, "products": Products}
+        choices |= {"scaling": Scaling, "compute_dtype": ComputeDtype}
         for name, literal in choices.items():
             if (value := getattr(self, name)) is not None and value not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
@@ -122,9 +122,9 @@ class Recipe:
             return self.tune
         return 64 if self.method == "lean" else 0
 
-    def products_on(self, device: str) -> Products:
-        """What passes multiply in on a type of device: what `products` says, or the default."""
-        return self.products or ("bfloat16" if device == "cuda" else "float32")
+    def compute_dtype_on(self, device: str) -> ComputeDtype:
+        """What passes multiply in on a type of device: what `compute_dtype` says, or the default."""
+        return self.compute_dtype or ("bfloat16" if device == "cuda" else "float32")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:

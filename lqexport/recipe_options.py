@@ -40,10 +40,10 @@ OutputGroups = Annotated[
 Prefix = Annotated[
     str | None, _option("prefix", "Inputs of a block come from the full or the quantized blocks before.")
 ]
-Products = Annotated[
+ComputeDtype = Annotated[
     str | None,
     _option(
-        "products",
+        "compute_dtype",
         "What calibration passes multiply in: float32, or bfloat16 where the hardware is faster at it. "
         "[default: bfloat16 on a GPU, else float32]",
     ),

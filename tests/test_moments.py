@@ -84,11 +84,11 @@ def test_panels_make_a_whole_matrix(columns: int) -> None:
     assert torch.equal(moments.hessian(), moments.hessian().T)
 
 
-def test_products_in_bfloat16_give_nearly_the_same(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
+def test_passes_in_bfloat16_give_nearly_the_same(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     source = open_source(str(tiny_model))
     exact, near = (
-        dict(guided_moments(BlockModel(source, products=products), tokens, 1, tmp_path / str(products), Silent()))
-        for products in (torch.float32, torch.bfloat16)
+        dict(guided_moments(BlockModel(source, compute_dtype=dtype), tokens, 1, tmp_path / str(dtype), Silent()))
+        for dtype in (torch.float32, torch.bfloat16)
     )
     for index, groups in exact.items():
         for group, hessian in groups.items():
