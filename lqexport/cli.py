@@ -22,7 +22,7 @@ from lqexport.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from lqexport.dryrun import Preview
-    from lqexport.verify import Verification
+    from lqexport.verification import Verification
 
 app = typer.Typer(
     name="lqexport",
@@ -193,8 +193,9 @@ def run_quantize(
 
         print("\n".join(sentences(report["correction"])))
     adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
-    following = f"to-exl2 {out} FOLDER" if recipe.target == "exl2" else f"to-gguf {out} model.gguf{adapter}"
-    print(f"Wrote {out}. Next: lqexport {following}")
+    folders = {"exl2": f"to-exl2 {out} FOLDER", "native": f"to-native {out} FOLDER"}
+    family = recipe.target.partition(":")[0]
+    print(f"Wrote {out}. Next: lqexport {folders.get(family, f'to-gguf {out} model.gguf{adapter}')}")
 
 
 def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
@@ -300,6 +301,32 @@ def to_exl2(
         print(f"Wrote {folder}, {human_bytes(total)}. Next: lqexport verify {folder} --against SOURCE")
 
 
+@app.command()
+def to_native(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target native:...")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+) -> None:
+    """Write the artifact as a folder that transformers loads, with `import lqexport`.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target native:table-3
+        lqexport to-native ./out ./model-3bit
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.artifact import Artifact
+        from lqexport.converters.native import write
+        from lqexport.inspect import human_bytes, inspect, size
+
+        total = size(inspect(artifact).entries)
+        with terminal_listener() as listener:
+            listener.stage(f"Write {folder}", total)
+            write(Artifact(artifact), folder, lambda _, written: listener.advance(written))
+        print(f"Wrote {folder}, {human_bytes(total)}. Next: lqexport verify {folder} --against SOURCE")
+
+
 Protocols = Annotated[
     list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
 ]
@@ -313,7 +340,7 @@ MaxPerplexityRatio = Annotated[
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-exl2 or quantize wrote.")],
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
     against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
     text: Annotated[
         str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
@@ -346,7 +373,7 @@ def verify(
     """
     with plain_endings(NOTHING_WRITTEN):
         from lqexport import report
-        from lqexport.verify import verify as check
+        from lqexport.verification import verify as check
 
         if html:
             report.check_installed()
@@ -385,7 +412,7 @@ def tell_verification(result: Verification, html: Path | None, as_json: bool) ->
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A folder of a model, a .gguf file, or a folder that quantize wrote.")],
+    path: Annotated[Path, typer.Argument(help="A folder of a model, a .gguf file, or a folder of ours.")],
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -28,7 +28,7 @@ from lqexport.evaluate import Evaluation
 from lqexport.formats.registry import codec
 from lqexport.source import open_source
 from lqexport.texts import Text, read_text
-from lqexport.verify import (
+from lqexport.verification import (
     Verification,
     check_limits,
     check_overlap,

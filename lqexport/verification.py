@@ -31,7 +31,8 @@ from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2 import is_exl2_folder
 from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
-from lqexport.converters.peft import PeftAdapter
+from lqexport.converters.native import RECORD, is_native_folder
+from lqexport.converters.native_read import NativeModel
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.environment import choose_device, versions
@@ -98,6 +99,13 @@ def stored(export: Packed, name: str) -> StoredTensor:
     return StoredTensor(name, kind, shape, planes)
 
 
+class NativeFolder(NativeModel):
+    """A folder of the native format as a model."""
+
+    def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        return torch.from_numpy(super().read(name))
+
+
 class Exl2Folder(Exl2Model):
     """A folder for ExLlamaV2 as a model."""
 
@@ -106,13 +114,15 @@ class Exl2Folder(Exl2Model):
 
 
 def open_export(path: Path) -> Export:
-    """A .gguf file, a folder of ExLlamaV2 or a finished artifact folder. Raises UserError for anything else."""
+    """A .gguf file, a native folder, one of ExLlamaV2 or a finished artifact. Raises UserError for anything else."""
     if is_exl2_folder(path):
         return Exl2Folder(path)
+    if is_native_folder(path):
+        return NativeFolder(path)
     if path.is_dir():
         return ArtifactModel(path)
     if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"{path} is neither a .gguf file nor a folder of ExLlamaV2 or an artifact.")
+        raise UserError(f"{path} is neither a .gguf file nor a native folder, one of ExLlamaV2 or an artifact.")
     return GGUFSource(path)
 
 
@@ -222,14 +232,15 @@ def verify(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
-    """Check a .gguf file, a folder of ExLlamaV2 or an artifact folder against the model that it was made from.
+    """Check a .gguf file, a native folder, one of ExLlamaV2 or an artifact against the model that it was made from.
 
     against      the source: folder, hub id or .gguf file
     text         name or file for `texts.read_text`; not what was calibrated on
     protocols    names in `evaluate.PROTOCOLS`
     windows      at most so many per protocol; None for the whole text
     engine       what runs the file: this program's own decoding, or llama.cpp. The source always runs in ours, float32.
-    artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself
+    artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself, a
+                 native folder against the manifest in it
     adapter      low-rank corrections to run the file with, a GGUF LoRA adapter or a PEFT folder (an artifact folder has
                  its own): evaluated with and without
     activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
@@ -241,7 +252,7 @@ def verify(
     _check_engine(engine, adapter, activations)
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
-    made_from = Artifact(artifact or file) if artifact or isinstance(export, ArtifactModel) else None
+    made_from = Artifact(artifact) if artifact else _own_record(file)
     factors = open_factors(file, adapter, source.config)
     result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
@@ -257,6 +268,12 @@ def verify(
         evaluate_file(result, export, factors, source, cut, listener)
         check_limits(result)
     return result
+
+
+def _own_record(file: Path) -> Artifact | None:
+    """What an artifact or a native folder says of itself: manifest, report, run. Only these are read of it."""
+    found = [Artifact(place) for place in (file, file / RECORD) if (place / "manifest.json").is_file()]
+    return found[0] if found else None
 
 
 def _given(limits: dict[str, float | None]) -> dict[str, float]:
@@ -305,8 +322,8 @@ def _check_engine(engine: str, adapter: Path | None, activations: str | None) ->
 
 
 def _file_digest(path: Path) -> str:
-    """sha256 of the file, of all shards of a folder of ExLlamaV2, or of an artifact's manifest, which holds the digest
-    of every tensor."""
+    """sha256 of the file, of all shards of a folder, or of an artifact's manifest, which holds the digest of every
+    tensor."""
     manifest = path / "manifest.json"
     hasher = hashlib.sha256()
     for part in [path] if path.is_file() else [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors")):
@@ -370,8 +387,7 @@ def check_tensors(
     for name, holder in holders.items():
         tensor = stored(holder, name)
         original = source.read(name).float().numpy() if name in known else None
-        # A PEFT folder holds values, not what was packed.
-        same = None if manifest is None or isinstance(holder, PeftAdapter) else _same(tensor, manifest)
+        same = None if manifest is None else _same(tensor, manifest)
         result.tensors.append(_check(tensor, original, output_errors.get(name), same, kernels))
         listener.advance(1)
     result.decoding = kernels.sentence(len(names))
@@ -391,8 +407,12 @@ def check_tensors(
         result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
 
 
-def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool:
+def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
+    """Whether a tensor is the manifest's; None for factors in PEFT and native folders, which hold the values of those
+    that are not float16."""
     entry = manifest.get(tensor.name, {})
+    if is_factor(tensor.name) and tensor.codec == "gguf:F32" != entry.get("codec"):
+        return None
     return (entry.get("codec"), entry.get("sha256")) == (tensor.codec, digest(tensor.planes))
 
 
