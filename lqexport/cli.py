@@ -22,6 +22,7 @@ from lqexport.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from lqexport.dryrun import Preview
+    from lqexport.exporting import Format
     from lqexport.verification import Verification
 
 app = typer.Typer(
@@ -238,17 +239,11 @@ def to_gguf(
         lqexport to-gguf ./out model.gguf --adapter adapter.gguf
     """
     with plain_endings(NOTHING_WRITTEN):
-        from lqexport.artifact import Artifact
-        from lqexport.converters import gguf, gguf_adapter
-        from lqexport.inspect import human_bytes, inspect, size
+        from lqexport.exporting import export
+        from lqexport.inspect import human_bytes
 
-        stored, total = Artifact(artifact), size(inspect(artifact).entries)
-        gguf_adapter.check_asked(stored, adapter is not None)
         with terminal_listener() as listener:
-            listener.stage(f"Write {file}", total)
-            gguf.write(stored, file, lambda _, written: listener.advance(written))
-            if adapter:
-                gguf_adapter.write(stored, adapter, lambda _, written: listener.advance(written))
+            export(artifact, file, format="gguf", adapter=adapter, listener=listener)
         beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
         print(f"Wrote {file}, {human_bytes(file.stat().st_size)}{beside}.")
         print(f"Next: lqexport verify {file} --against SOURCE{f' --adapter {adapter}' if adapter else ''}")
@@ -275,6 +270,16 @@ def to_peft(
         print(f"Wrote {folder}.")
 
 
+def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
+    from lqexport.exporting import export
+    from lqexport.inspect import human_bytes, inspect, size
+
+    with terminal_listener() as listener:
+        export(artifact, folder, format=format, listener=listener)
+    written = human_bytes(size(inspect(folder).entries))
+    print(f"Wrote {folder}, {written}. Next: lqexport verify {folder} --against SOURCE")
+
+
 @app.command()
 def to_exl2(
     artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with the target exl2.")],
@@ -290,15 +295,7 @@ def to_exl2(
         lqexport to-exl2 ./out ./model-exl2
     """
     with plain_endings(NOTHING_WRITTEN):
-        from lqexport.artifact import Artifact
-        from lqexport.converters.exl2 import write
-        from lqexport.inspect import human_bytes, inspect, size
-
-        total = size(inspect(artifact).entries)
-        with terminal_listener() as listener:
-            listener.stage(f"Write {folder}", total)
-            write(Artifact(artifact), folder, lambda _, written: listener.advance(written))
-        print(f"Wrote {folder}, {human_bytes(total)}. Next: lqexport verify {folder} --against SOURCE")
+        _write_folder(artifact, folder, "exl2")
 
 
 @app.command()
@@ -316,15 +313,7 @@ def to_native(
         lqexport to-native ./out ./model-3bit
     """
     with plain_endings(NOTHING_WRITTEN):
-        from lqexport.artifact import Artifact
-        from lqexport.converters.native import write
-        from lqexport.inspect import human_bytes, inspect, size
-
-        total = size(inspect(artifact).entries)
-        with terminal_listener() as listener:
-            listener.stage(f"Write {folder}", total)
-            write(Artifact(artifact), folder, lambda _, written: listener.advance(written))
-        print(f"Wrote {folder}, {human_bytes(total)}. Next: lqexport verify {folder} --against SOURCE")
+        _write_folder(artifact, folder, "native")
 
 
 Protocols = Annotated[

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from lqexport.converters.native import LOW_RANK
 from lqexport.formats.registry import codec
-from lqexport.kernels import cuda, cuda_decode, torch_decode
+from lqexport.kernels import cuda, cuda_decode, native_decode
 from lqexport.kernels.cuda_multiply import LowRank, multiply
 
 LEFT, RIGHT = (LOW_RANK[side].removeprefix(".") for side in "BA")
@@ -55,7 +55,7 @@ class PackedLinear(nn.Linear):
     @torch.no_grad()
     def decoded(self) -> Tensor:
         """W with its correction, float32 [rows, columns]."""
-        decode = cuda_decode.decode if cuda.usable(self.weight.device) else torch_decode.decode
+        decode = cuda_decode.decode if cuda.usable(self.weight.device) else native_decode.decode
         weights = decode(self.codec_name, self.planes(), self.in_features)
         correction = self.low_rank()
         return weights if correction is None else weights + correction.left.float() @ correction.right.float()

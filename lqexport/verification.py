@@ -217,10 +217,10 @@ def _finite_or_null(value: Any) -> Any:
 
 
 def verify(
-    file: Path,
+    file: str | Path,
     against: str,
     *,
-    text: str,
+    text: str = "python-heldout",
     protocols: tuple[str, ...] = ("llama.cpp-512",),
     windows: int | None = None,
     engine: Engine = "lqexport",
@@ -248,6 +248,7 @@ def verify(
 
     Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
     """
+    file = Path(file)
     _check_options(file, protocols, windows, engine)
     _check_engine(engine, adapter, activations)
     listener = listener or Silent()

@@ -26,7 +26,7 @@ from lqexport.errors import UserError
 from lqexport.fit import minmax
 from lqexport.formats.registry import codec, names
 from lqexport.inspect import inspect
-from lqexport.kernels import cuda, cuda_decode, cuda_multiply, torch_decode
+from lqexport.kernels import cuda, cuda_decode, cuda_multiply, native_decode
 from lqexport.packed_linear import PackedLinear
 from lqexport.verification import open_export, verify
 
@@ -98,22 +98,21 @@ def test_transformers_computes_what_verify_does(target: str, rank: int, make: Ca
 
 
 @pytest.mark.parametrize("name", names("native"))
-def test_torch_decodes_as_the_format_does(name: str) -> None:
+@pytest.mark.parametrize("by", [native_decode.by_torch, native_decode.by_numba])
+def test_decodes_as_the_format_does(name: str, by: Callable[..., torch.Tensor]) -> None:
     """Odd numbers of columns too, where the last byte of a row is not full."""
     kind = codec(name)
     for columns in {kind.block * 2, kind.block * 2 + (13 if kind.block == 1 else 0)}:
         weights = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
         grid = minmax(kind, weights)
         planes = kind.encode(grid.numpy(), grid.nearest(weights).numpy())
-        decoded = torch_decode.decode(
-            name, {plane: torch.from_numpy(array) for plane, array in planes.items()}, columns
-        )
+        decoded = by(name, {plane: torch.from_numpy(array) for plane, array in planes.items()}, columns)
         assert torch.equal(decoded.view(torch.int32), torch.from_numpy(kind.decode(planes, columns)).view(torch.int32))
 
 
-def test_torch_decodes_nothing_else() -> None:
+def test_nothing_else_is_decoded() -> None:
     with pytest.raises(ValueError, match="not gguf:Q4_K"):
-        torch_decode.decode("gguf:Q4_K", {}, 256)
+        native_decode.decode("gguf:Q4_K", {}, 256)
 
 
 def test_generates_saves_and_loads_again(
