@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lqexport.registration import register
 
 if TYPE_CHECKING:
+    from lqexport.comparison import compare as compare
     from lqexport.dryrun import preview as preview
     from lqexport.errors import UserError as UserError
     from lqexport.exporting import export as export
@@ -32,6 +33,7 @@ _MODULES = {
     "Recipe": "recipe",
     "UserError": "errors",
     "Verification": "verification",
+    "compare": "comparison",
     "export": "exporting",
     "load": "loading",
     "preview": "dryrun",

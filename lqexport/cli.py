@@ -319,6 +319,10 @@ def to_native(
 Protocols = Annotated[
     list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
 ]
+EvaluationText = Annotated[
+    str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
+]
+Windows = Annotated[int | None, typer.Option(help="At most so many windows. [default: the whole text]")]
 MadeFrom = Annotated[
     Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
 ]
@@ -331,11 +335,9 @@ MaxPerplexityRatio = Annotated[
 def verify(
     file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
     against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
-    text: Annotated[
-        str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
-    ] = "python-heldout",
+    text: EvaluationText = "python-heldout",
     protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
-    windows: Annotated[int | None, typer.Option(help="At most so many windows. [default: the whole text]")] = None,
+    windows: Windows = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
     artifact: MadeFrom = None,
     adapter: Annotated[
@@ -397,6 +399,44 @@ def tell_verification(result: Verification, html: Path | None, as_json: bool) ->
         print(json.dumps(result.as_json(), indent=1))
     else:
         output().print(for_terminal(result))
+
+
+@app.command()
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(help=".gguf files, or folders that to-native, to-exl2 or quantize wrote.")
+    ],
+    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    text: EvaluationText = "python-heldout",
+    protocol: Annotated[str, typer.Option(help="llama.cpp-512 or hf-2048, as in verify.")] = "llama.cpp-512",
+    windows: Windows = None,
+    engine: Annotated[str, typer.Option(help="What runs the files: lqexport or llama.cpp.")] = "lqexport",
+    plot: Annotated[Path | None, typer.Option(help="Write KL divergence over bits per weight here, as SVG.")] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Measure several files against one source, on the same windows of the same text.
+
+    Examples:
+
+        lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport import comparison, report
+
+        if plot:
+            report.check_installed()
+        with terminal_listener() as listener:
+            found = comparison.compare(
+                files, against, text=text, protocol=protocol, windows=windows,
+                engine=engine, device=device, listener=listener,  # type: ignore[arg-type]  # checked there
+            )  # fmt: skip
+        if plot:
+            comparison.save_plot(found, plot)
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(comparison.table(found))
 
 
 @app.command()

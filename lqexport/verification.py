@@ -204,15 +204,15 @@ class Verification:
         for name in ("evaluations", "base_evaluations"):
             for entry, evaluation in zip(content[name], getattr(self, name), strict=True):
                 entry["perplexity_ratio"] = evaluation.perplexity_ratio
-        return _finite_or_null(content)
+        return finite_or_null(content)
 
 
-def _finite_or_null(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
-        return {key: _finite_or_null(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite_or_null(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -249,13 +249,13 @@ def verify(
     Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
     """
     file = Path(file)
-    _check_options(file, protocols, windows, engine)
+    check_options(file, protocols, windows, engine)
     _check_engine(engine, adapter, activations)
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
     made_from = Artifact(artifact) if artifact else _own_record(file)
     factors = open_factors(file, adapter, source.config)
-    result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
+    result = begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
     result.limits = _given({"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio})
@@ -281,7 +281,7 @@ def _given(limits: dict[str, float | None]) -> dict[str, float]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
+def begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
     """What is verified, with nothing found yet."""
     return Verification(
         file=str(file),
@@ -297,7 +297,7 @@ def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, en
     )
 
 
-def _check_options(file: Path, protocols: tuple[str, ...], windows: int | None, engine: str) -> None:
+def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, engine: str) -> None:
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise UserError(f"Unknown protocol {unknown[0]!r}. Known: {', '.join(PROTOCOLS)}.")
     if not protocols:
@@ -476,7 +476,7 @@ def cut_text(
 
 
 @contextlib.contextmanager
-def _logits_of_file(
+def logits_of_file(
     result: Verification,
     export: Weights,
     factors: Factors | None,
@@ -509,12 +509,12 @@ def evaluate_file(
     program's own decoding."""
     for protocol, cut in windows.items():
         # The file first: where it does not load, that is known before the source has run.
-        with _logits_of_file(result, export, factors, cut, protocol, listener) as test:
+        with logits_of_file(result, export, factors, cut, protocol, listener) as test:
             model = BlockModel(source, result.device)
             reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
             result.evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
         if factors:
-            with _logits_of_file(result, export, None, cut, protocol, listener) as test:
+            with logits_of_file(result, export, None, cut, protocol, listener) as test:
                 result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
 
 
