@@ -22,7 +22,7 @@ from lqexport.pipeline import quantize
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
-from lqexport.verify import open_export
+from lqexport.verification import open_export
 
 ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
 

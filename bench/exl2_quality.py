@@ -35,7 +35,7 @@ from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.solve import Factor, factorize, feedback
 from lqexport.source import Source, open_source
-from lqexport.verify import Exl2Folder
+from lqexport.verification import Exl2Folder
 
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
 Codecs = dict[str, str]

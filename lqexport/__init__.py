@@ -1,5 +1,51 @@
-"""Quantize language models inside the exact grid of their target file, export and verify them."""
+"""Quantize language models inside the exact grid of their target file, export and verify them.
 
+Importing this registers the native format with transformers. The names below are loaded when they are first used, so
+that importing is quick; docs/python.md says what they do.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from lqexport.registration import register
+
+if TYPE_CHECKING:
+    from lqexport.comparison import compare as compare
+    from lqexport.dryrun import preview as preview
+    from lqexport.errors import UserError as UserError
+    from lqexport.exporting import export as export
+    from lqexport.loading import LeanQuantModelForCausalLM as LeanQuantModelForCausalLM
+    from lqexport.loading import load as load
+    from lqexport.pipeline import quantize as quantize
+    from lqexport.progress import Callback as Callback
+    from lqexport.progress import Listener as Listener
+    from lqexport.recipe import Recipe as Recipe
+    from lqexport.verification import Verification as Verification
+    from lqexport.verification import verify as verify
 
 __version__ = version("lqexport")
+
+_MODULES = {
+    "Callback": "progress",
+    "LeanQuantModelForCausalLM": "loading",
+    "Listener": "progress",
+    "Recipe": "recipe",
+    "UserError": "errors",
+    "Verification": "verification",
+    "compare": "comparison",
+    "export": "exporting",
+    "load": "loading",
+    "preview": "dryrun",
+    "quantize": "pipeline",
+    "verify": "verification",
+}
+__all__ = ["__version__", *_MODULES]
+
+register()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"lqexport has no {name!r}.")
+    return getattr(import_module(f"lqexport.{_MODULES[name]}"), name)

@@ -11,6 +11,8 @@ import torch
 from lqexport.artifact import Artifact, StoredTensor
 from lqexport.converters.factors import corrected_linear, factor_names, is_factor
 from lqexport.converters.gguf_adapter import GGUFAdapter
+from lqexport.converters.native import is_native_folder
+from lqexport.converters.native_read import NativeModel
 from lqexport.converters.peft import PeftAdapter
 from lqexport.corrected import values_of
 from lqexport.errors import UserError
@@ -25,6 +27,13 @@ class Factors(Protocol):
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """A factor's codec, planes and shape, rows in the order of the Hugging Face model."""
+
+
+class NativeFactors:
+    """Those of a folder of the native format."""
+
+    def __init__(self, model: NativeModel) -> None:
+        self.names, self.planes = model.factors, model.planes
 
 
 class ArtifactFactors:
@@ -42,7 +51,7 @@ class ArtifactFactors:
 
 
 def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Factors | None:
-    """The corrections of a written model: the file `adapter`, or those that an artifact folder holds; None for none.
+    """The corrections of a written model: the file `adapter`, or those that a folder of ours holds; None for none.
 
     config   of the model. Raises UserError where the adapter is not one for it, and for one beside a folder.
     """
@@ -50,7 +59,11 @@ def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Fa
         raise UserError(f"{file} is a folder, which holds its own factors: leave out the adapter.")
     if adapter is not None:
         return PeftAdapter(adapter) if adapter.is_dir() else GGUFAdapter(adapter, config)
-    factors = ArtifactFactors(Artifact(file)) if (file / "manifest.json").is_file() else None
+    factors: Factors | None = None
+    if (file / "manifest.json").is_file():
+        factors = ArtifactFactors(Artifact(file))
+    elif is_native_folder(file):
+        factors = NativeFactors(NativeModel(file))
     return factors if factors and factors.names() else None
 
 

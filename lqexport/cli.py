@@ -22,7 +22,8 @@ from lqexport.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from lqexport.dryrun import Preview
-    from lqexport.verify import Verification
+    from lqexport.exporting import Format
+    from lqexport.verification import Verification
 
 app = typer.Typer(
     name="lqexport",
@@ -193,8 +194,9 @@ def run_quantize(
 
         print("\n".join(sentences(report["correction"])))
     adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
-    following = f"to-exl2 {out} FOLDER" if recipe.target == "exl2" else f"to-gguf {out} model.gguf{adapter}"
-    print(f"Wrote {out}. Next: lqexport {following}")
+    folders = {"exl2": f"to-exl2 {out} FOLDER", "native": f"to-native {out} FOLDER"}
+    family = recipe.target.partition(":")[0]
+    print(f"Wrote {out}. Next: lqexport {folders.get(family, f'to-gguf {out} model.gguf{adapter}')}")
 
 
 def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
@@ -237,17 +239,11 @@ def to_gguf(
         lqexport to-gguf ./out model.gguf --adapter adapter.gguf
     """
     with plain_endings(NOTHING_WRITTEN):
-        from lqexport.artifact import Artifact
-        from lqexport.converters import gguf, gguf_adapter
-        from lqexport.inspect import human_bytes, inspect, size
+        from lqexport.exporting import export
+        from lqexport.inspect import human_bytes
 
-        stored, total = Artifact(artifact), size(inspect(artifact).entries)
-        gguf_adapter.check_asked(stored, adapter is not None)
         with terminal_listener() as listener:
-            listener.stage(f"Write {file}", total)
-            gguf.write(stored, file, lambda _, written: listener.advance(written))
-            if adapter:
-                gguf_adapter.write(stored, adapter, lambda _, written: listener.advance(written))
+            export(artifact, file, format="gguf", adapter=adapter, listener=listener)
         beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
         print(f"Wrote {file}, {human_bytes(file.stat().st_size)}{beside}.")
         print(f"Next: lqexport verify {file} --against SOURCE{f' --adapter {adapter}' if adapter else ''}")
@@ -274,6 +270,16 @@ def to_peft(
         print(f"Wrote {folder}.")
 
 
+def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
+    from lqexport.exporting import export
+    from lqexport.inspect import human_bytes, inspect, size
+
+    with terminal_listener() as listener:
+        export(artifact, folder, format=format, listener=listener)
+    written = human_bytes(size(inspect(folder).entries))
+    print(f"Wrote {folder}, {written}. Next: lqexport verify {folder} --against SOURCE")
+
+
 @app.command()
 def to_exl2(
     artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with the target exl2.")],
@@ -289,20 +295,34 @@ def to_exl2(
         lqexport to-exl2 ./out ./model-exl2
     """
     with plain_endings(NOTHING_WRITTEN):
-        from lqexport.artifact import Artifact
-        from lqexport.converters.exl2 import write
-        from lqexport.inspect import human_bytes, inspect, size
+        _write_folder(artifact, folder, "exl2")
 
-        total = size(inspect(artifact).entries)
-        with terminal_listener() as listener:
-            listener.stage(f"Write {folder}", total)
-            write(Artifact(artifact), folder, lambda _, written: listener.advance(written))
-        print(f"Wrote {folder}, {human_bytes(total)}. Next: lqexport verify {folder} --against SOURCE")
+
+@app.command()
+def to_native(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target native:...")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+) -> None:
+    """Write the artifact as a folder that transformers loads, with `import lqexport`.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target native:table-3
+        lqexport to-native ./out ./model-3bit
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "native")
 
 
 Protocols = Annotated[
     list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
 ]
+EvaluationText = Annotated[
+    str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
+]
+Windows = Annotated[int | None, typer.Option(help="At most so many windows. [default: the whole text]")]
 MadeFrom = Annotated[
     Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
 ]
@@ -313,13 +333,11 @@ MaxPerplexityRatio = Annotated[
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-exl2 or quantize wrote.")],
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
     against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
-    text: Annotated[
-        str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
-    ] = "python-heldout",
+    text: EvaluationText = "python-heldout",
     protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
-    windows: Annotated[int | None, typer.Option(help="At most so many windows. [default: the whole text]")] = None,
+    windows: Windows = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
     artifact: MadeFrom = None,
     adapter: Annotated[
@@ -346,7 +364,7 @@ def verify(
     """
     with plain_endings(NOTHING_WRITTEN):
         from lqexport import report
-        from lqexport.verify import verify as check
+        from lqexport.verification import verify as check
 
         if html:
             report.check_installed()
@@ -384,8 +402,46 @@ def tell_verification(result: Verification, html: Path | None, as_json: bool) ->
 
 
 @app.command()
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(help=".gguf files, or folders that to-native, to-exl2 or quantize wrote.")
+    ],
+    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    text: EvaluationText = "python-heldout",
+    protocol: Annotated[str, typer.Option(help="llama.cpp-512 or hf-2048, as in verify.")] = "llama.cpp-512",
+    windows: Windows = None,
+    engine: Annotated[str, typer.Option(help="What runs the files: lqexport or llama.cpp.")] = "lqexport",
+    plot: Annotated[Path | None, typer.Option(help="Write KL divergence over bits per weight here, as SVG.")] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Measure several files against one source, on the same windows of the same text.
+
+    Examples:
+
+        lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport import comparison, report
+
+        if plot:
+            report.check_installed()
+        with terminal_listener() as listener:
+            found = comparison.compare(
+                files, against, text=text, protocol=protocol, windows=windows,
+                engine=engine, device=device, listener=listener,  # type: ignore[arg-type]  # checked there
+            )  # fmt: skip
+        if plot:
+            comparison.save_plot(found, plot)
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(comparison.table(found))
+
+
+@app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A folder of a model, a .gguf file, or a folder that quantize wrote.")],
+    path: Annotated[Path, typer.Argument(help="A folder of a model, a .gguf file, or a folder of ours.")],
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
     as_json: Json = False,
 ) -> None:

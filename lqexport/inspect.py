@@ -17,6 +17,8 @@ from lqexport.converters.exl2 import is_exl2_folder
 from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.native import is_native_folder
+from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
@@ -123,7 +125,8 @@ def human_bytes(count: float) -> str:
 
 
 def inspect(path: Path) -> Inspection:
-    """The tensors of a Hugging Face or ExLlamaV2 folder, a .gguf file or an artifact. Raises UserError for others."""
+    """The tensors of a Hugging Face, native or ExLlamaV2 folder, a .gguf file or an artifact. Raises UserError for
+    others."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is not a .gguf file.")
@@ -134,6 +137,8 @@ def inspect(path: Path) -> Inspection:
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
     if is_exl2_folder(path):
         return Inspection(str(path), "ExLlamaV2 folder", _model_entries(Exl2Model(path)))
+    if is_native_folder(path):
+        return Inspection(str(path), "native folder", _model_entries(NativeModel(path)))
     return Inspection(str(path), "Hugging Face folder", _folder_entries(path))
 
 
@@ -141,8 +146,9 @@ def _artifact_entries(artifact: Artifact) -> list[Entry]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _model_entries(model: GGUFModel | Exl2Model) -> list[Entry]:
-    return [_coded(name, model.shape(name), model.codec(name)) for name in model.names()]
+def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[Entry]:
+    names = [*model.names(), *(model.factors() if isinstance(model, NativeModel) else [])]
+    return [_coded(name, model.shape(name), model.codec(name)) for name in names]
 
 
 def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> Entry:

@@ -30,8 +30,9 @@ from lqexport.tune import HELD_OUT, Outcome, Tuner
 
 
 def quantize(
-    recipe: Recipe, out: Path, *, device: str = "auto", cache: Path | None = None, listener: Listener | None = None
-) -> dict[str, Any]:
+    recipe: Recipe, out: str | Path, *, device: str = "auto", cache: Path | None = None,
+    listener: Listener | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Quantize `recipe.source` into the artifact folder `out`, or finish what an interrupted run began there.
 
     cache   a folder that keeps second moments for other runs over the same source and calibration
@@ -39,7 +40,7 @@ def quantize(
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
     steady_threads()
-    job = Job(recipe, out, choose_device(device), cache, listener or Silent())
+    job = Job(recipe, Path(out), choose_device(device), cache, listener or Silent())
     if not job.artifact.complete:
         with torch.no_grad():
             budget, allocation = choose_types(job), choose_mixes(job)

@@ -6,7 +6,7 @@ import contextlib
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Protocol
 
@@ -35,6 +35,34 @@ class Silent:
     def advance(self, amount: float) -> None: ...
 
     def message(self, text: str) -> None: ...
+
+
+class Callback:
+    """A listener that calls a function.
+
+    on_progress   called with a stage's description and the share of it that is done, 0 to 1
+    on_message    called with each line that the user should see
+
+    Whatever the functions raise stops the work, which goes on where it was when the same call is made again.
+    """
+
+    def __init__(
+        self, on_progress: Callable[[str, float], None], on_message: Callable[[str], None] | None = None
+    ) -> None:
+        self._on_progress, self._on_message = on_progress, on_message
+        self._description, self._total, self._done = "", 0.0, 0.0
+
+    def stage(self, description: str, total: float) -> None:
+        self._description, self._total, self._done = description, total, 0.0
+        self._on_progress(description, 0.0)
+
+    def advance(self, amount: float) -> None:
+        self._done += amount
+        self._on_progress(self._description, min(1.0, self._done / self._total) if self._total else 1.0)
+
+    def message(self, text: str) -> None:
+        if self._on_message:
+            self._on_message(text)
 
 
 class Interruptible:

@@ -20,7 +20,7 @@ from lqexport.artifact import written_whole
 from lqexport.converters.factors import is_factor
 from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
-from lqexport.verify import LIMITS, TensorCheck, Verification
+from lqexport.verification import LIMITS, TensorCheck, Verification
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

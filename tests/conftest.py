@@ -8,8 +8,12 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lqexport.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
 # The folders at the root must be found as lqexport.formats and so on, never as `formats`.
@@ -106,6 +110,46 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.half().save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
+    """Makes a finished artifact of the tiny model for a native target in a folder, every linear rounded to its min-max
+    grid; with `rank`, beside random factors."""
+
+    def make(folder: Path, target: str, rank: int = 0) -> Artifact:
+        import torch
+
+        from lqexport.artifact import Artifact, StoredTensor
+        from lqexport.converters.factors import planned_factors
+        from lqexport.converters.targets import plan
+        from lqexport.fit import minmax
+        from lqexport.formats.registry import codec
+        from lqexport.linear import round_tensor
+        from lqexport.source import open_source
+
+        source, artifact = open_source(str(tiny_model)), Artifact(folder)
+        artifact.begin({"recipe": {"target": target}})
+        source.copy_model_files(artifact.model_folder)
+        planned = plan(target, source.config, {name: source.shape(name) for name in source.names()})
+        factors = planned_factors(planned, rank, "F16") if rank else []
+        draw = torch.Generator().manual_seed(0)
+        for tensor in factors:
+            values = 0.02 * torch.randn(tensor.shape, generator=draw)
+            artifact.write(round_tensor(tensor.name, values, tensor.codec))
+        for tensor in planned:
+            weights = source.read(tensor.name).float()
+            if tensor.linear:
+                kind = codec(tensor.codec)
+                grid = minmax(kind, weights)
+                planes = kind.encode(grid.numpy(), grid.nearest(weights).numpy())
+                artifact.write(StoredTensor(tensor.name, tensor.codec, tensor.shape, planes))
+            else:
+                artifact.write(round_tensor(tensor.name, weights, tensor.codec))
+        artifact.finish([tensor.name for tensor in (*planned, *factors)], {"tensors": []})
+        return artifact
+
+    return make
 
 
 @pytest.fixture(scope="session")

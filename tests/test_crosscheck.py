@@ -13,7 +13,7 @@ from lqexport.crosscheck import CrossCheck
 from lqexport.formats.registry import codec
 from lqexport.kernels import cuda, cuda_decode
 from lqexport.progress import Silent
-from lqexport.verify import Verification, check_tensors
+from lqexport.verification import Verification, check_tensors
 
 NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3"]
 

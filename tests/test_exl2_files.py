@@ -30,7 +30,7 @@ from lqexport.inspect import inspect
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verify import verify
+from lqexport.verification import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj.weight"

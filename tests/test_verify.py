@@ -28,7 +28,7 @@ from lqexport.evaluate import Evaluation
 from lqexport.formats.registry import codec
 from lqexport.source import open_source
 from lqexport.texts import Text, read_text
-from lqexport.verify import (
+from lqexport.verification import (
     Verification,
     check_limits,
     check_overlap,
@@ -306,7 +306,10 @@ def test_overlap_is_looked_for_in_the_artifacts_run(
         ({"engine": "llama.cpp"}, "is a folder. `lqexport to-gguf` writes such files"),
         ({"text": "no-such-text"}, "no-such-text"),
         ({"against": "/no/such/model.gguf"}, "There is no file"),
-        ({"file": Path("model.safetensors")}, "neither a .gguf file nor a folder of ExLlamaV2 or an artifact"),
+        (
+            {"file": Path("model.safetensors")},
+            "neither a .gguf file nor a native folder, one of ExLlamaV2 or an artifact",
+        ),
         ({"artifact": Path("/no/such/folder")}, "not an lqexport artifact"),
     ],
 )

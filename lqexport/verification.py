@@ -30,7 +30,8 @@ from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2 import is_exl2_folder
 from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
-from lqexport.converters.peft import PeftAdapter
+from lqexport.converters.native import RECORD, is_native_folder
+from lqexport.converters.native_read import NativeModel
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.environment import choose_device, versions
@@ -97,6 +98,13 @@ def stored(export: Packed, name: str) -> StoredTensor:
     return StoredTensor(name, kind, shape, planes)
 
 
+class NativeFolder(NativeModel):
+    """A folder of the native format as a model."""
+
+    def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        return torch.from_numpy(super().read(name))
+
+
 class Exl2Folder(Exl2Model):
     """A folder for ExLlamaV2 as a model."""
 
@@ -105,13 +113,15 @@ class Exl2Folder(Exl2Model):
 
 
 def open_export(path: Path) -> Export:
-    """A .gguf file, a folder of ExLlamaV2 or a finished artifact folder. Raises UserError for anything else."""
+    """A .gguf file, a native folder, one of ExLlamaV2 or a finished artifact. Raises UserError for anything else."""
     if is_exl2_folder(path):
         return Exl2Folder(path)
+    if is_native_folder(path):
+        return NativeFolder(path)
     if path.is_dir():
         return ArtifactModel(path)
     if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"{path} is neither a .gguf file nor a folder of ExLlamaV2 or an artifact.")
+        raise UserError(f"{path} is neither a .gguf file nor a native folder, one of ExLlamaV2 or an artifact.")
     return GGUFSource(path)
 
 
@@ -193,23 +203,23 @@ class Verification:
         for name in ("evaluations", "base_evaluations"):
             for entry, evaluation in zip(content[name], getattr(self, name), strict=True):
                 entry["perplexity_ratio"] = evaluation.perplexity_ratio
-        return _finite_or_null(content)
+        return finite_or_null(content)
 
 
-def _finite_or_null(value: Any) -> Any:
+def finite_or_null(value: Any) -> Any:
     """JSON has no NaN and no infinity."""
     if isinstance(value, dict):
-        return {key: _finite_or_null(item) for key, item in value.items()}
+        return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite_or_null(item) for item in value]
+        return [finite_or_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def verify(
-    file: Path,
+    file: str | Path,
     against: str,
     *,
-    text: str,
+    text: str = "python-heldout",
     protocols: tuple[str, ...] = ("llama.cpp-512",),
     windows: int | None = None,
     engine: Engine = "lqexport",
@@ -221,14 +231,15 @@ def verify(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
-    """Check a .gguf file, a folder of ExLlamaV2 or an artifact folder against the model that it was made from.
+    """Check a .gguf file, a native folder, one of ExLlamaV2 or an artifact against the model that it was made from.
 
     against      the source: folder, hub id or .gguf file
     text         name or file for `texts.read_text`; not what was calibrated on
     protocols    names in `evaluate.PROTOCOLS`
     windows      at most so many per protocol; None for the whole text
     engine       what runs the file: this program's own decoding, or llama.cpp. The source always runs in ours, float32.
-    artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself
+    artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself, a
+                 native folder against the manifest in it
     adapter      low-rank corrections to run the file with, a GGUF LoRA adapter or a PEFT folder (an artifact folder has
                  its own): evaluated with and without
     activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
@@ -236,17 +247,19 @@ def verify(
 
     Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
     """
-    _check_options(file, protocols, windows, engine)
+    file = Path(file)
+    check_options(file, protocols, windows, engine)
     _check_engine(engine, adapter, activations)
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
-    made_from = Artifact(artifact or file) if artifact or isinstance(export, ArtifactModel) else None
+    made_from = Artifact(artifact) if artifact else _own_record(file)
     factors = open_factors(file, adapter, source.config)
-    result = _begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
+    result = begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
     result.limits = _given({"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio})
     usable = check_structure(result, export, factors, source)
+    check_files(result, made_from)
     check_tensors(result, export, factors, source, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
@@ -258,11 +271,17 @@ def verify(
     return result
 
 
+def _own_record(file: Path) -> Artifact | None:
+    """What an artifact or a native folder says of itself: manifest, report, run. Only these are read of it."""
+    found = [Artifact(place) for place in (file, file / RECORD) if (place / "manifest.json").is_file()]
+    return found[0] if found else None
+
+
 def _given(limits: dict[str, float | None]) -> dict[str, float]:
     return {name: limit for name, limit in limits.items() if limit is not None}
 
 
-def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
+def begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
     """What is verified, with nothing found yet."""
     return Verification(
         file=str(file),
@@ -278,7 +297,7 @@ def _begun(file: Path, source: Source, artifact: Artifact | None, text: Text, en
     )
 
 
-def _check_options(file: Path, protocols: tuple[str, ...], windows: int | None, engine: str) -> None:
+def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, engine: str) -> None:
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise UserError(f"Unknown protocol {unknown[0]!r}. Known: {', '.join(PROTOCOLS)}.")
     if not protocols:
@@ -304,8 +323,8 @@ def _check_engine(engine: str, adapter: Path | None, activations: str | None) ->
 
 
 def _digest_of(path: Path) -> str:
-    """sha256 of the file, of all shards of a folder of ExLlamaV2, or of an artifact's manifest, which holds the digest
-    of every file."""
+    """sha256 of the file, of all shards of a folder, or of an artifact's manifest, which holds the digest of every
+    file."""
     manifest = path / "manifest.json"
     parts = [path] if path.is_file() else [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
     return file_digest(*parts)
@@ -346,6 +365,16 @@ def _listed(items: list[str], most: int = 3) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+def check_files(result: Verification, artifact: Artifact | None) -> None:
+    """Every file of an artifact against its manifest's digests. A native folder has the manifest, not the files."""
+    if artifact is None or artifact.folder.name == RECORD:
+        return
+    if damaged := artifact.damaged():
+        result.failed.append(
+            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
+        )
+
+
 def check_tensors(
     result: Verification,
     export: Export,
@@ -357,10 +386,6 @@ def check_tensors(
     """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
     manifest, kernels = artifact.manifest() if artifact else None, CrossCheck(result.device)
     output_errors = _recorded_errors(artifact) if artifact else {}
-    if artifact and (damaged := artifact.damaged()):
-        result.failed.append(
-            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
-        )
     holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
     if factors:
         holders |= dict.fromkeys(factors.names(), factors)
@@ -369,8 +394,7 @@ def check_tensors(
     for name, holder in holders.items():
         tensor = stored(holder, name)
         original = source.read(name).float().numpy() if name in known else None
-        # A PEFT folder holds values, not what was packed.
-        same = None if manifest is None or isinstance(holder, PeftAdapter) else _same(tensor, manifest)
+        same = None if manifest is None else _same(tensor, manifest)
         result.tensors.append(_check(tensor, original, output_errors.get(name), same, kernels))
         listener.advance(1)
     result.decoding = kernels.sentence(len(names))
@@ -390,8 +414,12 @@ def check_tensors(
         result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
 
 
-def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool:
+def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
+    """Whether a tensor is the manifest's; None for factors in PEFT and native folders, which hold the values of those
+    that are not float16."""
     entry = manifest.get(tensor.name, {})
+    if is_factor(tensor.name) and tensor.codec == "gguf:F32" != entry.get("codec"):
+        return None
     return (entry.get("codec"), entry.get("sha256")) == (tensor.codec, digest(tensor.planes))
 
 
@@ -454,7 +482,7 @@ def cut_text(
 
 
 @contextlib.contextmanager
-def _logits_of_file(
+def logits_of_file(
     result: Verification,
     export: Weights,
     factors: Factors | None,
@@ -487,12 +515,12 @@ def evaluate_file(
     program's own decoding."""
     for protocol, cut in windows.items():
         # The file first: where it does not load, that is known before the source has run.
-        with _logits_of_file(result, export, factors, cut, protocol, listener) as test:
+        with logits_of_file(result, export, factors, cut, protocol, listener) as test:
             model = BlockModel(source, result.device)
             reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
             result.evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
         if factors:
-            with _logits_of_file(result, export, None, cut, protocol, listener) as test:
+            with logits_of_file(result, export, None, cut, protocol, listener) as test:
                 result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
 
 

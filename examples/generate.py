@@ -1,0 +1,24 @@
+"""Write on from a prompt with a folder of the native format; its weights stay packed in memory.
+
+python examples/generate.py ./SmolLM2-135M-3bit "The capital of France is"
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+import lqexport
+
+
+def run(folder: str | Path, prompt: str, tokens: int = 32) -> str:
+    """The prompt with up to `tokens` more."""
+    model, tokenizer = lqexport.load(folder, device_map="auto"), AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    return tokenizer.decode(model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0])
+
+
+if __name__ == "__main__":
+    print(run(sys.argv[1], sys.argv[2]))

