@@ -63,16 +63,8 @@ def test_the_command(
 ) -> None:
     top = Path(os.path.commonpath(files))
     monkeypatch.chdir(top)  # a long path would be folded in the table
-    arguments = [
-        "compare",
-        *(str(file.relative_to(top)) for file in files),
-        "--against",
-        str(tiny_model),
-        "--text",
-        str(text),
-        "--windows",
-        "1",
-    ]
+    names = [str(file.relative_to(top)) for file in files]
+    arguments = ["compare", *names, "--against", str(tiny_model), "--text", str(text), "--windows", "1"]
     shown = CliRunner().invoke(app, [*arguments, "--plot", str(tmp_path / "plot.svg")])
     assert shown.exit_code == 0, shown.output
     for part in ("native", "plain.gguf", "(source)", "tokens/s"):
@@ -82,7 +74,7 @@ def test_the_command(
     assert "plain.gguf, " in drawn
     as_json = CliRunner().invoke(app, [*arguments, "--json"])
     content = json.loads(as_json.stdout)
-    assert [Path(entry["file"]) for entry in content["files"]] == files
+    assert [entry["file"] for entry in content["files"]] == names
     assert content["files"][0]["evaluation"]["kl"] > content["files"][1]["evaluation"]["kl"]
 
 
