@@ -1,10 +1,12 @@
-"""What quantizing costs: time and peak memory of the whole process, beside bare forward passes over the same tokens.
+"""What quantizing costs: time and peak memory of whole processes, beside bare forward passes over the same tokens.
 
     python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 64] [--sequence-length 512]
 
 The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in its own
 process; the best batch size of 1, 2 and 4 counts. Then `lqexport quantize` runs with one pass of the solver, and by its
-defaults (guided moments, descent, tuning). All on this machine, one after the other; prints JSON.
+defaults (guided moments, descent, tuning); and, under guided moments at hand, with error feedback alone and with
+descent, whose difference is the solver's. All on this machine, one after the other; prints JSON. Processor seconds
+are of all threads and hold on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -17,8 +19,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-ONE_PASS = ["--moments", "normalized", "--descent", "0", "--tune", "0"]
-"""Error feedback alone, under second moments that one forward pass gives."""
+RUNS = {
+    "one_pass": ["--moments", "normalized", "--descent", "0", "--tune", "0"],
+    "quantize": [],
+    "filling_the_cache": ["--method", "gptq", "--moments", "guided", "--descent", "0", "--tune", "0"],
+    "feedback_alone": ["--descent", "0", "--tune", "0"],
+    "with_descent": ["--tune", "0"],
+}
+"""Error feedback alone, under second moments that one forward pass gives; the defaults; then, under the same guided
+second moments, the solver without and with its refinement."""
+CACHED = ("filling_the_cache", "feedback_alone", "with_descent")
 
 FLOOR = """
 import json, resource, sys, time
@@ -37,21 +47,25 @@ def seconds(part, batch):
 with torch.no_grad():
     body(tokens[:1], use_cache=False)
     batch = min((1, 2, 4), key=lambda size: seconds(tokens[:4], size))
+    processor = time.process_time()
     total = seconds(tokens, batch)
+    processor = time.process_time() - processor
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-print(json.dumps({"seconds": total, "batch": batch, "peak_gib": peak}))
+print(json.dumps({"seconds": total, "processor_seconds": processor, "batch": batch, "peak_gib": peak}))
 """
 
 
-def run_with_peak(command: list[str]) -> dict[str, float]:
-    """Wall seconds and peak resident memory in GiB of a command and its children."""
+def run_measured(command: list[str]) -> dict[str, float]:
+    """Wall seconds, processor seconds and peak resident memory in GiB of a command and its children."""
     code = (
-        "import resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode;"
-        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20); sys.exit(status)"
+        "import json, resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode;"
+        "used = resource.getrusage(resource.RUSAGE_CHILDREN);"
+        "found = {'processor_seconds': used.ru_utime + used.ru_stime, 'peak_gib': used.ru_maxrss / 2**20};"
+        "print(json.dumps(found)); sys.exit(status)"
     )
     began = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code, *command], check=True, stdout=subprocess.PIPE, text=True)
-    return {"seconds": time.perf_counter() - began, "peak_gib": float(done.stdout.split()[-1])}
+    return {"seconds": time.perf_counter() - began, **json.loads(done.stdout.splitlines()[-1])}
 
 
 def measure(model: str, text: str, work: Path, target: str, samples: int, length: int) -> dict[str, Any]:
@@ -61,12 +75,18 @@ def measure(model: str, text: str, work: Path, target: str, samples: int, length
     )
     result = {"floor": json.loads(floor.stdout.splitlines()[-1])}
     options = ["--target", target, "--calibration", text, "--samples", sizes[0], "--sequence-length", sizes[1]]
-    for name, more in (("one_pass", ONE_PASS), ("quantize", [])):
-        command = [sys.executable, "-m", "lqexport", "quantize", model, str(work / name), *options, *more]
-        result[name] = run_with_peak(command)
-        result[f"{name}_to_floor"] = result[name]["seconds"] / result["floor"]["seconds"]
-    result["quantize_to_one_pass"] = result["quantize"]["seconds"] / result["one_pass"]["seconds"]
+    for name, more in RUNS.items():
+        cache = ["--cache", str(work / "cache")] if name in CACHED else []
+        command = [sys.executable, "-m", "lqexport", "quantize", model, str(work / name), *options, *more, *cache]
+        result[name] = run_measured(command)
+        result[f"{name}_to_floor"] = _ratio(result, name, "floor")
+    result["quantize_to_one_pass"] = _ratio(result, "quantize", "one_pass")
+    result["with_descent_to_feedback_alone"] = _ratio(result, "with_descent", "feedback_alone")
     return {"model": model, "target": target, "samples": samples, "sequence_length": length, **result}
+
+
+def _ratio(result: dict[str, Any], name: str, other: str) -> float:
+    return float(result[name]["processor_seconds"] / result[other]["processor_seconds"])
 
 
 def main() -> None:
