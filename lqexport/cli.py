@@ -349,6 +349,10 @@ def verify(
     max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
     max_perplexity_ratio: MaxPerplexityRatio = 2.0,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
+    linear: Annotated[
+        str | None, typer.Option(help="The matrix whose weights and grid the page shows. [default: the lossiest]")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Write a model card here, in Markdown.")] = None,
     as_json: Json = False,
     device: Device = "auto",
 ) -> None:
@@ -364,6 +368,7 @@ def verify(
     """
     with plain_endings(NOTHING_WRITTEN):
         from lqexport import report
+        from lqexport.card import save_card
         from lqexport.verification import verify as check
 
         if html:
@@ -381,10 +386,13 @@ def verify(
                 activations=activations,
                 max_kl=max_kl,
                 max_perplexity_ratio=max_perplexity_ratio or None,
+                linear=linear,
                 device=device,
                 listener=listener,
             )
         tell_verification(result, html, as_json)
+        if card:
+            save_card(result, card)
     if result.failed:
         raise typer.Exit(1)
 
@@ -437,6 +445,54 @@ def compare(
             print(json.dumps(found.as_json(), indent=1))
         else:
             output().print(comparison.table(found))
+
+
+@app.command(name="eval")
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Perplexity on wikitext2, c4, c4-new, ptb or ptb-new, as in the papers, or a text as in verify. "
+            "May repeat."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, with commas between; papers: those of the papers."),
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question of a task.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of a task.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Of texts that are not the papers': hf-2048, llama.cpp-512.")
+    ] = "hf-2048",
+    windows: Windows = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Perplexity and zero-shot tasks of one file, by this program's own decoding.
+
+    Examples:
+
+        lqexport eval model.gguf --text wikitext2 --text c4
+        lqexport eval ./model-3bit --tasks arc_easy,piqa --limit 200
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport import scores
+
+        if not text and not tasks:
+            raise UserError("Say what to evaluate: --text wikitext2, or --tasks arc_easy,piqa.")
+        names = scores.task_names(tasks)
+        with terminal_listener() as listener:
+            found = scores.evaluate(
+                file, text or [], names, include=include, shots=shots, limit=limit, protocol=protocol, windows=windows,
+                device=device, listener=listener,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(scores.table(found))
 
 
 @app.command()

@@ -47,6 +47,9 @@ HF_2048 = Protocol("hf-2048", window=2048, first=1, bos=False)
 LLAMACPP_512 = Protocol("llama.cpp-512", window=512, first=257, bos=True)
 """As llama-perplexity with its default context: the second half is scored, so each token has 257 or more before it."""
 
+WORST = 12
+"""Tokens that an evaluation keeps of those whose predictions changed most."""
+
 PROTOCOLS = {protocol.name: protocol for protocol in (HF_2048, LLAMACPP_512)}
 
 
@@ -118,12 +121,15 @@ class TokenScores:
     reference, test   negative log-likelihood in nats
     divergence        KL(reference || test) of the predicted distributions, in nats
     agrees            whether both put the same token first
+    reference_top, test_top   the token that each puts first, int64
     """
 
     reference: NDArray[np.float64]
     test: NDArray[np.float64]
     divergence: NDArray[np.float64]
     agrees: NDArray[np.bool_]
+    reference_top: NDArray[np.int64]
+    test_top: NDArray[np.int64]
 
 
 def score(reference: torch.Tensor, test: torch.Tensor, targets: torch.Tensor, rows: int = 128) -> TokenScores:
@@ -143,12 +149,32 @@ def score(reference: torch.Tensor, test: torch.Tensor, targets: torch.Tensor, ro
 
 
 def _score_rows(reference: torch.Tensor, test: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    agrees = reference.argmax(-1) == test.to(reference.device).argmax(-1)
+    reference_top, test_top = reference.argmax(-1), test.to(reference.device).argmax(-1)
     p = torch.log_softmax(reference.double(), -1)
     q = torch.log_softmax(test.to(reference.device).double(), -1)
     chosen = targets.to(reference.device)[:, None]
     divergence = (p.exp() * (p - q)).sum(-1)
-    return -p.gather(-1, chosen)[:, 0], -q.gather(-1, chosen)[:, 0], divergence, agrees
+    nll = (-p.gather(-1, chosen)[:, 0], -q.gather(-1, chosen)[:, 0])
+    return *nll, divergence, reference_top == test_top, reference_top, test_top
+
+
+@dataclass(frozen=True)
+class Worst:
+    """A token whose prediction the file changed most.
+
+    window, position   which window of the text, and which token of the window is predicted
+    kl                 KL(source || model) of the prediction, in nats
+    probability, reference_probability   of the token that came, by the model and by the source
+    top, reference_top   the token that each puts first
+    """
+
+    window: int
+    position: int
+    kl: float
+    probability: float
+    reference_probability: float
+    top: int
+    reference_top: int
 
 
 @dataclass(frozen=True)
@@ -160,6 +186,7 @@ class Evaluation:
     kl, kl_99, kl_max   mean, 99th percentile and maximum of KL(source || model) per token, in nats
     top1             share of tokens where both put the same token first
     kl_by_window, kl_by_position   means, for plots; positions in at most 64 bins
+    worst            the WORST tokens of the largest KL divergence, that first
     """
 
     protocol: str
@@ -179,6 +206,7 @@ class Evaluation:
     top1_error: float
     kl_by_window: list[float] = field(default_factory=list)
     kl_by_position: list[float] = field(default_factory=list)
+    worst: list[Worst] = field(default_factory=list)
 
     @property
     def perplexity_ratio(self) -> float:
@@ -212,7 +240,28 @@ class Accumulator:
             perplexity, perplexity_error, reference_perplexity, reference_error, ln_ratio, ln_ratio_error,
             kl, kl_error, float(np.percentile(divergence, 99)), float(divergence.max()), top1, top1_error,
             divergence.mean(1).tolist(), [float(part.mean()) for part in _bins(divergence, 64)],
+            self._worst(divergence),
         )  # fmt: skip
+
+    def _worst(self, divergence: NDArray[np.float64]) -> list[Worst]:
+        """divergence   [windows, scored tokens]"""
+        # What is not a number counts as least.
+        order = np.argsort(-np.nan_to_num(divergence, nan=-1), axis=None, kind="stable")[:WORST]
+        found = []
+        for window, index in zip(*np.unravel_index(order, divergence.shape), strict=True):
+            scores = self._windows[window]
+            found.append(
+                Worst(
+                    int(window),
+                    int(index) + self.protocol.first,
+                    float(divergence[window, index]),
+                    float(np.exp(-scores.test[index])),
+                    float(np.exp(-scores.reference[index])),
+                    int(scores.test_top[index]),
+                    int(scores.reference_top[index]),
+                )
+            )
+        return found
 
 
 def _bins(values: NDArray[np.float64], count: int) -> list[NDArray[np.float64]]:

@@ -20,6 +20,7 @@ from lqexport.artifact import written_whole
 from lqexport.converters.factors import is_factor
 from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
+from lqexport.portrait import Portrait
 from lqexport.verification import LIMITS, TensorCheck, Verification
 
 if TYPE_CHECKING:
@@ -229,6 +230,12 @@ def plots(result: Verification) -> list[tuple[str, str, str]]:
         found.append(("KL divergence along the text", note, svg(lambda axes: _draw_windows(axes, result))))
         note = "Mean over all windows by the position of the token in its window."
         found.append(("KL divergence within a window", note, svg(lambda axes: _draw_positions(axes, result))))
+    if (shown := result.portrait) is not None:
+        note = (
+            f"{shown.codec}. All weights of the source and of the file, and below the axis the values that row "
+            f"{shown.row} of the file uses."
+        )
+        found.append((f"Weights of {shown.name}", note, svg(lambda axes: _draw_portrait(axes, shown))))
     return found
 
 
@@ -271,6 +278,15 @@ def _draw_by_block(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> Non
     axes.locator_params(axis="x", integer=True)
     axes.grid(axis="y", alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+
+
+def _draw_portrait(axes: Axes, shown: Portrait) -> None:
+    axes.stairs(shown.source, shown.edges, fill=True, color="#bbccdd", label="source")
+    axes.stairs(shown.file, shown.edges, color="#cc3311", label="file")
+    axes.plot(shown.levels, [-0.04 * max(shown.source)] * len(shown.levels), "|", color="#333", label="a row's values")
+    axes.set_xlabel("weight")
+    axes.set_ylabel("weights")
+    axes.legend(frameon=False, fontsize=8)
 
 
 def _draw_kinds(axes: Axes, all_kinds: list[Kind]) -> None:

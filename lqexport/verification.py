@@ -38,6 +38,7 @@ from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.formats.codec import Planes
+from lqexport.portrait import InContext, Portrait, in_context, portrait
 from lqexport.progress import Listener, Silent
 from lqexport.source import GGUFSource, Source, open_source
 from lqexport.texts import Text, read_text
@@ -157,6 +158,8 @@ class Verification:
     adapter            the file of low-rank corrections, or the artifact folder that holds them; None without any
     activations        the type that inputs of linears were rounded to, emulated; None where they were not
     evaluations        of the file, with its adapter where there is one: what the limits are on
+    worst              the first evaluation's tokens of the largest KL divergence, with the text before them
+    portrait           one linear's weights and grid
     base_evaluations   of the file without its adapter
     """
 
@@ -176,6 +179,8 @@ class Verification:
     run: dict[str, Any] = field(default_factory=dict)
     tensors: list[TensorCheck] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    worst: list[InContext] = field(default_factory=list)
+    portrait: Portrait | None = None
     base_evaluations: list[Evaluation] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
@@ -228,6 +233,7 @@ def verify(
     activations: str | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = None,
+    linear: str | None = None,
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
@@ -244,6 +250,7 @@ def verify(
                  its own): evaluated with and without
     activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
     max_kl, max_perplexity_ratio   limits, for each protocol
+    linear       the matrix to make a portrait of; None: the one whose weights lost most
 
     Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
     """
@@ -267,6 +274,8 @@ def verify(
         if engine == "llama.cpp":
             check_tokenizer(result, source.tokenizer(), evaluation_text)
         evaluate_file(result, export, factors, source, cut, listener)
+        result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), source.tokenizer())
+        result.portrait = _portrait(result, export, source, linear)
         check_limits(result)
     return result
 
@@ -442,6 +451,18 @@ def _check(
     error = None if original is None or original.shape != values.shape else relative_energy(values - original, original)
     finite = bool(np.isfinite(values).all())
     return TensorCheck(tensor.name, tensor.codec, tensor.shape, nbytes, error, output_error, finite, same)
+
+
+def lossiest(tensors: list[TensorCheck]) -> str | None:
+    """The matrix of largest relative error of its weights; None where none has any."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2 and (tensor.weight_error or 0) > 0]
+    return max(matrices, key=lambda tensor: tensor.weight_error or 0).name if matrices else None
+
+
+def _portrait(result: Verification, export: Weights, source: Weights, linear: str | None) -> Portrait | None:
+    name = linear or lossiest(result.tensors)
+    codecs = {tensor.name: tensor.codec for tensor in result.tensors}
+    return portrait(export, source, name, codecs.get(name or "", ""))
 
 
 def relative_energy(difference: NDArray[np.float32], reference: NDArray[np.float32]) -> float:

@@ -10,6 +10,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,12 +20,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lqexport import llamacpp, report
-from lqexport.artifact import Artifact, StoredTensor, write_json
+from lqexport import card, llamacpp, report
+from lqexport.artifact import Artifact, StoredTensor, decoded, write_json
 from lqexport.converters.gguf import write
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
-from lqexport.evaluate import Evaluation
+from lqexport.evaluate import WORST, Evaluation
 from lqexport.formats.registry import codec
 from lqexport.source import open_source
 from lqexport.texts import Text, read_text
@@ -395,9 +396,80 @@ def test_page_needs_no_network_and_has_all_plots(found: Verification, tmp_path: 
     assert addresses == {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
     assert not re.search(r"<(script|link|img|iframe|object|embed|base)\b|@import|\bsrc=", page)
     assert all(target.startswith("#") for target in re.findall(r"""(?:href|url)[=(]["']?([^"')]*)""", page))
-    assert page.count("<svg") == page.count("</svg>") == 5
-    for part in (found.sha256, found.text_sha256, DOWN, "Output error by block", "recipe.target", "gguf:Q4_0"):
+    assert page.count("<svg") == page.count("</svg>") == 6
+    for part in (
+        found.sha256,
+        found.text_sha256,
+        DOWN,
+        "Output error by block",
+        "Weights of model.layers.",
+        "Predictions that changed most",
+        "recipe.target",
+        "gguf:Q4_0",
+    ):
         assert part in page
+
+
+def test_the_worst_tokens_are_those_of_the_largest_divergence(found: Verification, tiny_model: Path, text: str) -> None:
+    (evaluation,) = found.evaluations
+    divergences = [token.kl for token in evaluation.worst]
+    assert divergences == sorted(divergences, reverse=True)
+    assert len(divergences) == WORST
+    assert divergences[0] == evaluation.kl_max
+    tokenizer = open_source(str(tiny_model)).tokenizer()
+    ids = tokenizer(Path(text).read_text())["input_ids"]
+    for token, shown in zip(evaluation.worst, found.worst, strict=True):
+        assert 257 <= token.position < 512
+        place = 512 * token.window + token.position
+        assert shown.came == tokenizer.decode(ids[place : place + 1])
+        assert shown.before == tokenizer.decode(ids[place - 24 : place])
+        assert shown.file_says == tokenizer.decode([token.top])
+
+
+def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_model: Path, text: str) -> None:
+    assert found.portrait is not None
+    errors = {tensor.name: tensor.weight_error or 0 for tensor in found.tensors if len(tensor.shape) == 2}
+    assert found.portrait.name == max(errors, key=lambda name: errors[name])
+    shown = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).portrait
+    assert shown is not None
+    assert (shown.name, shown.codec, sum(shown.source), sum(shown.file)) == (DOWN, "gguf:Q4_0", 256 * 512, 256 * 512)
+    row = decoded(lossy.read(DOWN))[shown.row]
+    assert shown.levels == sorted(set(row.tolist()))
+    with pytest.raises(UserError, match="no matrix nothing"):
+        verify(lossy.folder, str(tiny_model), text=text, windows=1, linear="nothing")
+
+
+def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
+    card.save_card(dataclasses.replace(found, warnings=["A | bar."]), tmp_path / "README.md")
+    content = (tmp_path / "README.md").read_text()
+    assert content.startswith("---\nbase_model: ")
+    for part in (
+        found.sha256,
+        f"{found.evaluations[0].kl:.5f}",
+        "- A | bar.",
+        "| target | gguf:Q4_0 |",
+        "llama-cli -m",
+    ):
+        assert part in content
+    rows = [line for line in content.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in rows)
+    assert "could not be run" in card.card(dataclasses.replace(found, evaluations=[]))
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_a_browser_shows_the_page(found: Verification, tmp_path: Path) -> None:
+    report.save_html(found, tmp_path / "page.html")
+    switches = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    shown = subprocess.run(
+        [str(BROWSER), *switches, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120
+    ).stdout
+    for part in ("Predictions that changed most", "KL divergence along the text", found.sha256, DOWN):
+        assert part in shown
+    assert shown.count("</svg>") == 6
+    assert shown.count("</h2>") == 6
 
 
 def test_page_escapes_what_it_shows(found: Verification) -> None:
@@ -419,7 +491,8 @@ def test_page_escapes_what_it_shows(found: Verification) -> None:
 
 
 def test_page_of_a_failed_structure_has_no_numbers(found: Verification) -> None:
-    page = report.as_html(dataclasses.replace(found, evaluations=[], tensors=[], failed=["Tensors are missing."]))
+    nothing: dict[str, Any] = {"evaluations": [], "tensors": [], "worst": [], "portrait": None}
+    page = report.as_html(dataclasses.replace(found, **nothing, failed=["Tensors are missing."]))
     assert "Tensors are missing." in page
     assert "<svg" not in page
 
