@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from lqexport.exporting import export as export
     from lqexport.loading import LeanQuantModelForCausalLM as LeanQuantModelForCausalLM
     from lqexport.loading import load as load
+    from lqexport.papers import perplexity as perplexity
     from lqexport.pipeline import quantize as quantize
     from lqexport.progress import Callback as Callback
     from lqexport.progress import Listener as Listener
     from lqexport.recipe import Recipe as Recipe
     from lqexport.verification import Verification as Verification
     from lqexport.verification import verify as verify
+    from lqexport.zero_shot_tasks import zero_shot as zero_shot
 
 __version__ = version("lqexport")
 
@@ -35,6 +37,8 @@ _MODULES = {
     "Verification": "verification",
     "compare": "comparison",
     "export": "exporting",
+    "perplexity": "papers",
+    "zero_shot": "zero_shot_tasks",
     "load": "loading",
     "preview": "dryrun",
     "quantize": "pipeline",

@@ -87,7 +87,7 @@ class HuggingFaceSource:
         return self._files[name]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return _load_tokenizer(self.folder)
+        return load_tokenizer(self.folder)
 
     def copy_model_files(self, folder: Path) -> None:
         for pattern in MODEL_FILES:
@@ -116,7 +116,7 @@ class GGUFSource(GGUFModel):
         return torch.from_numpy(super().read(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        return _load_tokenizer(self.path.parent, gguf_file=self.path.name)
+        return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_model_files(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +184,8 @@ def _open(path: Path) -> Any:
         raise UserError(f"{path} is cut short or damaged ({error}). Download it again.") from error
 
 
-def _load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises UserError where there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:

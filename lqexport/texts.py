@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import importlib.util
 import json
@@ -143,7 +144,7 @@ def read_text(name_or_file: str) -> Text:
         return Text(name_or_file, _read_file(path))
     name, _, split = name_or_file.partition(":")
     if name in HUB_TEXTS:
-        return Text(name_or_file, _read_hub(name, split))
+        return Text(name_or_file, "\n\n".join(_read_hub(name, split, HUB_TEXTS[name])))
     known = ", ".join([*BUILT_IN, *HUB_TEXTS])
     raise UserError(f"There is no text file {name_or_file}, and no text of that name. Known names: {known}.")
 
@@ -172,8 +173,17 @@ def _jsonl_documents(path: Path, content: str) -> Iterator[str]:
         yield document
 
 
-def _read_hub(name: str, split: str) -> str:
-    text = HUB_TEXTS[name]
+def documents(name_and_split: str, most: int | None) -> list[str]:
+    """The documents of a hub text such as `c4:validation`, at most so many; None for all that its file holds.
+
+    Raises UserError as `read_text`.
+    """
+    name, _, split = name_and_split.partition(":")
+    return _read_hub(name, split, dataclasses.replace(HUB_TEXTS[name], limit=0))[:most]
+
+
+def _read_hub(name: str, split: str, text: HubText) -> list[str]:
+    """Documents of a split, or those up to the text's limit."""
     split = split or text.splits[0]
     if split not in text.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(text.splits)}.")
@@ -184,7 +194,7 @@ def _read_hub(name: str, split: str) -> str:
         message = f"The text {name} needs the `datasets` package: pip install 'lqexport[datasets]'. {instead}"
         raise UserError(message) from None
     try:
-        return "\n\n".join(_hub_documents(datasets.load_dataset, text, split))
+        return list(_hub_documents(datasets.load_dataset, text, split))
     except Exception as error:  # whatever the hub's client raises: no network, no such file, a full disk
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {instead}") from error

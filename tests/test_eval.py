@@ -1,0 +1,197 @@
+"""`lqexport eval`: perplexity as the papers have it, and tasks through lm-evaluation-harness."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lqexport import papers, zero_shot_tasks
+from lqexport.artifact import Artifact
+from lqexport.cli import app
+from lqexport.converters import gguf, native
+from lqexport.errors import UserError
+from lqexport.evaluate import tokenize
+from lqexport.papers import perplexity
+from lqexport.texts import HUB_TEXTS
+from lqexport.tokenizers import tokenizer_of
+from lqexport.verification import verify
+from lqexport.zero_shot_tasks import runnable, zero_shot
+
+needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra `eval` is missing")
+
+
+@pytest.fixture(scope="module")
+def folder(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native folder with low-rank corrections; beside it the artifact, and a .gguf file in F16."""
+    base = tmp_path_factory.mktemp("eval")
+    native.write(rounded_artifact(base / "artifact", "native:table-3", 8), base / "native")
+    gguf.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
+    return base / "native"
+
+
+def files(folder: Path) -> list[Path]:
+    return [folder, folder.with_name("artifact"), folder.with_name("plain.gguf")]
+
+
+# Perplexity.
+
+
+def test_perplexity_is_that_of_verify(folder: Path, tiny_model: Path, text: Path) -> None:
+    for file in files(folder):
+        (found,) = perplexity(file, [str(text)], protocol="llama.cpp-512", windows=2)
+        (expected,) = verify(file, str(tiny_model), text=str(text), windows=2).evaluations
+        assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+        assert found.error == pytest.approx(expected.perplexity_error, rel=1e-12)
+        assert (found.windows, found.tokens) == (expected.windows, expected.tokens)
+
+
+def test_an_unknown_protocol_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match="Unknown protocol 'ppl'"):
+        perplexity(folder, ["wikitext2"], protocol="ppl")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, text: Path) -> dict[str, list[str]]:
+    """Stands where the hub is: 1200 short documents of each text, and six long ones among them; what was asked for is
+    in `asked`."""
+    datasets = pytest.importorskip("datasets")
+    content = text.read_text()
+    draw = np.random.default_rng(0)
+    sizes = np.where(np.arange(1200) % 200, draw.integers(1, 40, 1200), 12_000)
+    pieces = [content[start : start + size] for start, size in zip(draw.integers(0, 60_000, 1200), sizes, strict=True)]
+    seen: dict[str, list[str]] = {"documents": pieces, "asked": []}
+
+    def load_dataset(path: str, name: str | None, *, split: str, **_: Any) -> Any:
+        seen["asked"].append(split)
+        column = next(text.column for text in HUB_TEXTS.values() if text.path == path)
+        return ({column: piece} for piece in pieces)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "separator", "most"),
+    [("wikitext2", "test", "\n\n", None), ("ptb", "validation", "\n\n", None), ("ptb-new", "test", " ", None),
+     ("c4-new", "validation", " ", 1100)],
+)  # fmt: skip
+def test_joined_texts(
+    name: str, split: str, separator: str, most: int | None, hub: dict[str, list[str]], folder: Path
+) -> None:
+    tokenizer = tokenizer_of(folder)
+    windows = papers.TEXTS[name](tokenizer)
+    tokens = tokenize(tokenizer, separator.join(hub["documents"][:most]))
+    assert hub["asked"] == [split]
+    assert windows.shape == (min(len(tokens) // 2048, 256 if most else 10**6), 2048)
+    assert np.array_equal(windows.reshape(-1), tokens[: windows.size])
+
+
+def test_c4_takes_places_in_long_documents(
+    hub: dict[str, list[str]], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(papers, "WINDOWS", 4)
+    tokenizer = tokenizer_of(folder)
+    windows = papers.TEXTS["c4"](tokenizer)
+    assert windows.shape == (4, 2048)
+    long = [tokenize(tokenizer, piece) for piece in hub["documents"] if len(piece) == 12_000]
+    for window in windows:
+        assert any(window.tobytes() in tokens.tobytes() for tokens in long)
+    assert len({window.tobytes() for window in windows}) == 4
+    assert np.array_equal(papers.TEXTS["c4"](tokenizer), windows)
+
+
+def test_c4_without_long_documents_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(papers, "documents", lambda *_: ["short"])
+    with pytest.raises(UserError, match="more than 2048 tokens"):
+        papers.TEXTS["c4"](tokenizer_of(folder))
+
+
+# Tasks.
+
+CHOICES = [" return", " import", " banana", " x"]
+
+
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A task of six questions with four choices, as a file of the harness."""
+    folder = tmp_path_factory.mktemp("tasks")
+    questions = [{"q": f"def f{i}(x):\n   ", "choices": CHOICES, "answer": i % 4} for i in range(6)]
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    (folder / "tiny.yaml").write_text(
+        f"""task: tiny_choices
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {folder}/questions.jsonl
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{q}}}}"
+doc_to_target: answer
+doc_to_choice: "{{{{choices}}}}"
+target_delimiter: ""
+metric_list:
+  - metric: acc
+"""
+    )
+    return folder
+
+
+def by_hand(file: Path) -> float:
+    """The share of questions whose answer has the largest log-likelihood."""
+    model, tokenizer = runnable(file, torch.device("cpu"), torch.float32), tokenizer_of(file)
+    right = 0
+    for i in range(6):
+        prompt = tokenizer(f"def f{i}(x):\n   ")["input_ids"]
+        likelihoods = []
+        for choice in CHOICES:
+            ids = tokenizer(f"def f{i}(x):\n   {choice}")["input_ids"]
+            with torch.no_grad():
+                predicted = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            likelihoods.append(sum(float(predicted[j - 1, ids[j]]) for j in range(len(prompt), len(ids))))
+        right += int(np.argmax(likelihoods)) == i % 4
+    return right / 6
+
+
+@needs_harness
+def test_a_task_of_the_harness(folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import lm_eval.tasks
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    for file in files(folder):
+        (score,) = zero_shot(file, ["tiny_choices"], include=tasks, device="cpu")
+        assert (score.task, score.metric) == ("tiny_choices", "acc")
+        assert score.value == pytest.approx(by_hand(file))
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: SimpleNamespace(match_tasks=lambda _: []))
+    with pytest.raises(UserError, match="no task nothing_such"):
+        zero_shot(folder, ["nothing_such"])
+
+
+@needs_harness
+def test_the_command(folder: Path, tasks: Path, text: Path) -> None:
+    arguments = ["eval", str(folder), "--text", str(text), "--windows", "1", "--protocol", "llama.cpp-512"]
+    arguments += ["--tasks", "tiny_choices", "--include", str(tasks), "--limit", "2", "--device", "cpu"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "tiny_choices" in shown.stdout
+    content = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert math.isclose(content["perplexities"][0]["perplexity"], perplexity(
+        folder, [str(text)], protocol="llama.cpp-512", windows=1)[0].perplexity)  # fmt: skip
+    assert content["tasks"][0]["value"] in (0, 0.5, 1)
+    assert "lm_eval" in content["versions"]
+
+
+def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert CliRunner().invoke(app, ["eval", str(folder)]).exit_code == 2
+    monkeypatch.setattr(zero_shot_tasks.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'lqexport\[eval\]'"):
+        zero_shot(folder, ["arc_easy"])
