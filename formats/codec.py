@@ -247,9 +247,12 @@ class GridCodec(Codec, Protocol):
 @runtime_checkable
 class SectionedCodec(Codec, Protocol):
     """A format whose weights are codes on a grid per run of reordered columns. Its planes are those of its file, whose
-    rows are columns of the matrix."""
+    rows are columns of the matrix.
 
-    runs: tuple[Run, ...]
+    reorders   whether columns are to be stored in the solver's act-order; else in their own
+    """
+
+    reorders: bool
 
     def encode(self, grid: Sections, codes: NDArray[np.uint8]) -> Planes:
         """Pack codes uint8 [rows, columns] and the stored numbers of `grid`, whose runs must be the codec's."""

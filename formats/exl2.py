@@ -85,6 +85,7 @@ class Exl2(SectionedCodec):
     """`exl2:BITSgGROUPxCOUNT+...`: the runs of groups of one matrix, so that the name says how many columns it has."""
 
     block = UNIT
+    reorders = True
 
     def __init__(self, runs: tuple[Run, ...]) -> None:
         """Raises ValueError for runs that ExLlamaV2 would not decode rightly."""

@@ -1,6 +1,7 @@
 """Every codec by name. Adding a format is one file in this folder and one line here.
 
 A format of EXL2 lists the groups of one matrix, so there are too many to list: `codec` makes them from their names.
+Those of GPTQ are of a whole model, never of one tensor, so `names` leaves them out too (see `formats.gptq.GPTQ`).
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import difflib
 from lqexport.formats.codec import GridCodec, PlainCodec, SectionedCodec
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.formats.gguf import GGUF
+from lqexport.formats.gptq import GPTQ
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
@@ -24,6 +26,8 @@ def codec(name: str) -> PlainCodec | GridCodec | SectionedCodec:
         return _CODECS[name]
     if name.startswith("exl2:"):
         return Exl2(runs_named(name))
+    if name in GPTQ:
+        return GPTQ[name]
     # Users forget the family and the case: compare what comes after the colon, in one case.
     known = {full.lower(): full for full in _CODECS} | {full.split(":")[1].lower(): full for full in _CODECS}
     near = dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.7))

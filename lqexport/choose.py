@@ -19,10 +19,10 @@ from lqexport.converters.exl2_plan import filled_runs
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
-from lqexport.grid import TensorSections
 from lqexport.job import Job
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
+from lqexport.sections import TensorSections
 from lqexport.solve import Factor, factorize, feedback, layer_loss
 
 AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0)
@@ -92,8 +92,7 @@ def _assembled(runs: tuple[Run, ...], pure: dict[int, TensorSections]) -> Tensor
     """The grid of a mix, each of its groups as in the grid of that width alone, since groups are fitted one by one."""
     parts, start = [], 0
     for run in runs:
-        section, groups = pure[run.bits].sections[0], slice(start, start + run.count)
-        parts.append(replace(section, maxima=section.maxima[groups], subs=section.subs[:, groups]))
+        parts.append(pure[run.bits].sections[0].part(slice(start, start + run.count)))
         start += run.count
     return replace(pure[runs[0].bits], sections=tuple(parts))
 

@@ -43,15 +43,23 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
     if codec.scale.power:
         scale = _fit_powers(weights.unflatten(1, (-1, group)), weight, levels)
         offset = torch.zeros_like(scale)
-    elif weights.device.type == "cpu":
-        scale, offset = _fit_cpu(weights, weight, levels, uniform, codec.offset)
-    elif cuda.usable(weights.device):
-        scale, offset = _fit_cuda(weights, weight, levels, uniform, codec.offset)
     else:
-        chunks = [part.unflatten(1, (-1, group)) for part in weights.split(max(1, CHUNK // columns))]
-        parts = [_fit_groups(chunk, weight, levels, uniform, codec.offset) for chunk in chunks]
-        scale, offset = torch.cat([s for s, _ in parts]), torch.cat([o for _, o in parts])
+        scale, offset = search(weights, weight, levels, uniform, codec.offset)
     return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
+
+
+def search(
+    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+) -> tuple[Tensor, Tensor]:
+    """Real-valued scale and offset [R, G] of least weighted squared error found: weights [R, C], weight [G, C / G] that
+    sums to 1 in a group, levels [1, K]; `offset` as in `GridCodec`."""
+    if weights.device.type == "cpu":
+        return _fit_cpu(weights, weight, levels, uniform, offset)
+    if cuda.usable(weights.device):
+        return _fit_cuda(weights, weight, levels, uniform, offset)
+    chunks = [part.unflatten(1, weight.shape) for part in weights.split(max(1, CHUNK // weights.shape[1]))]
+    parts = [_fit_groups(chunk, weight, levels, uniform, offset) for chunk in chunks]
+    return torch.cat([s for s, _ in parts]), torch.cat([o for _, o in parts])
 
 
 def _fit_cpu(

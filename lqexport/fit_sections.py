@@ -1,8 +1,9 @@
-"""Choosing EXL2's maxima and scale codes for a matrix, before any code is solved.
+"""Choosing the numbers of a grid whose columns are stored in an order of their own, before any code is solved: EXL2's
+maxima and scale codes here, GPTQ's scales and zero points in `lqexport.fit_zeros`.
 
-Of each group of columns, the maximum is shared by all rows and the scale code of 4 bits is a row's own. For every
-maximum that is tried, each row takes the code with the least weighted squared error, by the scale that ExLlamaV2 will
-compute; the maximum with the least sum over the rows is kept.
+Of each of EXL2's groups of columns, the maximum is shared by all rows and the scale code of 4 bits is a row's own. For
+every maximum that is tried, each row takes the code with the least weighted squared error, by the scale that ExLlamaV2
+will compute; the maximum with the least sum over the rows is kept.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from lqexport.fit import normalized
+from lqexport.fit_zeros import fit_zeros, span_zeros
 from lqexport.formats.codec import Run, SectionedCodec
-from lqexport.formats.exl2 import levels
-from lqexport.grid import Section, TensorSections, half, squared_scale
+from lqexport.formats.exl2 import Exl2, levels
+from lqexport.formats.gptq import Gptq
 from lqexport.kernels import squared
+from lqexport.sections import SquaredSection, TensorSections, squared_scale, storable
 
 COARSE = tuple(0.4 + 0.06 * step for step in range(13))
 FINE = (-0.03, -0.015, 0.015, 0.03)
@@ -28,16 +31,23 @@ then around the best."""
 def fit_sections(codec: SectionedCodec, weights: Tensor, importance: Tensor, order: Tensor) -> TensorSections:
     """The grid of `codec` for float32 weights [R, C], importance [C], and the order int64 [C] in which columns will be
     stored."""
+    if isinstance(codec, Gptq):
+        return TensorSections(order, (fit_zeros(codec, weights[:, order].contiguous(), importance[order]),))
+    assert isinstance(codec, Exl2)
     return _sections(codec, weights[:, order], order, lambda part, run, where: _fit_run(part, run, importance[where]))
 
 
 def minmax_sections(codec: SectionedCodec, weights: Tensor, order: Tensor) -> TensorSections:
-    """The grid that spans each group's range, as ExLlamaV2's converter begins its search."""
+    """The grid that spans each group's range, as ExLlamaV2's converter begins its search and GPTQ's quantizer takes
+    it."""
+    if isinstance(codec, Gptq):
+        return TensorSections(order, (span_zeros(codec, weights[:, order]),))
+    assert isinstance(codec, Exl2)
     return _sections(codec, weights[:, order], order, lambda part, run, _: _span_run(part, run))
 
 
 def _sections(
-    codec: SectionedCodec,
+    codec: Exl2,
     stored: Tensor,
     order: Tensor,
     fit_run: Callable[[Tensor, Run, Tensor], tuple[Tensor, Tensor]],
@@ -49,14 +59,9 @@ def _sections(
         where = slice(start, start + run.columns)
         maxima, subs = fit_run(stored[:, where], run, order[where])
         table = torch.as_tensor(levels(run.bits), device=stored.device)[None]
-        sections.append(Section(table, run.group, maxima, subs))
+        sections.append(SquaredSection(table, run.group, maxima, subs))
         start = where.stop
     return TensorSections(order, tuple(sections))
-
-
-def storable(maxima: Tensor, bits: int) -> Tensor:
-    """Maxima rounded to float16, none so large that a weight would become infinite."""
-    return half(maxima.clamp(0, 65504 / 2 ** (bits - 1)))
 
 
 def _base(groups: Tensor, bits: int) -> Tensor:

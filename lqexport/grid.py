@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import Grid, GridCodec, ScaleFormat, Scales, Sections
-from lqexport.formats.exl2 import SquaredScales
+from lqexport.formats.codec import Grid, GridCodec, ScaleFormat, Scales
 
 
 @dataclass(frozen=True)
@@ -36,11 +34,6 @@ class Numbers:
 
     def numpy(self) -> Scales:
         return Scales(self.format, self.supers.cpu().numpy().astype(np.float16), self.subs.cpu().numpy())
-
-
-def squared_scale(maxima: Tensor, subs: Tensor) -> Tensor:
-    """The scale that ExLlamaV2 computes from M and s, which broadcast: float32, rounded to float16 where it rounds."""
-    return half((subs.float() + 1).square() * half(maxima / 256))
 
 
 def half(values: Tensor) -> Tensor:
@@ -118,76 +111,6 @@ class TensorGrid:
         """Runs of columns in the order of solving, for `order` int64 [C]: where each run lies, its columns' places in a
         grid, and that grid. Here one run, of the whole grid."""
         return [(slice(0, self.columns), order, self)]
-
-
-@dataclass(frozen=True)
-class Section:
-    """A run of EXL2's groups with their stored numbers (`formats.exl2.SquaredScales`).
-
-    levels   float32 [1, K];  group   columns of a group
-    maxima   float32 [G], each exactly a float16, shared by all rows;  subs   int16 [R, G]
-    """
-
-    levels: Tensor
-    group: int
-    maxima: Tensor
-    subs: Tensor
-
-    @property
-    def columns(self) -> int:
-        return self.group * len(self.maxima)
-
-    def grid(self) -> TensorGrid:
-        """The values that the numbers allow, as a grid whose scales are those that ExLlamaV2 computes."""
-        scales = squared_scale(self.maxima, self.subs)
-        numbers = Numbers(ScaleFormat(self.group), scales, torch.ones_like(self.subs))
-        return TensorGrid(self.columns, self.levels, True, numbers, half=True)
-
-    def clone(self) -> Section:
-        return replace(self, maxima=self.maxima.clone(), subs=self.subs.clone())
-
-    def numpy(self) -> Grid:
-        scale = SquaredScales(self.maxima.cpu().numpy().astype(np.float16), self.subs.cpu().numpy())
-        return Grid(self.columns, self.levels[0].cpu().numpy(), scale, half=True)
-
-
-@dataclass(frozen=True)
-class TensorSections:
-    """`formats.codec.Sections` as tensors: order int64 [C], sections of consecutive stored columns."""
-
-    order: Tensor
-    sections: tuple[Section, ...]
-
-    def slices(self) -> list[slice]:
-        """The stored columns of each section."""
-        ends = list(itertools.accumulate(section.columns for section in self.sections))
-        return [slice(end - section.columns, end) for end, section in zip(ends, self.sections, strict=True)]
-
-    def runs(self, order: Tensor) -> list[tuple[slice, Tensor, TensorGrid]]:
-        """As for `TensorGrid`; columns are solved in the order in which they are stored."""
-        assert order is self.order
-        pairs = zip(self.slices(), self.sections, strict=True)
-        return [(where, torch.arange(part.columns, device=order.device), part.grid()) for where, part in pairs]
-
-    def stored_values(self, codes: Tensor) -> Tensor:
-        """Decoded weights float32 [R, C] for codes uint8 [R, C], both in stored order."""
-        return torch.cat([grid.values(codes[:, where]) for where, _, grid in self.runs(self.order)], dim=1)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """Decoded weights float32 [R, C] for codes uint8 [R, C], both in the matrix's order."""
-        return self.stored_values(codes[:, self.order])[:, self.order.argsort()]
-
-    def nearest(self, weights: Tensor) -> Tensor:
-        """Codes uint8 [R, C] of the values nearest to float32 [R, C]."""
-        codes = [grid.nearest(weights[:, self.order[where]]) for where, _, grid in self.runs(self.order)]
-        return torch.cat(codes, dim=1)[:, self.order.argsort()]
-
-    def clone(self) -> TensorSections:
-        """With numbers of its own, which may be changed."""
-        return replace(self, sections=tuple(section.clone() for section in self.sections))
-
-    def numpy(self) -> Sections:
-        return Sections(self.order.cpu().numpy(), tuple(section.numpy() for section in self.sections))
 
 
 def nearest_level(target: Tensor, levels: Tensor, uniform: bool) -> Tensor:

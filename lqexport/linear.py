@@ -14,9 +14,10 @@ from lqexport.fit import fit, minmax
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
 from lqexport.formats.registry import codec as codec_named
-from lqexport.grid import TensorGrid, TensorSections
+from lqexport.grid import TensorGrid
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
+from lqexport.sections import TensorSections
 from lqexport.solve import Factor, damped, factorize, feedback, layer_loss, refine
 from lqexport.solve_sections import refine_sections
 
@@ -46,7 +47,7 @@ def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
 def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> dict[str, np.ndarray]:
     if isinstance(codec, PlainCodec):
         return codec.encode_values(matrix.cpu().numpy())
-    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2 without solving it
+    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2 or GPTQ without solving it
     grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
     return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
@@ -63,7 +64,7 @@ def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: 
     if isinstance(codec, PlainCodec):
         return round_tensor(name, weight, codec_name)
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
-    assert len(hessians) == 1 or isinstance(codec, GridCodec)  # EXL2's maxima are shared by all rows
+    assert len(hessians) == 1 or isinstance(codec, GridCodec)  # the planes of others have columns as rows
     runs = [_solve_rows(name, *pair, codec, recipe) for pair in zip(weight.chunk(len(hessians)), hessians, strict=True)]
     planes = {plane: np.concatenate([part[plane] for part, _ in runs]) for plane in runs[0][0]}
     return StoredTensor(name, codec_name, tuple(weight.shape), planes, _summed_facts([facts for _, facts in runs]))
@@ -128,12 +129,13 @@ def _solve_grid(
 def _solve_sections(
     codec: SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
 ) -> tuple[TensorSections, Tensor]:
-    """The same where columns are stored in the order in which they are solved."""
+    """The same where columns may be stored in the order in which they are solved."""
+    order = factor.order if codec.reorders else torch.arange(weight.shape[1], device=weight.device)
     if recipe.method == "gptq":
-        grid = minmax_sections(codec, weight, factor.order)
+        grid = minmax_sections(codec, weight, order)
     else:
         weights = importance(hessian, factor, recipe.importance, recipe.exponent)
-        grid = fit_sections(codec, weight, weights, factor.order)
+        grid = fit_sections(codec, weight, weights, order)
     codes = feedback(weight, grid, factor)
     if recipe.method == "lean" and recipe.descent:
         return refine_sections(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from lqexport import solve_cpu, solve_cuda, solve_torch
 from lqexport.errors import UserError
-from lqexport.grid import TensorGrid, TensorSections
+from lqexport.grid import TensorGrid
 from lqexport.kernels import cuda
+from lqexport.sections import TensorSections
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256

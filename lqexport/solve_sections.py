@@ -1,25 +1,34 @@
-"""Coordinate descent for EXL2, whose maxima are shared by all rows of a matrix and whose scales round in their own way.
+"""Coordinate descent for EXL2, whose maxima are shared by all rows of a matrix and whose scales round in their own way,
+and for GPTQ, whose zero points are multiples of the scale.
 
-Maxima and scale codes are moved by their exact effect: the values that ExLlamaV2 would compute with the new number are
+The stored numbers are moved by their exact effect: the values that a reader would compute with the new number are
 formed and the change of the loss is evaluated, so no step raises it. Codes are refined as for any other grid.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from lqexport.fit_sections import storable
-from lqexport.grid import Section, TensorSections, half, squared_scale
+from lqexport.grid import half
+from lqexport.sections import (
+    Section,
+    SquaredSection,
+    TensorSections,
+    ZeroSection,
+    squared_scale,
+    storable,
+    storable_scales,
+)
 from lqexport.solve import REFINE_BLOCK, backend
 
 
 def refine_sections(
     weights: Tensor, hessian: Tensor, grid: TensorSections, codes: Tensor, *, sweeps: int
 ) -> tuple[TensorSections, Tensor]:
-    """As `solve.refine`, for EXL2: weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]."""
+    """As `solve.refine`: weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]."""
     order, grid = grid.order, grid.clone()
     target, hessian, codes = weights[:, order], hessian[order][:, order], codes[:, order]
     values = grid.stored_values(codes)
@@ -44,21 +53,33 @@ def _blocks(section: Section, run: slice) -> list[slice]:
 
 
 def _refine_block(
-    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, section: Section, block: slice
-) -> None:
-    """One sweep over whole groups of one section: first each maximum and the scale codes under it, then each code.
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, section: Section,
+    block: slice,
+) -> None:  # fmt: skip
+    """One sweep over whole groups of one section: first each group's stored numbers, then each code.
 
     `values`, `codes` [R, B] and the section's numbers change in place."""
     groups = slice(block.start // section.group, block.stop // section.group)
-    levels = codes + section.levels[0, 0]
     for g in range(groups.start, groups.stop):
         where = slice((g - groups.start) * section.group, (g - groups.start + 1) * section.group)
-        for move in (_move_maximum, _move_subs):
-            change = move(section, g, levels[:, where], values[:, where], gradient[:, where], hessian[where, where])
+        arguments = codes[:, where], values[:, where], gradient[:, where], hessian[where, where]
+        for change in _moves(section, g, *arguments):
             values[:, where] += change
             gradient += change @ hessian[where]
-    fixed = replace(section, maxima=section.maxima[groups], subs=section.subs[:, groups].contiguous()).grid()
+    fixed = section.part(groups).grid()
     backend(values, True).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
+
+
+def _moves(
+    section: Section, g: int, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Iterator[Tensor]:
+    """What each move of a stored number of group g changes [R, g]; whoever iterates applies one before the next."""
+    if isinstance(section, SquaredSection):
+        levels = codes + section.levels[0, 0]
+        yield _move_maximum(section, g, levels, values, gradient, hessian)
+        yield _move_subs(section, g, levels, values, gradient, hessian)
+        return
+    yield _move_scales(section, g, codes, values, gradient, hessian)
 
 
 def _loss_change(change: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
@@ -73,7 +94,7 @@ def _best_factor(values: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Ten
 
 
 def _move_maximum(
-    section: Section, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+    section: SquaredSection, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Tensor:
     """Move M of one group to the best that the file can hold; what it changes [R, g], zero where that is not better."""
     slope, curvature = (part.sum() for part in _best_factor(values, gradient, hessian))
@@ -87,7 +108,9 @@ def _move_maximum(
     return torch.where(better, change, 0.0)
 
 
-def _move_subs(section: Section, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+def _move_subs(
+    section: SquaredSection, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Tensor:
     """The same for each row's scale code: the two around its best scale are tried."""
     slope, curvature = _best_factor(values, gradient, hessian)
     share = torch.where(curvature > 0, -slope / curvature, 0.0).float()
@@ -106,3 +129,17 @@ def _move_subs(section: Section, g: int, levels: Tensor, values: Tensor, gradien
         change = torch.where(better[:, None], trial, change)
     section.subs[:, g] = subs
     return change
+
+
+def _move_scales(
+    section: ZeroSection, g: int, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Tensor:
+    """Move the scale of each row's group to the best that the file can hold. Zero points stay: with the codes fixed,
+    another one shifts the whole group by a step."""
+    slope, curvature = _best_factor(values, gradient, hessian)
+    share = torch.where(curvature > 0, -slope / curvature, 0.0).float()
+    scale = storable_scales(section.scales[:, g] * (1 + share))
+    change = half(scale[:, None] * (codes - section.zeros[:, g, None].float())) - values
+    better = _loss_change(change, gradient, hessian) < 0
+    section.scales[:, g] = torch.where(better, scale, section.scales[:, g])
+    return torch.where(better[:, None], change, 0.0)

@@ -13,10 +13,10 @@ from lqexport import solve, solve_cpu, solve_sections, solve_torch
 from lqexport.choose import measured_options
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
-from lqexport.grid import TensorSections
 from lqexport.linear import solve_linear
 from lqexport.moments import SecondMoments
 from lqexport.recipe import Recipe
+from lqexport.sections import TensorSections
 
 NAMES = ["exl2:2g32x8", "exl2:4g128x2", "exl2:8g32x1+5g64x1+4g32x1+3g96x1+2g32x1"]
 every_name = pytest.mark.parametrize("name", NAMES)
@@ -179,6 +179,17 @@ def test_weights_beyond_float16_become_its_largest() -> None:
         values = codec(name).decode(tensor.planes, 256)
         assert np.isfinite(values).all()
         assert values[0, 0] < -60000
+
+
+@pytest.mark.parametrize("name", [NAMES[2], "gptq:4-g64-act"])
+def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) -> None:
+    """Of one token, in float32: the dampening rises until it can be done, and the facts say how far."""
+    token = torch.randn(256, generator=torch.Generator().manual_seed(1)) * 1e4
+    weights = torch.randn(32, 256, generator=torch.Generator().manual_seed(2))
+    hessian = torch.outer(token, token) - 1e3 * torch.eye(256)  # not positive definite
+    tensor = solve_linear("x", weights, hessian, name, Recipe("x", "native:table-4", dampening=0))
+    assert tensor.facts["dampening"] > 0
+    assert np.isfinite(codec(name).decode(tensor.planes, 256)).all()
 
 
 def test_measured_options_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
