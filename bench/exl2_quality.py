@@ -1,13 +1,14 @@
-"""EXL2 folders at several sizes, read back and judged against the source; beside them ExLlamaV2's own recipe.
+"""EXL2 folders at several sizes, read back and judged against the source; beside them ExLlamaV2's own recipe, and GGUF.
 
-    python bench/exl2_quality.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--bits 2.5 3 4]
+    python bench/exl2_quality.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--bits 2.5 3 4] [--gguf Q3_K]
 
 Ours is quantized by `lqexport quantize --target exl2`, written by `to-exl2`, and evaluated from the folder. The
 baseline is ExLlamaV2's recipe for one matrix, written anew from its description: act-order, dampening 0.12, each
 group's scales found just before the group is solved (97 multipliers, sum of |error|^3.5 over all rows), error feedback.
 It is given the mixes that our allocation chose (`same widths`), and nearly the same width for every matrix (`even
 widths`), since its own search over mixes takes hours. Both have our output layer and embedding, so all of a size take
-the same bytes. Finished artifacts in FOLDER are used again. Prints Markdown.
+the same bytes. Files of `--gguf` are ours too, of one type for all linears, their embedding and output in Q8_0 (those
+of EXL2: float16 and 6 bits). Finished artifacts in FOLDER are used again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ from lqexport.artifact import Artifact, StoredTensor
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
 from lqexport.collect import by_weight, embed, forward_moments
-from lqexport.converters import exl2
+from lqexport.converters import exl2, gguf
 from lqexport.converters.exl2_plan import plan_exl2
 from lqexport.formats.exl2 import Exl2, runs_named
-from lqexport.grid import Section, TensorSections, half, squared_scale
+from lqexport.grid import half
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
+from lqexport.sections import SquaredSection, TensorSections, squared_scale
 from lqexport.solve import Factor, factorize, feedback
-from lqexport.source import Source, open_source
-from lqexport.verification import Exl2Folder
+from lqexport.source import GGUFSource, Source, open_source
+from lqexport.verification import Export, open_export
 
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
 Codecs = dict[str, str]
 
 
-def searched_section(group: Tensor, bits: int) -> Section:
+def searched_section(group: Tensor, bits: int) -> SquaredSection:
     """ExLlamaV2's scales of one group of columns [R, g], as they are when the group's turn comes."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     base = 2 * group.abs().amax(1) / (2**bits - 1)
@@ -54,7 +56,7 @@ def searched_section(group: Tensor, bits: int) -> Section:
         errors.append((group - scale * level).abs().pow(3.5).sum())
     maximum = half(largest * MULTIPLIERS[torch.stack(errors).argmin()])
     levels = torch.arange(low, high + 1, dtype=torch.float32)[None]
-    return Section(levels, group.shape[1], maximum[None], subs[:, None])
+    return SquaredSection(levels, group.shape[1], maximum[None], subs[:, None])
 
 
 def converted(codec: Exl2, weight: Tensor, hessian: Tensor) -> tuple[TensorSections, Tensor]:
@@ -84,7 +86,7 @@ def spread_errors(remaining: Tensor, values: Tensor, upper: Tensor, where: slice
     remaining[:, where.stop :] -= errors @ upper[where, where.stop :]
 
 
-def joined(codec: Exl2, factor: Factor, groups: list[Section]) -> TensorSections:
+def joined(codec: Exl2, factor: Factor, groups: list[SquaredSection]) -> TensorSections:
     sections, start = [], 0
     for run in codec.runs:
         parts = groups[start : start + run.count]
@@ -97,7 +99,7 @@ def joined(codec: Exl2, factor: Factor, groups: list[Section]) -> TensorSections
 class Baseline:
     """A model whose linears ExLlamaV2's recipe has quantized, everything else as another export has it."""
 
-    def __init__(self, export: Exl2Folder, linears: dict[str, StoredTensor]) -> None:
+    def __init__(self, export: Export, linears: dict[str, StoredTensor]) -> None:
         self._export, self._linears, self.config = export, linears, export.config
 
     def names(self) -> list[str]:
@@ -137,6 +139,17 @@ def ours(recipe: Recipe, work: Path) -> tuple[Artifact, Path]:
     return Artifact(artifact), folder
 
 
+def gguf_file(recipe: Recipe, work: Path) -> tuple[float, Path]:
+    """Bits per weight of the linears and the file of a GGUF recipe, under the same second moments."""
+    kind = recipe.target.removeprefix("gguf:")
+    artifact, file = work / kind, work / f"{kind}.gguf"
+    quantize(recipe, artifact, cache=work / "moments")
+    if not file.is_file():
+        gguf.write(Artifact(artifact), file)
+    linears = [tensor for tensor in Artifact(artifact).report()["tensors"] if "relative_error" in tensor]
+    return 8 * sum(tensor["bytes"] for tensor in linears) / sum(np.prod(tensor["shape"]) for tensor in linears), file
+
+
 def judge(source: Source, text: str, limit: int) -> Callable[[object], evaluate.Evaluation]:
     """Evaluates weights against the source, whose logits are computed once."""
     protocol = evaluate.LLAMACPP_512
@@ -165,6 +178,7 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.0])
+    parser.add_argument("--gguf", nargs="*", default=[])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--moments", default="normalized")
@@ -176,17 +190,20 @@ def main() -> None:
                               sequence_length=512, seed=0).tokens  # fmt: skip
     print("| bits | method | bits of the linears | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|")
     with torch.no_grad():
+        like = Recipe(arguments.model, "exl2", bits=4, calibration=arguments.calibration, samples=arguments.samples,
+                      moments=arguments.moments, tune=arguments.tune)  # fmt: skip
         for bits in arguments.bits:
-            recipe = Recipe(arguments.model, "exl2", bits=bits, calibration=arguments.calibration,
-                            samples=arguments.samples, moments=arguments.moments, tune=arguments.tune)  # fmt: skip
-            measure(source, recipe, arguments.work, tokens, judged)
+            measure(source, replace(like, bits=bits), arguments.work, tokens, judged)
+        for kind in arguments.gguf:
+            size, file = gguf_file(replace(like, target=f"gguf:{kind}", bits=None), arguments.work)
+            row(size, f"GGUF {kind}", size, judged(GGUFSource(file)))
 
 
 def measure(
     source: Source, recipe: Recipe, work: Path, tokens: Tensor, judged: Callable[[object], evaluate.Evaluation]
 ) -> None:
     artifact, folder = ours(recipe, work)
-    report, export = artifact.report(), Exl2Folder(folder)
+    report, export = artifact.report(), open_export(folder)
     assert recipe.bits is not None
     row(recipe.bits, "lqexport", report["linears_bits_per_weight"], judged(export))
     shapes = {name: source.shape(name) for name in source.names()}

@@ -13,15 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.converters.architectures import Architecture, architecture_of
-from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.plan import PLAIN, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
 from lqexport.converters.tensor_names import is_linear, is_tied
 from lqexport.errors import UserError
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2, joined, name_of
 
-PLAIN = "gguf:F16"
-"""What EXL2 stores embeddings, norms and biases in."""
 UNQUANTIZED = 16
 
 

@@ -1,146 +1,28 @@
-"""Reading a folder of ExLlamaV2 as a Hugging Face model: names, config, decoded weights. Trusts nothing in it."""
+"""Reading a folder of ExLlamaV2."""
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import numpy as np
-from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from lqexport.artifact import read_json
-from lqexport.converters.architectures import architecture_of
-from lqexport.converters.exl2_plan import PLAIN
-from lqexport.converters.tensor_names import gguf_names
-from lqexport.errors import UserError
+from lqexport.converters.folder_model import FolderModel
 from lqexport.formats.codec import Planes
-from lqexport.formats.exl2 import Exl2, of_planes
+from lqexport.formats.exl2 import of_planes
 
 PLANES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
-PLAIN_DTYPES = {"F16": np.float16, "F32": np.float32}
 
 
-class Exl2Model:
-    """A folder with config.json and EXL2 shards, with `names`, `shape`, `read` and `config` as in
-    `lqexport.weights.Weights`.
+class Exl2Model(FolderModel):
+    """An EXL2 model; a tensor's codec follows from the table of its groups."""
 
-    Every .safetensors file of the folder is read, as ExLlamaV2 does. Raises UserError where the folder is incomplete or
-    damaged, holds a tensor twice, or is of an unknown architecture or one with other tensors.
-    """
+    container, reader = "ExLlamaV2 folder", "ExLlamaV2"
+    parts = (*PLANES, "q_perm")
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json", f"{folder} has no config.json.")
-        self._files = _files(folder)
-        self._names = self._known_names()
+    def packed_shape(self, key: str) -> tuple[int, int]:
+        return self.shape_of(f"{key}.q_weight")[-1], self.shape_of(f"{key}.q_invperm")[0]
 
-    def _known_names(self) -> list[str]:
-        architecture = architecture_of(self.config)
-        layers = self.config.get("num_hidden_layers")
-        known = gguf_names(architecture, min(layers, len(self._files)) if isinstance(layers, int) else 0)
-        stored = {_tensor_of(name) for name in self._files}
-        if unknown := sorted(stored - known.keys()):
-            raise UserError(f"{self.folder} holds tensors that {architecture.classes[0]} does not have: {unknown[:5]}.")
-        needed = [name for name in known if name.endswith(".weight") and name != architecture.output]
-        if missing := [name for name in needed if name not in stored]:
-            raise UserError(f"{self.folder} has no tensor {', '.join(missing[:5])}.")
-        return [name for name in known if name in stored]
+    def packed_codec(self, key: str) -> str:
+        lines = np.empty((self.shape_of(f"{key}.q_weight")[0], 0))  # only how many there are is asked
+        return of_planes({"q_groups": self.array(f"{key}.q_groups"), "q_weight": lines}).name
 
-    def names(self) -> list[str]:
-        """Every tensor's Hugging Face name, in the order of the model."""
-        return list(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape as in a checkpoint, rows first."""
-        if not self._is_packed(name):
-            return self._shape_of(name)
-        key = name.removesuffix(".weight")
-        return self._shape_of(f"{key}.q_weight")[-1], self._shape_of(f"{key}.q_invperm")[0]
-
-    def codec(self, name: str) -> str:
-        """The name of the codec that a tensor is stored in, from the table of its groups."""
-        return self._codec(name).name if self._is_packed(name) else PLAIN
-
-    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """Codec name, planes and shape of a tensor. Raises UserError where ExLlamaV2 would not decode it rightly."""
-        if not self._is_packed(name):
-            plain = np.ascontiguousarray(self._array(name))
-            if plain.dtype != np.float16:
-                raise UserError(f"{self.folder}: {name} is {plain.dtype}, not float16.")
-            matrix = plain.reshape(1, -1) if plain.ndim == 1 else plain
-            return PLAIN, {"blocks": matrix.view(np.uint8)}, plain.shape
-        key = name.removesuffix(".weight")
-        return self.codec(name), {plane: self._array(f"{key}.{plane}") for plane in PLANES}, self.shape(name)
-
-    def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
-        kind, planes, shape = self.planes(name)
-        if kind == PLAIN:
-            weights = planes["blocks"].view(np.float16).astype(np.float32).reshape(shape)
-        else:
-            try:
-                weights = self._codec(name).decode(planes, shape[1])
-            except ValueError as error:
-                raise UserError(f"{self.folder}: {name} is damaged: {error}") from error
-        if not np.isfinite(weights).all():
-            raise UserError(f"{self.folder}: {name} holds weights that are infinite or not a number.")
-        return weights
-
-    def _is_packed(self, name: str) -> bool:
-        if name not in self._names:
-            raise UserError(f"{self.folder} has no tensor {name}.")
-        return name not in self._files
-
-    def _codec(self, name: str) -> Exl2:
-        key = name.removesuffix(".weight")
-        lines = np.empty((self._shape_of(f"{key}.q_weight")[0], 0))  # only how many there are is asked
-        table = {"q_groups": self._array(f"{key}.q_groups"), "q_weight": lines}
-        try:
-            return of_planes(table)
-        except ValueError as error:
-            raise UserError(f"{self.folder}: ExLlamaV2 would not decode {name} rightly. {error}") from error
-
-    def _shape_of(self, stored: str) -> tuple[int, ...]:
-        with _open(self._file(stored)) as file:
-            return tuple(file.get_slice(stored).get_shape())
-
-    def _array(self, stored: str) -> np.ndarray:
-        path = self._file(stored)
-        with _open(path) as file:
-            try:
-                return file.get_tensor(stored)
-            except (SafetensorError, TypeError) as error:
-                raise UserError(f"{path} has no readable tensor {stored} ({error}).") from error
-
-    def _file(self, stored: str) -> Path:
-        if stored not in self._files:
-            raise UserError(f"{self.folder} has no tensor {stored}.")
-        return self._files[stored]
-
-
-def _tensor_of(stored: str) -> str:
-    """The model's tensor that a stored one is of."""
-    key, _, plane = stored.rpartition(".")
-    return f"{key}.weight" if plane in (*PLANES, "q_perm") else stored
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Stored tensor to file."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in files:
-                    raise UserError(f"{folder} holds {name} twice, in {files[name].name} and {path.name}.")
-                files[name] = path
-    if not files:
-        raise UserError(f"{folder} has no .safetensors files.")
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, "np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}).") from error
+    def packed_planes(self, key: str) -> Planes:
+        return {plane: self.array(f"{key}.{plane}") for plane in PLANES}

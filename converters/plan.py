@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
 
+PLAIN = "gguf:F16"
+"""What folders of safetensors store embeddings, norms and biases in."""
+
 
 @dataclass(frozen=True)
 class PlannedTensor:

@@ -17,7 +17,7 @@ from lqexport.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of a shard's tensors, as transformers has it."""
-DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "float16": "F16", "float32": "F32"}
+DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)

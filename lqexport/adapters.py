@@ -53,14 +53,15 @@ class ArtifactFactors:
 def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Factors | None:
     """The corrections of a written model: the file `adapter`, or those that a folder of ours holds; None for none.
 
-    config   of the model. Raises UserError where the adapter is not one for it, and for one beside a folder.
+    config   of the model. Raises UserError where the adapter is not one for it, and for one beside an artifact folder.
     """
-    if adapter is not None and file.is_dir():
-        raise UserError(f"{file} is a folder, which holds its own factors: leave out the adapter.")
+    artifact = (file / "manifest.json").is_file()
+    if adapter is not None and artifact:
+        raise UserError(f"{file} is an artifact folder, which holds its own factors: leave out the adapter.")
     if adapter is not None:
         return PeftAdapter(adapter) if adapter.is_dir() else GGUFAdapter(adapter, config)
     factors: Factors | None = None
-    if (file / "manifest.json").is_file():
+    if artifact:
         factors = ArtifactFactors(Artifact(file))
     elif is_native_folder(file):
         factors = NativeFactors(NativeModel(file))

@@ -90,6 +90,7 @@ def merged_recipe(file: Path | None, options: dict[str, Any]) -> Recipe:
 
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
@@ -194,9 +195,9 @@ def run_quantize(
 
         print("\n".join(sentences(report["correction"])))
     adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
-    folders = {"exl2": f"to-exl2 {out} FOLDER", "native": f"to-native {out} FOLDER"}
+    adapted = {family: f"to-{family} {out} FOLDER" for family in ("exl2", "gptq", "native")}
     family = recipe.target.partition(":")[0]
-    print(f"Wrote {out}. Next: lqexport {folders.get(family, f'to-gguf {out} model.gguf{adapter}')}")
+    print(f"Wrote {out}. Next: lqexport {adapted.get(family, f'to-gguf {out} model.gguf{adapter}')}")
 
 
 def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
@@ -271,19 +272,24 @@ def to_peft(
 
 
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
+    from lqexport.converters.factors import is_factor
     from lqexport.exporting import export
     from lqexport.inspect import human_bytes, inspect, size
 
     with terminal_listener() as listener:
         export(artifact, folder, format=format, listener=listener)
     written = human_bytes(size(inspect(folder).entries))
-    print(f"Wrote {folder}, {written}. Next: lqexport verify {folder} --against SOURCE")
+    print(f"Wrote {folder}, {written}.")
+    adapter = format != "native" and any(is_factor(entry.name) for entry in inspect(artifact).entries)
+    if adapter:
+        print(f"It is the base of low-rank corrections: lqexport to-peft {artifact} ADAPTER writes them.")
+    print(f"Next: lqexport verify {folder} --against SOURCE{' --adapter ADAPTER' if adapter else ''}")
 
 
 @app.command()
 def to_exl2(
     artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with the target exl2.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+    folder: NewFolder,
 ) -> None:
     """Write the artifact as a folder that ExLlamaV2 loads.
 
@@ -299,9 +305,48 @@ def to_exl2(
 
 
 @app.command()
+def to_gptq(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gptq:...")],
+    folder: NewFolder,
+    v2: Annotated[
+        bool, typer.Option("--v2", help="checkpoint_format gptq_v2, which GPTQModel wants of asymmetric models.")
+    ] = False,
+) -> None:
+    """Write the artifact as a folder in GPTQ's layout, for vLLM, transformers and ExLlamaV2.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target gptq:4-g128-sym
+        lqexport to-gptq ./out ./model-gptq
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "gptq_v2" if v2 else "gptq")
+
+
+@app.command()
+def to_compressed_tensors(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gptq:... but -act.")],
+    folder: NewFolder,
+) -> None:
+    """Write the artifact as a compressed-tensors folder, format pack-quantized, for vLLM and transformers.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target gptq:4-g128
+        lqexport to-compressed-tensors ./out ./model-ct
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "compressed-tensors")
+
+
+@app.command()
 def to_native(
     artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target native:...")],
-    folder: Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")],
+    folder: NewFolder,
 ) -> None:
     """Write the artifact as a folder that transformers loads, with `import lqexport`.
 
@@ -333,7 +378,7 @@ MaxPerplexityRatio = Annotated[
 
 @app.command()
 def verify(
-    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")],
     against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
     text: EvaluationText = "python-heldout",
     protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it

@@ -73,7 +73,7 @@ def preview(recipe: Recipe, out: Path) -> Preview:
     source = open_source(recipe.source)
     artifact = Artifact(out)
     tensors = plan_recipe(source, recipe, chosen_types(artifact))
-    tensors += plan_factors(tensors, recipe)
+    tensors += plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
     return Preview(recipe, out, source.config, tensors, already, shutil.disk_usage(existing).free)

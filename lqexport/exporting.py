@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
 from lqexport.artifact import Artifact
-from lqexport.converters import exl2, gguf, gguf_adapter, native, peft
+from lqexport.converters import compressed_tensors, exl2, gguf, gguf_adapter, gptq, native, peft
 from lqexport.errors import UserError
 from lqexport.inspect import inspect, size
 from lqexport.progress import Listener, Silent
 
-Format = Literal["gguf", "exl2", "native", "peft"]
-FOLDERS: dict[str, Callable[..., None]] = {"exl2": exl2.write, "native": native.write}
+Format = Literal["gguf", "exl2", "gptq", "gptq_v2", "compressed-tensors", "native", "peft"]
+FOLDERS: dict[str, Callable[..., None]] = {
+    "exl2": exl2.write,
+    "gptq": gptq.write,
+    "gptq_v2": functools.partial(gptq.write, v2=True),
+    "compressed-tensors": compressed_tensors.write,
+    "native": native.write,
+}
 
 
 def export(
@@ -26,8 +33,9 @@ def export(
 ) -> Path:
     """Write a finished artifact as `path`, whole or not at all, and return that.
 
-    format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  native: a folder for transformers with
-              lqexport;  peft: the low-rank corrections alone, a PEFT folder.  None: what the artifact was quantized for
+    format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  gptq, gptq_v2, compressed-tensors: a folder
+              for vLLM and others (docs/gptq.md);  native: a folder for transformers with lqexport;  peft: the low-rank
+              corrections alone, a PEFT folder.  None: what the artifact was quantized for
     adapter   gguf: write the low-rank corrections here, as a LoRA adapter for --lora
 
     Raises UserError where the artifact is unfinished, damaged or was quantized for another format.

@@ -13,9 +13,9 @@ from rich.table import Table
 from safetensors import safe_open
 
 from lqexport.artifact import Artifact
-from lqexport.converters.exl2 import is_exl2_folder
-from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
+from lqexport.converters.folder_model import FolderModel
+from lqexport.converters.folders import folder_model
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.native import is_native_folder
 from lqexport.converters.native_read import NativeModel
@@ -125,8 +125,9 @@ def human_bytes(count: float) -> str:
 
 
 def inspect(path: Path) -> Inspection:
-    """The tensors of a Hugging Face, native or ExLlamaV2 folder, a .gguf file or an artifact. Raises UserError for
-    others."""
+    """The tensors of a Hugging Face folder, of one that a command of ours wrote, or of a .gguf file.
+
+    Raises UserError for anything else."""
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is not a .gguf file.")
@@ -135,8 +136,8 @@ def inspect(path: Path) -> Inspection:
         raise UserError(f"There is no file or folder {path}.")
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
-    if is_exl2_folder(path):
-        return Inspection(str(path), "ExLlamaV2 folder", _model_entries(Exl2Model(path)))
+    if packed := folder_model(path):
+        return Inspection(str(path), packed.container, _model_entries(packed))
     if is_native_folder(path):
         return Inspection(str(path), "native folder", _model_entries(NativeModel(path)))
     return Inspection(str(path), "Hugging Face folder", _folder_entries(path))
@@ -146,7 +147,7 @@ def _artifact_entries(artifact: Artifact) -> list[Entry]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[Entry]:
+def _model_entries(model: GGUFModel | FolderModel | NativeModel) -> list[Entry]:
     names = [*model.names(), *(model.factors() if isinstance(model, NativeModel) else [])]
     return [_coded(name, model.shape(name), model.codec(name)) for name in names]
 

@@ -17,8 +17,10 @@ from lqexport.collect import BlockMoments, Group, embed, forward_moments, guided
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
+from lqexport.converters.gptq import plan_gptq
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
+from lqexport.converters.tensor_names import is_linear
 from lqexport.environment import versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
@@ -34,6 +36,8 @@ from lqexport.weights import Weights
 def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
     """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
     shapes = {name: source.shape(name) for name in source.names()}
+    if recipe.target.startswith("gptq:"):
+        return plan_gptq(recipe.target, source.config, shapes)
     if recipe.bits is not None:
         return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
     types = (chosen or {}) | recipe.chosen_types()
@@ -41,9 +45,13 @@ def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = 
                 output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
 
 
-def plan_factors(planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
-    """The factors that a run of `recipe` stores beside its linears."""
-    return planned_factors(planned, recipe.rank, recipe.factors) if recipe.rank and not recipe.merge else []
+def plan_factors(source: Source, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
+    """The factors that a run of `recipe` stores beside the linears of the decoder blocks."""
+    if not recipe.rank or recipe.merge:
+        return []
+    architecture = architecture_of(source.config)
+    linears = [tensor for tensor in planned if is_linear(architecture, tensor.name)]
+    return planned_factors(linears, recipe.rank, recipe.factors)
 
 
 class Job:
@@ -60,7 +68,7 @@ class Job:
         self.source = open_source(recipe.source)
         self.architecture = architecture_of(self.source.config)
         self.take_plan(plan_recipe(self.source, recipe))
-        self.factors = plan_factors(self.planned, recipe)
+        self.factors = plan_factors(self.source, self.planned, recipe)
         self._check_output_groups()
         self.calibration = self._calibration()
         self.artifact = Artifact(out)
@@ -132,7 +140,7 @@ class Job:
 
     def recipe_of(self, name: str) -> Recipe:
         """The recipe for one linear."""
-        if self.recipe.bits is not None and keeps_order(self.architecture, self.source.config, name):
+        if self.recipe.reorders and keeps_order(self.architecture, self.source.config, name):
             return replace(self.recipe, act_order=False)
         if name == self.architecture.output:
             return replace(self.recipe, descent=0)  # many rows, and so wide that little is left to gain

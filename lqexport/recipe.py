@@ -87,6 +87,7 @@ class Recipe:
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
         self._check_correction()
         self._check_exl2()
+        self._check_folder()
 
     def _check_correction(self) -> None:
         if not self.rank and (self.factor_bytes or self.merge or self.rounds > 1):
@@ -103,10 +104,18 @@ class Recipe:
             raise UserError("The target exl2, and no other, needs --bits: how many the linears may take per weight.")
         if self.target == "exl2" and (self.embedding_type or self.output_type or self.types):
             raise UserError("EXL2 keeps the embedding in float16 and chooses the rest; --head-bits sets the output.")
-        if self.target == "exl2" and self.output_groups > 1:
-            raise UserError("EXL2 stores all rows of a matrix in one order of columns: it takes one output group.")
-        if self.target == "exl2" and self.rank:
-            raise UserError("Low-rank corrections have no place in an EXL2 folder: leave out rank.")
+
+    def _check_folder(self) -> None:
+        gptq = self.target.startswith("gptq:")
+        if gptq and (self.embedding_type or self.output_type or self.types):
+            raise UserError("GPTQ's layout has one type for all linears, and float16 for embedding and output.")
+        if (gptq or self.target == "exl2") and self.output_groups > 1:
+            raise UserError("EXL2 and GPTQ's layout have the outputs as columns: they take one output group.")
+
+    @property
+    def reorders(self) -> bool:
+        """Whether the target stores columns in act-order."""
+        return self.target == "exl2" or self.target.endswith("-act")
 
     def chosen_types(self) -> dict[str, str]:
         """Tensor name pattern -> codec, from `types`. Raises UserError where one is not PATTERN=TYPE."""

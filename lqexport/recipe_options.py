@@ -17,7 +17,7 @@ def _option(name: str, text: str, *declarations: str) -> Any:
 
 
 Target = Annotated[
-    str | None, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, native:table-3, exl2.")
+    str | None, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, gptq:4-g128, exl2.")
 ]
 Method = Annotated[str | None, _option("method", "lean, gptq or rtn.")]
 Calibration = Annotated[

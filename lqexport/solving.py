@@ -142,9 +142,10 @@ class _Solving:
         self.job.listener.advance(tensor.weights)
 
     def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
-        if hessian is None or not self.recipe.rank:
-            return [solve_linear(name, weight, hessian, kind, self.job.recipe_of(name))]
-        return solve_corrected(name, weight, hessian, self.magnitudes.get(name), kind, self.recipe)
+        recipe = self.job.recipe_of(name)
+        if hessian is None or not recipe.rank or name not in self.job.linears:
+            return [solve_linear(name, weight, hessian, kind, recipe)]
+        return solve_corrected(name, weight, hessian, self.magnitudes.get(name), kind, recipe)
 
     def _carry_forward(self, linear: nn.Linear, name: str) -> None:
         """Go on with the weights as the file decodes them."""

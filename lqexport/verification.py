@@ -27,9 +27,9 @@ from lqexport.artifact import Artifact, StoredTensor, decoded, digest, file_dige
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.converters.architectures import architecture_of
-from lqexport.converters.exl2 import is_exl2_folder
-from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
+from lqexport.converters.folder_model import FolderModel
+from lqexport.converters.folders import folder_model
 from lqexport.converters.native import RECORD, is_native_folder
 from lqexport.converters.native_read import NativeModel
 from lqexport.converters.tensor_names import is_tied
@@ -106,23 +106,37 @@ class NativeFolder(NativeModel):
         return torch.from_numpy(super().read(name))
 
 
-class Exl2Folder(Exl2Model):
-    """A folder for ExLlamaV2 as a model."""
+class PackedFolder:
+    """A folder of packed safetensors (`converters.folders`) as a model."""
 
-    def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
-        return torch.from_numpy(super().read(name))
+    def __init__(self, model: FolderModel) -> None:
+        self._model = model
+        self.config = model.config
+
+    def names(self) -> list[str]:
+        return self._model.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._model.shape(name)
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        return self._model.planes(name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return torch.from_numpy(self._model.read(name))
 
 
 def open_export(path: Path) -> Export:
-    """A .gguf file, a native folder, one of ExLlamaV2 or a finished artifact. Raises UserError for anything else."""
-    if is_exl2_folder(path):
-        return Exl2Folder(path)
+    """A .gguf file, a folder that a command of ours wrote, or a finished artifact. Raises UserError for anything
+    else."""
+    if packed := folder_model(path):
+        return PackedFolder(packed)
     if is_native_folder(path):
         return NativeFolder(path)
     if path.is_dir():
         return ArtifactModel(path)
     if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"{path} is neither a .gguf file nor a native folder, one of ExLlamaV2 or an artifact.")
+        raise UserError(f"{path} is neither a .gguf file nor a folder that lqexport wrote.")
     return GGUFSource(path)
 
 
@@ -237,7 +251,7 @@ def verify(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
-    """Check a .gguf file, a native folder, one of ExLlamaV2 or an artifact against the model that it was made from.
+    """Check a .gguf file, a written folder or an artifact folder against the model that it was made from.
 
     against      the source: folder, hub id or .gguf file
     text         name or file for `texts.read_text`; not what was calibrated on

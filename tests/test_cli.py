@@ -30,7 +30,8 @@ from lqexport.converters.tensor_names import gguf_names
 from lqexport.progress import Bars, Lines
 from lqexport.recipe import Recipe
 
-COMMANDS = ("quantize", "to-gguf", "to-peft", "to-exl2", "to-native", "verify", "compare", "eval", "inspect")
+COMMANDS = ("quantize", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native", "verify",
+            "compare", "eval", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:

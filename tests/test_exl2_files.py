@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lqexport import choose
 from lqexport.artifact import Artifact, StoredTensor
 from lqexport.cli import app
-from lqexport.converters import exl2
+from lqexport.converters import exl2, shards
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import even_runs, filled_runs, keeps_order, plan_exl2
 from lqexport.converters.exl2_read import Exl2Model
@@ -151,13 +151,13 @@ def test_sizes_at_the_ends_are_reached(
 
 
 def test_the_folder_is_what_exllamav2_loads(folder: Path, artifact: Artifact, recipe: Recipe) -> None:
-    assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "output.safetensors"}
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "tokenizer.json", "model.safetensors"}
     assert not list(folder.glob("*.index.json"))
     config = json.loads((folder / "config.json").read_text())
     expected = {"rows": 4, "length": 64, "dataset": recipe.calibration}
     assert config["quantization_config"].pop("calibration") == expected
     assert config["quantization_config"] == {"quant_method": "exl2", "version": "0.3.2", "bits": 3.3, "head_bits": 6}
-    stored = load_file(folder / "output.safetensors")
+    stored = load_file(folder / "model.safetensors")
     key = "lm_head"  # the source's output shares the embedding's weights; the folder has one of its own
     dtypes = {"q_weight": "int32", "q_scale": "int32", "q_scale_max": "float16", "q_groups": "int16",
               "q_invperm": "int32"}  # fmt: skip
@@ -169,7 +169,7 @@ def test_the_folder_is_what_exllamav2_loads(folder: Path, artifact: Artifact, re
 
 def test_a_layer_read_slowly_from_the_shard_is_the_artifacts(folder: Path, artifact: Artifact) -> None:
     """By the format's description, weight by weight, with NumPy's float16."""
-    stored = {name.removeprefix(f"{Q_PROJ}."): plane for name, plane in load_file(folder / "output.safetensors").items()
+    stored = {name.removeprefix(f"{Q_PROJ}."): plane for name, plane in load_file(folder / "model.safetensors").items()
               if name.startswith(Q_PROJ)}  # fmt: skip
     tensor = artifact.read(f"{Q_PROJ}.weight")
     values = codec(tensor.codec).decode(tensor.planes, 256)
@@ -193,14 +193,14 @@ def test_equal_artifacts_give_equal_bytes_in_shards_too(
 ) -> None:
     exl2.write(artifact, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
-    monkeypatch.setattr(exl2, "SHARD_BYTES", 300_000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
     exl2.write(artifact, tmp_path / "shards")
     names = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
-    assert names == [f"output-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
+    assert names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
     assert len(names) > 2
-    whole, shards = Exl2Model(folder), Exl2Model(tmp_path / "shards")
-    assert shards.names() == whole.names()
-    assert all(np.array_equal(shards.read(name), whole.read(name)) for name in whole.names())
+    whole, parts = Exl2Model(folder), Exl2Model(tmp_path / "shards")
+    assert parts.names() == whole.names()
+    assert all(np.array_equal(parts.read(name), whole.read(name)) for name in whole.names())
 
 
 def test_a_folder_that_cannot_be_finished_leaves_nothing(artifact: Artifact, tmp_path: Path) -> None:
@@ -232,7 +232,7 @@ def test_verify_compares_every_tensor_and_the_predictions(
 
 
 def test_verify_finds_a_changed_byte(copied: Path, artifact: Artifact, tiny_model: Path, text: Path) -> None:
-    path = copied / "output.safetensors"
+    path = copied / "model.safetensors"
     stored = load_file(path)
     stored[f"{Q_PROJ}.q_weight"][3, 5] ^= 1 << 9
     safetensors.numpy.save_file(stored, path)
@@ -250,14 +250,14 @@ def test_verify_finds_a_changed_byte(copied: Path, artifact: Artifact, tiny_mode
     ],
 )
 def test_damaged_folders_are_refused(copied: Path, name: str, plane: np.ndarray, message: str) -> None:
-    path = copied / "output.safetensors"
+    path = copied / "model.safetensors"
     safetensors.numpy.save_file(load_file(path) | {name: plane}, path)
     with pytest.raises(UserError, match=message):
         Exl2Model(copied).read(f"{Q_PROJ}.weight")
 
 
 def test_left_over_and_missing_files_are_refused(copied: Path) -> None:
-    path = copied / "output.safetensors"
+    path = copied / "model.safetensors"
     shutil.copyfile(path, copied / "consolidated.safetensors")
     with pytest.raises(UserError, match="twice"):
         Exl2Model(copied)
@@ -363,7 +363,7 @@ def test_a_model_with_such_biases_keeps_the_order(tiny_model: Path, recipe: Reci
     safetensors.numpy.save_file(stored, model / "model.safetensors", {"format": "pt"})
     quantize(replace(recipe, source=str(model), samples=1, descent=0), tmp_path / "out")
     exl2.write(Artifact(tmp_path / "out"), tmp_path / "model")
-    written = load_file(tmp_path / "model" / "output.safetensors")
+    written = load_file(tmp_path / "model" / "model.safetensors")
     orders = {name: plane for name, plane in written.items() if name.endswith("q_invperm")}
     for name, order in orders.items():
         assert np.array_equal(order, np.arange(len(order))) == ("down_proj" in name)
@@ -379,7 +379,7 @@ def test_artifacts_that_are_not_exl2_or_damaged_are_refused(
     artifact: Artifact, recipe: Recipe, tiny_model: Path, tmp_path: Path
 ) -> None:
     quantize(Recipe(str(tiny_model), "gguf:Q4_0", method="rtn"), tmp_path / "gguf")
-    with pytest.raises(UserError, match="not quantized for EXL2"):
+    with pytest.raises(UserError, match="cannot become an EXL2 folder"):
         exl2.write(Artifact(tmp_path / "gguf"), tmp_path / "model")
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="exists"):
@@ -426,3 +426,31 @@ def test_rounding_needs_no_calibration(recipe: Recipe, tmp_path: Path) -> None:
     exl2.write(Artifact(tmp_path / "out"), tmp_path / "model")
     read = Exl2Model(tmp_path / "model").codec(f"{Q_PROJ}.weight")
     assert read == Artifact(tmp_path / "out").manifest()[f"{Q_PROJ}.weight"]["codec"]
+
+
+# Low rank.
+
+
+@pytest.mark.parametrize("target", ["exl2", "gptq:4-g64-sym"])
+def test_corrections_go_beside_the_base(
+    target: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what the stored grid leaves, under the same moments; base and adapter are verified together."""
+    monkeypatch.setattr(choose, "AVERAGES", ())  # pure widths only, for time
+    exl2_only = {"bits": 2.5} if target == "exl2" else {"bits": None}
+    changed = replace(recipe, target=target, rank=16, samples=2, **exl2_only)
+    report = quantize(changed, tmp_path / "out")
+    artifact = Artifact(tmp_path / "out")
+    corrections = {tensor["name"]: tensor["correction"] for tensor in report["tensors"] if "correction" in tensor}
+    assert len(corrections) == 14  # and none of the output
+    assert all(facts["losses"][-1] < 0.8 * facts["losses"][0] for facts in corrections.values())
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    printed = run("to-exl2" if target == "exl2" else "to-gptq", artifact.folder, base)
+    assert "to-peft" in printed
+    assert not any("lora" in name for path in base.glob("*.safetensors") for name in load_file(path))
+    run("to-peft", artifact.folder, adapter)
+    result = verify(base, recipe.source, text=recipe.calibration, windows=1, artifact=artifact.folder, adapter=adapter)
+    assert result.failed == []
+    assert result.evaluations[0].kl < 0.9 * result.base_evaluations[0].kl
+    whole = verify(artifact.folder, recipe.source, text=recipe.calibration, windows=1)
+    assert whole.evaluations[0].kl == result.evaluations[0].kl

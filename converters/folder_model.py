@@ -1,0 +1,154 @@
+"""Reading a written folder of safetensors as a Hugging Face model: names, config, decoded weights. Trusts nothing in
+it. What a packed tensor is made of, each target's own class says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+
+from lqexport.artifact import read_json
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.plan import PLAIN
+from lqexport.converters.tensor_names import gguf_names
+from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
+from lqexport.formats.registry import codec
+
+
+class FolderModel:
+    """A folder with config.json and shards, with `names`, `shape`, `read` and `config` as in
+    `lqexport.weights.Weights`, and `planes` as in `lqexport.verification.Packed`.
+
+    Every .safetensors file of the folder is read. Raises UserError where the folder is incomplete or damaged, holds a
+    tensor twice, or is of an unknown architecture or one with other tensors.
+    """
+
+    container: str
+    """What to call such a folder."""
+    reader: str
+    """Who reads it."""
+    parts: tuple[str, ...]
+    """Last parts of the names of what a packed tensor is stored as."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_json(folder / "config.json", f"{folder} has no config.json.")
+        self._files = _files(folder)
+        self._names = self._known_names()
+
+    def _known_names(self) -> list[str]:
+        architecture = architecture_of(self.config)
+        layers = self.config.get("num_hidden_layers")
+        known = gguf_names(architecture, min(layers, len(self._files)) if isinstance(layers, int) else 0)
+        stored = {self._tensor_of(name) for name in self._files}
+        if unknown := sorted(stored - known.keys()):
+            raise UserError(f"{self.folder} holds tensors that {architecture.classes[0]} does not have: {unknown[:5]}.")
+        needed = [name for name in known if name.endswith(".weight") and name != architecture.output]
+        if missing := [name for name in needed if name not in stored]:
+            raise UserError(f"{self.folder} has no tensor {', '.join(missing[:5])}.")
+        return [name for name in known if name in stored]
+
+    def _tensor_of(self, stored: str) -> str:
+        """The model's tensor that a stored one is of."""
+        key, _, part = stored.rpartition(".")
+        return f"{key}.weight" if part in self.parts else stored
+
+    def names(self) -> list[str]:
+        """Every tensor's Hugging Face name, in the order of the model."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape as in a checkpoint, rows first."""
+        return self.packed_shape(name.removesuffix(".weight")) if self._is_packed(name) else self.shape_of(name)
+
+    def codec(self, name: str) -> str:
+        """The name of the codec that a tensor is stored in. Raises UserError where readers would not decode it
+        rightly."""
+        if not self._is_packed(name):
+            return PLAIN
+        try:
+            return self.packed_codec(name.removesuffix(".weight"))
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {self.reader} would not decode {name} rightly. {error}") from error
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        """Codec name, planes and shape of a tensor. Raises UserError as `codec`."""
+        if self._is_packed(name):
+            return self.codec(name), self.packed_planes(name.removesuffix(".weight")), self.shape(name)
+        plain = np.ascontiguousarray(self.array(name))
+        if plain.dtype != np.float16:
+            raise UserError(f"{self.folder}: {name} is {plain.dtype}, not float16.")
+        matrix = plain.reshape(1, -1) if plain.ndim == 1 else plain
+        return PLAIN, {"blocks": matrix.view(np.uint8)}, plain.shape
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
+        kind, planes, shape = self.planes(name)
+        try:
+            weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
+        except ValueError as error:
+            raise UserError(f"{self.folder}: {name} is damaged: {error}") from error
+        if not np.isfinite(weights).all():
+            raise UserError(f"{self.folder}: {name} holds weights that are infinite or not a number.")
+        return weights
+
+    def packed_shape(self, key: str) -> tuple[int, int]:
+        """Rows and columns of the packed tensor `key`.weight."""
+        raise NotImplementedError
+
+    def packed_codec(self, key: str) -> str:
+        """Its codec. Raises ValueError where readers would not decode it rightly."""
+        raise NotImplementedError
+
+    def packed_planes(self, key: str) -> Planes:
+        """Its codec's planes."""
+        raise NotImplementedError
+
+    def _is_packed(self, name: str) -> bool:
+        if name not in self._names:
+            raise UserError(f"{self.folder} has no tensor {name}.")
+        return name not in self._files
+
+    def shape_of(self, stored: str) -> tuple[int, ...]:
+        """The shape of a stored tensor, without its data."""
+        with _open(self._file(stored)) as file:
+            return tuple(file.get_slice(stored).get_shape())
+
+    def array(self, stored: str) -> np.ndarray:
+        """A stored tensor."""
+        path = self._file(stored)
+        with _open(path) as file:
+            try:
+                return file.get_tensor(stored)
+            except (SafetensorError, TypeError) as error:
+                raise UserError(f"{path} has no readable tensor {stored} ({error}).") from error
+
+    def _file(self, stored: str) -> Path:
+        if stored not in self._files:
+            raise UserError(f"{self.folder} has no tensor {stored}.")
+        return self._files[stored]
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """Stored tensor to file."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with _open(path) as file:
+            for name in file.keys():  # noqa: SIM118 (not a dict)
+                if name in files:
+                    raise UserError(f"{folder} holds {name} twice, in {files[name].name} and {path.name}.")
+                files[name] = path
+    if not files:
+        raise UserError(f"{folder} has no .safetensors files.")
+    return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is cut short or damaged ({error}).") from error

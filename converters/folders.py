@@ -1,0 +1,26 @@
+"""The folders of packed safetensors that targets write, told apart by config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lqexport.artifact import read_json
+from lqexport.converters.compressed_tensors import CompressedModel
+from lqexport.converters.exl2_read import Exl2Model
+from lqexport.converters.folder_model import FolderModel
+from lqexport.converters.gptq import GptqModel
+
+MODELS: dict[str, type[FolderModel]] = {
+    "exl2": Exl2Model,
+    "gptq": GptqModel,
+    "compressed-tensors": CompressedModel,
+}
+"""By `quant_method`."""
+
+
+def folder_model(folder: Path) -> FolderModel | None:
+    """The model in a folder of one of these; None where it is none. Raises UserError where it is damaged."""
+    path = folder / "config.json"
+    found = read_json(path, "").get("quantization_config") if path.is_file() else None
+    made = MODELS.get(str(found.get("quant_method"))) if isinstance(found, dict) else None
+    return made(folder) if made else None

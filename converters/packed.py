@@ -1,0 +1,110 @@
+"""Writing an artifact as a folder of packed linears: shards, config.json and the tokenizer. Only bytes move.
+
+The folder appears under its name whole or not at all. Tensors are read, checked against the manifest's digests and
+written one after the other, so memory holds one.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lqexport.artifact import Artifact, StoredTensor, digest, write_json
+from lqexport.converters.factors import is_factor
+from lqexport.converters.plan import PLAIN
+from lqexport.converters.shards import Part, new_folder, write_shards
+from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
+
+Forms = dict[str, tuple[np.dtype, tuple[int, ...]]]
+"""dtype and shape of what is stored of a tensor."""
+OnTensor = Callable[[str, int], None] | None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a target's folder stores what the solver worked on; all else is one float16 tensor of its own name.
+
+    forms    codec name and shape to what is stored, by the last part of its name
+    planes   a tensor to that
+    """
+
+    forms: Callable[[str, tuple[int, ...]], Forms]
+    planes: Callable[[StoredTensor], Planes]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the model, as the manifest lists it."""
+
+    name: str
+    codec: str
+    shape: tuple[int, ...]
+    sha256: str
+
+    def part(self, layout: Layout) -> Part:
+        """What the folder stores of it."""
+        if self.codec == PLAIN:
+            return Part(self.name, {self.name: (np.dtype(np.float16), self.shape)})
+        forms, key = layout.forms(self.codec, self.shape), self.name.removesuffix(".weight")
+        return Part(self.name, {f"{key}.{plane}": form for plane, form in forms.items()})
+
+
+def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[Entry]:
+    """The tensors of a finished artifact, factors of corrections left out. Raises UserError where it was not quantized
+    into codecs of `family`, saying that it cannot become `what`, with a `hint` at what to do."""
+    entries = [
+        Entry(name, facts["codec"], tuple(facts["shape"]), facts["sha256"])
+        for name, facts in artifact.manifest().items()
+        if not is_factor(name)
+    ]
+    foreign = [entry for entry in entries if entry.codec != PLAIN and not entry.codec.startswith(f"{family}:")]
+    if foreign or all(entry.codec == PLAIN for entry in entries):
+        (usual, _), *_ = Counter(entry.codec for entry in foreign or entries).most_common(1)
+        raise UserError(
+            f"{artifact.folder} cannot become {what} by moving bytes: it was quantized for another format, most of it "
+            f"{usual}. {hint}"
+        )
+    return entries
+
+
+def write_folder(
+    artifact: Artifact, folder: Path, entries: list[Entry], layout: Layout, files: dict[str, Any], on_tensor: OnTensor
+) -> None:
+    """Write the new folder `folder`; `files` are its JSON files, config.json among them. Equal artifacts give equal
+    bytes.
+
+    on_tensor   called with name and bytes after each tensor
+
+    Raises UserError where the artifact is damaged, where the folder exists, and where the disk is too small.
+    """
+    named, parts = {entry.name: entry for entry in entries}, [entry.part(layout) for entry in entries]
+
+    def read(part: Part) -> list[np.ndarray]:
+        return _planes(artifact, named[part.name], part, layout)
+
+    with new_folder(folder, sum(part.nbytes for part in parts)) as partial:
+        shutil.copytree(artifact.model_folder, partial, dirs_exist_ok=True)
+        for name, content in files.items():
+            write_json(partial / name, content)
+        write_shards(partial, parts, read, on_tensor)
+
+
+def _planes(artifact: Artifact, entry: Entry, part: Part, layout: Layout) -> list[np.ndarray]:
+    """What the file stores of a tensor, in the order of `part`, after its digest was checked."""
+    tensor = artifact.read(entry.name)
+    if (tensor.codec, tensor.shape, digest(tensor.planes)) != (entry.codec, entry.shape, entry.sha256):
+        raise UserError(
+            f"Tensor {entry.name} in {artifact.folder} is not the one that its manifest lists: the artifact is "
+            "damaged. Delete the tensor's file and run the same quantize command again."
+        )
+    if entry.codec == PLAIN:
+        return [tensor.planes["blocks"].view(np.float16).reshape(entry.shape)]
+    planes = layout.planes(tensor)
+    return [planes[name.rpartition(".")[2]] for name in part.stored]
