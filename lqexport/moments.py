@@ -26,24 +26,28 @@ class SecondMoments:
     def __init__(self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1) -> None:
         self.kind = kind
         self._lower = torch.zeros(output_groups, columns, columns, device=device)
-        self.tokens = 0
+        self._tokens = torch.zeros((), device=device)
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
         """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
-        outputs, R a multiple of the output groups."""
+        outputs, R a multiple of the output groups.
+
+        A token whose input or weight is not finite, or whose square overflows, is left out."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        columns = x.shape[1]
-        for lower, weight in zip(self._lower, self._weights(x, gradient), strict=True):
-            weighted = x if weight is None else x * weight.sqrt()[:, None]
+        columns, weights = x.shape[1], self._weights(x, gradient)
+        usable = sum(weights, x.square().sum(1)).isfinite()
+        x = torch.where(usable[:, None], x, 0.0)
+        for lower, weight in zip(self._lower, weights, strict=True):
+            weighted = x * torch.where(usable, weight, 0.0).sqrt()[:, None]
             for start in range(0, columns, width := -(-columns // PANELS)):
                 panel = slice(start, start + width)
                 lower[start:, panel].addmm_(weighted[:, start:].T, weighted[:, panel])
-        self.tokens += len(x)
+        self._tokens += usable.sum()
 
-    def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor | None]:
+    def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
         """Each token's weight [tokens], for each output group."""
         if self.kind == "plain":
-            return [None]
+            return [torch.ones_like(x[:, 0])]
         if self.kind == "normalized":
             return [x.square().sum(1).clamp_min(1e-30).reciprocal()]
         assert gradient is not None
@@ -52,7 +56,7 @@ class SecondMoments:
     def hessian(self) -> Tensor:
         """float32 [C, C], or [output groups, C, C] where there are several."""
         total = self._lower.tril() + self._lower.tril(-1).mT
-        return (total[0] if len(total) == 1 else total) / max(self.tokens, 1)
+        return (total[0] if len(total) == 1 else total) / self._tokens.clamp_min(1)
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:

@@ -1,10 +1,10 @@
 """End-to-end tuning: what a file stores as floating-point numbers, moved until the model predicts as its source does.
 
 Codes and integers stay as they were solved. Tuned are the gains of the norms (and biases, where there are any), and of
-every solved linear the float16 numbers of its grid: the scales and offsets of superblocks or groups, or the tables. The
-file does not grow. The loss is the mean KL(source || quantized) over every position of some calibration sequences. The
-method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP) with the source's predictions in the place of the
-next token, and with the norms.
+every solved linear the float16 numbers of its grid: the scales and offsets of superblocks or groups, the tables, or
+EXL2's maxima. The file does not grow. The loss is the mean KL(source || quantized) over every position of some
+calibration sequences. The method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP) with the source's
+predictions in the place of the next token, and with the norms.
 
 A step runs one sequence forward through all blocks, keeping the inputs of each, then backward, running each block again
 with gradients. In memory are one block's decoded weights, the sequence's hidden states, and the tuned numbers with the
@@ -18,8 +18,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
@@ -28,10 +30,11 @@ from lqexport.artifact import Artifact, StoredTensor, decoded, written_whole
 from lqexport.blocks import BlockModel
 from lqexport.collect import final_states
 from lqexport.corrected import stored_correction
-from lqexport.formats.codec import GridCodec, PlainCodec
+from lqexport.formats.codec import Grid, PlainCodec, Sections
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid, round_half
 from lqexport.progress import Listener
+from lqexport.sections import TensorSections
 
 SAVE_EVERY = 4
 """Steps after which a stopped run need not start over."""
@@ -60,8 +63,10 @@ class Outcome:
         return {"held_out_kl_before": self.before, "held_out_kl_after": self.after, "kept": self.kept}
 
 
-def numbers(grid: TensorGrid) -> State:
-    """The float16 numbers that a grid is made of, as float32: `scale` and `offset`, or `levels`."""
+def numbers(grid: TensorGrid | TensorSections) -> State:
+    """The float16 numbers that a grid is made of, as float32: `scale` and `offset`, `levels`, or `sections`."""
+    if isinstance(grid, TensorSections):
+        return {"sections": grid.numbers()}
     if grid.scale is None:
         return {"levels": grid.levels}
     parts = {"scale": grid.scale, "offset": grid.offset}
@@ -80,11 +85,18 @@ def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
     return replace(grid, scale=scale, offset=offset)
 
 
+def tuned_values(grid: TensorGrid | TensorSections, codes: Tensor, new: State) -> Tensor:
+    """The grid's values with other numbers, differentiable by them."""
+    if isinstance(grid, TensorSections):
+        return grid.with_numbers(new["sections"]).straight_through(codes)
+    return with_numbers(grid, new).values(codes)
+
+
 def _unit(name: str, values: Tensor) -> Tensor:
     """What a change of 1 means: a scale or offset itself, the spread of a row's table, or a vector's mean size."""
     if name == "levels":
         return values.std(1, keepdim=True)
-    return values if name in ("scale", "offset") else values.abs().mean()
+    return values if name in ("scale", "offset", "sections") else values.abs().mean()
 
 
 class Tuner:
@@ -117,19 +129,19 @@ class Tuner:
 
     def _numbers(self, name: str) -> State:
         tensor = self.artifact.read(name)
-        if isinstance(codec(tensor.codec), GridCodec):
+        if not isinstance(codec(tensor.codec), PlainCodec):
             return numbers(self._grid(tensor)[0])
         return {"vector": self._decoded(tensor)} if len(tensor.shape) == 1 else {}
 
     def _decoded(self, tensor: StoredTensor) -> Tensor:
         return torch.from_numpy(decoded(tensor)).to(self.solved.device)
 
-    def _grid(self, tensor: StoredTensor) -> tuple[TensorGrid, Tensor]:
-        kind = codec(tensor.codec)
-        assert isinstance(kind, GridCodec)
+    def _grid(self, tensor: StoredTensor) -> tuple[TensorGrid | TensorSections, Tensor]:
+        kind, device = codec(tensor.codec), self.solved.device
+        assert not isinstance(kind, PlainCodec)
         grid, codes = kind.unpack(tensor.planes, tensor.shape[1])
-        device = self.solved.device
-        return TensorGrid.of(grid, device), torch.from_numpy(codes).to(device)
+        made = TensorGrid.of(grid, device) if isinstance(grid, Grid) else TensorSections.of(grid, device)
+        return made, torch.from_numpy(codes).to(device)
 
     def _moved(self, name: str, values: State) -> State:
         """A tensor's numbers with the changes so far, differentiable by them."""
@@ -138,9 +150,9 @@ class Tuner:
     def _value(self, name: str) -> Tensor:
         """A tensor's values with the changes so far, differentiable by them."""
         tensor = self.artifact.read(name)
-        if isinstance(codec(tensor.codec), GridCodec):
+        if not isinstance(codec(tensor.codec), PlainCodec):
             grid, codes = self._grid(tensor)
-            values = with_numbers(grid, self._moved(name, numbers(grid))).values(codes)
+            values = tuned_values(grid, codes, self._moved(name, numbers(grid)))
             correction = stored_correction(self.artifact, name)
             return values if correction is None else values + correction.to(values.device)
         values = self._decoded(tensor)
@@ -271,14 +283,21 @@ class Tuner:
         """Write a tensor again, with new numbers. Writing it twice does no harm: nothing is relative to the old."""
         tensor = self.artifact.read(name)
         kind = codec(tensor.codec)
-        if isinstance(kind, GridCodec):
-            grid, codes = self._grid(tensor)
-            grid, codes = with_numbers(grid, new).ascending(codes)
-            planes = kind.encode(grid.numpy(), codes.cpu().numpy())
-        else:
-            assert isinstance(kind, PlainCodec)
+        if isinstance(kind, PlainCodec):
             planes = kind.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
+        else:
+            planes = kind.encode(*_with_stored(*self._grid(tensor), new))  # type: ignore[arg-type]  # its own grid
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
+
+
+def _with_stored(
+    grid: TensorGrid | TensorSections, codes: Tensor, new: State
+) -> tuple[Grid | Sections, NDArray[np.uint8]]:
+    """The format's own grid with the tuned numbers, and its codes."""
+    if isinstance(grid, TensorSections):
+        return grid.with_numbers(new["sections"]).stored().numpy(), codes.cpu().numpy()
+    tuned, codes = with_numbers(grid, new).ascending(codes)
+    return tuned.numpy(), codes.cpu().numpy()
 
 
 def _write(path: Path, content: State, metadata: dict[str, str]) -> None:

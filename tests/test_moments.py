@@ -188,3 +188,21 @@ def test_cross_moments_hold_the_plain_hessian() -> None:
         both.add(1, full[60:], quantized[60:])
         alone.add(quantized)
         torch.testing.assert_close(both.hessian(), alone.hessian())
+
+
+@pytest.mark.parametrize("kind", ["plain", "normalized", "guided"])
+def test_tokens_that_are_not_finite_are_left_out(kind: str) -> None:
+    draw = torch.Generator().manual_seed(2)
+    inputs, gradient = torch.randn(12, 8, generator=draw), torch.randn(12, 6, generator=draw)
+    broken, good = SecondMoments(8, kind, CPU, 2 if kind == "guided" else 1), slice(4, 12)
+    whole = SecondMoments(8, kind, CPU, 2 if kind == "guided" else 1)
+    whole.add(inputs[good], gradient[good])
+    inputs[0, 3], inputs[1, 2], inputs[2, 1] = torch.nan, torch.inf, 1e30  # the last one's square overflows
+    gradient[3, 4] = torch.nan
+    if kind != "guided":
+        inputs[3, 0] = -torch.inf
+    broken.add(inputs, gradient)
+    torch.testing.assert_close(broken.hessian(), whole.hessian())
+    nothing = SecondMoments(8, kind, CPU)
+    nothing.add(torch.full((4, 8), torch.nan), gradient[:4])
+    assert not nothing.hessian().any()

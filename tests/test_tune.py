@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lqexport.artifact import Artifact, SolvedModel
+from lqexport.artifact import Artifact, SolvedModel, digest
 from lqexport.blocks import BlockModel
+from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
+from lqexport.sections import TensorSections
 from lqexport.source import open_source
-from lqexport.tune import HELD_OUT, Tuner
+from lqexport.tune import HELD_OUT, Tuner, tuned_values
 
 TARGETS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:IQ4_NL", "native:table-2", "native:affine-3-g64"]
 
@@ -53,6 +56,73 @@ def test_the_gradient_is_that_of_the_divergence(tiny_model: Path, target: str, t
             tuner.deltas[key].data = sign * 1e-4 * step
         measured.append(divergence())
     assert (measured[0] - measured[1]) / 2e-4 == pytest.approx(slope, rel=2e-2)
+
+
+@pytest.mark.parametrize("name", ["exl2:2g32x8", "exl2:8g32x1+5g64x1+4g32x1+3g96x1+2g32x1", "gptq:4-g64-act"])
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: float) -> None:
+    """Values are the file's, bit for bit, also of numbers that are not rounded yet; derivatives are the product's."""
+    draw = torch.Generator().manual_seed(1)
+    weights, order = torch.randn(32, 256, generator=draw) * size, torch.randperm(256, generator=draw)
+    fitted = fit_sections(codec(name), weights, torch.ones(256), order)
+    codes, stored = fitted.nearest(weights), fitted.numpy()
+    grid = TensorSections.of(stored, torch.device("cpu"))
+    assert codec(name).encode(grid.numpy(), codes.numpy()).keys() == codec(name).layout(32, 256).keys()
+    numbers = grid.numbers().requires_grad_()
+    values = tuned_values(grid, codes, {"sections": numbers})
+    assert np.array_equal(values.detach().numpy(), stored.values(codes.numpy()))
+    moved = grid.with_numbers(numbers.detach() * 1.003)
+    assert torch.equal(moved.straight_through(codes), moved.stored().values(codes))
+    gains = torch.randn(32, 256, generator=draw)
+    (values * gains).sum().backward()
+    # The product is linear in the numbers, so their shares of the sum are the sum.
+    runs = zip(grid.slices(), grid.sections, strict=True)
+    smooth = torch.cat([part.smooth().values(codes[:, grid.order[where]]) for where, part in runs], dim=1)
+    total = float((smooth * gains[:, grid.order]).detach().sum())
+    assert float((numbers.grad * numbers.detach()).sum()) == pytest.approx(total, rel=1e-3)
+
+
+def tuner_of(folder: Path, source: Path) -> Tuner:
+    """For eight steps on random tokens, changing a finished artifact."""
+    artifact, model = Artifact(folder), open_source(str(source))
+    solved = SolvedModel(artifact, model.config, list(artifact.manifest()))
+    tokens = torch.randint(0, 512, (8 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
+    return Tuner(artifact, BlockModel(solved), BlockModel(model), tokens, 0.03, folder / "work", Silent())
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "moved"), [("exl2", 2.3, "q_scale_max"), ("gptq:4-g64-sym", None, "scales")]
+)
+def test_tuning_moves_maxima_and_scales_alone(
+    tiny_model: Path, target: str, bits: float | None, moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a stopped one goes on to the same bits."""
+    quantize(Recipe(str(tiny_model), target, bits=bits, method="rtn"), tmp_path / "before")
+    before, after, stopped = (Artifact(tmp_path / name) for name in ("before", "after", "stopped"))
+    for artifact in (after, stopped):
+        shutil.copytree(before.folder, artifact.folder)
+    outcome = tuner_of(after.folder, tiny_model).run()
+    assert outcome.kept
+    stop_tuning_half_way(tuner_of(stopped.folder, tiny_model), monkeypatch)
+    assert tuner_of(stopped.folder, tiny_model).run() == outcome
+    for name in before.manifest():
+        old, new, again = (artifact.read(name).planes for artifact in (before, after, stopped))
+        assert digest(new) == digest(again)
+        if "proj" in name:
+            assert {plane for plane in old if not np.array_equal(old[plane], new[plane])} == {moved}
+
+
+def stop_tuning_half_way(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = Tuner._save
+
+    def stop(*arguments: object) -> None:
+        save(*arguments)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Tuner, "_save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        tuner.run()
+    monkeypatch.setattr(Tuner, "_save", save)
 
 
 @pytest.mark.parametrize("target", TARGETS)
