@@ -56,6 +56,7 @@ class Architecture:
     rope_types  the kinds of rope scaling that llama.cpp computes for it; () where positions are learned
     period      by default every so many blocks attend to the whole context, and the others to `sliding_window` tokens;
                 None where llama.cpp ignores windows, so that the context may be no longer than one
+    free_heads  whether config.json may give heads another size than hidden_size / heads
     wide_scale  number of blocks of the one model whose queries llama.cpp divides by the root of hidden_size / heads
                 instead of head_dim
     """
@@ -83,6 +84,7 @@ class Architecture:
     flags: dict[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     period: int | None = None
+    free_heads: bool = True
     wide_scale: int | None = None
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"

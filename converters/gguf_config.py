@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lqexport.converters.architecture import Architecture, Config
 from lqexport.converters.gguf_metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf_support import FULL, SLIDING, layer_types, query_scalar
-from lqexport.converters.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, llama3_factors
+from lqexport.converters.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
 from lqexport.errors import UserError
 
 
@@ -57,6 +57,8 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     biased = {name.removesuffix(".bias") for name in present if name.endswith(".bias")}
     config |= {flag: any(name.endswith(module) for name in biased) for flag, module in architecture.flags.items()}
     config |= _windows(metadata, config)
+    if not architecture.free_heads:
+        del config["head_dim"]
     if architecture.rope_types:
         config |= _rope(metadata, config, factors)
     if architecture.wide_scale is not None:
@@ -91,8 +93,7 @@ def _keys(metadata: Metadata) -> Config:
 
 def _special_tokens(metadata: Metadata) -> Config:
     ids = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    found = {key: metadata.values.get(f"tokenizer.ggml.{gguf}_token_id") for key, gguf in ids.items()}
-    return {f"{key}_token_id": number for key, number in found.items() if number is not None}
+    return {f"{key}_token_id": metadata.values.get(f"tokenizer.ggml.{gguf}_token_id") for key, gguf in ids.items()}
 
 
 def _windows(metadata: Metadata, config: Config) -> Config:
@@ -111,9 +112,10 @@ def _windows(metadata: Metadata, config: Config) -> Config:
 
 def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]]) -> Config:
     rope = {"rope_type": "default", "rope_theta": _decimal(metadata.number("rope.freq_base", 10000.0))}
-    rotated = metadata.number("rope.dimension_count", config["head_dim"])
-    if rotated != config["head_dim"]:
-        rope["partial_rotary_factor"] = rotated / config["head_dim"]
+    columns = head_dim(config)
+    rotated = metadata.number("rope.dimension_count", columns)
+    if rotated != columns:
+        rope["partial_rotary_factor"] = rotated / columns
     rope |= _scaling(metadata, factors)
     if ROPE_FACTORS in factors:
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
@@ -145,16 +147,16 @@ def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[st
 def _llama3(metadata: Metadata, config: Config, rope: dict[str, Any], factors: NDArray[Any]) -> dict[str, Any]:
     """Settings of rope_type `llama3`, recognized by the factors that they give; the file stores only those.
 
-    Only the ratios to the original context length show in the factors, so that of every Llama 3 is taken.
+    Only the ratios to the original context length show in the factors: the bounds are taken as those of every Llama 3,
+    and the length is 8192, as in those, or the power of two that gives the factors.
     """
     settings = {"rope_type": "llama3", "factor": _decimal(factors.max()), "low_freq_factor": 1.0}
-    settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-    expected = llama3_factors(config | {"rope_parameters": rope | settings})
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4):
-        raise UserError(
-            f"{metadata.source}: {ROPE_FACTORS} is not what Llama 3 uses, so it cannot go into config.json."
-        )
-    return settings
+    for original in (8192, *(2**power for power in range(4, 21))):
+        settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
+        expected = llama3_factors(config | {"rope_parameters": rope | settings})
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+            return settings
+    raise UserError(f"{metadata.source}: {ROPE_FACTORS} is not what Llama 3 uses, so it cannot go into config.json.")
 
 
 def _decimal(value: float) -> float:
