@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,9 +24,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.converters import gguf
-from lqexport.converters.architectures import architecture_of
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import ARCHITECTURES, architecture_of, find_architecture
+from lqexport.converters.exl2_plan import plan_exl2
 from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS
+from lqexport.converters.targets import plan
+from lqexport.errors import UserError
 from lqexport.llamacpp import LlamaCpp
+from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
@@ -281,7 +287,7 @@ def tied_output(case: Case) -> str | None:
 
 @needs_llamacpp
 def test_q8_0(case: Case) -> None:
-    """llama.cpp rounds activations to 8 bits, so its logits are near and not equal; a few tokens go to other experts."""
+    """llama.cpp rounds activations to 8 bits, so logits are near and not equal; a few tokens go to other experts."""
     path = export(case.folder, Recipe(case.source, "gguf:Q8_0", method="rtn"))
     with LlamaCpp(path, 64, threads=1) as engine:
         logits = engine.logits(TOKENS)
@@ -311,3 +317,114 @@ def test_quantized_and_verified(case: Case, texts: tuple[str, str]) -> None:
         assert found.warnings == found.failed == []
         assert all(tensor.same_bytes for tensor in found.tensors)
         assert found.evaluations[0].kl < 0.05
+
+
+# What cannot be
+
+
+def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    options = ONE_KEY_A_QUERY | {"ffn_dim": 96, "word_embed_proj_dim": 64}
+    model = AutoModelForCausalLM.from_config(transformers.OPTConfig(**options))
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    source = str(tmp_path / "hf")
+    for target in ("gguf:Q4_K", "gguf:F16"):
+        with pytest.raises(UserError, match=r"llama\.cpp does not run OPTForCausalLM"):
+            quantize(Recipe(source, target), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    recipe = Recipe(source, "native:table-4", calibration=texts[0], samples=4, sequence_length=64, tune=0, descent=1)
+    quantize(recipe, tmp_path / "native")
+    found = verify(tmp_path / "native", source, text=texts[1], windows=1)
+    assert found.warnings == found.failed == []
+    assert found.evaluations[0].kl < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'silu'"),
+        ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 32"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th block"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth block"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn'"),
+        ("falcon", {"alibi": True}, "alibi"),
+        ("granite", {"rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
+    ],
+)
+def test_what_llamacpp_computes_otherwise_is_refused_before_any_work(
+    name: str, change: dict[str, Any], said: str
+) -> None:
+    config, shapes = config_and_shapes(name)
+    plan("gguf:Q4_K", config, shapes)
+    with pytest.raises(UserError, match=said):
+        plan("gguf:Q4_K", config | change, shapes)
+    plan("native:table-4", config | change, shapes)
+
+
+def config_and_shapes(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    model = make_model(name)
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    return config, {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+
+
+@pytest.mark.parametrize("name", ["qwen2", "mixtral", "gemma3"])
+def test_exl2_is_refused_by_name(name: str) -> None:
+    config, shapes = config_and_shapes(name)
+    with pytest.raises(UserError, match=f"EXL2 folders of {config['architectures'][0]}"):
+        plan_exl2(config, shapes, bits=4, head_bits=6)
+
+
+# Experts
+
+
+def test_experts_that_no_token_reaches(tmp_path: Path, texts: tuple[str, str]) -> None:
+    """The router finds all experts alike, so every token goes to the same two of eight: the others are solved as if all
+    inputs weighed alike."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(**SIZES | EXPERTS | {"num_experts": 8, "head_dim": 32, "num_hidden_layers": 1})
+    model = AutoModelForCausalLM.from_config(config)
+    model.model.layers[0].mlp.gate.weight.data.zero_()
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    for prefix, moments in (("full", "guided"), ("quantized", "normalized")):
+        recipe = Recipe(str(tmp_path / "hf"), "gguf:Q4_0", calibration=texts[0], samples=2, sequence_length=64, tune=0,
+                        descent=1, prefix=prefix, moments=moments)  # fmt: skip
+        report = quantize(recipe, tmp_path / prefix)
+        errors = {t["name"]: t["relative_error"] for t in report["tensors"] if ".experts." in t["name"]}
+        assert len(errors) == 24
+        assert max(errors.values()) < 0.05
+
+
+@pytest.mark.parametrize(
+    "options", [{"target": "gguf:auto", "size": "5bpw"}, {"asymmetric": True, "prefix": "quantized"}]
+)
+def test_what_experts_do_not_allow_yet(tmp_path: Path, options: dict[str, Any]) -> None:
+    make_model("mixtral").save_pretrained(tmp_path / "hf")
+    options = {"target": "gguf:Q4_K", "moments": "guided" if "size" in options else "normalized"} | options
+    with pytest.raises(UserError, match="cannot be used for experts"):
+        quantize(Recipe(str(tmp_path / "hf"), **options), tmp_path / "out")
+
+
+def test_experts_of_a_block_share_their_type() -> None:
+    config, shapes = config_and_shapes("mixtral")
+    everything = plan("gguf:Q8_0", config, shapes, types={"*.experts.*.down_proj.weight": "gguf:Q4_0"})
+    assert {tensor.codec for tensor in everything if "down_proj" in tensor.name} == {"gguf:Q4_0"}
+    with pytest.raises(UserError, match="experts of a block in one type"):
+        plan("gguf:Q8_0", config, shapes, types={"*.experts.1.down_proj.weight": "gguf:Q4_0"})
+
+
+# The table
+
+
+def of_case(name: str) -> Architecture:
+    config, _ = config_and_shapes(name)
+    found = find_architecture(config)
+    assert found is not None
+    return found
+
+
+def test_every_architecture_of_the_table_has_a_case() -> None:
+    tested = [of_case(name).family for name in CASES]
+    assert set(tested) == {entry.family for entry in ARCHITECTURES if entry.gguf}
