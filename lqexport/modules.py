@@ -32,10 +32,11 @@ class Experts(nn.ModuleList):
     each expert sees the tokens that are routed to it."""
 
     def __init__(self, stacked: nn.Module) -> None:
-        weights = stacked.gate_up_proj
+        weights, activation = stacked.gate_up_proj, stacked.act_fn
         assert isinstance(weights, Tensor)
+        assert isinstance(activation, nn.Module)
         count, inner, hidden = weights.shape
-        super().__init__(Expert(hidden, inner // 2, stacked.act_fn, weights.dtype) for _ in range(count))
+        super().__init__(Expert(hidden, inner // 2, activation, weights.dtype) for _ in range(count))
 
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """hidden [tokens, hidden]; the chosen experts' numbers and their shares [tokens, chosen experts]."""
@@ -65,9 +66,9 @@ def _take_apart(block: nn.Module, architecture: Architecture) -> None:
         name = architecture.linears[-1][0].split(".experts.")[0] + ".experts"
         block.set_submodule(name, Experts(block.get_submodule(name)))
     for name in architecture.transposed:
-        stored = block.get_submodule(name)
-        inputs, outputs = stored.weight.shape  # type: ignore[union-attr]  # a Conv1D of transformers
-        block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.weight.dtype))  # type: ignore[union-attr]
+        stored = block.get_submodule(name).weight
+        assert isinstance(stored, Tensor)
+        block.set_submodule(name, nn.Linear(*stored.shape, dtype=stored.dtype))
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -50,8 +50,8 @@ class SecondMoments:
         return list(gradient.reshape(len(x), len(self._lower), -1).float().square().mean(2).T)
 
     def hessian(self) -> Tensor:
-        """float32 [C, C], or [output groups, C, C] where there are several; identities where no input was seen, as of an
-        expert that no token went to."""
+        """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen, as of
+        an expert that no token went to."""
         total = self._lower.tril() + self._lower.tril(-1).mT
         if not self.tokens:
             total += torch.eye(total.shape[-1], device=total.device)

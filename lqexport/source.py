@@ -78,7 +78,9 @@ class HuggingFaceSource:
         return name
 
     def _is_transposed(self, name: str) -> bool:
-        module = block_module(self._architecture, name) if self._architecture else None
+        if self._architecture is None:
+            return False
+        module = block_module(self._architecture, name)
         return module is not None and module[2] == "weight" and module[1] in self._architecture.transposed
 
     def names(self) -> list[str]:
