@@ -130,7 +130,7 @@ class BlockModel:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])
         self._load(block, f"{self.architecture.blocks}.{index}")
-        block.number = index  # by which `run` finds the other arguments
+        block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
         if self.rounding is not None:
             for name in (name for group in self.architecture.linears for name in group):
                 block.get_submodule(name).register_forward_pre_hook(_rounded_by(self.rounding))

@@ -68,7 +68,8 @@ def _take_apart(block: nn.Module, architecture: Architecture) -> None:
     for name in architecture.transposed:
         stored = block.get_submodule(name).weight
         assert isinstance(stored, Tensor)
-        block.set_submodule(name, nn.Linear(*stored.shape, dtype=stored.dtype))
+        inputs, outputs = stored.shape
+        block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.dtype))
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -8,9 +8,10 @@ import importlib.util
 import inspect
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -428,3 +429,10 @@ def of_case(name: str) -> Architecture:
 def test_every_architecture_of_the_table_has_a_case() -> None:
     tested = [of_case(name).family for name in CASES]
     assert set(tested) == {entry.family for entry in ARCHITECTURES if entry.gguf}
+
+
+def test_docs_show_the_table(root: Path, load_script: Callable[[str], ModuleType]) -> None:
+    cases: dict[str, list[str]] = {}
+    for name in CASES:
+        cases.setdefault(of_case(name).family, []).append(name)
+    assert load_script("tools/models_table.py").table(cases) in (root / "docs/models.md").read_text()
