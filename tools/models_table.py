@@ -6,6 +6,7 @@ python tools/models_table.py
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 
 from lqexport.converters.architecture import Architecture
@@ -21,6 +22,7 @@ def tested() -> dict[str, list[str]]:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     found: dict[str, list[str]] = {}
     for name in module.CASES:
