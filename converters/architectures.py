@@ -78,7 +78,7 @@ QWEN2 = replace(
     exl2=False,
     rows={},
     flags={},
-    rope_types=("default", "dynamic", "linear", "yarn"),
+    rope_types=("default", "dynamic", "yarn"),
 )
 
 QWEN3 = replace(
@@ -205,6 +205,7 @@ OLMO2 = replace(
     },
     keys=(replace(RMS_NORM, default=1e-5),),
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
+    rope_types=("default", "dynamic"),
 )
 
 SMOLLM3 = replace(
@@ -216,7 +217,7 @@ SMOLLM3 = replace(
     exl2=False,
     defaults={"tie_word_embeddings": True},
     fixed={"hidden_act": ("silu",), "no_rope_layer_interval": (4,)},
-    rope_types=("default", "dynamic", "linear", "yarn"),
+    rope_types=("default", "dynamic", "yarn"),
 )
 
 GRANITE = replace(
@@ -233,6 +234,7 @@ GRANITE = replace(
         Key("residual_scale", "residual_multiplier", float, 1.0),
         Key("logit_scale", "logits_scaling", float, 1.0),
     ),
+    rope_types=("default", "dynamic"),
 )
 
 STARCODER2 = replace(
@@ -253,6 +255,7 @@ STARCODER2 = replace(
     keys=(replace(LAYER_NORM, config="norm_epsilon"),),
     defaults={"tie_word_embeddings": True},
     fixed={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
+    rope_types=("default", "dynamic"),
 )
 
 FALCON = Architecture(
@@ -291,6 +294,7 @@ FALCON = Architecture(
     blocks="transformer.h",
     embedding="transformer.word_embeddings.weight",
     final_norm="transformer.ln_f",
+    rope_types=("default", "dynamic"),
 )
 
 FALCON_7B = replace(
@@ -339,6 +343,7 @@ GPT_NEOX = Architecture(
     blocks="gpt_neox.layers",
     embedding="gpt_neox.embed_in.weight",
     final_norm="gpt_neox.final_layer_norm",
+    rope_types=("default", "dynamic"),
 )
 
 GPT2 = Architecture(

@@ -184,7 +184,8 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
     if module is None:
         return MIXES[mix] if name == architecture.embedding and not is_tied(config) else mix_output(columns)
     sharing = head_count(config) // head_count(config, "num_key_value_heads")
-    layer = Layer(module[0], _layers(config), sharing)
+    experts = config.get(architecture.experts, 0) if architecture.experts else 0
+    layer = Layer(module[0], _layers(config), sharing, experts)
     return mix_type(mix, architecture.gguf_block[module[1]], layer)
 
 

@@ -29,9 +29,11 @@ from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import ARCHITECTURES, architecture_of, find_architecture
 from lqexport.converters.exl2_plan import plan_exl2
 from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS
+from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.llamacpp import LlamaCpp
+from lqexport.llamacpp import quantize as llamacpp_quantize
 from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
@@ -51,9 +53,17 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
 LONGROPE |= {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [1.5 + i for i in range(8)]}
-YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 WIDE_HEADS = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
-WINDOWS = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "num_hidden_layers": 3}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+WINDOWS = {
+    "rope_parameters": GEMMA3_ROPE,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 3,
+}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
 
@@ -61,7 +71,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
     "qwen2": ("Qwen2Config", SIZES | {"rope_parameters": YARN}, "qwen2"),
-    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 32, "tie_word_embeddings": True}, "qwen2"),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": YARN}, "qwen2"),
     "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
     "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
     "phi3": ("Phi3Config", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, "pieces"),
@@ -72,9 +82,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "phi4": ("Phi3Config", SIZES | {"partial_rotary_factor": 0.5}, "smaug-bpe"),
     "mixtral": ("MixtralConfig", SIZES | {"num_local_experts": 4}, "pieces"),
-    "qwen3moe": ("Qwen3MoeConfig", SIZES | EXPERTS | {"head_dim": 32}, "qwen2"),
+    "qwen3moe": ("Qwen3MoeConfig", SIZES | EXPERTS | {"head_dim": 32, "rope_parameters": YARN}, "qwen2"),
     "olmo2": ("Olmo2Config", SIZES, "smaug-bpe"),
-    "smollm3": ("SmolLM3Config", SIZES | {"num_hidden_layers": 4}, "llama-bpe"),
+    "smollm3": ("SmolLM3Config", SIZES | {"num_hidden_layers": 4, "rope_parameters": YARN}, "llama-bpe"),
     "granite": ("GraniteConfig", SIZES | SCALES, "smollm"),
     "starcoder2": ("Starcoder2Config", SIZES, "smollm"),
     "falcon": ("FalconConfig", NARROW | {"num_kv_heads": 2, "new_decoder_architecture": True}, "falcon"),
@@ -414,6 +424,29 @@ def test_experts_of_a_block_share_their_type() -> None:
     assert {tensor.codec for tensor in everything if "down_proj" in tensor.name} == {"gguf:Q4_0"}
     with pytest.raises(UserError, match="experts of a block in one type"):
         plan("gguf:Q8_0", config, shapes, types={"*.experts.1.down_proj.weight": "gguf:Q4_0"})
+
+
+@pytest.fixture(scope="module", params=["phi3", "mixtral"])
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model of 256 columns, in which K-quants fit, and its F16.gguf."""
+    torch.manual_seed(0)
+    folder, kind = tmp_path_factory.mktemp("wide"), CASES[request.param][0]
+    layers = {"phi3": {"num_hidden_layers": 9}, "mixtral": {"num_hidden_layers": 3, "num_local_experts": 8}}
+    options = SIZES | {"hidden_size": 256, "intermediate_size": 256} | layers[request.param]
+    AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options)).save_pretrained(folder / "hf")
+    make_tokenizer("gpt-2", folder).save_pretrained(folder / "hf")
+    export(folder, Recipe(str(folder / "hf"), "gguf:F16"))
+    return folder
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("mix", ["Q2_K_M", "Q3_K_L", "Q4_K_M"])
+def test_mixes_of_fused_and_stacked_matrices_are_llamacpps(wide: Path, mix: str) -> None:
+    source = open_source(str(wide / "hf"))
+    planned = plan(f"gguf:{mix}", source.config, {name: source.shape(name) for name in source.names()})
+    llamacpp_quantize(wide / "F16.gguf", wide / "theirs.gguf", mix.removesuffix("_M") if "2" in mix else mix, threads=1)
+    theirs = GGUFModel(wide / "theirs.gguf")
+    assert {tensor.name: tensor.codec for tensor in planned} == {name: theirs.codec(name) for name in theirs.names()}
 
 
 # The table
