@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
-from lqexport.converters import gguf
+from lqexport.converters import gguf, native
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import ARCHITECTURES, architecture_of, find_architecture
 from lqexport.converters.exl2_plan import plan_exl2
@@ -410,6 +410,14 @@ def test_text_part_of_a_model_with_images(tmp_path: Path) -> None:
         manifest = Artifact(tmp_path / name / "artifact-F16").manifest()
         files.append((metadata | {"general.name": None}, manifest))
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_native_folders_that_transformers_could_not_load(name: str, tmp_path: Path) -> None:
+    make_model(name).save_pretrained(tmp_path / "hf")
+    quantize(Recipe(str(tmp_path / "hf"), "native:affine-4-g32", method="rtn"), tmp_path / "artifact")
+    with pytest.raises(UserError, match="transformers keeps the linears"):
+        native.write(Artifact(tmp_path / "artifact"), tmp_path / "folder")
 
 
 # Experts
