@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.architectures import Architecture, architecture_of
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PLAIN, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
 from lqexport.converters.tensor_names import is_linear, is_tied
@@ -36,6 +37,8 @@ def plan_exl2(
     Raises UserError for a size that cannot be reached, for shapes that ExLlamaV2 cannot load, and as `targets.plan`.
     """
     architecture = architecture_of(config)
+    if not architecture.exl2:
+        raise UserError(f"EXL2 folders of {architecture.classes[0]} are not written. Choose another target.")
     kept = dict(model_tensors(architecture, config, shapes))
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
     _check_linears(linears)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from lqexport.artifact import read_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PLAIN
-from lqexport.converters.tensor_names import gguf_names
+from lqexport.converters.tensor_names import gguf_names, needed_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
@@ -43,12 +43,12 @@ class FolderModel:
     def _known_names(self) -> list[str]:
         architecture = architecture_of(self.config)
         layers = self.config.get("num_hidden_layers")
-        known = gguf_names(architecture, min(layers, len(self._files)) if isinstance(layers, int) else 0)
+        layers = min(layers, len(self._files)) if isinstance(layers, int) else 0
+        known = gguf_names(architecture, layers)
         stored = {self._tensor_of(name) for name in self._files}
         if unknown := sorted(stored - known.keys()):
             raise UserError(f"{self.folder} holds tensors that {architecture.classes[0]} does not have: {unknown[:5]}.")
-        needed = [name for name in known if name.endswith(".weight") and name != architecture.output]
-        if missing := [name for name in needed if name not in stored]:
+        if missing := [name for name in needed_names(architecture, layers) if name not in stored]:
             raise UserError(f"{self.folder} has no tensor {', '.join(missing[:5])}.")
         return [name for name in known if name in stored]
 

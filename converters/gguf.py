@@ -10,12 +10,15 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lqexport.artifact import Artifact
-from lqexport.converters.architectures import Architecture, architecture_of
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.factors import is_factor
-from lqexport.converters.gguf_file import Entry, check_types, file_entry, write_tensors
+from lqexport.converters.gguf_file import Entry, check_types, file_entry, type_of, write_tensors
 from lqexport.converters.gguf_metadata import add_model, add_provenance
+from lqexport.converters.gguf_support import check_supported
 from lqexport.converters.gguf_tokenizer import add_tokenizer
-from lqexport.converters.rope import ROPE_FACTORS, llama3_factors, rope_heads, rope_settings
+from lqexport.converters.rope import rope_factors
+from lqexport.converters.row_order import row_order
 from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 
@@ -29,16 +32,16 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     Raises UserError where the artifact is unfinished, damaged or not of GGUF codecs, where llama.cpp lacks what the
     model or its tokenizer needs, and where the disk is too small.
     """
-    config = artifact.config()
+    config = normalized(artifact.config())
     architecture = architecture_of(config)
+    check_supported(architecture, config)
     entries = _entries(artifact, architecture, config)
-    llama3 = rope_settings(config)["rope_type"] == "llama3"
-    writer = GGUFWriter(None, architecture.gguf)
+    writer = GGUFWriter(None, str(architecture.gguf))
     add_provenance(writer, artifact.run(), _most_weights(entries))
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
-    add_model(writer, config, rows)
+    add_model(writer, architecture, config, rows)
     add_tokenizer(writer, artifact.model_folder, rows)
-    write_tensors(artifact, path, writer, entries, on_tensor, {ROPE_FACTORS: llama3_factors(config)} if llama3 else {})
+    write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config))
 
 
 def _most_weights(entries: list[Entry]) -> str:
@@ -46,7 +49,7 @@ def _most_weights(entries: list[Entry]) -> str:
     total: Counter[str] = Counter()
     for entry in entries:
         if len(entry.shape) == 2 and entry.gguf_name.startswith("blk."):
-            total[entry.codec.removeprefix("gguf:")] += entry.nbytes
+            total[type_of(entry.codec)] += entry.nbytes
     return total.most_common(1)[0][0]
 
 
@@ -58,7 +61,8 @@ def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, A
             continue
         if name not in known:
             raise UserError(f"{artifact.folder} holds a tensor {name} that {architecture.gguf} does not have in GGUF.")
-        entries.append(file_entry(name, known[name], facts, rope_heads(architecture, config, name)))
+        order = row_order(architecture, config, name, facts["shape"][0])
+        entries.append(file_entry(name, known[name], facts, order))
     check_types(entries, artifact.folder, "Quantize again with a target gguf:TYPE.")
     if architecture.embedding not in {entry.name for entry in entries}:
         raise UserError(f"{artifact.folder} has no tensor {architecture.embedding}.")

@@ -17,11 +17,12 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lqexport.artifact import Artifact
-from lqexport.converters.architectures import architecture_of
+from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.factors import B, check_present, corrected_linear, factor_names, is_factor
 from lqexport.converters.gguf_file import check_types, file_entry, write_tensors
 from lqexport.converters.gguf_header import read_header
-from lqexport.converters.rope import rope_heads, rope_order
+from lqexport.converters.gguf_support import check_supported
+from lqexport.converters.row_order import Order, row_order
 from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
@@ -49,14 +50,21 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     Raises UserError where there are none, where a factor is not of a GGUF type, where the artifact is damaged, and
     where the disk is too small.
     """
-    config = artifact.config()
+    config = normalized(artifact.config())
     architecture = architecture_of(config)
     known = _adapter_names(gguf_names(architecture, config["num_hidden_layers"]))
     factors = {name: facts for name, facts in artifact.manifest().items() if is_factor(name)}
     check_present(artifact)
-    entries = [file_entry(name, known[name], facts, _heads(config, name)) for name, facts in factors.items()]
+    check_supported(architecture, config)
+    if architecture.experts:
+        raise UserError(
+            f"Adapters for the experts of {architecture.classes[0]} are not written. Quantize with --merge."
+        )
+    entries = [
+        file_entry(name, known[name], facts, _order(config, name, facts["shape"][0])) for name, facts in factors.items()
+    ]
     check_types(entries, artifact.folder, "Quantize again with --factors F16 or Q8_0.")
-    writer = GGUFWriter(None, architecture.gguf)
+    writer = GGUFWriter(None, str(architecture.gguf))
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
@@ -74,8 +82,8 @@ def _adapter_names(known: dict[str, str]) -> dict[str, str]:
     }
 
 
-def _heads(config: dict[str, Any], factor: str) -> int | None:
-    return rope_heads(architecture_of(config), config, corrected_linear(factor)) if factor.endswith(B) else None
+def _order(config: dict[str, Any], factor: str, rows: int) -> Order | None:
+    return row_order(architecture_of(config), config, corrected_linear(factor), rows) if factor.endswith(B) else None
 
 
 class GGUFAdapter:
@@ -116,5 +124,5 @@ class GGUFAdapter:
             raise UserError(f"{self.path}: {name} is of the type {kind} {list(tensor.shape)}, which is not supported.")
         ((plane, (dtype, stored)),) = codec(kind).layout(*tensor.shape).items()
         rows = tensor.data.view(dtype).reshape(stored)
-        heads = _heads(self._config, name)
-        return kind, {plane: rows if heads is None else rows[rope_order(len(rows), heads).argsort()]}, tensor.shape
+        order = _order(self._config, name, len(rows))
+        return kind, {plane: rows if order is None else rows[order.argsort()]}, tensor.shape

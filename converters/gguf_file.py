@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,7 +18,8 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from lqexport.artifact import Artifact, StoredTensor, digest, written_whole
-from lqexport.converters.rope import rope_order
+from lqexport.converters.row_order import Order
+from lqexport.converters.tensor_names import expert_number
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
@@ -27,7 +29,7 @@ from lqexport.formats.registry import codec
 class Entry:
     """A tensor of the file: its names, its type, and what the manifest says of it.
 
-    heads   by how many heads llama.cpp interleaves its rows; None where it does not
+    order   the row of Hugging Face that each row of GGUF holds; None where they are the same
     """
 
     name: str
@@ -35,7 +37,7 @@ class Entry:
     codec: str
     shape: tuple[int, ...]
     sha256: str
-    heads: int | None
+    order: Order | None
 
     @property
     def nbytes(self) -> int:
@@ -43,14 +45,19 @@ class Entry:
         return nbytes(codec(self.codec), rows, columns)
 
 
-def file_entry(name: str, gguf_name: str, facts: dict[str, Any], heads: int | None) -> Entry:
+def file_entry(name: str, gguf_name: str, facts: dict[str, Any], order: Order | None) -> Entry:
     """From what the manifest says of a tensor."""
-    return Entry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], heads)
+    return Entry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], order)
+
+
+def type_of(codec_name: str) -> str:
+    """The GGUF type that a codec's bytes are of."""
+    return codec_name.rpartition(":")[2]
 
 
 def check_types(entries: list[Entry], folder: Path, advice: str) -> None:
     """Raises UserError, with `advice` at its end, where a tensor is not stored in a GGUF type."""
-    foreign = [entry for entry in entries if not entry.codec.startswith("gguf:")]
+    foreign = [entry for entry in entries if not entry.codec.startswith(("gguf:", "gguf-norm:"))]
     if foreign:
         raise UserError(
             f"{folder} cannot become a GGUF file by moving bytes: {len(foreign)} of its tensors are not "
@@ -71,23 +78,40 @@ def write_tensors(
     Raises UserError where a tensor is not the manifest's, and where the disk is too small.
     """
     computed = computed or {}
-    for entry in entries:
-        _announce(writer, entry.gguf_name, entry.shape, entry.codec, entry.nbytes)
+    stacks = [list(stack) for _, stack in groupby(entries, key=lambda entry: entry.gguf_name)]
+    for stack in stacks:
+        _announce(writer, stack[0].gguf_name, _shape(stack), stack[0].codec, sum(entry.nbytes for entry in stack))
     for name, values in computed.items():
         _announce(writer, name, values.shape, "gguf:F32", values.nbytes)
     _check_space(path, sum(entry.nbytes for entry in entries))
     with written_whole(path) as file:
         _write_header(writer, file)
-        for entry in entries:
-            _write_blob(file, _blob(artifact, entry))
-            if on_tensor:
-                on_tensor(entry.name, entry.nbytes)
+        for stack in stacks:
+            for entry in stack:
+                _write_blob(file, _blob(artifact, entry))
+                if on_tensor:
+                    on_tensor(entry.name, entry.nbytes)
+            _pad(file, sum(entry.nbytes for entry in stack))
         for values in computed.values():
             _write_blob(file, values)
+            _pad(file, values.nbytes)
+
+
+def _shape(stack: list[Entry]) -> tuple[int, ...]:
+    """Shape of a tensor of the file: a matrix, or the experts of a block. Raises UserError where experts differ."""
+    first = stack[0]
+    if expert_number(first.name) is None:
+        return first.shape
+    if different := [entry for entry in stack if (entry.codec, entry.shape) != (first.codec, first.shape)]:
+        raise UserError(
+            f"llama.cpp stores the experts of a block in one type: {first.name} is in {first.codec}, and "
+            f"{different[0].name} in {different[0].codec}."
+        )
+    return (len(stack), *first.shape)
 
 
 def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], codec_name: str, size: int) -> None:
-    kind = GGMLQuantizationType[codec_name.removeprefix("gguf:")]
+    kind = GGMLQuantizationType[type_of(codec_name)]
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
 
 
@@ -114,7 +138,11 @@ def _write_header(writer: GGUFWriter, file: BinaryIO) -> None:
 def _write_blob(file: BinaryIO, blob: np.ndarray) -> None:
     # Not gguf-py's write_tensor_data: numpy's tofile hides why a write failed, and a full disk should be named.
     file.write(np.ascontiguousarray(blob).data)
-    file.write(bytes(-blob.nbytes % 32))
+
+
+def _pad(file: BinaryIO, size: int) -> None:
+    """What stands after a tensor of `size` bytes."""
+    file.write(bytes(-size % 32))
 
 
 def _blob(artifact: Artifact, entry: Entry) -> np.ndarray:
@@ -125,11 +153,11 @@ def _blob(artifact: Artifact, entry: Entry) -> np.ndarray:
             f"Tensor {entry.name} in {artifact.folder} is not the one that its manifest lists: the artifact is "
             "damaged. Delete the tensor's file and run the same quantize command again."
         )
-    return permuted(tensor, entry.heads)
+    return _permuted(tensor, entry.order)
 
 
-def permuted(tensor: StoredTensor, heads: int | None) -> np.ndarray:
+def _permuted(tensor: StoredTensor, order: Order | None) -> np.ndarray:
     """The one plane of a GGUF tensor, uint8 [rows, bytes], its rows (of a bias: its elements) in llama.cpp's order."""
     (plane,) = tensor.planes.values()
     rows = plane.reshape(tensor.shape[0], -1)
-    return rows if heads is None else rows[rope_order(len(rows), heads)]
+    return rows if order is None else rows[order]

@@ -8,12 +8,15 @@ from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
 
+from lqexport.converters.architecture import Architecture, Config, Key
+from lqexport.converters.gguf_support import check_supported, window, window_period
 from lqexport.converters.gguf_types import file_type
-from lqexport.converters.rope import head_dim, rope_settings
+from lqexport.converters.rope import head_dim, longrope_attention, rope_settings, rotary_dim, window_theta
 from lqexport.converters.tensor_names import head_count
 from lqexport.errors import UserError
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -27,61 +30,78 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def add_model(writer: GGUFWriter, config: dict[str, Any], vocabulary: int) -> None:
-    """Sizes, attention and rotary embedding of architecture `llama` (Llama 1 to 3, Mistral, SmolLM2).
+def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vocabulary: int) -> None:
+    """Sizes, attention and rotary embedding of a model.
 
     vocabulary   rows of the embedding
 
     Raises UserError where config.json lacks a size or asks for what llama.cpp does not compute for this architecture.
     """
-    activation = config.get("hidden_act", "silu")
-    if activation != "silu":
-        raise UserError(f"llama.cpp has only the activation silu for this architecture, not {activation}.")
+    check_supported(architecture, config)
     writer.add_block_count(_size(config, "num_hidden_layers"))
-    writer.add_context_length(_size(config, "max_position_embeddings"))
+    writer.add_context_length(_context(architecture, config))
     writer.add_embedding_length(_size(config, "hidden_size"))
     writer.add_feed_forward_length(_size(config, "intermediate_size"))
     writer.add_head_count(head_count(config))
     writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
-    writer.add_layer_norm_rms_eps(float(config.get("rms_norm_eps", 1e-6)))
     writer.add_vocab_size(vocabulary)
-    _add_rope(writer, config)
+    for key in architecture.keys:
+        _add_key(writer, key, config)
+    _add_window(writer, architecture, config)
+    if architecture.rope_types:
+        _add_rope(writer, config)
 
 
-def _size(config: dict[str, Any], key: str) -> int:
+def _size(config: Config, key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
         raise UserError(f"config.json gives no {key}.")
     return value
 
 
-def _add_rope(writer: GGUFWriter, config: dict[str, Any]) -> None:
+def _context(architecture: Architecture, config: Config) -> int:
+    """The longest context that llama.cpp computes as config.json says."""
+    longest = _size(config, "max_position_embeddings")
+    narrow = window(config) if architecture.period is None else None
+    return min(longest, narrow or longest)
+
+
+def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
+    value = config.get(key.config, key.default)
+    if value is None:
+        raise UserError(f"config.json gives no {key.config}.")
+    add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.kind]
+    add(f"{writer.arch}.{key.name}", key.kind(value))
+
+
+def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) -> None:
+    period = window_period(architecture, config)
+    if period is None:
+        return
+    writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
+    writer.add_sliding_window(window(config) or 0)
+    if (theta := window_theta(config)) is not None:
+        writer.add_float32(f"{writer.arch}.{WINDOW_THETA}", theta)
+
+
+def _add_rope(writer: GGUFWriter, config: Config) -> None:
     settings = rope_settings(config)
     kind = settings["rope_type"]
-    writer.add_rope_dimension_count(head_dim(config))
+    writer.add_rope_dimension_count(rotary_dim(config))
     writer.add_rope_freq_base(float(settings["rope_theta"]))
     # `dynamic` changes nothing within max_position_embeddings, which is the context length written above; `llama3`
     # is the tensor rope_freqs.weight and no key.
-    if kind not in ("default", "dynamic", "linear", "yarn", "llama3"):
-        raise UserError(f"llama.cpp has no rope scaling of type {kind!r} for this architecture.")
     if kind in ("linear", "yarn"):
         writer.add_rope_scaling_type(RopeScalingType(kind))
         writer.add_rope_scaling_factor(float(settings["factor"]))
-    if kind == "yarn":
-        _add_yarn(writer, config, settings)
-
-
-def _add_yarn(writer: GGUFWriter, config: dict[str, Any], settings: dict[str, Any]) -> None:
-    original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
-    writer.add_rope_scaling_orig_ctx_len(int(original))
-    # There are keys for some of the others, but llama.cpp does not read them for this architecture.
-    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
-    variable = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
-    others = {key: value for key, value in settings.items() if key not in variable and value is not None}
-    if strange := [key for key, value in others.items() if value != fixed.get(key)]:
-        raise UserError(f"llama.cpp computes yarn for this architecture without {', '.join(strange)} of config.json.")
+    if kind in ("yarn", "longrope"):
+        original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(int(original))
+    if kind == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_attn_factors(longrope_attention(config))
 
 
 def add_provenance(writer: GGUFWriter, run: dict[str, Any], most_weights: str) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 from lqexport.errors import UserError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_DIGIT = r"\p{N}"
+_DIGIT, _DIGITS = r"\p{N}", r"\p{N}+"
+_PUNCTUATION = r"[\p{P}\$\+<=>\^~\|`]+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,6 +35,8 @@ PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN2,), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
+    # llama.cpp leaves out the third; no token of such a tokenizer goes over what it would split.
+    ((_PUNCTUATION, _GPT2, _DIGITS, "[0-9][0-9][0-9]"), False): "falcon",
 }
 """(expressions one after the other, ignore_merges) -> llama.cpp's name."""
 
@@ -64,8 +67,10 @@ def _expressions(step: dict[str, Any] | None) -> tuple[str, ...]:
         return tuple(found for part in step["pretokenizers"] for found in _expressions(part))
     if kind == "ByteLevel" and not step.get("add_prefix_space", True):
         return (_GPT2,) if step.get("use_regex", True) else ()
-    if kind == "Digits" and step.get("individual_digits"):
-        return (_DIGIT,)
+    if kind == "Digits":
+        return (_DIGIT if step.get("individual_digits") else _DIGITS,)
+    if kind == "Punctuation" and step.get("behavior") == "Contiguous":
+        return (_PUNCTUATION,)
     pattern = step.get("pattern") or {}
     # Isolated keeps matches and what lies between; Removed and inverted keeps matches, and these match everything.
     how = (step.get("behavior"), bool(step.get("invert", False)))

@@ -1,7 +1,7 @@
 """Which GGUF type each tensor gets: pure types, llama.cpp's mixes, and its fallbacks for awkward shapes.
 
-The rules are those of llama.cpp's `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`) for
-architectures without experts; a test compares them with llama.cpp's own quantizer.
+The rules are those of llama.cpp's `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`), without
+the exceptions that it makes for Falcon; tests compare them with llama.cpp's own quantizer.
 """
 
 from __future__ import annotations
@@ -43,11 +43,13 @@ class Layer:
 
     index, count     number of its decoder block, and how many there are
     queries_per_key  query heads that share one key head
+    experts          of each block, 0 where there are none
     """
 
     index: int
     count: int
     queries_per_key: int
+    experts: int = 0
 
     @property
     def favoured(self) -> bool:
@@ -93,14 +95,27 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
 }
 
+_ALIKE = {"attn_qkv": "attn_v", "ffn_down_exps": "ffn_down"}
+"""Fused and stacked matrices -> those by whose rules they go."""
+
 
 def mix_type(mix: str, module: str, layer: Layer) -> str:
     """Type of a block's linear (by its GGUF module name) in one of `MIXES`, before any fallback."""
+    if layer.experts == 8 and module in ("attn_k", "attn_v", "attn_output"):
+        return _beside_eight_experts(mix, module)
+    module = _ALIKE.get(module, module)
     rule = _RULES.get(mix, {}).get(module)
     kind = (rule(layer) if rule else None) or MIXES[mix]
     # "70B": the value projection of Llama 2 and 3 with 80 blocks is an eighth of the query's, so more bits cost little.
     large = layer.count == 80 and layer.queries_per_key > 1
     return "Q5_K" if module == "attn_v" and large and kind in ("Q3_K", "Q4_K") else kind
+
+
+def _beside_eight_experts(mix: str, module: str) -> str:
+    """Attention is so small a part of such models that more bits cost little."""
+    if module == "attn_output":
+        return "Q5_K" if mix in ("Q2_K_M", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else MIXES[mix]
+    return "Q8_0"
 
 
 def mix_output(columns: int) -> str:

@@ -58,7 +58,13 @@ def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None
     folder exists, and where the disk is too small.
     """
     manifest, config = artifact.manifest(), artifact.config()
-    embedding = architecture_of(config).embedding
+    architecture = architecture_of(config)
+    embedding = architecture.embedding
+    if architecture.experts or architecture.transposed:
+        raise UserError(
+            f"transformers keeps the linears of {architecture.classes[0]} in another form (experts in one tensor, or "
+            "transposed), so it cannot load a native folder of them. The artifact itself can be verified."
+        )
     if is_packed(manifest[embedding]):
         raise UserError(f"{embedding} is packed, which transformers cannot run. Quantize again with it in F16.")
     parts = [_part(name, entry, manifest) for name, entry in manifest.items()]

@@ -13,16 +13,27 @@ embedding has only the embedding, and either option means it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
-from lqexport.converters.architectures import Architecture, architecture_of
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import architecture_of, normalized
+from lqexport.converters.gguf_support import check_supported
 from lqexport.converters.gguf_types import MIXES, Layer, fallback_type, mix_output, mix_type
 from lqexport.converters.plan import PlannedTensor
-from lqexport.converters.rope import rope_heads, rope_order
-from lqexport.converters.tensor_names import block_module, gguf_names, head_count, is_linear, is_tied
+from lqexport.converters.row_order import row_order
+from lqexport.converters.tensor_names import (
+    block_module,
+    gguf_names,
+    head_count,
+    is_linear,
+    is_norm,
+    is_tied,
+    needed_names,
+)
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec, names
@@ -57,9 +68,12 @@ def plan(
     Raises UserError for an unknown target, type, architecture or tensor, for a missing tensor, for shapes that
     config.json does not explain, and with `fallback=False` for tensors that would fall back.
     """
+    config = normalized(config)
     architecture = architecture_of(config)
     kept = model_tensors(architecture, config, shapes)
     _check_target(target)
+    if target.startswith("gguf:"):
+        check_supported(architecture, config)
     overrides = _overrides(architecture, config, embedding_type, output_type)
     _check_types(types, kept)
     planned = []
@@ -69,7 +83,20 @@ def plan(
         planned.append(_fitted(architecture, name, shape, wanted))
     if not fallback:
         _refuse_fallbacks(target, planned)
+    if target.startswith("gguf:"):
+        _check_experts(planned, gguf_names(architecture, _layers(config)))
     return planned
+
+
+def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
+    """Raises UserError where the experts of a block, which share one of the GGUF `names`, are in different types."""
+    types: dict[str, str] = {}
+    for tensor in planned:
+        if types.setdefault(names[tensor.name], tensor.codec) != tensor.codec:
+            raise UserError(
+                f"llama.cpp stores the experts of a block in one type: choose the same one for all of them "
+                f"({tensor.name} would be in {tensor.codec}, others in {types[names[tensor.name]]})."
+            )
 
 
 def _check_target(target: str) -> None:
@@ -88,12 +115,12 @@ def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
 def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
     """The tensors to store, in the order of the model, checked against the architecture and config.json."""
     known = gguf_names(architecture, _layers(config))
-    # Old checkpoints store the rotary frequencies, which follow from config.json.
-    unknown = [name for name in shapes if name not in known and not name.endswith("rotary_emb.inv_freq")]
+    unknown = [name for name in shapes if name not in known and not _is_unused(architecture, name)]
     if unknown:
         raise UserError(f"{architecture.classes[0]} has no tensor {_listed(unknown)}; cannot export this model.")
     unneeded = {architecture.output} if is_tied(config) else set()
-    missing = [name for name in known if name.endswith(".weight") and name not in shapes.keys() | unneeded]
+    needed = [*needed_names(architecture, _layers(config)), architecture.output]
+    missing = [name for name in needed if name not in shapes.keys() | unneeded]
     if missing:
         hint = " If the output is the embedding, config.json must say tie_word_embeddings: true."
         raise UserError(
@@ -106,12 +133,16 @@ def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Sh
 
 
 def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
-    vector = not is_linear(architecture, name) and name not in (architecture.embedding, architecture.output)
-    if len(shape) != (1 if vector else 2):
+    vector = name.endswith(("norm.weight", ".bias"))
+    matrix = is_linear(architecture, name) or name in (architecture.embedding, architecture.output)
+    if (vector or matrix) and len(shape) != (1 if vector else 2):
         raise UserError(f"{name} should have {1 if vector else 2} dimensions, but its shape is {list(shape)}.")
-    heads = rope_heads(architecture, config, name)
-    if heads is not None:
-        rope_order(shape[0], heads)
+    row_order(architecture, config, name, shape[0])
+
+
+def _is_unused(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor of a checkpoint follows from config.json, as old ones store the rotary frequencies."""
+    return any(re.search(pattern, name) for pattern in architecture.unused)
 
 
 def _layers(config: dict[str, Any]) -> int:
@@ -137,10 +168,10 @@ def _overrides(
 
 def _wanted(target: str, architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> str:
     """The codec that `target` asks for, whatever the shape."""
-    if len(shape) == 1:
-        return "gguf:F32"
-    linear = is_linear(architecture, name)
     family, _, kind = target.partition(":")
+    linear = is_linear(architecture, name)
+    if not linear and name not in (architecture.embedding, architecture.output):
+        return "gguf-norm:F32" if family == "gguf" and architecture.norm_plus and is_norm(name) else "gguf:F32"
     if family == "native":
         return target if linear else "gguf:F16"
     if kind in MIXES:
@@ -153,7 +184,8 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
     if module is None:
         return MIXES[mix] if name == architecture.embedding and not is_tied(config) else mix_output(columns)
     sharing = head_count(config) // head_count(config, "num_key_value_heads")
-    layer = Layer(module[0], _layers(config), sharing)
+    experts = config.get(architecture.experts, 0) if architecture.experts else 0
+    layer = Layer(module[0], _layers(config), sharing, experts)
     return mix_type(mix, architecture.gguf_block[module[1]], layer)
 
 

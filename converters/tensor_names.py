@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from lqexport.converters.architectures import Architecture
+from lqexport.converters.architecture import Architecture
 from lqexport.errors import UserError
+
+_EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
     """Hugging Face name -> GGUF name of every tensor that the architecture may have, in the order of the model.
 
-    Example: `model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`.
+    Example: `model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`. The experts of a block share one GGUF
+    tensor, in which they lie one after the other.
     """
     embedding, *others = architecture.gguf_top.items()
     blocks = [
@@ -21,6 +25,12 @@ def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
         for kind in ("weight", "bias")
     ]
     return dict([embedding, *blocks, *others])
+
+
+def needed_names(architecture: Architecture, layers: int) -> list[str]:
+    """The Hugging Face names of `gguf_names` that no model of the architecture lacks; the output is not among them."""
+    names = [name for name in gguf_names(architecture, layers) if name.endswith(".weight")]
+    return [name for name in names if name != architecture.output]
 
 
 def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] | None:
@@ -36,10 +46,21 @@ def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] 
     return int(layer), module, kind
 
 
+def expert_number(name: str) -> int | None:
+    """Which of its block's experts a tensor belongs to, None where it is of none."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
 def is_linear(architecture: Architecture, name: str) -> bool:
     """Whether a tensor is the weight of a linear of a decoder block."""
     module = block_module(architecture, name)
     return module is not None and module[2] == "weight" and any(module[1] in group for group in architecture.linears)
+
+
+def is_norm(name: str) -> bool:
+    """Whether a tensor is the weight of a norm."""
+    return name.endswith("norm.weight")
 
 
 def is_tied(config: dict[str, Any]) -> bool:

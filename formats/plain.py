@@ -62,6 +62,19 @@ class F32(_Plain):
     stored = np.dtype("<f4")
 
 
+class NormPlusOne(F32):
+    """Single precision of the weight plus 1: llama.cpp multiplies by what Hugging Face's Gemma adds 1 to. Rounded once,
+    so a weight near 0 loses the bits that the sum has no room for."""
+
+    name = "gguf-norm:F32"
+
+    def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
+        return weights + np.float32(1)
+
+    def _widen(self, stored: np.ndarray) -> NDArray[np.float32]:
+        return stored.astype(np.float32) - np.float32(1)
+
+
 class F16(_Plain):
     """IEEE half precision, 2 bytes."""
 
@@ -86,4 +99,4 @@ class BF16(_Plain):
         return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
-PLAIN = (F32(), F16(), BF16())
+PLAIN = (F32(), NormPlusOne(), F16(), BF16())

@@ -8,26 +8,64 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lqexport.converters.architectures import architecture_of
+from lqexport.modules import compute_buffers, meta_model
 from lqexport.weights import Weights
+
+_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _Caught(Exception):
-    """Stops the model once the first block has been called."""
+    """Stops the model once the last block has been called."""
 
 
 class _Catcher(nn.Module):
-    """Stands where the decoder blocks are and keeps what the first would have been called with."""
+    """Stands where a decoder block is and keeps what that would have been called with beside the hidden states."""
 
-    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        self.hidden, self.arguments = hidden, arguments
-        raise _Caught
+    def __init__(self, block: nn.Module, last: bool) -> None:
+        super().__init__()
+        self._kept, self.last = [block], last  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        # Some models ask a block which mask it wants.
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._kept[0], name)
+
+    def forward(self, hidden: Any, *positional: Any, **named: Any) -> tuple[Any]:
+        self.hidden, self.arguments = hidden, (positional, named)
+        if self.last:
+            raise _Caught
+        # Models that expect a tensor hand this tuple on to the next catcher.
+        return (hidden,)
+
+
+class _States(tuple[torch.Tensor]):
+    """What the part of a model below the output layer returns: hidden states, and nothing of what else it could."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Given(nn.Module):
+    """Stands where the part below the output layer is."""
+
+    def __init__(self, states: torch.Tensor) -> None:
+        super().__init__()
+        self._states = _States((states,))
+
+    def forward(self, *_: Any, **__: Any) -> _States:
+        return self._states
 
 
 def _rounded_by(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -59,16 +97,12 @@ class BlockModel:
         self.rounding = rounding
         self._compute_dtype = compute_dtype or dtype
         self.architecture = architecture_of(weights.config)
-        options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
-        config = AutoConfig.for_model(**options)
-        with torch.device("meta"):
-            self._model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        self._body = self._model.get_submodule(self.architecture.blocks.rpartition(".")[0])
-        self._blocks = self._model.get_submodule(self.architecture.blocks)
-        # Its tables are computed, not loaded, so it is made anew with storage.
-        self._body.rotary_emb = type(self._body.rotary_emb)(config=config).to(self.device)
-        self._head: torch.Tensor | None = None
-        self._arguments: dict[tuple[int, int], dict[str, Any]] = {}
+        self._model = meta_model(weights.config, dtype)
+        compute_buffers(self._model, self.device)
+        self._body_name = self.architecture.blocks.rpartition(".")[0]
+        self._body = self._model.get_submodule(self._body_name)
+        self._blocks = cast(nn.ModuleList, self._model.get_submodule(self.architecture.blocks))
+        self._arguments: dict[tuple[int, int], list[_Arguments]] = {}
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -76,21 +110,27 @@ class BlockModel:
     @torch.no_grad()
     def start(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states [batch, length, hidden] that enter the first block, for token ids [batch, length]."""
-        embedding = self._body.get_input_embeddings()
-        if embedding.weight.device.type == "meta":
-            self._load(embedding, self.architecture.embedding.removesuffix(".weight"))
-        catcher = _Catcher()
-        self._body.layers = nn.ModuleList([catcher])
+        for name in self._embeddings():
+            self._loaded(name)
+        catchers = [_Catcher(block, index == len(self) - 1) for index, block in enumerate(self._blocks)]
+        self._model.set_submodule(self.architecture.blocks, nn.ModuleList(catchers))
         with contextlib.suppress(_Caught):
             self._model(ids.to(self.device), use_cache=False)
-        self._body.layers = self._blocks
-        self._arguments[(ids.shape[0], ids.shape[1])] = catcher.arguments
-        return catcher.hidden
+        self._model.set_submodule(self.architecture.blocks, self._blocks)
+        self._arguments[(ids.shape[0], ids.shape[1])] = [catcher.arguments for catcher in catchers]
+        return catchers[0].hidden
+
+    def _embeddings(self) -> list[str]:
+        """Modules that the hidden states come from: of tokens, and of positions where they are learned."""
+        others = (self.architecture.final_norm, self.architecture.output)
+        names = [name for name in self.architecture.gguf_top if not name.startswith(others)]
+        return [name.removesuffix(".weight") for name in names]
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])
         self._load(block, f"{self.architecture.blocks}.{index}")
+        block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
         if self.rounding is not None:
             for name in (name for group in self.architecture.linears for name in group):
                 block.get_submodule(name).register_forward_pre_hook(_rounded_by(self.rounding))
@@ -103,8 +143,9 @@ class BlockModel:
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after `block`; `start` must have seen the same batch shape before."""
+        positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][cast(int, block.number)]
         with self._autocast():
-            output = block(hidden, **self._arguments[(hidden.shape[0], hidden.shape[1])])
+            output = block(hidden, *positional, **named)
         return output[0] if isinstance(output, tuple) else output
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -122,25 +163,38 @@ class BlockModel:
 
     def run_as(self, index: int, state: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
         """`run` of block `index` with the weights of `state`, by the names of its own parameters."""
-        arguments = self._arguments[(hidden.shape[0], hidden.shape[1])]
+        positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
         with self._autocast():
-            output = torch.func.functional_call(self._blocks[index], state, (hidden,), arguments)
+            output = torch.func.functional_call(self._blocks[index], state, (hidden, *positional), named)
         return output[0] if isinstance(output, tuple) else output
 
     def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """What the output layer takes for hidden states [..., hidden] after the last block; with `norm_state`, by a
         final norm of those weights."""
-        norm = self._model.get_submodule(self.architecture.final_norm)
-        if next(norm.parameters()).device.type == "meta":
-            self._load(norm, self.architecture.final_norm)
+        norm = self._loaded(self.architecture.final_norm)
         return norm(hidden) if norm_state is None else torch.func.functional_call(norm, norm_state, (hidden,))
 
     def logits(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Logits [..., vocabulary] for the same."""
-        if self._head is None:
-            tied = self.architecture.output not in self.weights.names()
-            self._head = self._read(self.architecture.embedding if tied else self.architecture.output)
-        return self.normed(hidden, norm_state) @ self._head.T
+        tied = self.architecture.output not in self.weights.names()
+        self._loaded(self.architecture.output.removesuffix(".weight"), self.architecture.embedding if tied else None)
+        states = self.normed(hidden, norm_state)
+        # By the model itself, which may scale or cap them; it wants three dimensions.
+        self._model.set_submodule(self._body_name, _Given(states.reshape(1, -1, states.shape[-1])))
+        logits = self._model(input_ids=None).logits
+        self._model.set_submodule(self._body_name, self._body)
+        return logits.reshape(*states.shape[:-1], -1)
+
+    def _loaded(self, name: str, weight: str | None = None) -> nn.Module:
+        """A module outside the blocks with its weights on the device; `weight` is the tensor where it is another's."""
+        module = self._model.get_submodule(name)
+        if next(module.parameters()).is_meta:
+            if weight is None:
+                self._load(module, name)
+            else:
+                module.load_state_dict({"weight": self._read(weight)}, assign=True)
+                module.requires_grad_(False)
+        return module
 
     def _read(self, name: str) -> torch.Tensor:
         return self.weights.read(name).to(self.device, self.dtype)

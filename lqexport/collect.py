@@ -111,14 +111,14 @@ def final_states(
 
 
 def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> Tensor:
-    """What enters a linear when the block runs on `hidden`."""
+    """What enters a linear when the block runs on `hidden`; of an expert, the tokens that are routed to it."""
     caught: list[Tensor] = []
     handle = linear_of(block, linear).register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
     try:
         model.run(block, hidden.to(model.device))
     finally:
         handle.remove()
-    return caught[0]
+    return caught[0] if caught else hidden.new_empty(0, linear_of(block, linear).in_features)
 
 
 @contextlib.contextmanager

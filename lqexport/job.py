@@ -70,6 +70,7 @@ class Job:
         self.take_plan(plan_recipe(self.source, recipe))
         self.factors = plan_factors(self.source, self.planned, recipe)
         self._check_output_groups()
+        self._check_experts()
         self.calibration = self._calibration()
         self.artifact = Artifact(out)
         self.artifact.begin(self.identity())
@@ -93,6 +94,16 @@ class Job:
                 raise UserError(
                     f"{tensor.name} has {tensor.shape[0]} outputs, which {groups} output groups do not divide."
                 )
+
+    def _check_experts(self) -> None:
+        if not self.architecture.experts:
+            return
+        options = {"size": self.recipe.size is not None, "asymmetric": self.recipe.asymmetric}
+        options |= {"scaling l2qer": bool(self.recipe.rank) and self.recipe.scaling == "l2qer"}
+        if given := [name for name, is_given in options.items() if is_given]:
+            raise UserError(
+                f"{given[0]} cannot be used for experts ({self.architecture.classes[0]}) yet: leave it out."
+            )
 
     def _calibration(self) -> Calibration | None:
         """None where nothing is solved: rounding needs no calibration, and plain types have no grid. A correction

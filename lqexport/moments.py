@@ -54,9 +54,11 @@ class SecondMoments:
         return list(gradient.reshape(len(x), len(self._lower), -1).float().square().mean(2).T)
 
     def hessian(self) -> Tensor:
-        """float32 [C, C], or [output groups, C, C] where there are several."""
+        """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen, as of
+        an expert that no token went to."""
         total = self._lower.tril() + self._lower.tril(-1).mT
-        return (total[0] if len(total) == 1 else total) / self._tokens.clamp_min(1)
+        unseen = (self._tokens == 0) * torch.eye(total.shape[-1], device=total.device)
+        return ((total[0] if len(total) == 1 else total) + unseen) / self._tokens.clamp_min(1)
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,9 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lqexport.artifact import read_json, write_json
+from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.tensor_names import block_module
 from lqexport.errors import UserError
 from lqexport.weights import Weights
 
@@ -53,8 +56,10 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        self.config: dict[str, Any] = _read_json(folder / "config.json")
+        self.config: dict[str, Any] = normalized(_read_json(folder / "config.json"))
+        self._architecture = find_architecture(self.config)
         self._files = _tensor_files(folder)
+        self._stored = {self._renamed(name): name for name in self._files}
 
     @property
     def fingerprint(self) -> str:
@@ -66,25 +71,41 @@ class HuggingFaceSource:
             hasher.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode() + header)
         return hasher.hexdigest()
 
+    def _renamed(self, name: str) -> str:
+        """A stored tensor's name in the model; checkpoints of some architectures use others."""
+        for pattern, new in (self._architecture.renamed if self._architecture else {}).items():
+            name = re.sub(pattern, new, name)
+        return name
+
+    def _is_transposed(self, name: str) -> bool:
+        if self._architecture is None:
+            return False
+        module = block_module(self._architecture, name)
+        return module is not None and module[2] == "weight" and module[1] in self._architecture.transposed
+
     def names(self) -> list[str]:
-        return list(self._files)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        with _open(self._file(name)) as file:
-            return tuple(file.get_slice(name).get_shape())
+        stored = self._stored_name(name)
+        with _open(self._files[stored]) as file:
+            shape = tuple(file.get_slice(stored).get_shape())
+        return shape[::-1] if self._is_transposed(name) else shape
 
     def read(self, name: str) -> torch.Tensor:
-        path = self._file(name)
+        stored = self._stored_name(name)
+        path = self._files[stored]
         with _open(path) as file:
             try:
-                return file.get_tensor(name)
+                tensor = file.get_tensor(stored)
             except SafetensorError as error:
                 raise UserError(f"{path} has no readable tensor {name} ({error}). Download the file again.") from error
+        return tensor.T.contiguous() if self._is_transposed(name) else tensor
 
-    def _file(self, name: str) -> Path:
-        if name not in self._files:
+    def _stored_name(self, name: str) -> str:
+        if name not in self._stored:
             raise UserError(f"{self.folder} has no tensor {name}. Is the download complete?")
-        return self._files[name]
+        return self._stored[name]
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)
@@ -95,6 +116,7 @@ class HuggingFaceSource:
                 target = folder / path.relative_to(self.folder)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+        write_json(folder / "config.json", self.config)
 
 
 class GGUFSource(GGUFModel):

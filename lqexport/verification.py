@@ -18,7 +18,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lqexport import evaluate, llamacpp
 from lqexport.activations import rounding
@@ -38,6 +38,7 @@ from lqexport.environment import choose_device, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.formats.codec import Planes
+from lqexport.modules import meta_model
 from lqexport.portrait import InContext, Portrait, in_context, portrait
 from lqexport.progress import Listener, Silent
 from lqexport.source import GGUFSource, Source, open_source
@@ -355,10 +356,7 @@ def _digest_of(path: Path) -> str:
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that transformers' model of this config.json has; a tied output is left out."""
-    options = {key: value for key, value in config.items() if key != "quantization_config"}
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
-    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    return {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
 
 
 def check_structure(result: Verification, export: Weights, factors: Factors | None, source: Weights) -> bool:

@@ -116,8 +116,9 @@ def _dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTra
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype)
     names = set(weights.names())
+    if strange := [name for name, _ in model.named_parameters() if name not in names]:
+        raise UserError(f"transformers keeps {strange[0]} in another form than the file, so tasks cannot be run on it.")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name in names:
-                parameter.copy_(weights.read(name))
+            parameter.copy_(weights.read(name))
     return model.eval()

@@ -695,7 +695,7 @@ def test_infinite_weights_are_noticed_when_read(tmp_path: Path, good_file: Path)
 
 def test_rope_factors_that_no_config_explains(tmp_path: Path, tokenizer: Tokenizer) -> None:
     scaling = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
-    model = make_model(rope_parameters=scaling | {"low_freq_factor": 1.0, "high_freq_factor": 4.0})
+    model = make_model(rope_parameters=scaling | {"low_freq_factor": 1.0, "high_freq_factor": 3.0})
     with pytest.raises(UserError, match="rope_freqs"):
         _ = GGUFModel(export(tmp_path, model, "gguf:F16", tokenizer)).config
 

@@ -13,7 +13,7 @@ import pytest
 from lqexport.converters.architectures import LLAMA
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.gguf_types import MIXES, file_type
-from lqexport.converters.rope import rope_order
+from lqexport.converters.row_order import rope_order
 from lqexport.converters.targets import plan, targets
 from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError

@@ -1,0 +1,82 @@
+"""transformers' model of a config.json, without storage ("meta"), with a linear for every matrix that is quantized:
+experts that share one tensor are taken apart, and transposed weights become linears."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import architecture_of
+
+
+class Expert(nn.Module):
+    """A gated MLP without biases."""
+
+    def __init__(self, hidden: int, inner: int, activation: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Experts(nn.ModuleList):
+    """In the place of transformers' module with the weights of all experts [experts, 2 * inner, hidden] in one tensor:
+    each expert sees the tokens that are routed to it."""
+
+    def __init__(self, stacked: nn.Module) -> None:
+        weights, activation = stacked.gate_up_proj, stacked.act_fn
+        assert isinstance(weights, Tensor)
+        assert isinstance(activation, nn.Module)
+        count, inner, hidden = weights.shape
+        super().__init__(Expert(hidden, inner // 2, activation, weights.dtype) for _ in range(count))
+
+    def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """hidden [tokens, hidden]; the chosen experts' numbers and their shares [tokens, chosen experts]."""
+        total = torch.zeros_like(hidden)
+        for number, expert in enumerate(self):
+            tokens, places = torch.where(chosen == number)
+            if len(tokens):
+                part = expert(hidden[tokens]) * shares[tokens, places, None]
+                total = total.index_add(0, tokens, part.to(total.dtype))
+        return total
+
+
+def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model, its parameters and buffers without storage; names as in the table of architectures."""
+    architecture = architecture_of(config)
+    options = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype).eval()
+        for block in model.get_submodule(architecture.blocks).children():
+            _take_apart(block, architecture)
+    return model
+
+
+def _take_apart(block: nn.Module, architecture: Architecture) -> None:
+    if architecture.experts:
+        # `mlp.experts.*.gate_proj` -> `mlp.experts`
+        name = architecture.linears[-1][0].split(".experts.")[0] + ".experts"
+        block.set_submodule(name, Experts(block.get_submodule(name)))
+    for name in architecture.transposed:
+        stored = block.get_submodule(name).weight
+        assert isinstance(stored, Tensor)
+        inputs, outputs = stored.shape
+        block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.dtype))
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give storage to buffers that follow from the config and are in no checkpoint, such as rotary frequencies."""
+    for module in model.modules():
+        buffers = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in buffers:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if buffers:
+            model._init_weights(module)

@@ -1,0 +1,58 @@
+"""Prints the table of docs/models.md: what the table of architectures says, and which tests hold it.
+
+python tools/models_table.py
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import ARCHITECTURES
+
+ROOT = Path(__file__).resolve().parent.parent
+COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "windows in GGUF", "EXL2", "tests")
+
+
+def tested() -> dict[str, list[str]]:
+    """Family -> names of its cases in tests/test_families.py."""
+    spec = importlib.util.spec_from_file_location("families_of_tests", ROOT / "tests" / "test_families.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[module.__name__] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    found: dict[str, list[str]] = {}
+    for name in module.CASES:
+        found.setdefault(module.of_case(name).family, []).append(name)
+    return found
+
+
+def table(cases: dict[str, list[str]]) -> str:
+    """The table in Markdown; `cases` as `tested` gives them."""
+    rows = [
+        COLUMNS,
+        tuple("---" for _ in COLUMNS),
+        *(_row(entry, cases.get(entry.family, [])) for entry in ARCHITECTURES),
+    ]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
+    classes = ", ".join(f"`{name}`" for name in entry.classes)
+    kinds = ", ".join(kind for kind in entry.rope_types if kind != "default") or "-"
+    if entry.gguf is None:
+        return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2), "native"
+    windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
+    windows = windows if entry.period else "context cut to one"
+    return entry.family, classes, f"`{entry.gguf}`", kinds, windows, _yes(entry.exl2), ", ".join(cases)
+
+
+def _yes(answer: bool) -> str:
+    return "yes" if answer else "no"
+
+
+if __name__ == "__main__":
+    print(table(tested()), end="")
