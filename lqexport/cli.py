@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -168,6 +169,12 @@ def run_quantize(
     from lqexport.dryrun import preview
     from lqexport.environment import choose_device
 
+    if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first one talks
+        if not dry_run:
+            from lqexport.pipeline import quantize as run
+
+            run(recipe, out, device=device, cache=cache)
+        return
     device = str(choose_device(device))
     shown = preview(recipe, out)
     if not as_json:
