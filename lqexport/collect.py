@@ -2,7 +2,7 @@
 
 `forward_moments` needs one forward pass and yields the first block first. `guided_moments` adds a backward pass of the
 summed cross-entropy and yields the last block first: it keeps the inputs of every block on disk, and runs each block
-again, with gradients, when its turn comes. Both take the inputs of every block from the full-precision blocks before it,
+again, with gradients, when its turn comes. Both take the inputs of every block from the full-precision blocks before,
 and hold one block's weights in memory; the first also the sequences' hidden states, the second those of one shard.
 
 Sequences are cut into shards, which several processes share (see `lqexport.processes`); each yields the blocks whose

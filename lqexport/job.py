@@ -78,6 +78,8 @@ class Job:
         # Choosing types needs all moments before solving does, so they are kept.
         cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
+        if self._cache and processes.first:
+            self._cache.write_facts()
 
     def _begin(self) -> None:
         """Claim the output folder, by one process; the others find it claimed for the very same run."""
@@ -164,8 +166,8 @@ class Job:
         return BlockModel(weights, self.device, compute_dtype=dtype)
 
     def moments(self, model: BlockModel) -> Iterator[BlockMoments]:
-        """Second moments of at least the unfinished linears; from the cache where it has them. Of several processes, each
-        gets those of other blocks."""
+        """Second moments of at least the unfinished linears; from the cache where it has them. Each of several
+        processes gets those of other blocks."""
         if self._cache is None:
             return self._collect(model, lambda index, group: bool(self.unfinished(model, index, group)))
         blocks = range(len(model))

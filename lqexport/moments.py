@@ -23,8 +23,8 @@ class SecondMoments:
                  2025 (GuidedQuant, eq. 7), one H for each of `output_groups` equal runs of outputs. Half of d H d^T,
                  summed over rows, then estimates in nats per token what the error d of the weights costs the model
 
-    Tokens may come in shards: each is summed by itself, and the sums are added in the order of the shards, so the bits do
-    not depend on which process of several had which.
+    Tokens may come in shards: each is summed by itself, and the sums are added in the order of the shards, so the bits
+    do not depend on which process of several had which.
     """
 
     def __init__(self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1) -> None:
@@ -50,7 +50,7 @@ class SecondMoments:
         self._shard_tokens += len(x)
 
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
-        """Add what has been added since the last call to the total, which process `owner` keeps: the shards of the first
+        """Add what has come since the last call to the total, which process `owner` keeps: the shards of the first
         `senders` processes, in their order."""
         shard = torch.zeros(self._shape, device=self._device) if self._shard is None else self._shard
         tokens = torch.tensor([self._shard_tokens], device=self._device)

@@ -1,7 +1,8 @@
 """`quantize`: from a source to a finished artifact.
 
 Types are chosen where the recipe leaves them open; each linear is solved under the second moments of its inputs, packed
-and written; then the whole model is tuned end to end. Several processes (`lqexport.processes`) share all but the tuning.
+and written; then the whole model is tuned end to end. Several processes share all but the tuning
+(`lqexport.processes`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The processes that share a run, as torchrun starts them: who does what, and how they exchange (`torch.distributed`).
+"""The processes that share a run, as torchrun starts them: who does what, and how they exchange (torch.distributed).
 
-All processes make the same calls in the same order, and all write into one artifact folder. What a run computes does not
-depend on their number: sums of second moments are of fixed shards of the sequences, added in the order of the shards.
+All processes make the same calls in the same order, and all write into one artifact folder. What a run computes does
+not depend on their number: second moments are sums of fixed shards of the sequences, added in the order of the shards.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun started, or whose group the caller has begun: over NCCL for a GPU, Gloo for the CPU."""
+    """The processes that torchrun started, or whose group the caller has begun; over NCCL for a GPU, else over Gloo."""
     if distributed.is_initialized():
         yield Processes(distributed.get_rank(), distributed.get_world_size())
         return
