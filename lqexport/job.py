@@ -27,12 +27,12 @@ from lqexport.moments_cache import MomentsCache
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
-from lqexport.source import Source, open_source
+from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
-from lqexport.weights import Weights
+from lqexport.weights import Shapes, Weights
 
 
-def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
+def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
     """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
     shapes = {name: source.shape(name) for name in source.names()}
     if recipe.bits is not None:
