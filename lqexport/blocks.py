@@ -87,6 +87,12 @@ class BlockModel:
         self._arguments[(ids.shape[0], ids.shape[1])] = catcher.arguments
         return catcher.hidden
 
+    def let_go(self) -> None:
+        """Drop the weights of the embedding and the output; they are read again when they are used."""
+        self._head = None
+        embedding = self._body.get_input_embeddings()
+        embedding.weight = nn.Parameter(torch.empty_like(embedding.weight, device="meta"), requires_grad=False)
+
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])

@@ -79,19 +79,26 @@ def _forward(
 ) -> Iterator[BlockMoments | None]:  # fmt: skip
     """Block by block, the moments where they are this process's."""
     shards = sharded(tokens, model.device)
-    hidden = {i: embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))}
-    for index, block in model.blocks():
-        if index > last:
-            return
+    hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
+    model.let_go()
+    for index in range(last + 1):
         groups = [group for group in model.architecture.linears if wanted(index, group)]
-        owner = index % processes.count
-        with moments_of(block, groups, lambda columns: SecondMoments(columns, kind, model.device)) as moments:
-            for shard, senders in processes.rounds(len(shards)):
-                if shard is not None:
-                    run_through(model, block, hidden[shard])
-                for total in moments.values():
-                    total.end_shard(processes, owner, senders)
-        yield (index, _hessians(moments)) if owner == processes.rank else None
+        yield _block_forward(model, index, groups, kind, hidden, list(processes.rounds(len(shards))), processes)
+
+
+def _block_forward(
+    model: BlockModel, index: int, groups: list[Group], kind: Moments, hidden: list[list[Tensor]],
+    rounds: list[tuple[int | None, int]], processes: Processes,
+) -> BlockMoments | None:  # fmt: skip
+    """Replaces this process's hidden states by a block's outputs; its second moments, where they are this process's."""
+    block, owner = model.block(index), index % processes.count
+    with moments_of(block, groups, lambda columns: SecondMoments(columns, kind, model.device)) as moments:
+        for turn, (shard, senders) in enumerate(rounds):
+            if shard is not None:
+                run_through(model, block, hidden[turn])
+            for total in moments.values():
+                total.end_shard(processes, owner, senders)
+    return (index, _hessians(moments)) if owner == processes.rank else None
 
 
 def _hessians(moments: dict[Group, SecondMoments]) -> dict[Group, Tensor]:
@@ -224,6 +231,7 @@ def guided_moments(
         _keep_inputs(model, {i: shards[i] for i in mine}, states, listener)
         reached = len(model)
         processes.wait()
+    model.let_go()
     indices = reversed(range(reached))
     while window := list(islice(indices, processes.count)):
         turns = enumerate(window)

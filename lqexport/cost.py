@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+import torch
 
 from lqexport.collect import BATCH_TOKENS, GPU_BATCH_TOKENS, SHARDS
 from lqexport.converters.architectures import architecture_of
@@ -110,7 +111,7 @@ def memory(work: Work, device: str) -> dict[str, Memory]:
     stages = {"rounding the embedding": Memory(2 * 4 * work.outer, 0)}
     if work.calibrated:
         passes, states = _passes_memory(work, device)
-        stages |= {"passes": passes, "solving the largest linear": Memory(_solving_bytes(work), states)}
+        stages |= {"a pass through a block": passes, "solving the largest linear": Memory(_solving_bytes(work), states)}
     else:
         stages["solving the largest linear"] = Memory(SOLVER_MATRICES * 4 * _largest(work), 0)
     if work.calibrated and work.recipe.tuned_sequences:
@@ -137,8 +138,9 @@ def _moments_bytes(work: Work) -> int:
 
 
 def _passes_memory(work: Work, device: str) -> tuple[Memory, int]:
-    """A block in float32, its second moments (a shard's and the total), what a batch leaves in it, the embedding and
-    output; on the host the sequences' hidden states, which are also returned. Guided: of one shard, with gradients."""
+    """A block in float32, its second moments (a shard's and the total), what a batch leaves in it; before that, the
+    embedding, and the output with a sequence's logits. On the host the sequences' hidden states, which are also
+    returned; guided: of one shard, with gradients."""
     batch = max(work.recipe.sequence_length, BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS)
     batch = min(batch, work.tokens)
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
@@ -146,24 +148,24 @@ def _passes_memory(work: Work, device: str) -> tuple[Memory, int]:
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
     block = 4 * sum(tensor.weights for tensor in work.block)
     states = 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
-    outer = (2 if work.guided else 1) * 4 * work.outer
-    return Memory(outer + max(block + 2 * _moments_bytes(work) + activations, logits), states), states
+    outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
+    return Memory(max(block + 2 * _moments_bytes(work) + activations, outer), states), states
 
 
 def _solving_bytes(work: Work) -> int:
-    """The embedding and output that the model holds, the block's second moments, and the solver's arrays."""
+    """The block's second moments, and the solver's arrays."""
     widest = max((tensor.matrix[1] for tensor in work.block), default=0)
     solver = SOLVER_MATRICES * 4 * _largest(work) + FACTOR_MATRICES * 8 * widest**2
-    return (2 if work.guided else 1) * 4 * work.outer + _moments_bytes(work) + solver
+    return _moments_bytes(work) + solver
 
 
 def _tuning_memory(work: Work) -> Memory:
-    """Both models' embeddings and outputs, a decoded block with its gradients, a sequence's states at every depth, the
+    """Both models' outputs and an embedding, a decoded block with its gradients, a sequence's states at every depth, the
     tuned numbers, their gradients and Adam's moments. States and numbers grow with the depth of the model."""
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
     block = 4 * 4 * sum(tensor.weights for tensor in work.block)
     states = 4 * length * work.hidden * (work.blocks + 1)
-    device = 4 * 4 * work.outer + states + 4 * 4 * tuned_numbers(work) + max(block, 8 * 4 * length * vocabulary)
+    device = 3 * 4 * work.outer + states + 4 * 4 * tuned_numbers(work) + max(block, 8 * 4 * length * vocabulary)
     return Memory(device, 4 * work.hidden * length * (work.recipe.tuned_sequences + HELD_OUT))
 
 
@@ -181,7 +183,8 @@ def _grid_numbers(name: str, rows: int, columns: int) -> int:
         return 0
     planes = {plane: np.zeros(shape, dtype) for plane, (dtype, shape) in kind.layout(1, columns).items()}
     grid, _ = kind.unpack(planes, columns)
-    return rows * sum(part.numel() for part in numbers(TensorGrid.of(grid, "cpu")).values())
+    parts = numbers(TensorGrid.of(grid, torch.device("cpu"))).values()
+    return rows * sum(len(part.flatten()) for part in parts)
 
 
 @dataclass(frozen=True)

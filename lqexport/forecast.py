@@ -66,7 +66,7 @@ class Forecast:
         """One sentence for each stage that does not fit."""
         places = (("device", self.gpu), ("host", self.host))
         return [
-            f"{name} needs {human_bytes(getattr(stage, place))} on the {place}, which has {human_bytes(there)}"
+            f"{name} takes {human_bytes(getattr(stage, place))} of the {place}'s {human_bytes(there)}"
             for name, stage in self.stages.items()
             for place, there in places
             if there is not None and getattr(stage, place) > there

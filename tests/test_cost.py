@@ -61,7 +61,7 @@ def test_a_config_is_enough(name: str) -> None:
 
 def test_what_does_not_fit_is_said() -> None:
     output = run_plan(CONFIGS / "llama-3.1-70b.json", "--gpu", "8GB", "--host", "64GB", status=1)
-    assert "Does not fit: passes needs" in output
+    assert "Does not fit: a pass through a block takes" in output
     assert "no GPU has been timed" in output
     assert planned("llama-3.1-8b", tune=0).too_large == []
 
