@@ -21,12 +21,12 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 OPTIONS = ["--target", "gguf:Q4_K", "--samples", "8", "--sequence-length", "64", "--descent", "1", "--tune", "2"]
 WORDS = 400
-"""Different words of the text, each a token."""
+"""Different words of the text."""
 
 
 def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: int) -> None:
@@ -44,11 +44,23 @@ def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocab
         save_file(tensors, folder / f"{part}.safetensors", {"format": "pt"})
         files |= dict.fromkeys(tensors, f"{part}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    words = [f"w{number}" for number in range(WORDS)]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["<unk>", *words])}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder)
-    (folder / "text.txt").write_text(" ".join(random.Random(0).choices(words, k=20_000)))
+    words = random.Random(0).choices([f"w{number}" for number in range(WORDS)], k=20_000)
+    (folder / "text.txt").write_text(" ".join(words))
+    _tokenizer(words).save_pretrained(folder)
+
+
+def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most 512 tokens that llama.cpp knows too."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), split])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), "<|endoftext|>"
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=[special], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([" ".join(words)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special, eos_token=special)
 
 
 def _random(shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
@@ -88,7 +100,8 @@ def run_here(folder: Path, options: list[str]) -> dict[str, float]:
 
     peaks = {}
     for name, arguments in commands(folder, options).items():
-        app(arguments, standalone_mode=False)
+        if status := app(arguments, standalone_mode=False):
+            sys.exit(f"{name} ended with exit status {status}.")
         peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return peaks
 

@@ -160,7 +160,7 @@ def _solving_bytes(work: Work) -> int:
 
 
 def _tuning_memory(work: Work) -> Memory:
-    """Both models' outputs and an embedding, a decoded block with its gradients, a sequence's states at every depth, the
+    """Both models' outputs and an embedding, a block with its gradients, a sequence's states at every depth, the
     tuned numbers, their gradients and Adam's moments. States and numbers grow with the depth of the model."""
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
     block = 4 * 4 * sum(tensor.weights for tensor in work.block)
