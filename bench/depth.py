@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
@@ -25,6 +26,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 OPTIONS = ["--target", "gguf:Q4_K", "--samples", "8", "--sequence-length", "64", "--descent", "1", "--tune", "2"]
+STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""Environment in which what is freed goes back to the system at once, as large tensors do anyhow: the C library keeps
+tensors of some MB, so that small models seem to need more the longer they run."""
 WORDS = 400
 """Different words of the text."""
 
@@ -115,7 +119,8 @@ def run_apart(folder: Path, options: list[str]) -> dict[str, Any]:
     found = {}
     for name, arguments in commands(folder, options).items():
         began = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, "-c", code, *arguments]
+        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | STEADY)
         found[name] = {"seconds": time.perf_counter() - began, "peak_bytes": int(done.stdout.split()[-1])}
     return found
 

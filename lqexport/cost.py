@@ -230,7 +230,7 @@ def source_bytes(work: Work) -> int:
 class Operations:
     """Floating-point operations of a run.
 
-    passes    matrix products of the forward and backward passes, in the recipe's `products`
+    passes    matrix products of the forward and backward passes, in the recipe's `compute_dtype`
     moments   second moments, in float32
     factors   their Cholesky factors and inverses, in float64
     solver    error feedback and descent

