@@ -26,7 +26,7 @@ from lqexport import evaluate, texts
 from lqexport.artifact import Artifact, StoredTensor
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight, embed, forward_moments
+from lqexport.collect import by_weight, forward_moments
 from lqexport.converters import exl2, gguf
 from lqexport.converters.exl2_plan import plan_exl2
 from lqexport.formats.exl2 import Exl2, runs_named
@@ -118,7 +118,7 @@ class Baseline:
 def baselines(source: Source, tokens: Tensor, choices: dict[str, Codecs]) -> dict[str, dict[str, StoredTensor]]:
     """Every linear by ExLlamaV2's recipe in the codecs of each choice, from one pass of plain second moments."""
     model, found = BlockModel(source), {label: {} for label in choices}
-    blocks = forward_moments(model, embed(model, tokens), "plain", lambda *_: True, len(model) - 1)
+    blocks = forward_moments(model, tokens, "plain", lambda *_: True, len(model) - 1)
     for block in blocks:
         for name, hessian in by_weight(model, block).items():
             weight = source.read(name).float()

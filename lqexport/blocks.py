@@ -126,6 +126,12 @@ class BlockModel:
         names = [name for name in self.architecture.gguf_top if not name.startswith(others)]
         return [name.removesuffix(".weight") for name in names]
 
+    def let_go(self) -> None:
+        """Drop the weights of the embedding and the output; they are read again when they are used."""
+        for name in [*self._embeddings(), self.architecture.output.removesuffix(".weight")]:
+            module = self._model.get_submodule(name)
+            module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
+
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])

@@ -59,8 +59,11 @@ def choose_types(job: Job) -> dict[str, Any] | None:
     if job.recipe.size is None:
         return None
     path = job.artifact.folder / "budget.json"
-    if not path.is_file():
-        write_json(path, _measured_choice(job, job.recipe.size))
+    if job.processes.agreed(not path.is_file()):
+        choice = _measured_choice(job, job.recipe.size)
+        if job.processes.first:
+            write_json(path, choice)
+        job.processes.wait()
     budget: dict[str, Any] = read_json(path, f"{path} is gone.")
     job.take_plan(plan_recipe(job.source, job.recipe, budget["chosen"]))
     return budget
@@ -73,17 +76,19 @@ def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
 
     limit = parse_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
     free = {tensor.name: options(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
-    measured = Measured(job.work / "measured.json")
-    linears = {name: kinds for name, kinds in free.items() if name in job.linears and name not in measured.losses}
+    measured = Measured(job.work / "measured")
+    missing = job.processes.agreed([name for name in free if name not in measured.losses()])
+    linears = {name: free[name] for name in missing if name in job.linears}
     if linears:
         model = job.model()
         begin = partial(job.listener.stage, "Measuring types", len(linears))
         moments = begin_with_first(job.moments(model), begin)
         measure_linears(job.source, model, moments, linears, job.recipe, measured, job.listener)
-    outer = {name: kinds for name, kinds in free.items() if name not in measured.losses}
+    outer = {name: free[name] for name in job.processes.mine([name for name in missing if name not in job.linears])}
     job.listener.stage("Measuring embedding and output", len(outer))
     measure_outer(job.source, outer, job.sequences, job.device, measured, job.listener)
-    return found(job.planned, measured.losses, limit)
+    job.processes.wait()
+    return found(job.planned, measured.losses(), limit)
 
 
 def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
@@ -123,16 +128,18 @@ def options(tensor: PlannedTensor) -> tuple[str, ...]:
 
 
 class Measured:
-    """Losses found so far, kept on disk."""
+    """Losses found so far, kept on disk, each part of them in a file of its own: several processes may write."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.losses: Losses = read_json(path, "") if path.is_file() else {}
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
-    def add(self, losses: Losses) -> None:
-        """Keep more."""
-        self.losses |= losses
-        write_json(self._path, self.losses)
+    def losses(self) -> Losses:
+        """All of them, whoever found them."""
+        return {name: kinds for path in self._folder.glob("*.json") for name, kinds in read_json(path, "").items()}
+
+    def add(self, part: str, losses: Losses) -> None:
+        """Keep more, under the name of a block or a tensor."""
+        write_json(self._folder / f"{part}.json", losses)
 
 
 def measure_linears(
@@ -152,7 +159,8 @@ def measure_linears(
             per_loss = 0.5 * len(weight) / len(sample)
             losses[name] = {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
             listener.advance(1)
-        measured.add(losses)
+        if losses:
+            measured.add(str(block[0]), losses)
 
 
 class _Replaced:
@@ -190,7 +198,7 @@ def measure_outer(
             pairs = zip(states, own, strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
             losses[kind] = max(0.0, sum(divergences) / len(divergences))
-        measured.add({name: losses})
+        measured.add(name, {name: losses})
         listener.advance(1)
 
 

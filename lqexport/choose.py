@@ -47,7 +47,7 @@ def choose_mixes(job: Job) -> Allocation | None:
 def _measure_mixes(job: Job) -> None:
     """Store the options of every block's linears; those that an interrupted run stored stay."""
     model = job.model()
-    missing = {index for index in range(len(model)) if not job.artifact.options(index)}
+    missing = job.processes.agreed({index for index in range(len(model)) if not job.artifact.options(index)})
     if not missing:
         return
     begin = partial(job.listener.stage, "Measuring mixes of widths", len(missing))
@@ -59,7 +59,8 @@ def _measure_mixes(job: Job) -> None:
             weight = job.source.read(name).to(job.device).float()
             found[name] = measured_options(weight, hessian.to(job.device), job.recipe_of(name))
         job.artifact.write_options(block[0], found)
-        job.listener.advance(1)
+        job.listener.advance(job.processes.count)
+    job.processes.wait()
 
 
 def measured_options(weight: Tensor, hessian: Tensor, recipe: Recipe) -> list[Option]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -71,7 +72,7 @@ def about(
         lqexport to-gguf ./out model.gguf
         lqexport verify model.gguf --against ./SmolLM2-135M
 
-    Exit status: 0 done; 1 `verify` found a limit exceeded; 2 wrong input; 130 stopped with Ctrl-C.
+    Exit status: 0 done; 1 `verify` found a limit exceeded, or `plan` no room; 2 wrong input; 130 stopped with Ctrl-C.
     """
 
 
@@ -169,6 +170,12 @@ def run_quantize(
     from lqexport.dryrun import preview
     from lqexport.environment import choose_device
 
+    if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first one talks
+        if not dry_run:
+            from lqexport.pipeline import quantize as run
+
+            run(recipe, out, device=device, cache=cache)
+        return
     device = str(choose_device(device))
     shown = preview(recipe, out)
     if not as_json:
@@ -220,6 +227,36 @@ def _show(shown: Preview, device: str, verbose: bool, estimates: bool) -> None:
     show_plan(shown, console, verbose)
     if estimates:
         show_estimates(shown, console, device)
+
+
+@app.command()
+def plan(
+    model: Annotated[Path, typer.Argument(help="A config.json, or a folder that holds one; no weights are needed.")],
+    target: option.Target = None,
+    gpu: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 24GB. [default: no GPU]")] = None,
+    host: Annotated[str | None, typer.Option(help="Memory of the machine, such as 64GB.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML file of the options of quantize.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, disk, operations and hours that quantizing would take, from a config.json alone.
+
+    Exit status 1 where it does not fit.
+
+    Examples:
+
+        lqexport plan ./config.json --target gguf:Q4_K_M --gpu 24GB --host 64GB
+        lqexport plan ./model --target native:table-3 --json
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.forecast import forecast, show
+
+        found = forecast(model, merged_recipe(recipe, {"source": str(model), "target": target}), gpu, host)
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            show(found, output())
+    if found.too_large:
+        raise typer.Exit(1)
 
 
 @app.command()

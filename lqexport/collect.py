@@ -2,14 +2,18 @@
 
 `forward_moments` needs one forward pass and yields the first block first. `guided_moments` adds a backward pass of the
 summed cross-entropy and yields the last block first: it keeps the inputs of every block on disk, and runs each block
-again, with gradients, when its turn comes. Both hold one block's weights and the sequences' hidden states in memory,
-and take the inputs of every block from the full-precision blocks before it.
+again, with gradients, when its turn comes. Both take the inputs of every block from the full-precision blocks before,
+and hold one block's weights in memory; the first also the sequences' hidden states, the second those of one shard.
+
+Sequences are cut into shards, which several processes share (see `lqexport.processes`); each yields the blocks whose
+linears it is to solve.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import safetensors.torch
@@ -20,12 +24,15 @@ from torch import Tensor, nn
 from lqexport.artifact import written_whole
 from lqexport.blocks import BlockModel
 from lqexport.moments import SecondMoments
+from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
 
 BATCH_TOKENS = 1024
 """Tokens in one forward pass on the CPU; larger batches are no faster there and take more memory."""
 GPU_BATCH_TOKENS = 8192
+SHARDS = 8
+"""Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
 
 Group = tuple[str, ...]
 """Names of linears in a block that share their second moments."""
@@ -39,40 +46,99 @@ def batches(tokens: Tensor, device: torch.device) -> list[Tensor]:
     return list(tokens.split(max(1, budget // tokens.shape[1])))
 
 
+def sharded(tokens: Tensor, device: torch.device) -> list[list[Tensor]]:
+    """The batches of token ids [samples, length] in at most `SHARDS` runs of nearly equal length."""
+    runs = batches(tokens, device)
+    count = min(SHARDS, len(runs))
+    return [runs[i * len(runs) // count : (i + 1) * len(runs) // count] for i in range(count)]
+
+
 def embed(model: BlockModel, tokens: Tensor) -> list[Tensor]:
     """Hidden states that enter the first block, a batch at a time, kept on the host."""
-    return [model.start(batch).cpu() for batch in batches(tokens, model.device)]
+    return embed_batches(model, batches(tokens, model.device))
+
+
+def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
+    """The same for batches of token ids."""
+    return [model.start(batch).cpu() for batch in ids]
 
 
 def forward_moments(
-    model: BlockModel, inputs: list[Tensor], kind: Moments, wanted: Callable[[int, Group], bool], last: int
-) -> Iterator[BlockMoments]:
-    """Plain or normalized second moments of the wanted groups, up to block `last`; `inputs` end as its outputs."""
-    for index, block in model.blocks():
-        if index > last:
-            return
+    model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
+    processes: Processes = ALONE,
+) -> Iterator[BlockMoments]:  # fmt: skip
+    """Plain or normalized second moments of the wanted groups, up to block `last`."""
+    passed = _forward(model, tokens, kind, wanted, last, processes)
+    while window := list(islice(passed, processes.count)):
+        yield from (moments for moments in window if moments is not None)
+
+
+def _forward(
+    model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
+    processes: Processes,
+) -> Iterator[BlockMoments | None]:  # fmt: skip
+    """Block by block, the moments where they are this process's."""
+    shards = sharded(tokens, model.device)
+    hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
+    model.let_go()
+    for index in range(last + 1):
         groups = [group for group in model.architecture.linears if wanted(index, group)]
-        with moments_of(block, groups, lambda columns: SecondMoments(columns, kind, model.device)) as moments:
-            run_through(model, block, inputs)
-        yield index, {group: total.hessian() for group, total in moments.items()}
+        yield _block_forward(model, index, groups, kind, hidden, list(processes.rounds(len(shards))), processes)
 
 
-def input_magnitudes(model: BlockModel, inputs: list[Tensor]) -> dict[str, Tensor]:
+def _block_forward(
+    model: BlockModel, index: int, groups: list[Group], kind: Moments, hidden: list[list[Tensor]],
+    rounds: list[tuple[int | None, int]], processes: Processes,
+) -> BlockMoments | None:  # fmt: skip
+    """Replaces this process's hidden states by a block's outputs; its second moments, where they are this process's."""
+    block, owner = model.block(index), index % processes.count
+    with moments_of(block, groups, lambda columns: SecondMoments(columns, kind, model.device)) as moments:
+        for turn, (shard, senders) in enumerate(rounds):
+            if shard is not None:
+                run_through(model, block, hidden[turn])
+            for total in moments.values():
+                total.end_shard(processes, owner, senders)
+    return (index, _hessians(moments)) if owner == processes.rank else None
+
+
+def _hessians(moments: dict[Group, SecondMoments]) -> dict[Group, Tensor]:
+    return {group: total.hessian() for group, total in moments.items()}
+
+
+def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
+    """Add what enters the output layer to the first process's `moments`."""
+    shards = sharded(tokens, model.device)
+    hidden = {i: embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))}
+    for _, block in model.blocks():
+        for states in hidden.values():
+            run_through(model, block, states)
+    for shard, senders in processes.rounds(len(shards)):
+        for batch in hidden[shard] if shard is not None else []:
+            moments.add(model.normed(batch.to(model.device)))
+        moments.end_shard(processes, 0, senders)
+
+
+def input_magnitudes(model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> dict[str, Tensor]:
     """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
-    the full-precision model. `inputs` end as the last block's outputs."""
+    the full-precision model."""
+    shards = processes.mine(sharded(tokens, model.device))
+    inputs = embed_batches(model, [batch for shard in shards for batch in shard])
     found: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            largest = arguments[0].float().abs().mean(1).amax(0)
-            found[name] = found[name].maximum(largest) if name in found else largest
+            found[name] = found[name].maximum(arguments[0].float().abs().mean(1).amax(0))
 
         return before
 
     for index, block in model.blocks():
-        for linear in (linear for group in model.architecture.linears for linear in group):
-            linear_of(block, linear).register_forward_pre_hook(watch(model.weight_name(index, linear)))
+        names = {model.weight_name(index, linear): linear for group in model.architecture.linears for linear in group}
+        for name, linear in names.items():
+            found[name] = torch.zeros(linear_of(block, linear).in_features, device=model.device)
+            linear_of(block, linear).register_forward_pre_hook(watch(name))
         run_through(model, block, inputs)
+        for name in names:
+            processes.largest(found[name])
     return found
 
 
@@ -151,36 +217,48 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 
 def guided_moments(
-    model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener
-) -> Iterator[BlockMoments]:
+    model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
+    processes: Processes = ALONE,
+) -> Iterator[BlockMoments]:  # fmt: skip
     """Guided second moments of every linear, the last block first. `folder` keeps what a stopped pass goes on from: the
     inputs of the blocks to come, and the gradient by the outputs of the next one. It is empty when all is done."""
-    ids, states = batches(tokens, model.device), _States(folder)
-    for batch in {len(batch): batch for batch in ids}.values():
+    shards = sharded(tokens, model.device)
+    mine, states = processes.mine(range(len(shards))), _States(folder, len(shards))
+    for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
-    reached = states.reached(len(model))
+    reached = processes.agreed(states.reached(len(model)))
     if reached is None:
-        _keep_inputs(model, ids, states, listener)
+        _keep_inputs(model, {i: shards[i] for i in mine}, states, listener)
         reached = len(model)
-    for index in reversed(range(reached)):
-        moments, gradients = _block_backward(model, index, states, output_groups)
-        yield index, moments
-        # Only now: whoever asked for the moments has used them, so a stopped pass may go on below this block.
-        states.write("gradient", index, gradients)
-        states.remove("gradient", index + 1)
-        states.remove("inputs", index)
-    states.remove("gradient", 0)
+        processes.wait()
+    model.let_go()
+    indices = reversed(range(reached))
+    while window := list(islice(indices, processes.count)):
+        turns = enumerate(window)
+        found = [_block_backward(model, index, states, output_groups, processes, owner) for owner, index in turns]
+        yield from (moments for moments in found if moments is not None)
+        # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
+        processes.wait()
+        if processes.first:
+            states.leave(window)
+    if processes.first:
+        states.remove("gradient", 0)
 
 
-def _keep_inputs(model: BlockModel, ids: list[Tensor], states: _States, listener: Listener) -> None:
+def _keep_inputs(model: BlockModel, shards: dict[int, list[Tensor]], states: _States, listener: Listener) -> None:
     """Forward through all blocks, keeping the inputs of each; then the gradient by the last one's outputs."""
-    listener.stage("Forward pass", len(model) * len(ids))
-    hidden = [model.start(batch).cpu() for batch in ids]
+    listener.stage("Forward pass", len(model) * sum(len(ids) for ids in shards.values()))
+    for shard, ids in shards.items():
+        states.write("inputs", 0, shard, embed_batches(model, ids))
     for index, block in model.blocks():
-        states.write("inputs", index, hidden)
-        run_through(model, block, hidden, listener)
-    gradients = [_head_gradient(model, batch, state) for batch, state in zip(ids, hidden, strict=True)]
-    states.write("gradient", len(model), gradients)
+        for shard in shards:
+            hidden = states.read("inputs", index, shard)
+            run_through(model, block, hidden, listener)
+            states.write("inputs", index + 1, shard, hidden)
+    for shard, ids in shards.items():
+        pairs = zip(ids, states.read("inputs", len(model), shard), strict=True)
+        states.write("gradient", len(model), shard, [_head_gradient(model, batch, state) for batch, state in pairs])
+        states.remove("inputs", len(model), shard)
 
 
 def _head_gradient(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
@@ -196,18 +274,29 @@ def _head_gradient(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _block_backward(
-    model: BlockModel, index: int, states: _States, output_groups: int
-) -> tuple[dict[Group, Tensor], list[Tensor]]:
-    """A block's guided second moments, and the gradients by its inputs."""
-    block, gradients = model.block(index), states.read("gradient", index + 1)
+    model: BlockModel, index: int, states: _States, output_groups: int, processes: Processes, owner: int
+) -> BlockMoments | None:
+    """Keeps the gradients by a block's inputs; returns its guided second moments to process `owner`."""
+    block = model.block(index)
     names = [name for group in model.architecture.linears for name in group]
     with _guided_moments_of(block, names, output_groups, model.device) as moments:
-        for i, batch in enumerate(states.read("inputs", index)):
-            with torch.enable_grad():
-                hidden = batch.to(model.device).requires_grad_()
-                output = model.run(block, hidden)
-            gradients[i] = torch.autograd.grad(output, hidden, gradients[i].to(model.device))[0].cpu()
-    return {(name,): total.hessian() for name, total in moments.items()}, gradients
+        for shard, senders in processes.rounds(states.shards):
+            if shard is not None:
+                gradients = states.read("gradient", index + 1, shard)
+                pairs = zip(states.read("inputs", index, shard), gradients, strict=True)
+                passed = [_backward(model, block, *pair) for pair in pairs]
+                states.write("gradient", index, shard, passed)
+            for total in moments.values():
+                total.end_shard(processes, owner, senders)
+    return (index, _hessians({(name,): total for name, total in moments.items()})) if owner == processes.rank else None
+
+
+def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient by a block's inputs, for the inputs and the gradient by the outputs, all [batch, length, hidden]."""
+    with torch.enable_grad():
+        hidden = hidden.to(model.device).requires_grad_()
+        output = model.run(block, hidden)
+    return torch.autograd.grad(output, hidden, gradient.to(model.device))[0].cpu()
 
 
 @contextlib.contextmanager
@@ -234,26 +323,39 @@ def _guided_moments_of(
 
 
 class _States:
-    """Hidden states and gradients of all sequences on disk, a file for each block."""
+    """Hidden states and gradients of all sequences on disk, a file for each block and shard."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, shards: int) -> None:
+        self.folder, self.shards = folder, shards
 
-    def _path(self, kind: str, index: int) -> Path:
-        return self.folder / f"{kind}-{index}.safetensors"
+    def _path(self, kind: str, index: int, shard: int) -> Path:
+        return self.folder / f"{kind}-{index}-{shard}.safetensors"
 
-    def write(self, kind: str, index: int, parts: list[Tensor]) -> None:
+    def write(self, kind: str, index: int, shard: int, parts: list[Tensor]) -> None:
         content = safetensors.torch.save({f"{i:06}": part.contiguous() for i, part in enumerate(parts)})
-        with written_whole(self._path(kind, index)) as file:
+        with written_whole(self._path(kind, index, shard)) as file:
             file.write(content)
 
-    def read(self, kind: str, index: int) -> list[Tensor]:
-        with safe_open(self._path(kind, index), "pt") as file:
+    def read(self, kind: str, index: int, shard: int) -> list[Tensor]:
+        with safe_open(self._path(kind, index, shard), "pt") as file:
             return [file.get_tensor(key) for key in sorted(file.keys())]
 
-    def remove(self, kind: str, index: int) -> None:
-        self._path(kind, index).unlink(missing_ok=True)
+    def remove(self, kind: str, index: int, shard: int | None = None) -> None:
+        """Remove a block's file of a shard, or of all."""
+        for each in range(self.shards) if shard is None else [shard]:
+            self._path(kind, index, each).unlink(missing_ok=True)
+
+    def leave(self, window: list[int]) -> None:
+        """Remove what some blocks, the last first, needed. Their inputs stay until no gradient leads back to them."""
+        for index in window:
+            self.remove("gradient", index + 1)
+        for index in window:
+            self.remove("inputs", index)
 
     def reached(self, blocks: int) -> int | None:
-        """The block by whose inputs the last kept gradient is; None where the forward pass did not end."""
-        return next((index for index in range(blocks + 1) if self._path("gradient", index).is_file()), None)
+        """The last block by whose inputs all gradients are there, or the number of blocks for those by the outputs of
+        the last; None where the forward pass did not end."""
+        for index in reversed(range(blocks + 1)):
+            if all(self._path("gradient", index, shard).is_file() for shard in range(self.shards)):
+                return index
+        return None

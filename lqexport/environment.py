@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 
 import torch
@@ -12,11 +13,15 @@ from lqexport.kernels.threads import start_pool
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError where it is unknown or not there."""
+    """The device for `auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError where it is unknown or not there.
+
+    Of several processes that torchrun starts, each gets a GPU of its own."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"There is no device {name!r}; choose auto, cpu or cuda (cuda:1 for the second one).")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"torch sees no CUDA device {name} here; choose --device cpu.")

@@ -13,7 +13,7 @@ from torch import Tensor
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
-from lqexport.collect import BlockMoments, Group, embed, forward_moments, guided_moments
+from lqexport.collect import BlockMoments, Group, forward_moments, guided_moments
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
@@ -26,14 +26,15 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.moments_cache import MomentsCache
+from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
-from lqexport.source import Source, open_source
+from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
-from lqexport.weights import Weights
+from lqexport.weights import Shapes, Weights
 
 
-def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
+def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
     """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
     shapes = {name: source.shape(name) for name in source.names()}
     if recipe.target.startswith("gptq:"):
@@ -45,7 +46,7 @@ def plan_recipe(source: Source, recipe: Recipe, chosen: dict[str, str] | None = 
                 output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
 
 
-def plan_factors(source: Source, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
+def plan_factors(source: Shapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
     """The factors that a run of `recipe` stores beside the linears of the decoder blocks."""
     if not recipe.rank or recipe.merge:
         return []
@@ -63,8 +64,16 @@ class Job:
     work      a folder of the artifact for what a stopped run goes on from
     """
 
-    def __init__(self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener) -> None:
-        self.recipe, self.device, self.listener = recipe, device, listener
+    def __init__(
+        self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener,
+        processes: Processes = ALONE,
+    ) -> None:  # fmt: skip
+        self.recipe, self.device, self.listener, self.processes = recipe, device, listener, processes
+        if processes.count > 1 and recipe.prefix == "quantized":
+            raise UserError(
+                "With the quantized prefix each linear waits for the ones before, so several processes have nothing to "
+                "share: run it without torchrun, or take --prefix full."
+            )
         self.source = open_source(recipe.source)
         self.architecture = architecture_of(self.source.config)
         self.take_plan(plan_recipe(self.source, recipe))
@@ -73,12 +82,21 @@ class Job:
         self._check_experts()
         self.calibration = self._calibration()
         self.artifact = Artifact(out)
-        self.artifact.begin(self.identity())
-        self.source.copy_model_files(self.artifact.model_folder)
+        self._begin()
         self.work = out / "work"
         # Choosing types needs all moments before solving does, so they are kept.
         cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
+        if self._cache and processes.first:
+            self._cache.write_facts()
+
+    def _begin(self) -> None:
+        """Claim the output folder, by one process; the others find it claimed for the very same run."""
+        if self.processes.first:
+            self.artifact.begin(self.identity())
+            self.source.copy_model_files(self.artifact.model_folder)
+        self.processes.wait()
+        self.artifact.begin(self.identity())
 
     def take_plan(self, planned: list[PlannedTensor]) -> None:
         """Go on with this plan."""
@@ -167,20 +185,23 @@ class Job:
         return BlockModel(weights, self.device, compute_dtype=dtype)
 
     def moments(self, model: BlockModel) -> Iterator[BlockMoments]:
-        """Second moments of at least the unfinished linears; from the cache where it has them."""
+        """Second moments of at least the unfinished linears; from the cache where it has them. Each of several
+        processes gets those of other blocks."""
         if self._cache is None:
             return self._collect(model, lambda index, group: bool(self.unfinished(model, index, group)))
-        if all(index in self._cache for index in range(len(model))):
-            return (self._cache.read(index, self.device) for index in range(len(model)))
+        blocks = range(len(model))
+        if self.processes.agreed(all(index in self._cache for index in blocks)):
+            return (self._cache.read(index, self.device) for index in self.processes.mine(blocks))
         return self._cache.fill(self._collect(model, lambda *_: True))
 
     def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
         recipe = self.recipe
         if recipe.moments == "guided":
-            return guided_moments(model, self.sequences, recipe.output_groups, self.work / "guided", self.listener)
+            folder = self.work / "guided"
+            return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes)
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
-        return forward_moments(model, embed(model, self.sequences), recipe.moments, wanted, last)
+        return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes)
 
     def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""

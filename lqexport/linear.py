@@ -107,7 +107,7 @@ def _solve(
     codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, recipe: Recipe
 ) -> tuple[TensorGrid | TensorSections, Tensor, float]:
     """Grid, codes, and the dampening that it took."""
-    factor = factorize(hessian.double(), recipe.dampening, recipe.act_order)
+    factor = factorize(hessian, recipe.dampening, recipe.act_order)
     if isinstance(codec, GridCodec):
         return *_solve_grid(codec, weight, hessian, factor, recipe), factor.dampening
     return *_solve_sections(codec, weight, hessian, factor, recipe), factor.dampening

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lqexport.processes import ALONE, Processes
 from lqexport.recipe import ImportanceBase, Moments
 from lqexport.solve import Factor
 
@@ -21,12 +22,18 @@ class SecondMoments:
     guided       the mean over the outputs j of (d loss / d z_tj)^2, z = W x, loss the summed cross-entropy: Kim et al.
                  2025 (GuidedQuant, eq. 7), one H for each of `output_groups` equal runs of outputs. Half of d H d^T,
                  summed over rows, then estimates in nats per token what the error d of the weights costs the model
+
+    Tokens may come in shards: each is summed by itself, and the sums are added in the order of the shards, so the bits
+    do not depend on which process of several had which.
     """
 
     def __init__(self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1) -> None:
         self.kind = kind
-        self._lower = torch.zeros(output_groups, columns, columns, device=device)
-        self._tokens = torch.zeros((), device=device)
+        self._shape, self._device = (output_groups, columns, columns), device
+        self._shard: Tensor | None = None
+        self._total: Tensor | None = None
+        self._tokens = torch.zeros((), device=device, dtype=torch.float64)
+        self._shard_tokens = torch.zeros_like(self._tokens)
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
         """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
@@ -34,15 +41,29 @@ class SecondMoments:
 
         A token whose input or weight is not finite, or whose square overflows, is left out."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        columns, weights = x.shape[1], self._weights(x, gradient)
+        weights = self._weights(x, gradient)
         usable = sum(weights, x.square().sum(1)).isfinite()
         x = torch.where(usable[:, None], x, 0.0)
-        for lower, weight in zip(self._lower, weights, strict=True):
+        if self._shard is None:
+            self._shard = torch.zeros(self._shape, device=self._device)
+        columns = x.shape[1]
+        for lower, weight in zip(self._shard, weights, strict=True):
             weighted = x * torch.where(usable, weight, 0.0).sqrt()[:, None]
             for start in range(0, columns, width := -(-columns // PANELS)):
                 panel = slice(start, start + width)
                 lower[start:, panel].addmm_(weighted[:, start:].T, weighted[:, panel])
-        self._tokens += usable.sum()
+        self._shard_tokens += usable.sum()
+
+    def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
+        """Add what has come since the last call to the total, which process `owner` keeps: the shards of the first
+        `senders` processes, in their order."""
+        shard = torch.zeros(self._shape, device=self._device) if self._shard is None else self._shard
+        tokens = self._shard_tokens
+        self._shard, self._shard_tokens = None, torch.zeros_like(tokens)
+        for part in processes.collected(shard, owner, senders):
+            self._total = part if self._total is None else self._total.add_(part)
+        for part in processes.collected(tokens, owner, senders):
+            self._tokens += part
 
     def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
         """Each token's weight [tokens], for each output group."""
@@ -51,14 +72,17 @@ class SecondMoments:
         if self.kind == "normalized":
             return [x.square().sum(1).clamp_min(1e-30).reciprocal()]
         assert gradient is not None
-        return list(gradient.reshape(len(x), len(self._lower), -1).float().square().mean(2).T)
+        return list(gradient.reshape(len(x), self._shape[0], -1).float().square().mean(2).T)
 
     def hessian(self) -> Tensor:
         """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen, as of
         an expert that no token went to."""
-        total = self._lower.tril() + self._lower.tril(-1).mT
-        unseen = (self._tokens == 0) * torch.eye(total.shape[-1], device=total.device)
-        return ((total[0] if len(total) == 1 else total) + unseen) / self._tokens.clamp_min(1)
+        if self._shard is not None or self._total is None:
+            self.end_shard()
+        assert self._total is not None
+        whole = self._total.tril() + self._total.tril(-1).mT
+        unseen = (self._tokens == 0) * torch.eye(whole.shape[-1], device=whole.device)
+        return ((whole[0] if len(whole) == 1 else whole) + unseen) / self._tokens.clamp_min(1)
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:

@@ -34,10 +34,13 @@ class MomentsCache:
     def __contains__(self, index: int) -> bool:
         return self._path(index).is_file()
 
+    def write_facts(self) -> None:
+        """Say in the folder what its second moments are of."""
+        write_json(self.folder / "facts.json", self._facts)
+
     def write(self, moments: BlockMoments) -> None:
         """Keep the second moments of all linears of a block."""
         index, groups = moments
-        write_json(self.folder / "facts.json", self._facts)
         content = safetensors.torch.save({"+".join(group): hessian.cpu() for group, hessian in groups.items()})
         with written_whole(self._path(index)) as file:
             file.write(content)

@@ -1,7 +1,8 @@
 """`quantize`: from a source to a finished artifact.
 
 Types are chosen where the recipe leaves them open; each linear is solved under the second moments of its inputs, packed
-and written; then the whole model is tuned end to end.
+and written; then the whole model is tuned end to end. Several processes share all but the tuning
+(`lqexport.processes`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, steady_threads
 from lqexport.job import Job
 from lqexport.linear import round_tensor
+from lqexport.processes import joined
 from lqexport.progress import Listener, Silent
 from lqexport.ranks import at_ranks, share, summary
 from lqexport.recipe import Recipe
@@ -40,16 +42,24 @@ def quantize(
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
     steady_threads()
-    job = Job(recipe, Path(out), choose_device(device), cache, listener or Silent())
-    if not job.artifact.complete:
-        with torch.no_grad():
-            budget, allocation = choose_types(job), choose_mixes(job)
-            _round_others(job)
-            solve(job)
-            ranks = share(job.artifact, list(job.linears.values()), recipe) if recipe.rank else {}
-            outcome = _tune(job)
-        _finish(job, _Found(budget, allocation, ranks, outcome))
-    return job.artifact.report()
+    where = choose_device(device)
+    with joined(where) as processes, torch.no_grad():
+        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes)
+        if not processes.agreed(job.artifact.complete):
+            _run(job)
+        return job.artifact.report()
+
+
+def _run(job: Job) -> None:
+    """All stages, from wherever an earlier run stopped."""
+    budget, allocation = choose_types(job), choose_mixes(job)
+    _round_others(job)
+    solve(job)
+    job.processes.wait()
+    if job.processes.first:
+        ranks = share(job.artifact, list(job.linears.values()), job.recipe) if job.recipe.rank else {}
+        _finish(job, _Found(budget, allocation, ranks, _tune(job)))
+    job.processes.wait()
 
 
 @dataclass(frozen=True)
@@ -66,11 +76,11 @@ def _round_others(job: Job) -> None:
     """Store what the solver does not work on."""
     others = [tensor for tensor in job.planned if not tensor.linear]
     job.listener.stage("Rounding embeddings and norms", sum(tensor.weights for tensor in others))
-    for tensor in others:
+    for tensor in job.processes.mine(others):
         if tensor.name not in job.artifact:
             weight = job.source.read(tensor.name).to(job.device)
             job.artifact.write(round_tensor(tensor.name, weight, tensor.codec))
-        job.listener.advance(tensor.weights)
+        job.listener.advance(tensor.weights * job.processes.count)
 
 
 def _tune(job: Job) -> Outcome | None:

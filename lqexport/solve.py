@@ -58,15 +58,22 @@ def factorize(hessian: Tensor, dampening: float, act_order: bool) -> Factor:
     order = diagonal.argsort(descending=True, stable=True) if act_order else natural
     level = max(dampening, 1e-6)
     while level <= 10:
-        matrix = damped(hessian, level)[order][:, order]
         try:  # H = R R^T with R upper triangular (Cholesky of the reversed matrix), so U = R^-1
-            upper = torch.linalg.cholesky(matrix.flip(0, 1)).flip(0, 1)
+            upper = torch.linalg.cholesky(_damped_in_order(hessian, order.flip(0), level)).flip(0, 1)
         except torch.linalg.LinAlgError:
             level *= 10
             continue
         eye = torch.eye(len(upper), device=upper.device, dtype=upper.dtype)
         return Factor(torch.linalg.solve_triangular(upper, eye, upper=True), order, level)
     raise UserError("The Hessian cannot be factorized even with dampening 10: are the activations finite?")
+
+
+def _damped_in_order(hessian: Tensor, order: Tensor, dampening: float) -> Tensor:
+    """`damped` in float64, its rows and columns in `order`; made in place, since few such matrices fit a GPU."""
+    matrix = hessian[order][:, order].double()
+    mean = hessian.diagonal().double().mean()
+    matrix.diagonal().add_(torch.where(mean > 0, dampening * mean, 1.0))
+    return matrix
 
 
 def layer_loss(difference: Tensor, hessian: Tensor) -> float:

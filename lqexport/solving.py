@@ -3,7 +3,7 @@
 Inputs come from the full-precision blocks before (`prefix = "full"`: linears are independent of each other, see
 `lqexport.collect`), or from the quantized ones, linears in the order in which data flows (`prefix = "quantized"`:
 true-sequential, as GPTQ and LeanQuant). A finished linear is never solved again: a resumed run repeats the passes,
-which give the same bits, and reads what is done.
+which give the same bits, and reads what is done. Several processes solve different linears.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
 from lqexport.collect import (
     Group,
+    add_outputs,
     begin_with_first,
     by_weight,
     embed,
-    final_states,
     input_magnitudes,
     input_of,
     linear_of,
@@ -43,35 +43,34 @@ def solve(job: Job) -> None:
 class _Solving:
     def __init__(self, job: Job) -> None:
         self.job, self.recipe, self.artifact, self.device = job, job.recipe, job.artifact, job.device
+        self.processes = job.processes
         self.magnitudes: dict[str, Tensor] = {}
 
     def run(self) -> None:
-        unfinished = [name for name in self.job.linears if name not in self.artifact]
+        unfinished = self.processes.agreed([name for name in self.job.linears if name not in self.artifact])
         if self.job.calibration is None:
             self._begin_solving()
-            for name in unfinished:
+            for name in self.processes.mine(unfinished):
                 self._solve(self.job.linears[name], self.job.source.read(name), None)
         elif unfinished:
             model = self.job.model()
             if self.recipe.rank and self.recipe.scaling == "l2qer":
-                self.magnitudes = input_magnitudes(model, embed(model, self.job.sequences))
+                self.magnitudes = input_magnitudes(model, self.job.sequences, self.processes)
             step = self._solve_on_quantized if self.recipe.prefix == "quantized" else self._solve_on_full
             step(model)
-        if self.job.head and self.job.head.name not in self.artifact:
+        if self.job.head and self.processes.agreed(self.job.head.name not in self.artifact):
             self._solve_head(self.job.head)
 
     def _solve_head(self, head: PlannedTensor) -> None:
         """The output, on inputs from the full-precision model."""
-        own = head.name in self.job.source.names() and not is_tied(self.job.source.config)
-        weight = self.job.source.read(head.name if own else self.job.architecture.embedding)
-        if self.job.calibration is None:
-            self._solve(head, weight, None)
-            return
-        model, kind = self.job.model(), self.recipe.moments
-        moments = SecondMoments(head.matrix[1], "normalized" if kind == "guided" else kind, self.device)
-        for state in final_states(model, self.job.sequences):
-            moments.add(model.normed(state.to(self.device)))
-        self._solve(head, weight, moments.hessian())
+        kind = "normalized" if self.recipe.moments == "guided" else self.recipe.moments
+        moments = SecondMoments(head.matrix[1], kind, self.device)
+        if calibrated := self.job.calibration is not None:
+            add_outputs(moments, self.job.model(), self.job.sequences, self.processes)
+        if self.processes.first:
+            own = head.name in self.job.source.names() and not is_tied(self.job.source.config)
+            weight = self.job.source.read(head.name if own else self.job.architecture.embedding)
+            self._solve(head, weight, moments.hessian() if calibrated else None)
 
     def _begin_solving(self) -> None:
         weights = {name: tensor.weights for name, tensor in self.job.linears.items()}
@@ -139,7 +138,7 @@ class _Solving:
         for stored in (*factors, solved):  # the linear comes last: where it is, its factors are
             self.artifact.write(stored)
         self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
-        self.job.listener.advance(tensor.weights)
+        self.job.listener.advance(tensor.weights * self.processes.count)  # the others do as much meanwhile
 
     def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
         recipe = self.job.recipe_of(name)

@@ -201,6 +201,7 @@ class Tuner:
         if not path.is_file():
             hidden = final_states(self.source, self.tokens, self.listener, "Predictions of the source")
             _write(path, {"hidden": torch.stack(hidden)}, {})
+            self.source.let_go()
         return list(safetensors.torch.load_file(path)["hidden"])
 
     def _step(self, tokens: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:

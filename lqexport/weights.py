@@ -7,8 +7,8 @@ from typing import Any, Protocol
 import torch
 
 
-class Weights(Protocol):
-    """A model's tensors by their Hugging Face names, and its config.
+class Shapes(Protocol):
+    """Names and shapes of a model's tensors, by their Hugging Face names, and its config.
 
     Tied embeddings: `lm_head.weight` is absent and `config["tie_word_embeddings"]` is true.
     """
@@ -22,6 +22,10 @@ class Weights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading its data."""
+
+
+class Weights(Shapes, Protocol):
+    """A model's tensors."""
 
     def read(self, name: str) -> torch.Tensor:
         """One tensor, on the CPU, in the dtype it is stored in (packed tensors: float32).

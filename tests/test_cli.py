@@ -22,7 +22,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lqexport import dryrun
+from lqexport import cost, dryrun
 from lqexport import inspect as inspection
 from lqexport.cli import app, merged_recipe
 from lqexport.converters.architectures import LLAMA
@@ -30,8 +30,8 @@ from lqexport.converters.tensor_names import gguf_names
 from lqexport.progress import Bars, Lines
 from lqexport.recipe import Recipe
 
-COMMANDS = ("quantize", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native", "verify",
-            "compare", "eval", "inspect")  # fmt: skip
+COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
+            "verify", "compare", "eval", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:
@@ -148,7 +148,7 @@ def test_full_disk_is_said_before_any_work(odd_model: Path, tmp_path: Path, monk
 def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
     def estimates(**options: Any) -> tuple[int, float]:
         shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", **options), tmp_path)
-        return dryrun.memory_estimate(shown), dryrun.seconds_estimate(shown, 1e10, 1e10)
+        return cost.memory_estimate(shown.work), cost.seconds_estimate(shown.work, cost.Rates(1e10, 1e10, 1e10), 1)
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
     assert more[0] > small[0]
@@ -161,9 +161,10 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     linears = 2 * (4 * 96 * 96 + 3 * 96 * 256)
     forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
-    moments_and_factors = sum(8 * width**2 + 2 * width**3 for width in inputs)
+    moments = sum(8 * width**2 for width in inputs)
+    factors = 2 * (6 * 2 * 96**3 + 2 * 256**3)
     solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
-    assert dryrun.operations_estimate(shown) == dryrun.Operations(forward, moments_and_factors, solving)
+    assert cost.operations_estimate(shown.work) == cost.Operations(forward, moments, factors, solving)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -1,0 +1,131 @@
+"""What `plan` says of large models, and what its formulas say of small ones beside measured runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from lqexport.cli import app
+from lqexport.cost import PROCESS_BYTES, Work, memory_estimate, tuned_numbers
+from lqexport.errors import UserError
+from lqexport.forecast import ConfigModel, Forecast, forecast, parse_bytes
+from lqexport.job import plan_recipe
+from lqexport.recipe import Recipe
+
+CONFIGS = Path(__file__).parent / "configs"
+WEIGHTS = {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800}
+"""Parameters, as the models' pages give them."""
+
+SMALL = {"samples": 8, "sequence_length": 64, "descent": 1, "tune": 2}
+MODELS = {"2": (2, 1536, 512), "8": (8, 1536, 512), "wide": (1, 4096, 16384)}
+"""Blocks, width of the MLP and vocabulary of models of hidden size 512."""
+MEASURE = """
+import json, pathlib, runpy, sys
+import psutil
+depth, work, options = runpy.run_path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[4])
+found = {}
+for name, (layers, inner, vocabulary) in json.loads(sys.argv[3]).items():
+    depth["write_model"](work / name / "model", layers, 512, inner, vocabulary)
+    found[name] = {"before": psutil.Process().memory_info().rss, **depth["run_here"](work / name, options)}
+print(json.dumps(found))
+"""
+
+
+def planned(name: str, **options: Any) -> Forecast:
+    path = CONFIGS / f"{name}.json"
+    return forecast(path, Recipe(str(path), "gguf:Q4_K", **options), "24GB", "64GB")
+
+
+def run_plan(*arguments: object, status: int) -> str:
+    result = CliRunner().invoke(app, ["plan", *map(str, arguments), "--target", "gguf:Q4_K"])
+    assert result.exit_code == status, result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_config_is_enough(name: str) -> None:
+    told = json.loads(run_plan(CONFIGS / f"{name}.json", "--gpu", "1TB", "--host", "1TB", "--json", status=0))
+    assert told["weights"] == WEIGHTS[name]
+    assert told["tensor_bytes"] == pytest.approx(told["bits_per_weight"] * WEIGHTS[name] / 8)
+    assert told["disk"]["artifact"] == told["tensor_bytes"]
+    assert told["rates"]["measured"] is False
+    # The passes multiply every token by every weight of the blocks, three times forward or backward.
+    assert told["operations"]["passes"] > 3 * 2 * 64 * 512 * 0.9 * WEIGHTS[name]
+
+
+def test_what_does_not_fit_is_said() -> None:
+    output = run_plan(CONFIGS / "llama-3.1-70b.json", "--gpu", "8GB", "--host", "64GB", status=1)
+    assert "Does not fit: a pass through a block takes" in output
+    assert "no GPU has been timed" in output
+    assert planned("llama-3.1-8b", tune=0).too_large == []
+
+
+def test_depth_costs_disk_but_no_memory_before_tuning() -> None:
+    shallow = planned("llama-3.1-8b")
+    deep = forecast_of(shallow.work.config | {"num_hidden_layers": 64})
+    for stage, needed in shallow.stages.items():
+        assert (deep.stages[stage] == needed) == (stage != "tuning")
+    assert deep.as_json()["disk"]["read"] > 1.7 * shallow.as_json()["disk"]["read"]
+
+
+def forecast_of(config: dict[str, Any]) -> Forecast:
+    """For a config that is not on disk."""
+    recipe = Recipe("config.json", "gguf:Q4_K")
+    return Forecast(Work(recipe, config, plan_recipe(ConfigModel(config), recipe)), 24 * 10**9, None)
+
+
+def test_tuned_numbers_are_those_of_the_superblocks() -> None:
+    """Q4_K keeps a float16 scale and a float16 offset for 256 weights; every gain of a norm counts one."""
+    work = planned("llama-3.1-8b").work
+    linears = sum(tensor.weights for tensor in work.linears)
+    assert tuned_numbers(work) == 2 * linears // 256 + (2 * 32 + 1) * 4096
+
+
+@pytest.mark.parametrize(("text", "count"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)])
+def test_amounts_of_memory(text: str, count: int) -> None:
+    assert parse_bytes(text) == count
+
+
+def test_what_is_no_amount_is_said() -> None:
+    with pytest.raises(UserError, match="like 24GB"):
+        parse_bytes("4bpw")
+    with pytest.raises(UserError, match=r"There is no .*nowhere"):
+        forecast(Path("nowhere"), Recipe("nowhere", "gguf:Q4_K"), None, None)
+
+
+@pytest.fixture(scope="module")
+def measured(
+    root: Path, load_script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, dict[str, float]]]:
+    """Peak resident bytes of one process that quantizes, writes and verifies one model after the other."""
+    work = tmp_path_factory.mktemp("depth")
+    options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    arguments = [root / "bench" / "depth.py", work, json.dumps(MODELS), json.dumps(["--target", "gguf:Q4_K", *options])]
+    command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
+    steady = load_script("bench/depth.py").STEADY
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | steady)
+    return work, json.loads(done.stdout.splitlines()[-1])
+
+
+def test_memory_does_not_grow_with_depth(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    """Eight blocks have 35 MB more of float16 weights than two; a first run also leaves some MB in the process."""
+    _, found = measured
+    assert found["8"]["verify"] < 1.03 * found["2"]["verify"]
+
+
+def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
+    """Beside what the process takes, within a factor of 1.5."""
+    work, found = measured
+    recipe = Recipe(str(work / "wide" / "model"), "gguf:Q4_K", **SMALL)
+    expected = memory_estimate(forecast(work / "wide" / "model", recipe, None, None).work) - PROCESS_BYTES
+    taken = found["wide"]["quantize"] - found["wide"]["before"]
+    assert 1 / 1.5 < taken / expected < 1.5

@@ -1,0 +1,120 @@
+"""Several processes on one run: the same bytes as from one, also where one is killed and others go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from lqexport.artifact import Artifact
+from lqexport.collect import SHARDS, batches, sharded
+from lqexport.errors import UserError
+from lqexport.job import Job
+from lqexport.moments import SecondMoments
+from lqexport.pipeline import quantize
+from lqexport.processes import Processes
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+
+CPU = torch.device("cpu")
+RECIPES: dict[str, dict[str, Any]] = {
+    "guided": {"tune": 2, "output_groups": 2},
+    "l2qer": {"moments": "normalized", "rank": 4, "scaling": "l2qer", "factor_bytes": 20_000},
+    "rtn": {"method": "rtn"},
+    "size": {"target": "gguf:auto", "size": "5bpw"},
+    "exl2": {"target": "exl2", "bits": 4.0, "moments": "plain"},
+}
+
+
+@pytest.fixture
+def options(tiny_model: Path, text: Path) -> dict[str, Any]:
+    """Of a recipe whose sequences make three shards, the last one smaller."""
+    small = {"samples": 40, "sequence_length": 64, "descent": 0, "tune": 0}
+    return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), **small}
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file but the log, which holds times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def torchrun(count: int, arguments: Sequence[object]) -> subprocess.Popen[bytes]:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, *arguments]
+    return subprocess.Popen([sys.executable, *map(str, command)])
+
+
+def test_two_processes_write_the_bytes_of_one(options: dict[str, Any], root: Path, tmp_path: Path) -> None:
+    recipes = {name: options | changed for name, changed in RECIPES.items()}
+    plan = [[recipe, str(tmp_path / "two" / name)] for name, recipe in recipes.items()]
+    (tmp_path / "recipes.json").write_text(json.dumps(plan))
+    started = torchrun(2, [root / "tests" / "quantize_all.py", tmp_path / "recipes.json"])
+    for name, recipe in recipes.items():
+        quantize(Recipe(**recipe), tmp_path / "one" / name, device="cpu")
+    assert started.wait() == 0
+    for name in recipes:
+        assert contents(tmp_path / "one" / name) == contents(tmp_path / "two" / name), name
+
+
+def test_one_of_two_is_killed_and_three_go_on(options: dict[str, Any], tmp_path: Path) -> None:
+    keys = ("samples", "sequence_length", "descent", "tune", "target", "calibration")
+    given = [part for key in keys for part in (f"--{key.replace('_', '-')}", options[key])]
+    command = ["-m", "lqexport", "quantize", options["source"], tmp_path / "out", *given, "--device", "cpu"]
+    running = torchrun(2, command)
+    while not list((tmp_path / "out" / "tensors").glob("*layers.1.*proj*")):
+        assert running.poll() is None
+        time.sleep(0.01)
+    (second,) = (child for child in psutil.Process(running.pid).children() if child.environ().get("RANK") == "1")
+    second.kill()
+    assert running.wait() != 0
+    assert not Artifact(tmp_path / "out").complete
+    assert torchrun(3, command).wait() == 0
+    quantize(Recipe(**options), tmp_path / "whole", device="cpu")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("count", [1, 3, 8, 9, 29])
+def test_shards_are_all_the_batches_in_order(count: int) -> None:
+    tokens = torch.arange(count * 1024).reshape(count, 1024)
+    shards = sharded(tokens, CPU)
+    assert len(shards) == min(count, SHARDS)
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+    torch.testing.assert_close([batch for shard in shards for batch in shard], batches(tokens, CPU))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_every_shard_has_its_turn_in_order(count: int) -> None:
+    turns = [list(Processes(rank, count).rounds(4)) for rank in range(count)]
+    order = [shard for turn in zip(*turns, strict=True) for shard, _ in turn if shard is not None]
+    assert order == [0, 1, 2, 3]
+    for turn in zip(*turns, strict=True):
+        assert {senders for _, senders in turn} == {sum(shard is not None for shard, _ in turn)}
+
+
+def test_a_total_is_of_the_shards_in_order() -> None:
+    """Not of all tokens one after the other: float32 sums depend on it."""
+    shards = torch.randn(3, 256, 64, generator=torch.Generator().manual_seed(0))
+    whole, alone = SecondMoments(64, "plain", CPU), [SecondMoments(64, "plain", CPU) for _ in shards]
+    for shard, single in zip(shards, alone, strict=True):
+        for batch in shard.split(64):
+            whole.add(batch)
+            single.add(batch)
+        whole.end_shard()
+    first, second, third = (single.hessian() * 256 for single in alone)
+    assert torch.equal(whole.hessian(), (first + second + third) / 768)
+
+
+def test_the_quantized_prefix_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    recipe = Recipe(**options | {"prefix": "quantized", "moments": "plain"})
+    with pytest.raises(UserError, match="without torchrun"):
+        Job(recipe, tmp_path / "out", CPU, None, Silent(), Processes(1, 2))
+    assert not (tmp_path / "out").exists()
