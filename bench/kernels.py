@@ -113,7 +113,7 @@ def feedback() -> Work:
         weights, scale = torch.randn(SIZE, width, device="cuda"), torch.full((SIZE, width), 0.2, device="cuda")
         factor = torch.eye(width, device="cuda") + 0.1 * torch.randn(width, width, device="cuda").triu(1)
         levels = torch.arange(16.0, device="cuda")[None]
-        return lambda: cuda_solve.feedback_block(weights, factor, scale, -8 * scale, levels, True)
+        return lambda: cuda_solve.feedback_block(weights, factor, scale, -8 * scale, levels, True, False)
 
     moved = SIZE * width * (3 * 4 + 5) + 4 * width * width
     operations = SIZE * (width * (width - 1) + 6 * width)

@@ -58,7 +58,7 @@ def _refine_block(
             values[:, where] += change
             gradient += change @ hessian[where]
     fixed = replace(section, maxima=section.maxima[groups], subs=section.subs[:, groups].contiguous()).grid()
-    backend(values, True).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
+    backend(values).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
 
 
 def _loss_change(change: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
