@@ -29,8 +29,9 @@ class SecondMoments:
         self.tokens = 0
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
-        """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
-        outputs, R a multiple of the output groups."""
+        """Add inputs [..., C] of any float dtype; products and sums are float32, on a GPU cuBLAS's (see
+        `environment.full_float32`). Guided: and the loss's gradient [..., R] by the outputs, R a multiple of the output
+        groups."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         columns = x.shape[1]
         for lower, weight in zip(self._lower, self._weights(x, gradient), strict=True):

@@ -19,7 +19,7 @@ from lqexport.artifact import SolvedModel
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
-from lqexport.environment import choose_device, steady_threads
+from lqexport.environment import choose_device, full_float32, steady_threads
 from lqexport.job import Job
 from lqexport.linear import round_tensor
 from lqexport.progress import Listener, Silent
@@ -40,6 +40,7 @@ def quantize(
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
     steady_threads()
+    full_float32()
     job = Job(recipe, Path(out), choose_device(device), cache, listener or Silent())
     if not job.artifact.complete:
         with torch.no_grad():
