@@ -35,8 +35,8 @@ def steady_threads() -> None:
 
 
 def full_float32() -> None:
-    """Multiply float32 matrices in float32 for the whole process: on a GPU by cuBLAS without TF32, whose products have 10
-    bits. Second moments and the solver need all 24, and a user's settings may say otherwise.
+    """Multiply float32 matrices in float32 for the whole process: on a GPU by cuBLAS without TF32, whose factors have
+    11 bits. Second moments and the solver need all 24, and a user's settings may say otherwise.
     """
     torch.set_float32_matmul_precision("highest")
 

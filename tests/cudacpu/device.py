@@ -1,8 +1,8 @@
 """A CUDA device that is not there: tensors that say that they are on it, and are computed on by the CPU.
 
 Within `PretendedCuda`, whatever torch is asked to put on a CUDA device becomes a `There`, a tensor of the CPU with
-another name for its device. Its results are there too, and an operation that mixes it with tensors of the CPU, as a real
-device would not, raises. So a whole run, with real data, shows where a tensor is on the wrong device.
+another name for its device. Its results are there too, and an operation that mixes it with tensors of the CPU, as a
+real device would not, raises. So a whole run, with real data, shows where a tensor is on the wrong device.
 
 What real devices take from the CPU is taken: numbers (tensors without axes), indices in brackets, and copies.
 """
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
@@ -44,17 +44,18 @@ class PretendedCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        there = any(isinstance(leaf, There) for leaf in tree_leaves((args, kwargs)))
+        there = any(type(tensor) is not Tensor and isinstance(tensor, There) for tensor in _tensors(args, kwargs))
         if func in TO_NUMPY and there:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if func in MOVING:
             return _moved(func, *args, **kwargs)
-        if func is Tensor.register_hook:
+        if func is Tensor.register_hook and there:
             return func(args[0], self._hook(args[1]))
         if func is torch._has_compatible_shallow_copy_type:  # asked where a module is moved
             return isinstance(args[0], There) == isinstance(args[1], There)
         if there and func not in CROSSING:
-            _check(func, (args, kwargs))
+            _check(func, _tensors(args, kwargs))
+        kwargs.pop("pin_memory", None)  # for which a CPU build of torch has no memory
         if kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
             there, kwargs["device"] = device.type == "cuda", CPU if device.type == "cuda" else device
@@ -63,7 +64,7 @@ class PretendedCuda(TorchFunctionMode):
         if there and func in {torch.as_tensor, torch.tensor}:
             args = tree_map_only(There, _plain, args)
         result = func(*args, **kwargs)
-        return tree_map_only(Tensor, _put_there, result) if there else result
+        return _all_there(result) if there else result
 
     def _hook(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         """Autograd calls it outside of the mode, with a tensor of the CPU."""
@@ -75,10 +76,21 @@ class PretendedCuda(TorchFunctionMode):
         return called
 
 
-def _check(func: Callable, values: Any) -> None:
+def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors among the arguments and in lists and tuples of them."""
+    found = []
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            found += _tensors(tuple(value), {})
+    return found
+
+
+def _check(func: Callable, tensors: list[Tensor]) -> None:
     """Raises RuntimeError where a tensor is not on the device, but for numbers."""
-    for leaf in tree_leaves(values):
-        if isinstance(leaf, Tensor) and not isinstance(leaf, There) and leaf.ndim:
+    for tensor in tensors:
+        if not isinstance(tensor, There) and tensor.ndim:
             name = getattr(func, "__name__", str(func))
             raise RuntimeError(f"{name}: Expected all tensors to be on the same device, cuda:0, but one is on the cpu.")
 
@@ -101,6 +113,10 @@ def _moved(func: Callable, tensor: Tensor, *arguments: Any, **options: Any) -> T
         return _put_there(result) if there else result
     result = tensor.to(dtype, copy=True)
     return _put_there(result) if wanted else _plain(result)
+
+
+def _all_there(result: Any) -> Any:
+    return _put_there(result) if isinstance(result, Tensor) else tree_map_only(Tensor, _put_there, result)
 
 
 def _put_there(tensor: Tensor) -> Tensor:
