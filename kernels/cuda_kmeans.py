@@ -35,6 +35,6 @@ def _centers(values: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor
     costs, centers = values.new_empty(rows, 2, columns + 1), values.new_empty(rows, count)
     splits = values.new_empty(rows, count, columns + 1, dtype=torch.int32)
     errors = values.new_empty(rows)
-    arguments = [ordered, sums, rows, columns, count, costs, splits, centers, errors]
+    arguments: list[cuda.Argument] = [ordered, sums, rows, columns, count, costs, splits, centers, errors]
     cuda.launch(SOURCE, KERNEL, rows, THREADS, arguments)
     return (centers + shift).sort(1).values, errors

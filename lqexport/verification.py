@@ -258,7 +258,7 @@ def verify(
     check_options(file, protocols, windows, engine)
     _check_engine(engine, adapter, activations)
     full_float32()
-    listener or Silent()
+    listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
     made_from = Artifact(artifact) if artifact else _own_record(file)
     factors = open_factors(file, adapter, source.config)

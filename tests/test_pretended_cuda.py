@@ -281,7 +281,7 @@ def test_a_written_file_is_verified(
     if not target.startswith("native:"):
         path = tmp_path / "model.gguf"
         (exl2 if target == "exl2" else gguf).write(Artifact(tmp_path / "out"), path)
-    result = verify(path, str(model), text=str(text), protocols=["start"], windows=1, device="cuda")
+    result = verify(path, str(model), text=str(text), protocols=("llama.cpp-512",), windows=1, device="cuda")
     count = len(result.tensors)
     assert result.decoding == f"NumPy and the CUDA kernels, the same bits in {count} of {count} tensors"
     assert result.failed == []
