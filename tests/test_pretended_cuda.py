@@ -24,7 +24,7 @@ from lqexport.formats.registry import codec
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
-from lqexport.verify import verify
+from lqexport.verification import verify
 
 Launched = list[str]
 GRIDS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_XS", "native:affine-3-g64", "native:table-2",
