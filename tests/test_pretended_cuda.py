@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport import fit_sections, solve, tune
+from lqexport import choose, fit_sections, solve, tune
 from lqexport.artifact import Artifact
 from lqexport.converters import exl2, gguf
 from lqexport.fit import fit, minmax
@@ -215,7 +215,8 @@ def test_a_whole_run(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     options, kernels = TARGETS[target]
-    monkeypatch.setattr(fit_sections, "COARSE", (0.8, 1.0))  # of many that torch would try for a minute
+    monkeypatch.setattr(fit_sections, "COARSE", (0.8, 1.0))  # of many that torch alone would try for a minute
+    monkeypatch.setattr(choose, "AVERAGES", (2.5, 3.5))
     recipe = changed(recipe, target=target, **options)
     torch.set_float32_matmul_precision("high")  # TF32, which the run must not take over
     report = quantize(recipe, tmp_path / "out", device="cuda")
