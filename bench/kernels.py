@@ -23,7 +23,7 @@ from torch import Tensor
 from lqexport import fit, fit_sections, solve_cuda
 from lqexport.formats.codec import GridCodec, SectionedCodec, nbytes
 from lqexport.formats.registry import codec
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
 
 SIZE = 4096
 WEIGHTS = SIZE * SIZE
@@ -191,9 +191,34 @@ def clustering() -> Work:
     )
 
 
+def choosing() -> Work:
+    """EXL2's scale codes of one group of 128 columns at 4 bits, under all maxima of the first search."""
+    width, maxima = 128, len(fit_sections.COARSE)
+
+    def prepare() -> Callable[[], object]:
+        weights, weight = torch.randn(SIZE, width, device="cuda"), torch.full((width,), 1 / width, device="cuda")
+        shares = torch.tensor(fit_sections.COARSE, device="cuda")[:, None]
+        scales = 0.5 * shares * (torch.arange(1, 17, device="cuda") / 16) ** 2
+        return lambda: cuda_squared.best_subs(weights, weight, scales, -8.0, 7.0)
+
+    moved = 4 * SIZE * width + 6 * SIZE * maxima
+    operations = SIZE * maxima * 16 * 6 * width  # all 16 codes; most of a row's are not tried
+    label = "EXL2's scale codes, 128 columns"
+    source, kernel, threads = cuda_squared.SOURCE, cuda_squared.KERNEL, cuda_squared.THREADS
+    return Work(label, source, kernel, threads, moved, operations, prepare)
+
+
 def works() -> list[Work]:
     products = [multiplying(name, tokens) for name in FORMATS for tokens in (1, 16)]
-    return [*(decoding(name) for name in FORMATS), *products, feedback(), refining(), fitting(), clustering()]
+    return [
+        *(decoding(name) for name in FORMATS),
+        *products,
+        feedback(),
+        refining(),
+        fitting(),
+        choosing(),
+        clustering(),
+    ]
 
 
 def occupancy(gpu: Gpu, registers: int, threads: int) -> int:

@@ -9,13 +9,14 @@ from types import ModuleType
 
 import pytest
 
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
 
 KERNELS = {
     cuda_decode.SOURCE: cuda_decode.kernels(),
     cuda_multiply.SOURCE: cuda_multiply.kernels(),
     cuda_exl2.SOURCE: cuda_exl2.kernels(),
     cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
+    cuda_squared.SOURCE: [cuda_squared.KERNEL],
     **cuda_solve.KERNELS,
 }
 REGISTERS = {
@@ -26,6 +27,7 @@ REGISTERS = {
     "refine.cu": 96,
     "fit.cu": 72,
     "kmeans.cu": 80,
+    "squared.cu": 48,
 }
 """The most that a kernel of each file may take; with these, at least five warps fit each of an SM's four schedulers."""
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)

@@ -21,7 +21,7 @@ from lqexport.converters import exl2, gguf
 from lqexport.fit import fit, minmax
 from lqexport.fit_sections import minmax_sections
 from lqexport.formats.registry import codec
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.verification import verify
@@ -54,6 +54,7 @@ def launched(kernels_on: Callable[..., str], device: ModuleType, monkeypatch: py
         {
             **cuda_solve.KERNELS,
             cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
+            cuda_squared.SOURCE: [cuda_squared.KERNEL],
             cuda_exl2.SOURCE: cuda_exl2.kernels(),
             cuda_decode.SOURCE: cuda_decode.kernels(),
         },
@@ -204,7 +205,7 @@ def losses_of(report: dict[str, Any]) -> dict[str, float]:
 TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "gguf:Q4_0": ({"tune": 2}, {"fit_groups", "feedback_block", "refine_block"}),
     "native:table-3": ({"tune": 2}, {"kmeans", "feedback_block", "refine_block"}),
-    "exl2": ({"bits": 3.3}, {"feedback_block", "refine_block"}),
+    "exl2": ({"bits": 3.3}, {"best_subs", "feedback_block", "refine_block"}),
 }
 """Options, and the kernels that solving takes. Moments are guided."""
 
