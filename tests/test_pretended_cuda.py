@@ -26,6 +26,8 @@ from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.verification import verify
 
+pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")  # torch's autocast; passes stay float32
+
 Launched = list[str]
 GRIDS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_XS", "native:affine-3-g64", "native:table-2",
          "native:mxint-3-g32"]  # fmt: skip
