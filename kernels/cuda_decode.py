@@ -52,6 +52,11 @@ def kernels() -> list[str]:
     return [f"decode<{reader}, {kind}>" for reader in readers for kind in cuda.TYPES.values()]
 
 
+def decodes(name: str) -> bool:
+    """Whether a kernel decodes the format `name`."""
+    return name in READERS or isinstance(codec(name), Exl2)
+
+
 def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
     """The first six arguments of a kernel that reads the format `name`, and the number of rows.
 

@@ -21,7 +21,7 @@ class CrossCheck:
 
     def add(self, tensor: StoredTensor, values: NDArray[np.float32]) -> None:
         """Compare the kernels' values of a tensor with those of `formats`, bit by bit, a NaN equal to any other."""
-        if not cuda.usable(self.device):
+        if not (cuda_decode.decodes(tensor.codec) and cuda.usable(self.device)):
             return
         self.compared += 1
         ours = decoded_on(tensor, self.device).cpu().numpy()
@@ -35,7 +35,8 @@ class CrossCheck:
             return f"NumPy and the CUDA kernels, the same bits in {same} of {total} tensors"
         if self.device.type != "cuda":
             return "NumPy"
-        return f"NumPy alone. {cuda.missing() or 'The file has no tensors.'}"
+        reason = cuda.missing() or "The CUDA kernels know none of the file's formats."
+        return f"NumPy alone. {reason}"
 
 
 def decoded_on(tensor: StoredTensor, device: torch.device) -> torch.Tensor:
