@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one go: the GPU tests, each kernel's time beside its floor, and a model quantized and
-# verified on the GPU. Run from the repository after `pip install -e '.[test,cuda]'`, with a CUDA build of torch.
+# verified on the GPU in three formats. Run from the repository after `pip install -e '.[test,cuda]'`, with a CUDA build
+# of torch.
 #
 #     bench/gpu.sh MODEL [WORK]      MODEL: a Hugging Face folder; WORK: where the export goes (default: gpu-work)
 set -euo pipefail
@@ -14,6 +15,19 @@ $python -c 'from lqexport.kernels import cuda; import sys; sys.exit(cuda.missing
 $python -m pytest -m gpu tests
 $python bench/kernels.py time
 mkdir -p "$work"
-time $python -m lqexport quantize "$model" "$work/artifact" --target gguf:Q4_K --device cuda
+quantized() {  # TARGET, options ...: timed, into $work/artifact
+  rm -rf "$work/artifact"
+  time $python -m lqexport quantize "$model" "$work/artifact" --device cuda --target "$@"
+}
+verified() {  # FILE: its tensors decoded by the kernels too
+  $python -m lqexport verify "$1" --against "$model" --artifact "$work/artifact" --device cuda
+}
+quantized gguf:Q4_K
 $python -m lqexport to-gguf "$work/artifact" "$work/model.gguf"
-$python -m lqexport verify "$work/model.gguf" --against "$model" --artifact "$work/artifact" --device cuda
+verified "$work/model.gguf"
+quantized native:table-4
+verified "$work/artifact"
+quantized exl2 --bits 4
+rm -rf "$work/exl2"
+$python -m lqexport to-exl2 "$work/artifact" "$work/exl2"
+verified "$work/exl2"

@@ -20,34 +20,35 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lqexport import fit, solve_cuda
-from lqexport.formats.codec import GridCodec, nbytes
+from lqexport import fit, fit_sections, solve_cuda
+from lqexport.formats.codec import GridCodec, SectionedCodec, nbytes
 from lqexport.formats.registry import codec
-from lqexport.kernels import cuda, cuda_decode, cuda_multiply, cuda_solve
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
 
 SIZE = 4096
 WEIGHTS = SIZE * SIZE
-DECODED = ("gguf:Q4_0", "gguf:Q4_K", "gguf:Q6_K", "gguf:Q8_0", "native:affine-4-g64", "native:table-4")
-MULTIPLIED = ("gguf:Q4_0", "gguf:Q4_K", "gguf:Q6_K", "gguf:Q8_0", "native:affine-4-g64", "native:table-4")
+EXL2 = "exl2:4g128x32"
+FORMATS = ("gguf:Q4_0", "gguf:Q4_K", "gguf:Q6_K", "gguf:Q8_0", "native:affine-4-g64", "native:table-4", EXL2)
 FEEDBACK_COLUMNS = 128
 REFINE_COLUMNS = 256
 
 
 class Gpu(NamedTuple):
-    """From NVIDIA's data sheets and the CUDA programming guide: gigabytes and float32 operations (a fused multiply-add
-    is two) a second, and what one SM holds."""
+    """From NVIDIA's data sheets and the CUDA programming guide: bytes, float32 and float64 operations (a fused
+    multiply-add is two) a second, and what one SM holds."""
 
     name: str
     architecture: int
     bandwidth: float
     operations: float
+    double_operations: float
     warps: int
     blocks: int
 
 
 GPUS = (
-    Gpu("RTX 4090", 89, 1008e9, 82.6e12, 48, 24),
-    Gpu("H100 SXM", 90, 3350e9, 66.9e12, 64, 32),
+    Gpu("RTX 4090", 89, 1008e9, 82.6e12, 1.29e12, 48, 24),
+    Gpu("H100 SXM", 90, 3350e9, 66.9e12, 33.5e12, 64, 32),
 )
 REGISTERS_OF_AN_SM = 65536
 
@@ -57,8 +58,9 @@ class Work:
     """One launch.
 
     moved       bytes that must cross the memory bus: every input once, every output once
-    operations  float32 additions and multiplications, at most
+    operations  additions and multiplications, at most
     prepare     makes the tensors and returns the launch
+    doubles     whether they are of float64, not float32
     """
 
     name: str
@@ -68,16 +70,24 @@ class Work:
     moved: int
     operations: int
     prepare: Callable[[], Callable[[], object]]
+    doubles: bool = False
 
 
-def packed(name: str, rows: int = SIZE, columns: int = SIZE, device: str = "cuda") -> dict[str, Tensor]:
-    """Planes of a random matrix: one row's, repeated."""
-    chosen = codec(name)
-    assert isinstance(chosen, GridCodec)
-    weights = torch.randn(1, columns)
-    grid = fit.minmax(chosen, weights)
-    planes = chosen.encode(grid.numpy(), grid.nearest(weights).numpy())
-    return {plane: torch.from_numpy(array).repeat(rows, 1).to(device) for plane, array in planes.items()}
+def packed(name: str) -> dict[str, Tensor]:
+    """Planes of a random matrix on the GPU: one row's, repeated; of EXL2 32 rows'."""
+    chosen, few = codec(name), 32 if name == EXL2 else 1
+    weights = torch.randn(few, SIZE)
+    if isinstance(chosen, SectionedCodec):
+        sections = fit_sections.minmax_sections(chosen, weights, torch.randperm(SIZE))
+        planes, repeated = chosen.encode(sections.numpy(), sections.nearest(weights).numpy()), {"q_weight", "q_scale"}
+        shape: tuple[int, int] = (1, SIZE // few)
+    else:
+        assert isinstance(chosen, GridCodec)
+        grid = fit.minmax(chosen, weights)
+        planes, shape = chosen.encode(grid.numpy(), grid.nearest(weights).numpy()), (SIZE, 1)
+        repeated = set(planes)
+    tensors = {plane: torch.from_numpy(array) for plane, array in planes.items()}
+    return {plane: (part.repeat(shape) if plane in repeated else part).cuda() for plane, part in tensors.items()}
 
 
 def decoding(name: str) -> Work:
@@ -85,10 +95,14 @@ def decoding(name: str) -> Work:
         planes = packed(name)
         return lambda: cuda_decode.decode(name, planes, SIZE, torch.float16)
 
-    kernel = f"decode<{cuda_decode.READERS[name].type}, __half>"
     moved = nbytes(codec(name), SIZE, SIZE) + 2 * WEIGHTS
     label = f"decode {name} to float16"
-    return Work(label, cuda_decode.SOURCE, kernel, cuda_decode.THREADS, moved, 2 * WEIGHTS, prepare)
+    if name == EXL2:
+        kernel, source, threads = "decode_exl2<__half>", cuda_exl2.SOURCE, cuda_exl2.DECODE_THREADS
+    else:
+        kernel = f"decode<{cuda_decode.READERS[name].type}, __half>"
+        source, threads = cuda_decode.SOURCE, cuda_decode.THREADS
+    return Work(label, source, kernel, threads, moved, 2 * WEIGHTS, prepare)
 
 
 def multiplying(name: str, tokens: int) -> Work:
@@ -97,12 +111,16 @@ def multiplying(name: str, tokens: int) -> Work:
         return lambda: cuda_multiply.multiply(x, name, planes)
 
     tile = cuda_multiply.TILES[tokens > 1]
-    kernel = f"multiply<{cuda_decode.READERS[name].type}, __half, {tile}>"
+    if name == EXL2:
+        kernel, source, threads = f"multiply_exl2<__half, {tile}>", cuda_exl2.SOURCE, cuda_exl2.MULTIPLY_THREADS
+    else:
+        kernel = f"multiply<{cuda_decode.READERS[name].type}, __half, {tile}>"
+        source, threads = cuda_multiply.SOURCE, cuda_multiply.THREADS
     moved = nbytes(codec(name), SIZE, SIZE) + 2 * tokens * (SIZE + SIZE)
     passes = -(-tokens // tile)  # each decodes the weights anew
     operations = 2 * WEIGHTS * tokens + 2 * WEIGHTS * passes
     label = f"multiply {name}, {tokens} token{'s' * (tokens > 1)}"
-    return Work(label, cuda_multiply.SOURCE, kernel, cuda_multiply.THREADS, moved, operations, prepare)
+    return Work(label, source, kernel, threads, moved, operations, prepare)
 
 
 def feedback() -> Work:
@@ -113,7 +131,7 @@ def feedback() -> Work:
         weights, scale = torch.randn(SIZE, width, device="cuda"), torch.full((SIZE, width), 0.2, device="cuda")
         factor = torch.eye(width, device="cuda") + 0.1 * torch.randn(width, width, device="cuda").triu(1)
         levels = torch.arange(16.0, device="cuda")[None]
-        return lambda: cuda_solve.feedback_block(weights, factor, scale, -8 * scale, levels, True)
+        return lambda: cuda_solve.feedback_block(weights, factor, scale, -8 * scale, levels, True, False)
 
     moved = SIZE * width * (3 * 4 + 5) + 4 * width * width
     operations = SIZE * (width * (width - 1) + 6 * width)
@@ -157,9 +175,50 @@ def fitting() -> Work:
     return Work("fit of Q4_K's groups", "fit.cu", "fit_groups", cuda_solve.THREADS, moved, operations, prepare)
 
 
+def clustering() -> Work:
+    """Tables of 16; what sorts the rows and sums them up before is torch's."""
+
+    def prepare() -> Callable[[], object]:
+        weights, importance = torch.randn(SIZE, SIZE, device="cuda"), torch.ones(SIZE, device="cuda")
+        return lambda: cuda_kmeans.weighted_kmeans(weights, importance, 16)
+
+    levels = SIZE.bit_length()
+    candidates = SIZE * 16 * SIZE * (levels + 1)  # of a level, one a value and one more for each that is looked for
+    moved = 8 * SIZE * (SIZE + 3 * (SIZE + 1))
+    label = "k-means, tables of 16"
+    return Work(
+        label, cuda_kmeans.SOURCE, cuda_kmeans.KERNEL, cuda_kmeans.THREADS, moved, 8 * candidates, prepare, True
+    )
+
+
+def choosing() -> Work:
+    """EXL2's scale codes of one group of 128 columns at 4 bits, under all maxima of the first search."""
+    width, maxima = 128, len(fit_sections.COARSE)
+
+    def prepare() -> Callable[[], object]:
+        weights, weight = torch.randn(SIZE, width, device="cuda"), torch.full((width,), 1 / width, device="cuda")
+        shares = torch.tensor(fit_sections.COARSE, device="cuda")[:, None]
+        scales = 0.5 * shares * (torch.arange(1, 17, device="cuda") / 16) ** 2
+        return lambda: cuda_squared.best_subs(weights, weight, scales, -8.0, 7.0)
+
+    moved = 4 * SIZE * width + 6 * SIZE * maxima
+    operations = SIZE * maxima * 16 * 6 * width  # all 16 codes; most of a row's are not tried
+    label = "EXL2's scale codes, 128 columns"
+    source, kernel, threads = cuda_squared.SOURCE, cuda_squared.KERNEL, cuda_squared.THREADS
+    return Work(label, source, kernel, threads, moved, operations, prepare)
+
+
 def works() -> list[Work]:
-    products = [multiplying(name, tokens) for name in MULTIPLIED for tokens in (1, 16)]
-    return [*(decoding(name) for name in DECODED), *products, feedback(), refining(), fitting()]
+    products = [multiplying(name, tokens) for name in FORMATS for tokens in (1, 16)]
+    return [
+        *(decoding(name) for name in FORMATS),
+        *products,
+        feedback(),
+        refining(),
+        fitting(),
+        choosing(),
+        clustering(),
+    ]
 
 
 def occupancy(gpu: Gpu, registers: int, threads: int) -> int:
@@ -171,7 +230,8 @@ def occupancy(gpu: Gpu, registers: int, threads: int) -> int:
 
 def floor(gpu: Gpu, work: Work) -> tuple[float, str]:
     """Seconds at least, and what bounds them."""
-    memory, arithmetic = work.moved / gpu.bandwidth, work.operations / gpu.operations
+    peak = gpu.double_operations if work.doubles else gpu.operations
+    memory, arithmetic = work.moved / gpu.bandwidth, work.operations / peak
     return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
 
 

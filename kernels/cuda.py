@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lqexport.formats.codec import Codec
+
 FOLDER = Path(__file__).parent
 Argument = Tensor | int | float | None
 TYPES: Mapping[torch.dtype, str] = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "bf16"}
@@ -54,6 +56,14 @@ def options() -> tuple[str, ...]:
     digest is an option."""
     headers = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
     return ("-std=c++17", f"-I{FOLDER}", f"-DHEADERS=0x{hashlib.sha256(headers).hexdigest()[:8]}")
+
+
+def check_planes(codec: Codec, planes: Mapping[str, Tensor], rows: int, columns: int) -> None:
+    """Raises ValueError where the planes are not those of a matrix [rows, columns] of this format."""
+    for plane, (dtype, shape) in codec.layout(rows, columns).items():
+        if tuple(planes[plane].shape) != shape or planes[plane].element_size() != dtype.itemsize:
+            found = list(planes[plane].shape)
+            raise ValueError(f"Plane {plane} of {codec.name} must be {dtype} {list(shape)}, not {found}.")
 
 
 def launch(

@@ -1,4 +1,4 @@
-"""Packed planes to a dense matrix on the device (decode.cu), bit for bit as `formats` decodes them."""
+"""Packed planes to a dense matrix on the device (decode.cu, exl2.cu), bit for bit as `formats` decodes them."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import GridCodec
+from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE, Affine, Table
 from lqexport.formats.registry import codec
-from lqexport.kernels import cuda
+from lqexport.kernels import cuda, cuda_exl2
 
 SOURCE = "decode.cu"
 THREADS = 256
@@ -41,13 +42,19 @@ READERS: dict[str, Reader] = {
     **{codec.name: _native(codec) for codec in NATIVE},
     **{codec.name: Reader(f"MxInt<{codec.bits}>", ("codes", "exponents")) for codec in MXINT},
 }
-"""Codec name to what reads it. To add a format: a reader in formats.cuh and its entry here."""
+"""Codec name to what reads it. To add a format: a reader in formats.cuh and its entry here. EXL2, whose planes hold the
+transposed matrix in another order, has kernels of its own."""
 
 
 def kernels() -> list[str]:
     """Every kernel of decode.cu that `decode` may launch."""
     readers = dict.fromkeys(reader.type for reader in READERS.values())
     return [f"decode<{reader}, {kind}>" for reader in readers for kind in cuda.TYPES.values()]
+
+
+def decodes(name: str) -> bool:
+    """Whether a kernel decodes the format `name`."""
+    return name in READERS or isinstance(codec(name), Exl2)
 
 
 def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
@@ -57,9 +64,7 @@ def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[
     """
     chosen, reader = codec(name), READERS[name]
     rows = len(planes[reader.planes[0]])
-    for plane, (dtype, shape) in chosen.layout(rows, columns).items():
-        if tuple(planes[plane].shape) != shape or planes[plane].element_size() != dtype.itemsize:
-            raise ValueError(f"Plane {plane} of {name} must be {dtype} {list(shape)}, not {list(planes[plane].shape)}.")
+    cuda.check_planes(chosen, planes, rows, columns)
     scale = getattr(chosen, "scale", None)
     pointers: list[cuda.Argument] = [planes[plane].contiguous() for plane in reader.planes]
     pointers += [None] * (3 - len(pointers))
@@ -72,6 +77,8 @@ def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.d
 
     Raises ValueError where the planes are not those of such a matrix, KernelsMissingError where kernels cannot run.
     """
+    if isinstance(codec(name), Exl2):
+        return cuda_exl2.decode(name, planes, columns, dtype)
     arguments, rows = packed(name, planes, columns)
     out = torch.empty(rows, columns, dtype=dtype, device=planes[READERS[name].planes[0]].device)
     blocks = -(-rows * -(-columns // 8) // THREADS)

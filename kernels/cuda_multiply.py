@@ -1,4 +1,5 @@
-"""Activations times packed weights on the device: decoded on the way for a few tokens (multiply.cu), else before."""
+"""Activations times packed weights on the device: decoded on the way for a few tokens (multiply.cu, exl2.cu), or
+before."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lqexport.formats.exl2 import Exl2
 from lqexport.formats.native import NATIVE
-from lqexport.kernels import cuda, cuda_decode
+from lqexport.formats.registry import codec
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2
 
 SOURCE = "multiply.cu"
 THREADS = 128
@@ -19,7 +22,7 @@ TILES = (1, 8)
 MOST_TOKENS = 16
 """Above it, decoding the matrix once and multiplying by cuBLAS moves fewer bytes per token."""
 FUSED = ("gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", *(codec.name for codec in NATIVE))
-"""Formats that are decoded on the way; others are always decoded first."""
+"""Formats that are decoded on the way, with all of EXL2; others are always decoded first."""
 
 
 class LowRank(NamedTuple):
@@ -40,14 +43,17 @@ def kernels() -> list[str]:
 def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRank | None = None) -> Tensor:
     """x W^T [tokens, rows] in the type of x [tokens, columns]: float32, float16 or bfloat16, sums in float32.
 
-    W has the format `name`; with `low_rank`, left @ right is added to it. Up to MOST_TOKENS tokens of the formats in
-    FUSED, W is decoded on the way; otherwise it is decoded into memory first.
+    W has the format `name`; with `low_rank`, left @ right is added to it. Up to MOST_TOKENS tokens of EXL2 and
+    the formats in FUSED, W is decoded on the way; otherwise it is decoded into memory first.
 
     Raises ValueError where the planes are not those of a matrix of x's columns, KernelsMissingError where kernels
     cannot run.
     """
-    if name not in FUSED or len(x) > MOST_TOKENS:
+    exl2 = isinstance(codec(name), Exl2)
+    if len(x) > MOST_TOKENS or not (exl2 or name in FUSED):
         return _dense(x, name, planes, low_rank)
+    if exl2:
+        return cuda_exl2.multiply(x, name, planes, _correction(x, low_rank))
     arguments, rows = cuda_decode.packed(name, planes, x.shape[1])
     x = _aligned(x)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)

@@ -39,7 +39,7 @@ class Stored:
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool
+    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes uint8 and errors [R, B] of one block of at most MOST_COLUMNS columns, with the bits of
     `cpu.feedback_block`, which describes the arguments; `weights` stay as they are."""
@@ -47,20 +47,22 @@ def feedback_block(
     if width > MOST_COLUMNS:
         raise ValueError(f"A block of error feedback has at most {MOST_COLUMNS} columns, not {width}.")
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
-    arguments = [weights, factor, scale, offset, levels, *levels.shape, int(uniform), rows, width, codes, errors]
+    arguments = [
+        weights, factor, scale, offset, levels, *levels.shape, int(uniform), int(half), rows, width, codes, errors,
+    ]  # fmt: skip
     cuda.launch("feedback.cu", "feedback_block", _blocks(rows, 32), THREADS, arguments)
     return codes, errors
 
 
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor, uniform: bool, group: int,
-    scale: Stored, offset: Stored, refit: bool,
+    scale: Stored, offset: Stored, refit: bool, half: bool,
 ) -> None:  # fmt: skip
     """One sweep of coordinate descent over one block, in place; see `cpu.refine_block`."""
     rows, width = values.shape
     arguments = [
-        values, gradient, hessian, codes, levels, *levels.shape, int(uniform), group, rows, width, *scale.arguments(),
-        *offset.arguments(), int(refit),
+        values, gradient, hessian, codes, levels, *levels.shape, int(uniform), int(half), group, rows, width,
+        *scale.arguments(), *offset.arguments(), int(refit),
     ]  # fmt: skip
     cuda.launch("refine.cu", "refine_block", _blocks(rows, 32), THREADS, arguments)
 

@@ -8,11 +8,11 @@ const int PER_LANE = MOST_COLUMNS / 32;
 // the lane of column i rounds it, and every lane takes its share of the error from its own columns.
 //
 // weights [rows, width] in solve order    factor [width, width], the block's part of U, where H^-1 = U^T U
-// scale, offset [rows, width] of each column    codes, errors [rows, width], written
+// scale, offset [rows, width] of each column    half: whether values are rounded to float16    codes, errors [rows, width], written
 __global__ void __launch_bounds__(128)
     feedback_block(const float* weights, const float* factor, const float* scale, const float* offset,
-                   const float* all_levels, int level_rows, int level_count, int uniform, int rows, int width,
-                   u8* codes, float* errors) {
+                   const float* all_levels, int level_rows, int level_count, int uniform, int half, int rows,
+                   int width, u8* codes, float* errors) {
   const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
   const float* levels = all_levels + (level_rows == 1 ? 0 : (size_t)row * level_count);
@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(128)
       // Every lane rounds its own column; only that of lane l is complete, and counts.
       const float target = a != 0 ? (left[s] - b) / a : 0;
       const int code = nearest(target, levels, level_count, uniform);
-      const float own_error = (left[s] - grid_value(a, levels[code], b)) / pivot;
+      const float own_error = (left[s] - grid_value(a, levels[code], b, half)) / pivot;
       const float error = __shfl_sync(ALL_LANES, own_error, l);
       if (lane == l) {
         codes[start + own] = (u8)code;

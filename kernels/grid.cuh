@@ -11,8 +11,10 @@ __device__ __forceinline__ int nearest(float target, const float* levels, int co
   return code;
 }
 
-__device__ __forceinline__ float grid_value(float scale, float level, float offset) {
-  return __fadd_rn(__fmul_rn(scale, level), offset);
+// What the file's numbers mean. `half`: rounded to float16, as EXL2 defines its weights.
+__device__ __forceinline__ float grid_value(float scale, float level, float offset, int half) {
+  const float value = __fadd_rn(__fmul_rn(scale, level), offset);
+  return half ? to_float(__float2half_rn(value)) : value;
 }
 
 // value - a * b, rounded twice.

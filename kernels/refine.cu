@@ -32,6 +32,7 @@ struct Row {
   const float* levels;
   int level_count;
   int uniform;
+  int half;
   int width;
   int group;
   int lane;
@@ -153,11 +154,12 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
     for (int l = 0; l < 32 && block + l < row.width; l++) {
       float change = 0;
       if (row.lane == l && s != 0 && curvature > 0) {
-        const float value = row.values[own];
-        const float target = (value - row.gradient[own] / curvature - o) / s;
-        const int code = nearest(target, row.levels, row.level_count, row.uniform);
-        if (code != row.codes[own]) {
-          change = grid_value(s, row.levels[code], o) - value;
+        const float value = row.values[own], step = -row.gradient[own] / curvature;
+        const int code = nearest((value + step - o) / s, row.levels, row.level_count, row.uniform);
+        const float wished = grid_value(s, row.levels[code], o, row.half) - value;
+        // Of two rounded values, the nearest code's may be the farther.
+        if (code != row.codes[own] && (!row.half || lowers(wished, step))) {
+          change = wished;
           row.codes[own] = (u8)code;
           row.values[own] = value + change;
         }
@@ -169,19 +171,19 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
 }
 
 // values [rows, width] decoded weights Q    gradient [rows, width] (Q - W) H    hessian [width, width]
-// codes [rows, width]    All of the block's part, changed in place but for the Hessian and the levels.
+// codes [rows, width]    half: whether values are rounded to float16    All of the block's part, changed in place but for the Hessian and the levels.
 __global__ void __launch_bounds__(128, 4)
     refine_block(float* values, float* gradient, const float* hessian, u8* codes, const float* levels, int level_rows,
-                 int level_count, int uniform, int group, int rows, int width, float* scale_supers, short* scale_subs,
-                 int scale_span, int scale_low, int scale_high, int scale_sign, int scale_power, float* offset_supers,
-                 short* offset_subs, int offset_span, int offset_low, int offset_high, int offset_sign,
-                 int offset_power, int refitting) {
+                 int level_count, int uniform, int half, int group, int rows, int width, float* scale_supers,
+                 short* scale_subs, int scale_span, int scale_low, int scale_high, int scale_sign, int scale_power,
+                 float* offset_supers, short* offset_subs, int offset_span, int offset_low, int offset_high,
+                 int offset_sign, int offset_power, int refitting) {
   const int r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (r >= rows) return;
   const size_t start = (size_t)r * width, groups = width / group;
   const Row row = {values + start, gradient + start, codes + start, hessian,
-                   levels + (level_rows == 1 ? 0 : (size_t)r * level_count), level_count, uniform, width, group,
-                   (int)threadIdx.x % 32};
+                   levels + (level_rows == 1 ? 0 : (size_t)r * level_count), level_count, uniform, half, width,
+                   group, (int)threadIdx.x % 32};
   const Stored scale = of_row({scale_supers, scale_subs, scale_span, scale_low, scale_high, scale_sign, scale_power}, r, groups);
   const Stored offset =
       of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign, offset_power}, r,

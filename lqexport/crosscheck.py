@@ -21,7 +21,7 @@ class CrossCheck:
 
     def add(self, tensor: StoredTensor, values: NDArray[np.float32]) -> None:
         """Compare the kernels' values of a tensor with those of `formats`, bit by bit, a NaN equal to any other."""
-        if not can_decode(tensor.codec, self.device):
+        if not (cuda_decode.decodes(tensor.codec) and cuda.usable(self.device)):
             return
         self.compared += 1
         ours = decoded_on(tensor, self.device).cpu().numpy()
@@ -37,11 +37,6 @@ class CrossCheck:
             return "NumPy"
         reason = cuda.missing() or "The CUDA kernels know none of the file's formats."
         return f"NumPy alone. {reason}"
-
-
-def can_decode(codec: str, device: torch.device) -> bool:
-    """Whether the kernels decode this format on this device."""
-    return codec in cuda_decode.READERS and cuda.usable(device)
 
 
 def decoded_on(tensor: StoredTensor, device: torch.device) -> torch.Tensor:

@@ -39,6 +39,13 @@ def steady_threads() -> None:
     torch.set_num_threads(threads)
 
 
+def full_float32() -> None:
+    """Multiply float32 matrices in float32 for the whole process: on a GPU by cuBLAS without TF32, whose factors have
+    11 bits. Second moments and the solver need all 24, and a user's settings may say otherwise.
+    """
+    torch.set_float32_matmul_precision("highest")
+
+
 def versions(*packages: str) -> dict[str, str]:
     """Package name to installed version."""
     return {package: importlib.metadata.version(package) for package in packages}

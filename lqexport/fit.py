@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, ScaleFormat
 from lqexport.grid import Numbers, TensorGrid, nearest_level, round_half, round_super, shared_levels
-from lqexport.kernels import cpu, cuda, cuda_solve
+from lqexport.kernels import cpu, cuda, cuda_kmeans, cuda_solve
 from lqexport.kernels.kmeans import weighted_kmeans
 
 Cuts = tuple[tuple[float, float], ...]
@@ -235,5 +235,7 @@ def _refit(
 
 
 def _fit_table(weights: Tensor, importance: Tensor, count: int) -> Tensor:
+    if cuda.usable(weights.device):
+        return round_half(cuda_kmeans.weighted_kmeans(weights, importance, count)[0].float())
     centers, _ = weighted_kmeans(weights.double().cpu().numpy(), importance.double().cpu().numpy(), count)
     return round_half(torch.as_tensor(centers, device=weights.device).float())

@@ -19,7 +19,7 @@ from lqexport.fit_zeros import fit_zeros, span_zeros
 from lqexport.formats.codec import Run, SectionedCodec
 from lqexport.formats.exl2 import Exl2, levels
 from lqexport.formats.gptq import Gptq
-from lqexport.kernels import squared
+from lqexport.kernels import cuda, cuda_squared, squared
 from lqexport.sections import SquaredSection, TensorSections, squared_scale, storable
 
 COARSE = tuple(0.4 + 0.06 * step for step in range(13))
@@ -100,7 +100,9 @@ def _tried(group: Tensor, weight: Tensor, bits: int, maxima: Tensor) -> tuple[Te
     """The maxima [M] as stored, and for each row the least error and its scale code [R, M]."""
     maxima = storable(maxima, bits)
     scales = squared_scale(maxima[:, None], torch.arange(16, device=group.device))
-    best = _best_subs_cpu if group.device.type == "cpu" else _best_subs
+    if group.device.type == "cpu":
+        return maxima, *_best_subs_cpu(group, weight, scales, bits)
+    best = _best_subs_cuda if cuda.usable(group.device) else _best_subs
     return maxima, *best(group, weight, scales, bits)
 
 
@@ -110,6 +112,11 @@ def _best_subs_cpu(group: Tensor, weight: Tensor, scales: Tensor, bits: int) -> 
     low, high = np.float32(-(2 ** (bits - 1))), np.float32(2 ** (bits - 1) - 1)
     squared.best_subs(group.numpy(), weight.numpy(), scales.numpy(), low, high, errors.numpy(), subs.numpy())
     return errors, subs
+
+
+def _best_subs_cuda(group: Tensor, weight: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    low, high = float(-(2 ** (bits - 1))), float(2 ** (bits - 1) - 1)
+    return cuda_squared.best_subs(group, weight.contiguous(), scales, low, high)
 
 
 def _best_subs(group: Tensor, weight: Tensor, scales: Tensor, bits: int) -> tuple[Tensor, Tensor]:

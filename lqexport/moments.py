@@ -36,8 +36,9 @@ class SecondMoments:
         self._shard_tokens = torch.zeros_like(self._tokens)
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
-        """Add inputs [..., C] of any float dtype; sums are float32. Guided: and the loss's gradient [..., R] by the
-        outputs, R a multiple of the output groups.
+        """Add inputs [..., C] of any float dtype; products and sums are float32, on a GPU cuBLAS's (see
+        `environment.full_float32`). Guided: and the loss's gradient [..., R] by the outputs, R a multiple of the output
+        groups.
 
         A token whose input or weight is not finite, or whose square overflows, is left out."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()

@@ -20,7 +20,7 @@ from lqexport.artifact import SolvedModel
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
-from lqexport.environment import choose_device, steady_threads
+from lqexport.environment import choose_device, full_float32, steady_threads
 from lqexport.job import Job
 from lqexport.linear import round_tensor
 from lqexport.processes import joined
@@ -42,6 +42,7 @@ def quantize(
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
     steady_threads()
+    full_float32()
     where = choose_device(device)
     with joined(where) as processes, torch.no_grad():
         job = Job(recipe, Path(out), where, cache, listener or Silent(), processes)

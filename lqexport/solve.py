@@ -91,7 +91,7 @@ def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Factor)
         for start in range(run.start, run.stop, FEEDBACK_BLOCK):
             block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
             spread = columns[block.start - run.start : block.stop - run.start] // part.group
-            ordered[:, block], errors = backend(weights, part.half).feedback_block(
+            ordered[:, block], errors = backend(weights).feedback_block(
                 remaining[:, block].contiguous(), upper[block, block].contiguous(), scale[:, spread].contiguous(),
                 offset[:, spread].contiguous(), part.levels, part.uniform, part.half,
             )  # fmt: skip
@@ -120,7 +120,7 @@ def refine(
             gradient = (values - weights) @ hessian
         for block in _blocks(grid):
             part = values[:, block].contiguous()
-            backend(weights, grid.half).refine_block(
+            backend(weights).refine_block(
                 part, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
             )
             gradient += (part - values[:, block]) @ hessian[block]
@@ -153,11 +153,11 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
     return replace(grid, levels=torch.cat(parts)).ascending(codes)
 
 
-def backend(tensor: Tensor, half: bool) -> ModuleType:
-    """Where the solver's blocks run. The CUDA kernels have no grids whose values are rounded to float16 (`half`)."""
+def backend(tensor: Tensor) -> ModuleType:
+    """Where the solver's blocks run."""
     if tensor.device.type == "cpu":
         return solve_cpu
-    return solve_cuda if cuda.usable(tensor.device) and not half else solve_torch
+    return solve_cuda if cuda.usable(tensor.device) else solve_torch
 
 
 def _blocks(grid: TensorGrid) -> list[slice]:

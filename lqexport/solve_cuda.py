@@ -12,8 +12,7 @@ def feedback_block(
     weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
-    assert not half
-    return cuda_solve.feedback_block(weights, factor, scale, offset, levels, uniform)
+    return cuda_solve.feedback_block(weights, factor, scale, offset, levels, uniform, half)
 
 
 def refine_block(
@@ -24,7 +23,9 @@ def refine_block(
     # The kernel wants contiguous rows, which the block's part of the grid's numbers is not.
     scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
     group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block will do
-    cuda_solve.refine_block(values, gradient, hessian, part, grid.levels, grid.uniform, group, scale, offset, refit)
+    cuda_solve.refine_block(
+        values, gradient, hessian, part, grid.levels, grid.uniform, group, scale, offset, refit, grid.half
+    )
     codes[:, block] = part
     for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):
         if numbers is not None and changed.supers is not None and changed.subs is not None:

@@ -67,7 +67,7 @@ def _refine_block(
             values[:, where] += change
             gradient += change @ hessian[where]
     fixed = section.part(groups).grid()
-    backend(values, True).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
+    backend(values).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
 
 
 def _moves(

@@ -169,7 +169,8 @@ class Tuner:
         if not done.is_file():
             self._optimize(done)
         with safe_open(done, "pt") as file:
-            new = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            device = self.solved.device
+            new = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 (not a dict)
             outcome = Outcome(**json.loads(file.metadata()["outcome"]))
         for name in sorted({key.rpartition("/")[0] for key in new}):
             mine = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}

@@ -34,7 +34,7 @@ from lqexport.converters.native import RECORD, is_native_folder
 from lqexport.converters.native_read import NativeModel
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
-from lqexport.environment import choose_device, versions
+from lqexport.environment import choose_device, full_float32, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.formats.codec import Planes
@@ -272,6 +272,7 @@ def verify(
     file = Path(file)
     check_options(file, protocols, windows, engine)
     _check_engine(engine, adapter, activations)
+    full_float32()
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
     made_from = Artifact(artifact) if artifact else _own_record(file)

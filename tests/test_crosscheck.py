@@ -11,25 +11,29 @@ import torch
 from lqexport.artifact import StoredTensor, decoded
 from lqexport.crosscheck import CrossCheck
 from lqexport.formats.registry import codec
-from lqexport.kernels import cuda, cuda_decode
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2
 from lqexport.progress import Silent
 from lqexport.verification import Verification, check_tensors
 
-NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3"]
+NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3", "exl2:4g32x3+2g32x5"]
 
 
 def tensor(name: str) -> StoredTensor:
     rng = np.random.default_rng(0)
-    rows = 1 if name == "gguf:F32" else 3
+    rows = {"gguf:F32": 1, "exl2:4g32x3+2g32x5": 32}.get(name, 3)
     planes = {
         plane: rng.integers(0, 60, np.prod(shape) * dtype.itemsize, dtype=np.uint8).view(dtype).reshape(shape)
         for plane, (dtype, shape) in codec(name).layout(rows, 256).items()
     }
+    if name.startswith("exl2:"):
+        lines = np.cumsum([0, 4, 4, 4, 2, 2, 2, 2], dtype=np.int16)
+        planes["q_groups"] = np.stack([np.repeat(np.int16([4, 2]), [3, 5]), lines], axis=1).ravel()
+        planes["q_invperm"] = rng.permutation(256).astype(np.int32)
     return StoredTensor(name, name, (256,) if rows == 1 else (rows, 256), planes)
 
 
 class Model:
-    """A written model of three tensors; its source has none of them."""
+    """A written model of a tensor of each; its source has none of them."""
 
     config: dict[str, object] = {}  # noqa: RUF012
 
@@ -44,7 +48,11 @@ class Model:
 @pytest.fixture
 def kernels(kernels_on: Callable[[str, dict[str, list[str]]], str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels, on the CPU."""
-    kernels_on("plain", {cuda_decode.SOURCE: [f"decode<{cuda_decode.READERS[name].type}, float>" for name in NAMES]})
+    readers = [cuda_decode.READERS[name].type for name in NAMES if name in cuda_decode.READERS]
+    kernels_on(
+        "plain",
+        {cuda_decode.SOURCE: [f"decode<{reader}, float>" for reader in readers], cuda_exl2.SOURCE: cuda_exl2.kernels()},
+    )
     monkeypatch.setattr(cuda, "usable", lambda device: True)
 
 
@@ -63,7 +71,7 @@ def verified() -> Verification:
 def test_what_is_decoded_alike_passes() -> None:
     result = verified()
     assert result.failed == []
-    assert result.decoding == "NumPy and the CUDA kernels, the same bits in 3 of 3 tensors"
+    assert result.decoding == "NumPy and the CUDA kernels, the same bits in 4 of 4 tensors"
 
 
 @pytest.mark.usefixtures("kernels")
@@ -79,7 +87,7 @@ def test_one_wrong_bit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_decode, "decode", wrong)
     result = verified()
     assert result.failed == ["1 tensors decode to other values by the CUDA kernels: native:table-3."]
-    assert result.decoding.endswith("2 of 3 tensors")
+    assert result.decoding.endswith("3 of 4 tensors")
 
 
 @pytest.mark.usefixtures("kernels")

@@ -9,14 +9,26 @@ from types import ModuleType
 
 import pytest
 
-from lqexport.kernels import cuda, cuda_decode, cuda_multiply, cuda_solve
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
 
 KERNELS = {
     cuda_decode.SOURCE: cuda_decode.kernels(),
     cuda_multiply.SOURCE: cuda_multiply.kernels(),
+    cuda_exl2.SOURCE: cuda_exl2.kernels(),
+    cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
+    cuda_squared.SOURCE: [cuda_squared.KERNEL],
     **cuda_solve.KERNELS,
 }
-REGISTERS = {"decode.cu": 40, "multiply.cu": 96, "feedback.cu": 64, "refine.cu": 96, "fit.cu": 72}
+REGISTERS = {
+    "decode.cu": 40,
+    "multiply.cu": 96,
+    "exl2.cu": 64,
+    "feedback.cu": 64,
+    "refine.cu": 96,
+    "fit.cu": 72,
+    "kmeans.cu": 80,
+    "squared.cu": 48,
+}
 """The most that a kernel of each file may take; with these, at least five warps fit each of an SM's four schedulers."""
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
 WHOLE = (70, 90, 120)

@@ -23,6 +23,7 @@ BUGS = {
     "turns_a_large_float_into_an_int": ("address", "outside the range"),
     "misses_a_barrier": ("thread", "data race"),
     "misses_the_second_barrier_of_a_loop": ("thread", "data race"),
+    "misses_a_barrier_before_global_memory": ("thread", "data race"),
     "misses_a_warp_barrier": ("thread", "data race"),
     "takes_a_shuffle_for_a_warp_barrier": ("thread", "data race"),
     "races_with_other_blocks": ("thread", "data race"),

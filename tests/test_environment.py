@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.environment import choose_device, versions
+from lqexport.environment import choose_device, full_float32, versions
 from lqexport.errors import UserError
 
 
@@ -49,6 +49,13 @@ def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_versions_are_the_installed_ones() -> None:
     assert versions("numpy") == {"numpy": np.__version__}
+
+
+def test_float32_is_multiplied_in_float32() -> None:
+    torch.set_float32_matmul_precision("high")
+    assert torch.backends.cuda.matmul.allow_tf32  # so that there is something to prevent
+    full_float32()
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 THREADS = """

@@ -155,6 +155,16 @@ def cross_moments(tokens: int, noise: float) -> CrossMoments:
     return moments
 
 
+def test_products_and_sums_are_float32_whatever_passes_multiply_in() -> None:
+    inputs = torch.randn(500, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    moments = SecondMoments(24, "plain", CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (inputs @ inputs.T).dtype == torch.bfloat16
+        moments.add(inputs)
+    exact = inputs.double().T @ inputs.double() / len(inputs)
+    torch.testing.assert_close(moments.hessian().double(), exact, rtol=1e-6, atol=1e-6)
+
+
 def test_an_asymmetric_target_keeps_the_outputs() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     target, strength = cross_moments(4000, 0.1).target(weight, 1e-4)

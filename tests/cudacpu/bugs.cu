@@ -148,6 +148,12 @@ KERNEL(misses_the_second_barrier_of_a_loop) {
   y[t] = sum;
 }
 
+KERNEL(misses_a_barrier_before_global_memory) {  // which other threads of the block have written
+  THREAD;
+  y[t] = x[t];
+  if (t % 2 == 0) y[t + 1] += y[(t + 64) % 256];
+}
+
 KERNEL(misses_a_warp_barrier) {
   __shared__ float tile[256];
   THREAD;
