@@ -91,7 +91,7 @@ class CompressedModel(FolderModel):
     parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
 
     def packed_shape(self, key: str) -> tuple[int, int]:
-        rows, words = self.shape_of(f"{key}.weight_packed")
+        rows, words = self.stored.shape(f"{key}.weight_packed")
         return rows, 8 * words
 
     def packed_codec(self, key: str) -> str:
@@ -103,12 +103,12 @@ class CompressedModel(FolderModel):
 
     def packed_planes(self, key: str) -> Planes:
         kind, (rows, columns) = GPTQ[self.packed_codec(key)], self.packed_shape(key)
-        codes = unpack_bits(self.array(f"{key}.weight_packed").view(np.uint8), BITS, columns)
-        scales = np.ascontiguousarray(self.array(f"{key}.weight_scale").T)
+        codes = unpack_bits(self.stored[f"{key}.weight_packed"].view(np.uint8), BITS, columns)
+        scales = np.ascontiguousarray(self.stored[f"{key}.weight_scale"].T)
         if kind.symmetric:
             zeros = np.full((len(scales), rows // 8), 7 * ONES)
         else:
-            zeros = np.ascontiguousarray(self.array(f"{key}.weight_zero_point").T) - ONES
+            zeros = np.ascontiguousarray(self.stored[f"{key}.weight_zero_point"].T) - ONES
         return {
             "qweight": np.ascontiguousarray(pack_bits(codes, BITS).view(np.int32).T),
             "qzeros": zeros,

@@ -18,11 +18,11 @@ class Exl2Model(FolderModel):
     parts = (*PLANES, "q_perm")
 
     def packed_shape(self, key: str) -> tuple[int, int]:
-        return self.shape_of(f"{key}.q_weight")[-1], self.shape_of(f"{key}.q_invperm")[0]
+        return self.stored.shape(f"{key}.q_weight")[-1], self.stored.shape(f"{key}.q_invperm")[0]
 
     def packed_codec(self, key: str) -> str:
-        lines = np.empty((self.shape_of(f"{key}.q_weight")[0], 0))  # only how many there are is asked
-        return of_planes({"q_groups": self.array(f"{key}.q_groups"), "q_weight": lines}).name
+        lines = np.empty((self.stored.shape(f"{key}.q_weight")[0], 0))  # only how many there are is asked
+        return of_planes({"q_groups": self.stored[f"{key}.q_groups"], "q_weight": lines}).name
 
     def packed_planes(self, key: str) -> Planes:
-        return {plane: self.array(f"{key}.{plane}") for plane in PLANES}
+        return {plane: self.stored[f"{key}.{plane}"] for plane in PLANES}

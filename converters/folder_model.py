@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from lqexport.artifact import read_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PLAIN
+from lqexport.converters.stored_tensors import StoredTensors
 from lqexport.converters.tensor_names import gguf_names, needed_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
@@ -37,15 +37,15 @@ class FolderModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", f"{folder} has no config.json.")
-        self._files = _files(folder)
+        self.stored = StoredTensors(folder, "np")
         self._names = self._known_names()
 
     def _known_names(self) -> list[str]:
         architecture = architecture_of(self.config)
         layers = self.config.get("num_hidden_layers")
-        layers = min(layers, len(self._files)) if isinstance(layers, int) else 0
+        layers = min(layers, len(self.stored)) if isinstance(layers, int) else 0
         known = gguf_names(architecture, layers)
-        stored = {self._tensor_of(name) for name in self._files}
+        stored = {self._tensor_of(name) for name in self.stored}
         if unknown := sorted(stored - known.keys()):
             raise UserError(f"{self.folder} holds tensors that {architecture.classes[0]} does not have: {unknown[:5]}.")
         if missing := [name for name in needed_names(architecture, layers) if name not in stored]:
@@ -63,7 +63,7 @@ class FolderModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape as in a checkpoint, rows first."""
-        return self.packed_shape(name.removesuffix(".weight")) if self._is_packed(name) else self.shape_of(name)
+        return self.packed_shape(name.removesuffix(".weight")) if self._is_packed(name) else self.stored.shape(name)
 
     def codec(self, name: str) -> str:
         """The name of the codec that a tensor is stored in. Raises UserError where readers would not decode it
@@ -79,7 +79,7 @@ class FolderModel:
         """Codec name, planes and shape of a tensor. Raises UserError as `codec`."""
         if self._is_packed(name):
             return self.codec(name), self.packed_planes(name.removesuffix(".weight")), self.shape(name)
-        plain = np.ascontiguousarray(self.array(name))
+        plain = np.ascontiguousarray(self.stored[name])
         if plain.dtype != np.float16:
             raise UserError(f"{self.folder}: {name} is {plain.dtype}, not float16.")
         matrix = plain.reshape(1, -1) if plain.ndim == 1 else plain
@@ -111,44 +111,4 @@ class FolderModel:
     def _is_packed(self, name: str) -> bool:
         if name not in self._names:
             raise UserError(f"{self.folder} has no tensor {name}.")
-        return name not in self._files
-
-    def shape_of(self, stored: str) -> tuple[int, ...]:
-        """The shape of a stored tensor, without its data."""
-        with _open(self._file(stored)) as file:
-            return tuple(file.get_slice(stored).get_shape())
-
-    def array(self, stored: str) -> np.ndarray:
-        """A stored tensor."""
-        path = self._file(stored)
-        with _open(path) as file:
-            try:
-                return file.get_tensor(stored)
-            except (SafetensorError, TypeError) as error:
-                raise UserError(f"{path} has no readable tensor {stored} ({error}).") from error
-
-    def _file(self, stored: str) -> Path:
-        if stored not in self._files:
-            raise UserError(f"{self.folder} has no tensor {stored}.")
-        return self._files[stored]
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Stored tensor to file."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in files:
-                    raise UserError(f"{folder} holds {name} twice, in {files[name].name} and {path.name}.")
-                files[name] = path
-    if not files:
-        raise UserError(f"{folder} has no .safetensors files.")
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, "np")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}).") from error
+        return name not in self.stored

@@ -123,7 +123,7 @@ class GptqModel(FolderModel):
     parts = PLANES
 
     def packed_shape(self, key: str) -> tuple[int, int]:
-        return self.shape_of(f"{key}.qweight")[-1], self.shape_of(f"{key}.g_idx")[0]
+        return self.stored.shape(f"{key}.qweight")[-1], self.stored.shape(f"{key}.g_idx")[0]
 
     def packed_codec(self, key: str) -> str:
         quantization = self.config["quantization_config"]
@@ -134,7 +134,7 @@ class GptqModel(FolderModel):
         raise ValueError(f"Known are {BITS} bits in groups of 32, 64, 128 or -1, not {quantization}.")
 
     def packed_planes(self, key: str) -> Planes:
-        planes = {plane: self.array(f"{key}.{plane}") for plane in PLANES}
+        planes = {plane: self.stored[f"{key}.{plane}"] for plane in PLANES}
         if self.config["quantization_config"].get("checkpoint_format") == "gptq_v2":
             if np.any((planes["qzeros"].view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32))) % 16 == 0):
                 raise UserError(f"{self.folder}: a zero point of {key} is 0, which readers of gptq_v2 do not agree on.")

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
 from lqexport.artifact import StoredTensor, decoded, read_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import factor_names
 from lqexport.converters.native import LOW_RANK, METHOD, VERSION, stored_names
+from lqexport.converters.stored_tensors import StoredTensors
 from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
@@ -35,7 +35,7 @@ class NativeModel:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_json(folder / "config.json", f"{folder} has no config.json.")
-        self._files = _files(folder)
+        self._tensors = StoredTensors(folder, "pt")
         self._packed = _packed(folder, self.config)
         self._factors = _factors(self._packed)
         self._names = self._known_names()
@@ -43,12 +43,12 @@ class NativeModel:
     def _known_names(self) -> list[str]:
         architecture = architecture_of(self.config)
         layers = self.config.get("num_hidden_layers")
-        known = gguf_names(architecture, min(layers, len(self._files)) if isinstance(layers, int) else 0)
+        known = gguf_names(architecture, min(layers, len(self._tensors)) if isinstance(layers, int) else 0)
         expected = {stored for name in self._packed for stored in self._stored(name).values()}
         expected |= set(self._factors.values())
-        if missing := sorted(expected - self._files.keys()):
+        if missing := sorted(expected - self._tensors.keys()):
             raise UserError(f"{self.folder} has no tensor {', '.join(missing[:5])}.")
-        present = self._packed.keys() | (self._files.keys() - expected)
+        present = self._packed.keys() | (self._tensors.keys() - expected)
         if unknown := sorted(present - known.keys()):
             raise UserError(f"{self.folder} holds tensors that its config.json does not explain: {unknown[:5]}.")
         return [name for name in known if name in present]
@@ -66,8 +66,7 @@ class NativeModel:
         if name in self._packed:
             return tuple(self._packed[name]["shape"])
         stored = self._factors.get(name, name)
-        with _open(self._file(stored)) as file:
-            return tuple(file.get_slice(stored).get_shape())
+        return self._tensors.shape(stored)
 
     def codec(self, name: str) -> str:
         """The name of the codec that a tensor is stored in."""
@@ -78,7 +77,7 @@ class NativeModel:
         if name not in self._packed:
             return self._plain(name)
         rows, columns = self._packed[name]["shape"]
-        planes = {plane: self._tensor(stored).numpy() for plane, stored in self._stored(name).items()}
+        planes = {plane: self._tensors[stored].numpy() for plane, stored in self._stored(name).items()}
         if planes["codes"].size % rows:
             raise UserError(f"{self.folder}: {name} does not hold the codes of {rows} rows.")
         planes["codes"] = planes["codes"].reshape(rows, -1)
@@ -93,24 +92,11 @@ class NativeModel:
         return stored_names(self._packed[name]["codec"], name.removesuffix(".weight"))
 
     def _plain(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        tensor = self._tensor(self._factors.get(name, name))
+        tensor = self._tensors[self._factors.get(name, name)]
         if tensor.dtype not in PLAIN or tensor.dim() not in (1, 2) or tensor.numel() == 0:
             raise UserError(f"{self.folder}: {name} should be of floating-point numbers, in one or two dimensions.")
         matrix = tensor.reshape(1, -1) if tensor.dim() == 1 else tensor
         return PLAIN[tensor.dtype], {"blocks": matrix.view(torch.uint8).numpy()}, tuple(tensor.shape)
-
-    def _tensor(self, stored: str) -> torch.Tensor:
-        path = self._file(stored)
-        with _open(path) as file:
-            try:
-                return file.get_tensor(stored)
-            except (SafetensorError, TypeError) as error:
-                raise UserError(f"{path} has no readable tensor {stored} ({error}).") from error
-
-    def _file(self, stored: str) -> Path:
-        if stored not in self._files:
-            raise UserError(f"{self.folder} has no tensor {stored}.")
-        return self._files[stored]
 
 
 def _packed(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -142,24 +128,3 @@ def _factors(packed: dict[str, dict[str, Any]]) -> dict[str, str]:
             stored = (name.removesuffix(".weight") + side for side in LOW_RANK.values())
             found |= zip(factor_names(name), stored, strict=True)
     return found
-
-
-def _files(folder: Path) -> dict[str, Path]:
-    """Stored tensor to file."""
-    files: dict[str, Path] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with _open(path) as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name in files:
-                    raise UserError(f"{folder} holds {name} twice, in {files[name].name} and {path.name}.")
-                files[name] = path
-    if not files:
-        raise UserError(f"{folder} has no .safetensors files.")
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}).") from error
