@@ -112,7 +112,8 @@ def _windows(metadata: Metadata, config: Config) -> Config:
 
 def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]]) -> Config:
     rope = {"rope_type": "default", "rope_theta": _decimal(metadata.number("rope.freq_base", 10000.0))}
-    columns = head_dim(config)
+    if (columns := head_dim(config)) < 1:
+        raise UserError(f"{metadata.source} is damaged: its hidden size is smaller than the number of its heads.")
     rotated = metadata.number("rope.dimension_count", columns)
     if rotated != columns:
         rope["partial_rotary_factor"] = rotated / columns

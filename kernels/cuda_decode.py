@@ -36,6 +36,7 @@ def _native(codec: GridCodec) -> Reader:
 
 READERS: dict[str, Reader] = {
     "gguf:F32": Reader("Plain<float>", ("blocks",)),
+    "gguf-norm:F32": Reader("NormPlusOne", ("blocks",)),
     "gguf:F16": Reader("Plain<__half>", ("blocks",)),
     "gguf:BF16": Reader("Plain<bf16>", ("blocks",)),
     **{codec.name: Reader(f"Blocks<{codec.name.removeprefix('gguf:')}>", ("blocks",)) for codec in GGUF},

@@ -230,6 +230,18 @@ struct Plain {
   }
 };
 
+// A norm's gain as llama.cpp stores Gemma's: 1 more than the weight.
+struct NormPlusOne : Plain<float> {
+  __device__ NormPlusOne(const Planes& planes, size_t r, int columns, int group) : Plain(planes, r, columns, group) {}
+
+  __device__ __forceinline__ void eight(u32 column, int count, float* value) const {
+    Plain::eight(column, count, value);
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+      value[k] -= 1;
+  }
+};
+
 // ---- Native formats: a bit stream of codes per row, and tables or scales beside it.
 
 // Eight codes of BITS bits are BITS bytes of the stream, the lowest bits first; the last bytes of a row may be fewer.

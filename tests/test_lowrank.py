@@ -202,7 +202,7 @@ def test_l2qer_takes_the_largest_mean_magnitude_of_any_sequence(
     blocks = BlockModel(open_source(str(tiny_model)))
     with torch.no_grad():
         model(tokens)
-        found = input_magnitudes(blocks, [blocks.start(tokens[:2]), blocks.start(tokens[2:])])
+        found = input_magnitudes(blocks, tokens)
     torch.testing.assert_close(found[Q], seen[0].abs().mean(1).amax(0), rtol=1e-4, atol=1e-5)
     report = quantize(Recipe(**options, rank=8, scaling="l2qer"), tmp_path / "out")
     assert report["correction"]["corrected"] < report["correction"]["alone"]

@@ -309,7 +309,7 @@ def test_overlap_is_looked_for_in_the_artifacts_run(
         ({"against": "/no/such/model.gguf"}, "There is no file"),
         (
             {"file": Path("model.safetensors")},
-            "neither a .gguf file nor a native folder, one of ExLlamaV2 or an artifact",
+            "neither a .gguf file nor a folder that lqexport wrote",
         ),
         ({"artifact": Path("/no/such/folder")}, "not an lqexport artifact"),
     ],
