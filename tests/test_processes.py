@@ -20,7 +20,6 @@ from lqexport.collect import SHARDS, batches, sharded
 from lqexport.errors import UserError
 from lqexport.job import Job
 from lqexport.moments import SecondMoments
-from lqexport.pipeline import quantize
 from lqexport.processes import Processes
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
@@ -48,28 +47,30 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def torchrun(count: int, arguments: Sequence[object]) -> subprocess.Popen[bytes]:
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", count, *arguments]
-    return subprocess.Popen([sys.executable, *map(str, command)])
+def started(arguments: Sequence[object], processes: int = 1) -> subprocess.Popen[bytes]:
+    """Python on these arguments, in a process of its own or in several of torchrun's."""
+    several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
+    return subprocess.Popen([sys.executable, *map(str, [*several, *arguments])])
 
 
 def test_two_processes_write_the_bytes_of_one(options: dict[str, Any], root: Path, tmp_path: Path) -> None:
     recipes = {name: options | changed for name, changed in RECIPES.items()}
-    plan = [[recipe, str(tmp_path / "two" / name)] for name, recipe in recipes.items()]
-    (tmp_path / "recipes.json").write_text(json.dumps(plan))
-    started = torchrun(2, [root / "tests" / "quantize_all.py", tmp_path / "recipes.json"])
-    for name, recipe in recipes.items():
-        quantize(Recipe(**recipe), tmp_path / "one" / name, device="cpu")
-    assert started.wait() == 0
+    running = []
+    for count in (1, 2):
+        plan = [[recipe, str(tmp_path / str(count) / name)] for name, recipe in recipes.items()]
+        (tmp_path / f"{count}.json").write_text(json.dumps(plan))
+        running.append(started([root / "tests" / "quantize_all.py", tmp_path / f"{count}.json"], count))
+    assert [each.wait() for each in running] == [0, 0]
     for name in recipes:
-        assert contents(tmp_path / "one" / name) == contents(tmp_path / "two" / name), name
+        assert contents(tmp_path / "1" / name) == contents(tmp_path / "2" / name), name
 
 
 def test_one_of_two_is_killed_and_three_go_on(options: dict[str, Any], tmp_path: Path) -> None:
     keys = ("samples", "sequence_length", "descent", "tune", "target", "calibration")
     given = [part for key in keys for part in (f"--{key.replace('_', '-')}", options[key])]
-    command = ["-m", "lqexport", "quantize", options["source"], tmp_path / "out", *given, "--device", "cpu"]
-    running = torchrun(2, command)
+    source, whole = options["source"], tmp_path / "whole"
+    command = ["-m", "lqexport", "quantize", source, tmp_path / "out", *given, "--device", "cpu"]
+    running = started(command, 2)
     while not list((tmp_path / "out" / "tensors").glob("*layers.1.*proj*")):
         assert running.poll() is None
         time.sleep(0.01)
@@ -77,9 +78,9 @@ def test_one_of_two_is_killed_and_three_go_on(options: dict[str, Any], tmp_path:
     second.kill()
     assert running.wait() != 0
     assert not Artifact(tmp_path / "out").complete
-    assert torchrun(3, command).wait() == 0
-    quantize(Recipe(**options), tmp_path / "whole", device="cpu")
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert started(command, 3).wait() == 0
+    assert started(["-m", "lqexport", "quantize", source, whole, *given, "--device", "cpu"]).wait() == 0
+    assert contents(tmp_path / "out") == contents(whole)
 
 
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 29])
