@@ -18,11 +18,11 @@ from typing import Any
 
 from lqexport import evaluate, texts
 from lqexport.blocks import BlockModel
+from lqexport.exports import open_export
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
-from lqexport.verification import open_export
 
 ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
 

@@ -29,6 +29,7 @@ from lqexport.calibration import load_calibration
 from lqexport.collect import by_weight, forward_moments
 from lqexport.converters import exl2, gguf
 from lqexport.converters.exl2_plan import plan_exl2
+from lqexport.exports import Export, open_export
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.grid import half
 from lqexport.pipeline import quantize
@@ -37,7 +38,6 @@ from lqexport.recipe import Recipe
 from lqexport.sections import SquaredSection, TensorSections, squared_scale
 from lqexport.solve import Factor, factorize, feedback
 from lqexport.source import GGUFSource, Source, open_source
-from lqexport.verification import Export, open_export
 
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
 Codecs = dict[str, str]

@@ -21,7 +21,7 @@ from lqexport.formats.registry import codec
 
 class FolderModel:
     """A folder with config.json and shards, with `names`, `shape`, `read` and `config` as in
-    `lqexport.weights.Weights`, and `planes` as in `lqexport.verification.Packed`.
+    `lqexport.weights.Weights`, and `planes` as in `lqexport.exports.Packed`.
 
     Every .safetensors file of the folder is read. Raises UserError where the folder is incomplete or damaged, holds a
     tensor twice, or is of an unknown architecture or one with other tensors.

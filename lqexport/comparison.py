@@ -21,6 +21,7 @@ from lqexport.blocks import BlockModel
 from lqexport.environment import choose_device
 from lqexport.errors import UserError
 from lqexport.evaluate import BlockLogits, Evaluation
+from lqexport.exports import Export, open_export
 from lqexport.inspect import bits, human_bytes, inspect, size
 from lqexport.progress import Listener, Silent
 from lqexport.report import figure, share, svg, with_error
@@ -28,7 +29,6 @@ from lqexport.source import Source, open_source
 from lqexport.texts import read_text
 from lqexport.verification import (
     Engine,
-    Export,
     Verification,
     begun,
     check_options,
@@ -36,7 +36,6 @@ from lqexport.verification import (
     cut_text,
     finite_or_null,
     logits_of_file,
-    open_export,
 )
 
 if TYPE_CHECKING:

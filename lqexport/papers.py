@@ -28,10 +28,10 @@ from lqexport.calibration import begins_with_bos
 from lqexport.environment import choose_device
 from lqexport.errors import UserError
 from lqexport.evaluate import HF_2048, PROTOCOLS, Protocol, cut, perplexity_and_error, tokenize
+from lqexport.exports import open_export
 from lqexport.progress import Listener, Silent
 from lqexport.texts import documents, read_text
 from lqexport.tokenizers import tokenizer_of
-from lqexport.verification import open_export
 
 WINDOWS = 256
 """Of c4 and c4-new."""

@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -28,20 +28,17 @@ from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import is_factor
-from lqexport.converters.folder_model import FolderModel
-from lqexport.converters.folders import folder_model
-from lqexport.converters.native import RECORD, is_native_folder
-from lqexport.converters.native_read import NativeModel
+from lqexport.converters.native import RECORD
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.environment import choose_device, full_float32, versions
 from lqexport.errors import UserError
 from lqexport.evaluate import PROTOCOLS, Evaluation
-from lqexport.formats.codec import Planes
+from lqexport.exports import Export, Packed, open_export, stored
 from lqexport.modules import meta_model
 from lqexport.portrait import InContext, Portrait, in_context, portrait
 from lqexport.progress import Listener, Silent
-from lqexport.source import GGUFSource, Source, open_source
+from lqexport.source import Source, open_source
 from lqexport.texts import Text, read_text
 from lqexport.weights import Weights
 
@@ -59,86 +56,6 @@ TOKENIZER_LIMIT = 0.01
 
 LIMITS = {"max_kl": "mean KL divergence", "max_perplexity_ratio": "perplexity relative to the source"}
 """What each limit is on, in words."""
-
-
-class Packed(Protocol):
-    """Written tensors that can be had as they are stored."""
-
-    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """One tensor's codec, planes and shape, rows in the order of the Hugging Face model."""
-
-
-class Export(Weights, Packed, Protocol):
-    """A written model."""
-
-
-class ArtifactModel:
-    """A finished artifact folder as a model."""
-
-    def __init__(self, folder: Path) -> None:
-        self._artifact = Artifact(folder)
-        self._manifest = self._artifact.manifest()
-        self.config = self._artifact.config()
-
-    def names(self) -> list[str]:
-        return [name for name in self._manifest if not is_factor(name)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._manifest[name]["shape"])
-
-    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        tensor = self._artifact.read(name)
-        return tensor.codec, tensor.planes, tensor.shape
-
-    def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(decoded(stored(self, name)))
-
-
-def stored(export: Packed, name: str) -> StoredTensor:
-    """One tensor of a written model, as it is stored."""
-    kind, planes, shape = export.planes(name)
-    return StoredTensor(name, kind, shape, planes)
-
-
-class NativeFolder(NativeModel):
-    """A folder of the native format as a model."""
-
-    def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
-        return torch.from_numpy(super().read(name))
-
-
-class PackedFolder:
-    """A folder of packed safetensors (`converters.folders`) as a model."""
-
-    def __init__(self, model: FolderModel) -> None:
-        self._model = model
-        self.config = model.config
-
-    def names(self) -> list[str]:
-        return self._model.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._model.shape(name)
-
-    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        return self._model.planes(name)
-
-    def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(self._model.read(name))
-
-
-def open_export(path: Path) -> Export:
-    """A .gguf file, a folder that a command of ours wrote, or a finished artifact. Raises UserError for anything
-    else."""
-    if packed := folder_model(path):
-        return PackedFolder(packed)
-    if is_native_folder(path):
-        return NativeFolder(path)
-    if path.is_dir():
-        return ArtifactModel(path)
-    if path.suffix != ".gguf" or not path.is_file():
-        raise UserError(f"{path} is neither a .gguf file nor a folder that lqexport wrote.")
-    return GGUFSource(path)
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ from lqexport.adapters import Corrected, open_factors
 from lqexport.converters.native import is_native_folder
 from lqexport.environment import choose_device
 from lqexport.errors import UserError
+from lqexport.exports import open_export
 from lqexport.loading import load
 from lqexport.tokenizers import tokenizer_of
-from lqexport.verification import open_export
 from lqexport.weights import Weights
 
 MISSING = "Tasks need lm-evaluation-harness: pip install 'lqexport[eval]'"

@@ -19,12 +19,13 @@ from lqexport.converters import compressed_tensors, gptq, shards
 from lqexport.converters.folders import folder_model
 from lqexport.converters.gptq import plan_gptq
 from lqexport.errors import UserError
+from lqexport.exports import Export, open_export
 from lqexport.formats.gptq import GPTQ
 from lqexport.inspect import inspect
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verification import Export, open_export, verify
+from lqexport.verification import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 KINDS = ["gptq:4-g64", "gptq:4-g128-sym", "gptq:4-row", "gptq:4-g32-act"]

