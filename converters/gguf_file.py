@@ -6,7 +6,6 @@ tensors are read, checked against the manifest's digests and written one after t
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,7 +16,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from lqexport.artifact import Artifact, StoredTensor, digest, written_whole
+from lqexport.artifact import Artifact, StoredTensor, check_space, written_whole
 from lqexport.converters.row_order import Order
 from lqexport.converters.tensor_names import expert_number
 from lqexport.errors import UserError
@@ -83,7 +82,7 @@ def write_tensors(
         _announce(writer, stack[0].gguf_name, _shape(stack), stack[0].codec, sum(entry.nbytes for entry in stack))
     for name, values in computed.items():
         _announce(writer, name, values.shape, "gguf:F32", values.nbytes)
-    _check_space(path, sum(entry.nbytes for entry in entries))
+    check_space(path, sum(entry.nbytes for entry in entries))
     with written_whole(path) as file:
         _write_header(writer, file)
         for stack in stacks:
@@ -115,17 +114,6 @@ def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], codec_name:
     writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
 
 
-def _check_space(path: Path, size: int) -> None:
-    """Raises UserError where the disk has no room for `size` bytes of tensors and as much metadata as any model has."""
-    place = next(parent for parent in path.absolute().parents if parent.is_dir())
-    needed, free = size + 2**25, shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"{path} needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free. "
-            "Free some space or write to another disk."
-        )
-
-
 def _write_header(writer: GGUFWriter, file: BinaryIO) -> None:
     """Header, metadata and tensor infos by gguf-py, into a file that is already open."""
     writer.fout, writer.state = [file], WriterState.EMPTY  # type: ignore[list-item]  # it only writes to it
@@ -147,12 +135,7 @@ def _pad(file: BinaryIO, size: int) -> None:
 
 def _blob(artifact: Artifact, entry: Entry) -> np.ndarray:
     """The tensor's bytes in the file's row order, after the digest was checked."""
-    tensor = artifact.read(entry.name)
-    if (tensor.codec, tensor.shape, digest(tensor.planes)) != (entry.codec, entry.shape, entry.sha256):
-        raise UserError(
-            f"Tensor {entry.name} in {artifact.folder} is not the one that its manifest lists: the artifact is "
-            "damaged. Delete the tensor's file and run the same quantize command again."
-        )
+    tensor = artifact.read_listed(entry.name, entry.codec, entry.shape, entry.sha256)
     return _permuted(tensor, entry.order)
 
 

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, decoded, digest, read_json, write_json
+from lqexport.artifact import Artifact, decoded, read_json, write_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import factor_names, is_factor
 from lqexport.converters.shards import Part, new_folder, write_shards
@@ -132,12 +132,7 @@ def _part(name: str, entry: dict[str, Any], manifest: dict[str, dict[str, Any]])
 
 def _arrays(artifact: Artifact, part: Part, entry: dict[str, Any]) -> list[np.ndarray]:
     """What the folder stores of a tensor, after its digest was checked."""
-    tensor = artifact.read(part.name)
-    if (tensor.codec, list(tensor.shape), digest(tensor.planes)) != (entry["codec"], entry["shape"], entry["sha256"]):
-        raise UserError(
-            f"Tensor {part.name} in {artifact.folder} is not the one that its manifest lists: the artifact is damaged. "
-            "Delete the tensor's file and run the same quantize command again."
-        )
+    tensor = artifact.read_listed(part.name, entry["codec"], tuple(entry["shape"]), entry["sha256"])
     if is_packed(entry) and not is_factor(part.name):
         return [tensor.planes[plane] for plane in codec(tensor.codec).layout(*tensor.shape)]
     ((dtype, _),) = part.stored.values()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, StoredTensor, digest, write_json
+from lqexport.artifact import Artifact, StoredTensor, write_json
 from lqexport.converters.factors import is_factor
 from lqexport.converters.plan import PLAIN
 from lqexport.converters.shards import Part, new_folder, write_shards
@@ -98,12 +98,7 @@ def write_folder(
 
 def _planes(artifact: Artifact, entry: Entry, part: Part, layout: Layout) -> list[np.ndarray]:
     """What the file stores of a tensor, in the order of `part`, after its digest was checked."""
-    tensor = artifact.read(entry.name)
-    if (tensor.codec, tensor.shape, digest(tensor.planes)) != (entry.codec, entry.shape, entry.sha256):
-        raise UserError(
-            f"Tensor {entry.name} in {artifact.folder} is not the one that its manifest lists: the artifact is "
-            "damaged. Delete the tensor's file and run the same quantize command again."
-        )
+    tensor = artifact.read_listed(entry.name, entry.codec, entry.shape, entry.sha256)
     if entry.codec == PLAIN:
         return [tensor.planes["blocks"].view(np.float16).reshape(entry.shape)]
     planes = layout.planes(tensor)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import write_json, written_whole
+from lqexport.artifact import check_space, write_json, written_whole
 from lqexport.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
@@ -42,7 +42,9 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
 
     Raises UserError where the folder exists, and where the disk is too small or cannot be written.
     """
-    _check_place(folder, size)
+    if folder.exists():
+        raise UserError(f"{folder} exists. Choose another folder, or delete this one.")
+    check_space(folder, size)
     partial = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -53,18 +55,6 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
         raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_place(folder: Path, size: int) -> None:
-    if folder.exists():
-        raise UserError(f"{folder} exists. Choose another folder, or delete this one.")
-    place = next(parent for parent in folder.absolute().parents if parent.is_dir())
-    needed, free = size + 2**25, shutil.disk_usage(place).free
-    if free < needed:
-        raise UserError(
-            f"{folder} needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free. "
-            "Free some space or write to another disk."
-        )
 
 
 def write_shards(

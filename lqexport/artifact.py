@@ -19,6 +19,7 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -58,6 +59,18 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_space(path: Path, size: int) -> None:
+    """Raises UserError where the disk of a new file or folder has no room for `size` bytes of tensors and as much
+    metadata as any model has."""
+    place = next(parent for parent in path.absolute().parents if parent.is_dir())
+    needed, free = size + 2**25, shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"{path} needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free. "
+            "Free some space or write to another disk."
+        )
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -203,6 +216,16 @@ class Artifact:
         with self._open(name) as (file, header):
             planes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             return StoredTensor(name, header["codec"], tuple(header["shape"]), planes, header["facts"])
+
+    def read_listed(self, name: str, codec: str, shape: tuple[int, ...], sha256: str) -> StoredTensor:
+        """A tensor as the manifest lists it. Raises UserError where it is another, or missing or damaged."""
+        tensor = self.read(name)
+        if (tensor.codec, tensor.shape, digest(tensor.planes)) != (codec, shape, sha256):
+            raise UserError(
+                f"Tensor {name} in {self.folder} is not the one that its manifest lists: the artifact is damaged. "
+                "Delete the tensor's file and run the same quantize command again."
+            )
+        return tensor
 
     def facts(self, name: str) -> dict[str, Any]:
         """The facts of a stored tensor alone, without reading its planes. Raises UserError as `read`."""
