@@ -36,6 +36,9 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
 
+ANEW = "Copy the artifact again, or quantize again into another folder."
+"""What helps against damage to a finished artifact, which `quantize` takes as it is."""
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
@@ -165,8 +168,7 @@ class Artifact:
         content = self._json("manifest.json")
         if (self.folder / "manifest.json").read_bytes() != _json_bytes(_with_digest(content)):
             raise UserError(
-                f"{self.folder}/manifest.json is damaged: its content is not that of its own digest. Copy the artifact "
-                "again, or quantize again into another folder."
+                f"{self.folder}/manifest.json is damaged: its content is not that of its own digest. {ANEW}"
             )
         return content
 
@@ -223,7 +225,7 @@ class Artifact:
         if (tensor.codec, tensor.shape, digest(tensor.planes)) != (codec, shape, sha256):
             raise UserError(
                 f"Tensor {name} in {self.folder} is not the one that its manifest lists: the artifact is damaged. "
-                "Delete the tensor's file and run the same quantize command again."
+                f"{ANEW}"
             )
         return tensor
 
@@ -244,7 +246,7 @@ class Artifact:
         except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
             again = "Delete it and run the same quantize command again."
             if self.complete:
-                again = "Copy the artifact again, or quantize again into another folder."
+                again = ANEW
             raise UserError(f"{path} is damaged ({error}). {again}") from error
 
     def options(self, block: int) -> dict[str, list[Option]]:
