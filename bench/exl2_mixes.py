@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
+from lqexport import measured
 from lqexport.allocate import Option, allocate
-from lqexport.artifact import Artifact
+from lqexport.artifact import Artifact, read_json
 from lqexport.formats.exl2 import runs_named
 from lqexport.report import kind_of
 
@@ -36,8 +37,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
     artifact = Artifact(parser.parse_args().artifact)
-    count = len(list((artifact.folder / "options").glob("*.json")))
-    options = {name: tried for block in range(count) for name, tried in artifact.options(block).items()}
+    losses = read_json(artifact.folder / "mixes.json", f"{artifact.folder} is not an artifact for EXL2.")
+    options = {name: measured.options(found, artifact.read(name).shape) for name, found in losses.items()}
     kinds: dict[str, list[list[Option]]] = {}
     for name, tried in options.items():
         kinds.setdefault(kind_of(name), []).append(tried)

@@ -14,6 +14,7 @@ of EXL2: float16 and 6 bits). Finished artifacts in FOLDER are used again. Print
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,8 @@ from lqexport.source import GGUFSource, Source, open_source
 
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
 Codecs = dict[str, str]
+Choice = tuple[float, str]
+"""Bits asked for, and how the widths were chosen."""
 
 
 def searched_section(group: Tensor, bits: int) -> SquaredSection:
@@ -53,7 +56,8 @@ def searched_section(group: Tensor, bits: int) -> SquaredSection:
     for multiplier in MULTIPLIERS:
         scale = squared_scale(half(largest * multiplier), subs)[:, None]
         level = (group / torch.where(scale == 0, torch.inf, scale)).round().clamp(low, high)
-        errors.append((group - scale * level).abs().pow(3.5).sum())
+        error = (group - scale * level).abs()
+        errors.append((error * error * error * error.sqrt()).sum())  # to the power of 3.5
     maximum = half(largest * MULTIPLIERS[torch.stack(errors).argmin()])
     levels = torch.arange(low, high + 1, dtype=torch.float32)[None]
     return SquaredSection(levels, group.shape[1], maximum[None], subs[:, None])
@@ -115,28 +119,38 @@ class Baseline:
         return torch.from_numpy(Exl2(runs_named(tensor.codec)).decode(tensor.planes, tensor.shape[1]))
 
 
-def baselines(source: Source, tokens: Tensor, choices: dict[str, Codecs]) -> dict[str, dict[str, StoredTensor]]:
+def baselines(source: Source, tokens: Tensor, choices: dict[Choice, Codecs]) -> dict[Choice, dict[str, StoredTensor]]:
     """Every linear by ExLlamaV2's recipe in the codecs of each choice, from one pass of plain second moments."""
-    model, found = BlockModel(source), {label: {} for label in choices}
+    model, found = BlockModel(source), {choice: {} for choice in choices}
     blocks = forward_moments(model, tokens, "plain", lambda *_: True, len(model) - 1)
     for block in blocks:
         for name, hessian in by_weight(model, block).items():
             weight = source.read(name).float()
-            for label, codecs in choices.items():
+            for choice, codecs in choices.items():
                 codec = Exl2(runs_named(codecs[name]))
                 grid, codes = converted(codec, weight, hessian)
                 planes = codec.encode(grid.numpy(), codes.numpy())
-                found[label][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
+                found[choice][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
     return found
 
 
-def ours(recipe: Recipe, work: Path) -> tuple[Artifact, Path]:
-    """The artifact and the folder of one size; the moments are collected once for all."""
-    artifact, folder = work / f"{recipe.bits:g}", work / f"{recipe.bits:g}-exl2"
-    quantize(recipe, artifact, cache=work / "moments")
-    if not folder.is_dir():
-        exl2.write(Artifact(artifact), folder)
-    return Artifact(artifact), folder
+class Size:
+    """One size: our folder of it, and what ExLlamaV2's recipe is given for it. Moments, and what the mixes cost, are
+    found once for all sizes."""
+
+    def __init__(self, source: Source, recipe: Recipe, work: Path) -> None:
+        assert recipe.bits is not None
+        artifact, folder = work / f"{recipe.bits:g}", work / f"{recipe.bits:g}-exl2"
+        report = quantize(recipe, artifact, cache=work / "moments")
+        if not folder.is_dir():
+            exl2.write(Artifact(artifact), folder)
+        self.bits, self.spent, self.export = recipe.bits, report["linears_bits_per_weight"], open_export(folder)
+        shapes = {name: source.shape(name) for name in source.names()}
+        even = plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits)
+        self.choices: dict[str, Codecs] = {
+            "ExLlamaV2's recipe, same widths": {tensor["name"]: tensor["codec"] for tensor in report["tensors"]},
+            "ExLlamaV2's recipe, even widths": {tensor.name: tensor.codec for tensor in even},
+        }
 
 
 def gguf_file(recipe: Recipe, work: Path) -> tuple[float, Path]:
@@ -163,12 +177,20 @@ def judge(source: Source, text: str, limit: int) -> Callable[[object], evaluate.
     return judged
 
 
-def row(bits: float, label: str, size: float, result: evaluate.Evaluation) -> None:
-    print(
-        f"| {bits:g} | {label} | {size:.3f} | {result.kl:.4f} ± {result.kl_error:.4f} | {result.perplexity:.2f} | "
-        f"{result.top1:.1%} |",
-        flush=True,
-    )
+class Table:
+    """Rows by rising size; each is also shown on stderr as it comes."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[float, str]] = []
+
+    def add(self, bits: float, label: str, size: float, result: evaluate.Evaluation) -> None:
+        figures = f"{result.kl:.4f} ± {result.kl_error:.4f} | {result.perplexity:.2f} | {result.top1:.1%}"
+        self._rows.append((bits, f"| {bits:g} | {label} | {size:.3f} | {figures} |"))
+        print(self._rows[-1][1], file=sys.stderr, flush=True)
+
+    def __str__(self) -> str:
+        head = "| bits | method | bits of the linears | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|"
+        return "\n".join([head, *(text for _, text in sorted(self._rows, key=lambda row: row[0]))])
 
 
 def main() -> None:
@@ -180,42 +202,33 @@ def main() -> None:
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.0])
     parser.add_argument("--gguf", nargs="*", default=[])
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--moments", default="normalized")
     parser.add_argument("--tune", type=int, default=0)
+    parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
     source = open_source(arguments.model)
     judged = judge(source, arguments.evaluation, arguments.windows)
     tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=arguments.samples,
                               sequence_length=512, seed=0).tokens  # fmt: skip
-    print("| bits | method | bits of the linears | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|")
+    table = Table()
     with torch.no_grad():
         like = Recipe(arguments.model, "exl2", bits=4, calibration=arguments.calibration, samples=arguments.samples,
-                      moments=arguments.moments, tune=arguments.tune)  # fmt: skip
-        for bits in arguments.bits:
-            measure(source, replace(like, bits=bits), arguments.work, tokens, judged)
+                      moments=arguments.moments, tune=arguments.tune,
+                      compute_dtype=arguments.compute_dtype)  # fmt: skip
+        sizes = [Size(source, replace(like, bits=bits), arguments.work) for bits in arguments.bits]
+        for size in sizes:
+            table.add(size.bits, "lqexport", size.spent, judged(size.export))
+        exports = {size.bits: size.export for size in sizes}
+        choices = {(size.bits, label): codecs for size in sizes for label, codecs in size.choices.items()}
+        for (bits, label), linears in baselines(source, tokens, choices).items():
+            spent = 8 * sum(plane.nbytes for tensor in linears.values() for plane in tensor.planes.values())
+            weights = sum(np.prod(tensor.shape) for tensor in linears.values())
+            table.add(bits, label, spent / weights, judged(Baseline(exports[bits], linears)))
         for kind in arguments.gguf:
-            size, file = gguf_file(replace(like, target=f"gguf:{kind}", bits=None), arguments.work)
-            row(size, f"GGUF {kind}", size, judged(GGUFSource(file)))
-
-
-def measure(
-    source: Source, recipe: Recipe, work: Path, tokens: Tensor, judged: Callable[[object], evaluate.Evaluation]
-) -> None:
-    artifact, folder = ours(recipe, work)
-    report, export = artifact.report(), open_export(folder)
-    assert recipe.bits is not None
-    row(recipe.bits, "lqexport", report["linears_bits_per_weight"], judged(export))
-    shapes = {name: source.shape(name) for name in source.names()}
-    even = plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits)
-    choices = {
-        "ExLlamaV2's recipe, same widths": {tensor["name"]: tensor["codec"] for tensor in report["tensors"]},
-        "ExLlamaV2's recipe, even widths": {tensor.name: tensor.codec for tensor in even},
-    }
-    for label, linears in baselines(source, tokens, choices).items():
-        spent = 8 * sum(plane.nbytes for tensor in linears.values() for plane in tensor.planes.values())
-        size = spent / sum(np.prod(tensor.shape) for tensor in linears.values())
-        row(recipe.bits, label, size, judged(Baseline(export, linears)))
+            spent, file = gguf_file(replace(like, target=f"gguf:{kind}", bits=None), arguments.work)
+            table.add(spent, f"GGUF {kind}", spent, judged(GGUFSource(file)))
+    print(table)
 
 
 if __name__ == "__main__":

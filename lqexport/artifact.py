@@ -3,7 +3,8 @@
     OUT/run.json           what makes the run this run: recipe, source, calibration, versions. Written first.
     OUT/model/             config.json, tokenizer and other small files of the source
     OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
-    OUT/options/BLOCK.json EXL2: what each mix of widths would cost each linear of a block
+    OUT/mixes.json         EXL2: what each mix of widths would cost each linear
+    OUT/budget.json        with a size: what each type would cost each tensor, and the types that were chosen
     OUT/report.json        what the solver saw per tensor
     OUT/manifest.json      every tensor with its codec, shape and digest, the digest of every file and its own. Written
                            last: it says the artifact is whole.
@@ -21,7 +22,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -31,7 +32,6 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lqexport.allocate import Option
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
@@ -249,17 +249,6 @@ class Artifact:
                 again = ANEW
             raise UserError(f"{path} is damaged ({error}). {again}") from error
 
-    def options(self, block: int) -> dict[str, list[Option]]:
-        """What was measured of a block's linears; empty where that has not been done."""
-        path = self.folder / "options" / f"{block}.json"
-        found = read_json(path, "") if path.is_file() else {}
-        return {name: [Option(**option) for option in tried] for name, tried in found.items()}
-
-    def write_options(self, block: int, options: dict[str, list[Option]]) -> None:
-        """Keep what was measured of a block's linears."""
-        content = {name: [asdict(option) for option in tried] for name, tried in options.items()}
-        write_json(self.folder / "options" / f"{block}.json", content)
-
     def finish(self, names: list[str], report: dict[str, Any]) -> None:
         """Write the report and then the manifest of all `names`, which says that the artifact is whole."""
         entries = []
@@ -273,7 +262,7 @@ class Artifact:
 
     def _files(self, names: list[str]) -> list[str]:
         """Paths in the folder of what a finished artifact of these tensors holds, besides the manifest and the log."""
-        others = ("run.json", "report.json", "budget.json", "options/*.json", "model/**/*")
+        others = ("run.json", "report.json", "budget.json", "mixes.json", "model/**/*")
         paths = [path for pattern in others for path in self.folder.glob(pattern) if path.is_file()]
         return sorted(path.relative_to(self.folder).as_posix() for path in [*paths, *map(self._path, names)])
 

@@ -20,16 +20,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lqexport.allocate import Option, allocate, reachable
+from lqexport import measured
+from lqexport.allocate import allocate, reachable
 from lqexport.artifact import Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
 from lqexport.collect import BlockMoments, begin_with_first, by_weight, final_states
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
-from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec
 from lqexport.job import Job, plan_recipe
 from lqexport.linear import round_tensor, solve_linear
+from lqexport.measured import Losses, Measured
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
 from lqexport.weights import Weights
@@ -48,9 +48,6 @@ SEQUENCES = 4
 """Calibration sequences on which the embedding and the output are measured."""
 
 UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-Losses = dict[str, dict[str, float]]
-"""Tensor -> codec -> predicted nats per token."""
 
 
 def choose_types(job: Job) -> dict[str, Any] | None:
@@ -76,19 +73,20 @@ def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
 
     limit = parse_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
     free = {tensor.name: options(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
-    measured = Measured(job.work / "measured")
-    missing = job.processes.agreed([name for name in free if name not in measured.losses()])
+    kept = job.measured("types")
+    missing = job.processes.agreed([name for name in free if name not in kept.losses()])
     linears = {name: free[name] for name in missing if name in job.linears}
     if linears:
         model = job.model()
         begin = partial(job.listener.stage, "Measuring types", len(linears))
         moments = begin_with_first(job.moments(model), begin)
-        measure_linears(job.source, model, moments, linears, job.recipe, measured, job.listener)
+        measure_linears(job.source, model, moments, linears, job.recipe, kept, job.listener)
     outer = {name: free[name] for name in job.processes.mine([name for name in missing if name not in job.linears])}
     job.listener.stage("Measuring embedding and output", len(outer))
-    measure_outer(job.source, outer, job.sequences, job.device, measured, job.listener)
+    measure_outer(job.source, outer, job.sequences, job.device, kept, job.listener)
     job.processes.wait()
-    return found(job.planned, measured.losses(), limit)
+    losses = kept.losses()
+    return found(job.planned, {name: losses[name] for name in free}, limit)
 
 
 def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
@@ -127,24 +125,9 @@ def options(tensor: PlannedTensor) -> tuple[str, ...]:
     return SUPERBLOCKS if tensor.linear else OUTER
 
 
-class Measured:
-    """Losses found so far, kept on disk, each part of them in a file of its own: several processes may write."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def losses(self) -> Losses:
-        """All of them, whoever found them."""
-        return {name: kinds for path in self._folder.glob("*.json") for name, kinds in read_json(path, "").items()}
-
-    def add(self, part: str, losses: Losses) -> None:
-        """Keep more, under the name of a block or a tensor."""
-        write_json(self._folder / f"{part}.json", losses)
-
-
 def measure_linears(
     source: Weights, model: BlockModel, moments: Iterator[BlockMoments], linears: dict[str, tuple[str, ...]],
-    recipe: Recipe, measured: Measured, listener: Listener,
+    recipe: Recipe, kept: Measured, listener: Listener,
 ) -> None:  # fmt: skip
     """Predicted losses of linears (name -> codecs) from their guided second moments; kept block by block."""
     quick = dataclasses.replace(recipe, descent=0)
@@ -160,7 +143,7 @@ def measure_linears(
             losses[name] = {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
             listener.advance(1)
         if losses:
-            measured.add(str(block[0]), losses)
+            kept.add(str(block[0]), losses)
 
 
 class _Replaced:
@@ -181,7 +164,7 @@ class _Replaced:
 
 
 def measure_outer(
-    source: Weights, outer: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device, measured: Measured,
+    source: Weights, outer: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device, kept: Measured,
     listener: Listener,
 ) -> None:  # fmt: skip
     """Mean KL when an embedding or output (name -> codecs) alone is rounded to each codec, on a few sequences."""
@@ -198,7 +181,7 @@ def measure_outer(
             pairs = zip(states, own, strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
             losses[kind] = max(0.0, sum(divergences) / len(divergences))
-        measured.add(name, {name: losses})
+        kept.add(name, {name: losses})
         listener.advance(1)
 
 
@@ -217,7 +200,9 @@ def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str,
     """The best choice within `limit` bytes, as JSON values, with all losses and the curve of loss over bytes.
 
     Raises UserError where no choice fits, with the reachable sizes."""
-    tensors = {tensor.name: _options(tensor, losses) for tensor in planned}
+    # A tensor that was not measured keeps the codec of its plan.
+    known = {tensor.name: losses.get(tensor.name, {tensor.codec: 0.0}) for tensor in planned}
+    tensors = {tensor.name: measured.options(known[tensor.name], tensor.matrix) for tensor in planned}
     best = allocate(tensors, limit)
     least, most = reachable(tensors)
     sizes = [least + (most - least) * i // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]
@@ -230,9 +215,3 @@ def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str,
         "losses": losses,
         "curve": [{"bytes": size, "loss": allocate(tensors, size).loss} for size in sizes],
     }
-
-
-def _options(tensor: PlannedTensor, losses: Losses) -> list[Option]:
-    """A tensor that was not measured keeps the codec of its plan."""
-    known = losses.get(tensor.name, {tensor.codec: 0.0})
-    return [Option(kind, nbytes(codec(kind), *tensor.matrix), loss) for kind, loss in known.items()]

@@ -13,13 +13,16 @@ from functools import partial
 import numpy as np
 from torch import Tensor
 
-from lqexport.allocate import Allocation, Option, allocate
+from lqexport import measured
+from lqexport.allocate import Allocation, allocate
+from lqexport.artifact import read_json, write_json
 from lqexport.collect import begin_with_first, by_weight
 from lqexport.converters.exl2_plan import filled_runs
 from lqexport.fit_sections import fit_sections
-from lqexport.formats.codec import Run, nbytes
+from lqexport.formats.codec import Run
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
 from lqexport.job import Job
+from lqexport.measured import Losses
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
 from lqexport.sections import TensorSections
@@ -35,36 +38,41 @@ def choose_mixes(job: Job) -> Allocation | None:
     the size."""
     if job.recipe.bits is None or job.calibration is None:
         return None
-    _measure_mixes(job)
-    blocks = range(job.source.config["num_hidden_layers"])
-    options = {name: tried for index in blocks for name, tried in job.artifact.options(index).items()}
-    allocation = chosen_mixes(options, {name: linear.matrix for name, linear in job.linears.items()}, job.recipe.bits)
+    path = job.artifact.folder / "mixes.json"
+    if job.processes.agreed(not path.is_file()):
+        losses = _measured_mixes(job)
+        if job.processes.first:
+            write_json(path, losses)
+        job.processes.wait()
+    shapes = {name: linear.matrix for name, linear in job.linears.items()}
+    allocation = chosen_mixes(read_json(path, f"{path} is gone."), shapes, job.recipe.bits)
     chosen = {name: option.name for name, option in allocation.chosen.items()}
     job.take_plan([replace(tensor, codec=chosen.get(tensor.name, tensor.codec)) for tensor in job.planned])
     return allocation
 
 
-def _measure_mixes(job: Job) -> None:
-    """Store the options of every block's linears; those that an interrupted run stored stay."""
-    model = job.model()
-    missing = job.processes.agreed({index for index in range(len(model)) if not job.artifact.options(index)})
-    if not missing:
-        return
-    begin = partial(job.listener.stage, "Measuring mixes of widths", len(missing))
-    for block in begin_with_first(job.moments(model), begin):
-        if block[0] not in missing:
-            continue
-        found = {}
-        for name, hessian in by_weight(model, block).items():
-            weight = job.source.read(name).to(job.device).float()
-            found[name] = measured_options(weight, hessian.to(job.device), job.recipe_of(name))
-        job.artifact.write_options(block[0], found)
-        job.listener.advance(job.processes.count)
-    job.processes.wait()
+def _measured_mixes(job: Job) -> Losses:
+    """What every mix costs every linear; what an interrupted run or one for another size measured is not done again."""
+    model, kept = job.model(), job.measured("mixes")
+    missing = job.processes.agreed(job.linears.keys() - kept.losses().keys())
+    if missing:
+        begin = partial(job.listener.stage, "Measuring mixes of widths", len(missing))
+        for block in begin_with_first(job.moments(model), begin):
+            hessians = by_weight(model, block)
+            found = {}
+            for name in sorted(hessians.keys() & missing):
+                weight = job.source.read(name).to(job.device).float()
+                found[name] = mix_losses(weight, hessians[name].to(job.device), job.recipe_of(name))
+                job.listener.advance(job.processes.count)
+            if found:
+                kept.add(str(block[0]), found)
+        job.processes.wait()
+    losses = kept.losses()
+    return {name: losses[name] for name in job.linears}
 
 
-def measured_options(weight: Tensor, hessian: Tensor, recipe: Recipe) -> list[Option]:
-    """Every mix for a linear, with its bytes and predicted loss: float32 weight [R, C], hessian [C, C].
+def mix_losses(weight: Tensor, hessian: Tensor, recipe: Recipe) -> dict[str, float]:
+    """The predicted loss of a linear in every mix, by the name of its codec: float32 weight [R, C], hessian [C, C].
 
     A maximum is shared by all rows, so a sample of rows gets a slightly better one than all would.
     """
@@ -76,13 +84,12 @@ def measured_options(weight: Tensor, hessian: Tensor, recipe: Recipe) -> list[Op
     else:
         unit = 1 / max(layer_loss(sample, hessian), 1e-30)
     pure = {bits: fit_sections(_pure(bits, weight.shape[1]), sample, weights, factor.order) for bits in BITS}
-    options = []
+    losses = {}
     for runs in _mixes(hessian, factor):
         grid = _assembled(runs, pure)
         error = grid.values(feedback(sample, grid, factor)) - sample
-        codec = Exl2(runs)
-        options.append(Option(codec.name, nbytes(codec, *weight.shape), unit * layer_loss(error, hessian)))
-    return options
+        losses[Exl2(runs).name] = unit * layer_loss(error, hessian)
+    return losses
 
 
 def _pure(bits: int, columns: int) -> Exl2:
@@ -111,7 +118,9 @@ def _mixes(hessian: Tensor, factor: Factor) -> list[tuple[Run, ...]]:
     return list(dict.fromkeys([*pure, *(filled_runs(weigh, average) for average in AVERAGES)]))
 
 
-def chosen_mixes(options: dict[str, list[Option]], shapes: dict[str, tuple[int, int]], bits: float) -> Allocation:
+def chosen_mixes(losses: Losses, shapes: dict[str, tuple[int, int]], bits: float) -> Allocation:
     """The mix of every linear, all together at most `bits` per weight. Raises UserError where that is too little."""
     weights = sum(int(np.prod(shape)) for shape in shapes.values())
-    return allocate(options, int(bits * weights / 8))
+    return allocate(
+        {name: measured.options(losses[name], shape) for name, shape in shapes.items()}, int(bits * weights / 8)
+    )

@@ -25,6 +25,7 @@ from lqexport.environment import versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
+from lqexport.measured import Measured
 from lqexport.moments_cache import MomentsCache
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
@@ -32,6 +33,9 @@ from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
+
+MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_order", "asymmetric")
+"""Options that decide the predicted loss of a type or mix, besides those that decide the second moments."""
 
 
 def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
@@ -166,6 +170,13 @@ class Job:
             "recipe": {key: getattr(recipe, key) for key in keys},
             "compute_dtype": recipe.compute_dtype_on(self.device.type),
         }
+
+    def measured(self, what: str) -> Measured:
+        """What is known of the losses of this job's options, under its second moments and solver: the same for all
+        sizes. `what` names the kind of options."""
+        assert self._cache is not None
+        facts = {key: value for key, value in asdict(self.recipe).items() if key in MEASURED_BY}
+        return Measured(self._cache.measured(what, facts | {"versions": versions("numpy", "numba")}))
 
     def recipe_of(self, name: str) -> Recipe:
         """The recipe for one linear."""

@@ -2,6 +2,7 @@
 
 FOLDER/KEY/facts.json             what they are of: source, calibration, kind
 FOLDER/KEY/block-N.safetensors    one tensor per group of linears; its name is the linears' names, joined by "+"
+FOLDER/KEY/WHAT-KEY/NAME.json     what was measured under them: losses of types, mixes of widths
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class MomentsCache:
     """The second moments that `facts` (JSON values) identify, in a folder of their own under `folder`."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
-        self.folder = folder / hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        self.folder = folder / _key(facts)
         self._facts = facts
 
     def _path(self, index: int) -> Path:
@@ -37,6 +38,10 @@ class MomentsCache:
     def write_facts(self) -> None:
         """Say in the folder what its second moments are of."""
         write_json(self.folder / "facts.json", self._facts)
+
+    def measured(self, what: str, facts: dict[str, Any]) -> Path:
+        """Where measurements under these second moments are kept; `facts` (JSON values) are what else they depend on."""
+        return self.folder / f"{what}-{_key(facts)}"
 
     def write(self, moments: BlockMoments) -> None:
         """Keep the second moments of all linears of a block."""
@@ -59,3 +64,7 @@ class MomentsCache:
         for moments in computed:
             self.write(moments)
             yield moments
+
+
+def _key(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

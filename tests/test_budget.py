@@ -79,7 +79,7 @@ def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: p
         patch.setattr("lqexport.budget.measure_outer", None)
         with pytest.raises(TypeError):
             quantize(recipe, tmp_path / "out")
-    assert list((tmp_path / "out" / "work" / "measured").glob("*.json"))
+    assert list((tmp_path / "out" / "work" / "moments").glob("*/types-*/*.json"))
     with monkeypatch.context() as patch:
         patch.setattr("lqexport.job.guided_moments", None)  # all linears are measured, their moments kept
         assert quantize(recipe, tmp_path / "out") == expected

@@ -15,7 +15,7 @@ import safetensors.numpy
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from lqexport import choose
+from lqexport import choose, measured
 from lqexport.artifact import Artifact, StoredTensor
 from lqexport.cli import app
 from lqexport.converters import exl2, shards
@@ -27,6 +27,7 @@ from lqexport.formats.codec import bits_per_weight
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.registry import codec
 from lqexport.inspect import inspect
+from lqexport.measured import Measured
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
@@ -100,7 +101,8 @@ def test_what_was_predicted_is_what_came(artifact: Artifact) -> None:
 def test_the_choice_costs_less_than_even_widths(artifact: Artifact, recipe: Recipe, tmp_path: Path) -> None:
     """Among the measured options of every linear, the pure width of 3 bits takes nearly the same bytes."""
     tensors = {tensor["name"]: tensor for tensor in artifact.report()["tensors"]}
-    options = {name: tried for block in (0, 1) for name, tried in artifact.options(block).items()}
+    losses = json.loads((artifact.folder / "mixes.json").read_text())
+    options = {name: measured.options(tried, tuple(tensors[name]["shape"])) for name, tried in losses.items()}
     even = [next(option for option in tried if option.name.startswith("exl2:3g32x")
                  and "+" not in option.name) for tried in options.values()]  # fmt: skip
     assert sum(option.nbytes for option in even) >= 0.98 * sum(tensors[name]["bytes"] for name in options)
@@ -292,8 +294,8 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
     artifact: Artifact, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = contents(artifact.folder)
-    for method, stop in (("write_options", 1), ("write", 12)):
-        out, left, original = tmp_path / f"{method}{stop}", [stop], getattr(Artifact, method)
+    for owner, method, stop in ((Measured, "add", 1), (Artifact, "write", 12)):
+        out, left, original = tmp_path / f"{method}{stop}", [stop], getattr(owner, method)
 
         def until(*arguments: object, left: list[int] = left, original: object = original) -> None:
             if left[0] == 0:
@@ -301,10 +303,10 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
             left[0] -= 1
             original(*arguments)  # type: ignore[operator]
 
-        monkeypatch.setattr(Artifact, method, until)
+        monkeypatch.setattr(owner, method, until)
         with pytest.raises(KeyboardInterrupt):
             quantize(recipe, out)
-        monkeypatch.setattr(Artifact, method, original)
+        monkeypatch.setattr(owner, method, original)
         quantize(recipe, out)
         assert contents(out) == expected
 

@@ -10,7 +10,8 @@ import torch
 
 from lqexport import fit_sections as fitting
 from lqexport import solve, solve_cpu, solve_sections, solve_torch
-from lqexport.choose import measured_options
+from lqexport import measured
+from lqexport.choose import mix_losses
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
 from lqexport.linear import solve_linear
@@ -192,17 +193,18 @@ def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) ->
     assert np.isfinite(codec(name).decode(tensor.planes, 256)).all()
 
 
-def test_measured_options_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
     recipe = Recipe("x", "exl2", bits=3, moments="normalized", descent=0)
-    options = {option.name: option for option in measured_options(weights, hessian, recipe)}
+    tried = measured.options(mix_losses(weights, hessian, recipe), tuple(weights.shape))
+    options = {option.name: option for option in tried}
     assert {"exl2:2g32x8", "exl2:8g32x8"} < options.keys()
     assert all(sum(run.columns for run in codec(name).runs) == 256 for name in options)
     pure = [options[f"exl2:{bits}g32x8"] for bits in (2, 3, 4, 5, 6, 8)]
     assert all(wider.loss < narrower.loss / 2 for narrower, wider in itertools.pairwise(pure))
     # What is predicted is what solving gives: here all 64 rows are measured.
-    measured = solve_linear("x", weights, hessian, "exl2:3g32x8", recipe)
-    assert measured.facts["relative_error"] == pytest.approx(options["exl2:3g32x8"].loss, rel=1e-3)
+    solved = solve_linear("x", weights, hessian, "exl2:3g32x8", recipe)
+    assert solved.facts["relative_error"] == pytest.approx(options["exl2:3g32x8"].loss, rel=1e-3)
     # Activations differ a lot here, so mixes beat the pure width of the same size.
     best = min(option.loss for option in options.values() if option.nbytes <= options["exl2:3g32x8"].nbytes)
     assert best < 0.8 * options["exl2:3g32x8"].loss
