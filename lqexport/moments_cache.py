@@ -40,7 +40,7 @@ class MomentsCache:
         write_json(self.folder / "facts.json", self._facts)
 
     def measured(self, what: str, facts: dict[str, Any]) -> Path:
-        """Where measurements under these second moments are kept; `facts` (JSON values) are what else they depend on."""
+        """Where measurements under these second moments are kept; `facts` say what else they depend on."""
         return self.folder / f"{what}-{_key(facts)}"
 
     def write(self, moments: BlockMoments) -> None:

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from lqexport import fit_sections as fitting
-from lqexport import solve, solve_cpu, solve_sections, solve_torch
-from lqexport import measured
+from lqexport import measured, solve, solve_cpu, solve_sections, solve_torch
 from lqexport.choose import mix_losses
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
