@@ -12,6 +12,9 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+TILE_ROWS, TILE_COLUMNS = 8, 1024
+"""Of `table_products`."""
+
 
 class Stored(NamedTuple):
     """A block's scales or offsets as the file stores them (see `formats.codec.ScaleFormat`), changed in place.
@@ -285,3 +288,31 @@ def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, cuts,
             best = _search(x, w, levels, uniform, has_offset, not_positive, cuts, (zero, zero), best)
             best = _search(x, w, levels, uniform, has_offset, not_positive, fine, best[3:], best)
             scale[r, k], shift[r, k] = best[1], best[2]
+
+
+@njit(cache=True, parallel=True)
+def table_products(hessian, codes, products):
+    """P^T H P of each row, with P [C, K] the row's codes as indicators; added to float64 products [R, K, K].
+
+    codes uint8 [R, C]. A tile of H's columns is summed by code for a few rows together, so that H is read once for
+    them and the sums stay in the cache.
+    """
+    rows, columns = codes.shape
+    count = products.shape[1]
+    for tile in prange((rows + TILE_ROWS - 1) // TILE_ROWS):
+        first = tile * TILE_ROWS
+        held = min(TILE_ROWS, rows - first)
+        sums = np.empty((TILE_ROWS, count, TILE_COLUMNS), np.float32)
+        for start in range(0, columns, TILE_COLUMNS):
+            width = min(TILE_COLUMNS, columns - start)
+            sums[:] = 0
+            for i in range(columns):
+                line = hessian[i, start : start + width]
+                for r in range(held):
+                    total = sums[r, codes[first + r, i]]
+                    for j in range(width):
+                        total[j] += line[j]
+            for r in range(held):
+                for k in range(count):
+                    for j in range(width):
+                        products[first + r, k, codes[first + r, start + j]] += sums[r, k, j]

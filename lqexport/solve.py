@@ -112,8 +112,8 @@ def refine(
     codes = codes.clone()
     values = grid.values(codes)
     grid = replace(grid, scale=grid.scale and grid.scale.clone(), offset=grid.offset and grid.offset.clone())
+    gradient = (values - weights) @ hessian
     for _ in range(sweeps):
-        gradient = (values - weights) @ hessian
         if refit and grid.scale is None:
             grid, codes = refit_tables(gradient, hessian, grid, codes)
             values = grid.values(codes)
@@ -135,14 +135,10 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
     """
     count = grid.levels.shape[1]
     parts = []
-    for levels, slope, code in zip(
-        *(part.split(REFIT_ROWS) for part in (grid.levels, gradient, codes.long())), strict=True
-    ):
-        indicator = torch.nn.functional.one_hot(code, count).to(hessian.dtype)  # [r, C, K]
+    for levels, slope, code in zip(*(part.split(REFIT_ROWS) for part in (grid.levels, gradient, codes)), strict=True):
+        indicator = torch.nn.functional.one_hot(code.long(), count).to(slope.dtype)  # [r, C, K]
         right = torch.einsum("rck,rc->rk", indicator, slope).double()
-        # One wide product; a narrow one for each row takes several times as long.
-        product = (hessian @ indicator.movedim(1, 0).flatten(1)).unflatten(1, (len(code), count))  # [C, r, K]
-        matrix = torch.einsum("rck,crl->rkl", indicator, product).double()
+        matrix = backend(levels).table_products(hessian, code, count)
         # A level that no code uses has no row in the matrix: the ridge keeps it where it is.
         ridge = 1e-7 * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
         step = torch.linalg.solve(matrix + ridge * torch.eye(count, device=matrix.device), -right)

@@ -32,6 +32,13 @@ def refine_block(
     codes[:, block] = part
 
 
+def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
+    """P^T H P of each row, float64 [R, K, K], with P [C, K] the row's codes as indicators."""
+    products = torch.zeros(len(codes), count, count, dtype=torch.float64)
+    cpu.table_products(hessian.contiguous().numpy(), codes.contiguous().numpy(), products.numpy())
+    return products
+
+
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
     """The block's stored numbers, as views of the grid's."""
     if numbers is None:

@@ -6,6 +6,9 @@ from torch import Tensor
 
 from lqexport.grid import Numbers, TensorGrid
 from lqexport.kernels import cuda_solve
+from lqexport.solve_torch import table_products
+
+__all__ = ["feedback_block", "refine_block", "table_products"]
 
 
 def feedback_block(

@@ -48,6 +48,14 @@ def refine_block(
         gradient += change[:, None] * hessian[i]
 
 
+def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
+    """P^T H P of each row, float64 [R, K, K], with P [C, K] the row's codes as indicators."""
+    indicator = torch.nn.functional.one_hot(codes.long(), count).to(hessian.dtype)  # [R, C, K]
+    # One wide product; a narrow one for each row takes several times as long.
+    product = (hessian @ indicator.movedim(1, 0).flatten(1)).unflatten(1, (len(codes), count))  # [C, R, K]
+    return torch.einsum("rck,crl->rkl", indicator, product).double()
+
+
 def _round(
     target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:

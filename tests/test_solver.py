@@ -250,6 +250,19 @@ def test_refitted_tables_are_the_least_squares_ones(name: str, problem: tuple[to
     assert loss(*with_refit, weights, hessian) < loss(*alone, weights, hessian)
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 4), (19, 1100, 16)])
+def test_table_products_are_those_of_the_indicators(shape: tuple[int, int, int]) -> None:
+    rows, columns, count = shape
+    generator = torch.Generator().manual_seed(0)
+    half = torch.randn(columns, columns, generator=generator)
+    codes = torch.randint(count, (rows, columns), generator=generator).to(torch.uint8)
+    indicators = torch.nn.functional.one_hot(codes.long(), count).double()
+    expected = torch.einsum("rck,cd,rdl->rkl", indicators, (half + half.T).double(), indicators)
+    for backend in (solve_cpu, solve_torch):
+        found = backend.table_products(half + half.T, codes, count)
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-2)
+
+
 def test_a_level_without_codes_stays() -> None:
     grid = TensorGrid(4, torch.tensor([[-1.0, 0.0, 1.0, 2.0]]).repeat(2, 1), False)
     codes = torch.tensor([[0, 0, 2, 2], [1, 1, 1, 1]], dtype=torch.uint8)
