@@ -76,3 +76,22 @@ def test_compiled_loops_leave_torch_its_threads(how: str, threads: int) -> None:
     command = [sys.executable, "-c", THREADS, how]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     assert int(done.stdout) == threads
+
+
+MISALIGNED = """
+import numpy, torch, lqexport
+
+def at(matrix, offset):
+    room = numpy.zeros(matrix.numel() * 8 + 128, numpy.uint8)
+    first = -room.ctypes.data % 64 + offset
+    copy = torch.from_numpy(room[first : first + matrix.numel() * 8].view(numpy.float64)).view(matrix.shape)
+    return copy.copy_(matrix)
+
+a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((33, 100), (77, 100)))
+products = [torch.nn.functional.linear(at(a, i), at(b, j)) for i in (0, 8, 16, 32) for j in (0, 8, 16, 32)]
+assert all(torch.equal(product, products[0]) for product in products)
+"""
+
+
+def test_products_do_not_depend_on_where_their_operands_lie() -> None:
+    subprocess.run([sys.executable, "-c", MISALIGNED], check=True)
