@@ -33,6 +33,7 @@ from gguf import GGUFWriter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lqexport.adapters import misfits, open_factors
+from lqexport.artifact import manifest_bytes
 from lqexport.converters.gguf_tokenizer import add_tokenizer
 from lqexport.errors import UserError
 from lqexport.exporting import export
@@ -50,7 +51,6 @@ CPU_SECONDS = 20
 """A sound file of each subject takes under one."""
 MEMORY = 64 * 2**20
 """Bytes that a case may hold at once in Python and NumPy; no file is larger than 2 MB."""
-TEXT = "python-heldout"
 
 
 # Damage.
@@ -87,7 +87,10 @@ def damaged_json(content: bytes, draw: random.Random) -> bytes:
         holder[key] = draw.choice(NUMBERS)
     else:
         holder[key] = draw.choice(VALUES)
-    return json.dumps(document.get("document", {})).replace('"DEEP"', DEEP).encode()
+    found = document.get("document", {})
+    if isinstance(found, dict) and "files" in found:  # a manifest, whose own digest a forger would renew
+        return manifest_bytes(found)
+    return json.dumps(found).replace('"DEEP"', DEEP).encode()
 
 
 def places(value: Any) -> Iterator[tuple[Any, Any]]:
@@ -200,6 +203,7 @@ def make(work: Path) -> None:
     model = make_model(work / "model")
     make_sentencepiece(work / "pieces" / "tokenizer.model")
     (work / "recipe.toml").write_text(RECIPE)
+    (work / "text.txt").write_text(read_text("python-heldout").content[:4000], encoding="utf-8")
     few: dict[str, Any] = {"samples": 2, "sequence_length": 32, "tune": 0, "rank": 4}
     options: dict[str, dict[str, Any]] = {"exl2": {"bits": 4.5}, "gguf:Q4_0": few}
     for target in ("gguf:Q4_0", "exl2", "gptq:4-g32", "native:table-3"):
@@ -216,7 +220,7 @@ def subjects(work: Path) -> dict[str, Subject]:
     weights, gguf = ("config.json", "*.safetensors"), work / "model.gguf"
 
     def check(path: Path) -> None:
-        verify(path, str(work / "model"), text=TEXT, windows=1)
+        verify(path, str(work / "model"), text=str(work / "text.txt"), windows=1)
 
     def adapter(path: Path) -> None:
         base = open_export(gguf)
@@ -238,7 +242,11 @@ def subjects(work: Path) -> dict[str, Subject]:
         "native": Subject(work / "native", (*weights, "lqexport/*"), check),
         "artifact": Subject(work / "artifact-gguf", ("*.json", "model/config.json", "tensors/*"), check),
         "artifact to export": Subject(work / "artifact-gguf", ("*.json", "model/*.json", "tensors/*"), convert),
-        "recipe": Subject(work / "recipe.toml", (), lambda path: Recipe(**({"source": "x"} | load_recipe(path)))),
+        "recipe": Subject(
+            work / "recipe.toml",
+            (),
+            lambda path: Recipe(**({"source": "x", "target": "gguf:Q4_0"} | load_recipe(path))),
+        ),
     }
 
 
