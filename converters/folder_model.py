@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.artifact import read_json
+from lqexport.artifact import read_config
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PLAIN
 from lqexport.converters.stored_tensors import StoredTensors
 from lqexport.converters.tensor_names import gguf_names, needed_names
-from lqexport.errors import UserError
+from lqexport.errors import MALFORMED, UserError, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
 
@@ -36,7 +36,7 @@ class FolderModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json", f"{folder} has no config.json.")
+        self.config: dict[str, Any] = read_config(folder / "config.json", f"{folder} has no config.json.")
         self.stored = StoredTensors(folder, "np")
         self._names = self._known_names()
 
@@ -63,7 +63,8 @@ class FolderModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape as in a checkpoint, rows first."""
-        return self.packed_shape(name.removesuffix(".weight")) if self._is_packed(name) else self.stored.shape(name)
+        with well_formed(f"{self.folder}: {name}"):
+            return self.packed_shape(name.removesuffix(".weight")) if self._is_packed(name) else self.stored.shape(name)
 
     def codec(self, name: str) -> str:
         """The name of the codec that a tensor is stored in. Raises UserError where readers would not decode it
@@ -72,13 +73,14 @@ class FolderModel:
             return PLAIN
         try:
             return self.packed_codec(name.removesuffix(".weight"))
-        except ValueError as error:
+        except MALFORMED as error:
             raise UserError(f"{self.folder}: {self.reader} would not decode {name} rightly. {error}") from error
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """Codec name, planes and shape of a tensor. Raises UserError as `codec`."""
         if self._is_packed(name):
-            return self.codec(name), self.packed_planes(name.removesuffix(".weight")), self.shape(name)
+            with well_formed(f"{self.folder}: {name}"):
+                return self.codec(name), self.packed_planes(name.removesuffix(".weight")), self.shape(name)
         plain = np.ascontiguousarray(self.stored[name])
         if plain.dtype != np.float16:
             raise UserError(f"{self.folder}: {name} is {plain.dtype}, not float16.")
@@ -90,7 +92,7 @@ class FolderModel:
         kind, planes, shape = self.planes(name)
         try:
             weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
-        except ValueError as error:
+        except MALFORMED as error:
             raise UserError(f"{self.folder}: {name} is damaged: {error}") from error
         if not np.isfinite(weights).all():
             raise UserError(f"{self.folder}: {name} holds weights that are infinite or not a number.")

@@ -107,7 +107,15 @@ def _parse(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, Tensor
     tensors = {name: _tensor(content, begin + offset, name, shape, kind) for name, shape, kind, offset in infos}
     if len(tensors) != len(infos):
         raise ValueError("two of its tensors have the same name")
+    _check_apart({offset: len(tensors[name].data) for name, _, _, offset in infos}, len(infos))
     return metadata, tensors
+
+
+def _check_apart(sizes: dict[int, int], count: int) -> None:
+    """Raises ValueError where tensors, offset -> bytes, lie over each other."""
+    ends = [offset + size for offset, size in sorted(sizes.items())]
+    if len(sizes) != count or any(end > begin for end, begin in zip(ends, sorted(sizes)[1:], strict=False)):
+        raise ValueError("some of its tensors lie over each other")
 
 
 def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
 
+from lqexport.artifact import read_json
 from lqexport.converters.architecture import Architecture, Config, Key
 from lqexport.converters.gguf_support import check_supported, window, window_period
 from lqexport.converters.gguf_types import file_type
@@ -19,15 +20,9 @@ QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def optional_json(path: Path) -> dict[str, Any]:
     """A JSON object of the model folder, {} where the file is missing. Raises UserError where it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged: it should hold a JSON object.")
-    return content
+    return read_json(path, f"{path} is gone.") if path.is_file() else {}
 
 
 def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vocabulary: int) -> None:

@@ -7,9 +7,9 @@ from typing import Any
 
 from gguf import GGUFWriter, Keys
 
-from lqexport.converters.gguf_metadata import read_json
+from lqexport.converters.gguf_metadata import optional_json
 from lqexport.converters.gguf_vocabulary import Vocabulary, read_vocabulary
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 
@@ -21,6 +21,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 
     Raises UserError where a file is missing or damaged, or where llama.cpp has no such tokenizer.
     """
+    with well_formed(f"The tokenizer in {folder}", "Copy or download its files again."):
+        _add_tokenizer(writer, folder, size)
+
+
+def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     vocabulary = read_vocabulary(folder)
     tokens = vocabulary.padded(size)
     writer.add_tokenizer_model(vocabulary.model)
@@ -57,8 +62,8 @@ def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary
 def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
     """bos, eos, unk, sep, pad, mask -> token id: by the text that the tokenizer's files name, else by the number in
     config.json or generation_config.json."""
-    files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
-    configs = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
+    files = [optional_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    configs = [optional_json(folder / name) for name in ("config.json", "generation_config.json")]
     found = {}
     for kind in _SPECIAL:
         texts = [_text(file.get(f"{kind}_token")) for file in files]
@@ -86,7 +91,10 @@ def added_ends(folder: Path, vocabulary: Vocabulary) -> tuple[bool, bool]:
     tokenizer_config.json decides where it says so, as in transformers, then the template in tokenizer.json, then
     the default of SentencePiece models in Llama: BOS and no EOS.
     """
-    options, tokenizer = read_json(folder / "tokenizer_config.json"), read_json(folder / "tokenizer.json")
+    options, tokenizer = (
+        optional_json(folder / "tokenizer_config.json"),
+        optional_json(folder / "tokenizer.json"),
+    )
     template = _template(tokenizer.get("post_processor") or {})
     default = (not tokenizer and vocabulary.model == "llama", False)
     by_template = ("SpecialToken" in template[0], "SpecialToken" in template[-1]) if template else default
@@ -110,7 +118,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
         more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         return {"default": path.read_text(encoding="utf-8")} | {p.stem: p.read_text(encoding="utf-8") for p in more}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        content = read_json(folder / name).get("chat_template")
+        content = optional_json(folder / name).get("chat_template")
         if isinstance(content, str):
             return {"default": content}
         if isinstance(content, list):

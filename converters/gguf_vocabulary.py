@@ -14,7 +14,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from lqexport.converters.gguf_metadata import read_json
+from lqexport.converters.gguf_metadata import optional_json
 from lqexport.converters.gguf_pretokenizers import pretokenizer_name
 from lqexport.converters.sentencepiece_model import read_sentencepiece
 from lqexport.errors import UserError
@@ -60,7 +60,10 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
     Raises UserError where there is neither, one is damaged, or llama.cpp has no such tokenizer.
     """
-    tokenizer, options = read_json(folder / "tokenizer.json"), read_json(folder / "tokenizer_config.json")
+    tokenizer, options = (
+        optional_json(folder / "tokenizer.json"),
+        optional_json(folder / "tokenizer_config.json"),
+    )
     if _is_byte_level(tokenizer):
         return _byte_level(tokenizer, options)
     if (folder / "tokenizer.model").is_file():
@@ -118,7 +121,7 @@ def _added_tokens(folder: Path, tokenizer: dict[str, Any], options: dict[str, An
         return list(tokenizer["added_tokens"])
     if decoder := options.get("added_tokens_decoder"):
         return [{"id": int(number), **token} for number, token in decoder.items()]
-    return [{"id": number, "content": text} for text, number in read_json(folder / "added_tokens.json").items()]
+    return [{"id": number, "content": text} for text, number in optional_json(folder / "added_tokens.json").items()]
 
 
 def _sentencepiece(path: Path) -> Vocabulary:

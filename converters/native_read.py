@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lqexport.artifact import StoredTensor, decoded, read_json
+from lqexport.artifact import StoredTensor, decoded, read_config
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import factor_names
 from lqexport.converters.native import LOW_RANK, METHOD, VERSION, stored_names
 from lqexport.converters.stored_tensors import StoredTensors
 from lqexport.converters.tensor_names import gguf_names
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import names
 
@@ -34,7 +34,7 @@ class NativeModel:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config: dict[str, Any] = read_json(folder / "config.json", f"{folder} has no config.json.")
+        self.config: dict[str, Any] = read_config(folder / "config.json", f"{folder} has no config.json.")
         self._tensors = StoredTensors(folder, "pt")
         self._packed = _packed(folder, self.config)
         self._factors = _factors(self._packed)
@@ -77,7 +77,8 @@ class NativeModel:
         if name not in self._packed:
             return self._plain(name)
         rows, columns = self._packed[name]["shape"]
-        planes = {plane: self._tensors[stored].numpy() for plane, stored in self._stored(name).items()}
+        with well_formed(f"{self.folder}: {name}"):
+            planes = {plane: self._tensors[stored].numpy() for plane, stored in self._stored(name).items()}
         if planes["codes"].size % rows:
             raise UserError(f"{self.folder}: {name} does not hold the codes of {rows} rows.")
         planes["codes"] = planes["codes"].reshape(rows, -1)

@@ -16,9 +16,8 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 
-from lqexport.artifact import Artifact, read_json, write_json, written_whole
+from lqexport.artifact import Artifact, open_tensors, read_json, write_json, written_whole
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import A, check_present, corrected_linear, is_factor
 from lqexport.converters.tensor_names import block_module
@@ -82,11 +81,8 @@ class PeftAdapter:
         config = read_json(folder / CONFIG, f"{folder} is not a PEFT adapter: it has no {CONFIG}.")
         if (config.get("r"), config.get("rank_pattern")) != (config.get("lora_alpha"), config.get("alpha_pattern")):
             raise UserError(f"{folder} was not written by lqexport: its lora_alpha is not its r.")
-        try:
-            with safe_open(folder / WEIGHTS, "np") as file:
-                self._tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, TypeError) as error:
-            raise UserError(f"{folder / WEIGHTS} is missing or damaged ({error}).") from error
+        with open_tensors(folder / WEIGHTS, "np", "Copy the adapter again.") as file:
+            self._tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def names(self) -> list[str]:
         return list(self._tensors)

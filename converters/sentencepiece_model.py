@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from lqexport.errors import UserError
+from lqexport.errors import MALFORMED, UserError
 
 BPE = 2
 NORMAL = 1
@@ -43,7 +43,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         message = list(_fields(path.read_bytes()))
         pieces = [_piece(value) for number, value in message if number == 1]
         trainer, normalizer = (_message(message, number) for number in (2, 3))
-    except (OSError, ValueError, KeyError, TypeError, IndexError, struct.error) as error:
+    except (OSError, *MALFORMED, struct.error) as error:
         raise UserError(f"{path} is not a SentencePiece model, or it is damaged ({error}).") from error
     if not pieces:
         raise UserError(f"{path} is not a SentencePiece model: it holds no pieces.")
@@ -93,6 +93,8 @@ def _varint(content: bytes, position: int) -> tuple[int, int]:
     """A number in groups of seven bits, the lowest first, and the position behind it."""
     value = shift = 0
     while True:
+        if shift > 63:
+            raise ValueError(f"a number of more than 64 bits at byte {position}")
         byte = content[position]
         value |= (byte & 127) << shift
         position, shift = position + 1, shift + 7

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError, safe_open
-
+from lqexport.artifact import open_tensors
 from lqexport.errors import UserError
 
 
@@ -40,12 +40,8 @@ class StoredTensors(Mapping[str, Any]):
         return name in self._files
 
     def __getitem__(self, name: str) -> Any:
-        path = self._file(name)
-        with self._open(path) as file:
-            try:
-                return file.get_tensor(name)
-            except (SafetensorError, TypeError) as error:
-                raise UserError(f"{path} has no readable tensor {name} ({error}).") from error
+        with self._open(self._file(name)) as file:
+            return file.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without its data."""
@@ -57,8 +53,5 @@ class StoredTensors(Mapping[str, Any]):
             raise UserError(f"{self._folder} has no tensor {name}.")
         return self._files[name]
 
-    def _open(self, path: Path) -> Any:
-        try:
-            return safe_open(path, self._framework)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is cut short or damaged ({error}).") from error
+    def _open(self, path: Path) -> AbstractContextManager[Any]:
+        return open_tensors(path, self._framework, "Copy or download it again.")

@@ -24,7 +24,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 import safetensors.numpy
@@ -32,12 +32,17 @@ import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from lqexport.errors import UserError
+from lqexport.converters.config_check import check_config
+from lqexport.errors import MALFORMED, UserError, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
 
 ANEW = "Copy the artifact again, or quantize again into another folder."
 """What helps against damage to a finished artifact, which `quantize` takes as it is."""
+AGAIN = "Delete it and run the same command again."
+"""What helps against damage to what a stopped run left."""
+LONGEST_NAME = 200
+"""Characters of a tensor's name; file systems have names of 255 bytes."""
 
 
 @contextlib.contextmanager
@@ -99,14 +104,44 @@ def file_digest(*paths: Path) -> str:
 def read_json(path: Path, missing: str) -> dict[str, Any]:
     """The JSON object in a file. Raises UserError: `missing` where there is no file, else what is wrong with it."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(missing) from None
-    except (ValueError, OSError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it should hold a JSON object.")
     return content
+
+
+def read_config(path: Path, missing: str) -> dict[str, Any]:
+    """A config.json. Raises UserError as `read_json`, and where it cannot be that of a model."""
+    return check_config(read_json(path, missing), path)
+
+
+@contextlib.contextmanager
+def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device: str = "cpu") -> Iterator[Any]:
+    """A safetensors file, as `safe_open` gives it. Raises UserError, which ends with `advice`, where it is missing, cut
+    short or damaged, or does not hold what is asked of it within."""
+    try:
+        with safe_open(path, framework, device) as file:
+            yield file
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing. {advice}") from None
+    except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:  # torch raises RuntimeError
+        raise UserError(f"{path} is cut short or damaged ({error}). {advice}") from error
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """`path`, which lies in `folder` also when links are followed. Raises UserError where it leads out of it.
+
+    The hub's cache has links from each snapshot to the blobs that stand beside all of them.
+    """
+    root = folder.resolve()
+    root = root.parent.parent if root.parent.name == "snapshots" else root
+    if not path.resolve().is_relative_to(root):
+        raise UserError(f"{path} leads out of {folder}, to {path.resolve()}. Put a copy there if that is wanted.")
+    return path
 
 
 def digest(planes: Planes) -> str:
@@ -160,13 +195,14 @@ class Artifact:
 
     def manifest(self) -> dict[str, dict[str, Any]]:
         """Per tensor, in model order: codec, shape, sha256. Raises UserError where the run is not finished."""
-        return {entry["name"]: entry for entry in self._manifest()["tensors"]}
+        with well_formed(self.folder / "manifest.json", ANEW):
+            return {self._checked_name(entry["name"]): _checked(entry) for entry in self._manifest()["tensors"]}
 
     def _manifest(self) -> dict[str, Any]:
         if not self.complete and (self.folder / "run.json").is_file():
             raise UserError(f"{self.folder} is not finished: run the `lqexport quantize` command that began it again.")
         content = self._json("manifest.json")
-        if (self.folder / "manifest.json").read_bytes() != _json_bytes(_with_digest(content)):
+        if (self.folder / "manifest.json").read_bytes() != manifest_bytes(content):
             raise UserError(
                 f"{self.folder}/manifest.json is damaged: its content is not that of its own digest. {ANEW}"
             )
@@ -176,10 +212,11 @@ class Artifact:
         """Files of a finished artifact that are gone, or not as they were written. Raises UserError as `manifest`."""
 
         def is_whole(name: str, expected: str) -> bool:
-            path = self.folder / name
+            path = inside(self.folder, self.folder / name)
             return path.is_file() and file_digest(path) == expected
 
-        return [name for name, expected in self._manifest()["files"].items() if not is_whole(name, expected)]
+        with well_formed(self.folder / "manifest.json", ANEW):
+            return [name for name, expected in self._manifest()["files"].items() if not is_whole(name, expected)]
 
     def report(self) -> dict[str, Any]:
         """The content of report.json. Raises UserError where the run is not finished."""
@@ -187,15 +224,18 @@ class Artifact:
 
     def config(self) -> dict[str, Any]:
         """The model's config.json."""
-        return self._json("model/config.json")
+        return check_config(self._json("model/config.json"), self.folder / "model/config.json")
 
     def _json(self, name: str) -> dict[str, Any]:
         return read_json(self.folder / name, f"{self.folder} is not an lqexport artifact: it has no {name}.")
 
+    def _checked_name(self, name: str) -> str:
+        if "/" in name or os.sep in name or not name.isprintable() or len(name) > LONGEST_NAME:
+            raise UserError(f"{name!r} cannot be the name of a tensor: it names no file in {self.folder}.")
+        return name
+
     def _path(self, name: str) -> Path:
-        if "/" in name or os.sep in name:
-            raise UserError(f"{name!r} cannot be the name of a tensor: it would be a path out of {self.folder}.")
-        return self.folder / "tensors" / f"{name}.safetensors"
+        return self.folder / "tensors" / f"{self._checked_name(name)}.safetensors"
 
     def __contains__(self, name: str) -> bool:
         return self._path(name).is_file()
@@ -237,17 +277,9 @@ class Artifact:
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
         """A tensor's safetensors file and what its metadata says."""
-        path = self._path(name)
-        try:
-            with safe_open(path, "np") as file:
-                yield file, json.loads(file.metadata()["lqexport"])
-        except FileNotFoundError:
-            raise UserError(f"{self.folder} has no tensor {name}.") from None
-        except (SafetensorError, KeyError, TypeError, ValueError, OSError) as error:
-            again = "Delete it and run the same quantize command again."
-            if self.complete:
-                again = ANEW
-            raise UserError(f"{path} is damaged ({error}). {again}") from error
+        advice = ANEW if self.complete else AGAIN
+        with open_tensors(self._path(name), "np", advice) as file:
+            yield file, _checked(json.loads(file.metadata()["lqexport"]))
 
     def finish(self, names: list[str], report: dict[str, Any]) -> None:
         """Write the report and then the manifest of all `names`, which says that the artifact is whole."""
@@ -258,7 +290,8 @@ class Artifact:
             entries.append(entry)
         write_json(self.folder / "report.json", report)
         files = {path: file_digest(self.folder / path) for path in self._files(names)}
-        write_json(self.folder / "manifest.json", _with_digest({"tensors": entries, "files": files}))
+        with written_whole(self.folder / "manifest.json") as file:
+            file.write(manifest_bytes({"tensors": entries, "files": files}))
 
     def _files(self, names: list[str]) -> list[str]:
         """Paths in the folder of what a finished artifact of these tensors holds, besides the manifest and the log."""
@@ -290,10 +323,19 @@ class Artifact:
             file.write(json.dumps(entry) + "\n")
 
 
-def _with_digest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with the sha256 of the rest of it."""
+def _checked(entry: dict[str, Any]) -> dict[str, Any]:
+    """What a manifest or a tensor's own file says of it. Raises ValueError where no tensor can be such."""
+    rows, columns = entry["shape"] if len(entry["shape"]) == 2 else (1, *entry["shape"])
+    if not (isinstance(rows, int) and isinstance(columns, int)):
+        raise ValueError(f"{entry['shape']} is no shape")
+    codec(entry["codec"]).layout(rows, columns)
+    return entry
+
+
+def manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """The file of a manifest, with the sha256 of the rest of it."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return rest | {"sha256": hashlib.sha256(_json_bytes(rest)).hexdigest()}
+    return _json_bytes(rest | {"sha256": hashlib.sha256(_json_bytes(rest)).hexdigest()})
 
 
 class SolvedModel:

@@ -21,11 +21,11 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport import measured
 from lqexport.allocate import allocate, reachable
-from lqexport.artifact import Artifact, StoredTensor, decoded, read_json, write_json
+from lqexport.artifact import AGAIN, Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
 from lqexport.collect import BlockMoments, begin_with_first, by_weight, final_states
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 from lqexport.job import Job, plan_recipe
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.measured import Losses, Measured
@@ -61,7 +61,8 @@ def choose_types(job: Job) -> dict[str, Any] | None:
             write_json(path, choice)
         job.processes.wait()
     budget: dict[str, Any] = read_json(path, f"{path} is gone.")
-    job.take_plan(plan_recipe(job.source, job.recipe, budget["chosen"]))
+    with well_formed(path, AGAIN):
+        job.take_plan(plan_recipe(job.source, job.recipe, budget["chosen"]))
     return budget
 
 
@@ -192,7 +193,8 @@ def _kl(theirs: Tensor, ours: Tensor) -> float:
 def chosen_types(artifact: Artifact) -> dict[str, str]:
     """Tensor -> codec as an earlier search for this artifact found them; empty where there was none."""
     path = artifact.folder / "budget.json"
-    return dict(read_json(path, "")["chosen"]) if path.is_file() else {}
+    with well_formed(path, AGAIN):
+        return dict(read_json(path, "")["chosen"]) if path.is_file() else {}
 
 
 def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str, Any]:

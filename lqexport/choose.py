@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lqexport import measured
 from lqexport.allocate import Allocation, allocate
-from lqexport.artifact import read_json, write_json
+from lqexport.artifact import AGAIN, read_json, write_json
 from lqexport.collect import begin_with_first, by_weight
 from lqexport.converters.exl2_plan import filled_runs
 from lqexport.fit_sections import fit_sections
+from lqexport.errors import well_formed
 from lqexport.formats.codec import Run
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
 from lqexport.job import Job
@@ -45,7 +46,8 @@ def choose_mixes(job: Job) -> Allocation | None:
             write_json(path, losses)
         job.processes.wait()
     shapes = {name: linear.matrix for name, linear in job.linears.items()}
-    allocation = chosen_mixes(read_json(path, f"{path} is gone."), shapes, job.recipe.bits)
+    with well_formed(path, AGAIN):
+        allocation = chosen_mixes(read_json(path, f"{path} is gone."), shapes, job.recipe.bits)
     chosen = {name: option.name for name, option in allocation.chosen.items()}
     job.take_plan([replace(tensor, codec=chosen.get(tensor.name, tensor.codec)) for tensor in job.planned])
     return allocation

@@ -18,10 +18,9 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
-from lqexport.artifact import written_whole
+from lqexport.artifact import AGAIN, open_tensors, written_whole
 from lqexport.blocks import BlockModel
 from lqexport.moments import SecondMoments
 from lqexport.processes import ALONE, Processes
@@ -337,7 +336,7 @@ class _States:
             file.write(content)
 
     def read(self, kind: str, index: int, shard: int) -> list[Tensor]:
-        with safe_open(self._path(kind, index, shard), "pt") as file:
+        with open_tensors(self._path(kind, index, shard), "pt", AGAIN) as file:
             return [file.get_tensor(key) for key in sorted(file.keys())]
 
     def remove(self, kind: str, index: int, shard: int | None = None) -> None:

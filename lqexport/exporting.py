@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from lqexport.artifact import Artifact
+from lqexport.artifact import ANEW, Artifact
 from lqexport.converters import compressed_tensors, exl2, gguf, gguf_adapter, gptq, native, peft
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 from lqexport.inspect import inspect, size
 from lqexport.progress import Listener, Silent
 
@@ -41,7 +41,13 @@ def export(
     Raises UserError where the artifact is unfinished, damaged or was quantized for another format.
     """
     stored, path, listener = Artifact(Path(artifact)), Path(path), listener or Silent()
-    chosen = format or _made_for(stored)
+    # Bytes move, and nothing else is computed: what does not fit together is the artifact's.
+    with well_formed(artifact, ANEW):
+        _export(stored, path, format or _made_for(stored), adapter, listener)
+    return path
+
+
+def _export(stored: Artifact, path: Path, chosen: str, adapter: str | Path | None, listener: Listener) -> None:
     if chosen not in get_args(Format):
         raise UserError(f"Unknown format {chosen!r}. Known: {', '.join(get_args(Format))}.")
     if adapter is not None and chosen != "gguf":
@@ -53,7 +59,6 @@ def export(
         _write_gguf(stored, path, Path(adapter) if adapter else None, listener)
     else:
         FOLDERS[chosen](stored, path, lambda _, written: listener.advance(written))
-    return path
 
 
 def _made_for(artifact: Artifact) -> str:

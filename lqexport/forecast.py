@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lqexport.artifact import read_json
+from lqexport.artifact import read_config
 from lqexport.budget import UNITS
 from lqexport.cost import Memory, Rates, Work, disk, memory, operations_estimate, peak, seconds_estimate
 from lqexport.dryrun import measured_rates
@@ -99,7 +99,7 @@ class Forecast:
 def forecast(model: Path, recipe: Recipe, gpu: str | None, host: str | None) -> Forecast:
     """Plan a run for a config.json, or the folder that holds one. Raises UserError as the planning does."""
     path = model / "config.json" if model.is_dir() else model
-    shapes = ConfigModel(read_json(path, f"There is no {path}: give a config.json, or a folder that holds one."))
+    shapes = ConfigModel(read_config(path, f"There is no {path}: give a config.json, or a folder that holds one."))
     tensors = plan_recipe(shapes, recipe)
     tensors += plan_factors(shapes, tensors, recipe)
     return Forecast(

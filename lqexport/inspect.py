@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.table import Table
-from safetensors import safe_open
 
 from lqexport.artifact import Artifact
 from lqexport.converters.factors import is_factor
@@ -22,7 +21,7 @@ from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
-from lqexport.source import open_source
+from lqexport.source import HuggingFaceSource
 
 SAFETENSORS_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 
@@ -38,7 +37,7 @@ class Entry:
 
     @property
     def weights(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64))
+        return math.prod(self.shape)
 
     @property
     def kind(self) -> str:
@@ -140,7 +139,7 @@ def inspect(path: Path) -> Inspection:
         return Inspection(str(path), packed.container, _model_entries(packed))
     if is_native_folder(path):
         return Inspection(str(path), "native folder", _model_entries(NativeModel(path)))
-    return Inspection(str(path), "Hugging Face folder", _folder_entries(path))
+    return Inspection(str(path), "Hugging Face folder", _folder_entries(HuggingFaceSource(path, str(path))))
 
 
 def _artifact_entries(artifact: Artifact) -> list[Entry]:
@@ -157,15 +156,10 @@ def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> Entry:
     return Entry(name, shape, codec_name, nbytes(codec(codec_name), rows, columns))
 
 
-def _folder_entries(folder: Path) -> list[Entry]:
+def _folder_entries(source: HuggingFaceSource) -> list[Entry]:
     """From the headers of the safetensors files; no data is read."""
-    names = open_source(str(folder)).names()
-    found: dict[str, Entry] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, "np") as file:
-            for name in set(file.keys()) & set(names):
-                part = file.get_slice(name)
-                shape, dtype = tuple(part.get_shape()), part.get_dtype()
-                count = int(np.prod(shape, dtype=np.int64)) * SAFETENSORS_BYTES.get(dtype, 1)
-                found[name] = Entry(name, shape, dtype, count)
-    return [found[name] for name in names]
+    entries = []
+    for name in source.names():
+        shape, dtype = source.form(name)
+        entries.append(Entry(name, shape, dtype, math.prod(shape) * SAFETENSORS_BYTES.get(dtype, 1)))
+    return entries

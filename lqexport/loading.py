@@ -10,6 +10,9 @@ from lqexport.errors import UserError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+SAFE = {"trust_remote_code": False, "use_safetensors": True}
+"""No code from the folder, and no pickled weights, which could hold some."""
+
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     """The model of a native folder or hub id, its linears packed in memory as they are in the file.
@@ -23,7 +26,7 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     from lqexport.converters.native import METHOD
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **options)
+        model = AutoModelForCausalLM.from_pretrained(str(folder), **SAFE | options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).strip()}") from error
     if getattr(model, "quantization_method", None) != METHOD:
@@ -50,7 +53,7 @@ class LeanQuantModelForCausalLM:
         if folder is not None:
             from transformers import AutoConfig
 
-            kind = AutoConfig.from_pretrained(str(base)).model_type
+            kind = AutoConfig.from_pretrained(str(base), trust_remote_code=False).model_type
             if kind != model.config.model_type:
                 raise UserError(f"{folder} is a {model.config.model_type} model, and {base} a {kind} one.")
         return model

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import architecture_of
+from lqexport.errors import UserError
 
 
 class Expert(nn.Module):
@@ -50,14 +51,25 @@ class Experts(nn.ModuleList):
 
 
 def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model, its parameters and buffers without storage; names as in the table of architectures."""
+    """The model, its parameters and buffers without storage; names as in the table of architectures.
+
+    Raises UserError where transformers makes no model of this config.json."""
     architecture = architecture_of(config)
-    options = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype).eval()
+        model = _made_by_transformers(config, dtype)
         for block in model.get_submodule(architecture.blocks).children():
             _take_apart(block, architecture)
     return model
+
+
+def _made_by_transformers(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+    options = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        known = AutoConfig.for_model(**options)
+        return AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as error:  # each model's code refuses what it does not like in its own way
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"transformers can make no model of config.json ({type(error).__name__}: {reason}).") from error
 
 
 def _take_apart(block: nn.Module, architecture: Architecture) -> None:

@@ -15,11 +15,9 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 
-from lqexport.artifact import write_json, written_whole
+from lqexport.artifact import AGAIN, open_tensors, write_json, written_whole
 from lqexport.collect import BlockMoments
-from lqexport.errors import UserError
 
 
 class MomentsCache:
@@ -52,12 +50,8 @@ class MomentsCache:
 
     def read(self, index: int, device: torch.device) -> BlockMoments:
         """The second moments of a block. Raises UserError where the file is damaged."""
-        path = self._path(index)
-        try:
-            tensors = safetensors.torch.load_file(path, str(device))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path} is damaged ({error}). Delete it and run the same command again.") from error
-        return index, {tuple(name.split("+")): hessian for name, hessian in tensors.items()}
+        with open_tensors(self._path(index), "pt", AGAIN, str(device)) as file:
+            return index, {tuple(name.split("+")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:
         """Passes `computed` on, keeping each block."""

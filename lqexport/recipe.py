@@ -139,8 +139,8 @@ class Recipe:
 def load_recipe(path: Path) -> dict[str, Any]:
     """Options from a TOML file, for `Recipe(**options)`. Raises UserError for an unknown option or a wrong type."""
     try:
-        options = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        options = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Cannot read the recipe {path}: {error}.") from error
     fields = {field.name: field for field in dataclasses.fields(Recipe)}
     for name, value in options.items():
@@ -149,6 +149,7 @@ def load_recipe(path: Path) -> dict[str, Any]:
         kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
         kinds["list[str]"] = list
         wanted = str(fields[name].type).split(" |")[0]
-        if not isinstance(value, kinds.get(wanted, str)) or (wanted != "bool" and isinstance(value, bool)):
+        whole = all(isinstance(item, str) for item in value) if isinstance(value, list) else True
+        if not whole or not isinstance(value, kinds.get(wanted, str)) or (wanted != "bool" and isinstance(value, bool)):
             raise UserError(f"{path}: {name} must be a {wanted if wanted in kinds else 'str'}, not {value!r}.")
     return options

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lqexport.artifact import read_json, write_json
+from lqexport.artifact import inside, open_tensors, read_config, read_json, write_json, written_whole
 from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.tensor_names import block_module
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 from lqexport.weights import Weights
 
 MODEL_FILES = (
@@ -56,7 +56,7 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        self.config: dict[str, Any] = normalized(_read_json(folder / "config.json"))
+        self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
         self._architecture = find_architecture(self.config)
         self._files = _tensor_files(folder)
         self._stored = {self._renamed(name): name for name in self._files}
@@ -87,19 +87,20 @@ class HuggingFaceSource:
         return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        return self.form(name)[0]
+
+    def form(self, name: str) -> tuple[tuple[int, ...], str]:
+        """A tensor's shape, and its dtype as safetensors calls it, without its data."""
         stored = self._stored_name(name)
         with _open(self._files[stored]) as file:
-            shape = tuple(file.get_slice(stored).get_shape())
-        return shape[::-1] if self._is_transposed(name) else shape
+            part = file.get_slice(stored)
+            shape = tuple(part.get_shape())
+        return shape[::-1] if self._is_transposed(name) else shape, str(part.get_dtype())
 
     def read(self, name: str) -> torch.Tensor:
         stored = self._stored_name(name)
-        path = self._files[stored]
-        with _open(path) as file:
-            try:
-                tensor = file.get_tensor(stored)
-            except SafetensorError as error:
-                raise UserError(f"{path} has no readable tensor {name} ({error}). Download the file again.") from error
+        with _open(self._files[stored]) as file:
+            tensor = file.get_tensor(stored)
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
 
     def _stored_name(self, name: str) -> str:
@@ -114,8 +115,8 @@ class HuggingFaceSource:
         for pattern in MODEL_FILES:
             for path in self.folder.glob(pattern):
                 target = folder / path.relative_to(self.folder)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                with inside(self.folder, path).open("rb") as original, written_whole(target) as copy:
+                    shutil.copyfileobj(original, copy)
         write_json(folder / "config.json", self.config)
 
 
@@ -177,39 +178,56 @@ def _download(name: str) -> Path:
         raise UserError(f"There is no folder {name}, and the hub has no such model within reach: {reason}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json(path, f"{path.parent} has no {path.name}: it is not a Hugging Face model folder.")
+def _missing(path: Path) -> str:
+    return f"{path.parent} has no {path.name}: it is not a Hugging Face model folder."
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
     """Tensor name to file, from the index where there is one, else from model.safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        files = {name: folder / Path(file).name for name, file in _read_json(index).get("weight_map", {}).items()}
-        for path in sorted(set(files.values())):
-            with _open(path):  # a missing or cut shard is said now, not hours later
-                pass
+        with well_formed(index, "Download it again."):
+            files = {
+                name: _beside(index, file) for name, file in read_json(index, _missing(index))["weight_map"].items()
+            }
+        _check_shards(files)
         return files
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+        pickled = " Files of pickled weights (.bin, .pt) are not read: they can run any code." * _has_pickles(folder)
+        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.{pickled}")
     with _open(path) as file:
         return dict.fromkeys(file.keys(), path)
 
 
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, "pt")
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing. Is the download complete?") from None
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is cut short or damaged ({error}). Download it again.") from error
+def _check_shards(files: dict[str, Path]) -> None:
+    """What is missing, cut or in another file than the index says is said now, not hours later."""
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            held = set(file.keys())
+        if missing := [name for name, where in files.items() if where == path and name not in held]:
+            raise UserError(f"{path} has no tensor {', '.join(missing[:5])}, which its index says it has.")
+
+
+def _beside(index: Path, name: str) -> Path:
+    """A file that an index names. Raises UserError where that is a path to elsewhere."""
+    if name != Path(name).name:
+        raise UserError(f"{index} names a file in another folder, {name}: shards lie beside their index.")
+    return index.with_name(name)
+
+
+def _has_pickles(folder: Path) -> bool:
+    return any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+
+
+def _open(path: Path) -> AbstractContextManager[Any]:
+    return open_tensors(path, "pt", "Download it again.")
 
 
 def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder. Raises UserError where there is none."""
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error

@@ -22,11 +22,10 @@ import numpy as np
 import safetensors.torch
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lqexport.artifact import Artifact, StoredTensor, decoded, written_whole
+from lqexport.artifact import AGAIN, Artifact, StoredTensor, decoded, open_tensors, written_whole
 from lqexport.blocks import BlockModel
 from lqexport.collect import final_states
 from lqexport.corrected import stored_correction
@@ -168,7 +167,7 @@ class Tuner:
         done = self.folder / "tuned.safetensors"
         if not done.is_file():
             self._optimize(done)
-        with safe_open(done, "pt") as file:
+        with open_tensors(done, "pt", AGAIN) as file:
             device = self.solved.device
             new = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 (not a dict)
             outcome = Outcome(**json.loads(file.metadata()["outcome"]))
@@ -203,7 +202,8 @@ class Tuner:
             hidden = final_states(self.source, self.tokens, self.listener, "Predictions of the source")
             _write(path, {"hidden": torch.stack(hidden)}, {})
             self.source.let_go()
-        return list(safetensors.torch.load_file(path)["hidden"])
+        with open_tensors(path, "pt", AGAIN) as file:
+            return list(file.get_tensor("hidden"))
 
     def _step(self, tokens: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
         """One sequence [1, length] forward and backward, and the changes that follow from it."""
@@ -265,7 +265,7 @@ class Tuner:
         path = self.folder / "tuning.safetensors"
         if not path.is_file():
             return 0, None
-        with safe_open(path, "pt", str(self.solved.device)) as file:
+        with open_tensors(path, "pt", AGAIN, str(self.solved.device)) as file:
             state = json.loads(file.metadata()["state"])
             for key, delta in self.deltas.items():
                 delta.data.copy_(file.get_tensor(f"{key}/delta"))

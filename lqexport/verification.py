@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lqexport import evaluate, llamacpp
 from lqexport.activations import rounding
 from lqexport.adapters import Corrected, Factors, misfits, open_factors
-from lqexport.artifact import Artifact, StoredTensor, decoded, digest, file_digest
+from lqexport.artifact import ANEW, Artifact, StoredTensor, decoded, digest, file_digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.converters.architectures import architecture_of
@@ -32,7 +32,7 @@ from lqexport.converters.native import RECORD
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.environment import choose_device, full_float32, versions
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.exports import Export, Packed, open_export, stored
 from lqexport.modules import meta_model
@@ -365,7 +365,8 @@ def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | N
 def _recorded_errors(artifact: Artifact) -> dict[str, float]:
     """Relative output error per solved tensor, as the run wrote it into report.json."""
     entries = artifact.report().get("tensors", [])
-    return {entry["name"]: entry["relative_error"] for entry in entries if entry.get("relative_error") is not None}
+    with well_formed(artifact.folder / "report.json", ANEW):
+        return {entry["name"]: entry["relative_error"] for entry in entries if entry.get("relative_error") is not None}
 
 
 def _check(
@@ -408,6 +409,11 @@ def check_overlap(result: Verification, text: Text) -> None:
     calibration = result.run.get("calibration")
     if not calibration:
         return
+    with well_formed(f"run.json of {result.file}"):
+        _check_overlap(result, calibration, text)
+
+
+def _check_overlap(result: Verification, calibration: dict[str, Any], text: Text) -> None:
     if calibration["sha256"] == text.sha256:
         share = 1.0
     else:

@@ -1,0 +1,385 @@
+"""Damaged and hostile inputs for every reader: each must be read, or refused with one sentence (UserError).
+
+    python bench/fuzz.py --work FOLDER [--seconds 60] [--seed 0] [--only SUBJECT]
+
+Sound files of every kind are made from a tiny random model; then one of them is damaged at a time, in its bytes or in
+the structure of its JSON, and read to the end. Any other exception is a fault, and so is a case that takes more CPU time
+or memory than the sizes of these files justify. Prints a line per subject and each fault once, with what damaged the
+file; exits with 1 where there was any.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import io
+import json
+import random
+import shutil
+import signal
+import sys
+import time
+import traceback
+import tracemalloc
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lqexport.adapters import misfits, open_factors
+from lqexport.artifact import manifest_bytes
+from lqexport.converters.gguf_tokenizer import add_tokenizer
+from lqexport.errors import UserError
+from lqexport.exporting import export
+from lqexport.exports import open_export
+from lqexport.inspect import inspect
+from lqexport.job import plan_recipe
+from lqexport.modules import meta_model
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe, load_recipe
+from lqexport.source import load_tokenizer, open_source
+from lqexport.texts import read_text
+from lqexport.verification import verify
+
+CPU_SECONDS = 20
+"""A sound file of each subject takes under one."""
+MEMORY = 64 * 2**20
+"""Bytes that a case may hold at once in Python and NumPy; no file is larger than 2 MB."""
+
+
+# Damage.
+
+NUMBERS = (0, 1, 2, 3, 31, 32, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**48, 2**63 - 1, 2**63, 2**64 - 1)
+DEEP = "[" * 100_000
+"""Stands where a value should; no JSON parser that recurses can read it."""
+VALUES: tuple[Any, ...] = (
+    None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, 1e308, float("inf"), float("nan"), "", "x", "F64",
+    "../../../../etc/passwd", "/etc/passwd", "\ud800", "a" * 5000, [], [0], [1, 2, 3, 4, 5], ["x"], [[]], {}, {"x": 1},
+    {"type": "x"}, [None], [{}],
+)  # fmt: skip
+
+
+def damaged(name: str, content: bytes, draw: random.Random) -> bytes:
+    """A file's content with something wrong; its structure is kept now and then, where its name says what that is."""
+    if name.endswith(".json") and draw.random() < 0.7:
+        return damaged_json(content, draw)
+    if name.endswith(".safetensors") and draw.random() < 0.6:
+        return damaged_header(content, draw)
+    return damaged_bytes(content, draw)
+
+
+def damaged_json(content: bytes, draw: random.Random) -> bytes:
+    """A JSON text with another value, or none, in one place."""
+    document = {"document": json.loads(content)}
+    holder, key = draw.choice(list(places(document)))
+    what = draw.random()
+    if what < 0.15:
+        del holder[key]
+    elif what < 0.2:
+        holder[key] = "DEEP"
+    elif what < 0.35 and isinstance(holder[key], int):
+        holder[key] = draw.choice(NUMBERS)
+    else:
+        holder[key] = draw.choice(VALUES)
+    found = document.get("document", {})
+    if isinstance(found, dict) and "files" in found:  # a manifest, whose own digest a forger would renew
+        return manifest_bytes(found)
+    return json.dumps(found).replace('"DEEP"', DEEP).encode()
+
+
+def places(value: Any) -> Iterator[tuple[Any, Any]]:
+    """(container, key or index) of everything within a JSON value; of a long list or object, of a few."""
+    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    for key in keys if len(keys) <= 40 else [*keys[:3], *keys[-3:]]:
+        yield value, key
+        yield from places(value[key])
+
+
+def damaged_header(content: bytes, draw: random.Random) -> bytes:
+    """A safetensors file with another header, whose length fits it."""
+    size = int.from_bytes(content[:8], "little")
+    header = damaged_json(content[8 : 8 + size], draw)
+    return len(header).to_bytes(8, "little") + header + content[8 + size :]
+
+
+def damaged_bytes(content: bytes, draw: random.Random) -> bytes:
+    """Changed bits, numbers, lengths: mostly near the beginning, where formats have their headers."""
+    found = bytearray(content)
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        end = min(len(found), 2000) if draw.random() < 0.6 else len(found)
+        place, what = draw.randrange(max(1, end)), draw.randrange(7)
+        if what == 0:
+            del found[place:]
+        elif what == 1:
+            del found[place : place + draw.randrange(1, 100)]
+        elif what == 2:
+            found[place:place] = found[place : place + draw.randrange(1, 100)]
+        elif what == 3:
+            found[place:place] = draw.randbytes(draw.randrange(1, 20))
+        elif what == 4:
+            found[place : place + 8] = draw.choice(NUMBERS).to_bytes(8, "little")
+        elif what == 5:
+            found[place : place + 4] = (draw.choice(NUMBERS) % 2**32).to_bytes(4, "little")
+        elif place < len(found):
+            found[place] ^= 1 << draw.randrange(8)
+    return bytes(found)
+
+
+# Sound files, and how they are read to the end.
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A kind of input: a sound file or folder, the patterns of what is damaged in it, and a function that reads it."""
+
+    path: Path
+    patterns: tuple[str, ...]
+    read: Callable[[Path], object]
+
+    def files(self) -> list[Path]:
+        """What may be damaged, the small files before the large ones."""
+        if self.path.is_file():
+            return [self.path]
+        return sorted({path for pattern in self.patterns for path in self.path.glob(pattern)})
+
+
+def make_model(folder: Path) -> Path:
+    """A Hugging Face folder with a random Llama of one block, in two shards with an index, and a tokenizer."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).half().save_pretrained(folder, max_shard_size="60KB")
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE of 320 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([read_text("python-docs").content[:20_000]], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special[0], eos_token=special[0])
+
+
+def make_sentencepiece(path: Path) -> None:
+    """tokenizer.model: a BPE of 400 pieces."""
+    import sentencepiece
+
+    path.parent.mkdir(parents=True)
+    sentences = io.StringIO(read_text("python-docs").content[:20_000])
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=file, vocab_size=400, model_type="bpe", byte_fallback=True,
+            minloglevel=2,
+        )  # fmt: skip
+
+
+RECIPE = """target = "gguf:Q4_K_M"
+method = "lean"
+samples = 64
+exponent = 1.0
+act_order = true
+types = ["*.down_proj.weight=Q6_K"]
+"""
+
+
+def make(work: Path) -> None:
+    """Sound files of every kind in a new folder."""
+    model = make_model(work / "model")
+    make_sentencepiece(work / "pieces" / "tokenizer.model")
+    (work / "recipe.toml").write_text(RECIPE)
+    (work / "text.txt").write_text(read_text("python-heldout").content[:4000], encoding="utf-8")
+    few: dict[str, Any] = {"samples": 2, "sequence_length": 32, "tune": 0, "rank": 4}
+    options: dict[str, dict[str, Any]] = {"exl2": {"bits": 4.5}, "gguf:Q4_0": few}
+    for target in ("gguf:Q4_0", "exl2", "gptq:4-g32", "native:table-3"):
+        recipe = Recipe(str(model), target, method="rtn", **options.get(target, {}))
+        quantize(recipe, work / f"artifact-{target.partition(':')[0]}")
+    export(work / "artifact-gguf", work / "model.gguf", adapter=work / "adapter.gguf")
+    for artifact, format in {"gguf": "peft", "exl2": "exl2", "gptq": "gptq", "native": "native"}.items():
+        export(work / f"artifact-{artifact}", work / format, format=format)  # type: ignore[arg-type]  # a variable
+    export(work / "artifact-gptq", work / "compressed-tensors", format="compressed-tensors")
+
+
+def subjects(work: Path) -> dict[str, Subject]:
+    """What `make` has made."""
+    weights, gguf = ("config.json", "*.safetensors"), work / "model.gguf"
+
+    def check(path: Path) -> None:
+        verify(path, str(work / "model"), text=str(work / "text.txt"), windows=1)
+
+    def adapter(path: Path) -> None:
+        base = open_export(gguf)
+        factors = open_factors(gguf, path, base.config)
+        assert factors is not None
+        misfits(base, factors)
+
+    return {
+        "checkpoint": Subject(work / "model", (*weights, "*.index.json"), read_checkpoint),
+        "tokenizer": Subject(work / "model", ("tokenizer*.json",), read_tokenizer),
+        "sentencepiece": Subject(work / "pieces", ("*.model",), read_tokenizer),
+        "gguf": Subject(gguf, (), read_export),
+        "gguf tokenizer": Subject(gguf, (), lambda path: load_tokenizer(path.parent, gguf_file=path.name)),
+        "gguf adapter": Subject(work / "adapter.gguf", (), adapter),
+        "peft": Subject(work / "peft", ("*.json", "*.safetensors"), adapter),
+        "exl2": Subject(work / "exl2", weights, read_export),
+        "gptq": Subject(work / "gptq", weights, read_export),
+        "compressed-tensors": Subject(work / "compressed-tensors", weights, read_export),
+        "native": Subject(work / "native", (*weights, "lqexport/*"), check),
+        "artifact": Subject(work / "artifact-gguf", ("*.json", "model/config.json", "tensors/*"), check),
+        "artifact to export": Subject(work / "artifact-gguf", ("*.json", "model/*.json", "tensors/*"), convert),
+        "recipe": Subject(
+            work / "recipe.toml",
+            (),
+            lambda path: Recipe(**({"source": "x", "target": "gguf:Q4_0"} | load_recipe(path))),
+        ),
+    }
+
+
+def read_checkpoint(folder: Path) -> None:
+    """Everything that `quantize` reads of its source."""
+    source = open_source(str(folder))
+    plan_recipe(source, Recipe(str(folder), "gguf:Q4_K_M"))
+    meta_model(source.config)
+    for name in source.names():
+        source.read(name)
+    assert source.fingerprint
+    inspect(folder)
+    source.copy_model_files(folder.parent / "copied")
+
+
+def read_tokenizer(folder: Path) -> None:
+    """By our own code for GGUF."""
+    add_tokenizer(GGUFWriter(None, "llama"), folder, 320)
+
+
+def read_export(path: Path) -> None:
+    """A written model, to the last weight."""
+    inspect(path)
+    model = open_export(path)
+    assert model.config
+    for name in model.names():
+        model.shape(name)
+        model.read(name)
+
+
+def convert(folder: Path) -> None:
+    """An artifact, to whatever it can become."""
+    export(folder, folder.parent / "converted.gguf", adapter=folder.parent / "converted-adapter.gguf", format="gguf")
+
+
+# The loop.
+
+
+class TooSlow(BaseException):
+    """A case took more CPU time than it may."""
+
+
+@contextlib.contextmanager
+def limited() -> Iterator[None]:
+    """Raises TooSlow or MemoryError where what is done within takes too much."""
+
+    def stop(*_: object) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGPROF, stop)
+    signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)
+    tracemalloc.start()
+    try:
+        yield
+        if (peak := tracemalloc.get_traced_memory()[1]) > MEMORY:
+            raise MemoryError(f"{peak} bytes at once")
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
+        tracemalloc.stop()
+
+
+@dataclass
+class Tally:
+    """Of one subject: cases that were read, that were refused, and faults by where they came from."""
+
+    read: int = 0
+    refused: int = 0
+    seconds: float = 0.0
+    faults: dict[str, str] = field(default_factory=dict)
+
+
+def try_case(subject: Subject, draw: random.Random, scratch: Path) -> tuple[str, str]:
+    """(read, refused or what went wrong, and how) of one damaged file of a subject, copied into `scratch`."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    copy = scratch / subject.path.name
+    (shutil.copytree if subject.path.is_dir() else shutil.copyfile)(subject.path, copy)
+    path = copy / (chosen := draw.choice(subject.files())).relative_to(subject.path)
+    path.write_bytes(damaged(chosen.name, chosen.read_bytes(), draw))
+    try:
+        with limited(), warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            subject.read(copy)
+    except UserError as error:
+        sentence = str(error)
+        return ("refused", sentence) if 0 < len(sentence) < 2000 else ("no sentence", sentence[:200])
+    except (Exception, TooSlow) as error:
+        return where(error), f"{path.relative_to(scratch)}: {traceback.format_exc(limit=-3)}"
+    return "read", ""
+
+
+def where(error: BaseException) -> str:
+    """The kind of an exception and the line that raised it."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
+
+
+def fuzz(name: str, subject: Subject, seconds: float, seed: int, scratch: Path, cases: int | None = None) -> Tally:
+    """Damage a subject for so long, or so often; equal seeds give equal cases."""
+    tally, number, began = Tally(), 0, time.monotonic()
+    while number < cases if cases is not None else time.monotonic() - began < seconds:
+        case = f"{name} {seed} {number}"
+        number += 1
+        outcome, how = try_case(subject, random.Random(case), scratch)
+        if outcome in ("read", "refused"):
+            setattr(tally, outcome, getattr(tally, outcome) + 1)
+        else:
+            tally.faults.setdefault(outcome, f"case {case!r}, {how}")
+    tally.seconds = time.monotonic() - began
+    gc.collect()
+    return tally
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="sound files, made where there is no such folder")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each subject")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", help="the name of one subject")
+    arguments = parser.parse_args()
+    if not arguments.work.is_dir():
+        make(arguments.work)
+    total: Counter[str] = Counter()
+    for name, subject in subjects(arguments.work).items():
+        if arguments.only in (None, name):
+            tally = fuzz(name, subject, arguments.seconds, arguments.seed, arguments.work / "scratch")
+            print(f"{name}: {tally.read} read, {tally.refused} refused in {tally.seconds:.0f} s", flush=True)
+            print("".join(f"FAULT {kind}\n{how}\n" for kind, how in tally.faults.items()), end="", flush=True)
+            total.update(cases=tally.read + tally.refused, faults=len(tally.faults), seconds=int(tally.seconds))
+    print(json.dumps(total))
+    sys.exit(1 if total["faults"] else 0)
+
+
+if __name__ == "__main__":
+    main()
