@@ -14,6 +14,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lqexport.artifact import read_json, write_json
 from lqexport.converters.architectures import find_architecture, normalized
+from lqexport.converters.checkpoint import Layout
+from lqexport.converters.checkpoints import layout_of
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.tensor_names import block_module
 from lqexport.errors import UserError
@@ -51,7 +53,11 @@ class Source(Weights, Protocol):
 
 
 class HuggingFaceSource:
-    """A folder with config.json and safetensors, in one file or in shards."""
+    """A folder with config.json and safetensors, in one file or in shards. Matrices that another tool has quantized are
+    read as the float32 values that they decode to.
+
+    layout   how they are quantized; None where they are not
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -59,7 +65,10 @@ class HuggingFaceSource:
         self.config: dict[str, Any] = normalized(_read_json(folder / "config.json"))
         self._architecture = find_architecture(self.config)
         self._files = _tensor_files(folder)
-        self._stored = {self._renamed(name): name for name in self._files}
+        self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
+        self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
+        tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
+        self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
 
     @property
     def fingerprint(self) -> str:
@@ -86,21 +95,47 @@ class HuggingFaceSource:
     def names(self) -> list[str]:
         return list(self._stored)
 
+    def module(self, name: str) -> str | None:
+        """What `layout` calls the module of a quantized weight; None for any other tensor."""
+        module, _, kind = self._stored_name(name).rpartition(".")
+        return module if self.layout and kind == "weight" and self.layout.is_packed(module) else None
+
     def shape(self, name: str) -> tuple[int, ...]:
-        stored = self._stored_name(name)
-        with _open(self._files[stored]) as file:
-            shape = tuple(file.get_slice(stored).get_shape())
+        if self.layout and (module := self.module(name)):
+            return self.layout.shape(module)
+        shape = self.stored_shape(self._stored_name(name))
         return shape[::-1] if self._is_transposed(name) else shape
 
     def read(self, name: str) -> torch.Tensor:
-        stored = self._stored_name(name)
-        path = self._files[stored]
-        with _open(path) as file:
-            try:
-                tensor = file.get_tensor(stored)
-            except SafetensorError as error:
-                raise UserError(f"{path} has no readable tensor {name} ({error}). Download the file again.") from error
+        if self.layout and (module := self.module(name)):
+            return torch.from_numpy(self.layout.read(module))
+        tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
+
+    def stored_shape(self, stored: str) -> tuple[int, ...]:
+        """Shape of a tensor by its name in the files."""
+        with self._opened(stored) as file:
+            return tuple(file.get_slice(stored).get_shape())
+
+    def stored_dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors calls it, such as BF16."""
+        stored = self._stored_name(name)
+        with self._opened(stored) as file:
+            return str(file.get_slice(stored).get_dtype())
+
+    def stored_tensor(self, stored: str) -> torch.Tensor:
+        """A tensor by its name in the files."""
+        with self._opened(stored) as file:
+            try:
+                return file.get_tensor(stored)
+            except SafetensorError as error:
+                path = self._files[stored]
+                raise UserError(f"{path} has no readable tensor {stored} ({error}). Download the file again.") from error
+
+    def _opened(self, stored: str) -> Any:
+        if stored not in self._files:
+            raise UserError(f"{self.folder} has no tensor {stored}. Is the download complete?")
+        return _open(self._files[stored])
 
     def _stored_name(self, name: str) -> str:
         if name not in self._stored:
@@ -168,7 +203,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [*MODEL_FILES, "*.safetensors", "model.safetensors.index.json"]
+        patterns = [*MODEL_FILES, "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None
@@ -192,7 +227,11 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return files
     path = folder / "model.safetensors"
     if not path.is_file():
-        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+        # AutoGPTQ called its file by bits and group.
+        found = list(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.")
+        (path,) = found
     with _open(path) as file:
         return dict.fromkeys(file.keys(), path)
 
