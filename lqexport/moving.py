@@ -33,7 +33,7 @@ def outer_types(source: Shapes, target: str) -> tuple[str | None, str | None]:
 def _stored_type(source: HuggingFaceSource, name: str) -> str | None:
     if name not in source.names() or source.module(name):
         return None
-    kind = f"gguf:{source.stored_dtype(name)}"
+    kind = f"gguf:{source.dtype(name)}"
     return kind if kind in names("gguf") else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from pathlib import Path
@@ -35,6 +36,10 @@ MODEL_FILES = (
     "chat_template.json",
     "additional_chat_templates/*.jinja",
 )
+
+
+DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+"""By safetensors' name, of those that are not one byte."""
 
 
 class Source(Weights, Protocol):
@@ -100,6 +105,17 @@ class HuggingFaceSource:
         module, _, kind = self._stored_name(name).rpartition(".")
         return module if self.layout and kind == "weight" and self.layout.is_packed(module) else None
 
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors calls it, such as BF16; of a quantized weight, its method, bits and group."""
+        module = self.module(name)
+        return self.layout.kind(module) if self.layout and module else self.stored_form(self._stored_name(name))[0]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the data that a tensor is stored as."""
+        module, stored = self.module(name), self._stored_name(name)
+        parts = self.layout.parts_of(module) if self.layout and module else [stored]
+        return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in map(self.stored_form, parts))
+
     def shape(self, name: str) -> tuple[int, ...]:
         if self.layout and (module := self.module(name)):
             return self.layout.shape(module)
@@ -112,16 +128,15 @@ class HuggingFaceSource:
         tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
 
-    def stored_shape(self, stored: str) -> tuple[int, ...]:
-        """Shape of a tensor by its name in the files."""
+    def stored_form(self, stored: str) -> tuple[str, tuple[int, ...]]:
+        """dtype, as safetensors calls it, and shape of a tensor by its name in the files."""
         with self._opened(stored) as file:
-            return tuple(file.get_slice(stored).get_shape())
+            part = file.get_slice(stored)
+            return str(part.get_dtype()), tuple(part.get_shape())
 
-    def stored_dtype(self, name: str) -> str:
-        """A tensor's dtype as safetensors calls it, such as BF16."""
-        stored = self._stored_name(name)
-        with self._opened(stored) as file:
-            return str(file.get_slice(stored).get_dtype())
+    def stored_shape(self, stored: str) -> tuple[int, ...]:
+        """The shape alone."""
+        return self.stored_form(stored)[1]
 
     def stored_tensor(self, stored: str) -> torch.Tensor:
         """A tensor by its name in the files."""

@@ -35,6 +35,7 @@ from lqexport.source import open_source
 from lqexport.verification import verify
 
 Q_PROJ, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+ROW = {"strategy": "channel", "group_size": None}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -247,3 +248,279 @@ def test_gptq_moves_to_gguf(
 def test_awq_moves_to_gguf(make_awq: Make, tmp_path: Path) -> None:
     checkpoint = make_awq()
     check_gguf(check_lossless(checkpoint, "gguf:Q5_0", tmp_path / "out"), checkpoint, tmp_path / "model.gguf")
+
+
+def test_awq_of_fitting_mins_moves_to_q4_1(make_awq: Make, tmp_path: Path) -> None:
+    checkpoint = make_awq(powers=True)
+    check_gguf(check_lossless(checkpoint, "gguf:Q4_1", tmp_path / "out"), checkpoint, tmp_path / "model.gguf")
+
+
+def test_awq_reads_as_compressed_tensors_converts_it(make_awq: Make) -> None:
+    """Its converter knows AutoAWQ's order of rows."""
+    autoawq = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
+    checkpoint = make_awq()
+    stored = load_file(checkpoint.folder / "model.safetensors")
+    theirs = decompressed(autoawq.AutoAWQConverter().process(stored), DOWN, {"num_bits": 4, "symmetric": False})
+    ours = open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
+    assert torch.equal(ours.half(), theirs)
+
+
+@pytest.mark.parametrize("target", ["native:affine-5-g128", "native:affine-8-g32", "gptq:4-g128", "gptq:4-g32"])
+def test_gptq_moves_to_native_and_to_itself(target: str, make_gptq: Make, tmp_path: Path) -> None:
+    checkpoint = make_gptq()
+    if target.startswith("native:"):
+        check_lossless(checkpoint, target, tmp_path / "out")
+        return
+    quantize(Recipe(str(checkpoint.folder), target), tmp_path / "out")
+    values = checkpoint.values[f"{DOWN}.weight"].astype(np.float16)  # as readers of the layout compute
+    stored = Artifact(tmp_path / "out").read(f"{DOWN}.weight")
+    assert same_bits(open_export(tmp_path / "out").read(f"{DOWN}.weight").numpy(), values.astype(np.float32))
+    theirs = load_file(checkpoint.folder / "model.safetensors")
+    assert np.array_equal(stored.planes["qweight"], theirs[f"{DOWN}.qweight"].numpy())
+    if target == "gptq:4-g128":
+        for plane, array in stored.planes.items():
+            assert np.array_equal(array, theirs[f"{DOWN}.{plane}"].numpy()), plane
+
+
+def compression(weights: dict[str, Any]) -> dict[str, Any]:
+    kind = {"type": "int", "strategy": "group", "group_size": 128, "dynamic": False} | weights
+    return {"targets": ["Linear"], "weights": kind}
+
+
+def decompressed(stored: Tensors, name: str, weights: dict[str, Any], how: str = "pack-quantized") -> torch.Tensor:
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
+    compressor = BaseCompressor.get_value_from_registry(how)
+    return compressor.decompress(parts, QuantizationScheme(**compression(weights)))["weight"]
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype", "weights", "target"),
+    [
+        ("pack-quantized", torch.bfloat16, {"num_bits": 4, "symmetric": True}, "gguf:Q4_0"),
+        ("pack-quantized", torch.float16, {"num_bits": 4, "symmetric": False}, "gguf:Q5_0"),
+        ("pack-quantized", torch.float16, {"num_bits": 3, "symmetric": False} | ROW, "gguf:Q4_K"),
+        ("pack-quantized", torch.float16, {"num_bits": 8, "symmetric": True}, "gguf:Q8_0"),
+        ("int-quantized", torch.bfloat16, {"num_bits": 8, "symmetric": True} | ROW, "gguf:Q8_0"),
+        ("float-quantized", torch.bfloat16, {"num_bits": 8, "symmetric": True, "type": "float"} | ROW, None),
+    ],
+)
+def test_compressed_tensors_reads_as_its_library_does(
+    how: str, dtype: torch.dtype, weights: dict[str, Any], target: str | None, make: Make, tmp_path: Path
+) -> None:
+    """The library compresses and decompresses."""
+    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    scheme = QuantizationScheme(**compression(weights))
+    compressor = BaseCompressor.get_value_from_registry(how)
+
+    def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
+        group = 0 if weights.get("strategy") == "channel" else 128
+        found = coded(weight, weights["num_bits"], group, weights["symmetric"])
+        middle = 2 ** (found.bits - 1)
+        given = {"weight": torch.from_numpy(weight).to(dtype), "weight_scale": torch.from_numpy(found.scale).to(dtype)}
+        if weights.get("type") == "float":
+            given["weight_scale"] = given["weight"].abs().amax(1, keepdim=True) / 448
+        if not weights["symmetric"]:
+            given["weight_zero_point"] = torch.from_numpy(found.zero - middle).to(torch.int8)
+        parts = compressor.compress(given, scheme)
+        exact = compressor.decompress(parts | {"weight_scale": parts["weight_scale"].float()}, scheme)["weight"]
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}, exact.numpy()
+
+    quantization = {"quant_method": "compressed-tensors", "format": how, "config_groups": {"group_0": None}}
+    checkpoint = make(tensors_of, quantization)
+    source = open_source(str(checkpoint.folder))
+    assert all(same_bits(source.read(name).float().numpy(), values) for name, values in checkpoint.values.items())
+    stored = load_file(checkpoint.folder / "model.safetensors")
+    assert torch.equal(source.read(f"{DOWN}.weight").to(dtype), decompressed(stored, DOWN, weights, how))
+    if target:
+        check_lossless(checkpoint, target, tmp_path / "out")
+
+
+# What moves where.
+
+CHECKPOINTS = {
+    "4 bits, symmetric, groups of 128": (4, 128, True),
+    "4 bits, groups of 128": (4, 128, False),
+    "4 bits, a scale per row": (4, 0, False),
+    "3 bits, groups of 128": (3, 128, False),
+    "2 bits, groups of 64": (2, 64, False),
+    "8 bits, symmetric, groups of 128": (8, 128, True),
+    "8 bits, groups of 128": (8, 128, False),
+}
+KINDS = [name for name in names() if not isinstance(codec(name), PlainCodec)]
+
+
+def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> AffineGrid:
+    """Four rows of 512 columns, with every zero point from 1."""
+    draw, groups = np.random.default_rng(bits), 512 // (group or 512)
+    scales = (scale * draw.uniform(0.5, 1, (4, groups))).astype(np.float16).astype(np.float32)
+    zero = 1 + np.arange(4 * groups).reshape(4, groups) % (2**bits - 1)
+    zero[:] = 2 ** (bits - 1) if symmetric else zero
+    return AffineGrid(bits, scales, zero.astype(np.int16), np.arange(512) // (group or 512))
+
+
+def holds(source: AffineGrid, name: str) -> bool:
+    """Whether a codec holds all values; where it says so, its bytes must."""
+    kind = codec(name)
+    codes = np.random.default_rng(0).integers(0, 2**source.bits, (4, 512)).astype(np.uint8)
+    codes[0, :2] = 0, 2**source.bits - 1
+    try:
+        found = move(source, kind)
+    except ValueError:
+        return False
+    assert same_bits(kind.decode(kind.encode(found.grid, found.codes(codes)), 512), source.values(codes))
+    return True
+
+
+@pytest.mark.parametrize("what", CHECKPOINTS)
+def test_the_table_of_docs_says_what_moves_where(what: str, root: Path) -> None:
+    held = [name for name in KINDS if holds(affine(*CHECKPOINTS[what]), name)]
+    shown = {family: [name.partition(":")[2] for name in held if name.startswith(f"{family}:")]
+             for family in ("gguf", "native")}  # fmt: skip
+    line = f"| {what} | {', '.join(shown['gguf']) or '-'} | {', '.join(shown['native']) or '-'} |"
+    assert line in (root / "docs" / "checkpoints.md").read_text()
+
+
+@pytest.mark.parametrize("name", [*KINDS, "gptq:4-g32", "exl2:4x128x4"])
+def test_no_codec_takes_what_it_does_not_hold(name: str) -> None:
+    """Scales beyond float16, groups that cross its own, or columns in another order."""
+    table = TableGrid(np.zeros((4, 16), np.float32), 512)
+    ordered = affine(4, 128, True)
+    shuffled = np.random.default_rng(0).permutation(ordered.group_of)
+    wrong = [
+        AffineGrid(4, ordered.scale * np.float32(1e-7), ordered.zero, ordered.group_of),
+        AffineGrid(4, ordered.scale * np.float32(1 + 2**-12), ordered.zero, ordered.group_of),
+        AffineGrid(4, ordered.scale, ordered.zero, shuffled),
+        AffineGrid(4, ordered.scale, ordered.zero, np.minimum(np.arange(512) // 124, 3)),
+        *([] if name == "native:table-4" else [table]),
+    ]
+    for grid in wrong:
+        with pytest.raises(ValueError, match=r"its |has no "):
+            move(grid, codec(name))
+
+
+def test_groups_in_act_order_are_solved_again(make_gptq: Make, text: Path, tmp_path: Path) -> None:
+    checkpoint = make_gptq(act_order=True)
+    quick = {"samples": 2, "sequence_length": 64, "moments": "normalized", "descent": 1, "calibration": str(text)}
+    quantize(Recipe(str(checkpoint.folder), "gguf:Q5_0", tune=0, **quick), tmp_path / "out")
+    entry = {entry["name"]: entry for entry in Artifact(tmp_path / "out").report()["tensors"]}[f"{DOWN}.weight"]
+    assert "act-order" in entry["source_grid"]
+    assert 0 < entry["relative_error"] < 0.01
+    # GPTQ's own layout holds them, group numbers and all.
+    quantize(Recipe(str(checkpoint.folder), "gptq:4-g128-act"), tmp_path / "gptq")
+    stored = load_file(checkpoint.folder / "model.safetensors")
+    for plane, array in Artifact(tmp_path / "gptq").read(f"{DOWN}.weight").planes.items():
+        assert np.array_equal(array, stored[f"{DOWN}.{plane}"].numpy())
+
+
+def test_tuning_leaves_what_was_moved(make: Make, text: Path, tmp_path: Path) -> None:
+    """One linear in act-order among others that fit."""
+
+    def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
+        linear = coded(weight, 4, 128, True, act_order=name == DOWN)
+        return gptq_tensors(name, linear), linear.values
+
+    checkpoint = make(tensors_of, {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True})
+    recipe = Recipe(str(checkpoint.folder), "gguf:Q4_0", samples=2, sequence_length=32, moments="normalized",
+                    descent=1, tune=2, calibration=str(text))  # fmt: skip
+    quantize(recipe, tmp_path / "out")
+    read = open_export(tmp_path / "out")
+    kept = [name for name in checkpoint.values if same_bits(read.read(name).numpy(), checkpoint.values[name])]
+    assert {name for name in checkpoint.values if "proj" in name} - set(kept) == {f"{DOWN}.weight"}
+    facts = {name: Artifact(tmp_path / "out").facts(name) for name in checkpoint.values}
+    assert "tuned" not in facts[f"{Q_PROJ}.weight"]
+    assert Artifact(tmp_path / "out").report()["tuning"]["kept"] == ("tuned" in facts[f"{DOWN}.weight"])
+
+
+# The commands.
+
+
+def run(*arguments: object) -> str:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: Path) -> None:
+    checkpoint = make_gptq(symmetric=True)
+    said = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_0", "--dry-run")
+    assert "14 tensors move to gguf:Q4_0 as they are" in said
+    assert "solved again" not in said
+    said = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_K", "--dry-run")
+    assert "14 tensors are solved again" in said
+    assert "256 columns share one" in said
+    run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_0")
+    run("to-gguf", tmp_path / "out", tmp_path / "model.gguf")
+    found = verify(tmp_path / "model.gguf", str(checkpoint.folder), text=str(text), windows=1, artifact=tmp_path / "out")
+    assert found.failed == []
+    assert {tensor.weight_error for tensor in found.tensors} == {0.0}
+    assert found.evaluations[0].kl == 0
+    listed = inspect(checkpoint.folder)
+    assert (listed.container, listed.entries[0].type) == ("GPTQ folder", "F16")
+    assert {entry.type for entry in listed.entries if "proj" in entry.name} == {"gptq:4-g128-sym"}
+    stored = load_file(checkpoint.folder / "model.safetensors").values()
+    assert sum(entry.nbytes for entry in listed.entries) == sum(tensor.nbytes for tensor in stored)
+    assert "hours" in run("plan", checkpoint.folder, "--target", "gguf:Q4_0", "--json")
+    # A file as AutoGPTQ called it, with its config beside it.
+    (checkpoint.folder / "model.safetensors").rename(checkpoint.folder / "gptq_model-4bit-128g.safetensors")
+    config = json.loads((checkpoint.folder / "config.json").read_text())
+    (checkpoint.folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
+    (checkpoint.folder / "config.json").write_text(json.dumps(config))
+    again = open_source(str(checkpoint.folder))
+    assert same_bits(again.read(f"{DOWN}.weight").numpy(), checkpoint.values[f"{DOWN}.weight"])
+
+
+@pytest.mark.parametrize(
+    ("quantization", "message"),
+    [
+        ({"quant_method": "bitsandbytes"}, "by bitsandbytes, which is not read.* gptq, awq, compressed-tensors, LeanQuant"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv and 4 bits; gemm"),
+        ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "format marlin; gptq and gptq_v2"),
+        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized; pack"),
+    ],
+)
+def test_other_quantizations_are_refused(quantization: dict[str, Any], message: str, make: Make) -> None:
+    checkpoint = make(lambda name, weight: (gptq_tensors(name, coded(weight, 4, 128, True)), weight), quantization)
+    with pytest.raises(UserError, match=message):
+        open_source(str(checkpoint.folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("g_idx", lambda plane: plane + 1, "names a group that is not among the 4"),
+        ("g_idx", lambda plane: plane[1:], r"should be torch.int32 \[512\], not torch.int32 \[511\]"),
+        ("qzeros", lambda plane: plane[:, 1:], "does not hold lines of 256 integers"),
+        ("qweight", lambda plane: plane.float(), "should be torch.int32"),
+        ("qweight", lambda plane: plane.flatten(), "should have two dimensions"),
+        ("scales", None, "has no tensor .*scales"),
+        ("qzeros", lambda plane: plane + 1, "are not all 8, though"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(
+    part: str, change: Callable[[torch.Tensor], torch.Tensor] | None, message: str, make_gptq: Make
+) -> None:
+    checkpoint = make_gptq(symmetric=True)
+    path = checkpoint.folder / "model.safetensors"
+    stored = load_file(path)
+    plane = stored.pop(f"{DOWN}.{part}")
+    if change:
+        stored[f"{DOWN}.{part}"] = change(plane).contiguous()
+    save_file(stored, path)
+    with pytest.raises(UserError, match=message):
+        open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
+
+
+def test_a_code_beyond_its_table_is_refused(make: Make) -> None:
+    checkpoint = make(lambda name, weight: leanquant_tensors(name, weight, 2, torch.float16), None)
+    path = checkpoint.folder / "model.safetensors"
+    stored = load_file(path)
+    stored[f"{DOWN}.weight_codes"][3, 5] = 0x40
+    save_file(stored, path)
+    with pytest.raises(UserError, match="holds the code 4, and a table 4 values"):
+        open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
