@@ -88,8 +88,8 @@ class Layout:
         tensor = self.stored.stored_tensor(name)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             raise UserError(
-                f"{name} should be {dtypes[0]} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}: the checkpoint is "
-                "damaged, or its layout is not the one that its config.json names."
+                f"{name} should be {dtypes[0]} {list(shape)}, not {tensor.dtype} {list(tensor.shape)}: the "
+                "checkpoint is damaged, or its layout is not the one that its config.json names."
             )
         return tensor
 

@@ -1,9 +1,11 @@
-"""compressed-tensors checkpoints as sources. Of R rows, C columns, G groups and B bits:
+"""compressed-tensors checkpoints as sources.
 
     pack-quantized   weight_packed int32 [R, C * B / 32], each row one bit stream of little-endian words; weight_scale
                      [R, G]; weight_shape, R and C; unless symmetric weight_zero_point int32 [R * B / 32, G]
     the others       weight int8 or float8 [R, C]; weight_scale of the whole, or of each row, group or block; unless
                      symmetric weight_zero_point int8, alike
+
+for R rows, C columns, G groups and B bits.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ class CompressedTensors(Layout):
 
     def check(self) -> None:
         if (form := self.quantization.get("format")) not in FORMATS:
-            raise UserError(f"This compressed-tensors checkpoint is in the format {form}; {', '.join(FORMATS)} are read.")
+            raise UserError(
+                f"This compressed-tensors checkpoint is in the format {form}; {', '.join(FORMATS)} are read."
+            )
 
     def _has(self, name: str) -> bool:
         return name in self.names

@@ -1,9 +1,11 @@
-"""GPTQ and AWQ checkpoints as sources. Of R rows, C columns, G groups and B bits, integers in little-endian words:
+"""GPTQ and AWQ checkpoints as sources.
 
     GPTQ   qweight int32 [C * B / 32, R], each column one bit stream; qzeros int32 [G, R * B / 32], each line one: zero
            points, less one unless checkpoint_format is gptq_v2; scales [G, R]; g_idx int32 [C], the columns' groups
     AWQ    qweight int32 [C, R / 8], qzeros int32 [G, R / 8], scales [G, R]; the nibbles of a word, lowest first, are
            rows 0 2 4 6 1 3 5 7 of its eight (AutoAWQ's GEMM version)
+
+for R rows, C columns, G groups and B bits, in little-endian words.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
     quant_grid     [R, 2^B]
     weight_codes   uint8 [R, C / 2], the even column in the high nibble, whatever B is
+
+for R rows, C columns and B bits.
 """
 
 from __future__ import annotations

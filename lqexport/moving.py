@@ -14,7 +14,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.moves import AffineGrid, TableGrid, move
 from lqexport.formats.registry import codec, names
-from lqexport.source import HuggingFaceSource
+from lqexport.source import HuggingFaceSource, Source
 from lqexport.weights import Shapes
 
 KEPT = "kept"
@@ -63,12 +63,13 @@ def _grid(source: HuggingFaceSource, module: str) -> AffineGrid | TableGrid:
     return grid
 
 
-def moved(source: HuggingFaceSource, tensor: PlannedTensor) -> StoredTensor:
-    """A weight that `with_moves` found to fit, packed in its codec. Its values are the source's, bit for bit but for the
-    sign of zeros; those of GPTQ's layout are rounded to float16, as its readers compute."""
+def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
+    """A weight that `with_moves` found to fit, packed in its codec. Its values are the source's, bit for bit but for
+    the sign of zeros; those of GPTQ's layout are rounded to float16, as its readers compute."""
+    assert isinstance(source, HuggingFaceSource)  # no other has such weights
+    assert source.layout is not None
     kind, module = codec(tensor.codec), source.module(tensor.name)
     assert not isinstance(kind, PlainCodec)
-    assert source.layout is not None
     assert module is not None
     found, stored = _grid(source, module), source.layout.codes(module)
     target = move(found, kind)

@@ -145,7 +145,9 @@ class HuggingFaceSource:
                 return file.get_tensor(stored)
             except SafetensorError as error:
                 path = self._files[stored]
-                raise UserError(f"{path} has no readable tensor {stored} ({error}). Download the file again.") from error
+                raise UserError(
+                    f"{path} has no readable tensor {stored} ({error}). Download the file again."
+                ) from error
 
     def _opened(self, stored: str) -> Any:
         if stored not in self._files:
