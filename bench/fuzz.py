@@ -3,7 +3,7 @@
     python bench/fuzz.py --work FOLDER [--seconds 60] [--seed 0] [--only SUBJECT]
 
 Sound files of every kind are made from a tiny random model; then one of them is damaged at a time, in its bytes or in
-the structure of its JSON, and read to the end. Any other exception is a fault, and so is a case that takes more CPU time
+the structure of its JSON, and read to the end. Any other exception is a fault, and so is a case that takes more time
 or memory than the sizes of these files justify. Prints a line per subject and each fault once, with what damaged the
 file; exits with 1 where there was any.
 """

@@ -18,9 +18,14 @@ MODELS: dict[str, type[FolderModel]] = {
 """By `quant_method`."""
 
 
-def folder_model(folder: Path) -> FolderModel | None:
-    """The model in a folder of one of these; None where it is none. Raises UserError where it is damaged."""
+def method_of(folder: Path) -> str | None:
+    """The `quant_method` of a folder's config.json; None where it has none."""
     path = folder / "config.json"
     found = read_json(path, "").get("quantization_config") if path.is_file() else None
-    made = MODELS.get(str(found.get("quant_method"))) if isinstance(found, dict) else None
+    return str(found.get("quant_method")) if isinstance(found, dict) else None
+
+
+def folder_model(folder: Path) -> FolderModel | None:
+    """The model in a folder of one of these; None where it is none. Raises UserError where it is damaged."""
+    made = MODELS.get(str(method_of(folder)))
     return made(folder) if made else None

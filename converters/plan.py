@@ -21,6 +21,8 @@ class PlannedTensor:
     linear    whether the solver works on it (a linear of a decoder block); other tensors are rounded
     wanted    the codec that was asked for, where a fallback replaced it
     reason    why, in a sentence
+    source_grid   of a weight that the source holds quantized: `kept` where the codec holds its values as they are, so
+                  that the solver need not work on it; else why it does not
     """
 
     name: str
@@ -29,6 +31,7 @@ class PlannedTensor:
     linear: bool
     wanted: str | None = None
     reason: str | None = None
+    source_grid: str | None = None
 
     @property
     def matrix(self) -> tuple[int, int]:

@@ -18,8 +18,8 @@ from lqexport.allocate import Allocation, allocate
 from lqexport.artifact import AGAIN, read_json, write_json
 from lqexport.collect import begin_with_first, by_weight
 from lqexport.converters.exl2_plan import filled_runs
-from lqexport.fit_sections import fit_sections
 from lqexport.errors import well_formed
+from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import Run
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
 from lqexport.job import Job

@@ -97,7 +97,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 @app.command()
 def quantize(
-    source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, or a .gguf file.")],
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
     target: option.Target = None,
     method: option.Method = None,

@@ -84,7 +84,8 @@ class Work:
 
     @property
     def calibrated(self) -> bool:
-        return self.recipe.method != "rtn" or bool(self.recipe.rank)
+        solved = any(tensor.linear for tensor in self.tensors)
+        return solved and (self.recipe.method != "rtn" or bool(self.recipe.rank))
 
     @property
     def guided(self) -> bool:
@@ -249,7 +250,7 @@ class Operations:
 def operations_estimate(work: Work) -> Operations:
     """What a run from nothing computes."""
     recipe, linears = work.recipe, work.linears
-    if recipe.method == "rtn":
+    if not work.calibrated:
         return Operations()
     attention = 4 * recipe.sequence_length * work.hidden * work.blocks
     forward = 2 * sum(tensor.weights for tensor in linears) + attention  # per token

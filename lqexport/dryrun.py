@@ -20,6 +20,7 @@ from lqexport.cost import Rates, Work, memory_estimate, seconds_estimate
 from lqexport.errors import UserError
 from lqexport.inspect import Entry, bits, human_bytes, size, table
 from lqexport.job import plan_factors, plan_recipe
+from lqexport.moving import sentences
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 
@@ -128,6 +129,8 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
         console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
     if shown.recipe.bits is not None and shown.recipe.method != "rtn":
         console.print("Widths: even here; the run measures what each mix costs and takes the best of this size.")
+    for sentence in sentences(shown.tensors):
+        console.print(sentence, markup=False, highlight=False)
     for sentence in fallbacks(shown.tensors):
         console.print(f"Fallback: {sentence}", markup=False, highlight=False)
 

@@ -12,9 +12,9 @@ from typing import Any
 from rich.table import Table
 
 from lqexport.artifact import Artifact
+from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
-from lqexport.converters.folder_model import FolderModel
-from lqexport.converters.folders import folder_model
+from lqexport.converters.folders import method_of
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.native import is_native_folder
 from lqexport.converters.native_read import NativeModel
@@ -22,8 +22,6 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
 from lqexport.source import HuggingFaceSource
-
-SAFETENSORS_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 
 
 @dataclass(frozen=True)
@@ -135,18 +133,20 @@ def inspect(path: Path) -> Inspection:
         raise UserError(f"There is no file or folder {path}.")
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
-    if packed := folder_model(path):
-        return Inspection(str(path), packed.container, _model_entries(packed))
     if is_native_folder(path):
         return Inspection(str(path), "native folder", _model_entries(NativeModel(path)))
-    return Inspection(str(path), "Hugging Face folder", _folder_entries(HuggingFaceSource(path, str(path))))
+    if method_of(path) == "exl2":
+        return Inspection(str(path), Exl2Model.container, _model_entries(Exl2Model(path)))
+    source = HuggingFaceSource(path, str(path))
+    container = source.layout.container if source.layout else "Hugging Face folder"
+    return Inspection(str(path), container, [_source_entry(source, name) for name in source.names()])
 
 
 def _artifact_entries(artifact: Artifact) -> list[Entry]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _model_entries(model: GGUFModel | FolderModel | NativeModel) -> list[Entry]:
+def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[Entry]:
     names = [*model.names(), *(model.factors() if isinstance(model, NativeModel) else [])]
     return [_coded(name, model.shape(name), model.codec(name)) for name in names]
 
@@ -156,10 +156,6 @@ def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> Entry:
     return Entry(name, shape, codec_name, nbytes(codec(codec_name), rows, columns))
 
 
-def _folder_entries(source: HuggingFaceSource) -> list[Entry]:
-    """From the headers of the safetensors files; no data is read."""
-    entries = []
-    for name in source.names():
-        shape, dtype = source.form(name)
-        entries.append(Entry(name, shape, dtype, math.prod(shape) * SAFETENSORS_BYTES.get(dtype, 1)))
-    return entries
+def _source_entry(source: HuggingFaceSource, name: str) -> Entry:
+    """From the headers of the safetensors files; of a quantized weight also the groups of its columns are read."""
+    return Entry(name, source.shape(name), source.dtype(name), source.nbytes(name))

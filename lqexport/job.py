@@ -27,6 +27,7 @@ from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.measured import Measured
 from lqexport.moments_cache import MomentsCache
+from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
@@ -40,14 +41,21 @@ MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_
 
 def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
     """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
+    planned = _planned(source, recipe, chosen)
+    # A correction, or a choice of types, measures what solving loses.
+    return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
+
+
+def _planned(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:
     shapes = {name: source.shape(name) for name in source.names()}
     if recipe.target.startswith("gptq:"):
         return plan_gptq(recipe.target, source.config, shapes)
     if recipe.bits is not None:
         return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
     types = (chosen or {}) | recipe.chosen_types()
-    return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type,
-                output_type=recipe.output_type, types=types, fallback=recipe.fallback)  # fmt: skip
+    embedding, output = outer_types(source, recipe.target)
+    return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
+                output_type=recipe.output_type or output, types=types, fallback=recipe.fallback)  # fmt: skip
 
 
 def plan_factors(source: Shapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 
 from lqexport.allocate import Allocation
-from lqexport.artifact import SolvedModel
+from lqexport.artifact import SolvedModel, StoredTensor
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, full_float32, steady_threads
 from lqexport.job import Job
 from lqexport.linear import round_tensor
+from lqexport.moving import KEPT, moved
 from lqexport.processes import joined
 from lqexport.progress import Listener, Silent
 from lqexport.ranks import at_ranks, share, summary
@@ -79,9 +80,14 @@ def _round_others(job: Job) -> None:
     job.listener.stage("Rounding embeddings and norms", sum(tensor.weights for tensor in others))
     for tensor in job.processes.mine(others):
         if tensor.name not in job.artifact:
-            weight = job.source.read(tensor.name).to(job.device)
-            job.artifact.write(round_tensor(tensor.name, weight, tensor.codec))
+            job.artifact.write(_stored(job, tensor))
         job.listener.advance(tensor.weights * job.processes.count)
+
+
+def _stored(job: Job, tensor: PlannedTensor) -> StoredTensor:
+    if tensor.source_grid == KEPT:
+        return moved(job.source, tensor)
+    return round_tensor(tensor.name, job.source.read(tensor.name).to(job.device), tensor.codec)
 
 
 def _tune(job: Job) -> Outcome | None:
@@ -129,6 +135,8 @@ def _entry(job: Job, tensor: PlannedTensor, found: _Found) -> dict[str, Any]:
     entry["bytes"] = tensor.nbytes
     if tensor.reason:
         entry |= {"wanted": tensor.wanted, "reason": tensor.reason}
+    if tensor.source_grid:
+        entry["source_grid"] = tensor.source_grid
     if found.allocation and tensor.name in found.allocation.chosen:
         entry["predicted"] = found.allocation.chosen[tensor.name].loss
     entry |= job.artifact.facts(tensor.name)

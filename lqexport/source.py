@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 import shutil
 from contextlib import AbstractContextManager
@@ -14,6 +15,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lqexport.artifact import inside, open_tensors, read_config, read_json, write_json, written_whole
 from lqexport.converters.architectures import find_architecture, normalized
+from lqexport.converters.checkpoint import Layout
+from lqexport.converters.checkpoints import layout_of
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.tensor_names import block_module
 from lqexport.errors import UserError, well_formed
@@ -35,6 +38,10 @@ MODEL_FILES = (
 )
 
 
+DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+"""By safetensors' name, of those that are not one byte."""
+
+
 class Source(Weights, Protocol):
     """A model that can be quantized: weights, tokenizer, and what identifies it."""
 
@@ -51,7 +58,11 @@ class Source(Weights, Protocol):
 
 
 class HuggingFaceSource:
-    """A folder with config.json and safetensors, in one file or in shards."""
+    """A folder with config.json and safetensors, in one file or in shards. Matrices that another tool has quantized are
+    read as the float32 values that they decode to.
+
+    layout   how they are quantized; None where they are not
+    """
 
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
@@ -59,7 +70,10 @@ class HuggingFaceSource:
         self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
         self._architecture = find_architecture(self.config)
         self._files = _tensor_files(folder)
-        self._stored = {self._renamed(name): name for name in self._files}
+        self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
+        self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
+        tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
+        self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
 
     @property
     def fingerprint(self) -> str:
@@ -86,22 +100,54 @@ class HuggingFaceSource:
     def names(self) -> list[str]:
         return list(self._stored)
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.form(name)[0]
+    def module(self, name: str) -> str | None:
+        """What `layout` calls the module of a quantized weight; None for any other tensor."""
+        module, _, kind = self._stored_name(name).rpartition(".")
+        return module if self.layout and kind == "weight" and self.layout.is_packed(module) else None
 
-    def form(self, name: str) -> tuple[tuple[int, ...], str]:
-        """A tensor's shape, and its dtype as safetensors calls it, without its data."""
-        stored = self._stored_name(name)
-        with _open(self._files[stored]) as file:
-            part = file.get_slice(stored)
-            shape = tuple(part.get_shape())
-        return shape[::-1] if self._is_transposed(name) else shape, str(part.get_dtype())
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors calls it, such as BF16; of a quantized weight, its method, bits and group."""
+        module = self.module(name)
+        return self.layout.kind(module) if self.layout and module else self.stored_form(self._stored_name(name))[0]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the data that a tensor is stored as."""
+        module, stored = self.module(name), self._stored_name(name)
+        parts = self.layout.parts_of(module) if self.layout and module else [stored]
+        return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in map(self.stored_form, parts))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if self.layout and (module := self.module(name)):
+            return self.layout.shape(module)
+        shape = self.stored_shape(self._stored_name(name))
+        return shape[::-1] if self._is_transposed(name) else shape
 
     def read(self, name: str) -> torch.Tensor:
-        stored = self._stored_name(name)
-        with _open(self._files[stored]) as file:
-            tensor = file.get_tensor(stored)
+        if self.layout and (module := self.module(name)):
+            return torch.from_numpy(self.layout.read(module))
+        tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
+
+    def stored_form(self, stored: str) -> tuple[str, tuple[int, ...]]:
+        """dtype, as safetensors calls it, and shape of a tensor by its name in the files."""
+        with self._opened(stored) as file:
+            part = file.get_slice(stored)
+            return str(part.get_dtype()), tuple(part.get_shape())
+
+    def stored_shape(self, stored: str) -> tuple[int, ...]:
+        """The shape alone."""
+        return self.stored_form(stored)[1]
+
+    def stored_tensor(self, stored: str) -> torch.Tensor:
+        """A tensor by its name in the files."""
+        with self._opened(stored) as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
+            return tensor
+
+    def _opened(self, stored: str) -> AbstractContextManager[Any]:
+        if stored not in self._files:
+            raise UserError(f"{self.folder} has no tensor {stored}. Is the download complete?")
+        return _open(self._files[stored])
 
     def _stored_name(self, name: str) -> str:
         if name not in self._stored:
@@ -169,7 +215,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [*MODEL_FILES, "*.safetensors", "model.safetensors.index.json"]
+        patterns = [*MODEL_FILES, "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None
@@ -194,8 +240,15 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return files
     path = folder / "model.safetensors"
     if not path.is_file():
-        pickled = " Files of pickled weights (.bin, .pt) are not read: they can run any code." * _has_pickles(folder)
-        raise UserError(f"{folder} has neither model.safetensors nor model.safetensors.index.json.{pickled}")
+        # AutoGPTQ called its file by bits and group.
+        found = list(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            pickled = " Files of pickled weights (.bin, .pt) are not read: they can run any code."
+            raise UserError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json."
+                + pickled * _has_pickles(folder)
+            )
+        (path,) = found
     with _open(path) as file:
         return dict.fromkeys(file.keys(), path)
 

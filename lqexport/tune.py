@@ -32,6 +32,7 @@ from lqexport.corrected import stored_correction
 from lqexport.formats.codec import Grid, PlainCodec, Sections
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid, round_half
+from lqexport.moving import KEPT
 from lqexport.progress import Listener
 from lqexport.sections import TensorSections
 
@@ -98,6 +99,11 @@ def _unit(name: str, values: Tensor) -> Tensor:
     return values if name in ("scale", "offset", "sections") else values.abs().mean()
 
 
+def _is_kept(tensor: StoredTensor) -> bool:
+    """Whether a tensor has the source's own grid, and no error that tuning could make smaller."""
+    return tensor.facts.get("source_grid") == KEPT
+
+
 class Tuner:
     """Tunes a solved artifact, all of whose tensors are written.
 
@@ -129,7 +135,7 @@ class Tuner:
     def _numbers(self, name: str) -> State:
         tensor = self.artifact.read(name)
         if not isinstance(codec(tensor.codec), PlainCodec):
-            return numbers(self._grid(tensor)[0])
+            return {} if _is_kept(tensor) else numbers(self._grid(tensor)[0])
         return {"vector": self._decoded(tensor)} if len(tensor.shape) == 1 else {}
 
     def _decoded(self, tensor: StoredTensor) -> Tensor:
@@ -149,7 +155,7 @@ class Tuner:
     def _value(self, name: str) -> Tensor:
         """A tensor's values with the changes so far, differentiable by them."""
         tensor = self.artifact.read(name)
-        if not isinstance(codec(tensor.codec), PlainCodec):
+        if not isinstance(codec(tensor.codec), PlainCodec) and not _is_kept(tensor):
             grid, codes = self._grid(tensor)
             values = tuned_values(grid, codes, self._moved(name, numbers(grid)))
             correction = stored_correction(self.artifact, name)

@@ -181,15 +181,19 @@ def test_verify_compares_every_tensor_and_the_predictions(
 
 def test_the_commands(artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = artifacts["gptq:4-g128-sym"]
-    for command, name, container in (("to-gptq", "a", "GPTQ folder"), ("to-gptq", "b", "GPTQ folder"),
-                                     ("to-compressed-tensors", "c", "compressed-tensors folder")):  # fmt: skip
+    packed, folder = "pack-quantized:4-g128-sym", "compressed-tensors folder"
+    for command, name, type_, container in (("to-gptq", "a", "gptq:4-g128-sym", "GPTQ folder"),
+                                            ("to-gptq", "b", "gptq:4-g128-sym", "GPTQ folder"),
+                                            ("to-compressed-tensors", "c", packed, folder)):  # fmt: skip
         options = ["--v2"] if name == "b" else []
         result = CliRunner().invoke(app, [command, str(artifact.folder), str(tmp_path / name), *options])
         assert result.exit_code == 0, result.output
         assert "verify" in result.output
         found = inspect(tmp_path / name)
         assert found.container == container
-        assert {entry.type for entry in found.entries} == {"gptq:4-g128-sym", "gguf:F16"}
+        assert {entry.type for entry in found.entries} == {type_, "F16"}
+        stored = load_file(tmp_path / name / "model.safetensors").values()
+        assert sum(entry.nbytes for entry in found.entries) == sum(plane.nbytes for plane in stored)
 
 
 # What is refused.

@@ -1,0 +1,93 @@
+"""Weights that the source holds quantized already: moved, codes and grid, where the target's codec holds every value as
+it is; else solved again from what they decode to."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
+from lqexport.artifact import StoredTensor
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.plan import PlannedTensor
+from lqexport.formats.codec import PlainCodec
+from lqexport.formats.moves import AffineGrid, TableGrid, move
+from lqexport.formats.registry import codec, names
+from lqexport.source import HuggingFaceSource, Source
+from lqexport.weights import Shapes
+
+KEPT = "kept"
+"""`source_grid` of a tensor that was moved."""
+
+
+def outer_types(source: Shapes, target: str) -> tuple[str | None, str | None]:
+    """What embedding and output are stored as unless the recipe says so: for one GGUF type, what a quantized checkpoint
+    has them in, since it left them as they were; None for the target's own choice."""
+    if not isinstance(source, HuggingFaceSource) or source.layout is None or target not in names("gguf"):
+        return None, None
+    architecture = architecture_of(source.config)
+    return _stored_type(source, architecture.embedding), _stored_type(source, architecture.output)
+
+
+def _stored_type(source: HuggingFaceSource, name: str) -> str | None:
+    if name not in source.names() or source.module(name):
+        return None
+    kind = f"gguf:{source.dtype(name)}"
+    return kind if kind in names("gguf") else None
+
+
+def with_moves(source: Shapes, planned: list[PlannedTensor]) -> list[PlannedTensor]:
+    """The plan, with what becomes of each quantized weight's grid; the solver does not work on those that move."""
+    if not isinstance(source, HuggingFaceSource) or source.layout is None:
+        return planned
+    return [_judged(source, tensor) for tensor in planned]
+
+
+def _judged(source: HuggingFaceSource, tensor: PlannedTensor) -> PlannedTensor:
+    kind, module = codec(tensor.codec), source.module(tensor.name)
+    if module is None or isinstance(kind, PlainCodec):
+        return tensor
+    try:
+        move(_grid(source, module), kind)
+    except ValueError as error:
+        return replace(tensor, source_grid=str(error))
+    return replace(tensor, linear=False, source_grid=KEPT)
+
+
+def _grid(source: HuggingFaceSource, module: str) -> AffineGrid | TableGrid:
+    assert source.layout is not None
+    grid = source.layout.grid(module)
+    if grid is None:
+        raise ValueError("its codes are floating-point numbers")
+    return grid
+
+
+def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
+    """A weight that `with_moves` found to fit, packed in its codec. Its values are the source's, bit for bit but for
+    the sign of zeros; those of GPTQ's layout are rounded to float16, as its readers compute."""
+    assert isinstance(source, HuggingFaceSource)  # no other has such weights
+    assert source.layout is not None
+    kind, module = codec(tensor.codec), source.module(tensor.name)
+    assert not isinstance(kind, PlainCodec)
+    assert module is not None
+    found, stored = _grid(source, module), source.layout.codes(module)
+    target = move(found, kind)
+    planes = kind.encode(target.grid, target.codes(stored))  # type: ignore[arg-type]  # a grid of this codec
+    values = found.values(stored)
+    if kind.name.startswith("gptq:"):
+        values = values.astype(np.float16).astype(np.float32)
+    if not np.array_equal(kind.decode(planes, tensor.shape[1]), values):
+        raise AssertionError(f"{tensor.name}: {kind.name} decodes to other values than the checkpoint. This is a bug.")
+    return StoredTensor(tensor.name, tensor.codec, tensor.shape, planes, {"source_grid": KEPT})
+
+
+def sentences(planned: list[PlannedTensor]) -> list[str]:
+    """What becomes of the checkpoint's grids, for the terminal; nothing for a source that has none."""
+    found = Counter((tensor.source_grid, tensor.codec) for tensor in planned if tensor.source_grid)
+    return [
+        f"{count} tensors move to {kind} as they are: grid, codes, every value."
+        if grid == KEPT
+        else f"{count} tensors are solved again from their decoded weights, since {kind} does not hold them: {grid}."
+        for (grid, kind), count in found.items()
+    ]
