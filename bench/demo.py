@@ -10,6 +10,7 @@ a multiple of 256, so a target of blocks of 32 is chosen. It is calibrated on `p
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from reference_models import smollm2_gguf
 
 def commands(folder: Path, target: str) -> list[list[str]]:
     """Arguments of `lqexport`, step by step."""
-    source, artifact, file = str(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
-    sizes = ["--samples", "16", "--tune", "24", "--sequence-length", "512"]
+    source, artifact, file = os.path.relpath(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
+    sizes = ["--samples", "8", "--sequence-length", "512", "--tune", "0"]
     limits = ["--windows", "8", "--max-kl", "0.5"]
     check = ["--artifact", artifact, "--engine", "llama.cpp", *limits, "--html", str(folder / "report.html")]
     return [

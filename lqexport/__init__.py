@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from lqexport.pipeline import quantize as quantize
     from lqexport.progress import Callback as Callback
     from lqexport.progress import Listener as Listener
+    from lqexport.publish import push_to_hub as push_to_hub
+    from lqexport.publish import save_record as save_record
     from lqexport.recipe import Recipe as Recipe
     from lqexport.verification import Verification as Verification
     from lqexport.verification import verify as verify
@@ -46,7 +48,9 @@ _MODULES = {
     "zero_shot": "zero_shot_tasks",
     "load": "loading",
     "preview": "dryrun",
+    "push_to_hub": "publish",
     "quantize": "pipeline",
+    "save_record": "publish",
     "verify": "verification",
 }
 __all__ = ["__version__", *_MODULES]

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -284,7 +285,7 @@ def to_gguf(
             export(artifact, file, format="gguf", adapter=adapter, listener=listener)
         beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
         print(f"Wrote {file}, {human_bytes(file.stat().st_size)}{beside}.")
-        print(f"Next: lqexport verify {file} --against SOURCE{f' --adapter {adapter}' if adapter else ''}")
+        _say_verify(artifact, file, adapter)
 
 
 @app.command()
@@ -308,6 +309,15 @@ def to_peft(
         print(f"Wrote {folder}.")
 
 
+def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
+    """The command that comes after an export."""
+    from lqexport.artifact import Artifact
+
+    source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
+    more = ["--adapter", str(adapter)] if adapter else []
+    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more])}")
+
+
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
     from lqexport.converters.factors import is_factor
     from lqexport.exporting import export
@@ -320,7 +330,7 @@ def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
     adapter = format != "native" and any(is_factor(entry.name) for entry in inspect(artifact).entries)
     if adapter:
         print(f"It is the base of low-rank corrections: lqexport to-peft {artifact} ADAPTER writes them.")
-    print(f"Next: lqexport verify {folder} --against SOURCE{' --adapter ADAPTER' if adapter else ''}")
+    _say_verify(artifact, folder, "ADAPTER" if adapter else None)
 
 
 @app.command()
@@ -435,6 +445,9 @@ def verify(
         str | None, typer.Option(help="The matrix whose weights and grid the page shows. [default: the lossiest]")
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Write a model card here, in Markdown.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder for card, page and numbers: what push-to-hub wants beside the file.")
+    ] = None,
     as_json: Json = False,
     device: Device = "auto",
 ) -> None:
@@ -451,6 +464,7 @@ def verify(
     with plain_endings(NOTHING_WRITTEN):
         from lqexport import report
         from lqexport.card import save_card
+        from lqexport.publish import save_record
         from lqexport.verification import verify as check
 
         if html:
@@ -475,6 +489,8 @@ def verify(
         tell_verification(result, html, as_json)
         if card:
             save_card(result, card)
+        if record:
+            save_record(result, record)
     if result.failed:
         raise typer.Exit(1)
 
@@ -575,6 +591,44 @@ def evaluate(
             print(json.dumps(found.as_json(), indent=1))
         else:
             output().print(scores.table(found))
+
+
+@app.command()
+def push_to_hub(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that a to-... command wrote.")],
+    repository: Annotated[str, typer.Argument(help="Its id on the hub, such as me/model-gguf; made if need be.")],
+    record: Annotated[
+        Path | None, typer.Option(help="What `verify --record` wrote for this file; uploaded with it.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="For all to see. [default: private]")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Upload without a record, or one of another or a failed file.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, then stop.")] = False,
+) -> None:
+    """Upload a written model to the Hugging Face hub.
+
+    Refused where no record says that exactly these files passed their verification. The token is that of
+    `hf auth login`, or HF_TOKEN.
+
+    Examples:
+
+        lqexport verify model.gguf --against ./model --max-kl 0.05 --record ./record
+        lqexport push-to-hub model.gguf me/model-gguf --record ./record --dry-run
+        lqexport push-to-hub model.gguf me/model-gguf --record ./record --public
+    """
+    with plain_endings("Stopped. The hub takes all files in one commit or none; run the same command again."):
+        from lqexport import publish
+        from lqexport.inspect import human_bytes
+
+        files = publish.upload_list(file, record=record, unverified=unverified)
+        for name, path in files.items():
+            print(f"{human_bytes(path.stat().st_size):>9}  {name}")
+        if dry_run:
+            print(f"{len(files)} files; nothing was uploaded.")
+            return
+        address = publish.push_to_hub(file, repository, record=record, public=public, unverified=unverified)
+        print(f"Uploaded: {address}")
 
 
 @app.command()

@@ -440,9 +440,10 @@ def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_mod
 
 
 def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
-    card.save_card(dataclasses.replace(found, warnings=["A | bar."]), tmp_path / "README.md")
+    card.save_card(dataclasses.replace(found, warnings=["A | bar."], against="org/model-1.5"), tmp_path / "README.md")
     content = (tmp_path / "README.md").read_text()
-    assert content.startswith("---\nbase_model: ")
+    assert content.startswith("---\nbase_model: org/model-1.5\n")
+    assert "base_model" not in card.card(found)  # a folder on this disk, which the hub would refuse
     for part in (
         found.sha256,
         f"{found.evaluations[0].kl:.5f}",

@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     with chromium() as browser:
-        page = browser.new_page(viewport={"width": 900, "height": 760})
+        page = browser.new_page(viewport={"width": 1000, "height": 640})
         page.goto(arguments.report.absolute().as_uri())
         take(page, arguments.folder)
 
