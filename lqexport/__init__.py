@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lqexport.dryrun import preview as preview
     from lqexport.errors import UserError as UserError
     from lqexport.exporting import export as export
+    from lqexport.judging import judge as judge
     from lqexport.loading import LeanQuantModelForCausalLM as LeanQuantModelForCausalLM
     from lqexport.loading import load as load
     from lqexport.papers import perplexity as perplexity
@@ -46,6 +47,7 @@ _MODULES = {
     "export": "exporting",
     "perplexity": "papers",
     "zero_shot": "zero_shot_tasks",
+    "judge": "judging",
     "load": "loading",
     "preview": "dryrun",
     "push_to_hub": "publish",

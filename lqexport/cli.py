@@ -594,6 +594,44 @@ def evaluate(
 
 
 @app.command()
+def judge(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible API, such as http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(help="What the endpoint calls the model that judges.")],
+    against: Annotated[
+        str | None, typer.Option(help="The source, to compare answers with: a folder, hub id or .gguf file.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help='A .jsonl file, a line being {"id": "a", "turns": ["..."]}. [default: our own]')
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens in an answer.")] = 256,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Have another model grade what FILE answers, and compare it with what its source answers.
+
+    Questions and answers go to the endpoint, and nowhere else. The key is that of OPENAI_API_KEY, where one is needed.
+
+    Examples:
+
+        lqexport judge model.gguf --endpoint http://localhost:8000/v1 --model judge --against ./model
+        lqexport judge ./model-3bit --endpoint https://api.openai.com/v1 --model NAME --questions mine.jsonl --json
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport import judging
+
+        with terminal_listener() as listener:
+            found = judging.judge(
+                file, endpoint, model, against=against, questions=questions, tokens=tokens, device=device,
+                listener=listener,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(judging.table(found))
+
+
+@app.command()
 def push_to_hub(
     file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that a to-... command wrote.")],
     repository: Annotated[str, typer.Argument(help="Its id on the hub, such as me/model-gguf; made if need be.")],

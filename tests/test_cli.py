@@ -31,7 +31,7 @@ from lqexport.progress import Bars, Lines
 from lqexport.recipe import Recipe
 
 COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
-            "verify", "compare", "eval", "push-to-hub", "inspect")  # fmt: skip
+            "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:
