@@ -202,10 +202,10 @@ def run_quantize(
         from lqexport.ranks import sentences
 
         print("\n".join(sentences(report["correction"])))
-    adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
-    adapted = {family: f"to-{family} {out} FOLDER" for family in ("exl2", "gptq", "native")}
+    adapter = ["--adapter", "adapter.gguf"] if report.get("correction", {}).get("factor_bytes") else []
     family = recipe.target.partition(":")[0]
-    print(f"Wrote {out}. Next: lqexport {adapted.get(family, f'to-gguf {out} model.gguf{adapter}')}")
+    written = ["FOLDER"] if family != "gguf" else ["model.gguf", *adapter]
+    print(f"Wrote {out}. Next: {shlex.join(['lqexport', f'to-{family}', str(out), *written])}")
 
 
 def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
@@ -310,12 +310,12 @@ def to_peft(
 
 
 def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
-    """The command that comes after an export."""
+    """The command that comes after an export; of few windows, since a whole text takes hours of a large model."""
     from lqexport.artifact import Artifact
 
     source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
     more = ["--adapter", str(adapter)] if adapter else []
-    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more])}")
+    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more, '--windows', '16'])}")
 
 
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
