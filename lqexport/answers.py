@@ -53,7 +53,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Se
         said.append({"role": "user", "content": turn})
         prompt = torch.tensor([_prompt(tokenizer, said)], device=model.device)
         with torch.no_grad():
-            written = model.generate(
+            written = model.generate(  # type: ignore[operator]  # transformers' mixin hides its type
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )  # fmt: skip
