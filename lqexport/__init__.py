@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from lqexport.dryrun import preview as preview
     from lqexport.errors import UserError as UserError
     from lqexport.exporting import export as export
+    from lqexport.judging import judge as judge
     from lqexport.loading import LeanQuantModelForCausalLM as LeanQuantModelForCausalLM
     from lqexport.loading import load as load
     from lqexport.papers import perplexity as perplexity
     from lqexport.pipeline import quantize as quantize
     from lqexport.progress import Callback as Callback
     from lqexport.progress import Listener as Listener
+    from lqexport.publish import push_to_hub as push_to_hub
+    from lqexport.publish import save_record as save_record
     from lqexport.recipe import Recipe as Recipe
     from lqexport.verification import Verification as Verification
     from lqexport.verification import verify as verify
@@ -44,9 +47,12 @@ _MODULES = {
     "export": "exporting",
     "perplexity": "papers",
     "zero_shot": "zero_shot_tasks",
+    "judge": "judging",
     "load": "loading",
     "preview": "dryrun",
+    "push_to_hub": "publish",
     "quantize": "pipeline",
+    "save_record": "publish",
     "verify": "verification",
 }
 __all__ = ["__version__", *_MODULES]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def card(result: Verification) -> str:
     recipe: dict[str, Any] = result.run.get("recipe", {})
     family = str(recipe.get("target", "gguf")).partition(":")[0]
     name = Path(result.file).name
-    title = ["---", f"base_model: {result.against}", "tags: [quantized, lqexport]", "---", "", f"# {name}", ""]
+    title = ["---", *_base_model(result.against), "tags: [quantized, lqexport]", "---", "", f"# {name}", ""]
     about = [f"{result.against}, quantized with lqexport; verified from the written file: **{verdict(result)}**.", ""]
     parts = [*title, *about, *_sentences(result), "## Measured", "", *_measured(result), ""]
     parts += ["## Use", "", USE.get(family, USE["gguf"]).format(name=name), ""]
@@ -38,6 +39,12 @@ def card(result: Verification) -> str:
     if recipe:
         parts += ["## Recipe", "", *_table(["option", "value"], [list(line) for line in flat(recipe)]), ""]
     return "\n".join(parts)
+
+
+def _base_model(source: str) -> list[str]:
+    """The hub refuses a card whose base model is no id of a repository, as of a source on this machine's disk."""
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not Path(source).exists()
+    return [f"base_model: {source}"] if is_id else []
 
 
 def _sentences(result: Verification) -> list[str]:

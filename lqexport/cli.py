@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -201,10 +202,10 @@ def run_quantize(
         from lqexport.ranks import sentences
 
         print("\n".join(sentences(report["correction"])))
-    adapter = " --adapter adapter.gguf" if report.get("correction", {}).get("factor_bytes") else ""
-    adapted = {family: f"to-{family} {out} FOLDER" for family in ("exl2", "gptq", "native")}
+    adapter = ["--adapter", "adapter.gguf"] if report.get("correction", {}).get("factor_bytes") else []
     family = recipe.target.partition(":")[0]
-    print(f"Wrote {out}. Next: lqexport {adapted.get(family, f'to-gguf {out} model.gguf{adapter}')}")
+    written = ["FOLDER"] if family != "gguf" else ["model.gguf", *adapter]
+    print(f"Wrote {out}. Next: {shlex.join(['lqexport', f'to-{family}', str(out), *written])}")
 
 
 def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
@@ -284,7 +285,7 @@ def to_gguf(
             export(artifact, file, format="gguf", adapter=adapter, listener=listener)
         beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
         print(f"Wrote {file}, {human_bytes(file.stat().st_size)}{beside}.")
-        print(f"Next: lqexport verify {file} --against SOURCE{f' --adapter {adapter}' if adapter else ''}")
+        _say_verify(artifact, file, adapter)
 
 
 @app.command()
@@ -308,6 +309,15 @@ def to_peft(
         print(f"Wrote {folder}.")
 
 
+def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
+    """The command that comes after an export; of few windows, since a whole text takes hours of a large model."""
+    from lqexport.artifact import Artifact
+
+    source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
+    more = ["--adapter", str(adapter)] if adapter else []
+    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more, '--windows', '16'])}")
+
+
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
     from lqexport.converters.factors import is_factor
     from lqexport.exporting import export
@@ -320,7 +330,7 @@ def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
     adapter = format != "native" and any(is_factor(entry.name) for entry in inspect(artifact).entries)
     if adapter:
         print(f"It is the base of low-rank corrections: lqexport to-peft {artifact} ADAPTER writes them.")
-    print(f"Next: lqexport verify {folder} --against SOURCE{' --adapter ADAPTER' if adapter else ''}")
+    _say_verify(artifact, folder, "ADAPTER" if adapter else None)
 
 
 @app.command()
@@ -435,6 +445,9 @@ def verify(
         str | None, typer.Option(help="The matrix whose weights and grid the page shows. [default: the lossiest]")
     ] = None,
     card: Annotated[Path | None, typer.Option(help="Write a model card here, in Markdown.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder for card, page and numbers: what push-to-hub wants beside the file.")
+    ] = None,
     as_json: Json = False,
     device: Device = "auto",
 ) -> None:
@@ -451,6 +464,7 @@ def verify(
     with plain_endings(NOTHING_WRITTEN):
         from lqexport import report
         from lqexport.card import save_card
+        from lqexport.publish import save_record
         from lqexport.verification import verify as check
 
         if html:
@@ -475,6 +489,8 @@ def verify(
         tell_verification(result, html, as_json)
         if card:
             save_card(result, card)
+        if record:
+            save_record(result, record)
     if result.failed:
         raise typer.Exit(1)
 
@@ -575,6 +591,82 @@ def evaluate(
             print(json.dumps(found.as_json(), indent=1))
         else:
             output().print(scores.table(found))
+
+
+@app.command()
+def judge(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible API, such as http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(help="What the endpoint calls the model that judges.")],
+    against: Annotated[
+        str | None, typer.Option(help="The source, to compare answers with: a folder, hub id or .gguf file.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help='A .jsonl file, a line being {"id": "a", "turns": ["..."]}. [default: our own]')
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens in an answer.")] = 256,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Have another model grade what FILE answers, and compare it with what its source answers.
+
+    Questions and answers go to the endpoint, and nowhere else. The key is that of OPENAI_API_KEY, where one is needed.
+
+    Examples:
+
+        lqexport judge model.gguf --endpoint http://localhost:8000/v1 --model judge --against ./model
+        lqexport judge ./model-3bit --endpoint https://api.openai.com/v1 --model NAME --questions mine.jsonl --json
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport import judging
+
+        with terminal_listener() as listener:
+            found = judging.judge(
+                file, endpoint, model, against=against, questions=questions, tokens=tokens, device=device,
+                listener=listener,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(judging.table(found))
+
+
+@app.command()
+def push_to_hub(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that a to-... command wrote.")],
+    repository: Annotated[str, typer.Argument(help="Its id on the hub, such as me/model-gguf; made if need be.")],
+    record: Annotated[
+        Path | None, typer.Option(help="What `verify --record` wrote for this file; uploaded with it.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="For all to see. [default: private]")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Upload without a record, or one of another or a failed file.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, then stop.")] = False,
+) -> None:
+    """Upload a written model to the Hugging Face hub.
+
+    Refused where no record says that exactly these files passed their verification. The token is that of
+    `hf auth login`, or HF_TOKEN.
+
+    Examples:
+
+        lqexport verify model.gguf --against ./model --max-kl 0.05 --record ./record
+        lqexport push-to-hub model.gguf me/model-gguf --record ./record --dry-run
+        lqexport push-to-hub model.gguf me/model-gguf --record ./record --public
+    """
+    with plain_endings("Stopped. The hub takes all files in one commit or none; run the same command again."):
+        from lqexport import publish
+        from lqexport.inspect import human_bytes
+
+        files = publish.upload_list(file, record=record, unverified=unverified)
+        for name, path in files.items():
+            print(f"{human_bytes(path.stat().st_size):>9}  {name}")
+        if dry_run:
+            print(f"{len(files)} files; nothing was uploaded.")
+            return
+        address = publish.push_to_hub(file, repository, record=record, public=public, unverified=unverified)
+        print(f"Uploaded: {address}")
 
 
 @app.command()

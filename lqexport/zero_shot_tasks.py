@@ -108,10 +108,11 @@ def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrained
         return load(path, dtype=dtype, device_map={"": device})
     export = open_export(path)
     factors = open_factors(path, None, export.config)
-    return _dense(Corrected(export, factors) if factors else export, device, dtype)
+    return dense(Corrected(export, factors) if factors else export, device, dtype)
 
 
-def _dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """A model of transformers with `weights`, decoded. Raises UserError where it keeps a tensor in another form."""
     options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype)

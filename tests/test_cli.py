@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from lqexport.progress import Bars, Lines
 from lqexport.recipe import Recipe
 
 COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
-            "verify", "compare", "eval", "inspect")  # fmt: skip
+            "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:
@@ -216,6 +217,24 @@ def test_whole_run(tiny_model: Path, artifact: Path, gguf_file: Path, tmp_path: 
     assert all(tensor["same_bytes"] for tensor in told["tensors"])
     assert "<svg" in page.read_text()
     assert "mean KL divergence" in run(*common, "--max-kl", 1e-12, status=1).stdout
+
+
+@pytest.mark.parametrize("target", ["gguf:Q4_0", "native:table-3", "gptq:4-g64"])
+def test_every_next_step_that_is_printed_runs(
+    target: str, tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def next_step(shown: str) -> list[str]:
+        (line,) = [line for line in shown.splitlines() if "Next: " in line]
+        return shlex.split(line.partition("Next: lqexport ")[2])
+
+    monkeypatch.chdir(tmp_path)
+    small = ("--method", "rtn", "--samples", 2, "--sequence-length", 32, "--rank", 2, "--device", "cpu")
+    quantized = run("quantize", tiny_model, "my out", "--target", target, *small)
+    exported = run(*next_step(quantized.stdout))
+    if target.startswith("gptq"):
+        run("to-peft", "my out", "ADAPTER")
+    verify = next_step(exported.stdout)
+    assert "result: passed" in run(*verify, "--text", text, "--windows", 1).stdout
 
 
 def test_a_blown_up_file_fails_without_any_option(tiny_model: Path, tmp_path: Path) -> None:

@@ -177,6 +177,16 @@ def test_a_task_of_the_harness(folder: Path, tasks: Path, tmp_path: Path, monkey
 
 
 @needs_harness
+def test_the_example_tasks(folder: Path, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.chdir(root)
+    include = root / "examples" / "tasks"
+    for task in include.glob("*.yaml"):
+        (score,) = zero_shot(folder, [task.stem], include=include, limit=4, device="cpu")
+        assert (score.task, score.value * 4 % 1) == (task.stem, 0)
+
+
+@needs_harness
 def test_the_command(folder: Path, tasks: Path, text: Path) -> None:
     arguments = ["eval", str(folder), "--text", str(text), "--windows", "1", "--protocol", "llama.cpp-512"]
     arguments += ["--tasks", "tiny_choices", "--include", str(tasks), "--limit", "2", "--device", "cpu"]

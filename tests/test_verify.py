@@ -10,9 +10,9 @@ import json
 import math
 import re
 import shutil
-import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -440,9 +440,10 @@ def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_mod
 
 
 def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
-    card.save_card(dataclasses.replace(found, warnings=["A | bar."]), tmp_path / "README.md")
+    card.save_card(dataclasses.replace(found, warnings=["A | bar."], against="org/model-1.5"), tmp_path / "README.md")
     content = (tmp_path / "README.md").read_text()
-    assert content.startswith("---\nbase_model: ")
+    assert content.startswith("---\nbase_model: org/model-1.5\n")
+    assert "base_model" not in card.card(found)  # a folder on this disk, which the hub would refuse
     for part in (
         found.sha256,
         f"{found.evaluations[0].kl:.5f}",
@@ -456,20 +457,42 @@ def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
     assert "could not be run" in card.card(dataclasses.replace(found, evaluations=[]))
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+@pytest.fixture
+def browser(load_script: Callable[[str], ModuleType]) -> Iterator[Any]:
+    """A headless Chromium; skips where there is none."""
+    errors = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is missing")
+    with contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(load_script("tools/screenshots.py").chromium())
+        except errors.Error as error:
+            pytest.skip(f"no Chromium: {error}")
+        yield opened
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
-def test_a_browser_shows_the_page(found: Verification, tmp_path: Path) -> None:
-    report.save_html(found, tmp_path / "page.html")
-    switches = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
-    shown = subprocess.run(
-        [str(BROWSER), *switches, (tmp_path / "page.html").as_uri()], capture_output=True, text=True, timeout=120
-    ).stdout
-    for part in ("Predictions that changed most", "KL divergence along the text", found.sha256, DOWN):
-        assert part in shown
-    assert shown.count("</svg>") == 6
-    assert shown.count("</h2>") == 6
+def test_a_browser_shows_the_page(found: Verification, tmp_path: Path, browser: Any) -> None:
+    """No error, no request but for the page itself, every part in sight, on a wide window and a narrow one."""
+    hostile = dataclasses.replace(found, warnings=["<script>console.error('run')</script>"])
+    report.save_html(hostile, tmp_path / "page.html")
+    address = (tmp_path / "page.html").as_uri()
+    page, requests, said = browser.new_page(), [], []
+    page.on("request", lambda request: requests.append(request.url))
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.goto(address)
+    assert page.title().endswith(found.file)
+    assert page.locator("h2:visible").count() == 6
+    assert page.locator(".plot svg:visible").count() == 6
+    for part in ("Predictions that changed most", "KL divergence along the text", found.sha256):
+        assert page.get_by_text(part).first.is_visible()
+    tensor = page.locator("details").get_by_text(DOWN, exact=True)
+    assert not tensor.is_visible()
+    page.locator("summary").click()
+    assert tensor.is_visible()
+    for width in (1200, 380):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    assert requests == [address]
+    assert said == []
 
 
 def test_page_escapes_what_it_shows(found: Verification) -> None:

@@ -1,0 +1,56 @@
+"""The documentation: the site is built without a warning and holds every page, public name and command."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lqexport
+from lqexport.cli import app
+
+missing = [name for name in ("material", "mkdocs", "mkdocstrings") if importlib.util.find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(missing), reason="the extra `docs` is missing")
+
+
+@pytest.fixture(scope="module")
+def site(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site, built with `--strict`: a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", root / "mkdocs.yml"]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
+    made = subprocess.run(
+        [*command, "--site-dir", folder], check=False, capture_output=True, text=True, cwd=root, env=environment
+    )
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def test_every_page_is_there(site: Path, root: Path) -> None:
+    pages = {path.stem for path in site.glob("*.html")}
+    assert pages == {path.stem for path in (root / "docs").glob("*.md")} | {"404", "index", "commands", "reference"}
+
+
+def test_nothing_comes_from_the_network(site: Path) -> None:
+    for page in site.glob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img)\b[^>]*\b(?:src|href)=\"(https?:[^\"]*)", page.read_text())
+        assert loaded == []
+
+
+def test_the_reference_has_every_public_name_and_its_lists(site: Path) -> None:
+    content = (site / "reference.html").read_text()
+    headings = set(re.findall(r'<h2 id="lqexport\.\w+\.(\w+)"', content))
+    assert headings == set(lqexport.__all__) - {"__version__"}
+    assert "<li><code>protocols</code>: names in" in content
+
+
+def test_every_command_and_option_is_there(site: Path) -> None:
+    content = (site / "commands.html").read_text()
+    names = {str(command.name or command.callback.__name__) for command in app.registered_commands if command.callback}
+    assert {f"lqexport-{name.replace('_', '-')}" for name in names} <= set(re.findall(r'id="([\w-]+)"', content))
+    assert "--max-perplexity-ratio" in content

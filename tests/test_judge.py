@@ -1,0 +1,173 @@
+"""`lqexport judge`, against a stand-in for an endpoint that answers as OpenAI's chat API does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from lqexport import judging
+from lqexport.answers import Question, answer, read_questions
+from lqexport.artifact import Artifact
+from lqexport.cli import app
+from lqexport.converters import native
+from lqexport.errors import UserError
+from lqexport.judging import asking, grade, judge, judged_answers, verdict
+from lqexport.tokenizers import tokenizer_of
+from lqexport.zero_shot_tasks import runnable
+
+needs_client = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="the extra `judge` is missing")
+TWO_TURNS = Question("a", ("Say one.", "Say two."))
+
+
+class Endpoint(ThreadingHTTPServer):
+    """Replies with what `reply` says to a message; keeps the requests."""
+
+    def __init__(self, reply: Callable[[str], str]) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.reply = reply
+        self.asked: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
+
+
+class Answers(BaseHTTPRequestHandler):
+    server: Endpoint
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+    def do_POST(self) -> None:
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(asked)
+        self.server.keys.append(self.headers["Authorization"])
+        message = {"role": "assistant", "content": self.server.reply(asked["messages"][0]["content"])}
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        known = self.path == "/v1/chat/completions" and asked["model"] == "judge"
+        content = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
+        body = json.dumps(content if known else {"error": {"message": "no such model"}}).encode()
+        self.send_response(200 if known else 404)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    """A judge that gives every answer a 7, and prefers whoever stands first."""
+    with Endpoint(lambda message: "So [[A]]." if "=== Conversation with A" in message else "Fine. [[7]]") as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def address(endpoint: Endpoint) -> str:
+    return f"http://127.0.0.1:{endpoint.server_port}/v1"
+
+
+@pytest.fixture(scope="module")
+def folder(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("judge")
+    native.write(rounded_artifact(base / "artifact", "native:table-3"), base / "folder")
+    return base / "folder"
+
+
+@needs_client
+def test_the_command(
+    folder: Path, tiny_model: Path, endpoint: Endpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "key of the test")
+    (tmp_path / "mine.jsonl").write_text('{"question_id": 81, "turns": ["def f(x):", "    return"]}\n\n')
+    arguments = ["judge", str(folder), "--endpoint", address(endpoint), "--model", "judge", "--device", "cpu"]
+    arguments += ["--questions", str(tmp_path / "mine.jsonl"), "--against", str(tiny_model), "--tokens", "4"]
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    (judged,) = json.loads(done.stdout)["judged"]
+    assert judged["question"] == {"id": "81", "turns": ["def f(x):", "    return"]}
+    assert [len(judged[name]) for name in ("answers", "source_answers", "replies")] == [2, 2, 4]
+    assert (judged["grade"], judged["source_grade"], judged["verdict"]) == (7, 7, "same")
+    assert len(endpoint.asked) == 4
+    assert set(endpoint.keys) == {"Bearer key of the test"}
+    messages = [asked["messages"][0]["content"] for asked in endpoint.asked]
+    assert all(said in messages[0] for said in ("def f(x):", *judged["answers"]))
+    assert "Conversation with A" not in messages[0]
+    assert messages[2].index("Conversation with A") < messages[2].index("Conversation with B")
+    shown = CliRunner().invoke(app, arguments).stdout
+    for part in ("7.00", "0 / 1 / 0", "no verdict"):
+        assert part in shown
+
+
+@needs_client
+def test_a_file_alone_is_graded_by_our_own_questions(folder: Path, endpoint: Endpoint) -> None:
+    found = judge(folder, address(endpoint), "judge", tokens=1, device="cpu")
+    assert len(found.judged) == len(endpoint.asked) == len(read_questions())
+    assert found.grades == [7.0] * len(found.judged)
+    assert found.source_grades == []
+
+
+@needs_client
+def test_an_endpoint_that_does_not_answer_is_named(endpoint: Endpoint) -> None:
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.* does not answer as other: .*no such model"):
+        asking(address(endpoint), "other")("Hello")
+
+
+def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match=r"pip install 'lqexport\[judge\]'"):
+        asking("http://nowhere", "judge")
+
+
+@pytest.mark.parametrize(
+    ("replies", "expected"),
+    [("AB", "better"), ("BA", "worse"), ("AA", "same"), ("BB", "same"), ("CC", "same"), ("AC", "same"), ("A-", None)],
+)
+def test_only_what_holds_in_both_orders_counts(replies: str, expected: str | None) -> None:
+    assert verdict(*(f"First [[C]], no: [[{reply}]]" if reply != "-" else "Neither." for reply in replies)) == expected
+
+
+@pytest.mark.parametrize(
+    ("reply", "expected"),
+    [("[[7]]", 7), ("not [[2]] but [[8.5]]", 8.5), ("[[11]]", None), ("[[0]]", None), ("8", None)],
+)
+def test_grades(reply: str, expected: float | None) -> None:
+    assert grade(reply) == expected
+
+
+def test_a_judge_of_sense_is_followed_in_either_order() -> None:
+    def ask(message: str) -> str:
+        if "Conversation with A" not in message:
+            return "[[9]]" if "good" in message else "[[2]]"
+        return "[[A]]" if message.index("good") < message.index("bad") else "[[B]]"
+
+    found = judged_answers(ask, TWO_TURNS, ["good", "good"], ["bad", "bad"])
+    assert (found.grade, found.source_grade, found.verdict) == (9, 2, "better")
+    found = judged_answers(ask, TWO_TURNS, ["bad", "bad"], ["good", "good"])
+    assert (found.grade, found.source_grade, found.verdict) == (2, 9, "worse")
+
+
+def test_an_answer_is_the_likeliest_continuation_of_the_conversation(folder: Path) -> None:
+    model, tokenizer = runnable(folder, torch.device("cpu"), torch.float32), tokenizer_of(folder)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    first, second = answer(model, tokenizer, ["one", "two"], 3)
+    ids = tokenizer("<user>one<assistant>")["input_ids"]
+    for _ in range(3):
+        with torch.no_grad():
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert first == tokenizer.decode(ids[-3:], skip_special_tokens=True).strip()
+    assert answer(model, tokenizer, ["two"], 3) != [second]
+
+
+@pytest.mark.parametrize("content", ["", "x", '{"turns": "one"}', '{"turns": []}', '{"id": 1}', "[1]"])
+def test_a_file_that_holds_no_questions_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(content)
+    with pytest.raises(UserError, match=r"mine\.jsonl"):
+        read_questions(tmp_path / "mine.jsonl")

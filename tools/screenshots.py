@@ -1,0 +1,62 @@
+"""Take the pictures of a report page that the documentation shows.
+
+    make demo
+    python tools/screenshots.py demo/report.html docs/images
+
+Needs the extra `browser`, and Chromium: one on PATH, or what `playwright install chromium` fetches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Browser, Page, sync_playwright
+
+COLORS = 32
+"""A page of text and plots needs no more, and such a PNG is a third of the size."""
+
+
+@contextlib.contextmanager
+def chromium() -> Iterator[Browser]:
+    """A headless Chromium. Raises playwright's Error where there is none."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    found = next(filter(None, map(shutil.which, names)), None)
+    with sync_playwright() as playwright, playwright.chromium.launch(
+        executable_path=found, args=["--no-sandbox"]
+    ) as browser:  # fmt: skip
+        yield browser
+
+
+def save(picture: bytes, path: Path) -> None:
+    """A PNG with few colours."""
+    few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    few.save(path, optimize=True)
+
+
+def take(page: Page, folder: Path) -> None:
+    """The top of the page, and single plots of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save(page.screenshot(), folder / "report.png")
+    for title, name in {"Output error by block": "report-errors", "Weights of": "report-grid"}.items():
+        save(page.locator(".plot", has_text=title).first.screenshot(), folder / f"{name}.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path)
+    parser.add_argument("folder", type=Path)
+    arguments = parser.parse_args()
+    with chromium() as browser:
+        page = browser.new_page(viewport={"width": 1000, "height": 640})
+        page.goto(arguments.report.absolute().as_uri())
+        take(page, arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
