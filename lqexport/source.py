@@ -129,10 +129,12 @@ class GGUFSource(GGUFModel):
 
     @property
     def fingerprint(self) -> str:
-        stat = self.path.stat()
-        with self.path.open("rb") as file:
-            head = file.read(1 << 20)
-        return hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}\n".encode() + head).hexdigest()
+        hasher = hashlib.sha256()
+        for path in self.paths:
+            stat = path.stat()
+            with path.open("rb") as file:
+                hasher.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode() + file.read(1 << 20))
+        return hasher.hexdigest()
 
     def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
         return torch.from_numpy(super().read(name))
