@@ -8,7 +8,8 @@ from typing import Any
 from gguf import GGUFWriter, Keys
 
 from lqexport.converters.gguf_metadata import read_json
-from lqexport.converters.gguf_vocabulary import Vocabulary, read_vocabulary
+from lqexport.converters.gguf_vocabulary import read_vocabulary
+from lqexport.converters.vocabulary import Vocabulary
 from lqexport.errors import UserError
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -26,8 +27,12 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([token.text for token in tokens])
-    if vocabulary.model == "llama":
+    if vocabulary.model in ("llama", "t5"):
         writer.add_token_scores([token.score for token in tokens])
+    if vocabulary.model == "t5":
+        writer.add_remove_extra_whitespaces(vocabulary.merge_spaces)
+    if vocabulary.charsmap:
+        writer.add_precompiled_charsmap(vocabulary.charsmap)
     writer.add_token_types([int(token.kind) for token in tokens])
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
@@ -56,7 +61,7 @@ def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary
 
 def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
     """bos, eos, unk, sep, pad, mask -> token id: by the text that the tokenizer's files name, else by the number in
-    config.json or generation_config.json."""
+    config.json or generation_config.json, else (unk) by the kind of token."""
     files = [read_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     configs = [read_json(folder / name) for name in ("config.json", "generation_config.json")]
     found = {}
@@ -66,6 +71,8 @@ def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
         by_number = [_first(config.get(f"{kind}_token_id")) for config in configs]
         if (number := next((i for i in (*by_text, *by_number) if i is not None), None)) is not None:
             found[kind] = number
+    if vocabulary.unknown is not None:
+        found.setdefault("unk", vocabulary.unknown)
     return found
 
 

@@ -140,6 +140,8 @@ class GGUFSource(GGUFModel):
         return torch.from_numpy(super().read(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.metadata.get("tokenizer.ggml.model") == "t5":  # transformers would take it for a BPE
+            raise UserError(f"The tokenizer in {self.path}, a unigram model, cannot be read from a GGUF file here.")
         return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_model_files(self, folder: Path) -> None:

@@ -523,8 +523,8 @@ def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
     write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Lowercase"}})
     with pytest.raises(UserError, match="Lowercase"):
         read_vocabulary(folder)
-    write_json(folder / "tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
-    with pytest.raises(UserError, match="Unigram"):
+    write_json(folder / "tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"a": 0}}})
+    with pytest.raises(UserError, match="WordPiece"):
         read_vocabulary(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
@@ -543,7 +543,7 @@ def test_damaged_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
 
 def test_unigram_sentencepiece_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" + b"\x12\x02\x18\x01")
-    with pytest.raises(UserError, match="unigram"):
+    with pytest.raises(UserError, match="unigram model without an unknown token"):
         read_vocabulary(tmp_path)
 
 
