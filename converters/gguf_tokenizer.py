@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,11 @@ def _template(processor: dict[str, Any]) -> list[dict[str, Any]]:
 def chat_templates(folder: Path) -> dict[str, str]:
     """Name -> Jinja text, the default one under `default`, from the newest place that has any: chat_template.jinja
     with additional_chat_templates/, chat_template.json, tokenizer_config.json. Raises UserError for another form."""
-    if (path := folder / "chat_template.jinja").is_file():
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        return {"default": path.read_text(encoding="utf-8")} | {p.stem: p.read_text(encoding="utf-8") for p in more}
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (default := folder / "chat_template.jinja").is_file():
+        files = {"default": default} | files
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     for name in ("chat_template.json", "tokenizer_config.json"):
         content = read_json(folder / name).get("chat_template")
         if isinstance(content, str):
@@ -126,8 +129,9 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 
 def _add_chat_templates(writer: GGUFWriter, templates: dict[str, str]) -> None:
-    """Not gguf-py's `add_chat_template`: it lists the names in an order that changes from run to run."""
-    others = {name: text for name, text in templates.items() if name != "default"}
+    """Not gguf-py's `add_chat_template`: it lists the names in an order that changes from run to run. As there, what is
+    no letter or digit of a name becomes `_`."""
+    others = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name != "default"}
     for name, text in others.items():
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text)
     if others:

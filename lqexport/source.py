@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lqexport.artifact import read_json, write_json
+from lqexport.artifact import read_json, write_json, written_whole
 from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.tensor_names import block_module
@@ -147,6 +147,9 @@ class GGUFSource(GGUFModel):
     def copy_model_files(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer().save_pretrained(folder)
+        for name in self.metadata.get("tokenizer.chat_templates", []):  # of which transformers reads the default alone
+            with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
+                file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
         write_json(folder / "config.json", self.config)
 
 
