@@ -23,14 +23,21 @@ from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 
 
-def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] | None = None) -> None:
+def write(
+    artifact: Artifact,
+    path: Path,
+    on_tensor: Callable[[str, int], None] | None = None,
+    split_max_size: int | None = None,
+) -> list[Path]:
     """Write a finished artifact to `path`, whole or not at all. Equal artifacts give equal bytes. Factors of low-rank
     corrections are left out; `gguf_adapter.write` writes them.
 
-    on_tensor   called with name and bytes after each tensor
+    on_tensor        called with name and bytes after each tensor
+    split_max_size   bytes of tensors that one file may hold; more of them go into several files (`gguf_split`)
 
-    Raises UserError where the artifact is unfinished, damaged or not of GGUF codecs, where llama.cpp lacks what the
-    model or its tokenizer needs, and where the disk is too small.
+    Returns the files; llama.cpp and our own reader open the first. Raises UserError where the artifact is unfinished,
+    damaged or not of GGUF codecs, where llama.cpp lacks what the model or its tokenizer needs, and where the disk is
+    too small.
     """
     config = normalized(artifact.config())
     architecture = architecture_of(config)
@@ -41,7 +48,7 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, architecture, config, rows)
     add_tokenizer(writer, artifact.model_folder, rows)
-    write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config))
+    return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
 
 
 def _most_weights(entries: list[Entry]) -> str:

@@ -6,6 +6,7 @@ tensors are read, checked against the manifest's digests and written one after t
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import groupby
@@ -17,6 +18,7 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from lqexport.artifact import Artifact, StoredTensor, check_space, written_whole
+from lqexport.converters.gguf_split import ALIGNMENT, in_files, split_paths
 from lqexport.converters.row_order import Order
 from lqexport.converters.tensor_names import expert_number
 from lqexport.errors import UserError
@@ -64,6 +66,21 @@ def check_types(entries: list[Entry], folder: Path, advice: str) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file, made of an entry, of those of the experts of a block, or of computed float32 values."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    entries: list[Entry]
+    values: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries) if self.values is None else self.values.nbytes
+
+
 def write_tensors(
     artifact: Artifact,
     path: Path,
@@ -71,29 +88,39 @@ def write_tensors(
     entries: list[Entry],
     on_tensor: Callable[[str, int], None] | None,
     computed: dict[str, np.ndarray] | None = None,
-) -> None:
+    split_max_size: int | None = None,
+) -> list[Path]:
     """Write the file, whole or not at all: the writer's metadata, then the entries, then `computed` float32 tensors.
 
-    Raises UserError where a tensor is not the manifest's, and where the disk is too small.
+    split_max_size   bytes of tensors from which on there are several files (`gguf_split`), which appear when all of
+                     them are whole
+
+    Returns the files. Raises UserError where a tensor is not the manifest's, and where the disk is too small.
     """
-    computed = computed or {}
     stacks = [list(stack) for _, stack in groupby(entries, key=lambda entry: entry.gguf_name)]
-    for stack in stacks:
-        _announce(writer, stack[0].gguf_name, _shape(stack), stack[0].codec, sum(entry.nbytes for entry in stack))
-    for name, values in computed.items():
-        _announce(writer, name, values.shape, "gguf:F32", values.nbytes)
-    check_space(path, sum(entry.nbytes for entry in entries))
-    with written_whole(path) as file:
-        _write_header(writer, file)
-        for stack in stacks:
-            for entry in stack:
-                _write_blob(file, _blob(artifact, entry))
-                if on_tensor:
-                    on_tensor(entry.name, entry.nbytes)
-            _pad(file, sum(entry.nbytes for entry in stack))
-        for values in computed.values():
-            _write_blob(file, values)
-            _pad(file, values.nbytes)
+    tensors = [_Tensor(stack[0].gguf_name, _shape(stack), stack[0].codec, stack) for stack in stacks]
+    tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
+    split = in_files(tensors, split_max_size)
+    paths = split_paths(path, len(split))
+    check_space(path, sum(tensor.nbytes for tensor in tensors))
+    with contextlib.ExitStack() as opened:  # which closes the first file last
+        files = [opened.enter_context(written_whole(place)) for place in paths]
+        _write_headers(writer, files, split)
+        for file, tensor in ((file, tensor) for file, share in zip(files, split, strict=True) for tensor in share):
+            _write_tensor(artifact, file, tensor, on_tensor)
+    return paths
+
+
+def _write_tensor(
+    artifact: Artifact, file: BinaryIO, tensor: _Tensor, on_tensor: Callable[[str, int], None] | None
+) -> None:
+    for entry in tensor.entries:
+        _write_blob(file, _blob(artifact, entry))
+        if on_tensor:
+            on_tensor(entry.name, entry.nbytes)
+    if tensor.values is not None:
+        _write_blob(file, tensor.values)
+    file.write(bytes(-tensor.nbytes % ALIGNMENT))
 
 
 def _shape(stack: list[Entry]) -> tuple[int, ...]:
@@ -109,28 +136,25 @@ def _shape(stack: list[Entry]) -> tuple[int, ...]:
     return (len(stack), *first.shape)
 
 
-def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], codec_name: str, size: int) -> None:
-    kind = GGMLQuantizationType[type_of(codec_name)]
-    writer.add_tensor_info(name, shape, np.dtype(np.float32), size, raw_dtype=kind)
-
-
-def _write_header(writer: GGUFWriter, file: BinaryIO) -> None:
-    """Header, metadata and tensor infos by gguf-py, into a file that is already open."""
-    writer.fout, writer.state = [file], WriterState.EMPTY  # type: ignore[list-item]  # it only writes to it
+def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_Tensor]]) -> None:
+    """Header, metadata and tensor infos by gguf-py, into files that are already open."""
+    writer.tensors = []
+    for share in split:
+        writer.tensors.append({})
+        for tensor in share:
+            kind = GGMLQuantizationType[type_of(tensor.codec)]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    writer.fout, writer.state = files, WriterState.EMPTY  # type: ignore[assignment]  # it only writes to them
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    writer.write_padding(file, file.tell())
+    for file in files:
+        writer.write_padding(file, file.tell())
 
 
 def _write_blob(file: BinaryIO, blob: np.ndarray) -> None:
     # Not gguf-py's write_tensor_data: numpy's tofile hides why a write failed, and a full disk should be named.
     file.write(np.ascontiguousarray(blob).data)
-
-
-def _pad(file: BinaryIO, size: int) -> None:
-    """What stands after a tensor of `size` bytes."""
-    file.write(bytes(-size % 32))
 
 
 def _blob(artifact: Artifact, entry: Entry) -> np.ndarray:

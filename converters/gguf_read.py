@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import ARCHITECTURES
 from lqexport.converters.gguf_config import Metadata, config_of
-from lqexport.converters.gguf_header import TensorData, read_header
+from lqexport.converters.gguf_header import TensorData
+from lqexport.converters.gguf_split import read_split
 from lqexport.converters.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.row_order import row_order
 from lqexport.converters.tensor_names import expert_number, gguf_names, is_norm, needed_names
@@ -24,9 +25,11 @@ FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 class GGUFModel:
-    """A GGUF file, memory-mapped, with `names`, `shape`, `read` and `config` as in `lqexport.weights.Weights`.
+    """A GGUF file, or those of a split model by the first of them, memory-mapped, with `names`, `shape`, `read` and
+    `config` as in `lqexport.weights.Weights`.
 
-    metadata   every key of the file, as Python values
+    paths      the files
+    metadata   every key of the (first) file, as Python values
     config     the model's config.json, rebuilt from the metadata
 
     Raises UserError where the file is missing, truncated, not GGUF, or of an architecture or with tensors that are
@@ -35,7 +38,7 @@ class GGUFModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata, self._tensors = read_header(path)
+        self.metadata, self._tensors, self.paths = read_split(path)
         if self.metadata.get("general.type") == "adapter":
             raise UserError(f"{path} is an adapter, not a model: give it as --adapter beside the model that it is for.")
         self._identify()

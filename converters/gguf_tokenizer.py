@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, Keys
 
 from lqexport.converters.gguf_metadata import optional_json
-from lqexport.converters.gguf_vocabulary import Vocabulary, read_vocabulary
+from lqexport.converters.gguf_vocabulary import read_vocabulary
+from lqexport.converters.vocabulary import Vocabulary
 from lqexport.errors import UserError, well_formed
 
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
@@ -31,8 +33,12 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_tokenizer_model(vocabulary.model)
     writer.add_tokenizer_pre(vocabulary.pre)
     writer.add_token_list([token.text for token in tokens])
-    if vocabulary.model == "llama":
+    if vocabulary.model in ("llama", "t5"):
         writer.add_token_scores([token.score for token in tokens])
+    if vocabulary.model == "t5":
+        writer.add_remove_extra_whitespaces(vocabulary.merge_spaces)
+    if vocabulary.charsmap:
+        writer.add_precompiled_charsmap(vocabulary.charsmap)
     writer.add_token_types([int(token.kind) for token in tokens])
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
@@ -61,7 +67,7 @@ def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary
 
 def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
     """bos, eos, unk, sep, pad, mask -> token id: by the text that the tokenizer's files name, else by the number in
-    config.json or generation_config.json."""
+    config.json or generation_config.json, else (unk) by the kind of token."""
     files = [optional_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     configs = [optional_json(folder / name) for name in ("config.json", "generation_config.json")]
     found = {}
@@ -71,6 +77,8 @@ def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
         by_number = [_first(config.get(f"{kind}_token_id")) for config in configs]
         if (number := next((i for i in (*by_text, *by_number) if i is not None), None)) is not None:
             found[kind] = number
+    if vocabulary.unknown is not None:
+        found.setdefault("unk", vocabulary.unknown)
     return found
 
 
@@ -114,9 +122,11 @@ def _template(processor: dict[str, Any]) -> list[dict[str, Any]]:
 def chat_templates(folder: Path) -> dict[str, str]:
     """Name -> Jinja text, the default one under `default`, from the newest place that has any: chat_template.jinja
     with additional_chat_templates/, chat_template.json, tokenizer_config.json. Raises UserError for another form."""
-    if (path := folder / "chat_template.jinja").is_file():
-        more = sorted((folder / "additional_chat_templates").glob("*.jinja"))
-        return {"default": path.read_text(encoding="utf-8")} | {p.stem: p.read_text(encoding="utf-8") for p in more}
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    if (default := folder / "chat_template.jinja").is_file():
+        files = {"default": default} | files
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     for name in ("chat_template.json", "tokenizer_config.json"):
         content = optional_json(folder / name).get("chat_template")
         if isinstance(content, str):
@@ -127,8 +137,9 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 
 def _add_chat_templates(writer: GGUFWriter, templates: dict[str, str]) -> None:
-    """Not gguf-py's `add_chat_template`: it lists the names in an order that changes from run to run."""
-    others = {name: text for name, text in templates.items() if name != "default"}
+    """Not gguf-py's `add_chat_template`: it lists the names in an order that changes from run to run. As there, what is
+    no letter or digit of a name becomes `_`."""
+    others = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name != "default"}
     for name, text in others.items():
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text)
     if others:

@@ -1,7 +1,7 @@
 """Which GGUF type each tensor gets: pure types, llama.cpp's mixes, and its fallbacks for awkward shapes.
 
-The rules are those of llama.cpp's `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`), without
-the exceptions that it makes for Falcon; tests compare them with llama.cpp's own quantizer.
+The rules are those of llama.cpp's `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`); tests
+compare them with llama.cpp's own quantizer, for every architecture.
 """
 
 from __future__ import annotations
@@ -41,11 +41,13 @@ FALLBACKS = {
 class Layer:
     """Where a tensor stands.
 
+    architecture     llama.cpp's name of it
     index, count     number of its decoder block, and how many there are
     queries_per_key  query heads that share one key head
     experts          of each block, 0 where there are none
     """
 
+    architecture: str
     index: int
     count: int
     queries_per_key: int
@@ -56,6 +58,13 @@ class Layer:
         """llama.cpp's `use_more_bits`: the first and last eighth, and every third block between."""
         eighth = self.count // 8
         return self.index < eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
+
+    @property
+    def large(self) -> bool:
+        """Whether llama.cpp takes the model for one of 70B, by its blocks: Llama 2 and 3 and Qwen. Their value
+        projections are an eighth of the query's, so more bits cost little."""
+        grouped = self.architecture == "llama" and self.queries_per_key > 1
+        return self.count == 80 and (grouped or self.architecture == "qwen2")
 
 
 Rule = Callable[[Layer], str | None]
@@ -95,6 +104,20 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
 }
 
+_FALCON: dict[str, dict[str, Rule]] = {
+    "Q2_K_M": {"attn_output": lambda layer: None},
+    "Q3_K_M": {
+        "attn_output": lambda layer: None,
+        "ffn_down": lambda layer: "Q5_K" if layer.index < layer.count // 16 else "Q4_K" if layer.favoured else None,
+    },
+    "Q3_K_L": {"attn_output": lambda layer: "Q4_K", "ffn_down": lambda layer: "Q4_K"},
+    "Q4_K_S": {"ffn_down": lambda layer: None},
+    "Q4_K_M": {
+        "ffn_down": lambda layer: "Q6_K" if layer.index < layer.count // 16 else "Q5_K" if layer.favoured else None
+    },
+}
+"""What is otherwise for Falcon."""
+
 _ALIKE = {"attn_qkv": "attn_v", "ffn_down_exps": "ffn_down"}
 """Fused and stacked matrices -> those by whose rules they go."""
 
@@ -104,11 +127,10 @@ def mix_type(mix: str, module: str, layer: Layer) -> str:
     if layer.experts == 8 and module in ("attn_k", "attn_v", "attn_output"):
         return _beside_eight_experts(mix, module)
     module = _ALIKE.get(module, module)
-    rule = _RULES.get(mix, {}).get(module)
+    rules = _RULES.get(mix, {}) | (_FALCON.get(mix, {}) if layer.architecture == "falcon" else {})
+    rule = rules.get(module)
     kind = (rule(layer) if rule else None) or MIXES[mix]
-    # "70B": the value projection of Llama 2 and 3 with 80 blocks is an eighth of the query's, so more bits cost little.
-    large = layer.count == 80 and layer.queries_per_key > 1
-    return "Q5_K" if module == "attn_v" and large and kind in ("Q3_K", "Q4_K") else kind
+    return "Q5_K" if module == "attn_v" and layer.large and kind in ("Q3_K", "Q4_K") else kind
 
 
 def _beside_eight_experts(mix: str, module: str) -> str:
@@ -118,9 +140,9 @@ def _beside_eight_experts(mix: str, module: str) -> str:
     return "Q8_0"
 
 
-def mix_output(columns: int) -> str:
+def mix_output(architecture: str, columns: int) -> str:
     """Type of the output, and of an embedding tied to it, in every one of `MIXES`."""
-    return "Q6_K" if columns % 256 == 0 else "Q8_0"
+    return "Q6_K" if columns % 256 == 0 and architecture != "falcon" else "Q8_0"
 
 
 def file_type(kind: str) -> int:

@@ -1,58 +1,26 @@
 """A tokenizer's vocabulary as GGUF stores it, from tokenizer.json or tokenizer.model.
 
-llama.cpp knows two tokenizers that the Llama family uses. `gpt2`: byte-level BPE, which needs its merges and the name
-of its word splitter. `llama`: SentencePiece's BPE, which has no merges; of two neighbours that form a token it joins
-those whose token has the highest score.
+llama.cpp knows three tokenizers that models of the table use. `gpt2`: byte-level BPE, which needs its merges and the
+name of its word splitter. `llama`: SentencePiece's BPE, which has no merges; of two neighbours that form a token it
+joins those whose token has the highest score. `t5`: SentencePiece's unigram model (`gguf_unigram`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from gguf import TokenType
 
+from lqexport.converters import gguf_unigram
 from lqexport.converters.gguf_metadata import optional_json
 from lqexport.converters.gguf_pretokenizers import pretokenizer_name
+from lqexport.converters.gguf_spaces import space_rules
 from lqexport.converters.sentencepiece_model import read_sentencepiece
+from lqexport.converters.vocabulary import Token, Vocabulary, text_kind, visible
 from lqexport.errors import UserError
-
-SPACE = "\u2581"  # SentencePiece's visible space
-
-
-@dataclass(frozen=True)
-class Token:
-    text: str
-    kind: TokenType = TokenType.NORMAL
-    score: float = 0.0
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Tokens by id and what splits text into them.
-
-    model    `tokenizer.ggml.model`: gpt2 or llama
-    pre      `tokenizer.ggml.pre`, `default` where the tokenizer has no splitter
-    merges   pairs of tokens as `left right`, the first merged first
-    space_prefix   whether a text gets a space before it
-    """
-
-    model: str
-    pre: str
-    tokens: dict[int, Token]
-    merges: list[str] = field(default_factory=list)
-    space_prefix: bool = False
-
-    def id_of(self, text: str) -> int | None:
-        """The id of a token by its text."""
-        return next((number for number, token in self.tokens.items() if token.text == text), None)
-
-    def padded(self, size: int) -> list[Token]:
-        """Exactly `size` tokens, one per row of the embedding: gaps are filled, and added tokens beyond the last row,
-        which the model cannot have learned, are left out."""
-        return [self.tokens.get(i) or Token(f"[PAD{i}]", TokenType.UNUSED, -1000.0) for i in range(size)]
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -105,14 +73,9 @@ def _with_added(vocabulary: Vocabulary, added: Iterable[dict[str, Any]]) -> Voca
         known = tokens.get(token["id"])
         kept = known is not None and known.kind in (TokenType.UNKNOWN, TokenType.CONTROL)
         kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
-        text = token["content"] if vocabulary.model == "gpt2" else _visible(token["content"], kind)
+        text = token["content"] if vocabulary.model == "gpt2" else visible(token["content"], kind)
         tokens[token["id"]] = Token(text, known.kind if known and kept else kind, known.score if known else -1000.0)
     return replace(vocabulary, tokens=tokens)
-
-
-def _visible(text: str, kind: int) -> str:
-    """The text of a SentencePiece token: user-defined ones are looked for before spaces are made visible."""
-    return text.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else text
 
 
 def _added_tokens(folder: Path, tokenizer: dict[str, Any], options: dict[str, Any]) -> list[dict[str, Any]]:
@@ -127,49 +90,53 @@ def _added_tokens(folder: Path, tokenizer: dict[str, Any], options: dict[str, An
 def _sentencepiece(path: Path) -> Vocabulary:
     model = read_sentencepiece(path)
     if not model.is_bpe:
-        raise UserError(f"{path} is a unigram model; llama.cpp has only SentencePiece BPE for this architecture.")
+        return gguf_unigram.of_sentencepiece(model)
     tokens = {
-        number: Token(_visible(piece.text, piece.kind), TokenType(piece.kind), piece.score)
+        number: Token(visible(piece.text, piece.kind), TokenType(piece.kind), piece.score)
         for number, piece in enumerate(model.pieces)
     }
     return Vocabulary("llama", "default", tokens, space_prefix=model.space_prefix)
 
 
 def _sentencepiece_like(tokenizer: dict[str, Any]) -> Vocabulary:
-    """A SentencePiece BPE as tokenizer.json holds it (Llama 2): merges and a vocabulary with visible spaces.
-
-    Scores are not stored, but their order is that of the merges: a token's score is minus the rank of its first merge.
-    """
+    """A SentencePiece model as tokenizer.json holds it."""
     model = tokenizer.get("model") or {}
+    if model.get("type") == "Unigram":
+        return gguf_unigram.of_tokenizer_json(tokenizer)
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(
             f"tokenizer.json holds a tokenizer of type {model.get('type')!r} that llama.cpp does not have for this "
-            "architecture; byte-level BPE and SentencePiece BPE with byte fallback can be exported."
+            "architecture; byte-level BPE, SentencePiece BPE with byte fallback and unigram models can be exported."
         )
+    return _with_scores(tokenizer, model)
+
+
+def _with_scores(tokenizer: dict[str, Any], model: dict[str, Any]) -> Vocabulary:
+    """A SentencePiece BPE (Llama 2): merges and a vocabulary with visible spaces.
+
+    Scores are not stored, but their order is that of the merges: a token's score is minus the rank of its first merge.
+    """
     ranks: dict[str, int] = {}
-    for rank, merge in enumerate(_merges(tokenizer)):
+    merges = _merges(tokenizer)
+    for rank, merge in enumerate(merges):
         ranks.setdefault(merge.replace(" ", ""), rank)
+    added = {token["content"] for token in tokenizer.get("added_tokens") or ()}
+    _check_merges(model["vocab"].keys() - added, set(merges))
     unknown = model.get("unk_token")
     tokens = {
-        number: Token(text, _text_kind(text, unknown), -float(ranks.get(text, len(ranks))))
+        number: Token(text, text_kind(text, unknown), -float(ranks.get(text, len(ranks))))
         for text, number in model["vocab"].items()
     }
-    return Vocabulary("llama", "default", tokens, space_prefix=_prefixes_space(tokenizer))
+    prefix, _ = space_rules(tokenizer, unigram=False)
+    return Vocabulary("llama", "default", tokens, space_prefix=prefix)
 
 
-def _text_kind(text: str, unknown: str | None) -> TokenType:
-    if text == unknown:
-        return TokenType.UNKNOWN
-    is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")
-    return TokenType.BYTE if is_byte else TokenType.NORMAL
-
-
-def _prefixes_space(tokenizer: dict[str, Any]) -> bool:
-    """Whether a normalizer or a pre-tokenizer puts a visible space before the text."""
-    normalizer, splitter = tokenizer.get("normalizer") or {}, tokenizer.get("pre_tokenizer") or {}
-    steps = [normalizer, *normalizer.get("normalizers", ()), splitter, *splitter.get("pretokenizers", ())]
-    return any(
-        step.get("type") == "Prepend"
-        or (step.get("type") == "Metaspace" and step.get("prepend_scheme", "always") != "never")
-        for step in steps
-    )
+def _check_merges(texts: Set[str], merges: Set[str]) -> None:
+    """Raises UserError where neighbours that form a token are often no merge: SentencePiece, and so llama.cpp, joins
+    any such. (What transformers makes of a tokenizer.model leaves out a few at most.)"""
+    pairs = [f"{text[:i]} {text[i:]}" for text in texts for i in range(1, len(text)) if {text[:i], text[i:]} <= texts]
+    if sum(pair not in merges for pair in pairs) > len(pairs) / 100:
+        raise UserError(
+            "tokenizer.json holds a BPE with byte fallback that was not made from a SentencePiece model: not every two "
+            "tokens that form a third are merged. llama.cpp has no such tokenizer for this architecture."
+        )

@@ -4,8 +4,9 @@ Only what an export needs is read, and without running the tokenizer:
 
     ModelProto      1 pieces (repeated), 2 trainer_spec, 3 normalizer_spec
     SentencePiece   1 piece (text), 2 score (float), 3 type (number)
-    TrainerSpec     3 model_type (1 unigram, 2 BPE)
-    NormalizerSpec  3 add_dummy_prefix (boolean, default true)
+    TrainerSpec     3 model_type (1 unigram, 2 BPE), 24 treat_whitespace_as_suffix (boolean, default false)
+    NormalizerSpec  2 precompiled_charsmap (bytes), 3 add_dummy_prefix, 4 remove_extra_whitespaces (booleans, default
+                    true)
 """
 
 from __future__ import annotations
@@ -32,9 +33,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
+    """See the fields above: `space_prefix` and `space_suffix` say where the dummy space goes, `merge_spaces` is
+    remove_extra_whitespaces, `charsmap` the precompiled one."""
+
     pieces: list[Piece]
     is_bpe: bool
     space_prefix: bool
+    space_suffix: bool
+    merge_spaces: bool
+    charsmap: bytes
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
@@ -43,11 +50,13 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
         message = list(_fields(path.read_bytes()))
         pieces = [_piece(value) for number, value in message if number == 1]
         trainer, normalizer = (_message(message, number) for number in (2, 3))
+        charsmap = _bytes(normalizer.get(2, b""))
     except (OSError, *MALFORMED, struct.error) as error:
         raise UserError(f"{path} is not a SentencePiece model, or it is damaged ({error}).") from error
     if not pieces:
         raise UserError(f"{path} is not a SentencePiece model: it holds no pieces.")
-    return SentencePieceModel(pieces, trainer.get(3) == BPE, bool(normalizer.get(3, 1)))
+    prefix, suffix, merged = bool(normalizer.get(3, 1)), bool(trainer.get(24, 0)), bool(normalizer.get(4, 1))
+    return SentencePieceModel(pieces, trainer.get(3) == BPE, prefix, suffix, merged, charsmap)
 
 
 def _piece(content: int | bytes) -> Piece:

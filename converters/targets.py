@@ -182,10 +182,11 @@ def _wanted(target: str, architecture: Architecture, config: dict[str, Any], nam
 def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:
     module = block_module(architecture, name)
     if module is None:
-        return MIXES[mix] if name == architecture.embedding and not is_tied(config) else mix_output(columns)
+        separate = name == architecture.embedding and not is_tied(config)
+        return MIXES[mix] if separate else mix_output(str(architecture.gguf), columns)
     sharing = head_count(config) // head_count(config, "num_key_value_heads")
     experts = config.get(architecture.experts, 0) if architecture.experts else 0
-    layer = Layer(module[0], _layers(config), sharing, experts)
+    layer = Layer(str(architecture.gguf), module[0], _layers(config), sharing, experts)
     return mix_type(mix, architecture.gguf_block[module[1]], layer)
 
 

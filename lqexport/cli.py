@@ -267,6 +267,10 @@ def to_gguf(
     adapter: Annotated[
         Path | None, typer.Option(help="Write the low-rank corrections here, as a LoRA adapter for --lora.")
     ] = None,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(help="Most bytes of tensors in a file, such as 2G: more go into FILE-00001-of-00003.gguf, ..."),
+    ] = None,
 ) -> None:
     """Write the artifact as a GGUF file for llama.cpp.
 
@@ -276,16 +280,22 @@ def to_gguf(
 
         lqexport to-gguf ./out model.gguf
         lqexport to-gguf ./out model.gguf --adapter adapter.gguf
+        lqexport to-gguf ./out model.gguf --split-max-size 2G
     """
     with plain_endings(NOTHING_WRITTEN):
+        from lqexport.converters.gguf_split import read_split
         from lqexport.exporting import export
         from lqexport.inspect import human_bytes
 
         with terminal_listener() as listener:
-            export(artifact, file, format="gguf", adapter=adapter, listener=listener)
+            first = export(
+                artifact, file, format="gguf", adapter=adapter, split_max_size=split_max_size, listener=listener
+            )
+        _, _, files = read_split(first)
+        written = f"{first}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
         beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
-        print(f"Wrote {file}, {human_bytes(file.stat().st_size)}{beside}.")
-        _say_verify(artifact, file, adapter)
+        print(f"Wrote {written}, {human_bytes(sum(file.stat().st_size for file in files))}{beside}.")
+        _say_verify(artifact, first, adapter)
 
 
 @app.command()

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from lqexport.artifact import ANEW, Artifact
 from lqexport.converters import compressed_tensors, exl2, gguf, gguf_adapter, gptq, native, peft
+from lqexport.converters.gguf_split import split_size
 from lqexport.errors import UserError, well_formed
 from lqexport.inspect import inspect, size
 from lqexport.progress import Listener, Silent
@@ -29,44 +30,56 @@ def export(
     *,
     format: Format | None = None,
     adapter: str | Path | None = None,
+    split_max_size: str | None = None,
     listener: Listener | None = None,
 ) -> Path:
-    """Write a finished artifact as `path`, whole or not at all, and return that.
+    """Write a finished artifact as `path`, whole or not at all, and return that, or the first of several files.
 
     format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  gptq, gptq_v2, compressed-tensors: a folder
               for vLLM and others (docs/gptq.md);  native: a folder for transformers with lqexport;  peft: the low-rank
               corrections alone, a PEFT folder.  None: what the artifact was quantized for
     adapter   gguf: write the low-rank corrections here, as a LoRA adapter for --lora
+    split_max_size   gguf: where the tensors take more than this (such as 2G), several files as llama.cpp names them,
+                     model-00001-of-00003.gguf and so on
 
     Raises UserError where the artifact is unfinished, damaged or was quantized for another format.
     """
     stored, path, listener = Artifact(Path(artifact)), Path(path), listener or Silent()
     # Bytes move, and nothing else is computed: what does not fit together is the artifact's.
     with well_formed(artifact, ANEW):
-        _export(stored, path, format or _made_for(stored), adapter, listener)
-    return path
+        return _export(stored, path, format or _made_for(stored), adapter, split_max_size, listener)
 
 
-def _export(stored: Artifact, path: Path, chosen: str, adapter: str | Path | None, listener: Listener) -> None:
+def _export(
+    stored: Artifact, path: Path, chosen: str, adapter: str | Path | None, split_max_size: str | None,
+    listener: Listener,
+) -> Path:  # fmt: skip
     if chosen not in get_args(Format):
         raise UserError(f"Unknown format {chosen!r}. Known: {', '.join(get_args(Format))}.")
     if adapter is not None and chosen != "gguf":
         raise UserError("An adapter file is written beside a GGUF file; format 'peft' writes a PEFT folder.")
+    if split_max_size is not None and chosen != "gguf":
+        raise UserError("Only GGUF files are split by a size that is asked for.")
+    most = split_size(split_max_size) if split_max_size is not None else None
     listener.stage(f"Write {path}", size(inspect(stored.folder).entries))
+    if chosen == "gguf":
+        return _write_gguf(stored, path, Path(adapter) if adapter else None, most, listener)
     if chosen == "peft":
         peft.write(stored, path)
-    elif chosen == "gguf":
-        _write_gguf(stored, path, Path(adapter) if adapter else None, listener)
     else:
         FOLDERS[chosen](stored, path, lambda _, written: listener.advance(written))
+    return path
 
 
 def _made_for(artifact: Artifact) -> str:
     return str(artifact.run()["recipe"]["target"]).partition(":")[0]
 
 
-def _write_gguf(artifact: Artifact, file: Path, adapter: Path | None, listener: Listener) -> None:
+def _write_gguf(
+    artifact: Artifact, file: Path, adapter: Path | None, split_max_size: int | None, listener: Listener
+) -> Path:
     gguf_adapter.check_asked(artifact, adapter is not None)
-    gguf.write(artifact, file, lambda _, written: listener.advance(written))
+    first, *_ = gguf.write(artifact, file, lambda _, written: listener.advance(written), split_max_size)
     if adapter:
         gguf_adapter.write(artifact, adapter, lambda _, written: listener.advance(written))
+    return first

@@ -176,20 +176,27 @@ class GGUFSource(GGUFModel):
 
     @property
     def fingerprint(self) -> str:
-        stat = self.path.stat()
-        with self.path.open("rb") as file:
-            head = file.read(1 << 20)
-        return hashlib.sha256(f"{stat.st_size} {stat.st_mtime_ns}\n".encode() + head).hexdigest()
+        hasher = hashlib.sha256()
+        for path in self.paths:
+            stat = path.stat()
+            with path.open("rb") as file:
+                hasher.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode() + file.read(1 << 20))
+        return hasher.hexdigest()
 
     def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
         return torch.from_numpy(super().read(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.metadata.get("tokenizer.ggml.model") == "t5":  # transformers would take it for a BPE
+            raise UserError(f"The tokenizer in {self.path}, a unigram model, cannot be read from a GGUF file here.")
         return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_model_files(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.tokenizer().save_pretrained(folder)
+        for name in self.metadata.get("tokenizer.chat_templates", []):  # of which transformers reads the default alone
+            with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
+                file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
         write_json(folder / "config.json", self.config)
 
 

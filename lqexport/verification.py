@@ -28,6 +28,7 @@ from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import is_factor
+from lqexport.converters.gguf_split import read_split
 from lqexport.converters.native import RECORD
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
@@ -265,10 +266,12 @@ def _check_engine(engine: str, adapter: Path | None, activations: str | None) ->
 
 
 def _digest_of(path: Path) -> str:
-    """sha256 of the file, of all shards of a folder, or of an artifact's manifest, which holds the digest of every
-    file."""
+    """sha256 of the file or files, of all shards of a folder, or of an artifact's manifest, which holds the digest of
+    every file."""
+    if path.is_file():
+        return file_digest(*read_split(path)[2])
     manifest = path / "manifest.json"
-    parts = [path] if path.is_file() else [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
+    parts = [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
     return file_digest(*parts)
 
 

