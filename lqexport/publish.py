@@ -8,7 +8,7 @@ from typing import Any
 
 from lqexport.artifact import file_digest, read_json, write_json
 from lqexport.card import save_card
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 from lqexport.report import save_html
 from lqexport.verification import Verification
 
@@ -55,17 +55,19 @@ def upload_list(file: str | Path, *, record: str | Path | None = None, unverifie
             raise UserError(f"No record says that {file} passed its verification. {REMEDY}")
         return model_files(file)
     result = read_json(Path(record) / RESULT, f"{record} is no record of a verification: it has no {RESULT}. {REMEDY}")
-    files = model_files(file, result.get("adapter"))
-    if not unverified:
-        _check_passed(result, record, files)
+    with well_formed(Path(record) / RESULT, REMEDY):
+        # An adapter is a path that the record names: it is read where its digest is known, and not otherwise.
+        files = model_files(file, None if unverified else result["adapter"])
+        if not unverified:
+            _check_passed(result, record, files)
     return files | _files(Path(record), "")
 
 
 def _check_passed(result: dict[str, Any], record: str | Path, files: dict[str, Path]) -> None:
     """Raises UserError where a record says that its file failed, or is not of exactly these files."""
-    if not result.get("passed"):
-        raise UserError(f"{record} says that the file failed its verification: {' '.join(result.get('failed', []))}")
-    recorded = result.get("files", {})
+    if result["passed"] is not True:
+        raise UserError(f"{record} says that the file failed its verification: {' '.join(result['failed'])}")
+    recorded = result["files"]
     changed = [name for name in recorded | files if name not in files or recorded.get(name) != file_digest(files[name])]
     if changed:
         raise UserError(f"{record} is not of these files: {', '.join(changed[:3])} is another. {REMEDY}")

@@ -22,7 +22,7 @@ from lqexport.artifact import Artifact
 from lqexport.cli import app
 from lqexport.converters import gguf, native
 from lqexport.errors import UserError
-from lqexport.publish import push_to_hub, upload_list
+from lqexport.publish import push_to_hub, save_record, upload_list
 from lqexport.verification import verify
 
 TOKEN = "hf_of_the_test"
@@ -186,6 +186,9 @@ def test_an_unverified_file_is_refused(
         upload_list(file)
     with pytest.raises(UserError, match="no record of a verification"):
         upload_list(file, record=tmp_path)
+    (tmp_path / "verification.json").write_text('{"passed": true, "adapter": 1, "files": []}')
+    with pytest.raises(UserError, match="damaged, or of another form"):
+        upload_list(file, record=tmp_path)
     other = tmp_path / file.name
     other.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"not of these files: tiny\.gguf is another"):
@@ -204,8 +207,6 @@ def test_an_unverified_file_is_refused(
 def test_every_file_of_a_folder_is_of_the_record(
     rounded_artifact: Callable[..., Artifact], tiny_model: Path, text: Path, tmp_path: Path
 ) -> None:
-    from lqexport.publish import save_record
-
     native.write(rounded_artifact(tmp_path / "artifact", "native:table-3", 4), tmp_path / "folder")
     save_record(verify(tmp_path / "folder", str(tiny_model), text=str(text), windows=1), tmp_path / "record")
     listed = upload_list(tmp_path / "folder", record=tmp_path / "record")
