@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from socketserver import BaseServer
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import pytest
 
@@ -16,6 +19,7 @@ if TYPE_CHECKING:
     from lqexport.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
+Server = TypeVar("Server", bound=BaseServer)
 # The folders at the root must be found as lqexport.formats and so on, never as `formats`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 
@@ -76,6 +80,22 @@ def kernels_on(
         return "cpu"
 
     return choose
+
+
+@pytest.fixture
+def served() -> Iterator[Callable[[Server], Server]]:
+    """Starts a server on this machine, and stops it after the test."""
+    with contextlib.ExitStack() as stack:
+
+        def start(server: Server) -> Server:
+            stack.enter_context(server)
+            thread = threading.Thread(target=server.serve_forever)
+            thread.start()
+            stack.callback(thread.join)
+            stack.callback(server.shutdown)
+            return server
+
+        yield start
 
 
 @pytest.fixture(scope="session")

@@ -5,22 +5,25 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
 
 import lqexport
 from lqexport.cli import app
 
 missing = [name for name in ("material", "mkdocs", "mkdocstrings") if importlib.util.find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(missing), reason="the extra `docs` is missing")
 
 
 @pytest.fixture(scope="module")
 def site(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built with `--strict`: a warning is an error."""
+    """The site, built with `--strict`: a warning is an error. Skips where the extra `docs` is missing."""
+    if missing:
+        pytest.skip(f"the extra `docs` is missing: {', '.join(missing)}")
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", root / "mkdocs.yml"]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
@@ -29,6 +32,28 @@ def site(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert made.returncode == 0, made.stderr
     return folder
+
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "lqexport" / "cli.py"]
+SHOWN = [
+    (page.name, line)
+    for page in PAGES
+    for line in re.findall(r"^ {4,8}(lqexport \w.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+]
+
+
+@pytest.mark.parametrize(("where", "line"), SHOWN)
+def test_every_command_that_is_shown_parses(where: str, line: str) -> None:
+    """Names, options, types and the number of arguments; nothing is run."""
+    name, *arguments = shlex.split(line, comments=True)[1:]
+    get_command(app).commands[name].make_context(name, arguments)  # type: ignore[attr-defined]  # it is a group
+
+
+def test_every_page_has_a_line_in_the_contents(root: Path) -> None:
+    """Here too, since the build, which says so, is skipped where mkdocs is missing."""
+    listed = set(re.findall(r"^ +- ([\w-]+\.md)$", (root / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert listed - {"index.md", "commands.md", "reference.md"} == {path.name for path in (root / "docs").glob("*.md")}
 
 
 def test_every_page_is_there(site: Path, root: Path) -> None:

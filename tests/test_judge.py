@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -60,14 +59,9 @@ class Answers(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
+def endpoint(served: Callable[[Endpoint], Endpoint]) -> Endpoint:
     """A judge that gives every answer a 7, and prefers whoever stands first."""
-    with Endpoint(lambda message: "So [[A]]." if "=== Conversation with A" in message else "Fine. [[7]]") as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+    return served(Endpoint(lambda message: "So [[A]]." if "=== Conversation with A" in message else "Fine. [[7]]"))
 
 
 def address(endpoint: Endpoint) -> str:
