@@ -28,6 +28,22 @@ class Key:
 
 
 @dataclass(frozen=True)
+class ExLlamaV2:
+    """What ExLlamaV2 0.3.2 (exllamav2/architecture.py) says of an architecture that it loads.
+
+    biased    linears to which it adds a bias, whatever config.json says
+    split     linear -> the linears as which it is stored, its rows one after the other
+    renamed   regular expressions that turn our names into those of its files
+    keys      key of config.json that it reads -> the usual one
+    """
+
+    biased: tuple[str, ...] = ()
+    split: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    keys: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Architecture:
     """How a family's models are built, what their tensors are called, and what llama.cpp must be told of them.
 
@@ -35,7 +51,7 @@ class Architecture:
     classes     names in `architectures` of config.json; the first one is that of a model read from GGUF
     model_type  that of config.json
     gguf        `general.architecture` of llama.cpp; None where it has none
-    exl2        whether ExLlamaV2 loads it
+    exl2        what ExLlamaV2 says of it; None where it does not load it, or computes it wrongly
     linears     quantized linears of a block, in groups that share their input, in the order in which data flows
     gguf_block  Hugging Face module of a block -> GGUF name of the same module
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
@@ -68,7 +84,7 @@ class Architecture:
     linears: tuple[tuple[str, ...], ...]
     gguf_block: dict[str, str]
     gguf_top: dict[str, str]
-    exl2: bool = False
+    exl2: ExLlamaV2 | None = None
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     experts: str | None = None
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)

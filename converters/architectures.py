@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.architecture import Architecture, Config, Key
+from lqexport.converters.architecture import Architecture, Config, ExLlamaV2, Key
 from lqexport.errors import UserError
 
 RMS_NORM = Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float, 1e-6)
@@ -74,7 +74,7 @@ LLAMA = Architecture(
     classes=("LlamaForCausalLM", "MistralForCausalLM"),
     model_type="llama",
     gguf="llama",
-    exl2=True,
+    exl2=ExLlamaV2(),
     linears=(QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)),
     gguf_block={"input_layernorm": "attn_norm", **ATTENTION, "post_attention_layernorm": "ffn_norm", **GATED},
     gguf_top={
@@ -95,7 +95,7 @@ QWEN2 = replace(
     classes=("Qwen2ForCausalLM",),
     model_type="qwen2",
     gguf="qwen2",
-    exl2=False,
+    exl2=ExLlamaV2(biased=QKV),
     defaults={"use_sliding_window": False},
     rows={},
     flags={},
@@ -108,6 +108,7 @@ QWEN3 = replace(
     classes=("Qwen3ForCausalLM",),
     model_type="qwen3",
     gguf="qwen3",
+    exl2=None,  # its norms of heads subtract the mean
     gguf_block={
         "input_layernorm": "attn_norm",
         **ATTENTION,
@@ -125,6 +126,7 @@ GEMMA2 = replace(
     classes=("Gemma2ForCausalLM",),
     model_type="gemma2",
     gguf="gemma2",
+    exl2=ExLlamaV2(),
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **GATED},
     norm_plus=1,
     keys=(
@@ -145,6 +147,7 @@ GEMMA3 = replace(
     classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     model_type="gemma3_text",
     gguf="gemma3",
+    exl2=None,
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **HEAD_NORMS, **GATED},
     renamed={r"^(model\.)?language_model\.(model\.)?": "model."},
     unused=(*GEMMA2.unused, r"vision_tower\.", r"multi_modal_projector\."),
@@ -164,6 +167,9 @@ PHI3 = replace(
     classes=("Phi3ForCausalLM",),
     model_type="phi3",
     gguf="phi3",
+    exl2=ExLlamaV2(
+        split={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
+    ),
     linears=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     gguf_block={
         "input_layernorm": "attn_norm",
@@ -182,7 +188,14 @@ MIXTRAL = replace(
     family="Mixtral",
     classes=("MixtralForCausalLM",),
     model_type="mixtral",
-    exl2=False,
+    exl2=ExLlamaV2(
+        renamed={
+            r"\.mlp\.": ".block_sparse_moe.",
+            r"\.gate_proj\.": ".w1.",
+            r"\.up_proj\.": ".w3.",
+            r"\.down_proj\.": ".w2.",
+        }
+    ),
     linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
     gguf_block={"input_layernorm": "attn_norm", **ATTENTION, "post_attention_layernorm": "ffn_norm", **EXPERTS},
     experts="num_local_experts",
@@ -223,6 +236,7 @@ OLMO2 = replace(
     classes=("Olmo2ForCausalLM",),
     model_type="olmo2",
     gguf="olmo2",
+    exl2=None,
     gguf_block={
         **ATTENTION,
         **HEAD_NORMS,
@@ -242,7 +256,7 @@ SMOLLM3 = replace(
     classes=("SmolLM3ForCausalLM",),
     model_type="smollm3",
     gguf="smollm3",
-    exl2=False,
+    exl2=None,
     defaults={"tie_word_embeddings": True, "use_sliding_window": False},
     fixed={"hidden_act": ("silu",), "no_rope_layer_interval": (4,)},
     rope_types=("default", "dynamic", "yarn"),
@@ -254,7 +268,8 @@ GRANITE = replace(
     classes=("GraniteForCausalLM",),
     model_type="granite",
     gguf="granite",
-    exl2=False,
+    # It multiplies scales by residual_multiplier and rounds them once more, to numbers that the solver did not see.
+    exl2=None,
     keys=(
         RMS_NORM,
         Key("attention.scale", "attention_multiplier", float, 1.0),
@@ -271,6 +286,9 @@ STARCODER2 = replace(
     classes=("Starcoder2ForCausalLM",),
     model_type="starcoder2",
     gguf="starcoder2",
+    exl2=ExLlamaV2(
+        biased=(*QKV, "self_attn.o_proj", "mlp.c_fc", "mlp.c_proj"), keys={"layer_norm_epsilon": "norm_epsilon"}
+    ),
     linears=(QKV, ("self_attn.o_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
     gguf_block={
         "input_layernorm": "attn_norm",

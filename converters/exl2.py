@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lqexport.artifact import Artifact
-from lqexport.converters.architectures import architecture_of
+from lqexport.converters.architectures import architecture_of, normalized
+from lqexport.converters.exl2_config import check_supported, exl2_config
+from lqexport.converters.exl2_names import pieces
 from lqexport.converters.exl2_plan import keeps_order
 from lqexport.converters.packed import Entry, Layout, OnTensor, entries_of, write_folder
 from lqexport.converters.plan import PLAIN
 from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
-
-LAYOUT = Layout(lambda name, shape: codec(name).layout(*shape), lambda tensor: tensor.planes)
 
 
 def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
@@ -25,18 +27,35 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
     needs, where the folder exists, and where the disk is too small.
     """
     entries = entries_of(artifact, "exl2", "an EXL2 folder", "Quantize again with the target exl2.")
-    write_folder(artifact, folder, entries, LAYOUT, {"config.json": _config(artifact, entries)}, on_tensor)
+    config = normalized(artifact.config())
+    layout = Layout(
+        forms=lambda name, shape: codec(name).layout(*shape),
+        planes=lambda tensor: tensor.planes,
+        pieces=functools.partial(pieces, architecture_of(config), config),
+        cut=cut,
+    )
+    write_folder(artifact, folder, entries, layout, {"config.json": _config(artifact, config, entries)}, on_tensor)
 
 
-def _config(artifact: Artifact, entries: list[Entry]) -> dict[str, Any]:
+def cut(planes: Planes, rows: tuple[int, int]) -> Planes:
+    """The planes of some of a matrix's rows, from and to multiples of 32: its outputs are the last axis, eight of them
+    in a word of scales."""
+    begin, end = rows
+    parts = {"q_weight": planes["q_weight"][:, begin:end], "q_scale": planes["q_scale"][:, begin // 8 : end // 8]}
+    return planes | parts
+
+
+def _config(artifact: Artifact, config: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
     """The source's config.json with what ExLlamaV2's converter adds. Raises UserError where ExLlamaV2 cannot load the
     model from the folder."""
-    config, run = artifact.config(), artifact.run()
     if len(config.get("architectures") or []) != 1:
         raise UserError("ExLlamaV2 needs a config.json that names exactly one architecture.")
     if not (artifact.model_folder / "tokenizer.json").is_file():
         raise UserError(f"ExLlamaV2 needs a tokenizer.json, and {artifact.model_folder} has none.")
+    architecture, run = architecture_of(config), artifact.run()
+    check_supported(architecture, config)
     _check_orders(artifact, config, entries)
+    config = exl2_config(architecture, config)
     recipe, calibration = run["recipe"], run.get("calibration") or {}
     config["quantization_config"] = {
         "quant_method": "exl2",

@@ -13,10 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.converters.architecture import Architecture
-from lqexport.converters.architectures import architecture_of
+from lqexport.converters.architectures import architecture_of, normalized
+from lqexport.converters.exl2_config import check_supported
+from lqexport.converters.exl2_names import pieces, wants_bias
 from lqexport.converters.plan import PLAIN, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
-from lqexport.converters.tensor_names import is_linear, is_tied
+from lqexport.converters.tensor_names import block_module, is_linear, is_tied
 from lqexport.errors import UserError
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2, joined, name_of
@@ -36,12 +38,13 @@ def plan_exl2(
 
     Raises UserError for a size that cannot be reached, for shapes that ExLlamaV2 cannot load, and as `targets.plan`.
     """
+    config = normalized(config)
     architecture = architecture_of(config)
-    if not architecture.exl2:
-        raise UserError(f"EXL2 folders of {architecture.classes[0]} are not written. Choose another target.")
+    check_supported(architecture, config)
     kept = dict(model_tensors(architecture, config, shapes))
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
-    _check_linears(linears)
+    _check_linears(architecture, config, linears)
+    _check_biases(architecture, config, kept)
     check_reachable(list(linears.values()), bits)
     chosen = _even_codecs(linears, bits)
     planned = [
@@ -83,8 +86,9 @@ def keeps_order(architecture: Architecture, config: dict[str, Any], name: str) -
 
     ExLlamaV2 reorders the outputs of `up_proj` and `gate_proj` as `down_proj` wants its inputs, but not their biases.
     """
-    last = architecture.linears[-1]
-    return bool(config.get("mlp_bias")) and name.endswith(tuple(f".{module}.weight" for module in last))
+    *_, before, last = architecture.linears
+    biased = any(wants_bias(architecture, config, module) for module in before)
+    return biased and name.endswith(tuple(f".{module}.weight" for module in last))
 
 
 def even_runs(shape: tuple[int, ...], budget: float) -> tuple[Run, ...]:
@@ -128,10 +132,11 @@ def _nbytes(shape: tuple[int, ...], runs: tuple[Run, ...]) -> int:
     return nbytes(Exl2(runs), *shape)
 
 
-def _check_linears(linears: Shapes) -> None:
+def _check_linears(architecture: Architecture, config: dict[str, Any], linears: Shapes) -> None:
     """Raises UserError for a linear that EXL2 cannot hold: ExLlamaV2 loads no block that is quantized in part."""
     for name, shape in linears.items():
-        if shape[0] % UNIT or shape[1] % UNIT:
+        bounds = pieces(architecture, config, name, shape[0]).values()
+        if shape[1] % UNIT or any(bound % UNIT for rows in bounds for bound in rows):
             raise UserError(
                 f"ExLlamaV2 cannot load this model quantized: {name} is {list(shape)}, not multiples of {UNIT}."
             )
@@ -139,6 +144,20 @@ def _check_linears(linears: Shapes) -> None:
             _nbytes(shape, (Run(BITS[-1], UNIT, shape[1] // UNIT),))
         except ValueError as error:
             raise UserError(f"{name} is too large for EXL2: {error}") from error
+
+
+def _check_biases(architecture: Architecture, config: dict[str, Any], kept: Shapes) -> None:
+    """Raises UserError where ExLlamaV2 wants a bias that the model lacks, or has no place for one."""
+    for name in kept:
+        module, bias = block_module(architecture, name), f"{name.removesuffix('.weight')}.bias"
+        if module is None or not is_linear(architecture, name):
+            continue
+        if (wanted := wants_bias(architecture, config, module[1])) != (bias in kept):
+            raise UserError(
+                f"ExLlamaV2 wants a tensor {bias} for {architecture.classes[0]}, and the model has none."
+                if wanted
+                else f"ExLlamaV2 has no place for {bias} of the model."
+            )
 
 
 def _planned_head(

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.exl2_names import stored_names
 from lqexport.converters.folder_model import FolderModel
+from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.exl2 import of_planes
 
-PLANES = ("q_weight", "q_scale", "q_scale_max", "q_groups", "q_invperm")
+CUT, SHARED = ("q_weight", "q_scale"), ("q_scale_max", "q_groups", "q_invperm")
+"""Planes that each part of a fused linear has for itself, and those that all have alike."""
+PLANES = (*CUT, *SHARED)
 
 
 class Exl2Model(FolderModel):
@@ -16,6 +24,21 @@ class Exl2Model(FolderModel):
 
     container, reader = "ExLlamaV2 folder", "ExLlamaV2"
     parts = (*PLANES, "q_perm")
+
+    @functools.cached_property
+    def _architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    def stored_names(self, name: str) -> list[str]:
+        return stored_names(self._architecture, name)
+
+    def joined(self, parts: list[Planes]) -> Planes:
+        shared = [[part[plane].tobytes() for plane in SHARED] for part in parts]
+        if any(other != shared[0] for other in shared):
+            raise UserError(
+                f"{self.folder} holds parts of a fused linear that are stored differently: not by lqexport."
+            )
+        return parts[0] | {plane: np.concatenate([part[plane] for part in parts], axis=1) for plane in CUT}
 
     def packed_shape(self, key: str) -> tuple[int, int]:
         return self.stored.shape(f"{key}.q_weight")[-1], self.stored.shape(f"{key}.q_invperm")[0]

@@ -46,11 +46,12 @@ class FolderModel:
         layers = min(layers, len(self.stored)) if isinstance(layers, int) else 0
         known = gguf_names(architecture, layers)
         stored = {self._tensor_of(name) for name in self.stored}
-        if unknown := sorted(stored - known.keys()):
+        if unknown := sorted(stored - {stored for name in known for stored in self.stored_names(name)}):
             raise UserError(f"{self.folder} holds tensors that {architecture.classes[0]} does not have: {unknown[:5]}.")
-        if missing := [name for name in needed_names(architecture, layers) if name not in stored]:
+        present = [name for name in known if stored.issuperset(self.stored_names(name))]
+        if missing := [name for name in needed_names(architecture, layers) if name not in present]:
             raise UserError(f"{self.folder} has no tensor {', '.join(missing[:5])}.")
-        return [name for name in known if name in stored]
+        return present
 
     def _tensor_of(self, stored: str) -> str:
         """The model's tensor that a stored one is of."""
@@ -63,8 +64,11 @@ class FolderModel:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape as in a checkpoint, rows first."""
+        if not self._is_packed(name):
+            return self.stored.shape(self.stored_names(name)[0])
         with well_formed(f"{self.folder}: {name}"):
-            return self.packed_shape(name.removesuffix(".weight")) if self._is_packed(name) else self.stored.shape(name)
+            shapes = [self.packed_shape(key) for key in self._keys(name)]
+        return sum(rows for rows, _ in shapes), shapes[0][1]
 
     def codec(self, name: str) -> str:
         """The name of the codec that a tensor is stored in. Raises UserError where readers would not decode it
@@ -72,7 +76,7 @@ class FolderModel:
         if not self._is_packed(name):
             return PLAIN
         try:
-            return self.packed_codec(name.removesuffix(".weight"))
+            return self.packed_codec(self._keys(name)[0])
         except MALFORMED as error:
             raise UserError(f"{self.folder}: {self.reader} would not decode {name} rightly. {error}") from error
 
@@ -80,8 +84,9 @@ class FolderModel:
         """Codec name, planes and shape of a tensor. Raises UserError as `codec`."""
         if self._is_packed(name):
             with well_formed(f"{self.folder}: {name}"):
-                return self.codec(name), self.packed_planes(name.removesuffix(".weight")), self.shape(name)
-        plain = np.ascontiguousarray(self.stored[name])
+                planes = self.joined([self.packed_planes(key) for key in self._keys(name)])
+                return self.codec(name), planes, self.shape(name)
+        plain = np.ascontiguousarray(self.stored[self.stored_names(name)[0]])
         if plain.dtype != np.float16:
             raise UserError(f"{self.folder}: {name} is {plain.dtype}, not float16.")
         matrix = plain.reshape(1, -1) if plain.ndim == 1 else plain
@@ -98,6 +103,15 @@ class FolderModel:
             raise UserError(f"{self.folder}: {name} holds weights that are infinite or not a number.")
         return weights
 
+    def stored_names(self, name: str) -> list[str]:
+        """The names that a tensor's rows are stored under, in their order."""
+        return [name]
+
+    def joined(self, parts: list[Planes]) -> Planes:
+        """The planes of a tensor from those of its parts. Raises UserError where they do not belong together."""
+        (planes,) = parts
+        return planes
+
     def packed_shape(self, key: str) -> tuple[int, int]:
         """Rows and columns of the packed tensor `key`.weight."""
         raise NotImplementedError
@@ -110,7 +124,10 @@ class FolderModel:
         """Its codec's planes."""
         raise NotImplementedError
 
+    def _keys(self, name: str) -> list[str]:
+        return [stored.removesuffix(".weight") for stored in self.stored_names(name)]
+
     def _is_packed(self, name: str) -> bool:
         if name not in self._names:
             raise UserError(f"{self.folder} has no tensor {name}.")
-        return name not in self.stored
+        return self.stored_names(name)[0] not in self.stored

@@ -19,14 +19,20 @@ def check_supported(architecture: Architecture, config: Config) -> None:
         raise UserError(
             f"llama.cpp does not run {name}, so there is no GGUF of it. Choose a native target, such as native:table-4."
         )
-    for key, allowed in architecture.fixed.items():
-        if key in config and config[key] not in allowed:
-            raise UserError(
-                f"llama.cpp computes {name} with {key} {_listed(allowed)}, and config.json has {config[key]!r}."
-            )
+    check_fixed("llama.cpp", architecture, config)
     _check_rope(architecture, config)
     _check_scale(architecture, config)
     window_period(architecture, config)
+
+
+def check_fixed(engine: str, architecture: Architecture, config: Config) -> None:
+    """Raises UserError where config.json asks for what the `engine` does not have."""
+    for key, allowed in architecture.fixed.items():
+        if key in config and config[key] not in allowed:
+            raise UserError(
+                f"{engine} computes {architecture.classes[0]} with {key} {_listed(allowed)}, and config.json has "
+                f"{config[key]!r}."
+            )
 
 
 def _listed(allowed: tuple[Any, ...]) -> str:

@@ -24,6 +24,7 @@ from lqexport.formats.codec import Planes
 
 Forms = dict[str, tuple[np.dtype, tuple[int, ...]]]
 """dtype and shape of what is stored of a tensor."""
+Rows = tuple[int, int]
 OnTensor = Callable[[str, int], None] | None
 
 
@@ -33,10 +34,15 @@ class Layout:
 
     forms    codec name and shape to what is stored, by the last part of its name
     planes   a tensor to that
+    pieces   name and number of rows to the names that a tensor is stored under, and the rows (the first, and the one
+             behind the last) that each of them holds
+    cut      planes to those of some of the rows
     """
 
     forms: Callable[[str, tuple[int, ...]], Forms]
     planes: Callable[[StoredTensor], Planes]
+    pieces: Callable[[str, int], dict[str, Rows]] = lambda name, rows: {name: (0, rows)}
+    cut: Callable[[Planes, Rows], Planes] = lambda planes, rows: planes
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,12 @@ class Entry:
 
     def part(self, layout: Layout) -> Part:
         """What the folder stores of it."""
+        pieces = layout.pieces(self.name, self.shape[0])
         if self.codec == PLAIN:
-            return Part(self.name, {self.name: (np.dtype(np.float16), self.shape)})
-        forms, key = layout.forms(self.codec, self.shape), self.name.removesuffix(".weight")
-        return Part(self.name, {f"{key}.{plane}": form for plane, form in forms.items()})
+            return Part(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), self.shape)))
+        forms = {name: layout.forms(self.codec, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()}
+        named = {name.removesuffix(".weight"): of_piece for name, of_piece in forms.items()}
+        return Part(self.name, {f"{key}.{plane}": form for key, of in named.items() for plane, form in of.items()})
 
 
 def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[Entry]:
@@ -87,7 +95,7 @@ def write_folder(
     named, parts = {entry.name: entry for entry in entries}, [entry.part(layout) for entry in entries]
 
     def read(part: Part) -> list[np.ndarray]:
-        return _planes(artifact, named[part.name], part, layout)
+        return _planes(artifact, named[part.name], layout)
 
     with new_folder(folder, sum(part.nbytes for part in parts)) as partial:
         shutil.copytree(artifact.model_folder, partial, dirs_exist_ok=True)
@@ -96,10 +104,11 @@ def write_folder(
         write_shards(partial, parts, read, on_tensor)
 
 
-def _planes(artifact: Artifact, entry: Entry, part: Part, layout: Layout) -> list[np.ndarray]:
-    """What the file stores of a tensor, in the order of `part`, after its digest was checked."""
+def _planes(artifact: Artifact, entry: Entry, layout: Layout) -> list[np.ndarray]:
+    """What the folder stores of a tensor, in the order of its `part`, after its digest was checked."""
     tensor = artifact.read_listed(entry.name, entry.codec, entry.shape, entry.sha256)
     if entry.codec == PLAIN:
         return [tensor.planes["blocks"].view(np.float16).reshape(entry.shape)]
     planes = layout.planes(tensor)
-    return [planes[name.rpartition(".")[2]] for name in part.stored]
+    cuts = [layout.cut(planes, rows) for rows in layout.pieces(entry.name, entry.shape[0]).values()]
+    return [cut[plane] for cut in cuts for plane in layout.forms(entry.codec, entry.shape)]

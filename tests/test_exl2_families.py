@@ -1,0 +1,274 @@
+"""EXL2 folders of every architecture that ExLlamaV2 loads: names and config.json as its 0.3.2 reads them, and a model
+that our reader finds in them as it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+import transformers
+from safetensors.numpy import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lqexport import choose
+from lqexport.artifact import Artifact
+from lqexport.blocks import BlockModel
+from lqexport.converters import exl2
+from lqexport.converters.architectures import ARCHITECTURES
+from lqexport.converters.exl2_plan import plan_exl2
+from lqexport.converters.exl2_read import Exl2Model
+from lqexport.errors import UserError
+from lqexport.exports import PackedFolder
+from lqexport.modules import meta_model
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+
+SIZES = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "hidden_size": 64}
+SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+SIZES |= {"max_position_embeddings": 512}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
+LONGROPE |= {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [1.5 + i for i in range(8)]}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 7e5}
+
+ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
+GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+NORMS = {"input_layernorm", "post_attention_layernorm"}
+MOE = {f"block_sparse_moe.experts.{expert}.w{i}" for expert in range(4) for i in (1, 2, 3)} | {"block_sparse_moe.gate"}
+
+CASES: dict[str, tuple[str, dict[str, Any], set[str], dict[str, Any]]] = {
+    "llama": (
+        "LlamaConfig",
+        {"rope_parameters": LLAMA3, "attention_bias": True},
+        ATTENTION | GATED | NORMS,
+        {"rope_theta": 1e4, "rope_scaling": {key: value for key, value in LLAMA3.items() if key != "rope_theta"}},
+    ),
+    "mistral": (
+        "MistralConfig",
+        {"sliding_window": 128},
+        ATTENTION | GATED | NORMS,
+        {"rope_theta": 1e4, "rope_scaling": None, "max_sequence_length": 128},
+    ),
+    "qwen2": (
+        "Qwen2Config",
+        {"rope_parameters": LINEAR},
+        ATTENTION | GATED | NORMS,
+        {"rope_theta": 7e5, "rope_scaling": {"rope_type": "linear", "factor": 4.0}, "sliding_window": None},
+    ),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16},
+        ATTENTION | GATED | NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"},
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "attn_logit_softcapping": 50.0}
+        | {"final_logit_softcapping": 30.0},
+    ),
+    "phi3": (
+        "Phi3Config",
+        {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256},
+        ATTENTION | GATED | NORMS,
+        {"rope_theta": 1e4, "original_max_position_embeddings": 256},
+    ),
+    "phi4": (
+        "Phi3Config",
+        {"partial_rotary_factor": 0.5},
+        ATTENTION | GATED | NORMS,
+        {"partial_rotary_factor": 0.5, "rope_scaling": None},
+    ),
+    "mixtral": ("MixtralConfig", {"num_local_experts": 4}, ATTENTION | MOE | NORMS, {"num_local_experts": 4}),
+    "starcoder2": (
+        "Starcoder2Config",
+        {"norm_epsilon": 1e-4},
+        ATTENTION | {"mlp.c_fc", "mlp.c_proj"} | NORMS,
+        {"layer_norm_epsilon": 1e-4},
+    ),
+}
+"""Name -> transformers' config class and options; the modules of a block in `layer_keys` of ExLlamaV2's
+exllamav2/architecture.py; and what its exllamav2/config.py must find in config.json."""
+
+
+def make_model(kind: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Random, norms and biases too, so that a mix-up shows."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | options)).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(-0.5 if kind == "Gemma2Config" or name.endswith("bias") else 0.5, 1.0)
+        else:
+            parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tokenizer_file(tiny_model: Path) -> bytes:
+    return (tiny_model / "tokenizer.json").read_bytes()
+
+
+def save(model: PreTrainedModel, folder: Path, tokenizer_file: bytes) -> str:
+    model.save_pretrained(folder)
+    (folder / "tokenizer.json").write_bytes(tokenizer_file)
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    return str(folder)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_file: bytes
+) -> tuple[str, PreTrainedModel, Path]:
+    """Its name, its model, and the folder of its EXL2 at some 8 bits, rounded."""
+    kind, options, _, _ = CASES[request.param]
+    folder, model = tmp_path_factory.mktemp(request.param), make_model(kind, options)
+    source = save(model, folder / "hf", tokenizer_file)
+    quantize(Recipe(source, "exl2", bits=8.4, head_bits=8, method="rtn"), folder / "artifact")
+    exl2.write(Artifact(folder / "artifact"), folder / "exl2")
+    return request.param, model, folder
+
+
+TOKENS = [int(token) for token in np.random.default_rng(0).integers(3, 480, 60)]
+
+
+@torch.no_grad()
+def logits_of(folder: Path) -> np.ndarray:
+    model = BlockModel(PackedFolder(Exl2Model(folder)))
+    states = model.start(torch.tensor([TOKENS]))
+    for _, block in model.blocks():
+        states = model.run(block, states)
+    return model.logits(states)[0].float().numpy()
+
+
+def test_names_are_those_that_exllamav2_wants(case: tuple[str, PreTrainedModel, Path]) -> None:
+    name, _, folder = case
+    stored = load_file(folder / "exl2" / "model.safetensors")
+    keys = {key.rpartition(".")[0] for key in stored}
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}."
+        assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == CASES[name][2]
+    others = {key for key in keys if not key.startswith("model.layers.")}
+    assert others == {"model.embed_tokens", "model.norm", "lm_head"}
+    packed = {key.removesuffix(".q_weight") for key in stored if key.endswith(".q_weight")}
+    assert {key for key in keys if "norm" in key or key.endswith((".gate", "embed_tokens"))} == keys - packed
+
+
+def test_config_is_what_exllamav2_reads(case: tuple[str, PreTrainedModel, Path]) -> None:
+    name, _, folder = case
+    config = json.loads((folder / "exl2" / "config.json").read_text())
+    expected = CASES[name][3]
+    assert {key: config.get(key, "absent") for key in expected} == expected
+    scaling = config["rope_scaling"] or {}
+    assert not {"type", "rope_theta"} & scaling.keys()
+    if name == "phi3":
+        assert scaling["long_factor"] == LONGROPE["long_factor"]
+
+
+def test_the_folder_computes_as_the_source(case: tuple[str, PreTrainedModel, Path]) -> None:
+    """8 bits; every tensor is the artifact's to the bit. A few tokens go to other experts."""
+    name, model, folder = case
+    read, artifact = Exl2Model(folder / "exl2"), Artifact(folder / "artifact")
+    assert set(read.names()) == set(artifact.manifest())
+    for tensor in read.names():
+        codec_name, planes, shape = read.planes(tensor)
+        stored = artifact.read(tensor)
+        assert (codec_name, shape) == (stored.codec, stored.shape)
+        assert all(np.array_equal(planes[key], stored.planes[key]) for key in stored.planes)
+    with torch.no_grad():
+        expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0].float().numpy()
+    found = np.corrcoef(logits_of(folder / "exl2").ravel(), expected.ravel())[0, 1]
+    assert found > (0.97 if name == "mixtral" else 0.995)
+
+
+@pytest.mark.parametrize("kind", ["phi3", "mixtral", "starcoder2"])
+def test_solved_in_mixes_and_orders(
+    kind: str, tmp_path: Path, text: Path, tokenizer_file: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a fused linear share the order and the widths of its columns; c_proj of StarCoder2 keeps its order."""
+    monkeypatch.setattr(choose, "AVERAGES", (3.5,))
+    source = save(make_model(*CASES[kind][:2]), tmp_path / "hf", tokenizer_file)
+    options: dict[str, Any] = {"samples": 2, "sequence_length": 64, "tune": 0, "descent": 0, "moments": "normalized"}
+    quantize(Recipe(source, "exl2", bits=5, calibration=str(text), **options), tmp_path / "artifact")
+    exl2.write(Artifact(tmp_path / "artifact"), tmp_path / "exl2")
+    read, artifact = Exl2Model(tmp_path / "exl2"), Artifact(tmp_path / "artifact")
+    for name in read.names():
+        assert all(
+            np.array_equal(plane, artifact.read(name).planes[key]) for key, plane in read.planes(name)[1].items()
+        )
+    stored = load_file(tmp_path / "exl2" / "model.safetensors")
+    kept = {name for name, plane in stored.items() if name.endswith("invperm") and (np.diff(plane) == 1).all()}
+    assert len(kept) == (2 if kind == "starcoder2" else 0)
+
+
+@pytest.mark.parametrize("case", ["phi3"], indirect=True)
+def test_parts_that_do_not_fit_together(case: tuple[str, PreTrainedModel, Path], tmp_path: Path) -> None:
+    _, _, folder = case
+    stored = load_file(folder / "exl2" / "model.safetensors")
+    stored["model.layers.0.self_attn.k_proj.q_scale_max"] *= np.float16(2)
+    safetensors.numpy.save_file(stored, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "exl2" / "config.json").read_bytes())
+    with pytest.raises(UserError, match="parts of a fused linear"):
+        Exl2Model(tmp_path).read("model.layers.0.self_attn.qkv_proj.weight")
+    rest = {name: plane for name, plane in stored.items() if ".0.self_attn.k_proj." not in name}
+    safetensors.numpy.save_file(rest, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"no tensor model\.layers\.0\.self_attn\.qkv_proj\.weight"):
+        Exl2Model(tmp_path)
+
+
+# What is refused
+
+
+def described(kind: str, **options: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    hf = getattr(transformers, kind)(**SIZES | options)
+    classes = {"architectures": [AutoModelForCausalLM._model_mapping[type(hf)].__name__]}
+    config = json.loads(hf.to_json_string(use_diff=False)) | classes
+    return config, {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+
+
+YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("Qwen2Config", {"rope_parameters": YARN}, "rope scaling of type 'yarn'"),
+        ("LlamaConfig", {"hidden_act": "gelu"}, "ExLlamaV2 computes LlamaForCausalLM with hidden_act 'silu'"),
+        ("MixtralConfig", {"num_local_experts": 6}, "runs 4, 8, 16, 128 experts, not 6"),
+        ("Gemma2Config", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        (
+            "Phi3Config",
+            {"rope_parameters": LONGROPE | {"attention_factor": 2.0}, "original_max_position_embeddings": 32},
+            "longrope without attention_factor",
+        ),
+        ("Phi3Config", {"num_key_value_heads": 1}, r"qkv_proj.weight is \[96, 64\], not multiples of 32"),
+        *((kind, {}, "EXL2 folders of") for kind in ("Qwen3Config", "GraniteConfig", "GPTNeoXConfig")),
+    ],
+)
+def test_what_exllamav2_computes_otherwise_is_refused(kind: str, options: dict[str, Any], message: str) -> None:
+    config, shapes = described(kind, **options)
+    with pytest.raises(UserError, match=message):
+        plan_exl2(config, shapes, bits=6, head_bits=6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "there", "message"),
+    [
+        ("Qwen2Config", "self_attn.o_proj", True, r"no place for model\.layers\.1\.self_attn\.o_proj\.bias"),
+        ("Qwen2Config", "self_attn.q_proj", False, r"wants a tensor model\.layers\.1\.self_attn\.q_proj\.bias"),
+        ("Starcoder2Config", "mlp.c_fc", False, r"wants a tensor model\.layers\.1\.mlp\.c_fc\.bias"),
+        ("MistralConfig", "mlp.up_proj", True, r"no place for model\.layers\.1\.mlp\.up_proj\.bias"),
+    ],
+)
+def test_biases_that_exllamav2_does_not_expect(kind: str, name: str, there: bool, message: str) -> None:
+    config, shapes = described(kind)
+    plan_exl2(config, shapes, bits=6, head_bits=6)
+    bias, weight = f"model.layers.1.{name}.bias", shapes[f"model.layers.1.{name}.weight"]
+    shapes = {key: shape for key, shape in shapes.items() if key != bias} | ({bias: weight[:1]} if there else {})
+    with pytest.raises(UserError, match=message):
+        plan_exl2(config, shapes, bits=6, head_bits=6)
+
+
+def test_every_architecture_that_exllamav2_loads_has_a_case() -> None:
+    classes = {AutoModelForCausalLM._model_mapping[getattr(transformers, kind)].__name__ for kind, *_ in CASES.values()}
+    assert classes == {name for entry in ARCHITECTURES if entry.exl2 for name in entry.classes}
