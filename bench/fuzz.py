@@ -3,9 +3,9 @@
     python bench/fuzz.py --work FOLDER [--seconds 60] [--seed 0] [--only SUBJECT]
 
 Sound files of every kind are made from a tiny random model; then one of them is damaged at a time, in its bytes or in
-the structure of its JSON, and read to the end. Any other exception is a fault, and so is a case that takes more time
-or memory than the sizes of these files justify. Prints a line per subject and each fault once, with what damaged the
-file; exits with 1 where there was any.
+the structure of its JSON, and read to the end. Any other exception is a fault, and so is a case that takes more CPU
+time or memory than the sizes of these files justify. Prints a line per subject and each fault once, with what damaged
+the file; exits with 1 where there was any.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from gguf import GGUFWriter
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -155,6 +156,7 @@ def make_model(folder: Path) -> Path:
         vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
     )  # fmt: skip
+    torch.manual_seed(0)
     LlamaForCausalLM(config).half().save_pretrained(folder, max_shard_size="60KB")
     make_tokenizer().save_pretrained(folder)
     return folder
@@ -242,12 +244,13 @@ def subjects(work: Path) -> dict[str, Subject]:
         "native": Subject(work / "native", (*weights, "lqexport/*"), check),
         "artifact": Subject(work / "artifact-gguf", ("*.json", "model/config.json", "tensors/*"), check),
         "artifact to export": Subject(work / "artifact-gguf", ("*.json", "model/*.json", "tensors/*"), convert),
-        "recipe": Subject(
-            work / "recipe.toml",
-            (),
-            lambda path: Recipe(**({"source": "x", "target": "gguf:Q4_0"} | load_recipe(path))),
-        ),
+        "recipe": Subject(work / "recipe.toml", (), read_recipe),
     }
+
+
+def read_recipe(path: Path) -> None:
+    """What the command line makes of a recipe file."""
+    Recipe(**({"source": "x", "target": "gguf:Q4_0"} | load_recipe(path)))
 
 
 def read_checkpoint(folder: Path) -> None:

@@ -21,14 +21,13 @@ which the weight of no linear has: without lqexport, loading fails.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, decoded, read_json, write_json
+from lqexport.artifact import Artifact, copy_files, decoded, read_json, write_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import factor_names, is_factor
 from lqexport.converters.shards import Part, new_folder, write_shards
@@ -74,10 +73,8 @@ def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None
         return _arrays(artifact, part, manifest[part.name])
 
     with new_folder(folder, sum(part.nbytes for part in parts)) as partial:
-        shutil.copytree(artifact.model_folder, partial, dirs_exist_ok=True)
-        (partial / RECORD).mkdir()
-        for name in RECORDS:
-            shutil.copyfile(artifact.folder / name, partial / RECORD / name)
+        copy_files(artifact.model_folder, artifact.model_files(), partial)
+        copy_files(artifact.folder, [artifact.folder / name for name in RECORDS], partial / RECORD)
         write_shards(partial, parts, read, on_tensor)
         write_json(partial / "config.json", config)
 

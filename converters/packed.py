@@ -6,7 +6,6 @@ written one after the other, so memory holds one.
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, StoredTensor, write_json
+from lqexport.artifact import Artifact, StoredTensor, copy_files, write_json
 from lqexport.converters.factors import is_factor
 from lqexport.converters.plan import PLAIN
 from lqexport.converters.shards import Part, new_folder, write_shards
@@ -98,7 +97,7 @@ def write_folder(
         return _planes(artifact, named[part.name], layout)
 
     with new_folder(folder, sum(part.nbytes for part in parts)) as partial:
-        shutil.copytree(artifact.model_folder, partial, dirs_exist_ok=True)
+        copy_files(artifact.model_folder, artifact.model_files(), partial)
         for name, content in files.items():
             write_json(partial / name, content)
         write_shards(partial, parts, read, on_tensor)

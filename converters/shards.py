@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import check_space, write_json, written_whole
+from lqexport.artifact import cannot_write, check_space, claimed, write_json, written_whole
 from lqexport.errors import UserError
 
 SHARD_BYTES = 5 * 10**9
@@ -46,15 +46,21 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
         raise UserError(f"{folder} exists. Choose another folder, or delete this one.")
     check_space(folder, size)
     partial = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.replace(folder)
-    except OSError as error:
-        raise UserError(f"Cannot write {folder}: {error.strerror or error}.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with claimed(partial):
+        try:
+            _empty(partial)
+            yield partial
+            partial.replace(folder)
+        except OSError as error:
+            raise cannot_write(folder, error) from error
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a killed process left in it."""
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_shards(

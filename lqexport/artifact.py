@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -49,24 +50,87 @@ LONGEST_NAME = 200
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` whole or not at all: written beside it, synced, then renamed.
 
-    Raises UserError where the disk is full or the place cannot be written; the half-written file is removed.
+    Raises UserError where the disk is full or the place cannot be written, and where another process is writing the
+    same file; the half-written file is removed.
     """
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with open(temporary, "wb", opener=_without_truncating) as file:
+            _lock(file.fileno(), temporary)
+            try:
+                file.truncate()
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+                temporary.replace(path)
+            finally:
+                temporary.unlink(missing_ok=True)
+        _sync_folder(path.parent)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"The disk is full: cannot write {path}. Free some space and run the same command again."
-            ) from error
-        raise UserError(f"Cannot write {path}: {error.strerror or error}.") from error
+        raise cannot_write(path, error) from error
+
+
+def _without_truncating(path: str, flags: int) -> int:
+    """Opens a file that another process may be writing, and leaves it as it is."""
+    return os.open(path, flags & ~os.O_TRUNC, 0o666)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    """Keeps other processes from the open file or folder `path` until it is closed, however this process ends. Raises
+    UserError where another one holds it, or has just put it in its place."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"Another process is writing {path}. Wait for it, or write somewhere else.") from None
+    except OSError:
+        return  # a file system without locks
+    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+        raise UserError(f"Another process has just written what {path} was for. Run the same command again.")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Puts the names of its files on the disk: a rename may be lost otherwise, and a later one kept."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """What a user is told of an error of the file system."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"The disk is full: cannot write {path}. Free some space and run the same command again.")
+    return UserError(f"Cannot write {path}: {error.strerror or error}.")
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """While open, `folder` is this process's alone. It is made where it is missing, and removed where it stays empty.
+
+    Raises UserError where another process has claimed it, and where it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    try:
+        _lock(descriptor, folder)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+        os.close(descriptor)
+
+
+def copy_files(folder: Path, paths: Iterable[Path], to: Path) -> None:
+    """Copy files of `folder`, each whole or not at all, to the same places in the folder `to`. Raises UserError for a
+    link out of `folder`: what it leads to might be nothing to publish."""
+    for path in paths:
+        with inside(folder, path).open("rb") as original, written_whole(to / path.relative_to(folder)) as copy:
+            shutil.copyfileobj(original, copy)
 
 
 def check_space(path: Path, size: int) -> None:
@@ -184,6 +248,10 @@ class Artifact:
     def model_folder(self) -> Path:
         """config.json, tokenizer files and the like."""
         return self.folder / "model"
+
+    def model_files(self) -> list[Path]:
+        """All files of the model folder."""
+        return sorted(path for path in self.model_folder.rglob("*") if path.is_file())
 
     @property
     def complete(self) -> bool:
@@ -319,8 +387,12 @@ class Artifact:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append one line to log.jsonl."""
-        with (self.folder / "log.jsonl").open("a") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.folder / "log.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise cannot_write(path, error) from error
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:

@@ -106,7 +106,8 @@ class Job:
         """Claim the output folder, by one process; the others find it claimed for the very same run."""
         if self.processes.first:
             self.artifact.begin(self.identity())
-            self.source.copy_model_files(self.artifact.model_folder)
+            if not self.artifact.complete:
+                self.source.copy_model_files(self.artifact.model_folder)
         self.processes.wait()
         self.artifact.begin(self.identity())
 

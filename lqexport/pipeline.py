@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import resource
 import shutil
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from lqexport.allocate import Allocation
-from lqexport.artifact import SolvedModel, StoredTensor
+from lqexport.artifact import SolvedModel, StoredTensor, claimed
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
@@ -45,7 +46,7 @@ def quantize(
     steady_threads()
     full_float32()
     where = choose_device(device)
-    with joined(where) as processes, torch.no_grad():
+    with joined(where) as processes, torch.no_grad(), claimed(Path(out)) if processes.first else nullcontext():
         job = Job(recipe, Path(out), where, cache, listener or Silent(), processes)
         if not processes.agreed(job.artifact.complete):
             _run(job)

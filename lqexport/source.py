@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-import shutil
+import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lqexport.artifact import inside, open_tensors, read_config, read_json, write_json, written_whole
+from lqexport.artifact import copy_files, open_tensors, read_config, read_json, write_json, written_whole
 from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.checkpoint import Layout
 from lqexport.converters.checkpoints import layout_of
@@ -158,11 +158,8 @@ class HuggingFaceSource:
         return load_tokenizer(self.folder)
 
     def copy_model_files(self, folder: Path) -> None:
-        for pattern in MODEL_FILES:
-            for path in self.folder.glob(pattern):
-                target = folder / path.relative_to(self.folder)
-                with inside(self.folder, path).open("rb") as original, written_whole(target) as copy:
-                    shutil.copyfileobj(original, copy)
+        copied = [path for pattern in MODEL_FILES for path in self.folder.glob(pattern) if pattern != "config.json"]
+        copy_files(self.folder, copied, folder)
         write_json(folder / "config.json", self.config)
 
 
@@ -192,11 +189,13 @@ class GGUFSource(GGUFModel):
         return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_model_files(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokenizer().save_pretrained(folder)
-        for name in self.metadata.get("tokenizer.chat_templates", []):  # of which transformers reads the default alone
-            with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
-                file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
+        with tempfile.TemporaryDirectory() as made:
+            self.tokenizer().save_pretrained(made)
+            copy_files(Path(made), [path for path in Path(made).rglob("*") if path.is_file()], folder)
+        with well_formed(f"{self.path}: tokenizer.chat_templates"):
+            for name in self.metadata.get("tokenizer.chat_templates", []):  # transformers reads the default alone
+                with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
+                    file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
         write_json(folder / "config.json", self.config)
 
 

@@ -1,0 +1,183 @@
+/* File operations that fail: loaded before the C library (LD_PRELOAD), counts what a process does to files under one
+ * folder and, at the operation that it is told, ends the process or returns an error. Python, Rust and C all call the
+ * functions below. bench/faults.py compiles and drives it.
+ *
+ *     gcc -shared -fPIC -O1 -o faults.so faults.c -ldl
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/types.h>
+#include <sys/uio.h>
+#include <time.h>
+#include <unistd.h>
+
+enum mode { OFF, KILL, TEAR, FULL, UNREADABLE, CLOCK };
+enum kind { CHANGE, GROW, READ }; /* GROW is a change that needs room on the disk */
+
+static int mode = OFF;
+static long at, changes, growths, reads;
+static char root[PATH_MAX];
+
+/* Begin to count; `number`, from 1, is the operation to hit. */
+void faults_arm(const char *folder, int how, long number) {
+    snprintf(root, sizeof root, "%s", folder);
+    mode = how;
+    at = number;
+    changes = growths = reads = 0;
+}
+
+/* Operations so far that a mode counts. */
+long faults_counted(int how) { return how == UNREADABLE ? reads : how == FULL ? growths : changes; }
+
+static int within(const char *path) { return root[0] && strncmp(path, root, strlen(root)) == 0; }
+
+static int watched_fd(int fd) {
+    char link[64], path[PATH_MAX];
+    if (!root[0]) return 0;
+    snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+    ssize_t size = readlink(link, path, sizeof path - 1);
+    if (size < 0) return 0;
+    path[size] = 0;
+    return within(path);
+}
+
+static int watched(int folder, const char *path) {
+    return path[0] == '/' || folder == AT_FDCWD ? within(path) : watched_fd(folder);
+}
+
+/* Counts an operation. 0: go on. Otherwise it must fail: errno is set, or, where half of a write is to be done before the
+ * process ends, `torn`. */
+static int hit(enum kind kind, int *torn) {
+    reads += kind == READ;
+    growths += kind == GROW;
+    changes += kind != READ;
+    int counts = mode == UNREADABLE ? kind == READ : mode == FULL ? kind == GROW : kind != READ;
+    long number = faults_counted(mode);
+    if (mode == OFF || mode == CLOCK || !counts || number < at) return 0;
+    if (number > at && mode != FULL) return 0; /* a full disk stays full */
+    if (mode == TEAR && torn) return *torn = 1;
+    if (mode == KILL || mode == TEAR) _exit(137);
+    errno = mode == FULL ? ENOSPC : EIO;
+    return 1;
+}
+
+#define REAL(type, name, ...) \
+    static type (*real)(__VA_ARGS__); \
+    if (!real) real = (type(*)(__VA_ARGS__))dlsym(RTLD_NEXT, #name);
+
+static enum kind opening(int flags) {
+    if (flags & O_CREAT) return GROW;
+    return (flags & O_ACCMODE) == O_RDONLY ? READ : CHANGE;
+}
+
+#define OPEN(name) \
+    int name(const char *path, int flags, ...) { \
+        REAL(int, name, const char *, int, ...) \
+        __builtin_va_list list; \
+        __builtin_va_start(list, flags); \
+        mode_t bits = flags & (O_CREAT | O_TMPFILE) ? __builtin_va_arg(list, mode_t) : 0; \
+        __builtin_va_end(list); \
+        if (watched(AT_FDCWD, path) && hit(opening(flags), 0)) return -1; \
+        return real(path, flags, bits); \
+    }
+OPEN(open)
+OPEN(open64)
+
+#define OPENAT(name) \
+    int name(int folder, const char *path, int flags, ...) { \
+        REAL(int, name, int, const char *, int, ...) \
+        __builtin_va_list list; \
+        __builtin_va_start(list, flags); \
+        mode_t bits = flags & (O_CREAT | O_TMPFILE) ? __builtin_va_arg(list, mode_t) : 0; \
+        __builtin_va_end(list); \
+        if (watched(folder, path) && hit(opening(flags), 0)) return -1; \
+        return real(folder, path, flags, bits); \
+    }
+OPENAT(openat)
+OPENAT(openat64)
+
+ssize_t write(int fd, const void *data, size_t size) {
+    REAL(ssize_t, write, int, const void *, size_t)
+    int torn = 0;
+    if (watched_fd(fd) && hit(GROW, &torn)) {
+        if (!torn) return -1;
+        real(fd, data, size / 2);
+        _exit(137);
+    }
+    return real(fd, data, size);
+}
+
+#define ON_FD(type, name, kind, parameters, arguments, ...) \
+    type name parameters { \
+        REAL(type, name, __VA_ARGS__) \
+        if (watched_fd(fd) && hit(kind, 0)) return -1; \
+        return real arguments; \
+    }
+ON_FD(ssize_t, pwrite, GROW, (int fd, const void *data, size_t size, off_t place), (fd, data, size, place), int, const void *,
+      size_t, off_t)
+ON_FD(ssize_t, pwrite64, GROW, (int fd, const void *data, size_t size, off64_t place), (fd, data, size, place), int,
+      const void *, size_t, off64_t)
+ON_FD(ssize_t, writev, GROW, (int fd, const struct iovec *parts, int count), (fd, parts, count), int,
+      const struct iovec *, int)
+ON_FD(ssize_t, sendfile, GROW, (int fd, int from, off_t *place, size_t size), (fd, from, place, size), int, int, off_t *,
+      size_t)
+ON_FD(ssize_t, sendfile64, GROW, (int fd, int from, off64_t *place, size_t size), (fd, from, place, size), int, int,
+      off64_t *, size_t)
+ON_FD(int, fsync, GROW, (int fd), (fd), int)
+ON_FD(int, fdatasync, GROW, (int fd), (fd), int)
+ON_FD(int, ftruncate, CHANGE, (int fd, off_t size), (fd, size), int, off_t)
+ON_FD(int, ftruncate64, CHANGE, (int fd, off64_t size), (fd, size), int, off64_t)
+ON_FD(ssize_t, read, READ, (int fd, void *data, size_t size), (fd, data, size), int, void *, size_t)
+ON_FD(ssize_t, pread, READ, (int fd, void *data, size_t size, off_t place), (fd, data, size, place), int, void *, size_t,
+      off_t)
+ON_FD(ssize_t, pread64, READ, (int fd, void *data, size_t size, off64_t place), (fd, data, size, place), int, void *, size_t,
+      off64_t)
+
+#define MAP(name, offset) \
+    void *name(void *where, size_t size, int protection, int flags, int fd, offset place) { \
+        REAL(void *, name, void *, size_t, int, int, int, offset) \
+        if (fd >= 0 && watched_fd(fd) && hit(READ, 0)) return MAP_FAILED; \
+        return real(where, size, protection, flags, fd, place); \
+    }
+MAP(mmap, off_t)
+MAP(mmap64, off64_t)
+
+#define ON_PATH(name, kind, parameters, arguments, path, ...) \
+    int name parameters { \
+        REAL(int, name, __VA_ARGS__) \
+        if (watched(AT_FDCWD, path) && hit(kind, 0)) return -1; \
+        return real arguments; \
+    }
+ON_PATH(rename, GROW, (const char *from, const char *to), (from, to), to, const char *, const char *)
+ON_PATH(unlink, CHANGE, (const char *path), (path), path, const char *)
+ON_PATH(rmdir, CHANGE, (const char *path), (path), path, const char *)
+ON_PATH(mkdir, GROW, (const char *path, mode_t bits), (path, bits), path, const char *, mode_t)
+
+int renameat(int folder, const char *from, int other, const char *to) {
+    REAL(int, renameat, int, const char *, int, const char *)
+    if (watched(other, to) && hit(GROW, 0)) return -1;
+    return real(folder, from, other, to);
+}
+
+int unlinkat(int folder, const char *path, int flags) {
+    REAL(int, unlinkat, int, const char *, int)
+    if (watched(folder, path) && hit(CHANGE, 0)) return -1;
+    return real(folder, path, flags);
+}
+
+/* The time of day, an hour earlier at every look. */
+int clock_gettime(clockid_t which, struct timespec *now) {
+    static long back;
+    REAL(int, clock_gettime, clockid_t, struct timespec *)
+    int result = real(which, now);
+    if (mode == CLOCK && which == CLOCK_REALTIME) now->tv_sec -= 3600 * ++back;
+    return result;
+}

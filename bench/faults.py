@@ -1,0 +1,252 @@
+"""Faults of the disk, the clock and the process at every file operation of a run: is anything lost or half-written?
+
+    python bench/faults.py --work FOLDER [--every 1] [--seed 0]
+
+A tiny random model is quantized and exported in a process in which bench/faults.c counts every change to a file under
+the output folder and every read of one. Then each operation (with --every N: every N-th) is hit in turn:
+
+    kill        the process ends before it, as by kill -9
+    tear        the same, but a write is half done
+    full        the disk is full from it on
+    unreadable  the read fails (EIO)
+
+A full disk and a failed read must end in a UserError or do no harm. After every fault no file with a final name may be
+half-written, and the same command, given again, must write the very bytes of an undisturbed run. Two runs at once in
+one folder, and a clock that jumps back at every look, must not matter either. Prints a line per command and fault;
+exits with 1 where anything was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+FAULTS = {"kill": 1, "tear": 2, "full": 3, "unreadable": 4}
+OFF, CLOCK = 0, 5
+KILLED, REFUSED, BROKEN = 137, 2, 3
+"""Exit statuses: of a killed process, after a UserError, and after any other exception."""
+SOURCE = Path(__file__).with_suffix(".c")
+
+
+def preload(work: Path) -> None:
+    """Begin this program anew with faults.c in it."""
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    library = work / "faults.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"], check=True)
+    # The runs are forked from a process that has done all of them before: it must have no threads.
+    alone = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    alone["NUMBA_THREADING_LAYER"] = "workqueue"
+    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **alone, "LD_PRELOAD": str(library)})
+
+
+@dataclass(frozen=True)
+class Command:
+    """Something that writes `out`, a file or a folder."""
+
+    out: Path
+    run: Callable[[], object]
+
+
+def commands(work: Path) -> dict[str, Command]:
+    """Every command that writes, on a tiny model; each target's artifact is made here, undisturbed."""
+    from fuzz import make_model
+
+    from lqexport.exporting import export
+    from lqexport.pipeline import quantize
+    from lqexport.recipe import Recipe
+    from lqexport.texts import read_text
+
+    text, model = work / "text.txt", str(make_model(work / "model"))
+    text.write_text(read_text("python-docs").content[:20_000], encoding="utf-8")
+    few: dict[str, Any] = {"calibration": str(text), "samples": 2, "sequence_length": 16, "descent": 1, "tune": 4}
+    recipes = {
+        "gguf": Recipe(model, "gguf:Q4_0", **few),
+        "exl2": Recipe(model, "exl2", bits=4.5, **few),
+        "native": Recipe(model, "native:table-3", rank=4, **few),
+    }
+    found = {}
+    for name, recipe in recipes.items():
+        quantize(recipe, made := work / f"artifact-{name}")
+        found[f"quantize {recipe.target}"] = _command(quantize, recipe, work / "out" / name)
+        out = work / "out" / (f"to-{name}" if name != "gguf" else "model.gguf")
+        found[f"to-{name}"] = _command(export, made, out, format=name)
+    return found
+
+
+def _command(write: Callable[..., object], what: Any, out: Path, **options: Any) -> Command:
+    return Command(out, lambda: write(what, out, **options))
+
+
+class Sweep:
+    """All faults of one command.
+
+    watched   the folder on whose files faults happen
+    root      the folder in it that the command writes into
+    """
+
+    def __init__(self, command: Command, watched: Path) -> None:
+        self.command, self.watched, self.root = command, str(watched).encode(), watched / "out"
+        self.library = ctypes.CDLL(None)
+        self.wrong: list[str] = []
+        self.clear()
+        command.run()
+        self.expected = digests(command.out)
+
+    def clear(self) -> None:
+        """Begin with an empty folder."""
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.root.mkdir(parents=True)
+
+    def fork(self, mode: int, number: int) -> int:
+        """The process id of a child that runs the command under a fault, and ends with a status as above."""
+        if child := os.fork():
+            return child
+        status = BROKEN
+        try:
+            self.library.faults_arm(self.watched, mode, ctypes.c_long(number))
+            status = attempt(self.command.run)
+            self.library.faults_arm(b"", OFF, ctypes.c_long(0))
+        finally:
+            os._exit(status)
+
+    def run(self, mode: int, number: int = 0) -> int:
+        """The exit status of the command under a fault."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.fork(mode, number), 0)[1])
+
+    def operations(self, mode: int) -> int:
+        """How many operations a fault could hit."""
+        self.clear()
+        self.library.faults_arm(self.watched, OFF, ctypes.c_long(0))
+        self.command.run()
+        return int(self.library.faults_counted(mode))
+
+    def hit(self, fault: str, number: int) -> int:
+        """Hit one operation, look at what is there, and run again. Returns the exit status under the fault."""
+        self.clear()
+        status = self.run(FAULTS[fault], number)
+        allowed = (KILLED,) if fault in ("kill", "tear") else (0, REFUSED)
+        self.check(status in allowed, f"{fault} {number}: exit status {status}")
+        self.check(not (half := damaged(self.root)), f"{fault} {number}: half-written {half}")
+        self.check_finishes(f"{fault} {number}")
+        return status
+
+    def check_finishes(self, what: str) -> None:
+        """Run undisturbed where it had not finished: every byte must be there, and nothing else."""
+        if digests(self.command.out) != self.expected:
+            status = self.run(OFF)
+            self.check(status == 0, f"{what}: exit status {status} afterwards")
+        self.check(digests(self.command.out) == self.expected, f"{what}: other bytes afterwards")
+        left = list(self.root.rglob(".*.part"))
+        self.check(not left, f"{what}: left behind {left}")
+
+    def at_once(self) -> list[int]:
+        """Two runs together: one may be refused. Returns their exit statuses."""
+        self.clear()
+        children = [self.fork(OFF, 0) for _ in range(2)]
+        statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
+        self.check(statuses in ([0, 0], [0, REFUSED]), f"two at once: exit statuses {statuses}")
+        self.check_finishes("two at once")
+        return statuses
+
+    def clock(self) -> None:
+        """The clock jumps back."""
+        self.clear()
+        self.check(self.run(CLOCK) == 0, "clock: does not run")
+        self.check(digests(self.command.out) == self.expected, "clock: other bytes")
+
+    def check(self, good: bool, sentence: str) -> None:
+        if not good:
+            self.wrong.append(sentence)
+            print(f"WRONG {sentence}", flush=True)
+
+
+def attempt(run: Callable[[], object]) -> int:
+    """The exit status that a command's end amounts to."""
+    from lqexport.errors import UserError
+
+    try:
+        run()
+    except UserError:
+        return REFUSED
+    except BaseException:
+        traceback.print_exc(limit=-6)
+        return BROKEN
+    return 0
+
+
+def digests(out: Path) -> dict[str, str]:
+    """sha256 of a file, or of every file of a folder but the log, which holds times."""
+    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {str(path.relative_to(out)): sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def damaged(root: Path) -> list[str]:
+    """Files with a final name that are not whole, as far as their kind shows it."""
+    files = [path for path in root.rglob("*") if path.is_file() and ".part" not in str(path)]
+    return [str(path.relative_to(root)) for path in files if not is_whole(path)]
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a file ends where its kind of file says it does."""
+    from lqexport.converters.gguf_header import read_header
+    from lqexport.errors import UserError
+
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np"):
+                return True
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+        if path.suffix == ".gguf":
+            read_header(path)
+    except (SafetensorError, ValueError, UserError):
+        return False
+    return True
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--every", type=int, default=1, help="hit every so many operations")
+    parser.add_argument("--only", default="", help="only commands whose name holds this")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    work = arguments.work.resolve()
+    if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
+        preload(work)
+    draw, wrong, total = random.Random(arguments.seed), 0, Counter[str]()
+    for name, command in commands(work).items():
+        if arguments.only not in name:
+            continue
+        sweep = Sweep(command, work)
+        for fault, mode in FAULTS.items():
+            count = sweep.operations(mode)
+            first = draw.randint(1, min(arguments.every, count))
+            statuses = Counter(sweep.hit(fault, number) for number in range(first, count + 1, arguments.every))
+            total[fault] += statuses.total()
+            print(f"{name}, {fault}: {statuses.total()} of {count} operations, statuses {dict(statuses)}", flush=True)
+        sweep.clock()
+        print(f"{name}, two at once: statuses {sweep.at_once()}", flush=True)
+        wrong += len(sweep.wrong)
+    print(json.dumps({"faults": dict(total), "wrong": wrong}))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()
