@@ -102,6 +102,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
     target: option.Target = None,
     method: option.Method = None,
+    solver: option.Solver = None,
     calibration: option.Calibration = None,
     samples: option.Samples = None,
     sequence_length: option.SequenceLength = None,

@@ -31,6 +31,7 @@ from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
+from lqexport.solve_exact import check_exact
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
@@ -40,8 +41,11 @@ MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_
 
 
 def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
-    """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
+    """What every tensor of the source will be stored as; `chosen` are codecs found for a size. Raises UserError where
+    the target cannot hold the model, or the solver is not for it."""
     planned = _planned(source, recipe, chosen)
+    if recipe.solver == "exact":
+        check_exact(tensor for tensor in planned if tensor.linear)
     # A correction, or a choice of types, measures what solving loses.
     return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
 
