@@ -53,7 +53,7 @@ def _solve_row(weights, inverse, levels, codes, factor):
     for i in range(columns):
         codes[i] = _nearest_from(0, weights[i], levels)
         costs[i] = _cost(weights[i], codes[i], levels, diagonal[i])
-    at = np.argmin(costs)
+    at = int(np.argmin(costs))
     for step in range(columns):
         chosen, last = left[at], columns - 1 - step
         left[at] = left[last]

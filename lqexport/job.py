@@ -145,7 +145,9 @@ class Job:
         solved = any(not isinstance(codec(tensor.codec), PlainCodec) for tensor in self.linears.values())
         if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
             return None
-        recipe = self.recipe
+        recipe, positions = self.recipe, self.source.config.get("max_position_embeddings")
+        if self.architecture.encoder and recipe.sequence_length > positions:
+            raise UserError(f"The model has {positions} positions: take at most that as --sequence-length.")
         needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
         calibration = load_calibration(recipe.calibration, self.source.tokenizer(), samples=needed,
                                        sequence_length=recipe.sequence_length, seed=recipe.seed)  # fmt: skip
