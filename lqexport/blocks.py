@@ -195,7 +195,7 @@ class BlockModel:
     def embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """What an encoder gives for hidden states [batch, length, hidden] after the last block: [batch, hidden], of
         length 1."""
-        pooled = hidden[:, 0] if self.weights.config["pooling"] == "cls" else hidden.mean(1)
+        pooled = hidden[:, 0] if self.weights.config.get("pooling") == "cls" else hidden.mean(1)
         return nn.functional.normalize(pooled, dim=1)
 
     def _loaded(self, name: str, weight: str | None = None) -> nn.Module:

@@ -212,7 +212,7 @@ def _pooling(folder: Path) -> str:
     """How an encoder's hidden states become an embedding, by sentence-transformers' file: `mean` of all tokens, or
     `cls`, the first one; `mean` where there is no file. Raises UserError for any other way."""
     path = folder / "1_Pooling" / "config.json"
-    modes = _read_json(path) if path.is_file() else {"pooling_mode_mean_tokens": True}
+    modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
     chosen = [mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if is_on is True]
     known = {"mean_tokens": "mean", "cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in known:

@@ -209,7 +209,7 @@ def verify(
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
     limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio, "min_cosine": min_cosine}
-    result.limits = _limits(limits, source, engine)
+    result.limits = _limits(limits, source)
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
     check_tensors(result, export, factors, source, made_from, listener)
@@ -235,17 +235,14 @@ def _own_record(file: Path) -> Artifact | None:
     return found[0] if found else None
 
 
-def _limits(limits: dict[str, float | None], source: Weights, engine: str) -> dict[str, float]:
-    """Those that were given and can be measured. Raises UserError for one that cannot, and for an encoder in
-    llama.cpp."""
+def _limits(limits: dict[str, float | None], source: Weights) -> dict[str, float]:
+    """Those that were given and can be measured. Raises UserError for one that cannot."""
     given = {name: limit for name, limit in limits.items() if limit is not None}
     name = architecture_of(source.config).classes[0]
     if not architecture_of(source.config).encoder:
         if "min_cosine" in given:
             raise UserError(f"min_cosine is for encoders, and {name} predicts tokens: take max_kl.")
         return given
-    if engine == "llama.cpp":
-        raise UserError(f"The embeddings of {name} are computed by the engine lqexport alone.")
     if "max_kl" in given:
         raise UserError(f"{name} is an encoder, which predicts no tokens: take min_cosine in the place of max_kl.")
     # The command line has a limit on the perplexity by default.
