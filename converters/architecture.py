@@ -73,6 +73,8 @@ class Architecture:
     period      by default every so many blocks attend to the whole context, and the others to `sliding_window` tokens;
                 None where llama.cpp ignores windows, so that the context may be no longer than one
     free_heads  whether config.json may give heads another size than hidden_size / heads
+    encoder     whether every token sees the whole text and there is no output layer: the model gives an embedding of
+                the text, made of the hidden states after the last block
     wide_scale  number of blocks of the one model whose queries llama.cpp divides by the root of hidden_size / heads
                 instead of head_dim
     """
@@ -101,6 +103,7 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     period: int | None = None
     free_heads: bool = True
+    encoder: bool = False
     wide_scale: int | None = None
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"

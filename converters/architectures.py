@@ -472,6 +472,49 @@ OPT = Architecture(
     final_norm="model.decoder.final_layer_norm",
 )
 
+BERT = Architecture(
+    family="BERT (encoders of sentences)",
+    classes=("BertModel",),
+    model_type="bert",
+    gguf=None,
+    encoder=True,
+    linears=(
+        ("attention.self.query", "attention.self.key", "attention.self.value"),
+        ("attention.output.dense",),
+        ("intermediate.dense",),
+        ("output.dense",),
+    ),
+    # Each norm comes after the sum of what it names and its input.
+    gguf_block={
+        "attention.self.query": "attn_q",
+        "attention.self.key": "attn_k",
+        "attention.self.value": "attn_v",
+        "attention.output.dense": "attn_output",
+        "attention.output.LayerNorm": "attn_output_norm",
+        "intermediate.dense": "ffn_up",
+        "output.dense": "ffn_down",
+        "output.LayerNorm": "layer_output_norm",
+    },
+    gguf_top={
+        "embeddings.word_embeddings.weight": "token_embd.weight",
+        "embeddings.position_embeddings.weight": "position_embd.weight",
+        "embeddings.token_type_embeddings.weight": "token_types.weight",
+        "embeddings.LayerNorm.weight": "token_embd_norm.weight",
+        "embeddings.LayerNorm.bias": "token_embd_norm.bias",
+        "pooler.dense.weight": "cls.weight",
+        "pooler.dense.bias": "cls.bias",
+    },
+    unused=(r"position_ids$",),
+    # There is no output, so none is missing.
+    derived=lambda config: {"tie_word_embeddings": True},
+    rope_types=(),
+    free_heads=False,
+    blocks="encoder.layer",
+    embedding="embeddings.word_embeddings.weight",
+    # After the last block, but embeddings do not go through it.
+    final_norm="pooler.dense",
+)
+
 ARCHITECTURES = (
     LLAMA,
     QWEN2,
@@ -490,6 +533,7 @@ ARCHITECTURES = (
     GPT_NEOX,
     GPT2,
     OPT,
+    BERT,
 )
 
 

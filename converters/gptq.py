@@ -40,6 +40,8 @@ def plan_gptq(target: str, config: dict[str, Any], shapes: Shapes) -> list[Plann
     if target not in GPTQ:
         raise UserError(f"Unknown target {target!r}. Known: {', '.join(GPTQ)}.")
     architecture = architecture_of(config)
+    if architecture.encoder:
+        raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")
     kept = model_tensors(architecture, config, shapes)
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
     _check_fits(GPTQ[target], linears)

@@ -124,11 +124,12 @@ class BlockModel:
         """Modules that the hidden states come from: of tokens, and of positions where they are learned."""
         others = (self.architecture.final_norm, self.architecture.output)
         names = [name for name in self.architecture.gguf_top if not name.startswith(others)]
-        return [name.removesuffix(".weight") for name in names]
+        return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
     def let_go(self) -> None:
         """Drop the weights of the embedding and the output; they are read again when they are used."""
-        for name in [*self._embeddings(), self.architecture.output.removesuffix(".weight")]:
+        output = [] if self.architecture.encoder else [self.architecture.output.removesuffix(".weight")]
+        for name in [*self._embeddings(), *output]:
             module = self._model.get_submodule(name)
             module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
 
@@ -190,6 +191,12 @@ class BlockModel:
         logits = self._model(input_ids=None).logits
         self._model.set_submodule(self._body_name, self._body)
         return logits.reshape(*states.shape[:-1], -1)
+
+    def embedding(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What an encoder gives for hidden states [batch, length, hidden] after the last block: [batch, hidden], of
+        length 1."""
+        pooled = hidden[:, 0] if self.weights.config.get("pooling") == "cls" else hidden.mean(1)
+        return nn.functional.normalize(pooled, dim=1)
 
     def _loaded(self, name: str, weight: str | None = None) -> nn.Module:
         """A module outside the blocks with its weights on the device; `weight` is the tensor where it is another's."""

@@ -23,7 +23,8 @@ class Calibration:
     name     as the user gave it
     sha256   of the whole text
     text_tokens   tokens in the whole text
-    bos      whether every sequence begins with the beginning-of-sequence token
+    bos      whether every sequence begins with the beginning-of-sequence token, an encoder's [CLS]
+    separator   whether every sequence ends with an encoder's [SEP]
     """
 
     tokens: torch.Tensor
@@ -31,12 +32,13 @@ class Calibration:
     sha256: str
     text_tokens: int
     bos: bool
+    separator: bool = False
 
     @property
     def repeats(self) -> bool:
         """Whether the text is too short for all sequences to be of different tokens."""
         samples, length = self.tokens.shape
-        return samples > self.text_tokens // (length - self.bos)
+        return samples > self.text_tokens // (length - self.bos - self.separator)
 
     def facts(self) -> dict[str, Any]:
         """What a report records of it."""
@@ -52,25 +54,35 @@ def load_calibration(
 
     The text is tokenized once, without special tokens. A tokenizer that begins its output with a beginning-of-sequence
     token (Llama 2 and 3 do, SmolLM2 does not) has each window begin with it, followed by `sequence_length - 1` tokens
-    of text; other models get windows of text alone. Windows do not overlap until the text is used up; only then are
+    of text; an encoder's, which puts a text between [CLS] and [SEP], has each window so, too; other models get windows
+    of text alone. Windows do not overlap until the text is used up; only then are
     more drawn, at another offset. Equal arguments give equal tokens.
 
     Raises UserError where the text is unknown or holds fewer tokens than one window.
     """
     text = read_text(name_or_file)
-    bos = begins_with_bos(tokenizer)
+    before, after = _special_tokens(tokenizer)
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
-    length = sequence_length - bos
+    length = sequence_length - len(before) - len(after)
     if len(ids) < length:
         raise UserError(
             f"The text {name_or_file} has {len(ids)} tokens, and a sequence of {sequence_length} needs {length}. "
             "Give a longer text or a smaller --sequence-length."
         )
     starts = _window_starts(len(ids), length, samples, seed)
-    tokens = torch.stack([ids[start : start + length] for start in starts])
-    if bos:
-        tokens = torch.cat([torch.full((samples, 1), tokenizer.bos_token_id), tokens], dim=1)
-    return Calibration(tokens, name_or_file, text.sha256, len(ids), bos)
+    parts = [torch.cat([before, ids[start : start + length], after]) for start in starts]
+    return Calibration(torch.stack(parts), name_or_file, text.sha256, len(ids), len(before) > 0, len(after) > 0)
+
+
+def _special_tokens(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """What stands before and after a text that a model sees: ids int64 [0 or 1] each."""
+    none = torch.empty(0, dtype=torch.int64)
+    if begins_with_bos(tokenizer):
+        return torch.tensor([tokenizer.bos_token_id]), none
+    ids, first = tokenizer("a").input_ids, getattr(tokenizer, "cls_token_id", None)
+    if first is None or ids[0] != first or ids[-1] != tokenizer.sep_token_id:
+        return none, none
+    return torch.tensor(ids[:1]), torch.tensor(ids[-1:])
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -53,7 +53,7 @@ def _sentences(result: Verification) -> list[str]:
 
 
 def _measured(result: Verification) -> list[str]:
-    if not result.evaluations:
+    if not result.columns:
         return ["Nothing: the file could not be run."]
     lines = _table(["", *(title for title, _ in result.columns)], [[name, *shown] for name, shown in measures(result)])
     return [*lines, "", f"On the text {result.text}, in {result.engine}. ± is one standard error."]

@@ -102,6 +102,7 @@ def quantize(
     out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
     target: option.Target = None,
     method: option.Method = None,
+    solver: option.Solver = None,
     calibration: option.Calibration = None,
     samples: option.Samples = None,
     sequence_length: option.SequenceLength = None,
@@ -196,8 +197,10 @@ def run_quantize(
     if "budget" in report:
         _show_budget(recipe, out, report["budget"])
     if "tuning" in report:
-        before, after = (report["tuning"][f"held_out_kl_{when}"] for when in ("before", "after"))
-        print(f"Tuning: KL on held-out calibration sequences {before:.4f} before, {after:.4f} after")
+        told = report["tuning"]
+        loss, name = ("kl", "KL") if "held_out_kl_after" in told else ("distance", "cosine distance")
+        before, after = (told[f"held_out_{loss}_{when}"] for when in ("before", "after"))
+        print(f"Tuning: {name} on held-out calibration sequences {before:.4f} before, {after:.4f} after")
     if "correction" in report:
         from lqexport.ranks import sentences
 
@@ -450,6 +453,9 @@ def verify(
     ] = None,
     max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
     max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Of an encoder: fail where the mean cosine of embeddings is below this.")
+    ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
     linear: Annotated[
         str | None, typer.Option(help="The matrix whose weights and grid the page shows. [default: the lossiest]")
@@ -463,7 +469,8 @@ def verify(
 ) -> None:
     """Open the written file again and measure it against its source.
 
-    Checks its structure and, with --artifact, every tensor; then perplexity, KL divergence and top-1 agreement.
+    Checks its structure and, with --artifact, every tensor; then perplexity, KL divergence and top-1 agreement, or of
+    an encoder its embeddings of the text's sentences and how they rank each other.
 
     Examples:
 
@@ -492,6 +499,7 @@ def verify(
                 activations=activations,
                 max_kl=max_kl,
                 max_perplexity_ratio=max_perplexity_ratio or None,
+                min_cosine=min_cosine,
                 linear=linear,
                 device=device,
                 listener=listener,

@@ -261,15 +261,29 @@ def _keep_inputs(model: BlockModel, shards: dict[int, list[Tensor]], states: _St
 
 
 def _head_gradient(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient, by the last block's outputs [batch, length, hidden], of the cross-entropy summed over all tokens."""
+    """Gradient, by the last block's outputs [batch, length, hidden], of the cross-entropy summed over all tokens; of an
+    encoder, of its embeddings along random directions."""
     parts = []
     for sequence, states in zip(ids, hidden.to(model.device), strict=True):
         with torch.enable_grad():
             states.requires_grad_()
-            logits = model.logits(states[:-1])
-            loss = nn.functional.cross_entropy(logits, sequence[1:].to(model.device), reduction="sum")
-            parts.append(torch.autograd.grad(loss, states)[0])
+            end = _along_direction if model.architecture.encoder else _cross_entropy
+            parts.append(torch.autograd.grad(end(model, sequence, states), states)[0])
     return torch.stack(parts).cpu()
+
+
+def _cross_entropy(model: BlockModel, sequence: Tensor, states: Tensor) -> Tensor:
+    """Summed over the tokens [length], predicted from states [length, hidden] after the last block."""
+    logits = model.logits(states[:-1])
+    return nn.functional.cross_entropy(logits, sequence[1:].to(model.device), reduction="sum")
+
+
+def _along_direction(model: BlockModel, sequence: Tensor, states: Tensor) -> Tensor:
+    """The embedding times a normal random vector: on average the square of its derivative by anything is the sum of
+    those of the embedding's parts, and half of that is 1 - cosine, to second order. The sequence draws the vector."""
+    draw = torch.Generator().manual_seed(int(sequence.sum()))
+    direction = torch.randn(states.shape[-1], generator=draw).to(states.device)
+    return model.embedding(states[None])[0] @ direction
 
 
 def _block_backward(

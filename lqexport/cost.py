@@ -256,9 +256,14 @@ def operations_estimate(work: Work) -> Operations:
     forward = 2 * sum(tensor.weights for tensor in linears) + attention  # per token
     moments = sum(work.tokens * columns**2 for columns in work.inputs(linears))  # one half of the matrix
     factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 for tensor in linears)
-    per_column = 1 + 2 * recipe.descent
-    solver = sum(per_column * tensor.weights * tensor.matrix[1] for tensor in linears)
+    descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
+    solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
     return Operations(_passes(work) * work.tokens * forward + _tuning(work, forward), moments, factors, solver)
+
+
+def _codes(recipe: Recipe, rows: int, columns: int) -> float:
+    """Operations of finding a linear's codes by error feedback, or by the exact solver."""
+    return rows * columns**3 / 3 if recipe.solver == "exact" else rows * columns**2
 
 
 def _passes(work: Work) -> int:

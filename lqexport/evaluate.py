@@ -96,8 +96,14 @@ def block_logits(
     """Logits [protocol.scored, vocabulary] that predict the scored tokens, window by window.
 
     Every decoder block runs over all windows before the next one is loaded, so memory holds one block's weights and
-    one hidden state per token. That is done at the call; iterating only applies the head.
+    one hidden state per token. That is done at the call; iterating only applies the head. Raises UserError for an
+    encoder.
     """
+    if model.architecture.encoder:
+        raise UserError(
+            f"{model.architecture.classes[0]} is an encoder, which predicts no tokens: `lqexport verify` compares its "
+            "embeddings."
+        )
     listener.stage(description, len(model) * len(windows))
     hidden = [model.start(torch.from_numpy(window)[None]) for window in windows]
     for _, block in model.blocks():

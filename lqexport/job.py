@@ -31,6 +31,7 @@ from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
+from lqexport.solve_exact import check_exact
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
@@ -40,8 +41,11 @@ MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_
 
 
 def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
-    """What every tensor of the source will be stored as; `chosen` are codecs found for a size."""
+    """What every tensor of the source will be stored as; `chosen` are codecs found for a size. Raises UserError where
+    the target cannot hold the model, or the solver is not for it."""
     planned = _planned(source, recipe, chosen)
+    if recipe.solver == "exact":
+        check_exact(tensor for tensor in planned if tensor.linear)
     # A correction, or a choice of types, measures what solving loses.
     return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
 
@@ -142,7 +146,9 @@ class Job:
         solved = any(not isinstance(codec(tensor.codec), PlainCodec) for tensor in self.linears.values())
         if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
             return None
-        recipe = self.recipe
+        recipe, positions = self.recipe, self.source.config.get("max_position_embeddings")
+        if self.architecture.encoder and recipe.sequence_length > positions:
+            raise UserError(f"The model has {positions} positions: take at most that as --sequence-length.")
         needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
         calibration = load_calibration(recipe.calibration, self.source.tokenizer(), samples=needed,
                                        sequence_length=recipe.sequence_length, seed=recipe.seed)  # fmt: skip

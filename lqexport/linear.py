@@ -19,6 +19,7 @@ from lqexport.moments import importance
 from lqexport.recipe import Recipe
 from lqexport.sections import TensorSections
 from lqexport.solve import Factor, damped, factorize, feedback, layer_loss, refine
+from lqexport.solve_exact import exact
 from lqexport.solve_sections import refine_sections
 
 ROUND_CHUNK = 1 << 24
@@ -120,7 +121,7 @@ def _solve_grid(
         grid = minmax(codec, weight)
     else:
         grid = fit(codec, weight, importance(hessian, factor, recipe.importance, recipe.exponent))
-    codes = feedback(weight, grid, factor)
+    codes = (exact if recipe.solver == "exact" else feedback)(weight, grid, factor)
     if recipe.method == "lean" and recipe.descent:
         return refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
     return grid, codes

@@ -21,12 +21,15 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
 
     Raises UserError where the folder is no native one, or is damaged.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+    from lqexport.converters.architectures import find_architecture
     from lqexport.converters.native import METHOD
 
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(folder), **SAFE | options)
+        known = find_architecture(AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict())
+        kind = AutoModel if known and known.encoder else AutoModelForCausalLM
+        model = kind.from_pretrained(str(folder), **SAFE | options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).strip()}") from error
     if getattr(model, "quantization_method", None) != METHOD:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import architecture_of
@@ -56,17 +56,17 @@ def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pr
     Raises UserError where transformers makes no model of this config.json."""
     architecture = architecture_of(config)
     with torch.device("meta"):
-        model = _made_by_transformers(config, dtype)
+        model = _made_by_transformers(config, AutoModel if architecture.encoder else AutoModelForCausalLM, dtype)
         for block in model.get_submodule(architecture.blocks).children():
             _take_apart(block, architecture)
     return model
 
 
-def _made_by_transformers(config: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
+def _made_by_transformers(config: dict[str, Any], maker: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
         known = AutoConfig.for_model(**options)
-        return AutoModelForCausalLM.from_config(known, dtype=dtype, trust_remote_code=False).eval()
+        return maker.from_config(known, dtype=dtype, trust_remote_code=False).eval()
     except Exception as error:  # each model's code refuses what it does not like in its own way
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"transformers can make no model of config.json ({type(error).__name__}: {reason}).") from error

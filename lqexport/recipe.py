@@ -16,6 +16,7 @@ else:
     import tomli as tomllib
 
 Method = Literal["rtn", "gptq", "lean"]
+Solver = Literal["blocked", "exact"]
 Moments = Literal["plain", "normalized", "guided"]
 Scaling = Literal["lqer", "l2qer", "qera-diag", "qera"]
 ComputeDtype = Literal["float32", "bfloat16"]
@@ -33,6 +34,7 @@ class Recipe:
     source: str
     target: str
     method: Method = "lean"
+    solver: Solver = "blocked"
     calibration: str = "python-docs"
     samples: int = 64
     sequence_length: int = 512
@@ -65,7 +67,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
-        choices |= {"scaling": Scaling, "compute_dtype": ComputeDtype}
+        choices |= {"scaling": Scaling, "compute_dtype": ComputeDtype, "solver": Solver}
         for name, literal in choices.items():
             if (value := getattr(self, name)) is not None and value not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
@@ -83,6 +85,8 @@ class Recipe:
             )
         if self.output_groups > 1 and self.moments != "guided":
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
+        if self.solver == "exact" and self.method == "rtn":
+            raise UserError("Method rtn solves nothing: leave out the solver exact, or take method lean.")
         if self.asymmetric and self.prefix != "quantized":
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
         self._check_correction()

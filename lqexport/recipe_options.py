@@ -20,6 +20,10 @@ Target = Annotated[
     str | None, typer.Option(help="Type of the linears or llama.cpp mix: gguf:Q4_K, gguf:Q4_K_M, gptq:4-g128, exl2.")
 ]
 Method = Annotated[str | None, _option("method", "lean, gptq or rtn.")]
+Solver = Annotated[
+    str | None,
+    _option("solver", "blocked: one order of columns for all rows; exact: each row in its own, for small models."),
+]
 Calibration = Annotated[
     str | None,
     _option(

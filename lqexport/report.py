@@ -18,6 +18,7 @@ from rich.text import Text
 
 from lqexport.artifact import written_whole
 from lqexport.converters.factors import is_factor
+from lqexport.embeddings import NEIGHBOURS
 from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
 from lqexport.portrait import Portrait
@@ -103,9 +104,20 @@ ROWS: dict[str, Callable[[Any], str]] = {
 }
 
 
+ENCODER_ROWS: dict[str, Callable[[Any], str]] = {
+    "sentences": lambda found: str(found.sentences),
+    "mean cosine to the source's embedding": lambda found: with_error(found.cosine, found.cosine_error),
+    "least cosine": lambda found: figure(found.cosine_least),
+    f"of the {NEIGHBOURS} nearest, the same": lambda found: with_error(found.recall, found.recall_error),
+    "same nearest": lambda found: share(found.top1),
+    f"Kendall's tau of the {NEIGHBOURS} nearest": lambda found: with_error(found.kendall, found.kendall_error),
+}
+
+
 def measures(result: Verification) -> list[tuple[str, list[str]]]:
     """Label, and the value in each of the result's columns."""
-    return [(label, [show(found) for _, found in result.columns]) for label, show in ROWS.items()]
+    rows = ENCODER_ROWS if result.similarity else ROWS
+    return [(label, [show(found) for _, found in result.columns]) for label, show in rows.items()]
 
 
 def checks(result: Verification) -> list[tuple[str, str]]:
@@ -148,7 +160,7 @@ def for_terminal(result: Verification) -> RenderableType:
     lines = [Text(f"warning: {sentence}", style="yellow") for sentence in result.warnings]
     lines += [Text(f"failed: {sentence}", style="red") for sentence in result.failed]
     lines.append(Text(f"result: {verdict(result)}", style="bold red" if result.failed else "bold"))
-    numbers: list[RenderableType] = [table, Text()] if result.evaluations else []
+    numbers: list[RenderableType] = [table, Text()] if result.columns else []
     return Group(head, Text(), *numbers, *lines)
 
 

@@ -35,6 +35,12 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
+    # WordPiece, and what sentence-transformers reads beside the model.
+    "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
 )
 
 
@@ -69,6 +75,8 @@ class HuggingFaceSource:
         self.name = name
         self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
         self._architecture = find_architecture(self.config)
+        if self._architecture and self._architecture.encoder:
+            self.config.setdefault("pooling", _pooling(folder))
         self._files = _tensor_files(folder)
         self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
         self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
@@ -197,6 +205,18 @@ class GGUFSource(GGUFModel):
                 with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
                     file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
         write_json(folder / "config.json", self.config)
+
+
+def _pooling(folder: Path) -> str:
+    """How an encoder's hidden states become an embedding, by sentence-transformers' file: `mean` of all tokens, or
+    `cls`, the first one; `mean` where there is no file. Raises UserError for any other way."""
+    path = folder / "1_Pooling" / "config.json"
+    modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
+    chosen = [mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if is_on is True]
+    known = {"mean_tokens": "mean", "cls_token": "cls"}
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise UserError(f"{path} asks for pooling by {chosen}; known are {', '.join(known)}, one of them alone.")
+    return known[chosen[0]]
 
 
 def open_source(name: str) -> Source:

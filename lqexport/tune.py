@@ -49,10 +49,12 @@ State = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean KL in nats per token on the held-out sequences, before and after."""
+    """Mean loss on the held-out sequences, before and after: KL in nats per token; of an encoder, the cosine distance
+    of embeddings."""
 
     before: float
     after: float
+    loss: str = "kl"
 
     @property
     def kept(self) -> bool:
@@ -60,7 +62,8 @@ class Outcome:
         return self.after < self.before
 
     def facts(self) -> dict[str, Any]:
-        return {"held_out_kl_before": self.before, "held_out_kl_after": self.after, "kept": self.kept}
+        name = f"held_out_{self.loss}"
+        return {f"{name}_before": self.before, f"{name}_after": self.after, "kept": self.kept}
 
 
 def numbers(grid: TensorGrid | TensorSections) -> State:
@@ -121,13 +124,15 @@ class Tuner:
         self.tokens, self.rate = tokens, rate
         self.steps = len(tokens) - HELD_OUT
         self.blocks = [solved.names(index) for index in range(len(solved))]
+        self.encoder = solved.architecture.encoder
         self.norm = f"{solved.architecture.final_norm}.weight"
         self.deltas = self._zeros()
 
     def _zeros(self) -> State:
         """One change per tuned number, in units of `_unit`; keys are TENSOR/NUMBER."""
         deltas = {}
-        for name in [name for names in self.blocks for name in names] + [self.norm]:
+        last = [] if self.encoder else [self.norm]
+        for name in [name for names in self.blocks for name in names] + last:
             for number, values in self._numbers(name).items():
                 deltas[f"{name}/{number}"] = torch.zeros_like(values, requires_grad=True)
         return deltas
@@ -197,7 +202,7 @@ class Tuner:
             if (step + 1) % SAVE_EVERY == 0:
                 self._save(step + 1, before, optimizer)
             self.listener.advance(1)
-        outcome = Outcome(before, self._held_out(targets))
+        outcome = Outcome(before, self._held_out(targets), "distance" if self.encoder else "kl")
         content = self._finished() if outcome.kept else {}
         _write(done, content, {"outcome": json.dumps(asdict(outcome), sort_keys=True)})
 
@@ -239,7 +244,11 @@ class Tuner:
         return hidden.grad
 
     def _divergence(self, state: Tensor, target: Tensor) -> Tensor:
-        """Mean KL(source || solved) over a sequence, for hidden states [length, hidden] after the last blocks."""
+        """Mean KL(source || solved) over a sequence, for hidden states [length, hidden] after the last blocks; of an
+        encoder, 1 - cosine of its embeddings."""
+        if self.encoder:
+            pair = (self.solved.embedding(state[None]), self.source.embedding(target[None].to(state.device)))
+            return 1 - (pair[0] * pair[1]).sum()
         ours = log_softmax(self.solved.logits(state, {"weight": self._value(self.norm)}), -1)
         theirs = log_softmax(self.source.logits(target.to(state.device)), -1)
         return kl_div(ours, theirs, reduction="batchmean", log_target=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,6 +32,7 @@ from lqexport.converters.gguf_split import read_split
 from lqexport.converters.native import RECORD
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
+from lqexport.embeddings import Similarity, embeddings, sentences, similarity, token_ids
 from lqexport.environment import choose_device, full_float32, versions
 from lqexport.errors import UserError, well_formed
 from lqexport.evaluate import PROTOCOLS, Evaluation
@@ -55,7 +56,11 @@ TOKENIZER_LIMIT = 0.01
 """llama.cpp must split all but this share of the text's first lines as the source's tokenizer does."""
 
 
-LIMITS = {"max_kl": "mean KL divergence", "max_perplexity_ratio": "perplexity relative to the source"}
+LIMITS = {
+    "max_kl": "mean KL divergence",
+    "max_perplexity_ratio": "perplexity relative to the source",
+    "min_cosine": "mean cosine of embeddings",
+}
 """What each limit is on, in words."""
 
 
@@ -94,6 +99,7 @@ class Verification:
     worst              the first evaluation's tokens of the largest KL divergence, with the text before them
     portrait           one linear's weights and grid
     base_evaluations   of the file without its adapter
+    similarity         of an encoder's embeddings, in the place of evaluations
     """
 
     file: str
@@ -115,6 +121,7 @@ class Verification:
     worst: list[InContext] = field(default_factory=list)
     portrait: Portrait | None = None
     base_evaluations: list[Evaluation] = field(default_factory=list)
+    similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
@@ -129,8 +136,10 @@ class Verification:
         return 8 * self.nbytes / max(1, sum(tensor.weights for tensor in self.tensors if not is_factor(tensor.name)))
 
     @property
-    def columns(self) -> list[tuple[str, Evaluation]]:
+    def columns(self) -> Sequence[tuple[str, Evaluation | Similarity]]:
         """Every evaluation with its title."""
+        if self.similarity:
+            return [("embeddings", self.similarity)]
         base = [(f"{found.protocol}, base alone", found) for found in self.base_evaluations]
         return [(found.protocol, found) for found in self.evaluations] + base
 
@@ -166,6 +175,7 @@ def verify(
     activations: str | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = None,
+    min_cosine: float | None = None,
     linear: str | None = None,
     device: str = "auto",
     listener: Listener | None = None,
@@ -175,14 +185,14 @@ def verify(
     against      the source: folder, hub id or .gguf file
     text         name or file for `texts.read_text`; not what was calibrated on
     protocols    names in `evaluate.PROTOCOLS`
-    windows      at most so many per protocol; None for the whole text
+    windows      at most so many per protocol; None for the whole text. Of an encoder: sentences
     engine       what runs the file: this program's own decoding, or llama.cpp. The source always runs in ours, float32.
     artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself, a
                  native folder against the manifest in it
     adapter      low-rank corrections to run the file with, a GGUF LoRA adapter or a PEFT folder (an artifact folder has
                  its own): evaluated with and without
     activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
-    max_kl, max_perplexity_ratio   limits, for each protocol
+    max_kl, max_perplexity_ratio   limits, for each protocol;  min_cosine   of an encoder, in their place
     linear       the matrix to make a portrait of; None: the one whose weights lost most
 
     Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
@@ -198,17 +208,22 @@ def verify(
     result = begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
-    result.limits = _given({"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio})
+    limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio, "min_cosine": min_cosine}
+    result.limits = _limits(limits, source)
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
     check_tensors(result, export, factors, source, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
-        cut = cut_text(source.tokenizer(), evaluation_text, protocols, windows)
-        if engine == "llama.cpp":
-            check_tokenizer(result, source.tokenizer(), evaluation_text)
-        evaluate_file(result, export, factors, source, cut, listener)
-        result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), source.tokenizer())
+        if architecture_of(source.config).encoder:
+            texts = sentences(evaluation_text.content, windows)
+            compare_embeddings(result, export, factors, source, texts, source.tokenizer(), listener)
+        else:
+            cut = cut_text(source.tokenizer(), evaluation_text, protocols, windows)
+            if engine == "llama.cpp":
+                check_tokenizer(result, source.tokenizer(), evaluation_text)
+            evaluate_file(result, export, factors, source, cut, listener)
+            result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), source.tokenizer())
         result.portrait = _portrait(result, export, source, linear)
         check_limits(result)
     return result
@@ -220,8 +235,18 @@ def _own_record(file: Path) -> Artifact | None:
     return found[0] if found else None
 
 
-def _given(limits: dict[str, float | None]) -> dict[str, float]:
-    return {name: limit for name, limit in limits.items() if limit is not None}
+def _limits(limits: dict[str, float | None], source: Weights) -> dict[str, float]:
+    """Those that were given and can be measured. Raises UserError for one that cannot."""
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    name = architecture_of(source.config).classes[0]
+    if not architecture_of(source.config).encoder:
+        if "min_cosine" in given:
+            raise UserError(f"min_cosine is for encoders, and {name} predicts tokens: take max_kl.")
+        return given
+    if "max_kl" in given:
+        raise UserError(f"{name} is an encoder, which predicts no tokens: take min_cosine in the place of max_kl.")
+    # The command line has a limit on the perplexity by default.
+    return {limit: value for limit, value in given.items() if limit == "min_cosine"}
 
 
 def begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
@@ -457,10 +482,13 @@ def logits_of_file(
         with llamacpp.LlamaCpp(Path(result.file), protocol.window, adapter=adapter) as engine:
             yield evaluate.engine_logits(engine, windows, protocol)
     else:
-        weights = Corrected(export, factors) if factors else export
-        rounded = rounding(result.activations) if result.activations else None
-        model = BlockModel(weights, result.device, rounding=rounded)
-        yield evaluate.block_logits(model, windows, protocol, listener, label)
+        yield evaluate.block_logits(_model_of_file(result, export, factors), windows, protocol, listener, label)
+
+
+def _model_of_file(result: Verification, export: Weights, factors: Factors | None) -> BlockModel:
+    """The file's model by this program's own decoding, with its adapter where `factors` are given."""
+    weights = Corrected(export, factors) if factors else export
+    return BlockModel(weights, result.device, rounding=rounding(result.activations) if result.activations else None)
 
 
 def evaluate_file(
@@ -484,6 +512,23 @@ def evaluate_file(
                 result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
 
 
+def compare_embeddings(
+    result: Verification,
+    export: Weights,
+    factors: Factors | None,
+    source: Weights,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    listener: Listener,
+) -> None:
+    """An encoder's embeddings of some sentences against its source's, both by this program's own decoding."""
+    ids = token_ids(tokenizer, texts, source.config["max_position_embeddings"])
+    test = _model_of_file(result, export, factors)
+    embedded = embeddings(test, ids, listener, "Run the file")
+    reference = embeddings(BlockModel(source, result.device), ids, listener, "Run the source")
+    result.similarity = similarity(reference, embedded)
+
+
 def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
     """Compare how llama.cpp and the source split the first lines of the text: a wrong pre-tokenizer ruins a good file.
 
@@ -503,6 +548,11 @@ def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, te
 
 def check_limits(result: Verification) -> None:
     """Say which limits are not kept. A number that is not finite keeps none, and fails without any limit."""
+    if near := result.similarity:
+        limit = result.limits.get("min_cosine", -math.inf)
+        # Not `cosine < limit`, which NaN would pass.
+        if not near.cosine >= limit:
+            result.failed.append(f"{LIMITS['min_cosine']} is {near.cosine:.4g}, below the limit of {limit:g}.")
     for found in result.evaluations:
         if not math.isfinite(found.kl) or not math.isfinite(found.perplexity):
             result.failed.append(f"{found.protocol}: the model's predictions are not finite.")

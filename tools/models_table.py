@@ -44,7 +44,8 @@ def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
     classes = ", ".join(f"`{name}`" for name in entry.classes)
     kinds = ", ".join(kind for kind in entry.rope_types if kind != "default") or "-"
     if entry.gguf is None:
-        return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2 is not None), "native"
+        gguf = "not written" if entry.encoder else "not in llama.cpp"
+        return entry.family, classes, gguf, "-", "-", _yes(entry.exl2 is not None), "native"
     windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
     windows = windows if entry.period else "context cut to one"
     return entry.family, classes, f"`{entry.gguf}`", kinds, windows, _yes(entry.exl2 is not None), ", ".join(cases)

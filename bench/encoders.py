@@ -1,0 +1,163 @@
+"""An encoder in tables per row of 4, 3 and 2 bits: plain rounding, one order for all rows, and each row in its own.
+
+    python bench/encoders.py MODEL --calibration FILE --evaluation FILE
+        [--bits 4 3 2] [--samples 128] [--sentences 500] [--widest 0]
+
+Guided second moments (of the embedding) are gathered once, from the full-precision prefix. Every method then solves
+all linears by the program's own functions; with `--widest N`, matrices of more than N columns are solved in one order
+for all rows by the exact method too. Judged by the embeddings of sentences of the evaluation text against the source's
+(`lqexport.embeddings`). The output error is the loss over all linears relative to their outputs' energy; seconds are of
+CPU time, for finding the codes. Prints Markdown, line by line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lqexport.blocks import BlockModel
+from lqexport.calibration import load_calibration
+from lqexport.collect import by_weight, guided_moments
+from lqexport.embeddings import embeddings, sentences, similarity, token_ids
+from lqexport.fit import fit, minmax
+from lqexport.formats.registry import codec
+from lqexport.grid import TensorGrid
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+from lqexport.solve import Factor, damped, factorize, feedback, layer_loss, refine
+from lqexport.solve_exact import exact
+from lqexport.source import Source, open_source
+from lqexport.texts import read_text
+
+COLUMNS = ("bits", "method", "output error", "mean cosine", "least", "of the 10 nearest, the same", "same nearest")
+COLUMNS += ("Kendall's tau", "CPU s")
+Solver = Callable[[Tensor, TensorGrid, Factor], Tensor]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """The source with other weights in the place of some of its own, as `lqexport.weights.Weights`."""
+
+    source: Source
+    values: dict[str, Tensor]
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return self.source.config
+
+    def names(self) -> list[str]:
+        return self.source.names()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(name)
+
+    def read(self, name: str) -> Tensor:
+        return self.values[name] if name in self.values else self.source.read(name)
+
+
+@dataclass
+class Bench:
+    """weights [R, C] and moments [C, C] of every linear; ids and reference: the sentences and their embeddings."""
+
+    source: Source
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    ids: list[list[int]]
+    reference: Tensor
+
+    def tell(self, bits: int, method: str, values: dict[str, Tensor], seconds: float) -> None:
+        """One line of the table."""
+        errors = [layer_loss(values[name] - weight, self.moments[name]) for name, weight in self.weights.items()]
+        energies = [layer_loss(weight, self.moments[name]) for name, weight in self.weights.items()]
+        model = BlockModel(Changed(self.source, values))
+        found = similarity(self.reference, embeddings(model, self.ids, Silent(), ""))
+        cells = [str(bits), method, f"{sum(errors) / sum(energies):.4f}"]
+        cells += [f"{found.cosine:.4f} ± {found.cosine_error:.4f}", f"{found.cosine_least:.3f}"]
+        cells += [f"{found.recall:.3f} ± {found.recall_error:.3f}", f"{found.top1:.1%}"]
+        cells += [f"{found.kendall:.3f}", f"{seconds:.0f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    def rounded(self, bits: int) -> None:
+        """To the nearest value of the evenly spaced table, and of the loss-error-aware one."""
+        kind = codec(f"native:table-{bits}")
+        plain, aware = {}, {}
+        for name, weight in self.weights.items():
+            even, fitted = minmax(kind, weight), fit(kind, weight, self.moments[name].diagonal())
+            plain[name], aware[name] = even.values(even.nearest(weight)), fitted.values(fitted.nearest(weight))
+        self.tell(bits, "RTN, even table", plain, 0)
+        self.tell(bits, "rounded to the fitted table", aware, 0)
+
+    def solved(self, bits: int, method: str, solver: Solver) -> None:
+        """By a solver alone, then with descent."""
+        recipe, alone, refined, seconds = Recipe("", f"native:table-{bits}"), {}, {}, 0.0
+        for name, weight in self.weights.items():
+            hessian = self.moments[name]
+            factor = factorize(hessian, recipe.dampening, recipe.act_order)
+            grid = fit(codec(recipe.target), weight, hessian.diagonal())
+            began = time.process_time()
+            codes = solver(weight, grid, factor)
+            seconds += time.process_time() - began
+            alone[name] = grid.values(codes)
+            moved, codes = refine(
+                weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True
+            )
+            refined[name] = moved.values(codes)
+        self.tell(bits, f"{method}, one pass", alone, seconds)
+        self.tell(bits, f"{method}, with descent", refined, seconds)
+
+
+def gathered(source: Source, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Guided second moments by the names of the weights."""
+    model = BlockModel(source)
+    with tempfile.TemporaryDirectory() as folder:
+        for block in guided_moments(model, tokens, 1, Path(folder), Silent()):
+            yield from by_weight(model, block).items()
+
+
+def made(arguments: argparse.Namespace) -> Bench:
+    source = open_source(arguments.model)
+    tokenizer = source.tokenizer()
+    tokens = load_calibration(
+        arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=128, seed=0
+    ).tokens
+    moments = dict(gathered(source, tokens))
+    chosen = sentences(read_text(arguments.evaluation).content, arguments.sentences)
+    ids = token_ids(tokenizer, chosen, source.config["max_position_embeddings"])
+    weights = {name: source.read(name).float() for name in moments}
+    return Bench(source, weights, moments, ids, embeddings(BlockModel(source), ids, Silent(), ""))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sentences", type=int, default=500)
+    parser.add_argument("--widest", type=int, default=0, help="0: no limit")
+    arguments = parser.parse_args()
+
+    def narrow(weight: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
+        wide = arguments.widest and weight.shape[1] > arguments.widest
+        return (feedback if wide else exact)(weight, grid, factor)
+
+    with torch.no_grad():
+        bench = made(arguments)
+        print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}")
+        for bits in arguments.bits:
+            bench.rounded(bits)
+            bench.solved(bits, "one order for all rows", feedback)
+            bench.solved(bits, f"exact{f' up to {arguments.widest} columns' if arguments.widest else ''}", narrow)
+
+
+if __name__ == "__main__":
+    main()

