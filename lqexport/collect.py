@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from lqexport.artifact import AGAIN, open_tensors, written_whole
 from lqexport.blocks import BlockModel
+from lqexport.factor import Keep, in_place
 from lqexport.moments import SecondMoments
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
@@ -64,17 +66,18 @@ def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
 
 def forward_moments(
     model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE, keep: Keep = in_place,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Plain or normalized second moments of the wanted groups, up to block `last`."""
-    passed = _forward(model, tokens, kind, wanted, last, processes)
+    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay."""
+    new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
+    passed = _forward(model, tokens, wanted, last, processes, new)
     while window := list(islice(passed, processes.count)):
         yield from (moments for moments in window if moments is not None)
 
 
 def _forward(
-    model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
-    processes: Processes,
+    model: BlockModel, tokens: Tensor, wanted: Callable[[int, Group], bool], last: int, processes: Processes,
+    new: Callable[[int], SecondMoments],
 ) -> Iterator[BlockMoments | None]:  # fmt: skip
     """Block by block, the moments where they are this process's."""
     shards = sharded(tokens, model.device)
@@ -82,16 +85,16 @@ def _forward(
     model.let_go()
     for index in range(last + 1):
         groups = [group for group in model.architecture.linears if wanted(index, group)]
-        yield _block_forward(model, index, groups, kind, hidden, list(processes.rounds(len(shards))), processes)
+        yield _block_forward(model, index, groups, new, hidden, list(processes.rounds(len(shards))), processes)
 
 
 def _block_forward(
-    model: BlockModel, index: int, groups: list[Group], kind: Moments, hidden: list[list[Tensor]],
+    model: BlockModel, index: int, groups: list[Group], new: Callable[[int], SecondMoments], hidden: list[list[Tensor]],
     rounds: list[tuple[int | None, int]], processes: Processes,
 ) -> BlockMoments | None:  # fmt: skip
     """Replaces this process's hidden states by a block's outputs; its second moments, where they are this process's."""
     block, owner = model.block(index), index % processes.count
-    with moments_of(block, groups, lambda columns: SecondMoments(columns, kind, model.device)) as moments:
+    with moments_of(block, groups, new) as moments:
         for turn, (shard, senders) in enumerate(rounds):
             if shard is not None:
                 run_through(model, block, hidden[turn])
@@ -217,11 +220,12 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE, keep: Keep = in_place,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first. `folder` keeps what a stopped pass goes on from: the
+    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what a stopped pass goes on from: the
     inputs of the blocks to come, and the gradient by the outputs of the next one. It is empty when all is done."""
     shards = sharded(tokens, model.device)
+    new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards))
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
@@ -234,7 +238,7 @@ def guided_moments(
     indices = reversed(range(reached))
     while window := list(islice(indices, processes.count)):
         turns = enumerate(window)
-        found = [_block_backward(model, index, states, output_groups, processes, owner) for owner, index in turns]
+        found = [_block_backward(model, index, states, new, processes, owner) for owner, index in turns]
         yield from (moments for moments in found if moments is not None)
         # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
         processes.wait()
@@ -273,12 +277,17 @@ def _head_gradient(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _block_backward(
-    model: BlockModel, index: int, states: _States, output_groups: int, processes: Processes, owner: int
+    model: BlockModel,
+    index: int,
+    states: _States,
+    new: Callable[[int], SecondMoments],
+    processes: Processes,
+    owner: int,
 ) -> BlockMoments | None:
     """Keeps the gradients by a block's inputs; returns its guided second moments to process `owner`."""
     block = model.block(index)
     names = [name for group in model.architecture.linears for name in group]
-    with _guided_moments_of(block, names, output_groups, model.device) as moments:
+    with _guided_moments_of(block, names, new) as moments:
         for shard, senders in processes.rounds(states.shards):
             if shard is not None:
                 gradients = states.read("gradient", index + 1, shard)
@@ -300,14 +309,14 @@ def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Ten
 
 @contextlib.contextmanager
 def _guided_moments_of(
-    block: nn.Module, names: list[str], output_groups: int, device: torch.device
+    block: nn.Module, names: list[str], new: Callable[[int], SecondMoments]
 ) -> Iterator[dict[str, SecondMoments]]:
     """While open, a backward pass through the block adds each linear's inputs, weighted by its outputs' gradients."""
     moments: dict[str, SecondMoments] = {}
     handles = []
     for name in names:
         linear = linear_of(block, name)
-        moments[name] = SecondMoments(linear.in_features, "guided", device, output_groups)
+        moments[name] = new(linear.in_features)
 
         def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor, total: SecondMoments = moments[name]) -> None:
             inputs = arguments[0].detach()

@@ -31,6 +31,7 @@ from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
+from lqexport.room import Room, plenty
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
@@ -78,8 +79,9 @@ class Job:
 
     def __init__(
         self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener,
-        processes: Processes = ALONE,
+        processes: Processes = ALONE, room: Room | None = None,
     ) -> None:  # fmt: skip
+        self.room = room or plenty(device)
         self.recipe, self.device, self.listener, self.processes = recipe, device, listener, processes
         if processes.count > 1 and recipe.prefix == "quantized":
             raise UserError(
@@ -210,17 +212,19 @@ class Job:
             return self._collect(model, lambda index, group: bool(self.unfinished(model, index, group)))
         blocks = range(len(model))
         if self.processes.agreed(all(index in self._cache for index in blocks)):
-            return (self._cache.read(index, self.device) for index in self.processes.mine(blocks))
+            return (self._cache.read(index) for index in self.processes.mine(blocks))
         return self._cache.fill(self._collect(model, lambda *_: True))
 
     def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
         recipe = self.recipe
         if recipe.moments == "guided":
             folder = self.work / "guided"
-            return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes)
+            return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes,
+                                  self.room.moments.keep)  # fmt: skip
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
-        return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes)
+        return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes,
+                               self.room.moments.keep)  # fmt: skip
 
     def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""

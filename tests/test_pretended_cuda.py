@@ -18,6 +18,7 @@ from torch import Tensor
 from lqexport import choose, fit_sections, solve, tune
 from lqexport.artifact import Artifact
 from lqexport.converters import exl2, gguf
+from lqexport.factor import factorize
 from lqexport.fit import fit, minmax
 from lqexport.fit_sections import minmax_sections
 from lqexport.formats.registry import codec
@@ -140,7 +141,7 @@ def test_gradients_are_on_the_device(pretended: Any) -> None:
 def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
     weights, inputs = torch.randn(2, 256, device=CUDA), torch.randn(300, 256, device=CUDA)
     hessian = inputs.T @ inputs
-    factor, matrix = solve.factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
     assert minmax(codec(name), weights).levels.device.type == "cuda"
     grid = fit(codec(name), weights, hessian.diagonal())
     codes = solve.feedback(weights, grid, factor)
