@@ -222,8 +222,9 @@ def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
     processes: Processes = ALONE, keep: Keep = in_place,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what a stopped pass goes on from: the
-    inputs of the blocks to come, and the gradient by the outputs of the next one. It is empty when all is done."""
+    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what
+    a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the outputs of the next one. It
+    is empty when all is done."""
     shards = sharded(tokens, model.device)
     new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards))
