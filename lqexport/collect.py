@@ -30,8 +30,8 @@ from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
 
 BATCH_TOKENS = 1024
-"""Tokens in one forward pass on the CPU; larger batches are no faster there and take more memory."""
-GPU_BATCH_TOKENS = 8192
+"""Tokens in one forward pass. The last bits of a pass depend on it, so it does not depend on the memory that there is.
+Larger batches are no faster on a CPU."""
 SHARDS = 8
 """Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
 
@@ -41,22 +41,21 @@ BlockMoments = tuple[int, dict[Group, Tensor]]
 """A block's index and the second moments of its linears, as `SecondMoments.hessian` gives them."""
 
 
-def batches(tokens: Tensor, device: torch.device) -> list[Tensor]:
+def batches(tokens: Tensor) -> list[Tensor]:
     """Token ids [samples, length] in runs that one forward pass takes."""
-    budget = BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-    return list(tokens.split(max(1, budget // tokens.shape[1])))
+    return list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
 
 
-def sharded(tokens: Tensor, device: torch.device) -> list[list[Tensor]]:
+def sharded(tokens: Tensor) -> list[list[Tensor]]:
     """The batches of token ids [samples, length] in at most `SHARDS` runs of nearly equal length."""
-    runs = batches(tokens, device)
+    runs = batches(tokens)
     count = min(SHARDS, len(runs))
     return [runs[i * len(runs) // count : (i + 1) * len(runs) // count] for i in range(count)]
 
 
 def embed(model: BlockModel, tokens: Tensor) -> list[Tensor]:
     """Hidden states that enter the first block, a batch at a time, kept on the host."""
-    return embed_batches(model, batches(tokens, model.device))
+    return embed_batches(model, batches(tokens))
 
 
 def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
@@ -80,7 +79,7 @@ def _forward(
     new: Callable[[int], SecondMoments],
 ) -> Iterator[BlockMoments | None]:  # fmt: skip
     """Block by block, the moments where they are this process's."""
-    shards = sharded(tokens, model.device)
+    shards = sharded(tokens)
     hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
     model.let_go()
     for index in range(last + 1):
@@ -109,7 +108,7 @@ def _hessians(moments: dict[Group, SecondMoments]) -> dict[Group, Tensor]:
 
 def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
     """Add what enters the output layer to the first process's `moments`."""
-    shards = sharded(tokens, model.device)
+    shards = sharded(tokens)
     hidden = {i: embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))}
     for _, block in model.blocks():
         for states in hidden.values():
@@ -123,7 +122,7 @@ def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, proce
 def input_magnitudes(model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> dict[str, Tensor]:
     """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
     the full-precision model."""
-    shards = processes.mine(sharded(tokens, model.device))
+    shards = processes.mine(sharded(tokens))
     inputs = embed_batches(model, [batch for shard in shards for batch in shard])
     found: dict[str, Tensor] = {}
 
@@ -225,7 +224,7 @@ def guided_moments(
     """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what
     a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the outputs of the next one. It
     is empty when all is done."""
-    shards = sharded(tokens, model.device)
+    shards = sharded(tokens)
     new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards))
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():

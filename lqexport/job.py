@@ -21,17 +21,19 @@ from lqexport.converters.gptq import plan_gptq
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
 from lqexport.converters.tensor_names import is_linear
+from lqexport.cost import Work
 from lqexport.environment import versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.measured import Measured
+from lqexport.memory import Budget, choose_room, rooms, told
 from lqexport.moments_cache import MomentsCache
 from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
-from lqexport.room import Room, plenty
+from lqexport.room import Room
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
@@ -75,13 +77,13 @@ class Job:
     linears   those of the decoder blocks that the solver works on, by name;  head   the output, where it works on that
     factors   of the linears' low-rank corrections
     work      a folder of the artifact for what a stopped run goes on from
+    room      where things are kept, within `budget`
     """
 
     def __init__(
         self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener,
-        processes: Processes = ALONE, room: Room | None = None,
+        processes: Processes = ALONE, budget: Budget | None = None,
     ) -> None:  # fmt: skip
-        self.room = room or plenty(device)
         self.recipe, self.device, self.listener, self.processes = recipe, device, listener, processes
         if processes.count > 1 and recipe.prefix == "quantized":
             raise UserError(
@@ -98,11 +100,20 @@ class Job:
         self.artifact = Artifact(out)
         self._begin()
         self.work = out / "work"
+        self.room = self._room(budget or Budget())
         # Choosing types needs all moments before solving does, so they are kept.
         cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         if self._cache and processes.first:
             self._cache.write_facts()
+
+    def _room(self, budget: Budget) -> Room:
+        """Where things are kept; said where that is not simply the device."""
+        work = Work(self.recipe, self.source.config, self.planned)
+        room = choose_room(work, self.device, self.work, budget)
+        if room != next(rooms(work, self.device, self.work)):
+            self.listener.message(f"To save memory: {told(room)}")
+        return room
 
     def _begin(self) -> None:
         """Claim the output folder, by one process; the others find it claimed for the very same run."""

@@ -24,6 +24,7 @@ from lqexport.environment import choose_device, full_float32, steady_threads
 from lqexport.job import Job
 from lqexport.linear import round_tensor
 from lqexport.moving import KEPT, moved
+from lqexport.memory import Budget, available
 from lqexport.processes import joined
 from lqexport.progress import Listener, Silent
 from lqexport.ranks import at_ranks, share, summary
@@ -34,11 +35,12 @@ from lqexport.tune import HELD_OUT, Outcome, Tuner
 
 def quantize(
     recipe: Recipe, out: str | Path, *, device: str = "auto", cache: Path | None = None,
-    listener: Listener | None = None,
+    listener: Listener | None = None, budget: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Quantize `recipe.source` into the artifact folder `out`, or finish what an interrupted run began there.
 
-    cache   a folder that keeps second moments for other runs over the same source and calibration
+    cache    a folder that keeps second moments for other runs over the same source and calibration
+    budget   the memory to fit into, where that can be had by keeping less at hand; None for what is free now
 
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
@@ -46,7 +48,8 @@ def quantize(
     full_float32()
     where = choose_device(device)
     with joined(where) as processes, torch.no_grad():
-        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes)
+        budget = (budget or available(where)).shared(processes.count)
+        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes, budget)
         if not processes.agreed(job.artifact.complete):
             _run(job)
         return job.artifact.report()

@@ -29,6 +29,10 @@ class Place:
     name: str
     choices: tuple[torch.device | Path, ...]
 
+    def holds(self, device: torch.device) -> bool:
+        """Whether what is here can be computed with on the device as it is: also a file mapped into a CPU's memory."""
+        return self.name == "device" or device.type == "cpu"
+
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor there: itself where it is there already."""
         for choice in self.choices[:-1]:
