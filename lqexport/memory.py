@@ -48,6 +48,9 @@ class Memory:
         return Memory(self.device + other.device, self.host + other.host)
 
 
+TUNED_MATRICES = 5
+"""Float32 arrays of a tensor's shape between the gradient by its values and that by its numbers."""
+
 PASSING, SOLVING = "a pass through a block", "solving the largest linear"
 """Stages whose memory a run's room decides."""
 
@@ -187,13 +190,15 @@ def told(room: Room) -> str:
 
 
 def _tuning_memory(work: Work) -> Memory:
-    """Both models' outputs and an embedding, a block with its gradients, a sequence's states at every depth, the
-    tuned numbers, their gradients and Adam's moments. States and numbers grow with the depth of the model."""
+    """Both models' outputs, a block with its codes, and what the largest of its tensors leaves on the way back; before
+    that a sequence's logits. On the host, with the depth of the model, the tuned numbers, their gradients and Adam's
+    moments and a sequence's states; of every sequence, the first and the last states."""
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
-    block = 4 * 4 * sum(tensor.weights for tensor in work.block)
-    states = 4 * length * work.hidden * (work.blocks + 1)
-    device = 3 * 4 * work.outer + states + 4 * 4 * tuned_numbers(work) + max(block, 8 * 4 * length * vocabulary)
-    return Memory(device, 4 * work.hidden * length * (work.recipe.tuned_sequences + HELD_OUT))
+    block = 5 * sum(tensor.weights for tensor in work.block)
+    largest = max((tensor.weights for tensor in work.block), default=0)
+    device = 2 * 4 * work.outer + max(block + TUNED_MATRICES * 4 * largest, 8 * 4 * length * vocabulary)
+    states = 4 * length * work.hidden * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))
+    return Memory(device, states + 4 * 4 * tuned_numbers(work))
 
 
 def tuned_numbers(work: Work) -> int:

@@ -23,8 +23,8 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, full_float32, steady_threads
 from lqexport.job import Job
 from lqexport.linear import round_tensor
-from lqexport.moving import KEPT, moved
 from lqexport.memory import Budget, available
+from lqexport.moving import KEPT, moved
 from lqexport.processes import joined
 from lqexport.progress import Listener, Silent
 from lqexport.ranks import at_ranks, share, summary

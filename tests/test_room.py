@@ -162,5 +162,5 @@ def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(UserError, match="has no room for 64 bytes of work: No space"):
+    with pytest.raises(UserError, match="No room for 64 bytes"):
         mapped(torch.randn(4, 4), tmp_path)
