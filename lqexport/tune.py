@@ -202,11 +202,12 @@ class Tuner:
         if not done.is_file():
             self._optimize(done)
         with open_tensors(done, "pt", AGAIN) as file:
-            keys = [key.rpartition("/") for key in file.keys()]  # noqa: SIM118 (not a dict)
-            for name in sorted({name for name, _, _ in keys}):
-                mine = {number: file.get_tensor(f"{name}/{number}") for owner, _, number in keys if owner == name}
-                self._store(name, {number: values.to(self.solved.device) for number, values in mine.items()})
-            return Outcome(**json.loads(file.metadata()["outcome"]))
+            new = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            outcome = Outcome(**json.loads(file.metadata()["outcome"]))
+        for name in sorted({key.rpartition("/")[0] for key in new}):
+            mine = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}
+            self._store(name, {number: values.to(self.solved.device) for number, values in mine.items()})
+        return outcome
 
     def _optimize(self, done: Path) -> None:
         """All steps; `done` gets the tuned numbers and the outcome."""
