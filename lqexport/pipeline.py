@@ -21,6 +21,7 @@ from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, full_float32, steady_threads
+from lqexport.errors import UserError
 from lqexport.job import Job
 from lqexport.linear import round_tensor
 from lqexport.memory import Budget, available
@@ -31,6 +32,11 @@ from lqexport.ranks import at_ranks, share, summary
 from lqexport.recipe import Recipe
 from lqexport.solving import solve
 from lqexport.tune import HELD_OUT, Outcome, Tuner
+
+OUT_OF_MEMORY = (
+    "what is finished stays. `lqexport plan` says which stage takes how much; a smaller --device-memory keeps less there, "
+    "--tune 0 and shorter sequences need less."
+)
 
 
 def quantize(
@@ -51,7 +57,10 @@ def quantize(
         budget = (budget or available(where)).shared(processes.count)
         job = Job(recipe, Path(out), where, cache, listener or Silent(), processes, budget)
         if not processes.agreed(job.artifact.complete):
-            _run(job)
+            try:
+                _run(job)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"Out of memory on {where}: {OUT_OF_MEMORY}") from error
         return job.artifact.report()
 
 
