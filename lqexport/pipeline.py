@@ -34,8 +34,8 @@ from lqexport.solving import solve
 from lqexport.tune import HELD_OUT, Outcome, Tuner
 
 OUT_OF_MEMORY = (
-    "what is finished stays. `lqexport plan` says which stage takes how much; a smaller --device-memory keeps less there, "
-    "--tune 0 and shorter sequences need less."
+    "what is finished stays. `lqexport plan` says which stage takes how much; a smaller --device-memory keeps less on the "
+    "device, and --tune 0 and shorter sequences need less."
 )
 
 
