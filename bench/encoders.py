@@ -27,13 +27,14 @@ from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
 from lqexport.collect import by_weight, guided_moments
 from lqexport.embeddings import embeddings, sentences, similarity, token_ids
+from lqexport.factor import Factor, factorize
 from lqexport.fit import fit, minmax
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
-from lqexport.solve import Factor, damped, factorize, feedback, layer_loss, refine
-from lqexport.solve_exact import exact
+from lqexport.solve import damped, feedback, layer_loss, refine
+from lqexport.solve_exact import in_own_order
 from lqexport.source import Source, open_source
 from lqexport.texts import read_text
 
@@ -148,7 +149,7 @@ def main() -> None:
 
     def narrow(weight: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
         wide = arguments.widest and weight.shape[1] > arguments.widest
-        return (feedback if wide else exact)(weight, grid, factor)
+        return (feedback if wide else in_own_order)(weight, grid, factor)
 
     with torch.no_grad():
         bench = made(arguments)

@@ -31,13 +31,14 @@ from lqexport.collect import by_weight, forward_moments
 from lqexport.converters import exl2, gguf
 from lqexport.converters.exl2_plan import plan_exl2
 from lqexport.exports import Export, open_export
+from lqexport.factor import Factor, factorize
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.grid import half
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.sections import SquaredSection, TensorSections, squared_scale
-from lqexport.solve import Factor, factorize, feedback
+from lqexport.solve import feedback
 from lqexport.source import GGUFSource, Source, open_source
 
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
@@ -65,8 +66,8 @@ def searched_section(group: Tensor, bits: int) -> SquaredSection:
 
 def converted(codec: Exl2, weight: Tensor, hessian: Tensor) -> tuple[TensorSections, Tensor]:
     """Grid and codes of a matrix by ExLlamaV2's recipe: group by group, scales from the weights as they have moved."""
-    factor = factorize(hessian.double(), 0.12, act_order=True)
-    remaining, upper = weight[:, factor.order].contiguous(), factor.upper.float()
+    factor = factorize(hessian, 0.12, act_order=True)
+    remaining, upper = weight[:, factor.order].contiguous(), factor.rows(slice(0, weight.shape[1]))
     sections, codes, start = [], [], 0
     for run in codec.runs:
         for _ in range(run.count):
@@ -74,7 +75,7 @@ def converted(codec: Exl2, weight: Tensor, hessian: Tensor) -> tuple[TensorSecti
             section = searched_section(remaining[:, where], run.bits)
             natural = torch.arange(run.group)
             part = TensorSections(natural, (section,))
-            found = feedback(remaining[:, where], part, Factor(factor.upper[where, where], natural, 0.12))
+            found = feedback(remaining[:, where], part, Factor([upper[where, where].double()], natural, 0.12))
             codes.append(found)
             sections.append(section)
             spread_errors(remaining, part.values(found), upper, where)

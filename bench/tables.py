@@ -22,12 +22,12 @@ from transformers import AutoModelForCausalLM
 
 from lqexport import evaluate, texts
 from lqexport.calibration import load_calibration
+from lqexport.factor import factorize
 from lqexport.formats.registry import codec
 from lqexport.kernels.kmeans import weighted_kmeans
 from lqexport.linear import solve_linear
 from lqexport.moments import SecondMoments, importance
 from lqexport.recipe import Recipe
-from lqexport.solve import factorize
 from lqexport.source import open_source
 
 METHODS = {
@@ -98,7 +98,7 @@ def kmeans_table(weights: dict[str, torch.Tensor], moments: dict, rows: int) -> 
     """Exact against scikit-learn, weights U_ii^-4 from the plain Hessian as in the original."""
     name = next(name for name in reversed(weights) if name.endswith("mlp.gate_proj"))
     hessian = moments[name][0]
-    factor = factorize(hessian.double(), 0.1, True)
+    factor = factorize(hessian, 0.1, True)
     weight = importance(hessian, factor, "cholesky", 4.0).double().numpy()
     values = weights[name][:rows].double().numpy()
     weighted_kmeans(values[:1], weight, 4)  # compiled now, not while it is timed

@@ -19,6 +19,7 @@ from lqexport.artifact import AGAIN, read_json, write_json
 from lqexport.collect import begin_with_first, by_weight
 from lqexport.converters.exl2_plan import filled_runs
 from lqexport.errors import well_formed
+from lqexport.factor import Factor, factorize
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import Run
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
@@ -27,7 +28,7 @@ from lqexport.measured import Losses
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
 from lqexport.sections import TensorSections
-from lqexport.solve import Factor, factorize, feedback, layer_loss
+from lqexport.solve import feedback, layer_loss
 
 AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0)
 """Mean widths of the mixes that are tried besides the pure widths."""
@@ -78,7 +79,7 @@ def mix_losses(weight: Tensor, hessian: Tensor, recipe: Recipe) -> dict[str, flo
 
     A maximum is shared by all rows, so a sample of rows gets a slightly better one than all would.
     """
-    factor = factorize(hessian.double(), recipe.dampening, recipe.act_order)
+    factor = factorize(hessian, recipe.dampening, recipe.act_order)
     weights = importance(hessian, factor, recipe.importance, recipe.exponent)
     sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
     if recipe.moments == "guided":
@@ -114,7 +115,7 @@ def _mixes(hessian: Tensor, factor: Factor) -> list[tuple[Run, ...]]:
     up for all they can; the geometric mean of the two predicts best (docs/exl2.md).
     """
     energy = hessian.diagonal()[factor.order].double().clamp_min(0)
-    left = factor.upper.diagonal().double().square().reciprocal()
+    left = factor.diagonal().square().reciprocal()
     weigh = (energy * left).sqrt().unflatten(0, (-1, UNIT)).mean(1).cpu().numpy()
     pure = [_pure(bits, UNIT * len(weigh)).runs for bits in BITS]
     return list(dict.fromkeys([*pure, *(filled_runs(weigh, average) for average in AVERAGES)]))

@@ -25,6 +25,9 @@ from lqexport.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from lqexport.dryrun import Preview
     from lqexport.exporting import Format
+    from lqexport.memory import Budget
+    from lqexport.progress import Listener
+    from lqexport.room import Room
     from lqexport.verification import Verification
 
 app = typer.Typer(
@@ -144,6 +147,12 @@ def quantize(
         typer.Option(help="Folder that keeps second moments, for other runs over the same source and calibration."),
     ] = None,
     device: Device = "auto",
+    device_memory: Annotated[
+        str | None, typer.Option(help="What a GPU's memory may hold, such as 24GB. [default: what is free]")
+    ] = None,
+    host_memory: Annotated[
+        str | None, typer.Option(help="The same of this machine's memory. Neither changes the result.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize SOURCE into the folder OUT.
@@ -161,36 +170,61 @@ def quantize(
     options = {field.name: given[field.name] for field in dataclasses.fields(Recipe)}
     with plain_endings(RESUME):
         merged = merged_recipe(recipe, options)
-        run_quantize(merged, out, device, cache, dry_run=dry_run, verbose=verbose, as_json=as_json)
+        run = _Run(merged, out, device, cache, device_memory, host_memory)
+        run_quantize(run, dry_run=dry_run, verbose=verbose, as_json=as_json)
 
 
-def run_quantize(
-    recipe: Recipe, out: Path, device: str, cache: Path | None, *, dry_run: bool, verbose: bool, as_json: bool
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A call of `quantize`, as given on the command line."""
+
+    recipe: Recipe
+    out: Path
+    device: str
+    cache: Path | None
+    device_memory: str | None
+    host_memory: str | None
+
+    def budget(self) -> Budget:
+        """What is given, else what is free."""
+        from lqexport.environment import choose_device
+        from lqexport.forecast import parse_bytes
+        from lqexport.memory import Budget, available
+
+        free = available(choose_device(self.device))
+        given = [parse_bytes(size) if size else None for size in (self.device_memory, self.host_memory)]
+        return Budget(given[0] or free.device, given[1] or free.host)
+
+    def quantize(self, listener: Listener | None = None) -> dict[str, Any]:
+        from lqexport.pipeline import quantize as run
+
+        return run(self.recipe, self.out, device=self.device, cache=self.cache, listener=listener,
+                   budget=self.budget())  # fmt: skip
+
+
+def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
     """Show the plan; then, unless it is a dry run, check the disk and run."""
     from lqexport.dryrun import as_json as preview_json
     from lqexport.dryrun import preview
     from lqexport.environment import choose_device
+    from lqexport.memory import choose_room
 
     if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first one talks
         if not dry_run:
-            from lqexport.pipeline import quantize as run
-
-            run(recipe, out, device=device, cache=cache)
+            run.quantize()
         return
-    device = str(choose_device(device))
+    recipe, out = run.recipe, run.out
     shown = preview(recipe, out)
+    room = choose_room(shown.work, choose_device(run.device), out, run.budget())
     if not as_json:
-        _show(shown, device, verbose, dry_run)
+        _show(shown, room, verbose, dry_run)
     if dry_run:
         if as_json:
-            print(json.dumps(preview_json(shown, device), indent=1))
+            print(json.dumps(preview_json(shown, room), indent=1))
         return
     shown.check_disk()
-    from lqexport.pipeline import quantize as run
-
     with terminal_listener() as listener:
-        report = run(recipe, out, device=device, cache=cache, listener=listener)
+        report = run.quantize(listener)
     if as_json:
         print(json.dumps(report, indent=1))
         return
@@ -224,13 +258,13 @@ def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
         print(f"Loss against bytes: {out / 'budget.svg'}")
 
 
-def _show(shown: Preview, device: str, verbose: bool, estimates: bool) -> None:
+def _show(shown: Preview, room: Room, verbose: bool, estimates: bool) -> None:
     from lqexport.dryrun import show_estimates, show_plan
 
     console = output()
     show_plan(shown, console, verbose)
     if estimates:
-        show_estimates(shown, console, device)
+        show_estimates(shown, console, room)
 
 
 @app.command()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 
 from lqexport.artifact import AGAIN, open_tensors, written_whole
 from lqexport.blocks import BlockModel
+from lqexport.factor import Keep, in_place
 from lqexport.moments import SecondMoments
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
 
 BATCH_TOKENS = 1024
-"""Tokens in one forward pass on the CPU; larger batches are no faster there and take more memory."""
-GPU_BATCH_TOKENS = 8192
+"""Tokens in one forward pass. The last bits of a pass depend on it, so it does not depend on the memory that there is.
+Larger batches are no faster on a CPU."""
 SHARDS = 8
 """Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
 
@@ -39,22 +41,21 @@ BlockMoments = tuple[int, dict[Group, Tensor]]
 """A block's index and the second moments of its linears, as `SecondMoments.hessian` gives them."""
 
 
-def batches(tokens: Tensor, device: torch.device) -> list[Tensor]:
+def batches(tokens: Tensor) -> list[Tensor]:
     """Token ids [samples, length] in runs that one forward pass takes."""
-    budget = BATCH_TOKENS if device.type == "cpu" else GPU_BATCH_TOKENS
-    return list(tokens.split(max(1, budget // tokens.shape[1])))
+    return list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
 
 
-def sharded(tokens: Tensor, device: torch.device) -> list[list[Tensor]]:
+def sharded(tokens: Tensor) -> list[list[Tensor]]:
     """The batches of token ids [samples, length] in at most `SHARDS` runs of nearly equal length."""
-    runs = batches(tokens, device)
+    runs = batches(tokens)
     count = min(SHARDS, len(runs))
     return [runs[i * len(runs) // count : (i + 1) * len(runs) // count] for i in range(count)]
 
 
 def embed(model: BlockModel, tokens: Tensor) -> list[Tensor]:
     """Hidden states that enter the first block, a batch at a time, kept on the host."""
-    return embed_batches(model, batches(tokens, model.device))
+    return embed_batches(model, batches(tokens))
 
 
 def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
@@ -64,34 +65,35 @@ def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
 
 def forward_moments(
     model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE, keep: Keep = in_place,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Plain or normalized second moments of the wanted groups, up to block `last`."""
-    passed = _forward(model, tokens, kind, wanted, last, processes)
+    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay."""
+    new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
+    passed = _forward(model, tokens, wanted, last, processes, new)
     while window := list(islice(passed, processes.count)):
         yield from (moments for moments in window if moments is not None)
 
 
 def _forward(
-    model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
-    processes: Processes,
+    model: BlockModel, tokens: Tensor, wanted: Callable[[int, Group], bool], last: int, processes: Processes,
+    new: Callable[[int], SecondMoments],
 ) -> Iterator[BlockMoments | None]:  # fmt: skip
     """Block by block, the moments where they are this process's."""
-    shards = sharded(tokens, model.device)
+    shards = sharded(tokens)
     hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
     model.let_go()
     for index in range(last + 1):
         groups = [group for group in model.architecture.linears if wanted(index, group)]
-        yield _block_forward(model, index, groups, kind, hidden, list(processes.rounds(len(shards))), processes)
+        yield _block_forward(model, index, groups, new, hidden, list(processes.rounds(len(shards))), processes)
 
 
 def _block_forward(
-    model: BlockModel, index: int, groups: list[Group], kind: Moments, hidden: list[list[Tensor]],
+    model: BlockModel, index: int, groups: list[Group], new: Callable[[int], SecondMoments], hidden: list[list[Tensor]],
     rounds: list[tuple[int | None, int]], processes: Processes,
 ) -> BlockMoments | None:  # fmt: skip
     """Replaces this process's hidden states by a block's outputs; its second moments, where they are this process's."""
     block, owner = model.block(index), index % processes.count
-    with moments_of(block, groups, lambda columns: SecondMoments(columns, kind, model.device)) as moments:
+    with moments_of(block, groups, new) as moments:
         for turn, (shard, senders) in enumerate(rounds):
             if shard is not None:
                 run_through(model, block, hidden[turn])
@@ -106,7 +108,7 @@ def _hessians(moments: dict[Group, SecondMoments]) -> dict[Group, Tensor]:
 
 def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
     """Add what enters the output layer to the first process's `moments`."""
-    shards = sharded(tokens, model.device)
+    shards = sharded(tokens)
     hidden = {i: embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))}
     for _, block in model.blocks():
         for states in hidden.values():
@@ -120,7 +122,7 @@ def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, proce
 def input_magnitudes(model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> dict[str, Tensor]:
     """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
     the full-precision model."""
-    shards = processes.mine(sharded(tokens, model.device))
+    shards = processes.mine(sharded(tokens))
     inputs = embed_batches(model, [batch for shard in shards for batch in shard])
     found: dict[str, Tensor] = {}
 
@@ -217,11 +219,13 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
-    processes: Processes = ALONE,
+    processes: Processes = ALONE, keep: Keep = in_place,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first. `folder` keeps what a stopped pass goes on from: the
-    inputs of the blocks to come, and the gradient by the outputs of the next one. It is empty when all is done."""
-    shards = sharded(tokens, model.device)
+    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what
+    a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the outputs of the next one. It
+    is empty when all is done."""
+    shards = sharded(tokens)
+    new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards))
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
@@ -234,7 +238,7 @@ def guided_moments(
     indices = reversed(range(reached))
     while window := list(islice(indices, processes.count)):
         turns = enumerate(window)
-        found = [_block_backward(model, index, states, output_groups, processes, owner) for owner, index in turns]
+        found = [_block_backward(model, index, states, new, processes, owner) for owner, index in turns]
         yield from (moments for moments in found if moments is not None)
         # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
         processes.wait()
@@ -287,12 +291,17 @@ def _along_direction(model: BlockModel, sequence: Tensor, states: Tensor) -> Ten
 
 
 def _block_backward(
-    model: BlockModel, index: int, states: _States, output_groups: int, processes: Processes, owner: int
+    model: BlockModel,
+    index: int,
+    states: _States,
+    new: Callable[[int], SecondMoments],
+    processes: Processes,
+    owner: int,
 ) -> BlockMoments | None:
     """Keeps the gradients by a block's inputs; returns its guided second moments to process `owner`."""
     block = model.block(index)
     names = [name for group in model.architecture.linears for name in group]
-    with _guided_moments_of(block, names, output_groups, model.device) as moments:
+    with _guided_moments_of(block, names, new) as moments:
         for shard, senders in processes.rounds(states.shards):
             if shard is not None:
                 gradients = states.read("gradient", index + 1, shard)
@@ -314,14 +323,14 @@ def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Ten
 
 @contextlib.contextmanager
 def _guided_moments_of(
-    block: nn.Module, names: list[str], output_groups: int, device: torch.device
+    block: nn.Module, names: list[str], new: Callable[[int], SecondMoments]
 ) -> Iterator[dict[str, SecondMoments]]:
     """While open, a backward pass through the block adds each linear's inputs, weighted by its outputs' gradients."""
     moments: dict[str, SecondMoments] = {}
     handles = []
     for name in names:
         linear = linear_of(block, name)
-        moments[name] = SecondMoments(linear.in_features, "guided", device, output_groups)
+        moments[name] = new(linear.in_features)
 
         def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor, total: SecondMoments = moments[name]) -> None:
             inputs = arguments[0].detach()

@@ -1,30 +1,19 @@
-"""What a run costs, from shapes alone: memory on the device and the host, disk, bytes moved, operations, seconds.
+"""What a run costs, from shapes alone: disk, bytes moved, operations, seconds. Memory is in `lqexport.memory`.
 
-Computed from what the code allocates, reads and multiplies, by counting; `tests/test_cost.py` compares the memory with
-a measured run. The seconds and the solver's share were measured on a CPU: no GPU has been timed.
+Computed from what the code reads and multiplies, by counting. The seconds and the solver's share were measured on a
+CPU: no GPU has been timed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
-import torch
-
-from lqexport.collect import BATCH_TOKENS, GPU_BATCH_TOKENS, SHARDS
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
-from lqexport.formats.codec import GridCodec
-from lqexport.formats.registry import codec
-from lqexport.grid import TensorGrid
 from lqexport.recipe import Recipe
-from lqexport.tune import HELD_OUT, numbers
-
-PROCESS_BYTES = 700_000_000
-"""What Python with torch, transformers and numba takes before any model is read."""
+from lqexport.tune import HELD_OUT
 
 FIT_SECONDS_PER_WEIGHT = 0.2e-6
 """Fitting a grid, on one core: bound by memory and branches, not by the rate of matrix products."""
@@ -34,14 +23,6 @@ UNPACK_SECONDS_PER_WEIGHT = 2e-9
 
 SOLVER_SHARE = 0.1
 """The rate of error feedback and descent, which go column by column, as a share of that of large matrix products."""
-
-SOLVER_MATRICES = 8
-"""Float32 arrays of a linear's own shape that solving it holds at once."""
-FACTOR_MATRICES = 3
-"""Float64 arrays [C, C] that the factorization of its second moments holds at once."""
-
-HIDDEN_STATES, INNER_STATES = 14, 6
-"""Float32 numbers a token that a block's backward pass keeps: so many times the hidden and the MLP's width."""
 
 
 @dataclass(frozen=True)
@@ -99,93 +80,8 @@ class Work:
         return [tensor.matrix[1] for tensor in tensors if tensor.name.endswith(firsts)]
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes at the peak of a stage, on the device and on the host; a CPU run needs the sum."""
-
-    device: int
-    host: int
-
-
-def memory(work: Work, device: str) -> dict[str, Memory]:
-    """What each stage needs at its peak, on a `cpu` or `cuda` device."""
-    stages = {"rounding the embedding": Memory(2 * 4 * work.outer, 0)}
-    if work.calibrated:
-        passes, states = _passes_memory(work, device)
-        stages |= {"a pass through a block": passes, "solving the largest linear": Memory(_solving_bytes(work), states)}
-    else:
-        stages["solving the largest linear"] = Memory(SOLVER_MATRICES * 4 * _largest(work), 0)
-    if work.calibrated and work.recipe.tuned_sequences:
-        stages["tuning"] = _tuning_memory(work)
-    return {name: Memory(stage.device, stage.host + PROCESS_BYTES) for name, stage in stages.items()}
-
-
-def peak(stages: dict[str, Memory]) -> Memory:
-    """The most that any stage needs."""
-    return Memory(max(stage.device for stage in stages.values()), max(stage.host for stage in stages.values()))
-
-
-def memory_estimate(work: Work) -> int:
-    """Bytes at the peak of a run on a CPU."""
-    return max(stage.device + stage.host for stage in memory(work, "cpu").values())
-
-
-def _largest(work: Work) -> int:
-    return max((tensor.weights for tensor in work.block), default=0)
-
-
-def _moments_bytes(work: Work) -> int:
+def moments_bytes(work: Work) -> int:
     return sum(4 * columns**2 for columns in work.inputs(work.block))
-
-
-def _passes_memory(work: Work, device: str) -> tuple[Memory, int]:
-    """A block in float32, its second moments (a shard's and the total), what a batch leaves in it; before that, the
-    embedding, and the output with a sequence's logits. On the host the sequences' hidden states, which are also
-    returned; guided: of one shard, with gradients."""
-    batch = max(work.recipe.sequence_length, BATCH_TOKENS if device == "cpu" else GPU_BATCH_TOKENS)
-    batch = min(batch, work.tokens)
-    inner = max((max(tensor.matrix) for tensor in work.block), default=0)
-    activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
-    logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
-    block = 4 * sum(tensor.weights for tensor in work.block)
-    states = 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
-    outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
-    return Memory(max(block + 2 * _moments_bytes(work) + activations, outer), states), states
-
-
-def _solving_bytes(work: Work) -> int:
-    """The block's second moments, and the solver's arrays."""
-    widest = max((tensor.matrix[1] for tensor in work.block), default=0)
-    solver = SOLVER_MATRICES * 4 * _largest(work) + FACTOR_MATRICES * 8 * widest**2
-    return _moments_bytes(work) + solver
-
-
-def _tuning_memory(work: Work) -> Memory:
-    """Both models' outputs and an embedding, a block with its gradients, a sequence's states at every depth, the
-    tuned numbers, their gradients and Adam's moments. States and numbers grow with the depth of the model."""
-    length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
-    block = 4 * 4 * sum(tensor.weights for tensor in work.block)
-    states = 4 * length * work.hidden * (work.blocks + 1)
-    device = 3 * 4 * work.outer + states + 4 * 4 * tuned_numbers(work) + max(block, 8 * 4 * length * vocabulary)
-    return Memory(device, 4 * work.hidden * length * (work.recipe.tuned_sequences + HELD_OUT))
-
-
-def tuned_numbers(work: Work) -> int:
-    """How many stored floating-point numbers tuning moves."""
-    vectors = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 1)
-    return vectors + sum(_grid_numbers(tensor.codec, *tensor.matrix) for tensor in work.linears)
-
-
-@lru_cache
-def _grid_numbers(name: str, rows: int, columns: int) -> int:
-    """Of one linear: those of the grid that one row of zeros decodes to, for every row."""
-    kind = codec(name)
-    if not isinstance(kind, GridCodec):
-        return 0
-    planes = {plane: np.zeros(shape, dtype) for plane, (dtype, shape) in kind.layout(1, columns).items()}
-    grid, _ = kind.unpack(planes, columns)
-    parts = numbers(TensorGrid.of(grid, torch.device("cpu"))).values()
-    return rows * sum(len(part.flatten()) for part in parts)
 
 
 @dataclass(frozen=True)
@@ -211,7 +107,7 @@ def disk(work: Work) -> Disk:
         return Disk(artifact, 0, source, artifact)
     states = 4 * work.tokens * work.hidden * work.blocks
     kept = states + 8 * work.tokens * work.hidden if work.guided else 0
-    measured = work.blocks * _moments_bytes(work) if work.recipe.size or work.recipe.bits else 0
+    measured = work.blocks * moments_bytes(work) if work.recipe.size or work.recipe.bits else 0
     tuned = work.recipe.tuned_sequences
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0

@@ -16,12 +16,14 @@ from rich.console import Console
 from lqexport.artifact import Artifact
 from lqexport.budget import chosen_types
 from lqexport.converters.plan import PlannedTensor
-from lqexport.cost import Rates, Work, memory_estimate, seconds_estimate
+from lqexport.cost import Rates, Work, seconds_estimate
 from lqexport.errors import UserError
 from lqexport.inspect import Entry, bits, human_bytes, size, table
 from lqexport.job import plan_factors, plan_recipe
+from lqexport.memory import memory_estimate, told
 from lqexport.moving import sentences
 from lqexport.recipe import Recipe
+from lqexport.room import Room
 from lqexport.source import open_source
 
 
@@ -103,18 +105,19 @@ def measured_rates(device: str, recipe: Recipe) -> Rates:
     return Rates(*(measured_rate(device, dtype) for dtype in dtypes))
 
 
-def _seconds_here(shown: Preview, device: str) -> float:
-    return seconds_estimate(shown.work, measured_rates(device, shown.recipe), torch.get_num_threads())
+def _seconds_here(shown: Preview, room: Room) -> float:
+    return seconds_estimate(shown.work, measured_rates(str(room.device), shown.recipe), torch.get_num_threads())
 
 
-def as_json(shown: Preview, device: str) -> dict[str, Any]:
+def as_json(shown: Preview, room: Room) -> dict[str, Any]:
     """Everything that a dry run says."""
     return {
         "target": shown.recipe.target,
         "bits_per_weight": bits(shown.entries),
         "tensor_bytes": size(shown.entries),
-        "estimated_memory_bytes": memory_estimate(shown.work),
-        "estimated_seconds": _seconds_here(shown, device),
+        "estimated_memory_bytes": memory_estimate(shown.work, room),
+        "memory_choices": {"moments": room.moments.name, "factors": room.factors.name, "rows": room.rows},
+        "estimated_seconds": _seconds_here(shown, room),
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,
         "fallbacks": fallbacks(shown.tensors),
@@ -135,13 +138,14 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
         console.print(f"Fallback: {sentence}", markup=False, highlight=False)
 
 
-def show_estimates(shown: Preview, console: Console, device: str) -> None:
+def show_estimates(shown: Preview, console: Console, room: Room) -> None:
     """Print what the run would cost, and what the disk has."""
-    minutes = _seconds_here(shown, device) / 60
+    minutes = _seconds_here(shown, room) / 60
     lines = (
         f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
-        f"Peak memory: about {human_bytes(memory_estimate(shown.work))} (estimate)",
-        f"Time on {device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
+        f"Peak memory: about {human_bytes(memory_estimate(shown.work, room))} (estimate)",
+        told(room),
+        f"Time on {room.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
         f"Disk: needs {human_bytes(shown.missing_bytes)}, has {human_bytes(shown.free)} free",
     )
     for line in lines:

@@ -13,12 +13,14 @@ from rich.table import Table
 
 from lqexport.artifact import read_config
 from lqexport.budget import UNITS
-from lqexport.cost import Memory, Rates, Work, disk, memory, operations_estimate, peak, seconds_estimate
+from lqexport.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.dryrun import measured_rates
 from lqexport.errors import UserError
 from lqexport.inspect import human_bytes
 from lqexport.job import plan_factors, plan_recipe
+from lqexport.memory import Budget, Memory, choose_room, memory, peak, told
 from lqexport.recipe import Recipe
+from lqexport.room import Room
 from lqexport.verification import expected_shapes
 
 ASSUMED_GPU = Rates(float32=17.8e12, passes=35.5e12, float64=0.28e12)
@@ -50,13 +52,22 @@ class Forecast:
     host: int | None
 
     @property
-    def device(self) -> str:
-        return "cpu" if self.gpu is None else "cuda"
+    def device(self) -> torch.device:
+        return torch.device("cpu" if self.gpu is None else "cuda")
+
+    @property
+    def budget(self) -> Budget:
+        return Budget(self.gpu, self.host)
+
+    @property
+    def room(self) -> Room:
+        """Where things would be kept to fit."""
+        return choose_room(self.work, self.device, Path(), self.budget)
 
     @property
     def stages(self) -> dict[str, Memory]:
         """What each needs; without a GPU all of it on the host."""
-        stages = memory(self.work, self.device)
+        stages = memory(self.work, self.room)
         if self.gpu is not None:
             return stages
         return {name: Memory(0, stage.device + stage.host) for name, stage in stages.items()}
@@ -64,12 +75,10 @@ class Forecast:
     @property
     def too_large(self) -> list[str]:
         """One sentence for each stage that does not fit."""
-        places = (("device", self.gpu), ("host", self.host))
         return [
-            f"{name} takes {human_bytes(getattr(stage, place))} of the {place}'s {human_bytes(there)}"
+            f"{name} takes {human_bytes(takes)} of the {place}'s {human_bytes(there)}"
             for name, stage in self.stages.items()
-            for place, there in places
-            if there is not None and getattr(stage, place) > there
+            for place, takes, there in self.budget.excess(stage, self.device)
         ]
 
     def rates(self) -> Rates:
@@ -88,6 +97,7 @@ class Forecast:
             "bits_per_weight": 8 * nbytes / weights,
             "memory": {name: asdict(stage) for name, stage in self.stages.items()},
             "peak": asdict(peak(self.stages)),
+            "choices": told(self.room),
             "too_large": self.too_large,
             "disk": asdict(disk(work)),
             "operations": asdict(operations_estimate(work)),
@@ -146,6 +156,7 @@ def _sentences(found: Forecast, told: dict[str, Any]) -> list[str]:
     if found.gpu is not None:
         where = "one GPU at assumed rates (half of an RTX 3090's data sheet); no GPU has been timed"
     return [
+        told["choices"],
         *(f"Does not fit: {sentence}" for sentence in found.too_large),
         f"Disk: {human_bytes(kept['artifact'])} stay, {human_bytes(kept['work'])} more while it runs",
         f"Moved: {human_bytes(kept['read'])} read, {human_bytes(kept['written'])} written",

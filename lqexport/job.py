@@ -21,16 +21,19 @@ from lqexport.converters.gptq import plan_gptq
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
 from lqexport.converters.tensor_names import is_linear
+from lqexport.cost import Work
 from lqexport.environment import versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.measured import Measured
+from lqexport.memory import Budget, choose_room, rooms, told
 from lqexport.moments_cache import MomentsCache
 from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
+from lqexport.room import Room
 from lqexport.solve_exact import check_exact
 from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
@@ -78,11 +81,12 @@ class Job:
     linears   those of the decoder blocks that the solver works on, by name;  head   the output, where it works on that
     factors   of the linears' low-rank corrections
     work      a folder of the artifact for what a stopped run goes on from
+    room      where things are kept, within `budget`
     """
 
     def __init__(
         self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener,
-        processes: Processes = ALONE,
+        processes: Processes = ALONE, budget: Budget | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.device, self.listener, self.processes = recipe, device, listener, processes
         if processes.count > 1 and recipe.prefix == "quantized":
@@ -100,11 +104,20 @@ class Job:
         self.artifact = Artifact(out)
         self._begin()
         self.work = out / "work"
+        self.room = self._room(budget or Budget())
         # Choosing types needs all moments before solving does, so they are kept.
         cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         if self._cache and processes.first:
             self._cache.write_facts()
+
+    def _room(self, budget: Budget) -> Room:
+        """Where things are kept; said where that is not simply the device."""
+        work = Work(self.recipe, self.source.config, self.planned)
+        room = choose_room(work, self.device, self.work, budget)
+        if room != next(rooms(work, self.device, self.work)):
+            self.listener.message(f"To save memory: {told(room)}")
+        return room
 
     def _begin(self) -> None:
         """Claim the output folder, by one process; the others find it claimed for the very same run."""
@@ -146,7 +159,7 @@ class Job:
         solved = any(not isinstance(codec(tensor.codec), PlainCodec) for tensor in self.linears.values())
         if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
             return None
-        recipe, positions = self.recipe, self.source.config.get("max_position_embeddings")
+        recipe, positions = self.recipe, int(self.source.config.get("max_position_embeddings") or 0)
         if self.architecture.encoder and recipe.sequence_length > positions:
             raise UserError(f"The model has {positions} positions: take at most that as --sequence-length.")
         needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
@@ -217,17 +230,19 @@ class Job:
             return self._collect(model, lambda index, group: bool(self.unfinished(model, index, group)))
         blocks = range(len(model))
         if self.processes.agreed(all(index in self._cache for index in blocks)):
-            return (self._cache.read(index, self.device) for index in self.processes.mine(blocks))
+            return (self._cache.read(index) for index in self.processes.mine(blocks))
         return self._cache.fill(self._collect(model, lambda *_: True))
 
     def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
         recipe = self.recipe
         if recipe.moments == "guided":
             folder = self.work / "guided"
-            return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes)
+            return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes,
+                                  self.room.moments.keep)  # fmt: skip
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
-        return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes)
+        return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes,
+                               self.room.moments.keep)  # fmt: skip
 
     def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""

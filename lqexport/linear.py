@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from lqexport.artifact import StoredTensor
 from lqexport.errors import UserError
+from lqexport.factor import Factor, factorize
 from lqexport.fit import fit, minmax
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
@@ -17,10 +20,15 @@ from lqexport.formats.registry import codec as codec_named
 from lqexport.grid import TensorGrid
 from lqexport.moments import importance
 from lqexport.recipe import Recipe
+from lqexport.room import Room, plenty
 from lqexport.sections import TensorSections
-from lqexport.solve import Factor, damped, factorize, feedback, layer_loss, refine
-from lqexport.solve_exact import exact
+from lqexport.solve import damped, feedback, layer_loss, refine
+from lqexport.solve_exact import in_own_order
 from lqexport.solve_sections import refine_sections
+from lqexport.tiles import in_chunks, tiles
+
+Sums = dict[str, float]
+"""Over some rows, by name."""
 
 ROUND_CHUNK = 1 << 24
 """Weights rounded at once, so that a large embedding needs little memory."""
@@ -53,9 +61,12 @@ def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> 
     return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
 
-def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe) -> StoredTensor:
-    """Quantize float32 `weight` [R, C] for inputs with second moments `hessian` (None: method rtn): [C, C], or
-    [G, C, C], one for each of G equal runs of rows.
+def solve_linear(
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, room: Room | None = None
+) -> StoredTensor:
+    """Quantize `weight` [R, C], of any float dtype, for inputs with second moments `hessian` (None: method rtn):
+    float32 [C, C], or [G, C, C], one for each of G equal runs of rows. `room` says what computes, and how much of it at
+    once (None: all, where the weight is); both may be elsewhere.
 
     The facts of the result: `loss` (summed squared output error per token), `relative_error` (to the output's energy),
     `weight_error` (relative, squared), and the dampening that the factorization took.
@@ -64,31 +75,54 @@ def solve_linear(name: str, weight: Tensor, hessian: Tensor | None, codec_name: 
     codec = codec_named(codec_name)
     if isinstance(codec, PlainCodec):
         return round_tensor(name, weight, codec_name)
+    room = room or plenty(weight.device)
+    if isinstance(codec, SectionedCodec):  # what the file stores is shared by all rows, and its planes have them last
+        room = replace(room, rows=len(weight))
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
-    assert len(hessians) == 1 or isinstance(codec, GridCodec)  # the planes of others have columns as rows
-    runs = [_solve_rows(name, *pair, codec, recipe) for pair in zip(weight.chunk(len(hessians)), hessians, strict=True)]
-    planes = {plane: np.concatenate([part[plane] for part, _ in runs]) for plane in runs[0][0]}
-    return StoredTensor(name, codec_name, tuple(weight.shape), planes, _summed_facts([facts for _, facts in runs]))
+    assert len(hessians) == 1 or isinstance(codec, GridCodec)
+    runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
+    parts = [part for run in runs for part in _solve_rows(name, *run, codec, recipe, room)]
+    planes = {plane: np.concatenate([part[plane] for part, _ in parts]) for plane in parts[0][0]}
+    facts = _summed_facts([tile for _, tiles in parts for tile in tiles])
+    return StoredTensor(name, codec_name, tuple(weight.shape), planes, facts)
 
 
 def _solve_rows(
-    name: str, weight: Tensor, hessian: Tensor | None, codec: GridCodec | SectionedCodec, recipe: Recipe
-) -> tuple[Planes, dict[str, float]]:
-    """Planes of some rows, and sums over them from which the facts are made."""
-    sums: dict[str, float] = {}
-    if hessian is None or recipe.method == "rtn":
-        grid, codes = _round_to_nearest(codec, weight)
-    else:
-        grid, codes, sums["dampening"] = _solve(codec, weight, hessian, recipe)
-    planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
-    difference = torch.from_numpy(values).to(weight.device) - weight
-    sums |= {"weight_error": float(difference.square().sum()), "weight": float(weight.square().sum())}
-    if hessian is not None:
-        sums |= {"loss": layer_loss(difference, hessian), "energy": layer_loss(weight, hessian)}
-    return planes, sums
+    name: str, weight: Tensor, hessian: Tensor | None, codec: GridCodec | SectionedCodec, recipe: Recipe, room: Room
+) -> Iterator[tuple[Planes, list[Sums]]]:
+    """Planes of some rows at a time, and for each tile of them sums from which the facts are made."""
+    hessian = None if hessian is None else hessian.to(room.device)
+    factor = None
+    if hessian is not None and recipe.method != "rtn":
+        factor = factorize(hessian, recipe.dampening, recipe.act_order, room.factors.keep)
+
+    def work(rows: slice) -> tuple[Planes, list[Sums]]:
+        chunk = weight[rows].to(room.device).float()
+        if hessian is None or factor is None:
+            grid, codes = _round_to_nearest(codec, chunk)
+        else:
+            grid, codes = _solve(codec, chunk, hessian, factor, recipe)
+        planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
+        return planes, _sums(torch.from_numpy(values).to(room.device), chunk, hessian, factor)
+
+    yield from in_chunks(work, len(weight), room.rows)
 
 
-def _summed_facts(runs: list[dict[str, float]]) -> dict[str, Any]:
+def _sums(values: Tensor, weight: Tensor, hessian: Tensor | None, factor: Factor | None) -> list[Sums]:
+    """What the facts are made from, of each tile."""
+    found = []
+    for stored, exact in zip(tiles(values), tiles(weight), strict=True):
+        difference = stored - exact
+        sums = {"weight_error": float(difference.square().sum()), "weight": float(exact.square().sum())}
+        if hessian is not None:
+            sums |= {"loss": layer_loss(difference, hessian), "energy": layer_loss(exact, hessian)}
+        if factor is not None:
+            sums["dampening"] = factor.dampening
+        found.append(sums)
+    return found
+
+
+def _summed_facts(runs: list[Sums]) -> dict[str, Any]:
     total = {key: sum(run[key] for run in runs) for key in runs[0]}
     facts = {"weight_error": total["weight_error"] / max(total["weight"], 1e-30)}
     if "loss" in total:
@@ -105,13 +139,12 @@ def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tupl
 
 
 def _solve(
-    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, recipe: Recipe
-) -> tuple[TensorGrid | TensorSections, Tensor, float]:
-    """Grid, codes, and the dampening that it took."""
-    factor = factorize(hessian, recipe.dampening, recipe.act_order)
+    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+) -> tuple[TensorGrid | TensorSections, Tensor]:
+    """Grid and codes."""
     if isinstance(codec, GridCodec):
-        return *_solve_grid(codec, weight, hessian, factor, recipe), factor.dampening
-    return *_solve_sections(codec, weight, hessian, factor, recipe), factor.dampening
+        return _solve_grid(codec, weight, hessian, factor, recipe)
+    return _solve_sections(codec, weight, hessian, factor, recipe)
 
 
 def _solve_grid(
@@ -121,7 +154,7 @@ def _solve_grid(
         grid = minmax(codec, weight)
     else:
         grid = fit(codec, weight, importance(hessian, factor, recipe.importance, recipe.exponent))
-    codes = (exact if recipe.solver == "exact" else feedback)(weight, grid, factor)
+    codes = (in_own_order if recipe.solver == "exact" else feedback)(weight, grid, factor)
     if recipe.method == "lean" and recipe.descent:
         return refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
     return grid, codes

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lqexport.factor import Factor, Keep, in_place
 from lqexport.processes import ALONE, Processes
 from lqexport.recipe import ImportanceBase, Moments
-from lqexport.solve import Factor
 
 PANELS = 8
 """Of a symmetric matrix only what is below the diagonal is added up, in so many panels: 0.56 of the products."""
@@ -24,14 +24,18 @@ class SecondMoments:
                  summed over rows, then estimates in nats per token what the error d of the weights costs the model
 
     Tokens may come in shards: each is summed by itself, and the sums are added in the order of the shards, so the bits
-    do not depend on which process of several had which.
+    do not depend on which process of several had which. `keep` says where the total is: it is only added to, and
+    additions are the same everywhere.
     """
 
-    def __init__(self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1) -> None:
-        self.kind = kind
+    def __init__(
+        self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1, keep: Keep = in_place
+    ) -> None:
+        self.kind, self._keep = kind, keep
         self._shape, self._device = (output_groups, columns, columns), device
         self._shard: Tensor | None = None
         self._total: Tensor | None = None
+        self._finished: Tensor | None = None
         self._tokens = torch.zeros((), device=device, dtype=torch.float64)
         self._shard_tokens = torch.zeros_like(self._tokens)
 
@@ -62,7 +66,7 @@ class SecondMoments:
         tokens = self._shard_tokens
         self._shard, self._shard_tokens = None, torch.zeros_like(tokens)
         for part in processes.collected(shard, owner, senders):
-            self._total = part if self._total is None else self._total.add_(part)
+            self._total = self._keep(part) if self._total is None else self._total.add_(part.to(self._total.device))
         for part in processes.collected(tokens, owner, senders):
             self._tokens += part
 
@@ -77,13 +81,24 @@ class SecondMoments:
 
     def hessian(self) -> Tensor:
         """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen, as of
-        an expert that no token went to."""
-        if self._shard is not None or self._total is None:
-            self.end_shard()
-        assert self._total is not None
-        whole = self._total.tril() + self._total.tril(-1).mT
-        unseen = (self._tokens == 0) * torch.eye(whole.shape[-1], device=whole.device)
-        return ((whole[0] if len(whole) == 1 else whole) + unseen) / self._tokens.clamp_min(1)
+        an expert that no token went to. Made in the place of the sums, so nothing can be added afterwards."""
+        if self._finished is None:
+            if self._shard is not None or self._total is None:
+                self.end_shard()
+            assert self._total is not None
+            self._finished, self._total = self._mean(self._total), None
+        return self._finished
+
+    def _mean(self, total: Tensor) -> Tensor:
+        """`hessian` in the place of the sums [output groups, C, C] below the diagonal."""
+        if not self._tokens:
+            total.diagonal(dim1=1, dim2=2).fill_(1)
+        for start in range(0, columns := total.shape[-1], width := -(-columns // PANELS)):
+            corner = total[:, start : start + width, start : start + width]
+            corner.copy_(corner.tril() + corner.tril(-1).mT)
+            total[:, start : start + width, start + width :] = total[:, start + width :, start : start + width].mT
+        total /= self._tokens.clamp_min(1).to(total.device)
+        return total[0] if len(total) == 1 else total
 
 
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:
@@ -95,8 +110,7 @@ def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: 
     """
     if base == "diagonal":
         return hessian.diagonal().double().clamp_min(0).pow(exponent).float()
-    upper = factor.upper.double()
-    spread = upper.diagonal() if base == "cholesky" else upper.square().sum(0)
+    spread = factor.diagonal() if base == "cholesky" else factor.inverse_diagonal()
     natural = torch.empty_like(spread)
     natural[factor.order] = spread.pow(-exponent)
     # Only ratios matter, and float32 must hold them: see weakness 16 of the original, where U^-p overflows.

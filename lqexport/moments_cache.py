@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-import torch
 
 from lqexport.artifact import AGAIN, open_tensors, write_json, written_whole
 from lqexport.collect import BlockMoments
@@ -48,9 +47,9 @@ class MomentsCache:
         with written_whole(self._path(index)) as file:
             file.write(content)
 
-    def read(self, index: int, device: torch.device) -> BlockMoments:
-        """The second moments of a block. Raises UserError where the file is damaged."""
-        with open_tensors(self._path(index), "pt", AGAIN, str(device)) as file:
+    def read(self, index: int) -> BlockMoments:
+        """The second moments of a block, on the host. Raises UserError where the file is damaged."""
+        with open_tensors(self._path(index), "pt", AGAIN) as file:
             return index, {tuple(name.split("+")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:

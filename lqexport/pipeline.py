@@ -22,8 +22,10 @@ from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, full_float32, steady_threads
+from lqexport.errors import UserError
 from lqexport.job import Job
 from lqexport.linear import round_tensor
+from lqexport.memory import Budget, available
 from lqexport.moving import KEPT, moved
 from lqexport.processes import joined
 from lqexport.progress import Listener, Silent
@@ -32,14 +34,20 @@ from lqexport.recipe import Recipe
 from lqexport.solving import solve
 from lqexport.tune import HELD_OUT, Outcome, Tuner
 
+OUT_OF_MEMORY = (
+    "what is finished stays. `lqexport plan` says which stage takes how much; a smaller --device-memory keeps less on "
+    "the device, and --tune 0 and shorter sequences need less."
+)
+
 
 def quantize(
     recipe: Recipe, out: str | Path, *, device: str = "auto", cache: Path | None = None,
-    listener: Listener | None = None,
+    listener: Listener | None = None, budget: Budget | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Quantize `recipe.source` into the artifact folder `out`, or finish what an interrupted run began there.
 
-    cache   a folder that keeps second moments for other runs over the same source and calibration
+    cache    a folder that keeps second moments for other runs over the same source and calibration
+    budget   the memory to fit into, where that can be had by keeping less at hand; None for what is free now
 
     Returns the report that is also written to report.json. Raises UserError for bad input.
     """
@@ -47,9 +55,13 @@ def quantize(
     full_float32()
     where = choose_device(device)
     with joined(where) as processes, torch.no_grad(), claimed(Path(out)) if processes.first else nullcontext():
-        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes)
+        budget = (budget or available(where)).shared(processes.count)
+        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes, budget)
         if not processes.agreed(job.artifact.complete):
-            _run(job)
+            try:
+                _run(job)
+            except torch.OutOfMemoryError as error:
+                raise UserError(f"Out of memory on {where}: {OUT_OF_MEMORY}") from error
         return job.artifact.report()
 
 

@@ -12,17 +12,18 @@ others through `lqexport.solve_torch`. All do the same arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from lqexport import solve_cpu, solve_cuda, solve_torch
-from lqexport.errors import UserError
+from lqexport.factor import Factor
 from lqexport.grid import TensorGrid
 from lqexport.kernels import cuda
 from lqexport.sections import TensorSections
+from lqexport.tiles import product, tiles
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256
@@ -30,60 +31,22 @@ REFIT_ROWS = 64
 """Rows whose tables are refitted at once; bounds the memory that takes."""
 
 
-@dataclass(frozen=True)
-class Factor:
-    """U [C, C] of a damped Hessian in solve order, that order (int64 [C]), and the dampening that it took."""
-
-    upper: Tensor
-    order: Tensor
-    dampening: float
-
-
 def damped(hessian: Tensor, dampening: float) -> Tensor:
     """H plus `dampening` times its mean diagonal on the diagonal. Columns whose input is always zero get it too, so
     they are rounded by themselves; a Hessian of zeros becomes the identity."""
     mean = hessian.diagonal().mean()
-    extra = torch.where(mean > 0, dampening * mean, 1.0)
-    return hessian + extra * torch.eye(len(hessian), device=hessian.device, dtype=hessian.dtype)
-
-
-def factorize(hessian: Tensor, dampening: float, act_order: bool) -> Factor:
-    """U with (damped H)^-1 = U^T U, columns in act-order (descending diagonal) where asked.
-
-    Where the factorization fails, the dampening rises tenfold and again, up to 10; the result says what it took. Raises
-    UserError beyond that.
-    """
-    diagonal = hessian.diagonal()
-    natural = torch.arange(len(diagonal), device=hessian.device)
-    order = diagonal.argsort(descending=True, stable=True) if act_order else natural
-    level = max(dampening, 1e-6)
-    while level <= 10:
-        try:  # H = R R^T with R upper triangular (Cholesky of the reversed matrix), so U = R^-1
-            upper = torch.linalg.cholesky(_damped_in_order(hessian, order.flip(0), level)).flip(0, 1)
-        except torch.linalg.LinAlgError:
-            level *= 10
-            continue
-        eye = torch.eye(len(upper), device=upper.device, dtype=upper.dtype)
-        return Factor(torch.linalg.solve_triangular(upper, eye, upper=True), order, level)
-    raise UserError("The Hessian cannot be factorized even with dampening 10: are the activations finite?")
-
-
-def _damped_in_order(hessian: Tensor, order: Tensor, dampening: float) -> Tensor:
-    """`damped` in float64, its rows and columns in `order`; made in place, since few such matrices fit a GPU."""
-    matrix = hessian[order][:, order].double()
-    mean = hessian.diagonal().double().mean()
+    matrix = hessian.clone()
     matrix.diagonal().add_(torch.where(mean > 0, dampening * mean, 1.0))
     return matrix
 
 
 def layer_loss(difference: Tensor, hessian: Tensor) -> float:
     """Sum over rows of d H d^T for d [R, C] = Q - W: the summed squared error of the outputs, per unit of H."""
-    return float(((difference @ hessian) * difference).sum())
+    return sum(float(((tile @ hessian) * tile).sum()) for tile in tiles(difference))
 
 
 def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Factor) -> Tensor:
     """Codes uint8 [R, C] by error feedback through float32 weights [R, C] in the factor's order."""
-    upper = factor.upper.float()
     remaining = weights[:, factor.order].contiguous()
     ordered = torch.empty_like(remaining, dtype=torch.uint8)
     for run, columns, part in grid.runs(factor.order):
@@ -91,11 +54,13 @@ def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Factor)
         for start in range(run.start, run.stop, FEEDBACK_BLOCK):
             block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
             spread = columns[block.start - run.start : block.stop - run.start] // part.group
+            upper = factor.rows(block)
+            width = len(upper)
             ordered[:, block], errors = backend(weights).feedback_block(
-                remaining[:, block].contiguous(), upper[block, block].contiguous(), scale[:, spread].contiguous(),
+                remaining[:, block].contiguous(), upper[:, :width].contiguous(), scale[:, spread].contiguous(),
                 offset[:, spread].contiguous(), part.levels, part.uniform, part.half,
             )  # fmt: skip
-            remaining[:, block.stop :] -= errors @ upper[block, block.stop :]
+            remaining[:, block.stop :] -= product(errors, upper[:, width:])
     codes = torch.empty_like(ordered)
     codes[:, factor.order] = ordered
     return codes
@@ -112,18 +77,18 @@ def refine(
     codes = codes.clone()
     values = grid.values(codes)
     grid = replace(grid, scale=grid.scale and grid.scale.clone(), offset=grid.offset and grid.offset.clone())
-    gradient = (values - weights) @ hessian
+    gradient = product(values - weights, hessian)
     for _ in range(sweeps):
         if refit and grid.scale is None:
             grid, codes = refit_tables(gradient, hessian, grid, codes)
             values = grid.values(codes)
-            gradient = (values - weights) @ hessian
+            gradient = product(values - weights, hessian)
         for block in _blocks(grid):
             part = values[:, block].contiguous()
             backend(weights).refine_block(
                 part, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
             )
-            gradient += (part - values[:, block]) @ hessian[block]
+            gradient += product(part - values[:, block], hessian[block])
             values[:, block] = part
     return grid, codes
 

@@ -13,16 +13,16 @@ from torch import Tensor
 
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
+from lqexport.factor import Factor
 from lqexport.grid import TensorGrid
 from lqexport.kernels.exact import solve_rows
-from lqexport.solve import Factor
 
 SECONDS = 3e-11
 """Per row and cube of its columns on one core: measured at 384 and 1536 columns, 2.6e-11 and 1.9e-11."""
 MOST_HOURS = 24
 
 
-def exact(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
+def in_own_order(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
     """Codes uint8 [R, C] for float32 weights [R, C] on a table per row, each row in its own order. Computed on the CPU,
     on whatever device the tensors are."""
     codes = torch.zeros_like(weights, dtype=torch.uint8, device="cpu")
@@ -35,8 +35,12 @@ def exact(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
 
 def _inverse(factor: Factor) -> Tensor:
     """The inverse of the damped second moments, float32 [C, C], columns in their own order."""
-    inverse = torch.empty_like(factor.upper, dtype=torch.float32)
-    inverse[factor.order[:, None], factor.order] = (factor.upper.T @ factor.upper).float()
+    columns = len(factor.order)
+    padded = [torch.nn.functional.pad(panel.to(factor.order.device), (0, 0, 0, columns - len(panel)))
+              for panel in factor.panels]  # fmt: skip
+    upper = torch.cat(padded, dim=1)
+    inverse = torch.empty_like(upper, dtype=torch.float32)
+    inverse[factor.order[:, None], factor.order] = (upper.T @ upper).float()
     return inverse
 
 

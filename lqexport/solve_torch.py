@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lqexport.grid import Numbers, TensorGrid, nearest_level, round_super
+from lqexport.tiles import product
 
 
 def feedback_block(
@@ -95,7 +96,7 @@ def _refit(
 def _best_step(direction: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     """The step [R] along each row's direction that minimises the loss: minus slope over curvature."""
     slope = (direction.double() * gradient).sum(1)
-    curvature = (direction.double() * (direction @ hessian)).sum(1)
+    curvature = (direction.double() * product(direction, hessian)).sum(1)
     return torch.where(curvature > 0, -slope / curvature, 0.0).float()
 
 
@@ -106,5 +107,5 @@ def _move(
     change = torch.where(change * (change - 2 * step) < 0, change, 0.0)
     moved = change[:, None] * direction
     values[:, columns] += moved
-    gradient += moved @ hessian[columns]
+    gradient += product(moved, hessian[columns])
     return change

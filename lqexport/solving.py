@@ -64,7 +64,7 @@ class _Solving:
     def _solve_head(self, head: PlannedTensor) -> None:
         """The output, on inputs from the full-precision model."""
         kind = "normalized" if self.recipe.moments == "guided" else self.recipe.moments
-        moments = SecondMoments(head.matrix[1], kind, self.device)
+        moments = SecondMoments(head.matrix[1], kind, self.device, keep=self.job.room.moments.keep)
         if calibrated := self.job.calibration is not None:
             add_outputs(moments, self.job.model(), self.job.sequences, self.processes)
         if self.processes.first:
@@ -82,7 +82,7 @@ class _Solving:
         for block in begin_with_first(self.job.moments(model), self._begin_solving):
             for name, hessian in by_weight(model, block).items():
                 if self.job.is_unfinished(name):
-                    self._solve(self.job.linears[name], self.job.source.read(name), hessian.to(self.device))
+                    self._solve(self.job.linears[name], self.job.source.read(name), hessian)
 
     def _solve_on_quantized(self, model: BlockModel) -> None:
         """Block by block on inputs from the quantized blocks before; within a block, group by group."""
@@ -112,7 +112,7 @@ class _Solving:
         """Second moments of a group's inputs; with the full-precision block and its inputs, cross moments."""
         columns = linear_of(block, group[0]).in_features
         if original is None or full is None:
-            moments = SecondMoments(columns, self.recipe.moments, self.device)
+            moments = SecondMoments(columns, self.recipe.moments, self.device, keep=self.job.room.moments.keep)
             for batch in inputs:
                 moments.add(input_of(model, block, group[0], batch))
             return moments
@@ -133,7 +133,7 @@ class _Solving:
         self, tensor: PlannedTensor, weight: Tensor, hessian: Tensor | None, facts: dict[str, Any] | None = None
     ) -> None:
         name, began = tensor.name, time.perf_counter()
-        *factors, solved = self._solved(name, weight.to(self.device).float(), hessian, tensor.codec)
+        *factors, solved = self._solved(name, weight, hessian, tensor.codec)
         solved.facts.update(facts or {})
         for stored in (*factors, solved):  # the linear comes last: where it is, its factors are
             self.artifact.write(stored)
@@ -143,8 +143,9 @@ class _Solving:
     def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
         recipe = self.job.recipe_of(name)
         if hessian is None or not recipe.rank or name not in self.job.linears:
-            return [solve_linear(name, weight, hessian, kind, recipe)]
-        return solve_corrected(name, weight, hessian, self.magnitudes.get(name), kind, recipe)
+            return [solve_linear(name, weight, hessian, kind, recipe, self.job.room)]
+        hessian = hessian.to(self.device)
+        return solve_corrected(name, weight.to(self.device).float(), hessian, self.magnitudes.get(name), kind, recipe)
 
     def _carry_forward(self, linear: nn.Linear, name: str) -> None:
         """Go on with the weights as the file decodes them."""

@@ -7,13 +7,15 @@ calibration sequences. The method is the second phase of EfficientQAT (Chen et a
 predictions in the place of the next token, and with the norms.
 
 A step runs one sequence forward through all blocks, keeping the inputs of each, then backward, running each block again
-with gradients. In memory are one block's decoded weights, the sequence's hidden states, and the tuned numbers with the
-optimizer's moments. The last steps are kept on disk, so a stopped run goes on from there and ends in the same bits.
+with gradients. On the device are one block's decoded weights and both models' outputs; on the host, where the optimizer
+works, are the tuned numbers with its moments, and the sequence's hidden states. The last steps are kept on disk, so a
+stopped run goes on from there and ends in the same bits.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.artifact import AGAIN, Artifact, StoredTensor, decoded, open_tensors, written_whole
 from lqexport.blocks import BlockModel
-from lqexport.collect import final_states
+from lqexport.collect import embed_batches, final_states
 from lqexport.corrected import stored_correction
 from lqexport.formats.codec import Grid, PlainCodec, Sections
 from lqexport.formats.registry import codec
@@ -45,6 +47,8 @@ WARM_UP = 4
 BETAS = (0.9, 0.95)
 
 State = dict[str, Tensor]
+Decoder = Callable[[], Tensor]
+"""A tensor's values with the changes so far, differentiable by them."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,23 @@ def tuned_values(grid: TensorGrid | TensorSections, codes: Tensor, new: State) -
     return with_numbers(grid, new).values(codes)
 
 
+def _handing_on(decode: Decoder) -> Tensor:
+    """A tensor's values, which hand their gradient on to its changes as soon as it is there. So only one tensor of a
+    block at a time has a gradient and what its values were made from."""
+    made = decode()
+    if not made.requires_grad:
+        return made
+    values = made.detach().requires_grad_()
+
+    def hand_on(values: Tensor) -> None:
+        with torch.enable_grad():
+            decode().backward(values.grad)
+        values.grad = None
+
+    values.register_post_accumulate_grad_hook(hand_on)
+    return values
+
+
 def _unit(name: str, values: Tensor) -> Tensor:
     """What a change of 1 means: a scale or offset itself, the spread of a row's table, or a vector's mean size."""
     if name == "levels":
@@ -134,7 +155,7 @@ class Tuner:
         last = [] if self.encoder else [self.norm]
         for name in [name for names in self.blocks for name in names] + last:
             for number, values in self._numbers(name).items():
-                deltas[f"{name}/{number}"] = torch.zeros_like(values, requires_grad=True)
+                deltas[f"{name}/{number}"] = torch.zeros_like(values, device="cpu", requires_grad=True)
         return deltas
 
     def _numbers(self, name: str) -> State:
@@ -155,23 +176,30 @@ class Tuner:
 
     def _moved(self, name: str, values: State) -> State:
         """A tensor's numbers with the changes so far, differentiable by them."""
-        return {number: base + _unit(number, base) * self.deltas[f"{name}/{number}"] for number, base in values.items()}
+        moved = {}
+        for number, base in values.items():
+            moved[number] = base + _unit(number, base) * self.deltas[f"{name}/{number}"].to(base.device)
+        return moved
 
-    def _value(self, name: str) -> Tensor:
-        """A tensor's values with the changes so far, differentiable by them."""
+    def _decoder(self, name: str) -> Decoder:
+        """Loads a tensor."""
         tensor = self.artifact.read(name)
-        if not isinstance(codec(tensor.codec), PlainCodec) and not _is_kept(tensor):
-            grid, codes = self._grid(tensor)
-            values = tuned_values(grid, codes, self._moved(name, numbers(grid)))
-            correction = stored_correction(self.artifact, name)
-            return values if correction is None else values + correction.to(values.device)
-        values = self._decoded(tensor)
-        return self._moved(name, {"vector": values})["vector"] if values.ndim == 1 else values
+        if isinstance(codec(tensor.codec), PlainCodec) or _is_kept(tensor):
+            stored = self._decoded(tensor)
+            return lambda: self._moved(name, {"vector": stored})["vector"] if stored.ndim == 1 else stored
+        grid, codes = self._grid(tensor)
+        correction = stored_correction(self.artifact, name)
 
-    def _block(self, index: int) -> State:
-        """Block `index` as it is now, by the names of its own parameters."""
+        def decode() -> Tensor:
+            values = tuned_values(grid, codes, self._moved(name, numbers(grid)))
+            return values if correction is None else values + correction.to(values.device)
+
+        return decode
+
+    def _block(self, index: int) -> dict[str, Decoder]:
+        """Block `index`, by the names of its own parameters."""
         prefix = f"{self.solved.architecture.blocks}.{index}."
-        return {name.removeprefix(prefix): self._value(name) for name in self.blocks[index]}
+        return {name.removeprefix(prefix): self._decoder(name) for name in self.blocks[index]}
 
     def run(self) -> Outcome:
         """Tune, then write what was tuned into the artifact, unless the held-out sequences got worse by it."""
@@ -179,30 +207,30 @@ class Tuner:
         if not done.is_file():
             self._optimize(done)
         with open_tensors(done, "pt", AGAIN) as file:
-            device = self.solved.device
-            new = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            new = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             outcome = Outcome(**json.loads(file.metadata()["outcome"]))
         for name in sorted({key.rpartition("/")[0] for key in new}):
             mine = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}
-            self._store(name, mine)
+            self._store(name, {number: values.to(self.solved.device) for number, values in mine.items()})
         return outcome
 
     def _optimize(self, done: Path) -> None:
         """All steps; `done` gets the tuned numbers and the outcome."""
-        targets = self._targets()
+        targets, inputs = self._targets(), embed_batches(self.solved, list(self.tokens.split(1)))
+        self.solved.let_go()
         optimizer = torch.optim.Adam(list(self.deltas.values()), betas=BETAS)
         reached, before = self._resume(optimizer)
         self.listener.stage("Tuning end to end", self.steps - reached)
-        before = self._held_out(targets) if before is None else before
+        before = self._held_out(inputs, targets) if before is None else before
         # Solved weights are off by about sqrt(KL), and so are the numbers to tune.
         top = self.rate * before**0.5
         for step in range(reached, self.steps):
             rate = top * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
-            self._step(self.tokens[step : step + 1], targets[step], optimizer, rate)
+            self._step(inputs[step], targets[step], optimizer, rate)
             if (step + 1) % SAVE_EVERY == 0:
                 self._save(step + 1, before, optimizer)
             self.listener.advance(1)
-        outcome = Outcome(before, self._held_out(targets), "distance" if self.encoder else "kl")
+        outcome = Outcome(before, self._held_out(inputs, targets), "distance" if self.encoder else "kl")
         content = self._finished() if outcome.kept else {}
         _write(done, content, {"outcome": json.dumps(asdict(outcome), sort_keys=True)})
 
@@ -216,9 +244,9 @@ class Tuner:
         with open_tensors(path, "pt", AGAIN) as file:
             return list(file.get_tensor("hidden"))
 
-    def _step(self, tokens: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """One sequence [1, length] forward and backward, and the changes that follow from it."""
-        hidden = self._forward(tokens)
+    def _step(self, inputs: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        """One sequence's hidden states [1, length, hidden] forward and backward, and the changes that follow."""
+        hidden = self._forward(inputs)
         gradient = self._head_backward(hidden[-1], target)
         for index in reversed(range(len(self.blocks))):
             gradient = self._block_backward(index, hidden[index], gradient)
@@ -228,17 +256,18 @@ class Tuner:
         optimizer.zero_grad()
 
     @torch.no_grad()
-    def _forward(self, tokens: Tensor) -> list[Tensor]:
-        """Hidden states [1, length, hidden] before each block and after the last."""
-        hidden = [self.solved.start(tokens)]
+    def _forward(self, inputs: Tensor) -> list[Tensor]:
+        """Hidden states [1, length, hidden] before each block and after the last, on the host."""
+        hidden = [inputs]
         for index in range(len(self.blocks)):
-            hidden.append(self.solved.run_as(index, self._block(index), hidden[-1]))
+            state = {name: decode() for name, decode in self._block(index).items()}
+            hidden.append(self.solved.run_as(index, state, hidden[-1].to(self.solved.device)).cpu())
         return hidden
 
     def _head_backward(self, hidden: Tensor, target: Tensor) -> Tensor:
         """The gradient of the mean KL by the last block's outputs; that by the final norm is added to its change."""
         with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
+            hidden = hidden.to(self.solved.device).detach().requires_grad_()
             self._divergence(hidden[0], target).backward()
         assert hidden.grad is not None
         return hidden.grad
@@ -249,23 +278,24 @@ class Tuner:
         if self.encoder:
             pair = (self.solved.embedding(state[None]), self.source.embedding(target[None].to(state.device)))
             return 1 - (pair[0] * pair[1]).sum()
-        ours = log_softmax(self.solved.logits(state, {"weight": self._value(self.norm)}), -1)
+        ours = log_softmax(self.solved.logits(state, {"weight": self._decoder(self.norm)()}), -1)
         theirs = log_softmax(self.source.logits(target.to(state.device)), -1)
         return kl_div(ours, theirs, reduction="batchmean", log_target=True)
 
     def _block_backward(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient by a block's inputs; those by its numbers are added to their changes."""
         with torch.enable_grad():
-            hidden = hidden.detach().requires_grad_()
-            self.solved.run_as(index, self._block(index), hidden).backward(gradient)
+            state = {name: _handing_on(decode) for name, decode in self._block(index).items()}
+            hidden = hidden.to(self.solved.device).detach().requires_grad_()
+            self.solved.run_as(index, state, hidden).backward(gradient)
         assert hidden.grad is not None
         return hidden.grad
 
     @torch.no_grad()
-    def _held_out(self, targets: list[Tensor]) -> float:
+    def _held_out(self, inputs: list[Tensor], targets: list[Tensor]) -> float:
         """Mean KL over the held-out sequences."""
-        pairs = zip(self.tokens[-HELD_OUT:].split(1), targets[-HELD_OUT:], strict=True)
-        return sum(float(self._divergence(self._forward(ids)[-1][0], target)) for ids, target in pairs) / HELD_OUT
+        device, pairs = self.solved.device, zip(inputs[-HELD_OUT:], targets[-HELD_OUT:], strict=True)
+        return sum(float(self._divergence(self._forward(x)[-1][0].to(device), y)) for x, y in pairs) / HELD_OUT
 
     def _save(self, step: int, before: float, optimizer: torch.optim.Adam) -> None:
         """What the next step needs."""
@@ -280,7 +310,7 @@ class Tuner:
         path = self.folder / "tuning.safetensors"
         if not path.is_file():
             return 0, None
-        with open_tensors(path, "pt", AGAIN, str(self.solved.device)) as file:
+        with open_tensors(path, "pt", AGAIN) as file:
             state = json.loads(file.metadata()["state"])
             for key, delta in self.deltas.items():
                 delta.data.copy_(file.get_tensor(f"{key}/delta"))
@@ -293,7 +323,8 @@ class Tuner:
         new: State = {}
         for name in sorted({key.rpartition("/")[0] for key in self.deltas}):
             for number, values in self._moved(name, self._numbers(name)).items():
-                new[f"{name}/{number}"] = values.detach() if number == "vector" else round_half(values.detach())
+                values = values.detach() if number == "vector" else round_half(values.detach())
+                new[f"{name}/{number}"] = values.cpu()
         return new
 
     def _store(self, name: str, new: State) -> None:

@@ -549,10 +549,10 @@ def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, te
 def check_limits(result: Verification) -> None:
     """Say which limits are not kept. A number that is not finite keeps none, and fails without any limit."""
     if near := result.similarity:
-        limit = result.limits.get("min_cosine", -math.inf)
-        # Not `cosine < limit`, which NaN would pass.
-        if not near.cosine >= limit:
-            result.failed.append(f"{LIMITS['min_cosine']} is {near.cosine:.4g}, below the limit of {limit:g}.")
+        least = result.limits.get("min_cosine", -math.inf)
+        # Not `cosine < least`, which NaN would pass.
+        if not near.cosine >= least:
+            result.failed.append(f"{LIMITS['min_cosine']} is {near.cosine:.4g}, below the limit of {least:g}.")
     for found in result.evaluations:
         if not math.isfinite(found.kl) or not math.isfinite(found.perplexity):
             result.failed.append(f"{found.protocol}: the model's predictions are not finite.")

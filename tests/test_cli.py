@@ -28,8 +28,10 @@ from lqexport import inspect as inspection
 from lqexport.cli import app, merged_recipe
 from lqexport.converters.architectures import LLAMA
 from lqexport.converters.tensor_names import gguf_names
+from lqexport.memory import memory_estimate
 from lqexport.progress import Bars, Lines
 from lqexport.recipe import Recipe
+from lqexport.room import plenty
 
 COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
             "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
@@ -149,7 +151,8 @@ def test_full_disk_is_said_before_any_work(odd_model: Path, tmp_path: Path, monk
 def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
     def estimates(**options: Any) -> tuple[int, float]:
         shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", **options), tmp_path)
-        return cost.memory_estimate(shown.work), cost.seconds_estimate(shown.work, cost.Rates(1e10, 1e10, 1e10), 1)
+        rates = cost.Rates(1e10, 1e10, 1e10)
+        return memory_estimate(shown.work, plenty(torch.device("cpu"))), cost.seconds_estimate(shown.work, rates, 1)
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
     assert more[0] > small[0]

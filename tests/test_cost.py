@@ -15,10 +15,11 @@ import pytest
 from typer.testing import CliRunner
 
 from lqexport.cli import app
-from lqexport.cost import PROCESS_BYTES, Work, memory_estimate, tuned_numbers
+from lqexport.cost import Work
 from lqexport.errors import UserError
 from lqexport.forecast import ConfigModel, Forecast, forecast, parse_bytes
 from lqexport.job import plan_recipe
+from lqexport.memory import PROCESS_BYTES, memory_estimate, tuned_numbers
 from lqexport.recipe import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -126,6 +127,7 @@ def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str
     """Beside what the process takes, within a factor of 1.5."""
     work, found = measured
     recipe = Recipe(str(work / "wide" / "model"), "gguf:Q4_K", **SMALL)
-    expected = memory_estimate(forecast(work / "wide" / "model", recipe, None, None).work) - PROCESS_BYTES
+    found_for = forecast(work / "wide" / "model", recipe, None, None)
+    expected = memory_estimate(found_for.work, found_for.room) - PROCESS_BYTES
     taken = found["wide"]["quantize"] - found["wide"]["before"]
     assert 1 / 1.5 < taken / expected < 1.5

@@ -14,6 +14,7 @@ from lqexport import fit as fitting
 from lqexport import solve, solve_cpu, solve_cuda
 from lqexport.blocks import BlockModel
 from lqexport.collect import moments_of
+from lqexport.factor import factorize
 from lqexport.fit import fit
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.registry import codec
@@ -49,7 +50,7 @@ def solved(
 ) -> tuple[Solved, torch.Tensor, Solved, torch.Tensor]:
     """Grid and codes after error feedback, and after two sweeps of refinement, by one of the backends."""
     monkeypatch.setattr(solve, "backend", lambda *_: backend)
-    factor, matrix = solve.factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
     if name.startswith("exl2:"):
         grid = fit_sections(codec(name), weights.cpu(), hessian.diagonal().cpu(), factor.order.cpu())
         grid = replace(moved(grid, weights.device), order=factor.order)

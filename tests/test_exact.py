@@ -11,14 +11,15 @@ from numpy.typing import NDArray
 
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
+from lqexport.factor import factorize
 from lqexport.fit import fit, minmax
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid
 from lqexport.linear import solve_linear
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
-from lqexport.solve import damped, factorize
-from lqexport.solve_exact import check_exact, exact
+from lqexport.solve import damped
+from lqexport.solve_exact import check_exact, in_own_order
 
 Matrix = NDArray[np.float64]
 
@@ -66,7 +67,7 @@ def test_rows_are_solved_by_the_definition(
     weights, hessian = problem
     grid = fit(codec(f"native:table-{bits}"), weights, hessian.diagonal())
     grid = TensorGrid(48, grid.levels * stretch, False)
-    codes = exact(weights, grid, factorize(hessian, 0.05, True))
+    codes = in_own_order(weights, grid, factorize(hessian, 0.05, True))
     moments = damped(hessian.double(), 0.05).numpy()
     expected = [
         row_codes(row, moments, table)
@@ -80,7 +81,7 @@ def test_the_given_order_and_the_number_of_threads_change_nothing(problem: tuple
 
     weights, hessian = problem
     grid = minmax(codec("native:table-3"), weights)
-    codes = [exact(weights, grid, factorize(hessian, 0.05, act_order)) for act_order in (True, False)]
+    codes = [in_own_order(weights, grid, factorize(hessian, 0.05, act_order)) for act_order in (True, False)]
     assert torch.equal(*codes)
     inverse = torch.linalg.inv(damped(hessian.double(), 0.05)).float().numpy()
     many = np.zeros(weights.shape, np.uint8)
@@ -91,7 +92,7 @@ def test_the_given_order_and_the_number_of_threads_change_nothing(problem: tuple
 def test_error_is_spread(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
     grid = fit(codec("native:table-3"), weights, hessian.diagonal())
-    codes = exact(weights, grid, factorize(hessian, 0.05, True))
+    codes = in_own_order(weights, grid, factorize(hessian, 0.05, True))
     assert loss(grid, codes, weights, hessian) < 0.8 * loss(grid, grid.nearest(weights), weights, hessian)
 
 

@@ -11,6 +11,7 @@ import torch
 from lqexport import fit_sections as fitting
 from lqexport import measured, solve, solve_cpu, solve_sections, solve_torch
 from lqexport.choose import mix_losses
+from lqexport.factor import factorize
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
 from lqexport.linear import solve_linear
@@ -39,7 +40,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:
-    factor = solve.factorize(hessian.double(), 0.01, True)
+    factor = factorize(hessian.double(), 0.01, True)
     grid = fit_sections(codec(name), weights, hessian.diagonal(), factor.order)
     return grid, solve.feedback(weights, grid, factor)
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqexport import solve, solve_sections
+from lqexport.factor import factorize
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.codec import Grid, Planes, Scales, Sections
 from lqexport.formats.gptq import GPTQ, LEVELS, Gptq
@@ -149,7 +150,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:
-    factor = solve.factorize(hessian.double(), 0.01, True)
+    factor = factorize(hessian.double(), 0.01, True)
     order = factor.order if GPTQ[name].reorders else torch.arange(256)
     grid = fit_sections(GPTQ[name], weights, hessian.diagonal(), order)
     return grid, solve.feedback(weights, grid, factor)

@@ -15,13 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport import choose, fit_sections, solve, tune
+from lqexport import choose, factor, fit_sections, solve, tune
 from lqexport.artifact import Artifact
 from lqexport.converters import exl2, gguf
+from lqexport.factor import factorize
 from lqexport.fit import fit, minmax
 from lqexport.fit_sections import minmax_sections
 from lqexport.formats.registry import codec
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared
+from lqexport.memory import Budget
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.verification import verify
@@ -43,6 +45,7 @@ def device(load_script: Callable[[str], ModuleType]) -> ModuleType:
 def pretended(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """The mode, entered, and torch sees one CUDA device."""
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
     with device.PretendedCuda() as mode:
         yield mode
     cuda_exl2._units.cache_clear()
@@ -140,7 +143,7 @@ def test_gradients_are_on_the_device(pretended: Any) -> None:
 def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
     weights, inputs = torch.randn(2, 256, device=CUDA), torch.randn(300, 256, device=CUDA)
     hessian = inputs.T @ inputs
-    factor, matrix = solve.factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
     assert minmax(codec(name), weights).levels.device.type == "cuda"
     grid = fit(codec(name), weights, hessian.diagonal())
     codes = solve.feedback(weights, grid, factor)
@@ -248,6 +251,19 @@ def test_other_recipes(
 ) -> None:  # fmt: skip
     recipe = changed(recipe, **options)
     assert losses_of(quantize(recipe, tmp_path / "out", device="cuda")).keys() == on_the_cpu(recipe).keys()
+
+
+@pytest.mark.parametrize("host", [1 << 40, 1], ids=["the host", "files"])
+def test_the_same_bytes_where_the_device_keeps_nothing(
+    host: int, recipe: Recipe, pretended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor, "PANEL", 48)
+    recipe = changed(recipe, tune=1)
+    names = []
+    for name, budget in (("much", Budget()), ("little", Budget(1, host))):
+        quantize(recipe, tmp_path / name, device="cuda", budget=budget)
+        names.append({entry["name"]: entry["sha256"] for entry in Artifact(tmp_path / name).manifest().values()})
+    assert names[0] == names[1]
 
 
 def test_a_stopped_run_goes_on(recipe: Recipe, pretended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,10 +86,10 @@ def test_one_of_two_is_killed_and_three_go_on(options: dict[str, Any], tmp_path:
 @pytest.mark.parametrize("count", [1, 3, 8, 9, 29])
 def test_shards_are_all_the_batches_in_order(count: int) -> None:
     tokens = torch.arange(count * 1024).reshape(count, 1024)
-    shards = sharded(tokens, CPU)
+    shards = sharded(tokens)
     assert len(shards) == min(count, SHARDS)
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
-    torch.testing.assert_close([batch for shard in shards for batch in shard], batches(tokens, CPU))
+    torch.testing.assert_close([batch for shard in shards for batch in shard], batches(tokens))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])

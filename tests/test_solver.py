@@ -13,6 +13,7 @@ import torch
 from lqexport import fit as fitting
 from lqexport import solve, solve_cpu, solve_torch
 from lqexport.errors import UserError
+from lqexport.factor import factorize
 from lqexport.fit import fit, minmax, store
 from lqexport.formats.registry import codec, names
 from lqexport.grid import Numbers, TensorGrid
@@ -47,7 +48,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorGrid, torch.Tensor]:
     grid = fit(codec(name), weights, hessian.diagonal())
-    return grid, solve.feedback(weights, grid, solve.factorize(hessian.double(), 0.01, True))
+    return grid, solve.feedback(weights, grid, factorize(hessian.double(), 0.01, True))
 
 
 def loss(grid: TensorGrid, codes: torch.Tensor, weights: torch.Tensor, hessian: torch.Tensor) -> float:
@@ -86,10 +87,10 @@ def test_feedback_lowers_the_loss_of_rounding(name: str, problem: tuple[torch.Te
 def test_feedback_loss_is_the_sum_of_the_steps(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     """sum_i ((w_i - q_i) / U_ii)^2 over the steps equals d (H + damping) d^T: the identity that GPTQ rests on."""
     weights, hessian = problem
-    factor = solve.factorize(hessian.double(), 0.01, False)
+    factor = factorize(hessian.double(), 0.01, False)
     grid = fit(codec("gguf:Q4_0"), weights, hessian.diagonal())
     scale, offset = (part.repeat_interleave(32, 1) for part in grid.per_group(len(weights)))
-    upper = factor.upper.float()
+    upper = factor.rows(slice(0, len(factor.order)))
     codes, errors = solve_cpu.feedback_block(weights.clone(), upper, scale, offset, grid.levels, grid.uniform, False)
     damped = solve.damped(hessian.double(), 0.01)
     difference = (grid.values(codes) - weights).double()
@@ -183,17 +184,18 @@ def test_store_weighs_what_it_rounds() -> None:
 def test_dampening_rises_until_the_factorization_succeeds() -> None:
     hessian = torch.ones(8, 8, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = 3  # not positive semidefinite
-    factor = solve.factorize(hessian, 0.01, False)
+    factor = factorize(hessian, 0.01, False)
     assert factor.dampening > 0.01
-    eye = factor.upper.T @ factor.upper @ solve.damped(hessian, factor.dampening)
+    (upper,) = factor.panels
+    eye = upper.T @ upper @ solve.damped(hessian, factor.dampening)
     torch.testing.assert_close(eye, torch.eye(8, dtype=torch.float64), atol=1e-8, rtol=0)
     with pytest.raises(UserError, match="finite"):
-        solve.factorize(torch.full((4, 4), torch.nan, dtype=torch.float64), 0.01, False)
+        factorize(torch.full((4, 4), torch.nan, dtype=torch.float64), 0.01, False)
 
 
 def test_act_order_goes_by_the_diagonal(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     _, hessian = problem
-    factor = solve.factorize(hessian.double(), 0.01, True)
+    factor = factorize(hessian.double(), 0.01, True)
     diagonal = hessian.diagonal()[factor.order]
     assert bool((diagonal[:-1] >= diagonal[1:]).all())
 
@@ -201,7 +203,7 @@ def test_act_order_goes_by_the_diagonal(problem: tuple[torch.Tensor, torch.Tenso
 def test_importance_conventions(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     """cholesky: U_ii of H^-1 = U^T U; inverse: the diagonal of H^-1; both through the factor's order."""
     _, hessian = problem
-    factor = solve.factorize(hessian.double(), 0.01, True)
+    factor = factorize(hessian.double(), 0.01, True)
     inverse = torch.linalg.inv(solve.damped(hessian.double(), 0.01))
     expected = inverse.diagonal().pow(-2.0)
     torch.testing.assert_close(
@@ -227,7 +229,7 @@ def test_zero_inputs_and_zero_weights_survive() -> None:
     weights[1, :] = 1e-9
     for name in FEW:
         grid = fit(codec(name), weights, torch.zeros(256))
-        codes = solve.feedback(weights, grid, solve.factorize(torch.zeros(256, 256, dtype=torch.float64), 0.01, True))
+        codes = solve.feedback(weights, grid, factorize(torch.zeros(256, 256, dtype=torch.float64), 0.01, True))
         grid, codes = solve.refine(weights, torch.eye(256), grid, codes, sweeps=1, refit=True)
         assert float((grid.values(codes) - weights).abs().max()) <= 1e-6
 

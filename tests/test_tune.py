@@ -38,12 +38,12 @@ def test_the_gradient_is_that_of_the_divergence(tiny_model: Path, target: str, t
     models = BlockModel(solved, dtype=torch.float64), BlockModel(source, dtype=torch.float64)
     tuner = Tuner(artifact, *models, tokens, 0.0, tmp_path / "work", Silent())
     tuner.deltas = {key: delta.detach().double().requires_grad_() for key, delta in tuner.deltas.items()}
-    targets = tuner._targets()
+    targets, inputs = tuner._targets(), tuner.solved.start(tokens[:1])
 
     def divergence() -> float:
-        return float(tuner._divergence(tuner._forward(tokens[:1])[-1][0], targets[0]).detach())
+        return float(tuner._divergence(tuner._forward(inputs)[-1][0], targets[0]).detach())
 
-    hidden = tuner._forward(tokens[:1])
+    hidden = tuner._forward(inputs)
     gradient = tuner._head_backward(hidden[-1], targets[0])
     for index in reversed(range(len(tuner.blocks))):
         gradient = tuner._block_backward(index, hidden[index], gradient)

@@ -32,6 +32,7 @@ class There(Tensor):
 MOVING = {Tensor.to, Tensor.cpu, Tensor.cuda}
 CROSSING = {Tensor.copy_, Tensor.__getitem__, torch.as_tensor, torch.tensor}
 """What takes tensors of both devices."""
+HOOKING = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
 TO_NUMPY = {Tensor.numpy, Tensor.__array__}
 
 
@@ -49,7 +50,7 @@ class PretendedCuda(TorchFunctionMode):
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if func in MOVING:
             return _moved(func, *args, **kwargs)
-        if func is Tensor.register_hook and there:
+        if func in HOOKING and there:
             return func(args[0], self._hook(args[1]))
         if func is torch._has_compatible_shallow_copy_type:  # asked where a module is moved
             return isinstance(args[0], There) == isinstance(args[1], There)

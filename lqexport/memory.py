@@ -1,0 +1,219 @@
+"""What each stage of a run needs at its peak, from shapes alone, and the way to run that fits what there is.
+
+Computed from what the code allocates, by counting; `tests/test_cost.py` compares it with a measured run. Whatever is
+chosen, the same bytes come out: see `lqexport.room`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+
+from lqexport.collect import BATCH_TOKENS, SHARDS
+from lqexport.cost import Work, moments_bytes
+from lqexport.factor import PANEL
+from lqexport.formats.codec import GridCodec, SectionedCodec
+from lqexport.formats.registry import codec
+from lqexport.grid import TensorGrid
+from lqexport.room import Place, Room, places
+from lqexport.tiles import ROW_TILE, whole_tiles
+from lqexport.tune import HELD_OUT, numbers
+
+PROCESS_BYTES = 700_000_000
+"""What Python with torch, transformers and numba takes before any model is read."""
+
+SOLVER_MATRICES = 8
+"""Float32 arrays of a linear's own shape that solving it holds at once."""
+FACTOR_PANELS = 4
+"""Float64 panels [C, PANEL] that the factorization of its second moments computes with, besides those that it keeps."""
+
+HIDDEN_STATES, INNER_STATES = 14, 6
+"""Float32 numbers a token that a block's backward pass keeps: so many times the hidden and the MLP's width."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes at the peak of a stage, on the device and on the host; a CPU run needs the sum."""
+
+    device: int
+    host: int
+
+    def __add__(self, other: Memory) -> Memory:
+        return Memory(self.device + other.device, self.host + other.host)
+
+
+TUNED_MATRICES = 5
+"""Float32 arrays of a tensor's shape between the gradient by its values and that by its numbers."""
+
+PASSING, SOLVING = "a pass through a block", "solving the largest linear"
+"""Stages whose memory a run's room decides."""
+
+
+def memory(work: Work, room: Room) -> dict[str, Memory]:
+    """What each stage needs at its peak in a room."""
+    stages = {"rounding the embedding": Memory(2 * 4 * work.outer, 0)}
+    if work.calibrated:
+        stages |= {PASSING: _passing(work, room), SOLVING: _solving(work, room)}
+    else:
+        stages[SOLVING] = Memory(_chunk_bytes(work, room), 0)
+    if work.calibrated and work.recipe.tuned_sequences:
+        stages["tuning"] = _tuning_memory(work)
+    return {name: stage + Memory(0, PROCESS_BYTES) for name, stage in stages.items()}
+
+
+def peak(stages: dict[str, Memory]) -> Memory:
+    """The most that any stage needs."""
+    return Memory(max(stage.device for stage in stages.values()), max(stage.host for stage in stages.values()))
+
+
+def memory_estimate(work: Work, room: Room) -> int:
+    """Bytes at the peak of a run on a CPU."""
+    return max(stage.device + stage.host for stage in memory(work, room).values())
+
+
+def _kept(place: Place, count: int) -> Memory:
+    """So many bytes in a place. Those of a file take memory only where it is free."""
+    return Memory(count if place.name == "device" else 0, count if place.name == "host" else 0)
+
+
+def _passing(work: Work, room: Room) -> Memory:
+    """A block in float32, the sums of a shard's second moments, and what a batch leaves in the block; before that, the
+    embedding, and the output with a sequence's logits. Where they are kept, the totals; on the host, hidden states."""
+    batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
+    inner = max((max(tensor.matrix) for tensor in work.block), default=0)
+    activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
+    logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
+    block = 4 * sum(tensor.weights for tensor in work.block)
+    outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
+    sums = moments_bytes(work)
+    return Memory(max(block + sums + activations, outer), _states_bytes(work)) + _kept(room.moments, sums)
+
+
+def _states_bytes(work: Work) -> int:
+    """Hidden states on the host: of all sequences; guided: of a shard, with gradients."""
+    return 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
+
+
+def _solving(work: Work, room: Room) -> Memory:
+    """The block's second moments, those of one linear and, damped, for the descent, its factor, and the solver's
+    arrays."""
+    widest = max((tensor.matrix[1] for tensor in work.block), default=0)
+    square, panel = 4 * widest**2, 8 * widest * min(PANEL, widest)
+    arrays = max(FACTOR_PANELS * panel, square * bool(work.recipe.descent) + _chunk_bytes(work, room))
+    own = 0 if room.moments.holds(room.device) else square
+    here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
+    states = Memory(0, 0 if work.guided else _states_bytes(work))
+    return here + states + _kept(room.moments, moments_bytes(work)) + _kept(room.factors, square + panel)
+
+
+def _is_whole(work: Work) -> bool:
+    """Whether linears are solved whole, and under second moments that are put in another order."""
+    return any(isinstance(codec(tensor.codec), SectionedCodec) for tensor in work.block)
+
+
+def _chunk_bytes(work: Work, room: Room) -> int:
+    """The solver's arrays for as many rows as are solved at once."""
+    whole = _is_whole(work)
+    rows = [(tensor.matrix[0] if whole else min(room.rows, tensor.matrix[0])) for tensor in work.block]
+    most = max((count * tensor.matrix[1] for count, tensor in zip(rows, work.block, strict=True)), default=0)
+    return SOLVER_MATRICES * 4 * most
+
+
+def _correction_bytes(work: Work) -> int:
+    """A low-rank correction's arrays in float64: the error twice, and what weighs its columns."""
+    if not work.recipe.rank:
+        return 0
+    return max((8 * (2 * tensor.weights + tensor.matrix[1] ** 2) for tensor in work.block), default=0)
+
+
+def rooms(work: Work, device: torch.device, folder: Path) -> Iterator[Room]:
+    """Ways to keep less on the device, then on the host, the faster ones first."""
+    kept = places(device, folder)
+    most = max((whole_tiles(tensor.matrix[0] + ROW_TILE - 1) for tensor in work.block), default=ROW_TILE)
+    for moments in range(len(kept)):
+        for factors in sorted({max(0, moments - 1), moments}):
+            rows = most
+            while rows > ROW_TILE:
+                yield Room(device, kept[moments], kept[factors], rows)
+                rows = whole_tiles(rows // 2)
+            yield Room(device, kept[moments], kept[factors], ROW_TILE)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a run may use of the device, where that is a GPU, and of the host; None for any number."""
+
+    device: int | None = None
+    host: int | None = None
+
+    def shared(self, processes: int) -> Budget:
+        """The share of each of several processes, which have a GPU each, or share the CPU."""
+        return Budget(self.device, self.host and self.host // processes)
+
+    def excess(self, stage: Memory, device: torch.device) -> list[tuple[str, int, int]]:
+        """Where a stage does not fit: `device` or `host`, what it takes, and what there is."""
+        if device.type == "cpu":
+            pairs = [("host", stage.device + stage.host, self.host)]
+        else:
+            pairs = [("device", stage.device, self.device), ("host", stage.host, self.host)]
+        return [(name, takes, there) for name, takes, there in pairs if there is not None and takes > there]
+
+
+def available(device: torch.device) -> Budget:
+    """What is free now."""
+    return Budget(
+        torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None, psutil.virtual_memory().available
+    )
+
+
+def choose_room(work: Work, device: torch.device, folder: Path, budget: Budget) -> Room:
+    """The fastest way that fits; the smallest where none does. `folder` is for files, where the host has no room."""
+    for room in rooms(work, device, folder):
+        stages = memory(work, room)
+        if not any(budget.excess(stages[name], device) for name in (PASSING, SOLVING) if name in stages):
+            break
+    return room
+
+
+def told(room: Room) -> str:
+    """What was chosen, in a sentence."""
+    return (
+        f"Second moments are kept on the {room.moments.name}, factors on the {room.factors.name}, and up to "
+        f"{room.rows} rows of a linear are solved at once."
+    )
+
+
+def _tuning_memory(work: Work) -> Memory:
+    """Both models' outputs, a block with its codes, and what the largest of its tensors leaves on the way back; before
+    that a sequence's logits. On the host, with the depth of the model, the tuned numbers, their gradients and Adam's
+    moments and a sequence's states; of every sequence, the first and the last states."""
+    length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
+    block = 5 * sum(tensor.weights for tensor in work.block)
+    largest = max((tensor.weights for tensor in work.block), default=0)
+    device = 2 * 4 * work.outer + max(block + TUNED_MATRICES * 4 * largest, 8 * 4 * length * vocabulary)
+    states = 4 * length * work.hidden * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))
+    return Memory(device, states + 4 * 4 * tuned_numbers(work))
+
+
+def tuned_numbers(work: Work) -> int:
+    """How many stored floating-point numbers tuning moves."""
+    vectors = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 1)
+    return vectors + sum(_grid_numbers(tensor.codec, *tensor.matrix) for tensor in work.linears)
+
+
+@lru_cache
+def _grid_numbers(name: str, rows: int, columns: int) -> int:
+    """Of one linear: those of the grid that one row of zeros decodes to, for every row."""
+    kind = codec(name)
+    if not isinstance(kind, GridCodec):
+        return 0
+    planes = {plane: np.zeros(shape, dtype) for plane, (dtype, shape) in kind.layout(1, columns).items()}
+    grid, _ = kind.unpack(planes, columns)
+    parts = numbers(TensorGrid.of(grid, torch.device("cpu"))).values()
+    return rows * sum(len(part.flatten()) for part in parts)

@@ -1,0 +1,166 @@
+"""Memory decides where a run keeps things and how much it does at once, and nothing else: the same bytes come out."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lqexport import factor, memory, solve, tiles
+from lqexport.cost import Work
+from lqexport.errors import UserError
+from lqexport.factor import factorize
+from lqexport.forecast import forecast
+from lqexport.linear import solve_linear
+from lqexport.memory import Budget
+from lqexport.pipeline import quantize
+from lqexport.progress import Callback
+from lqexport.recipe import Recipe
+from lqexport.room import mapped, places
+
+SMALL = {"samples": 6, "sequence_length": 32, "descent": 1, "tune": 1}
+RECIPES: dict[str, dict[str, Any]] = {
+    "guided": {"target": "gguf:Q2_K", "output_groups": 2},
+    "tables": {"target": "native:table-2", "moments": "normalized"},
+    "quantized prefix": {"target": "gguf:Q4_1", "moments": "plain", "prefix": "quantized", "tune": 0},
+    "corrected": {"target": "gguf:Q3_K", "rank": 4, "tune": 0},
+    "solved whole": {"target": "gptq:4-g128", "tune": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several panels and tiles to a matrix of the tiny model."""
+    monkeypatch.setattr(factor, "PANEL", 96)
+    monkeypatch.setattr(memory, "PANEL", 96)
+    for module in (tiles, memory):
+        monkeypatch.setattr(module, "ROW_TILE", 64)
+
+
+@pytest.fixture
+def hessian() -> Tensor:
+    """float32 [320, 320] of correlated inputs."""
+    draw = torch.Generator().manual_seed(0)
+    inputs = torch.randn(640, 320, generator=draw) @ torch.randn(320, 320, generator=draw)
+    return inputs.T @ inputs / 640
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """Digest of every file but the log, which holds times."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_same_bytes_in_no_room(name: str, tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny_model), calibration=str(text), **SMALL | RECIPES[name])
+    said: list[str] = []
+    quantize(recipe, tmp_path / "much", device="cpu", budget=Budget())
+    listener = Callback(lambda *_: None, said.append)
+    quantize(recipe, tmp_path / "little", device="cpu", budget=Budget(host=1), listener=listener)
+    assert "Second moments are kept on the disk, factors on the disk, and up to 64 rows" in said[0]
+    assert contents(tmp_path / "much") == contents(tmp_path / "little")
+
+
+def test_a_factor_in_panels_is_the_factor(hessian: Tensor, tmp_path: Path) -> None:
+    """U^T U is the inverse of the damped matrix; on disk, its bits are the same."""
+    found = factorize(hessian, 0.01, True)
+    assert [panel.shape for panel in found.panels] == [(96, 96), (192, 96), (288, 96), (320, 32)]
+    inverse = torch.linalg.inv(solve.damped(hessian.double(), 0.01))[found.order][:, found.order]
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    torch.testing.assert_close(found.rows(slice(0, 320)), upper.float())
+    torch.testing.assert_close(found.rows(slice(64, 160)), upper.float()[64:160, 64:])
+    torch.testing.assert_close(found.diagonal(), upper.diagonal())
+    torch.testing.assert_close(found.inverse_diagonal(), inverse.diagonal())
+    kept = factorize(hessian, 0.01, True, lambda panel: mapped(panel, tmp_path))
+    assert all(torch.equal(*pair) for pair in zip(found.panels, kept.panels, strict=True))
+    assert list(tmp_path.iterdir()) == []  # the files have no names
+
+
+@pytest.mark.parametrize("name", ["gguf:Q4_K", "gguf:Q4_0", "native:table-3", "native:mxint-3-g32"])
+@pytest.mark.parametrize("failures", [1, 2])
+def test_where_memory_runs_out_fewer_rows_are_solved_at_once(
+    name: str, failures: int, hessian: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, recipe = torch.randn(300, 256, generator=torch.Generator().manual_seed(1)), Recipe("", name, descent=1)
+    whole = solve_linear("x", weight, hessian[:256, :256], name, recipe)
+    tried = fail_first(monkeypatch, failures)
+    again = solve_linear("x", weight, hessian[:256, :256], name, recipe)
+    assert tried == {1: [300, 128, 128, 44], 2: [300, 128, 64, 64, 64, 64, 44]}[failures]
+    assert again.facts == whole.facts
+    assert all((plane == again.planes[key]).all() for key, plane in whole.planes.items())
+
+
+def fail_first(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
+    """The first calls of error feedback find no memory; returns how many rows each call had."""
+    tried: list[int] = []
+    feedback = solve.feedback
+
+    def failing(weights: Tensor, *rest: Any) -> Tensor:
+        tried.append(len(weights))
+        if len(tried) <= failures:
+            raise torch.OutOfMemoryError("injected")
+        return feedback(weights, *rest)
+
+    monkeypatch.setattr("lqexport.linear.feedback", failing)
+    return tried
+
+
+def test_less_than_a_tile_is_refused(hessian: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    fail_first(monkeypatch, 100)
+    with pytest.raises(UserError, match="64 rows of a linear, the fewest"):
+        solve_linear("x", torch.randn(300, 320), hessian, "gguf:Q4_0", Recipe("", "gguf:Q4_0"))
+
+
+def test_what_a_device_has_no_room_for_goes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place, tensor = places(torch.device("meta"), tmp_path)[0], torch.randn(4, 4)
+    move = Tensor.to
+
+    def full(self: Tensor, where: Any) -> Tensor:
+        if where == torch.device("meta"):
+            raise torch.OutOfMemoryError("injected")
+        return move(self, where)
+
+    monkeypatch.setattr(Tensor, "to", full)
+    assert torch.equal(place.keep(tensor), tensor)
+
+
+def work_of(name: str, **options: Any) -> Work:
+    path = Path(__file__).parent / "configs" / f"{name}.json"
+    return forecast(path, Recipe(str(path), "gguf:Q4_K_M", **options), None, None).work
+
+
+def test_less_memory_keeps_more_elsewhere() -> None:
+    """Each way takes no more of the device than those before it that do as many rows at once."""
+    ways = list(memory.rooms(work_of("llama-3.1-70b"), torch.device("cuda"), Path()))
+    kept = [(room.moments.name, room.factors.name) for room in ways if room.rows == tiles.ROW_TILE]
+    assert kept == [("device", "device"), ("host", "device"), ("host", "host"), ("disk", "host"), ("disk", "disk")]
+    needed = [memory.memory(work_of("llama-3.1-70b"), room)[memory.SOLVING] for room in ways]
+    least = [stage for stage, room in zip(needed, ways, strict=True) if room.rows == tiles.ROW_TILE]
+    assert [stage.device for stage in least] == sorted((stage.device for stage in least), reverse=True)
+    assert least[-1].host < least[2].host
+
+
+def test_the_first_way_that_fits_is_taken() -> None:
+    work, gpu = work_of("llama-3.1-70b"), torch.device("cuda")
+    ways = list(memory.rooms(work, gpu, Path()))
+    assert memory.choose_room(work, gpu, Path(), Budget()) == ways[0]
+    for index in (3, len(ways) - 1):
+        stages = memory.memory(work, ways[index])
+        most = memory.peak({name: stages[name] for name in (memory.PASSING, memory.SOLVING)})
+        assert ways.index(memory.choose_room(work, gpu, Path(), Budget(most.device, most.host))) <= index
+    assert memory.choose_room(work, gpu, Path(), Budget(1, 1)) == ways[-1]
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full)
+    with pytest.raises(UserError, match="No room for 64 bytes"):
+        mapped(torch.randn(4, 4), tmp_path)
