@@ -35,12 +35,14 @@ class ExLlamaV2:
     split     linear -> the linears as which it is stored, its rows one after the other
     renamed   regular expressions that turn our names into those of its files
     keys      key of config.json that it reads -> the usual one
+    called    what config.json must name in `architectures`, where that is another
     """
 
     biased: tuple[str, ...] = ()
     split: dict[str, tuple[str, ...]] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     keys: dict[str, str] = field(default_factory=dict)
+    called: str | None = None
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,8 @@ GEMMA3 = replace(
     classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     model_type="gemma3_text",
     gguf="gemma3",
-    exl2=None,
+    # It knows the model with images alone, which need not have any.
+    exl2=ExLlamaV2(renamed={"^": "language_model."}, called="Gemma3ForConditionalGeneration"),
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **HEAD_NORMS, **GATED},
     renamed={r"^(model\.)?language_model\.(model\.)?": "model."},
     unused=(*GEMMA2.unused, r"vision_tower\.", r"multi_modal_projector\."),

@@ -6,12 +6,14 @@ from __future__ import annotations
 from lqexport.converters.architecture import Architecture, Config
 from lqexport.converters.exl2_names import rules_of
 from lqexport.converters.gguf_support import check_fixed, window, window_period
-from lqexport.converters.rope import longrope_attention, rope_settings
+from lqexport.converters.rope import longrope_attention, rope_settings, window_theta
 from lqexport.errors import UserError
 
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope")
 EXPERTS = (4, 8, 16, 128)
 """Numbers of experts that its kernel has."""
+WINDOW_THETA = 1e4
+"""`rope_theta` of the blocks with windows, where they have one of their own."""
 
 
 def check_supported(architecture: Architecture, config: Config) -> None:
@@ -27,8 +29,10 @@ def check_supported(architecture: Architecture, config: Config) -> None:
         raise UserError("ExLlamaV2 computes longrope without attention_factor and factor of config.json.")
     if architecture.experts and config[architecture.experts] not in EXPERTS:
         raise UserError(f"ExLlamaV2 runs {', '.join(map(str, EXPERTS))} experts, not {config[architecture.experts]}.")
-    if window_period(architecture, config) not in (architecture.period, 1):
-        raise UserError(f"ExLlamaV2 needs windows in every other block of {name}; layer_types is another.")
+    if window_period(architecture, config) and window_theta(config) not in (None, WINDOW_THETA):
+        raise UserError(
+            f"ExLlamaV2 rotates within windows with rope_theta {WINDOW_THETA:g}, not {window_theta(config)}."
+        )
 
 
 def _unscaled(config: Config) -> Config:
@@ -42,11 +46,11 @@ def exl2_config(architecture: Architecture, config: Config) -> Config:
 
     Where it has no windows, the longest context that it offers is one window, within which both compute the same.
     """
-    rope = rope_settings(config)
+    rules, rope = rules_of(architecture), rope_settings(config)
     scaled = rope["rope_type"] not in ("default", "dynamic")  # dynamic changes nothing within the usual context
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
     found = config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
-    found |= {theirs: config[ours] for theirs, ours in rules_of(architecture).keys.items()}
+    found |= {theirs: config[ours] for theirs, ours in rules.keys.items()}
     for key in ("partial_rotary_factor", "original_max_position_embeddings"):
         if rope.get(key) is not None:
             found[key] = rope[key]
@@ -55,4 +59,6 @@ def exl2_config(architecture: Architecture, config: Config) -> Config:
         found["sliding_window"] = None
     elif architecture.period is None:
         found["max_sequence_length"] = min(narrow, config["max_position_embeddings"])
-    return found
+    else:
+        found["sliding_window_pattern"] = window_period(architecture, config)
+    return found | ({"architectures": [rules.called]} if rules.called else {})

@@ -97,7 +97,7 @@ def window_period(architecture: Architecture, config: Config) -> int | None:
         return int(config.get("sliding_window_pattern") or architecture.period)
     period = types.index(FULL) + 1 if FULL in types else len(types) + 1
     if types != layer_types(period, len(types)):
-        raise UserError(f"llama.cpp needs windows in all but every n-th block; layer_types is {types}.")
+        raise UserError(f"Windows can be in all but every n-th block; layer_types of config.json is {types}.")
     return period
 
 

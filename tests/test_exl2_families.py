@@ -36,6 +36,8 @@ LONGROPE |= {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [1.5 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
 LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 7e5}
+DEFAULT = {"rope_type": "default", "rope_theta": 1e4}
+WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 
 ATTENTION = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"}
 GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
@@ -66,7 +68,19 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str], dict[str, Any]]] = {
         {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16},
         ATTENTION | GATED | NORMS | {"pre_feedforward_layernorm", "post_feedforward_layernorm"},
         {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "attn_logit_softcapping": 50.0}
-        | {"final_logit_softcapping": 30.0},
+        | {"final_logit_softcapping": 30.0, "sliding_window_pattern": 2},
+    ),
+    "gemma3": (
+        "Gemma3TextConfig",
+        {"head_dim": 32, "query_pre_attn_scalar": 24, "sliding_window": 16, "num_hidden_layers": 3}
+        | {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": DEFAULT}, "layer_types": WINDOWS},
+        ATTENTION
+        | GATED
+        | NORMS
+        | {"pre_feedforward_layernorm", "post_feedforward_layernorm"}
+        | {"self_attn.q_norm", "self_attn.k_norm"},
+        {"architectures": ["Gemma3ForConditionalGeneration"], "rope_theta": 7e5, "sliding_window_pattern": 3}
+        | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}, "head_dim": 32, "sliding_window": 16},
     ),
     "phi3": (
         "Phi3Config",
@@ -98,7 +112,7 @@ def make_model(kind: str, options: dict[str, Any]) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | options)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data.uniform_(-0.5 if kind == "Gemma2Config" or name.endswith("bias") else 0.5, 1.0)
+            parameter.data.uniform_(-0.5 if "Gemma" in kind or name.endswith("bias") else 0.5, 1.0)
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     return model
@@ -145,11 +159,12 @@ def test_names_are_those_that_exllamav2_wants(case: tuple[str, PreTrainedModel, 
     name, _, folder = case
     stored = load_file(folder / "exl2" / "model.safetensors")
     keys = {key.rpartition(".")[0] for key in stored}
+    top = "language_model." if name == "gemma3" else ""
     for layer in (0, 1):
-        prefix = f"model.layers.{layer}."
+        prefix = f"{top}model.layers.{layer}."
         assert {key.removeprefix(prefix) for key in keys if key.startswith(prefix)} == CASES[name][2]
-    others = {key for key in keys if not key.startswith("model.layers.")}
-    assert others == {"model.embed_tokens", "model.norm", "lm_head"}
+    others = {key for key in keys if not key.startswith(f"{top}model.layers.")}
+    assert others == {f"{top}model.embed_tokens", f"{top}model.norm", f"{top}lm_head"}
     packed = {key.removesuffix(".q_weight") for key in stored if key.endswith(".q_weight")}
     assert {key for key in keys if "norm" in key or key.endswith((".gate", "embed_tokens"))} == keys - packed
 
@@ -237,6 +252,12 @@ YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e4, "original_max_po
         ("MixtralConfig", {"num_local_experts": 6}, "runs 4, 8, 16, 128 experts, not 6"),
         ("Gemma2Config", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         (
+            "Gemma3TextConfig",
+            {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": LINEAR}, "layer_types": WINDOWS}
+            | {"num_hidden_layers": 3},
+            "rotates within windows with rope_theta 10000",
+        ),
+        (
             "Phi3Config",
             {"rope_parameters": LONGROPE | {"attention_factor": 2.0}, "original_max_position_embeddings": 32},
             "longrope without attention_factor",
@@ -271,4 +292,5 @@ def test_biases_that_exllamav2_does_not_expect(kind: str, name: str, there: bool
 
 def test_every_architecture_that_exllamav2_loads_has_a_case() -> None:
     classes = {AutoModelForCausalLM._model_mapping[getattr(transformers, kind)].__name__ for kind, *_ in CASES.values()}
-    assert classes == {name for entry in ARCHITECTURES if entry.exl2 for name in entry.classes}
+    known = {name for entry in ARCHITECTURES if entry.exl2 for name in entry.classes}
+    assert classes == known - {"Gemma3ForConditionalGeneration"}  # of which the text part is Gemma3ForCausalLM

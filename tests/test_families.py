@@ -384,7 +384,7 @@ def config_and_shapes(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, .
     return config, {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
 
 
-@pytest.mark.parametrize("name", ["qwen3", "gemma3", "falcon"])
+@pytest.mark.parametrize("name", ["qwen3", "granite", "falcon"])
 def test_exl2_is_refused_by_name(name: str) -> None:
     config, shapes = config_and_shapes(name)
     with pytest.raises(UserError, match=f"EXL2 folders of {config['architectures'][0]}"):
