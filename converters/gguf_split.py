@@ -86,7 +86,9 @@ def read_split(path: Path) -> tuple[dict[str, Any], dict[str, TensorData], list[
 def _beside(path: Path, metadata: dict[str, Any], count: int) -> list[Path]:
     """The files of a split model, by the name of the first."""
     number = metadata.get(Keys.Split.LLM_KV_SPLIT_NO)
-    stem = re.fullmatch(rf"(.*)-{1 + (number or 0):05}-of-{count:05}\.gguf", path.name)
+    if not isinstance(number, int) or not 0 <= number < count < 1 << 16:
+        raise UserError(f"{path} is damaged: it says that it is number {number} of {count} files, counted from 0.")
+    stem = re.fullmatch(rf"(.*)-{number + 1:05}-of-{count:05}\.gguf", path.name)
     if stem is None:
         raise UserError(
             f"{path} is one of the {count} files of a split model, renamed: the first must be called like "

@@ -8,6 +8,7 @@ from typing import Any
 
 from lqexport.artifact import file_digest, read_json, write_json
 from lqexport.card import save_card
+from lqexport.converters.gguf_split import read_split
 from lqexport.errors import UserError, well_formed
 from lqexport.report import save_html
 from lqexport.verification import Verification
@@ -40,7 +41,7 @@ def model_files(file: str | Path, adapter: str | None = None) -> dict[str, Path]
 
 def _files(path: Path, prefix: str) -> dict[str, Path]:
     if path.is_file():
-        return {path.name: path}
+        return {part.name: part for part in (read_split(path)[2] if path.suffix == ".gguf" else [path])}
     inside = {found.relative_to(path): found for found in sorted(path.rglob("*")) if found.is_file()}
     shown = {name: found for name, found in inside.items() if not any(part.startswith(".") for part in name.parts)}
     return {f"{prefix}{name.as_posix()}": found for name, found in shown.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from typer.testing import CliRunner
 
 from lqexport.artifact import Artifact, file_digest
@@ -21,6 +21,7 @@ from lqexport.errors import UserError
 from lqexport.exporting import export
 from lqexport.inspect import inspect
 from lqexport.llamacpp import LlamaCpp
+from lqexport.publish import model_files
 from lqexport.source import open_source
 from lqexport.verification import verify
 
@@ -183,6 +184,22 @@ def test_files_that_do_not_belong_together(copied: Path, whole: Path) -> None:
         GGUFModel(copied)
     with pytest.raises(UserError, match="renamed"):
         GGUFModel(copied.rename(copied.with_name("renamed.gguf")))
+
+
+@pytest.mark.parametrize(("number", "count"), [(7, 3), (0, 0xFFFF + 1)])
+def test_numbers_that_cannot_be(tmp_path: Path, number: int, count: int) -> None:
+    writer = GGUFWriter(tmp_path / "model-00001-of-00003.gguf", "llama")
+    writer.add_uint16("split.no", number)
+    writer.add_uint32("split.count", count)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(UserError, match=f"it is number {number} of {count} files"):
+        GGUFModel(tmp_path / "model-00001-of-00003.gguf")
+
+
+def test_all_files_are_published(first: Path) -> None:
+    assert list(model_files(first).values()) == sorted(first.parent.iterdir())
 
 
 def test_a_tensor_too_few(copied: Path, first: Path) -> None:
