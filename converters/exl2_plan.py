@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.exl2_config import check_supported
-from lqexport.converters.exl2_names import pieces, wants_bias
+from lqexport.converters.exl2_names import pieces, rules_of, wants_bias
 from lqexport.converters.plan import PLAIN, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
 from lqexport.converters.tensor_names import block_module, is_linear, is_tied
@@ -54,6 +54,17 @@ def plan_exl2(
     ]
     head = kept[architecture.embedding if is_tied(config) else architecture.output]
     return planned + _planned_head(architecture, head, is_tied(config), head_bits, fallback)
+
+
+def check_corrections(config: dict[str, Any]) -> None:
+    """Raises UserError where ExLlamaV2 would not find the linears of a LoRA adapter, which has transformers' names."""
+    architecture = architecture_of(config)
+    rules = rules_of(architecture)
+    if rules.split or rules.renamed:
+        raise UserError(
+            f"ExLlamaV2 calls the linears of {architecture.classes[0]} otherwise than an adapter does, so it cannot "
+            "apply low-rank corrections to them: leave out rank, or add merge."
+        )
 
 
 def check_reachable(shapes: list[tuple[int, ...]], bits: float) -> None:

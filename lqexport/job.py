@@ -15,7 +15,7 @@ from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
 from lqexport.collect import BlockMoments, Group, forward_moments, guided_moments
 from lqexport.converters.architectures import architecture_of
-from lqexport.converters.exl2_plan import keeps_order, plan_exl2
+from lqexport.converters.exl2_plan import check_corrections, keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
 from lqexport.converters.gptq import plan_gptq
 from lqexport.converters.plan import PlannedTensor
@@ -58,6 +58,8 @@ def _planned(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None) -> l
     if recipe.target.startswith("gptq:"):
         return plan_gptq(recipe.target, source.config, shapes)
     if recipe.bits is not None:
+        if recipe.rank and not recipe.merge:
+            check_corrections(source.config)
         return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
     types = (chosen or {}) | recipe.chosen_types()
     embedding, output = outer_types(source, recipe.target)

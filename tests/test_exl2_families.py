@@ -234,6 +234,16 @@ def test_parts_that_do_not_fit_together(case: tuple[str, PreTrainedModel, Path],
 # What is refused
 
 
+@pytest.mark.parametrize("case", ["phi3", "gemma3"], indirect=True)
+def test_corrections_that_exllamav2_would_not_find(
+    case: tuple[str, PreTrainedModel, Path], text: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(str(case[2] / "hf"), "exl2", bits=6, rank=4, calibration=str(text))
+    with pytest.raises(UserError, match="leave out rank, or add merge"):
+        quantize(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def described(kind: str, **options: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     hf = getattr(transformers, kind)(**SIZES | options)
     classes = {"architectures": [AutoModelForCausalLM._model_mapping[type(hf)].__name__]}
