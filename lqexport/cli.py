@@ -543,8 +543,17 @@ def verify(
             save_card(result, card)
         if record:
             save_record(result, record)
+        if not as_json:
+            _say_written(html, card, record)
     if result.failed:
         raise typer.Exit(1)
+
+
+def _say_written(html: Path | None, card: Path | None, record: Path | None) -> None:
+    """Where to find what `verify` wrote besides its table."""
+    for path in (html, card, record):
+        if path:
+            print(f"Wrote {path}.")
 
 
 def tell_verification(result: Verification, html: Path | None, as_json: bool) -> None:

@@ -129,6 +129,7 @@ def verified(
     common = [str(base / "tiny.gguf"), "--against", str(tiny_model), "--text", str(text), "--windows", "1"]
     done = CliRunner().invoke(app, ["verify", *common, "--record", str(base / "record")])
     assert done.exit_code == 0, done.output
+    assert done.stdout.endswith(f"Wrote {base / 'record'}.\n")
     return base / "tiny.gguf", base / "record"
 
 
