@@ -223,7 +223,7 @@ def make(work: Path) -> None:
 def sized(work: Path) -> Recipe:
     """A run that leaves all that a stopped run can leave: second moments, measured types, steps of tuning."""
     few: dict[str, Any] = {"calibration": str(work / "text.txt"), "samples": 2, "sequence_length": 16, "descent": 1}
-    return Recipe(str(work / "model"), "gguf:auto", size="5bpw", tune=8, **few)
+    return Recipe(str(work / "model"), "gguf:auto", size="7bpw", tune=8, **few)
 
 
 def stop(stage: str, share: float) -> None:
