@@ -145,7 +145,7 @@ class Subject:
     read: Callable[[Path], object]
 
     def files(self) -> list[Path]:
-        """What may be damaged, the small files before the large ones."""
+        """What may be damaged."""
         if self.path.is_file():
             return [self.path]
         return sorted({path for pattern in self.patterns for path in self.path.glob(pattern)})

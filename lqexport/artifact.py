@@ -110,10 +110,11 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """While open, `folder` is this process's alone. It is made where it is missing, and removed where it stays empty.
+    """While open, `folder` is this process's alone. It is made where it is missing, and then removed if it stays empty.
 
     Raises UserError where another process has claimed it, and where it cannot be made.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -123,8 +124,9 @@ def claimed(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         os.close(descriptor)
 
 
