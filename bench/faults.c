@@ -1,6 +1,6 @@
 /* File operations that fail: loaded before the C library (LD_PRELOAD), counts what a process does to files under one
  * folder and, at the operation that it is told, ends the process or returns an error. Python, Rust and C all call the
- * functions below. bench/faults.py compiles and drives it.
+ * functions below (not seen is what the C library calls by itself, in fopen). bench/faults.py compiles and drives it.
  *
  *     gcc -shared -fPIC -O1 -o faults.so faults.c -ldl
  */

@@ -43,6 +43,7 @@ from lqexport.inspect import inspect
 from lqexport.job import plan_recipe
 from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
+from lqexport.progress import Callback
 from lqexport.recipe import Recipe, load_recipe
 from lqexport.source import load_tokenizer, open_source
 from lqexport.texts import read_text
@@ -144,7 +145,7 @@ class Subject:
     read: Callable[[Path], object]
 
     def files(self) -> list[Path]:
-        """What may be damaged, the small files before the large ones."""
+        """What may be damaged."""
         if self.path.is_file():
             return [self.path]
         return sorted({path for pattern in self.patterns for path in self.path.glob(pattern)})
@@ -215,6 +216,20 @@ def make(work: Path) -> None:
     for artifact, format in {"gguf": "peft", "exl2": "exl2", "gptq": "gptq", "native": "native"}.items():
         export(work / f"artifact-{artifact}", work / format, format=format)  # type: ignore[arg-type]  # a variable
     export(work / "artifact-gptq", work / "compressed-tensors", format="compressed-tensors")
+    with contextlib.suppress(KeyboardInterrupt):
+        quantize(sized(work), work / "stopped", listener=Callback(stop))
+
+
+def sized(work: Path) -> Recipe:
+    """A run that leaves all that a stopped run can leave: second moments, measured types, steps of tuning."""
+    few: dict[str, Any] = {"calibration": str(work / "text.txt"), "samples": 2, "sequence_length": 16, "descent": 1}
+    return Recipe(str(work / "model"), "gguf:auto", size="7bpw", tune=8, **few)
+
+
+def stop(stage: str, share: float) -> None:
+    """Ends a run in the middle of its tuning."""
+    if stage == "Tuning end to end" and share > 0.6:
+        raise KeyboardInterrupt
 
 
 def subjects(work: Path) -> dict[str, Subject]:
@@ -223,6 +238,9 @@ def subjects(work: Path) -> dict[str, Subject]:
 
     def check(path: Path) -> None:
         verify(path, str(work / "model"), text=str(work / "text.txt"), windows=1)
+
+    def resume(path: Path) -> None:
+        quantize(sized(work), path)
 
     def adapter(path: Path) -> None:
         base = open_export(gguf)
@@ -241,9 +259,12 @@ def subjects(work: Path) -> dict[str, Subject]:
         "exl2": Subject(work / "exl2", weights, read_export),
         "gptq": Subject(work / "gptq", weights, read_export),
         "compressed-tensors": Subject(work / "compressed-tensors", weights, read_export),
+        "gptq as a source": Subject(work / "gptq", weights, read_checkpoint),
+        "compressed-tensors as a source": Subject(work / "compressed-tensors", weights, read_checkpoint),
         "native": Subject(work / "native", (*weights, "lqexport/*"), check),
         "artifact": Subject(work / "artifact-gguf", ("*.json", "model/config.json", "tensors/*"), check),
         "artifact to export": Subject(work / "artifact-gguf", ("*.json", "model/*.json", "tensors/*"), convert),
+        "stopped run": Subject(work / "stopped", ("*.json", "tensors/*", "work/**/*.*"), resume),
         "recipe": Subject(work / "recipe.toml", (), read_recipe),
     }
 

@@ -21,6 +21,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ ANEW = "Copy the artifact again, or quantize again into another folder."
 """What helps against damage to a finished artifact, which `quantize` takes as it is."""
 AGAIN = "Delete it and run the same command again."
 """What helps against damage to what a stopped run left."""
+SEAL = "0" * 64
+"""Stands in the metadata of a safetensors file for the sha256 of the file, while that is computed."""
 LONGEST_NAME = 200
 """Characters of a tensor's name; file systems have names of 255 bytes."""
 
@@ -107,10 +110,11 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """While open, `folder` is this process's alone. It is made where it is missing, and removed where it stays empty.
+    """While open, `folder` is this process's alone. It is made where it is missing, and then removed if it stays empty.
 
     Raises UserError where another process has claimed it, and where it cannot be made.
     """
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -120,8 +124,9 @@ def claimed(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        if made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
         os.close(descriptor)
 
 
@@ -194,6 +199,30 @@ def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device
         raise UserError(f"{path} is missing. {advice}") from None
     except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:  # torch raises RuntimeError
         raise UserError(f"{path} is cut short or damaged ({error}). {advice}") from error
+
+
+def write_sealed(path: Path, content: bytes) -> None:
+    """Write a safetensors file, whole or not at all. Its metadata must hold `"sha256": SEAL`, as JSON in a value or by
+    itself; the digest of the content takes its place. Equal content gives equal bytes."""
+    place, digest = content.index(SEAL.encode()), hashlib.sha256(content).hexdigest()
+    with written_whole(path) as file:
+        file.write(content[:place])
+        file.write(digest.encode())
+        file.write(memoryview(content)[place + len(SEAL) :])
+
+
+def check_sealed(path: Path) -> None:
+    """Raises UserError where a file is not as `write_sealed` wrote it."""
+    with path.open("rb") as file:
+        length = file.read(8)
+        header = file.read(min(int.from_bytes(length, "little"), 2**27))
+        found = re.search(rb'sha256\\?": ?\\?"([0-9a-f]{64})', header)
+        seal = found[1] if found else b""
+        hasher = hashlib.sha256(length + header.replace(seal, SEAL.encode(), 1))
+        while chunk := file.read(1 << 22):
+            hasher.update(chunk)
+    if hasher.hexdigest().encode() != seal:
+        raise UserError(f"{path} is not as it was written. {AGAIN}")
 
 
 def inside(folder: Path, path: Path) -> Path:
@@ -311,11 +340,10 @@ class Artifact:
     def write(self, tensor: StoredTensor) -> None:
         """Store one finished tensor, whole or not at all. Equal input gives equal bytes."""
         # One metadata key: safetensors writes several in an order that changes from run to run.
-        facts = {"codec": tensor.codec, "shape": list(tensor.shape), "facts": tensor.facts}
+        facts = {"codec": tensor.codec, "shape": list(tensor.shape), "facts": tensor.facts, "sha256": SEAL}
         contiguous = {name: np.ascontiguousarray(plane) for name, plane in tensor.planes.items()}
         content = safetensors.numpy.save(contiguous, {"lqexport": json.dumps(facts, sort_keys=True)})
-        with written_whole(self._path(tensor.name)) as file:
-            file.write(content)
+        write_sealed(self._path(tensor.name), content)
 
     def remove(self, name: str) -> None:
         """Drop a stored tensor; nothing happens where there is none."""
@@ -366,6 +394,11 @@ class Artifact:
         others = ("run.json", "report.json", "budget.json", "mixes.json", "model/**/*")
         paths = [path for pattern in others for path in self.folder.glob(pattern) if path.is_file()]
         return sorted(path.relative_to(self.folder).as_posix() for path in [*paths, *map(self._path, names)])
+
+    def check_written(self) -> None:
+        """Raises UserError where a tensor that a stopped run left, or what it would go on from, has been damaged."""
+        for path in sorted(self.folder.rglob("[!.]*.safetensors")):
+            check_sealed(path)
 
     def begin(self, run: dict[str, Any]) -> None:
         """Claim the folder for `run`, or check that it already belongs to the very same run.

@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lqexport.artifact import AGAIN, open_tensors, written_whole
+from lqexport.artifact import AGAIN, SEAL, open_tensors, write_sealed
 from lqexport.blocks import BlockModel
 from lqexport.factor import Keep, in_place
 from lqexport.moments import SecondMoments
@@ -354,9 +354,8 @@ class _States:
         return self.folder / f"{kind}-{index}-{shard}.safetensors"
 
     def write(self, kind: str, index: int, shard: int, parts: list[Tensor]) -> None:
-        content = safetensors.torch.save({f"{i:06}": part.contiguous() for i, part in enumerate(parts)})
-        with written_whole(self._path(kind, index, shard)) as file:
-            file.write(content)
+        tensors = {f"{i:06}": part.contiguous() for i, part in enumerate(parts)}
+        write_sealed(self._path(kind, index, shard), safetensors.torch.save(tensors, {"sha256": SEAL}))
 
     def read(self, kind: str, index: int, shard: int) -> list[Tensor]:
         with open_tensors(self._path(kind, index, shard), "pt", AGAIN) as file:

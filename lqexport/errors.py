@@ -42,3 +42,12 @@ def well_formed(what: object, advice: str = "") -> Iterator[None]:
     except MALFORMED as error:
         sentence = f"{what} is damaged, or of another form than expected ({type(error).__name__}: {error})."
         raise UserError(f"{sentence} {advice}".strip()) from error
+
+
+@contextlib.contextmanager
+def files_at_hand() -> Iterator[None]:
+    """Within, a file that cannot be read or written for whatever reason of the system is a UserError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error.filename or 'A file'}: {error.strerror or error}.") from error

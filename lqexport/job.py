@@ -126,6 +126,7 @@ class Job:
         if self.processes.first:
             self.artifact.begin(self.identity())
             if not self.artifact.complete:
+                self.artifact.check_written()
                 self.source.copy_model_files(self.artifact.model_folder)
         self.processes.wait()
         self.artifact.begin(self.identity())

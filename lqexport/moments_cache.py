@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 
-from lqexport.artifact import AGAIN, open_tensors, write_json, written_whole
+from lqexport.artifact import AGAIN, SEAL, open_tensors, write_json, write_sealed
 from lqexport.collect import BlockMoments
 
 
@@ -43,9 +43,8 @@ class MomentsCache:
     def write(self, moments: BlockMoments) -> None:
         """Keep the second moments of all linears of a block."""
         index, groups = moments
-        content = safetensors.torch.save({"+".join(group): hessian.cpu() for group, hessian in groups.items()})
-        with written_whole(self._path(index)) as file:
-            file.write(content)
+        tensors = {"+".join(group): hessian.cpu() for group, hessian in groups.items()}
+        write_sealed(self._path(index), safetensors.torch.save(tensors, {"sha256": SEAL}))
 
     def read(self, index: int) -> BlockMoments:
         """The second moments of a block, on the host. Raises UserError where the file is damaged."""

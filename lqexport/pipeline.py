@@ -22,7 +22,7 @@ from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, full_float32, steady_threads
-from lqexport.errors import UserError
+from lqexport.errors import UserError, files_at_hand
 from lqexport.job import Job
 from lqexport.linear import round_tensor
 from lqexport.memory import Budget, available
@@ -40,6 +40,7 @@ OUT_OF_MEMORY = (
 )
 
 
+@files_at_hand()
 def quantize(
     recipe: Recipe, out: str | Path, *, device: str = "auto", cache: Path | None = None,
     listener: Listener | None = None, budget: Budget | None = None,

@@ -290,7 +290,7 @@ def _check_shards(files: dict[str, Path]) -> None:
 
 def _beside(index: Path, name: str) -> Path:
     """A file that an index names. Raises UserError where that is a path to elsewhere."""
-    if name != Path(name).name:
+    if name != Path(name).name or name == "..":
         raise UserError(f"{index} names a file in another folder, {name}: shards lie beside their index.")
     return index.with_name(name)
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lqexport.artifact import AGAIN, Artifact, StoredTensor, decoded, open_tensors, written_whole
+from lqexport.artifact import AGAIN, SEAL, Artifact, StoredTensor, decoded, open_tensors, write_sealed
 from lqexport.blocks import BlockModel
 from lqexport.collect import embed_batches, final_states
 from lqexport.corrected import stored_correction
@@ -208,7 +208,7 @@ class Tuner:
             self._optimize(done)
         with open_tensors(done, "pt", AGAIN) as file:
             new = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
-            outcome = Outcome(**json.loads(file.metadata()["outcome"]))
+            outcome = Outcome(**json.loads(file.metadata()["facts"])["outcome"])
         for name in sorted({key.rpartition("/")[0] for key in new}):
             mine = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}
             self._store(name, {number: values.to(self.solved.device) for number, values in mine.items()})
@@ -232,7 +232,7 @@ class Tuner:
             self.listener.advance(1)
         outcome = Outcome(before, self._held_out(inputs, targets), "distance" if self.encoder else "kl")
         content = self._finished() if outcome.kept else {}
-        _write(done, content, {"outcome": json.dumps(asdict(outcome), sort_keys=True)})
+        _write(done, content, {"outcome": asdict(outcome)})
 
     def _targets(self) -> list[Tensor]:
         """Hidden states [length, hidden] of the source after its last block, for every sequence; kept on disk."""
@@ -303,7 +303,7 @@ class Tuner:
         for key, delta in self.deltas.items():
             content |= {f"{key}/{name}": optimizer.state[delta][name] for name in ("exp_avg", "exp_avg_sq")}
             content[f"{key}/delta"] = delta.detach()
-        _write(self.folder / "tuning.safetensors", content, {"state": json.dumps({"step": step, "before": before})})
+        _write(self.folder / "tuning.safetensors", content, {"step": step, "before": before})
 
     def _resume(self, optimizer: torch.optim.Adam) -> tuple[int, float | None]:
         """Go on from the last step that was kept: how many are done, and the held-out KL before the first."""
@@ -311,7 +311,7 @@ class Tuner:
         if not path.is_file():
             return 0, None
         with open_tensors(path, "pt", AGAIN) as file:
-            state = json.loads(file.metadata()["state"])
+            state = json.loads(file.metadata()["facts"])
             for key, delta in self.deltas.items():
                 delta.data.copy_(file.get_tensor(f"{key}/delta"))
                 moments = {name: file.get_tensor(f"{key}/{name}") for name in ("exp_avg", "exp_avg_sq")}
@@ -348,6 +348,6 @@ def _with_stored(
     return tuned.numpy(), codes.cpu().numpy()
 
 
-def _write(path: Path, content: State, metadata: dict[str, str]) -> None:
-    with written_whole(path) as file:
-        file.write(safetensors.torch.save({key: part.contiguous() for key, part in content.items()}, metadata))
+def _write(path: Path, content: State, facts: dict[str, Any]) -> None:
+    metadata = {"facts": json.dumps(facts | {"sha256": SEAL}, sort_keys=True)}
+    write_sealed(path, safetensors.torch.save({key: part.contiguous() for key, part in content.items()}, metadata))

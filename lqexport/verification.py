@@ -34,7 +34,7 @@ from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.embeddings import Similarity, embeddings, sentences, similarity, token_ids
 from lqexport.environment import choose_device, full_float32, versions
-from lqexport.errors import UserError, well_formed
+from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.exports import Export, Packed, open_export, stored
 from lqexport.modules import meta_model
@@ -162,6 +162,7 @@ def finite_or_null(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+@files_at_hand()
 def verify(
     file: str | Path,
     against: str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from lqexport.artifact import Artifact
 from lqexport.errors import UserError
 from lqexport.pipeline import quantize
+from lqexport.progress import Callback
 from lqexport.recipe import Recipe
 
 TRIES = 60
@@ -62,3 +64,30 @@ def test_any_changed_byte_is_found(finished: Artifact, tmp_path: Path, pattern: 
 def test_a_tensor_cannot_be_named_out_of_the_folder(finished: Artifact) -> None:
     with pytest.raises(UserError, match="cannot be the name of a tensor"):
         finished.read("../model/config")
+
+
+def stop(stage: str, share: float) -> None:
+    if stage == "Tuning end to end" and share > 0.6:
+        raise KeyboardInterrupt
+
+
+def test_any_changed_byte_of_what_a_stopped_run_left_is_found(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    few = {"samples": 2, "sequence_length": 16, "descent": 0, "tune": 8}
+    recipe = Recipe(str(tiny_model), "gguf:auto", size="5bpw", calibration=str(text), **few)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, tmp_path / "out", listener=Callback(stop))
+    draw, artifact = random.Random(0), Artifact(tmp_path / "out")
+    artifact.check_written()
+    for pattern in ("tensors/*", "work/*.safetensors", "work/moments/*/*.safetensors"):
+        for _ in range(10):
+            path = draw.choice(sorted(artifact.folder.glob(pattern)))
+            content = path.read_bytes()
+            changed = bytearray(content)
+            changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+            path.write_bytes(changed)
+            with pytest.raises(UserError, match=re.escape(f"{path} is not as it was written")):
+                artifact.check_written()
+            path.write_bytes(content)
+    path.write_bytes(changed)
+    with pytest.raises(UserError, match="is not as it was written"):
+        quantize(recipe, artifact.folder)

@@ -1,0 +1,72 @@
+"""Faults of disk, process and clock, and two runs at once: nothing is lost, nothing half-written. bench/faults.py hits
+every file operation; a few are hit here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lqexport.artifact import claimed, written_whole
+from lqexport.errors import UserError
+from lqexport.exporting import export
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs LD_PRELOAD and gcc")
+def test_a_sample_of_all_faults(root: Path, tmp_path: Path) -> None:
+    command = [sys.executable, str(root / "bench" / "faults.py"), "--work", str(tmp_path / "work")]
+    command += ["--every", "1000", "--only", "native"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == 0
+    assert set(found["faults"]) == {"kill", "tear", "full", "unreadable"}
+    assert min(found["faults"].values()) >= 2
+
+
+def test_one_file_is_written_by_one_process(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with written_whole(path) as first:
+        first.write(b"first")
+        with pytest.raises(UserError, match="Another process is writing"), written_whole(path):
+            pass
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
+    (tmp_path / ".file.part").write_bytes(b"a longer text than the new one")
+    with written_whole(tmp_path / "file") as file:
+        assert file.tell() == 0
+        file.write(b"new")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+def test_one_folder_is_written_by_one_process(tiny_model: Path, tmp_path: Path) -> None:
+    recipe, out = Recipe(str(tiny_model), "gguf:F16"), tmp_path / "out"
+    with claimed(out), pytest.raises(UserError, match="Another process is writing"):
+        quantize(recipe, out)
+    assert not out.exists()  # it stayed empty
+    quantize(recipe, out)
+    quantize(Recipe(str(tiny_model), "native:table-3", method="rtn"), tmp_path / "native")
+    with claimed(tmp_path / ".folder.part"), pytest.raises(UserError, match="Another process is writing"):
+        export(tmp_path / "native", tmp_path / "folder")
+    export(tmp_path / "native", tmp_path / "folder")
+
+
+def test_a_locale_without_unicode_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "recipe.toml").write_text('target = "gguf:F16"  # größe', encoding="utf-8")
+    arguments = [str(tiny_model), "OUT", "--recipe", str(tmp_path / "recipe.toml")]
+    ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "lqexport", "quantize", *arguments]
+    subprocess.run(command, cwd=tmp_path, env=os.environ | ascii_only, check=True)
+    quantize(Recipe(str(tiny_model), "gguf:F16"), tmp_path / "here")
+    digests = [(tmp_path / name / "manifest.json").read_bytes() for name in ("OUT", "here")]
+    assert digests[0] == digests[1]
