@@ -505,6 +505,7 @@ BERT = Architecture(
         "pooler.dense.bias": "cls.bias",
     },
     unused=(r"position_ids$",),
+    defaults={"max_position_embeddings": 512},
     # There is no output, so none is missing.
     derived=lambda config: {"tie_word_embeddings": True},
     rope_types=(),

@@ -212,7 +212,9 @@ def _pooling(folder: Path) -> str:
     `cls`, the first one; `mean` where there is no file. Raises UserError for any other way."""
     path = folder / "1_Pooling" / "config.json"
     modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
-    chosen = [mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if is_on is True]
+    chosen = [
+        mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if "pooling_mode_" in mode and is_on is True
+    ]
     known = {"mean_tokens": "mean", "cls_token": "cls"}
     if len(chosen) != 1 or chosen[0] not in known:
         raise UserError(f"{path} asks for pooling by {chosen}; known are {', '.join(known)}, one of them alone.")

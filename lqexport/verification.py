@@ -550,8 +550,9 @@ def check_limits(result: Verification) -> None:
     """Say which limits are not kept. A number that is not finite keeps none, and fails without any limit."""
     if near := result.similarity:
         least = result.limits.get("min_cosine", -math.inf)
-        # Not `cosine < least`, which NaN would pass.
-        if not near.cosine >= least:
+        if not math.isfinite(near.cosine):
+            result.failed.append("The model's embeddings are not finite.")
+        elif near.cosine < least:
             result.failed.append(f"{LIMITS['min_cosine']} is {near.cosine:.4g}, below the limit of {least:g}.")
     for found in result.evaluations:
         if not math.isfinite(found.kl) or not math.isfinite(found.perplexity):

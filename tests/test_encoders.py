@@ -26,6 +26,7 @@ from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.report import as_html
 from lqexport.source import open_source
+from lqexport.zero_shot_tasks import runnable
 
 MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 
@@ -34,7 +35,7 @@ def write_pooling(folder: Path, *chosen: str) -> None:
     """As sentence-transformers does."""
     (folder / "1_Pooling").mkdir(exist_ok=True)
     modes = {f"pooling_mode_{mode}": mode in chosen for mode in MODES}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64} | modes))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"include_prompt": True} | modes))
 
 
 def word_pieces(words: set[str]) -> PreTrainedTokenizerFast:
@@ -200,6 +201,8 @@ def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path,
         lqexport.verify(folder, source, max_kl=0.1)
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.compare([folder], source, text=str(text))
+    with pytest.raises(UserError, match="is an encoder"):
+        runnable(folder, torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.perplexity(folder, [str(text)], protocol="llama.cpp-512")
     with pytest.raises(UserError, match="has 64 positions"):
