@@ -57,6 +57,8 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     biased = {name.removesuffix(".bias") for name in present if name.endswith(".bias")}
     config |= {flag: any(name.endswith(module) for name in biased) for flag, module in architecture.flags.items()}
     config |= _windows(metadata, config)
+    if architecture.encoder:
+        config["type_vocab_size"] = metadata.values.get("tokenizer.ggml.token_type_count")
     if not architecture.free_heads:
         del config["head_dim"]
     if architecture.rope_types:
