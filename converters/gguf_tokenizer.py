@@ -49,8 +49,9 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary, size: int) -> None:
     ids = {kind: number for kind, number in special_ids(folder, vocabulary).items() if number < size}
-    if "cls" in ids:  # what an encoder's text begins with, llama.cpp calls BOS
-        ids["bos"] = ids.pop("cls")
+    first = ids.pop("cls", None)
+    if vocabulary.model == "bert" and first is not None:  # llama.cpp calls it BOS
+        ids["bos"] = first
     add = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
