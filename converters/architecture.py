@@ -9,6 +9,9 @@ from typing import Any
 Config = dict[str, Any]
 """The content of config.json."""
 
+MEAN, FIRST = 1, 2
+"""What an encoder's embedding is made of, all tokens' hidden states or the first one's: llama.cpp's numbers, which
+config.json gets as `pooling_type`, too."""
 EACH = "*"
 """Stands for the number of an expert in the name of a module."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.architecture import Architecture, Config, ExLlamaV2, Key
+from lqexport.converters.architecture import MEAN, Architecture, Config, ExLlamaV2, Key
 from lqexport.errors import UserError
 
 RMS_NORM = Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float, 1e-6)
@@ -477,7 +477,7 @@ BERT = Architecture(
     family="BERT (encoders of sentences)",
     classes=("BertModel",),
     model_type="bert",
-    gguf=None,
+    gguf="bert",
     encoder=True,
     linears=(
         ("attention.self.query", "attention.self.key", "attention.self.value"),
@@ -506,6 +506,13 @@ BERT = Architecture(
         "pooler.dense.bias": "cls.bias",
     },
     unused=(r"position_ids$",),
+    keys=(
+        replace(LAYER_NORM, default=1e-12),
+        Key("attention.causal", "is_decoder", bool, False),
+        Key("pooling_type", "pooling_type", int, MEAN),
+    ),
+    defaults={"max_position_embeddings": 512, "type_vocab_size": 2},
+    fixed={"hidden_act": ("gelu",), "is_decoder": (False,), "position_embedding_type": ("absolute",)},
     # There is no output, so none is missing.
     derived=lambda config: {"tie_word_embeddings": True},
     rope_types=(),

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.architecture import Architecture, Config
+from lqexport.converters.architecture import FIRST, MEAN, Architecture, Config
 from lqexport.converters.gguf_metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf_support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
@@ -57,6 +57,10 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     biased = {name.removesuffix(".bias") for name in present if name.endswith(".bias")}
     config |= {flag: any(name.endswith(module) for name in biased) for flag, module in architecture.flags.items()}
     config |= _windows(metadata, config)
+    if architecture.encoder:
+        config["type_vocab_size"] = metadata.values.get("tokenizer.ggml.token_type_count")
+        if config["pooling_type"] not in (MEAN, FIRST):
+            raise UserError(f"{metadata.source} pools in another way than by the mean or the first token.")
     if not architecture.free_heads:
         del config["head_dim"]
     if architecture.rope_types:

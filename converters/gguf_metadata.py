@@ -42,6 +42,8 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
     writer.add_vocab_size(vocabulary)
+    if architecture.encoder:
+        writer.add_token_type_count(_size(config, "type_vocab_size"))
     for key in architecture.keys:
         _add_key(writer, key, config)
     _add_window(writer, architecture, config)

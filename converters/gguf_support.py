@@ -15,8 +15,6 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 def check_supported(architecture: Architecture, config: Config) -> None:
     """Raises UserError where llama.cpp lacks the architecture or computes it in another way than config.json asks."""
     name = architecture.classes[0]
-    if architecture.encoder:
-        raise UserError(f"GGUF files of {name}, an encoder, are not written. Choose a native target: native:table-4.")
     if architecture.gguf is None:
         raise UserError(
             f"llama.cpp does not run {name}, so there is no GGUF of it. Choose a native target, such as native:table-4."

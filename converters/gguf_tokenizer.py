@@ -13,7 +13,7 @@ from lqexport.converters.gguf_vocabulary import read_vocabulary
 from lqexport.converters.vocabulary import Vocabulary
 from lqexport.errors import UserError, well_formed
 
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
+_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "cls")
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -49,6 +49,9 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary, size: int) -> None:
     ids = {kind: number for kind, number in special_ids(folder, vocabulary).items() if number < size}
+    first = ids.pop("cls", None)
+    if vocabulary.model == "bert" and first is not None:  # llama.cpp calls it BOS
+        ids["bos"] = first
     add = {
         "bos": writer.add_bos_token_id,
         "eos": writer.add_eos_token_id,
@@ -66,8 +69,8 @@ def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary
 
 
 def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
-    """bos, eos, unk, sep, pad, mask -> token id: by the text that the tokenizer's files name, else by the number in
-    config.json or generation_config.json, else (unk) by the kind of token."""
+    """bos, eos, unk, sep, pad, mask, cls -> token id: by the text that the tokenizer's files name, else by the number
+    in config.json or generation_config.json, else (unk) by the kind of token."""
     files = [optional_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     configs = [optional_json(folder / name) for name in ("config.json", "generation_config.json")]
     found = {}

@@ -1,8 +1,9 @@
 """A tokenizer's vocabulary as GGUF stores it, from tokenizer.json or tokenizer.model.
 
-llama.cpp knows three tokenizers that models of the table use. `gpt2`: byte-level BPE, which needs its merges and the
+llama.cpp knows four tokenizers that models of the table use. `gpt2`: byte-level BPE, which needs its merges and the
 name of its word splitter. `llama`: SentencePiece's BPE, which has no merges; of two neighbours that form a token it
-joins those whose token has the highest score. `t5`: SentencePiece's unigram model (`gguf_unigram`).
+joins those whose token has the highest score. `t5`: SentencePiece's unigram model (`gguf_unigram`). `bert`: WordPiece
+(`gguf_wordpiece`).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from lqexport.converters import gguf_unigram
+from lqexport.converters import gguf_unigram, gguf_wordpiece
 from lqexport.converters.gguf_metadata import optional_json
 from lqexport.converters.gguf_pretokenizers import pretokenizer_name
 from lqexport.converters.gguf_spaces import space_rules
@@ -99,14 +100,17 @@ def _sentencepiece(path: Path) -> Vocabulary:
 
 
 def _sentencepiece_like(tokenizer: dict[str, Any]) -> Vocabulary:
-    """A SentencePiece model as tokenizer.json holds it."""
+    """A SentencePiece model, or WordPiece, as tokenizer.json holds it."""
     model = tokenizer.get("model") or {}
     if model.get("type") == "Unigram":
         return gguf_unigram.of_tokenizer_json(tokenizer)
+    if model.get("type") == "WordPiece":
+        return gguf_wordpiece.of_tokenizer_json(tokenizer)
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(
             f"tokenizer.json holds a tokenizer of type {model.get('type')!r} that llama.cpp does not have for this "
-            "architecture; byte-level BPE, SentencePiece BPE with byte fallback and unigram models can be exported."
+            "architecture; byte-level BPE, SentencePiece BPE with byte fallback, unigram models and WordPiece can be "
+            "exported."
         )
     return _with_scores(tokenizer, model)
 

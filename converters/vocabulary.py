@@ -20,7 +20,7 @@ class Token:
 class Vocabulary:
     """A tokenizer.
 
-    model          `tokenizer.ggml.model`: gpt2, llama or t5
+    model          `tokenizer.ggml.model`: gpt2, llama, t5 or bert
     pre            `tokenizer.ggml.pre`, `default` where the tokenizer has no splitter
     merges         gpt2: pairs of tokens as `left right`, the first merged first
     space_prefix   whether a text gets a space before it

@@ -1,9 +1,8 @@
 """Optimal Brain Quantization, compiled for the CPU with numba: each row in an order of its own, rows in parallel.
 
-At every step a row rounds, of the columns that are left, the one where that costs least (Frantar and Alistarh 2022,
-arXiv 2208.11580, eq. 7: (w_i - q_i)^2 / [H^-1]_ii), spreads the error over the others, and takes the column out of
-H^-1. A weight that has left the grid is rounded at once, the farthest first, while there are columns to take its error
-(section 5 there).
+At every step a row rounds, of the columns that are left, the one where that costs least, (w_i - q_i)^2 / [H^-1]_ii,
+spreads the error over the others, and takes the column out of H^-1. A weight that has left the grid is rounded at once,
+the farthest first, while there are columns to take its error (Frantar and Alistarh 2022, arXiv 2208.11580, section 5).
 
 Taking columns out one after the other is a Cholesky factorization of H^-1 in the row's order: with V the columns of the
 factor so far, what remains is H^-1 - V V^T. So H^-1 stays as it is, shared by all rows, and a step needs of what
@@ -14,6 +13,9 @@ from __future__ import annotations
 
 import numpy as np
 from numba import njit, prange
+
+LEAST = np.float32(1e-6)
+"""Of a diagonal of H^-1 is left at least this share: rounding must not make it negative."""
 
 
 @njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
@@ -65,7 +67,7 @@ def _solve_row(weights, inverse, levels, codes, factor):
             i = left[place]
             entry = (column[i] - _dot(mine, factor[i, :step])) / root
             factor[i, step] = entry
-            diagonal[i] -= entry * entry
+            diagonal[i] = max(diagonal[i] - entry * entry, LEAST * inverse[i, i])
             weights[i] -= error * entry
             codes[i] = _nearest_from(codes[i], weights[i], levels)
             cost = _cost(weights[i], codes[i], levels, diagonal[i])

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lqexport.converters.architecture import FIRST
 from lqexport.converters.architectures import architecture_of
 from lqexport.modules import compute_buffers, meta_model
 from lqexport.weights import Weights
@@ -195,7 +196,7 @@ class BlockModel:
     def embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """What an encoder gives for hidden states [batch, length, hidden] after the last block: [batch, hidden], of
         length 1."""
-        pooled = hidden[:, 0] if self.weights.config.get("pooling") == "cls" else hidden.mean(1)
+        pooled = hidden[:, 0] if self.weights.config.get("pooling_type") == FIRST else hidden.mean(1)
         return nn.functional.normalize(pooled, dim=1)
 
     def _loaded(self, name: str, weight: str | None = None) -> nn.Module:

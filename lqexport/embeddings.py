@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
 from lqexport.blocks import BlockModel
 from lqexport.errors import UserError
 from lqexport.evaluate import mean_and_error
+from lqexport.llamacpp import LlamaCpp
 from lqexport.progress import Listener
 
 NEIGHBOURS = 10
@@ -85,6 +88,17 @@ def embeddings(model: BlockModel, ids: list[list[int]], listener: Listener, desc
     found = torch.cat([model.embedding(states) for states in hidden]).float().cpu()
     order = torch.tensor([index for batch in batches for index in batch])
     return found[order.argsort()]
+
+
+def engine_embeddings(file: Path, ids: list[list[int]], listener: Listener) -> Tensor:
+    """The same of a .gguf file, computed by llama.cpp."""
+    listener.stage("Run the file in llama.cpp", len(ids))
+    found = []
+    with LlamaCpp(file, max(map(len, ids)), embeddings=True) as engine:
+        for sentence in ids:
+            found.append(torch.from_numpy(engine.embedding(sentence)))
+            listener.advance(1)
+    return normalize(torch.stack(found), dim=1)
 
 
 def similarity(reference: Tensor, test: Tensor) -> Similarity:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lqexport.blocks import BlockModel
+from lqexport.converters.architecture import Architecture
 from lqexport.errors import UserError
 from lqexport.llamacpp import LlamaCpp
 from lqexport.progress import Listener, Silent
@@ -76,6 +77,15 @@ def cut(tokens: NDArray[np.int64], protocol: Protocol, bos: int | None, limit: i
     return windows
 
 
+def check_predicts(architecture: Architecture) -> None:
+    """Raises UserError for an encoder."""
+    if architecture.encoder:
+        raise UserError(
+            f"{architecture.classes[0]} is an encoder, which predicts no tokens: `lqexport verify` compares its "
+            "embeddings."
+        )
+
+
 @dataclass(frozen=True)
 class BlockLogits:
     """Logits [scored tokens, vocabulary] of a model, window by window, as often as they are iterated over.
@@ -99,11 +109,7 @@ def block_logits(
     one hidden state per token. That is done at the call; iterating only applies the head. Raises UserError for an
     encoder.
     """
-    if model.architecture.encoder:
-        raise UserError(
-            f"{model.architecture.classes[0]} is an encoder, which predicts no tokens: `lqexport verify` compares its "
-            "embeddings."
-        )
+    check_predicts(model.architecture)
     listener.stage(description, len(model) * len(windows))
     hidden = [model.start(torch.from_numpy(window)[None]) for window in windows]
     for _, block in model.blocks():

@@ -102,6 +102,8 @@ class Job:
         self.factors = plan_factors(self.source, self.planned, recipe)
         self._check_output_groups()
         self._check_experts()
+        if self.architecture.encoder and recipe.size is not None:
+            raise UserError("Types are chosen by size for models that predict tokens: give an encoder's target a type.")
         self.calibration = self._calibration()
         self.artifact = Artifact(out)
         self._begin()

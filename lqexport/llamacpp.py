@@ -111,6 +111,8 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
     "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
+    "llama_model_n_embd": (ctypes.c_int32, [ctypes.c_void_p]),
+    "llama_get_embeddings_seq": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p, ctypes.c_int32]),
     "llama_get_logits": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p]),
     "llama_tokenize": (
         ctypes.c_int32,
@@ -201,11 +203,13 @@ class LlamaCpp:
 
     A context manager: the model is in memory until `close`. One sequence of at most `n_ctx` tokens at a time.
     adapter   a GGUF LoRA adapter to apply at run time, as llama.cpp's --lora does
+    embeddings   whether an encoder's embeddings are asked for, in the place of logits
 
     Raises UserError where the wheel is missing or llama.cpp does not load a file, with llama.cpp's own reason.
     """
 
-    def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None) -> None:
+    def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
+                 embeddings: bool = False) -> None:  # fmt: skip
         self._llama, self._log = _library()
         self._model = self._context = None
         if not path.is_file():
@@ -218,7 +222,8 @@ class LlamaCpp:
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx = n_ctx
-        self._context = self._llama.llama_init_from_model(self._model, self._context_parameters(_threads(threads)))
+        parameters = self._context_parameters(_threads(threads), embeddings)
+        self._context = self._llama.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
             raise UserError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}.{self._log.said()}")
@@ -234,8 +239,9 @@ class LlamaCpp:
             self.close()
             raise UserError(f"llama.cpp cannot apply the adapter {adapter}.{self._log.said()}")
 
-    def _context_parameters(self, threads: int) -> Any:
+    def _context_parameters(self, threads: int, embeddings: bool) -> Any:
         parameters = self._llama.llama_context_default_params()
+        parameters.embeddings = embeddings
         parameters.n_ctx = parameters.n_batch = self.n_ctx
         parameters.n_ubatch = min(self.n_ctx, 512)
         parameters.n_threads = parameters.n_threads_batch = threads
@@ -278,18 +284,30 @@ class LlamaCpp:
 
         Raises UserError for more than `n_ctx` tokens or one outside the vocabulary, or where llama.cpp fails.
         """
+        self._run(tokens, first)
+        rows = self._llama.llama_get_logits(self._context)
+        # A copy: llama.cpp overwrites its buffer in the next call.
+        return np.ctypeslib.as_array(rows, (len(tokens) - first, self.n_vocab)).copy()
+
+    def embedding(self, tokens: list[int]) -> NDArray[np.float32]:
+        """An encoder's pooled embedding of one sequence, float32 [hidden], of whatever length. Raises UserError as
+        `logits`."""
+        self._run(tokens, 0)
+        pooled = self._llama.llama_get_embeddings_seq(self._context, 0)
+        return np.ctypeslib.as_array(pooled, (self._llama.llama_model_n_embd(self._model),)).copy()
+
+    def _run(self, tokens: list[int], first: int) -> None:
+        """One sequence, its outputs wanted at positions first .."""
         ids = np.array(tokens, dtype=np.int32)
         if not 0 < len(ids) <= self.n_ctx or ids.min() < 0 or ids.max() >= self.n_vocab:
             raise UserError(f"llama.cpp needs 1 to {self.n_ctx} tokens with ids below {self.n_vocab}.")
         wanted = (np.arange(len(ids)) >= first).astype(np.int8)
         self._log.said()
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
+        if memory := self._llama.llama_get_memory(self._context):
+            self._llama.llama_memory_clear(memory, True)
         batch = _Batch(n_tokens=len(ids), token=ids.ctypes.data, logits=wanted.ctypes.data)
         if self._llama.llama_decode(self._context, batch) != 0:
             raise UserError(f"llama.cpp failed to run the model.{self._log.said()}")
-        rows = self._llama.llama_get_logits(self._context)
-        # A copy: llama.cpp overwrites its buffer in the next call.
-        return np.ctypeslib.as_array(rows, (len(ids) - first, self.n_vocab)).copy()
 
 
 def quantize(

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lqexport.artifact import copy_files, open_tensors, read_config, read_json, write_json, written_whole
+from lqexport.converters.architecture import FIRST, MEAN
 from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.checkpoint import Layout
 from lqexport.converters.checkpoints import layout_of
@@ -76,7 +77,7 @@ class HuggingFaceSource:
         self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
         self._architecture = find_architecture(self.config)
         if self._architecture and self._architecture.encoder:
-            self.config.setdefault("pooling", _pooling(folder))
+            self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
         self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
         self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
@@ -207,13 +208,15 @@ class GGUFSource(GGUFModel):
         write_json(folder / "config.json", self.config)
 
 
-def _pooling(folder: Path) -> str:
-    """How an encoder's hidden states become an embedding, by sentence-transformers' file: `mean` of all tokens, or
-    `cls`, the first one; `mean` where there is no file. Raises UserError for any other way."""
+def _pooling_type(folder: Path) -> int:
+    """How an encoder's hidden states become an embedding, by sentence-transformers' file: MEAN, also where there is
+    none, or FIRST. Raises UserError for any other way."""
     path = folder / "1_Pooling" / "config.json"
     modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
-    chosen = [mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if is_on is True]
-    known = {"mean_tokens": "mean", "cls_token": "cls"}
+    chosen = [
+        mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if "pooling_mode_" in mode and is_on is True
+    ]
+    known = {"mean_tokens": MEAN, "cls_token": FIRST}
     if len(chosen) != 1 or chosen[0] not in known:
         raise UserError(f"{path} asks for pooling by {chosen}; known are {', '.join(known)}, one of them alone.")
     return known[chosen[0]]

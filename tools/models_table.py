@@ -44,11 +44,11 @@ def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
     classes = ", ".join(f"`{name}`" for name in entry.classes)
     kinds = ", ".join(kind for kind in entry.rope_types if kind != "default") or "-"
     if entry.gguf is None:
-        gguf = "not written" if entry.encoder else "not in llama.cpp"
-        return entry.family, classes, gguf, "-", "-", _yes(entry.exl2 is not None), "native"
+        return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2 is not None), "native"
     windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
-    windows = windows if entry.period else "context cut to one"
-    return entry.family, classes, f"`{entry.gguf}`", kinds, windows, _yes(entry.exl2 is not None), ", ".join(cases)
+    windows = windows if entry.period else "-" if entry.encoder else "context cut to one"
+    tests = "test_encoders.py" if entry.encoder else ", ".join(cases)
+    return entry.family, classes, f"`{entry.gguf}`", kinds, windows, _yes(entry.exl2 is not None), tests
 
 
 def _yes(answer: bool) -> str:
