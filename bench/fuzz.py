@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from gguf import GGUFWriter
+from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lqexport.adapters import misfits, open_factors
@@ -48,6 +49,8 @@ from lqexport.recipe import Recipe, load_recipe
 from lqexport.source import load_tokenizer, open_source
 from lqexport.texts import read_text
 from lqexport.verification import verify
+
+Tensors = dict[str, torch.Tensor]
 
 CPU_SECONDS = 20
 """A sound file of each subject takes under one."""
@@ -216,6 +219,8 @@ def make(work: Path) -> None:
     for artifact, format in {"gguf": "peft", "exl2": "exl2", "gptq": "gptq", "native": "native"}.items():
         export(work / f"artifact-{artifact}", work / format, format=format)  # type: ignore[arg-type]  # a variable
     export(work / "artifact-gptq", work / "compressed-tensors", format="compressed-tensors")
+    make_quantized(model, work / "awq", awq, {"quant_method": "awq", "bits": 4, "version": "gemm"})
+    make_quantized(model, work / "leanquant", leanquant, None)
     with contextlib.suppress(KeyboardInterrupt):
         quantize(sized(work), work / "stopped", listener=Callback(stop))
 
@@ -230,6 +235,31 @@ def stop(stage: str, share: float) -> None:
     """Ends a run in the middle of its tuning."""
     if stage == "Tuning end to end" and share > 0.6:
         raise KeyboardInterrupt
+
+
+def make_quantized(model: Path, folder: Path, parts: Callable[[int, int], Tensors], method: object) -> None:
+    """A checkpoint whose linears are random in another tool's layout."""
+    source = open_source(str(model))
+    source.copy_model_files(folder)
+    stored = {name: source.read(name) for name in source.names() if "proj" not in name}
+    for name in [name for name in source.names() if name not in stored]:
+        made = parts(*source.shape(name))
+        stored |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in made.items()}
+    save_file(stored, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": method} if method else {})))
+
+
+def awq(rows: int, columns: int) -> Tensors:
+    words, groups = torch.iinfo(torch.int32), columns // 32
+    qweight = torch.randint(words.min, words.max, (columns, rows // 8), dtype=torch.int32)
+    qzeros = torch.randint(words.min, words.max, (groups, rows // 8), dtype=torch.int32)
+    return {"qweight": qweight, "qzeros": qzeros, "scales": torch.rand(groups, rows).half() / 100}
+
+
+def leanquant(rows: int, columns: int) -> Tensors:
+    codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
+    return {"quant_grid": torch.rand(rows, 16).half() / 10, "weight_codes": codes}
 
 
 def subjects(work: Path) -> dict[str, Subject]:
@@ -261,6 +291,8 @@ def subjects(work: Path) -> dict[str, Subject]:
         "compressed-tensors": Subject(work / "compressed-tensors", weights, read_export),
         "gptq as a source": Subject(work / "gptq", weights, read_checkpoint),
         "compressed-tensors as a source": Subject(work / "compressed-tensors", weights, read_checkpoint),
+        "awq": Subject(work / "awq", weights, read_checkpoint),
+        "leanquant": Subject(work / "leanquant", weights, read_checkpoint),
         "native": Subject(work / "native", (*weights, "lqexport/*"), check),
         "artifact": Subject(work / "artifact-gguf", ("*.json", "model/config.json", "tensors/*"), check),
         "artifact to export": Subject(work / "artifact-gguf", ("*.json", "model/*.json", "tensors/*"), convert),
@@ -277,7 +309,8 @@ def read_recipe(path: Path) -> None:
 def read_checkpoint(folder: Path) -> None:
     """Everything that `quantize` reads of its source."""
     source = open_source(str(folder))
-    plan_recipe(source, Recipe(str(folder), "gguf:Q4_K_M"))
+    for target in ("gguf:Q4_K_M", "gguf:Q5_0", "native:table-4"):
+        plan_recipe(source, Recipe(str(folder), target))
     meta_model(source.config)
     for name in source.names():
         source.read(name)

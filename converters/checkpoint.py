@@ -130,4 +130,4 @@ def streams(words: NDArray[np.int32], bits: int, count: int) -> Codes:
 
 def size_name(columns: int, groups: int) -> str:
     """Columns of a group, as codecs name them."""
-    return "row" if groups == 1 else f"g{columns // groups}"
+    return f"g{columns // groups}" if groups > 1 else "row"

@@ -52,7 +52,10 @@ class CompressedTensors(Layout):
     def shape(self, module: str) -> tuple[int, int]:
         if not self._has(f"{module}.weight_packed"):
             return self.matrix(f"{module}.weight")
+        lines, words = self.matrix(f"{module}.weight_packed")
         rows, columns = self.part(f"{module}.weight_shape", (2,), (torch.int64, torch.int32)).tolist()
+        if rows != lines or not 4 * words <= columns <= 32 * words:  # of 1 to 8 bits
+            raise UserError(f"{module}.weight_shape is [{rows}, {columns}], which weight_packed does not hold.")
         return rows, columns
 
     def _scale(self, module: str) -> NDArray[np.float32]:
@@ -104,6 +107,6 @@ class CompressedTensors(Layout):
 def _by_row(name: str, stored: Tensor, rows: int) -> Tensor:
     """[R, G] of what is stored once, by rows, or by blocks of rows."""
     lines = stored.reshape(-1, 1) if stored.ndim < 2 else stored
-    if lines.ndim != 2 or len(lines) == 0 or rows % len(lines):
+    if lines.ndim != 2 or 0 in lines.shape or rows % len(lines):
         raise UserError(f"{name}, {list(stored.shape)}, does not fit a matrix of {rows} rows.")
     return lines.repeat_interleave(rows // len(lines), 0)

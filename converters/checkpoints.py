@@ -27,7 +27,7 @@ def layout_of(folder: Path, config: dict[str, Any], names: Collection[str], stor
     quantization = config.get("quantization_config") or _gptq_config(folder)
     if not quantization:
         return None
-    method = quantization.get("quant_method")
+    method = str(quantization.get("quant_method"))
     if method not in LAYOUTS:
         known = ", ".join([*LAYOUTS, "LeanQuant's tables"])
         raise UserError(f"{folder} is quantized by {method}, which is not read as a source. Known: {known}.")

@@ -42,6 +42,8 @@ def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] 
     if not name.startswith(prefix):
         return None
     layer, _, rest = name.removeprefix(prefix).partition(".")
+    if not layer.isdecimal() or len(layer) > 9:
+        return None
     module, _, kind = rest.rpartition(".")
     return int(layer), module, kind
 

@@ -11,7 +11,7 @@ import numpy as np
 from lqexport.artifact import StoredTensor
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
-from lqexport.formats.codec import PlainCodec
+from lqexport.formats.codec import PlainCodec, nbytes
 from lqexport.formats.moves import AffineGrid, TableGrid, move
 from lqexport.formats.registry import codec, names
 from lqexport.source import HuggingFaceSource, Source
@@ -45,22 +45,27 @@ def with_moves(source: Shapes, planned: list[PlannedTensor]) -> list[PlannedTens
 
 
 def _judged(source: HuggingFaceSource, tensor: PlannedTensor) -> PlannedTensor:
-    kind, module = codec(tensor.codec), source.module(tensor.name)
-    if module is None or isinstance(kind, PlainCodec):
+    module = source.module(tensor.name)
+    if module is None or isinstance(codec(tensor.codec), PlainCodec):
         return tensor
-    try:
-        move(_grid(source, module), kind)
-    except ValueError as error:
-        return replace(tensor, source_grid=str(error))
-    return replace(tensor, linear=False, source_grid=KEPT)
+    grid = source.layout.grid(module) if source.layout else None
+    reason = _misfit(grid, tensor.codec)
+    if reason is None:
+        return replace(tensor, linear=False, source_grid=KEPT)
+    fitting = [name for name in names(tensor.codec.partition(":")[0]) if _misfit(grid, name) is None]
+    smallest = min(fitting, key=lambda name: nbytes(codec(name), *tensor.matrix), default=None)
+    return replace(tensor, source_grid=f"{reason}; {smallest} would hold it" if smallest else reason)
 
 
-def _grid(source: HuggingFaceSource, module: str) -> AffineGrid | TableGrid:
-    assert source.layout is not None
-    grid = source.layout.grid(module)
+def _misfit(grid: AffineGrid | TableGrid | None, name: str) -> str | None:
+    """Why the codec `name` does not hold a grid; None where it does."""
     if grid is None:
-        raise ValueError("its codes are floating-point numbers")
-    return grid
+        return "its codes are floating-point numbers"
+    try:
+        move(grid, codec(name))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
@@ -71,7 +76,8 @@ def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
     kind, module = codec(tensor.codec), source.module(tensor.name)
     assert not isinstance(kind, PlainCodec)
     assert module is not None
-    found, stored = _grid(source, module), source.layout.codes(module)
+    found, stored = source.layout.grid(module), source.layout.codes(module)
+    assert found is not None
     target = move(found, kind)
     planes = kind.encode(target.grid, target.codes(stored))  # type: ignore[arg-type]  # a grid of this codec
     values = found.values(stored)

@@ -454,7 +454,7 @@ def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: P
     assert "solved again" not in said
     said = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_K", "--dry-run")
     assert "14 tensors are solved again" in said
-    assert "256 columns share one" in said
+    assert "256 columns share one; gguf:Q4_0 would hold it" in " ".join(said.split())
     run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_0")
     run("to-gguf", tmp_path / "out", tmp_path / "model.gguf")
     found = verify(
