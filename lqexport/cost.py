@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from lqexport.converters.architectures import architecture_of
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.plan import PlannedTensor
 from lqexport.recipe import Recipe
 from lqexport.tune import HELD_OUT
@@ -33,16 +35,20 @@ class Work:
     config: dict[str, Any]
     tensors: list[PlannedTensor]
 
-    @property
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    @cached_property
     def linears(self) -> list[PlannedTensor]:
         """Those of the decoder blocks."""
-        prefix = f"{architecture_of(self.config).blocks}."
+        prefix = f"{self.architecture.blocks}."
         return [tensor for tensor in self.tensors if tensor.linear and tensor.name.startswith(prefix)]
 
-    @property
+    @cached_property
     def block(self) -> list[PlannedTensor]:
         """The matrices of the first decoder block."""
-        prefix = f"{architecture_of(self.config).blocks}.0."
+        prefix = f"{self.architecture.blocks}.0."
         return [tensor for tensor in self.linears if tensor.name.startswith(prefix)]
 
     @property
@@ -72,16 +78,25 @@ class Work:
     def guided(self) -> bool:
         return self.recipe.moments == "guided"
 
-    def inputs(self, tensors: Iterable[PlannedTensor]) -> list[int]:
-        """Widths of the inputs whose second moments are kept: guided ones are of each linear, not of each group."""
+    def inputs(self, tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+        """Those whose inputs' second moments are kept: guided ones are of each linear, not of each group."""
         if self.guided:
-            return [tensor.matrix[1] for tensor in tensors] * self.recipe.output_groups
-        firsts = tuple(f".{group[0]}.weight" for group in architecture_of(self.config).linears)
-        return [tensor.matrix[1] for tensor in tensors if tensor.name.endswith(firsts)]
+            return list(tensors) * self.recipe.output_groups
+        firsts = tuple(f".{group[0]}.weight" for group in self.architecture.linears)
+        return [tensor for tensor in tensors if tensor.name.endswith(firsts)]
+
+    def share(self, tensor: PlannedTensor) -> float:
+        """Of the tokens, how many go through a linear: all, or those that are routed to an expert, on average."""
+        return self._routed if ".experts." in tensor.name else 1.0
+
+    @cached_property
+    def _routed(self) -> float:
+        config = normalized(self.config)
+        return float(config["num_experts_per_tok"] / config[self.architecture.experts])
 
 
 def moments_bytes(work: Work) -> int:
-    return sum(4 * columns**2 for columns in work.inputs(work.block))
+    return sum(4 * tensor.matrix[1] ** 2 for tensor in work.inputs(work.block))
 
 
 @dataclass(frozen=True)
@@ -149,8 +164,9 @@ def operations_estimate(work: Work) -> Operations:
     if not work.calibrated:
         return Operations()
     attention = 4 * recipe.sequence_length * work.hidden * work.blocks
-    forward = 2 * sum(tensor.weights for tensor in linears) + attention  # per token
-    moments = sum(work.tokens * columns**2 for columns in work.inputs(linears))  # one half of the matrix
+    forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
+    halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in work.inputs(linears))
+    moments = work.tokens * halves  # of one half of the matrix
     factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 for tensor in linears)
     descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
@@ -165,7 +181,7 @@ def _codes(recipe: Recipe, rows: int, columns: int) -> float:
 def _passes(work: Work) -> int:
     """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one."""
     if work.recipe.prefix == "quantized":
-        return (1 + len(architecture_of(work.config).linears)) * (1 + work.recipe.asymmetric)
+        return (1 + len(work.architecture.linears)) * (1 + work.recipe.asymmetric)
     return 3 if work.guided else 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Forecast:
     def budget(self) -> Budget:
         return Budget(self.gpu, self.host)
 
-    @property
+    @cached_property
     def room(self) -> Room:
         """Where things would be kept to fit."""
         return choose_room(self.work, self.device, Path(), self.budget)

@@ -30,7 +30,7 @@ PROCESS_BYTES = 700_000_000
 
 SOLVER_MATRICES = 8
 """Float32 arrays of a linear's own shape that solving it holds at once."""
-FACTOR_PANELS = 4
+FACTOR_PANELS = 3
 """Float64 panels [C, PANEL] that the factorization of its second moments computes with, besides those that it keeps."""
 
 HIDDEN_STATES, INNER_STATES = 14, 6
@@ -109,7 +109,7 @@ def _solving(work: Work, room: Room) -> Memory:
     own = 0 if room.moments.holds(room.device) else square
     here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
     states = Memory(0, 0 if work.guided else _states_bytes(work))
-    return here + states + _kept(room.moments, moments_bytes(work)) + _kept(room.factors, square + panel)
+    return here + states + _kept(room.moments, moments_bytes(work)) + _kept(room.factors, square + panel // 2)
 
 
 def _is_whole(work: Work) -> bool:

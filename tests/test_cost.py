@@ -15,7 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from lqexport.cli import app
-from lqexport.cost import Work
+from lqexport.cost import Work, operations_estimate
 from lqexport.errors import UserError
 from lqexport.forecast import ConfigModel, Forecast, forecast, parse_bytes
 from lqexport.job import plan_recipe
@@ -24,7 +24,10 @@ from lqexport.recipe import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS = {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800}
+WEIGHTS |= {"mixtral-8x7b": 46_702_792_704}
 """Parameters, as the models' pages give them."""
+ACTIVE = {"mixtral-8x7b": 12.9e9}
+"""Those that a token goes through, as the model's page gives them."""
 
 SMALL = {"samples": 8, "sequence_length": 64, "descent": 1, "tune": 2}
 MODELS = {"2": (2, 1536, 512), "8": (8, 1536, 512), "wide": (1, 4096, 16384)}
@@ -60,7 +63,20 @@ def test_a_config_is_enough(name: str) -> None:
     assert told["disk"]["artifact"] == told["tensor_bytes"]
     assert told["rates"]["measured"] is False
     # The passes multiply every token by every weight of the blocks, three times forward or backward.
-    assert told["operations"]["passes"] > 3 * 2 * 64 * 512 * 0.9 * WEIGHTS[name]
+    assert told["operations"]["passes"] > 3 * 2 * 64 * 512 * 0.8 * ACTIVE.get(name, WEIGHTS[name])
+
+
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"])
+def test_the_defaults_fit_a_gpu_of_24_gb(name: str) -> None:
+    assert planned(name).too_large == []
+
+
+def test_of_experts_only_those_that_a_token_goes_to_count() -> None:
+    work = planned("mixtral-8x7b", tune=0).work
+    expert, attention = (next(t for t in work.linears if part in t.name) for part in (".experts.", ".q_proj"))
+    assert (work.share(expert), work.share(attention)) == (1 / 4, 1)
+    forward = operations_estimate(work).passes / (3 * work.tokens)
+    assert 0.95 < forward / (2 * ACTIVE["mixtral-8x7b"]) < 1.05
 
 
 def test_what_does_not_fit_is_said() -> None:
