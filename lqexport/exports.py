@@ -10,7 +10,7 @@ import torch
 from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folder_model import FolderModel
-from lqexport.converters.folders import folder_model
+from lqexport.converters.folders import folder_model, method_of
 from lqexport.converters.native import is_native_folder
 from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError
@@ -92,6 +92,10 @@ def open_export(path: Path) -> Export:
         return PackedFolder(packed)
     if is_native_folder(path):
         return NativeFolder(path)
+    if method := method_of(path):
+        raise UserError(
+            f"{path} is quantized by {method}: `lqexport quantize` moves such checkpoints to formats that are read here."
+        )
     if path.is_dir():
         return ArtifactModel(path)
     if path.suffix != ".gguf" or not path.is_file():

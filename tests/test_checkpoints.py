@@ -4,6 +4,7 @@ solved again, and decoded by gguf, libgguf and compressed-tensors."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from lqexport.formats.codec import PlainCodec, nbytes
 from lqexport.formats.moves import AffineGrid, TableGrid, move
 from lqexport.formats.registry import codec, names
 from lqexport.inspect import inspect
+from lqexport.job import plan_recipe
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
@@ -263,6 +265,8 @@ def test_awq_reads_as_compressed_tensors_converts_it(make_awq: Make) -> None:
     theirs = decompressed(autoawq.AutoAWQConverter().process(stored), DOWN, {"num_bits": 4, "symmetric": False})
     ours = open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
     assert torch.equal(ours.half(), theirs)
+    with pytest.raises(UserError, match="quantized by awq: `lqexport quantize` moves"):
+        open_export(checkpoint.folder)
 
 
 @pytest.mark.parametrize("target", ["native:affine-5-g128", "native:affine-8-g32", "gptq:4-g128", "gptq:4-g32"])
@@ -530,3 +534,38 @@ def test_a_code_beyond_its_table_is_refused(make: Make) -> None:
     save_file(stored, path)
     with pytest.raises(UserError, match="holds the code 4, and a table 4 values"):
         open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+def test_names_and_shapes_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
+    """Experts, which such a checkpoint has one by one under other names, and linears that GPT-2 stores transposed,
+    which GPTQ does not."""
+    from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+    sizes = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, **sizes))
+    else:
+        model = MixtralForCausalLM(MixtralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+                                                 num_attention_heads=2, num_local_experts=2, **sizes))  # fmt: skip
+    model.half().save_pretrained(tmp_path)
+    float_source = open_source(str(tmp_path))
+    originals = {name: float_source.read(name).float() for name in float_source.names()}
+    linear = re.compile(r"(proj|\.w[123]|c_attn|c_fc)\.weight$")
+    stored: Tensors = {}
+    for name, tensor in load_file(tmp_path / "model.safetensors").items():
+        if not linear.search(name):
+            stored[name] = tensor
+            continue
+        weight = (tensor.T if kind == "gpt2" else tensor).float().numpy()
+        stored |= gptq_tensors(name.removesuffix(".weight"), coded(weight, 8, 32, True))
+    save_file({name: part.contiguous() for name, part in stored.items()}, tmp_path / "model.safetensors")
+    method = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True}
+    (tmp_path / "quantize_config.json").write_text(json.dumps(method))
+    source = open_source(str(tmp_path))
+    assert set(source.names()) == set(originals)
+    for name, original in originals.items():
+        assert source.shape(name) == original.shape
+        assert torch.allclose(source.read(name).float(), original, atol=1e-3), name
+    planned = plan_recipe(source, Recipe(str(tmp_path), "gguf:Q8_0"))
+    assert sum(tensor.source_grid == "kept" for tensor in planned) == {"mixtral": 10, "gpt2": 4}[kind]
