@@ -94,7 +94,7 @@ def open_export(path: Path) -> Export:
         return NativeFolder(path)
     if method := method_of(path):
         raise UserError(
-            f"{path} is quantized by {method}: `lqexport quantize` moves such checkpoints to formats that are read here."
+            f"{path} is quantized by {method}: `lqexport quantize` moves such a model to a format that is read here."
         )
     if path.is_dir():
         return ArtifactModel(path)
