@@ -79,7 +79,8 @@ class HuggingFaceSource:
         if self._architecture and self._architecture.encoder:
             self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
-        self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
+        with well_formed(f"quantization_config of {folder}"):
+            self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
         self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
         self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}

@@ -158,6 +158,15 @@ def test_config_json_with_what_no_model_has(config: dict[str, Any], model: Path)
         open_source(str(model))
 
 
+@pytest.mark.parametrize("change", [{"quant_method": []}, {"quant_method": {}}, {"quant_method": "x"}])
+def test_strange_quantization_of_a_source(change: dict[str, Any], sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / "gptq", tmp_path / "gptq")
+    path = tmp_path / "gptq" / "config.json"
+    change_json(path, quantization_config=json.loads(path.read_text())["quantization_config"] | change)
+    with pytest.raises(UserError):
+        open_source(str(path.parent))
+
+
 def test_what_transformers_refuses_is_said(model: Path) -> None:
     change_json(model / "config.json", hidden_act="no such function")
     with pytest.raises(UserError, match="transformers can make no model"):
