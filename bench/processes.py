@@ -3,7 +3,7 @@
     python bench/processes.py MODEL --work FOLDER [--counts 1 2 4] -- --target gguf:Q2_K --samples 8 ...
 
 What follows `--` goes to `lqexport quantize`. Each count runs once undisturbed, under torchrun where it is more than
-one; then a run of the largest count loses a process when some of its tensors are finished, and the same command goes on.
+one; then a run of the largest count loses a process when half of its tensors are there, and the same command goes on.
 Prints JSON, and exits with 1 where a byte differs. The seconds are of whole runs, start included.
 """
 
