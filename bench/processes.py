@@ -3,7 +3,7 @@
     python bench/processes.py MODEL --work FOLDER [--counts 1 2 4] -- --target gguf:Q2_K --samples 8 ...
 
 What follows `--` goes to `lqexport quantize`. Each count runs once undisturbed, under torchrun where it is more than
-one; then a run of the largest count loses a process when some of its tensors are finished, and the same command goes on.
+one; then a run of the largest count loses a process when half of its tensors are there, and the same command goes on.
 Prints JSON, and exits with 1 where a byte differs. The seconds are of whole runs, start included.
 """
 
@@ -31,7 +31,7 @@ def command(count: int, model: str, out: Path, options: list[str]) -> list[str]:
 
 def run_and_kill(arguments: list[str], out: Path, finished: int) -> None:
     """Start the command, and kill its last process once so many tensors are finished."""
-    running = subprocess.Popen(arguments)
+    running = subprocess.Popen(arguments, stdout=sys.stderr)
     while running.poll() is None and len(list((out / "tensors").glob("*.safetensors"))) < finished:
         time.sleep(0.01)
     psutil.Process(running.pid).children()[-1].kill()
@@ -43,7 +43,7 @@ def compared(model: str, work: Path, counts: list[int], options: list[str]) -> d
     seconds, found = {}, []
     for count in counts:
         began = time.perf_counter()
-        subprocess.run(command(count, model, work / str(count), options), check=True)
+        subprocess.run(command(count, model, work / str(count), options), check=True, stdout=sys.stderr)
         seconds[count] = round(time.perf_counter() - began, 1)
         found.append(digests(work / str(count)))
     most, killed = max(counts), work / "killed"
@@ -52,7 +52,7 @@ def compared(model: str, work: Path, counts: list[int], options: list[str]) -> d
     )
     left = len(list((killed / "tensors").glob("*.safetensors")))
     whole = (killed / "manifest.json").is_file()
-    subprocess.run(command(most, model, killed, options), check=True)
+    subprocess.run(command(most, model, killed, options), check=True, stdout=sys.stderr)
     found.append(digests(killed))
     identical = all(each == found[0] for each in found)
     return {"seconds": seconds, "finished_at_the_kill": left, "killed_in_time": not whole, "identical": identical}

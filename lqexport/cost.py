@@ -91,8 +91,9 @@ class Work:
 
     @cached_property
     def _routed(self) -> float:
-        config = normalized(self.config)
-        return float(config["num_experts_per_tok"] / config[self.architecture.experts])
+        config, count = normalized(self.config), self.architecture.experts
+        assert count is not None
+        return float(config["num_experts_per_tok"] / config[count])
 
 
 def moments_bytes(work: Work) -> int:
