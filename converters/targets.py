@@ -120,7 +120,7 @@ def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Sh
         raise UserError(f"{architecture.classes[0]} has no tensor {_listed(unknown)}; cannot export this model.")
     unneeded = {architecture.output} if is_tied(config) else set()
     needed = [*needed_names(architecture, _layers(config)), architecture.output]
-    missing = [name for name in needed if name not in shapes.keys() | unneeded]
+    missing = [name for name in needed if name not in shapes and name not in unneeded]
     if missing:
         hint = " If the output is the embedding, config.json must say tie_word_embeddings: true."
         raise UserError(
