@@ -63,6 +63,8 @@ def quantize(
                 _run(job)
             except torch.OutOfMemoryError as error:
                 raise UserError(f"Out of memory on {where}: {OUT_OF_MEMORY}") from error
+        if processes.first:  # of a finished artifact too: its run may have ended while this was going on
+            shutil.rmtree(job.work, ignore_errors=True)
         return job.artifact.report()
 
 
@@ -119,7 +121,7 @@ def _tune(job: Job) -> Outcome | None:
 
 
 def _finish(job: Job, found: _Found) -> None:
-    """Write the report and the manifest, and remove what only a stopped run would need."""
+    """Write the report and the manifest."""
     factors = at_ranks(job.factors, found.ranks)
     tensors = [_entry(job, tensor, found) for tensor in job.planned]
     report = {
@@ -138,7 +140,6 @@ def _finish(job: Job, found: _Found) -> None:
     if found.allocation:
         report["allocation"] = {"predicted": found.allocation.loss, "gap": found.allocation.gap}
     job.artifact.finish([tensor.name for tensor in (*job.planned, *factors)], report)
-    shutil.rmtree(job.work, ignore_errors=True)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     job.artifact.log({"finished": True, "peak_memory_gib": round(peak, 3)})
 

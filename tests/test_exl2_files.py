@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from lqexport import choose, measured
-from lqexport.artifact import Artifact, StoredTensor
+from lqexport.artifact import Artifact, StoredTensor, write_json
 from lqexport.cli import app
 from lqexport.converters import exl2, shards
 from lqexport.converters.architectures import architecture_of
@@ -309,6 +309,16 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
         monkeypatch.setattr(owner, method, original)
         quantize(recipe, out)
         assert contents(out) == expected
+
+
+def test_a_run_killed_while_it_cleans_up_leaves_nothing_for_good(
+    artifact: Artifact, recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(artifact.folder, out)
+    write_json(out / "work" / "moments" / "key" / "facts.json", {})
+    quantize(recipe, out)
+    assert contents(out) == contents(artifact.folder)
 
 
 # What is refused or avoided.
