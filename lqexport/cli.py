@@ -213,9 +213,9 @@ def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> N
         if not dry_run:
             run.quantize()
         return
-    recipe, out = run.recipe, run.out
+    recipe, out, device = run.recipe, run.out, choose_device(run.device)
     shown = preview(recipe, out)
-    room = choose_room(shown.work, choose_device(run.device), out, run.budget())
+    room = choose_room(shown.work, device, out, run.budget())
     if not as_json:
         _show(shown, room, verbose, dry_run)
     if dry_run:

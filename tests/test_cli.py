@@ -155,7 +155,7 @@ def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
         return memory_estimate(shown.work, plenty(torch.device("cpu"))), cost.seconds_estimate(shown.work, rates, 1)
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
-    assert more[0] > small[0]
+    assert more[0] == small[0]  # passes are of a fixed number of tokens
     assert more[1] > small[1] > rounded[1] > 0
 
 
