@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-TILE_ROWS, TILE_COLUMNS = 8, 1024
+TILE_ROWS, TILE_COLUMNS = 8, 512
 """Of `table_products`."""
 
 
@@ -295,7 +295,7 @@ def table_products(hessian, codes, products):
     """P^T H P of each row, with P [C, K] the row's codes as indicators; added to float64 products [R, K, K].
 
     codes uint8 [R, C]. A tile of H's columns is summed by code for a few rows together, so that H is read once for
-    them and the sums stay in the cache.
+    them and the sums stay in the cache. What H has above a tile it has beside it, since it is symmetric.
     """
     rows, columns = codes.shape
     count = products.shape[1]
@@ -305,14 +305,18 @@ def table_products(hessian, codes, products):
         sums = np.empty((TILE_ROWS, count, TILE_COLUMNS), np.float32)
         for start in range(0, columns, TILE_COLUMNS):
             width = min(TILE_COLUMNS, columns - start)
-            sums[:] = 0
-            for i in range(columns):
-                line = hessian[i, start : start + width]
+            for below in range(2):
+                sums[:] = 0
+                for i in range(start + width, columns) if below else range(start, start + width):
+                    line = hessian[i, start : start + width]
+                    for r in range(held):
+                        total = sums[r, codes[first + r, i]]
+                        for j in range(width):
+                            total[j] += line[j]
                 for r in range(held):
-                    total = sums[r, codes[first + r, i]]
-                    for j in range(width):
-                        total[j] += line[j]
-            for r in range(held):
-                for k in range(count):
-                    for j in range(width):
-                        products[first + r, k, codes[first + r, start + j]] += sums[r, k, j]
+                    for k in range(count):
+                        for j in range(width):
+                            column = codes[first + r, start + j]
+                            products[first + r, k, column] += sums[r, k, j]
+                            if below:
+                                products[first + r, column, k] += sums[r, k, j]
