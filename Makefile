@@ -5,7 +5,7 @@ BIN := .venv/bin
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 NUMBA_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 DEMO_TARGET ?= gguf:Q4_0
 
-.PHONY: help setup demo test lint unit docs models clean
+.PHONY: help setup demo test lint unit docs models reliability clean
 
 help:
 	@echo "make demo   quantize SmolLM2-135M, write a GGUF, verify it in llama.cpp and print the report"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint   ruff and mypy alone"
 	@echo "make docs   the documentation as a site, in site/"
 	@echo "make models build the two reference models in .models"
+	@echo "make reliability   damaged files and injected faults: the figures of docs/reliability.md"
 
 setup: .venv/ready
 
@@ -44,5 +45,11 @@ docs: .venv/ready
 models: .venv/ready
 	$(BIN)/python bench/reference_models.py .models
 
+# An hour or so. Each command exits with 1 where anything was lost, half-written or not refused.
+reliability: .venv/ready
+	$(BIN)/python bench/fuzz.py --work .reliability/fuzz --seconds 20 --seed 7
+	$(BIN)/python bench/faults.py --work .reliability/exports --every 5 --only to-
+	$(BIN)/python bench/faults.py --work .reliability/quantize --every 20 --only quantize
+
 clean:
-	rm -rf .venv .typecheck .models demo build site *.egg-info
+	rm -rf .venv .typecheck .models .reliability demo build site *.egg-info
