@@ -45,7 +45,7 @@ docs: .venv/ready
 models: .venv/ready
 	$(BIN)/python bench/reference_models.py .models
 
-# An hour or so. Each command exits with 1 where anything was lost, half-written or not refused.
+# Takes long. Each command exits with 1 where anything was lost, half-written or not refused.
 reliability: .venv/ready
 	$(BIN)/python bench/fuzz.py --work .reliability/fuzz --seconds 20 --seed 7
 	$(BIN)/python bench/faults.py --work .reliability/exports --every 5 --only to-
