@@ -10,9 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from fnmatch import fnmatchcase
-from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from lqexport import measured
 from lqexport.allocate import allocate, reachable
 from lqexport.artifact import AGAIN, Artifact, StoredTensor, decoded, read_json, write_json
 from lqexport.blocks import BlockModel
-from lqexport.collect import BlockMoments, begin_with_first, by_weight, final_states
+from lqexport.collect import final_states
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, well_formed
 from lqexport.job import Job, plan_recipe
@@ -74,13 +73,14 @@ def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
     limit = parse_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
     free = {tensor.name: options(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
     kept = job.measured("types")
-    missing = job.processes.agreed([name for name in free if name not in kept.losses()])
-    linears = {name: free[name] for name in missing if name in job.linears}
-    if linears:
-        model = job.model()
-        begin = partial(job.listener.stage, "Measuring types", len(linears))
-        moments = begin_with_first(job.moments(model), begin)
-        measure_linears(job.source, model, moments, linears, job.recipe, kept, job.listener)
+    known = kept.losses()
+    missing = job.processes.agreed([name for name in free if name not in known])
+    if linears := [name for name in missing if name in job.linears]:
+
+        def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
+            return type_losses(name, weight, hessian, free[name], job.recipe)
+
+        measured.measure_linears(job, kept, linears, "Measuring types", losses_of)
     outer = {name: free[name] for name in job.processes.mine([name for name in missing if name not in job.linears])}
     job.listener.stage("Measuring embedding and output", len(outer))
     measure_outer(job.source, outer, job.sequences, job.device, kept, job.listener)
@@ -125,25 +125,15 @@ def options(tensor: PlannedTensor) -> tuple[str, ...]:
     return SUPERBLOCKS if tensor.linear else OUTER
 
 
-def measure_linears(
-    source: Weights, model: BlockModel, moments: Iterator[BlockMoments], linears: dict[str, tuple[str, ...]],
-    recipe: Recipe, kept: Measured, listener: Listener,
-) -> None:  # fmt: skip
-    """Predicted losses of linears (name -> codecs) from their guided second moments; kept block by block."""
+def type_losses(name: str, weight: Tensor, hessian: Tensor, kinds: tuple[str, ...], recipe: Recipe) -> dict[str, float]:
+    """The predicted loss of a linear in each codec: float32 weight [R, C], guided second moments [C, C] or, of each of
+    G output groups, [G, C, C]."""
     quick = dataclasses.replace(recipe, descent=0)
-    for block in moments:
-        hessians = by_weight(model, block)
-        losses: Losses = {}
-        for name in hessians.keys() & linears.keys():
-            weight = source.read(name).to(model.device).float()
-            sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
-            hessian = hessians[name].to(model.device).reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
-            solved = {kind: solve_linear(name, sample, hessian, kind, quick) for kind in linears[name]}
-            per_loss = 0.5 * len(weight) / len(sample)
-            losses[name] = {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
-            listener.advance(1)
-        if losses:
-            kept.add(str(block[0]), losses)
+    sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
+    hessian = hessian.reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
+    solved = {kind: solve_linear(name, sample, hessian, kind, quick) for kind in kinds}
+    per_loss = 0.5 * len(weight) / len(sample)
+    return {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
 
 
 class _Replaced:
@@ -181,7 +171,7 @@ def measure_outer(
             pairs = zip(states, own, strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
             losses[kind] = max(0.0, sum(divergences) / len(divergences))
-        kept.add(name, {name: losses})
+        kept.add(name, losses)
         listener.advance(1)
 
 

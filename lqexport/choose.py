@@ -8,7 +8,6 @@ model depends on a linear, so there the loss is taken relative to the energy of 
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -16,7 +15,6 @@ from torch import Tensor
 from lqexport import measured
 from lqexport.allocate import Allocation, allocate
 from lqexport.artifact import AGAIN, read_json, write_json
-from lqexport.collect import begin_with_first, by_weight
 from lqexport.converters.exl2_plan import filled_runs
 from lqexport.errors import well_formed
 from lqexport.factor import Factor, factorize
@@ -56,19 +54,13 @@ def choose_mixes(job: Job) -> Allocation | None:
 
 def _measured_mixes(job: Job) -> Losses:
     """What every mix costs every linear; what an interrupted run or one for another size measured is not done again."""
-    model, kept = job.model(), job.measured("mixes")
-    missing = job.processes.agreed(job.linears.keys() - kept.losses().keys())
-    if missing:
-        begin = partial(job.listener.stage, "Measuring mixes of widths", len(missing))
-        for block in begin_with_first(job.moments(model), begin):
-            hessians = by_weight(model, block)
-            found = {}
-            for name in sorted(hessians.keys() & missing):
-                weight = job.source.read(name).to(job.device).float()
-                found[name] = mix_losses(weight, hessians[name].to(job.device), job.recipe_of(name))
-                job.listener.advance(job.processes.count)
-            if found:
-                kept.add(str(block[0]), found)
+    kept = job.measured("mixes")
+    if missing := job.processes.agreed(job.linears.keys() - kept.losses().keys()):
+
+        def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
+            return mix_losses(weight, hessian, job.recipe_of(name))
+
+        measured.measure_linears(job, kept, missing, "Measuring mixes of widths", losses_of)
         job.processes.wait()
     losses = kept.losses()
     return {name: losses[name] for name in job.linears}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -185,8 +186,9 @@ class _Run:
     device_memory: str | None
     host_memory: str | None
 
+    @functools.cached_property
     def budget(self) -> Budget:
-        """What is given, else what is free."""
+        """What is given, else what is free: asked once, so that the run has what was shown."""
         from lqexport.environment import choose_device
         from lqexport.forecast import parse_bytes
         from lqexport.memory import Budget, available
@@ -199,7 +201,7 @@ class _Run:
         from lqexport.pipeline import quantize as run
 
         return run(self.recipe, self.out, device=self.device, cache=self.cache, listener=listener,
-                   budget=self.budget())  # fmt: skip
+                   budget=self.budget)  # fmt: skip
 
 
 def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
@@ -215,7 +217,7 @@ def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> N
         return
     recipe, out, device = run.recipe, run.out, choose_device(run.device)
     shown = preview(recipe, out)
-    room = choose_room(shown.work, device, out, run.budget())
+    room = choose_room(shown.work, device, out, run.budget)
     if not as_json:
         _show(shown, room, verbose, dry_run)
     if dry_run:

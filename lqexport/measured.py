@@ -2,30 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from lqexport.allocate import Option
 from lqexport.artifact import read_json, write_json
+from lqexport.collect import begin_with_first, by_weight
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
+
+if TYPE_CHECKING:
+    from lqexport.job import Job
 
 Losses = dict[str, dict[str, float]]
 """Tensor -> codec -> predicted loss."""
 
 
 class Measured:
-    """Losses found so far, kept on disk, each part of them in a file of its own: several processes may write."""
+    """Losses found so far, kept on disk, each tensor's in a file of its own: several processes may write, and runs that
+    measure different tensors."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def losses(self) -> Losses:
         """All of them, whoever found them."""
-        return {name: kinds for path in self._folder.glob("*.json") for name, kinds in read_json(path, "").items()}
+        return {path.stem: read_json(path, f"{path} is gone.") for path in self._folder.glob("*.json")}
 
-    def add(self, part: str, losses: Losses) -> None:
-        """Keep more, under the name of a block or a tensor."""
-        write_json(self._folder / f"{part}.json", losses)
+    def add(self, name: str, losses: dict[str, float]) -> None:
+        """Keep those of one more tensor."""
+        write_json(self._folder / f"{name}.json", losses)
+
+
+def measure_linears(
+    job: Job, kept: Measured, names: Collection[str], stage: str,
+    losses_of: Callable[[str, Tensor, Tensor], dict[str, float]],
+) -> None:  # fmt: skip
+    """Keep the losses of these linears as their blocks' second moments come: `losses_of` takes a name, the float32
+    weight [R, C] and the second moments as `SecondMoments.hessian` gives them, both on the device."""
+    model = job.model()
+    for block in begin_with_first(job.moments(model), partial(job.listener.stage, stage, len(names))):
+        hessians = by_weight(model, block)
+        for name in sorted(hessians.keys() & set(names)):
+            weight = job.source.read(name).to(job.device).float()
+            kept.add(name, losses_of(name, weight, hessians[name].to(job.device)))
+            job.listener.advance(job.processes.count)
 
 
 def options(losses: dict[str, float], shape: tuple[int, int]) -> list[Option]:

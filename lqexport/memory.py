@@ -35,6 +35,8 @@ FACTOR_PANELS = 3
 
 HIDDEN_STATES, INNER_STATES = 14, 6
 """Float32 numbers a token that a block's backward pass keeps: so many times the hidden and the MLP's width."""
+TUNED_MATRICES = 5
+"""Float32 arrays of a tensor's shape between the gradient by its values and that by its numbers."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,6 @@ class Memory:
     def __add__(self, other: Memory) -> Memory:
         return Memory(self.device + other.device, self.host + other.host)
 
-
-TUNED_MATRICES = 5
-"""Float32 arrays of a tensor's shape between the gradient by its values and that by its numbers."""
 
 PASSING, SOLVING = "a pass through a block", "solving the largest linear"
 """Stages whose memory a run's room decides."""

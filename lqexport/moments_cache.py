@@ -2,7 +2,7 @@
 
 FOLDER/KEY/facts.json             what they are of: source, calibration, kind
 FOLDER/KEY/block-N.safetensors    one tensor per group of linears; its name is the linears' names, joined by "+"
-FOLDER/KEY/WHAT-KEY/NAME.json     what was measured under them: losses of types, mixes of widths
+FOLDER/KEY/WHAT-KEY/TENSOR.json   what was measured under them: losses of types, mixes of widths
 """
 
 from __future__ import annotations

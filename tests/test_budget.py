@@ -73,6 +73,15 @@ def test_a_type_by_hand_is_kept(recipe: Recipe, tmp_path: Path) -> None:
     assert not any("down_proj" in name for name in report["budget"]["losses"])
 
 
+def test_a_cache_serves_runs_that_choose_for_different_tensors(recipe: Recipe, tmp_path: Path) -> None:
+    """The first measures some linears of each block, the second the others too."""
+    expected = quantize(recipe, tmp_path / "alone")["budget"]
+    types = ["*.down_proj.weight=Q6_K"]
+    first = Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"})
+    quantize(first, tmp_path / "first", cache=tmp_path / "cache")
+    assert quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")["budget"] == expected
+
+
 def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = quantize(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
