@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.artifact import read_config
+from lqexport.artifact import read_config, read_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.plan import PLAIN
 from lqexport.converters.stored_tensors import StoredTensors
@@ -17,6 +17,13 @@ from lqexport.converters.tensor_names import gguf_names, needed_names
 from lqexport.errors import MALFORMED, UserError, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
+
+
+def method_of(folder: Path) -> str | None:
+    """The `quant_method` of a folder's config.json; None where it has none."""
+    path = folder / "config.json"
+    found = read_json(path, "").get("quantization_config") if path.is_file() else None
+    return str(found.get("quant_method")) if isinstance(found, dict) else None
 
 
 class FolderModel:

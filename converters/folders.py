@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lqexport.artifact import read_json
 from lqexport.converters.compressed_tensors import CompressedModel
 from lqexport.converters.exl2_read import Exl2Model
-from lqexport.converters.folder_model import FolderModel
+from lqexport.converters.folder_model import FolderModel, method_of
 from lqexport.converters.gptq import GptqModel
 
 MODELS: dict[str, type[FolderModel]] = {
@@ -16,13 +15,6 @@ MODELS: dict[str, type[FolderModel]] = {
     "compressed-tensors": CompressedModel,
 }
 """By `quant_method`."""
-
-
-def method_of(folder: Path) -> str | None:
-    """The `quant_method` of a folder's config.json; None where it has none."""
-    path = folder / "config.json"
-    found = read_json(path, "").get("quantization_config") if path.is_file() else None
-    return str(found.get("quant_method")) if isinstance(found, dict) else None
 
 
 def folder_model(folder: Path) -> FolderModel | None:

@@ -27,9 +27,10 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, copy_files, decoded, read_json, write_json
+from lqexport.artifact import Artifact, copy_files, decoded, write_json
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import factor_names, is_factor
+from lqexport.converters.folder_model import method_of
 from lqexport.converters.shards import Part, new_folder, write_shards
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec
@@ -138,6 +139,4 @@ def _arrays(artifact: Artifact, part: Part, entry: dict[str, Any]) -> list[np.nd
 
 def is_native_folder(folder: Path) -> bool:
     """Whether a folder's config.json says that it holds a model of the native format."""
-    path = folder / "config.json"
-    quantization = read_json(path, "").get("quantization_config") if path.is_file() else None
-    return isinstance(quantization, dict) and quantization.get("quant_method") == METHOD
+    return method_of(folder) == METHOD

@@ -9,8 +9,8 @@ import torch
 
 from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.converters.factors import is_factor
-from lqexport.converters.folder_model import FolderModel
-from lqexport.converters.folders import folder_model, method_of
+from lqexport.converters.folder_model import FolderModel, method_of
+from lqexport.converters.folders import folder_model
 from lqexport.converters.native import is_native_folder
 from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError

@@ -14,7 +14,7 @@ from rich.table import Table
 from lqexport.artifact import Artifact
 from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
-from lqexport.converters.folders import method_of
+from lqexport.converters.folder_model import method_of
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.native import is_native_folder
 from lqexport.converters.native_read import NativeModel
