@@ -16,7 +16,8 @@ import numpy as np
 
 from lqexport import measured
 from lqexport.allocate import Option, allocate
-from lqexport.artifact import Artifact, read_json
+from lqexport.artifact import Artifact
+from lqexport.files import read_json
 from lqexport.formats.exl2 import runs_named
 from lqexport.report import kind_of
 

@@ -6,12 +6,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lqexport.artifact import read_json
 from lqexport.converters.checkpoint import Layout, Stored
 from lqexport.converters.checkpoint_compressed import CompressedTensors
 from lqexport.converters.checkpoint_gptq import Awq, Gptq
 from lqexport.converters.checkpoint_leanquant import LeanQuant
 from lqexport.errors import UserError
+from lqexport.files import read_json
 
 LAYOUTS: dict[str, type[Layout]] = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors}
 """By `quant_method`. LeanQuant's checkpoints have no config.json of their own."""

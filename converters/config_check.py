@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from lqexport.errors import UserError
+from lqexport.files import read_json
 
 COUNTS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -23,6 +25,11 @@ NUMBERS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rms_n
            "layer_norm_epsilon", "norm_epsilon", "rotary_pct", "query_pre_attn_scalar")  # fmt: skip
 PLAIN: dict[str, type] = {"model_type": str, "text_config": dict, "quantization_config": dict}
 LISTS = {"architectures": str, "layer_types": str, "no_rope_layers": int}
+
+
+def read_config(path: Path, missing: str) -> dict[str, Any]:
+    """A config.json. Raises UserError as `read_json`, and where it cannot be that of a model."""
+    return check_config(read_json(path, missing), path)
 
 
 def check_config(config: dict[str, Any], source: object) -> dict[str, Any]:

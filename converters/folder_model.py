@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.artifact import read_config, read_json
 from lqexport.converters.architectures import architecture_of
+from lqexport.converters.config_check import read_config
 from lqexport.converters.plan import PLAIN
 from lqexport.converters.stored_tensors import StoredTensors
 from lqexport.converters.tensor_names import gguf_names, needed_names
 from lqexport.errors import MALFORMED, UserError, well_formed
+from lqexport.files import read_json
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
 

@@ -17,11 +17,12 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from lqexport.artifact import Artifact, StoredTensor, check_space, written_whole
+from lqexport.artifact import Artifact, StoredTensor
 from lqexport.converters.gguf_split import ALIGNMENT, in_files, split_paths
 from lqexport.converters.row_order import Order
 from lqexport.converters.tensor_names import expert_number
 from lqexport.errors import UserError
+from lqexport.files import check_space, written_whole
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
 

@@ -8,13 +8,13 @@ from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
 
-from lqexport.artifact import read_json
 from lqexport.converters.architecture import Architecture, Config, Key
 from lqexport.converters.gguf_support import check_supported, window, window_period
 from lqexport.converters.gguf_types import file_type
 from lqexport.converters.rope import head_dim, longrope_attention, rope_settings, rotary_dim, window_theta
 from lqexport.converters.tensor_names import head_count
 from lqexport.errors import UserError
+from lqexport.files import read_json
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"

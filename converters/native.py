@@ -27,12 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, copy_files, decoded, write_json
+from lqexport.artifact import Artifact, decoded
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import factor_names, is_factor
 from lqexport.converters.folder_model import method_of
 from lqexport.converters.shards import Part, new_folder, write_shards
 from lqexport.errors import UserError
+from lqexport.files import copy_files, write_json
 from lqexport.formats.registry import codec
 
 METHOD, VERSION = "lqexport", 1

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lqexport.artifact import StoredTensor, decoded, read_config
+from lqexport.artifact import StoredTensor, decoded
 from lqexport.converters.architectures import architecture_of
+from lqexport.converters.config_check import read_config
 from lqexport.converters.factors import factor_names
 from lqexport.converters.native import LOW_RANK, METHOD, VERSION, stored_names
 from lqexport.converters.stored_tensors import StoredTensors

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import Artifact, StoredTensor, copy_files, write_json
+from lqexport.artifact import Artifact, StoredTensor
 from lqexport.converters.factors import is_factor
 from lqexport.converters.plan import PLAIN
 from lqexport.converters.shards import Part, new_folder, write_shards
 from lqexport.errors import UserError
+from lqexport.files import copy_files, write_json
 from lqexport.formats.codec import Planes
 
 Forms = dict[str, tuple[np.dtype, tuple[int, ...]]]

@@ -17,13 +17,15 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from lqexport.artifact import Artifact, open_tensors, read_json, write_json, written_whole
+from lqexport.artifact import Artifact
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import A, check_present, corrected_linear, is_factor
 from lqexport.converters.tensor_names import block_module
 from lqexport.errors import UserError
+from lqexport.files import read_json, write_json, written_whole
 from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec
+from lqexport.tensor_files import open_tensors
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 

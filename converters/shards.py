@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.artifact import cannot_write, check_space, claimed, write_json, written_whole
 from lqexport.errors import UserError
+from lqexport.files import cannot_write, check_space, claimed, write_json, written_whole
 
 SHARD_BYTES = 5 * 10**9
 """Most bytes of a shard's tensors, as transformers has it."""

@@ -7,8 +7,8 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
-from lqexport.artifact import open_tensors
 from lqexport.errors import UserError
+from lqexport.tensor_files import open_tensors
 
 
 class StoredTensors(Mapping[str, Any]):

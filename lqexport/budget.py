@@ -20,11 +20,12 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport import measured
 from lqexport.allocate import allocate, reachable
-from lqexport.artifact import AGAIN, Artifact, StoredTensor, decoded, read_json, write_json
+from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.blocks import BlockModel
 from lqexport.collect import final_states
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import UserError, well_formed
+from lqexport.errors import AGAIN, UserError, well_formed
+from lqexport.files import read_json, write_json
 from lqexport.job import Job, plan_recipe
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.measured import Losses, Measured

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lqexport.artifact import written_whole
+from lqexport.files import written_whole
 from lqexport.report import checks, flat, measures, verdict
 from lqexport.verification import Verification
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lqexport import measured
 from lqexport.allocate import Allocation, allocate
-from lqexport.artifact import AGAIN, read_json, write_json
 from lqexport.converters.exl2_plan import filled_runs
-from lqexport.errors import well_formed
+from lqexport.errors import AGAIN, well_formed
 from lqexport.factor import Factor, factorize
+from lqexport.files import read_json, write_json
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import Run
 from lqexport.formats.exl2 import BITS, UNIT, Exl2

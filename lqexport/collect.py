@@ -21,13 +21,14 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from lqexport.artifact import AGAIN, SEAL, open_tensors, write_sealed
 from lqexport.blocks import BlockModel
+from lqexport.errors import AGAIN
 from lqexport.factor import Keep, in_place
 from lqexport.moments import SecondMoments
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
+from lqexport.tensor_files import SEAL, open_tensors, write_sealed
 
 BATCH_TOKENS = 1024
 """Tokens in one forward pass. The last bits of a pass depend on it, so it does not depend on the memory that there is.

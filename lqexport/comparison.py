@@ -16,12 +16,12 @@ from rich.table import Table
 
 from lqexport import evaluate
 from lqexport.adapters import Factors, open_factors
-from lqexport.artifact import written_whole
 from lqexport.blocks import BlockModel
 from lqexport.environment import choose_device
 from lqexport.errors import UserError
 from lqexport.evaluate import BlockLogits, Evaluation
 from lqexport.exports import Export, open_export
+from lqexport.files import written_whole
 from lqexport.inspect import bits, human_bytes, inspect, size
 from lqexport.progress import Listener, Silent
 from lqexport.report import figure, share, svg, with_error

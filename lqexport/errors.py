@@ -12,6 +12,11 @@ MALFORMED = (
 )  # fmt: skip
 """What reading raises where a file's content is of another form than it should be."""
 
+ANEW = "Copy the artifact again, or quantize again into another folder."
+"""What helps against damage to a finished artifact, which `quantize` takes as it is."""
+AGAIN = "Delete it and run the same command again."
+"""What helps against damage to what a stopped run left."""
+
 
 class UserError(Exception):
     """Bad input or a bad place to write. The command line prints the message alone and exits with status 2."""

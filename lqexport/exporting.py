@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from lqexport.artifact import ANEW, Artifact
+from lqexport.artifact import Artifact
 from lqexport.converters import compressed_tensors, exl2, gguf, gguf_adapter, gptq, native, peft
 from lqexport.converters.gguf_split import split_size
-from lqexport.errors import UserError, files_at_hand, well_formed
+from lqexport.errors import ANEW, UserError, files_at_hand, well_formed
 from lqexport.inspect import inspect, size
 from lqexport.progress import Listener, Silent
 

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lqexport.artifact import read_config
 from lqexport.budget import UNITS
+from lqexport.converters.config_check import read_config
 from lqexport.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.dryrun import measured_rates
 from lqexport.errors import UserError

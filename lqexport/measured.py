@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from lqexport.allocate import Option
-from lqexport.artifact import read_json, write_json
 from lqexport.collect import begin_with_first, by_weight
+from lqexport.files import read_json, write_json
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
 

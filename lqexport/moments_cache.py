@@ -15,8 +15,10 @@ from typing import Any
 
 import safetensors.torch
 
-from lqexport.artifact import AGAIN, SEAL, open_tensors, write_json, write_sealed
 from lqexport.collect import BlockMoments
+from lqexport.errors import AGAIN
+from lqexport.files import write_json
+from lqexport.tensor_files import SEAL, open_tensors, write_sealed
 
 
 class MomentsCache:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from lqexport.allocate import Allocation
-from lqexport.artifact import SolvedModel, StoredTensor, claimed
+from lqexport.artifact import SolvedModel, StoredTensor
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
 from lqexport.environment import choose_device, full_float32, steady_threads
 from lqexport.errors import UserError, files_at_hand
+from lqexport.files import claimed
 from lqexport.job import Job
 from lqexport.linear import round_tensor
 from lqexport.memory import Budget, available

@@ -6,10 +6,10 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lqexport.artifact import file_digest, read_json, write_json
 from lqexport.card import save_card
 from lqexport.converters.gguf_split import read_split
 from lqexport.errors import UserError, well_formed
+from lqexport.files import file_digest, read_json, write_json
 from lqexport.report import save_html
 from lqexport.verification import Verification
 

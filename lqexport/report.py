@@ -16,10 +16,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lqexport.artifact import written_whole
 from lqexport.converters.factors import is_factor
 from lqexport.embeddings import NEIGHBOURS
 from lqexport.errors import UserError
+from lqexport.files import written_whole
 from lqexport.inspect import human_bytes
 from lqexport.portrait import Portrait
 from lqexport.verification import LIMITS, TensorCheck, Verification

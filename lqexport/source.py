@@ -13,14 +13,16 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lqexport.artifact import copy_files, open_tensors, read_config, read_json, write_json, written_whole
 from lqexport.converters.architecture import FIRST, MEAN
 from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.checkpoint import Layout
 from lqexport.converters.checkpoints import layout_of
+from lqexport.converters.config_check import read_config
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.tensor_names import block_module
 from lqexport.errors import UserError, well_formed
+from lqexport.files import copy_files, read_json, write_json, written_whole
+from lqexport.tensor_files import open_tensors
 from lqexport.weights import Weights
 
 MODEL_FILES = (

@@ -27,16 +27,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lqexport.artifact import AGAIN, SEAL, Artifact, StoredTensor, decoded, open_tensors, write_sealed
+from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.blocks import BlockModel
 from lqexport.collect import embed_batches, final_states
 from lqexport.corrected import stored_correction
+from lqexport.errors import AGAIN
 from lqexport.formats.codec import Grid, PlainCodec, Sections
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid, round_half
 from lqexport.moving import KEPT
 from lqexport.progress import Listener
 from lqexport.sections import TensorSections
+from lqexport.tensor_files import SEAL, open_tensors, write_sealed
 
 SAVE_EVERY = 4
 """Steps after which a stopped run need not start over."""

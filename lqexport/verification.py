@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from lqexport import evaluate, llamacpp
 from lqexport.activations import rounding
 from lqexport.adapters import Corrected, Factors, misfits, open_factors
-from lqexport.artifact import ANEW, Artifact, StoredTensor, decoded, digest, file_digest
+from lqexport.artifact import Artifact, StoredTensor, decoded, digest
 from lqexport.blocks import BlockModel
 from lqexport.calibration import begins_with_bos, overlap
 from lqexport.converters.architectures import architecture_of
@@ -34,9 +34,10 @@ from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.embeddings import Similarity, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.environment import choose_device, full_float32, versions
-from lqexport.errors import UserError, files_at_hand, well_formed
+from lqexport.errors import ANEW, UserError, files_at_hand, well_formed
 from lqexport.evaluate import PROTOCOLS, Evaluation
 from lqexport.exports import Export, Packed, open_export, stored
+from lqexport.files import file_digest
 from lqexport.modules import meta_model
 from lqexport.portrait import InContext, Portrait, in_context, portrait
 from lqexport.progress import Listener, Silent

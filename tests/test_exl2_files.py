@@ -16,13 +16,14 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from lqexport import choose, measured
-from lqexport.artifact import Artifact, StoredTensor, write_json
+from lqexport.artifact import Artifact, StoredTensor
 from lqexport.cli import app
 from lqexport.converters import exl2, shards
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import even_runs, filled_runs, keeps_order, plan_exl2
 from lqexport.converters.exl2_read import Exl2Model
 from lqexport.errors import UserError
+from lqexport.files import write_json
 from lqexport.formats.codec import bits_per_weight
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.registry import codec

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from lqexport.artifact import claimed, written_whole
 from lqexport.errors import UserError
 from lqexport.exporting import export
+from lqexport.files import claimed, written_whole
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 

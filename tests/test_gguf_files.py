@@ -20,7 +20,7 @@ from gguf import GGUFReader, TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lqexport.artifact import Artifact, StoredTensor, write_json
+from lqexport.artifact import Artifact, StoredTensor
 from lqexport.converters import gguf
 from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS, pretokenizer_name
 from lqexport.converters.gguf_read import GGUFModel
@@ -28,6 +28,7 @@ from lqexport.converters.gguf_tokenizer import added_ends, chat_templates, speci
 from lqexport.converters.gguf_vocabulary import read_vocabulary
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
+from lqexport.files import write_json
 from lqexport.formats.codec import Grid, ScaleFormat, Scales
 from lqexport.formats.registry import codec, names
 from lqexport.llamacpp import LlamaCpp

@@ -12,13 +12,14 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from typer.testing import CliRunner
 
-from lqexport.artifact import Artifact, file_digest
+from lqexport.artifact import Artifact
 from lqexport.cli import app
 from lqexport.converters import gguf
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.gguf_split import in_files, split_paths, split_size
 from lqexport.errors import UserError
 from lqexport.exporting import export
+from lqexport.files import file_digest
 from lqexport.inspect import inspect
 from lqexport.llamacpp import LlamaCpp
 from lqexport.publish import model_files

@@ -17,12 +17,13 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lqexport.artifact import Artifact, write_json
+from lqexport.artifact import Artifact
 from lqexport.converters import gguf
 from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.gguf_vocabulary import read_vocabulary
 from lqexport.converters.sentencepiece_model import read_sentencepiece
 from lqexport.errors import UserError
+from lqexport.files import write_json
 from lqexport.llamacpp import LlamaCpp
 from lqexport.source import open_source
 

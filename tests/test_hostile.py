@@ -18,15 +18,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lqexport.artifact import Artifact, manifest_bytes, open_tensors, read_json
+from lqexport.artifact import Artifact, manifest_bytes
 from lqexport.converters.config_check import check_config
 from lqexport.converters.gguf_header import read_header
 from lqexport.converters.sentencepiece_model import read_sentencepiece
 from lqexport.errors import LONGEST, UserError, printable
+from lqexport.files import read_json
 from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe, load_recipe
 from lqexport.source import load_tokenizer, open_source
+from lqexport.tensor_files import open_tensors
 
 CASES = 8
 """Of each subject of bench/fuzz.py."""

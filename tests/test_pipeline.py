@@ -13,8 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from lqexport import artifact as artifacts
-from lqexport import job, solving
+from lqexport import files, job, solving
 from lqexport.artifact import Artifact
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec
@@ -232,7 +231,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(artifacts.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(UserError, match="disk is full"):
         quantize(changed(recipe, method="rtn"), tmp_path / "out")
     assert [path for path in (tmp_path / "out").rglob("*") if path.is_file()] == []

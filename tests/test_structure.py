@@ -19,9 +19,12 @@ SUBPACKAGES = ("formats", "converters", "kernels")
 ALLOWED = {
     "formats": ("lqexport.formats",),
     "kernels": ("lqexport.formats", "lqexport.kernels"),
-    "converters": ("lqexport.formats", "lqexport.artifact", "lqexport.errors", "lqexport.converters"),
+    "converters": (
+        "lqexport.formats", "lqexport.artifact", "lqexport.files", "lqexport.tensor_files", "lqexport.errors",
+        "lqexport.converters",
+    ),
     "lqexport": ("lqexport",),
-}
+}  # fmt: skip
 MODULES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 SCRIPTS = [path for folder in ("tests", "bench") for path in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -21,11 +21,12 @@ import pytest
 from rich.console import Console
 
 from lqexport import card, llamacpp, report
-from lqexport.artifact import Artifact, StoredTensor, decoded, write_json
+from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.converters.gguf import write
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluate import WORST, Evaluation
+from lqexport.files import write_json
 from lqexport.formats.registry import codec
 from lqexport.source import open_source
 from lqexport.texts import Text, read_text
