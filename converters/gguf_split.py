@@ -20,7 +20,6 @@ from gguf.gguf_writer import SHARD_NAME_FORMAT
 from lqexport.converters.gguf_header import TensorData, read_header
 from lqexport.errors import UserError
 
-UNITS = {"K": 10**3, "M": 10**6, "G": 10**9}
 ALIGNMENT = 32
 
 
@@ -30,14 +29,6 @@ class Sized(Protocol):
 
 
 T = TypeVar("T", bound=Sized)
-
-
-def split_size(text: str) -> int:
-    """Bytes of a size such as `2G` or `500M`, powers of 1000 as in llama.cpp. Raises UserError for anything else."""
-    found = re.fullmatch(r"([1-9]\d*)([KMG])", text)
-    if found is None:
-        raise UserError(f"The most that a file may hold is like 2G, 500M or 800K, not {text!r}.")
-    return int(found[1]) * UNITS[found[2]]
 
 
 def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:

@@ -9,8 +9,6 @@ up, and `lqexport.allocate` finds the choice of least sum within the budget.
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -24,13 +22,14 @@ from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.blocks import BlockModel
 from lqexport.collect import final_states
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import AGAIN, UserError, well_formed
+from lqexport.errors import AGAIN, well_formed
 from lqexport.files import read_json, write_json
 from lqexport.job import Job, plan_recipe
 from lqexport.linear import round_tensor, solve_linear
 from lqexport.measured import Losses, Measured
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
+from lqexport.sizes import model_size
 from lqexport.weights import Weights
 
 SUPERBLOCKS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
@@ -45,8 +44,6 @@ SAMPLED_ROWS = 256
 """Rows of a linear, evenly spread, on which its types are measured."""
 SEQUENCES = 4
 """Calibration sequences on which the embedding and the output are measured."""
-
-UNITS = {"B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 
 def choose_types(job: Job) -> dict[str, Any] | None:
@@ -71,7 +68,7 @@ def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
         same = dataclasses.replace(job.recipe, target=target, size=None, types=[])
         return sum(tensor.nbytes for tensor in plan_recipe(job.source, same))
 
-    limit = parse_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
+    limit = model_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
     free = {tensor.name: options(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
     kept = job.measured("types")
     known = kept.losses()
@@ -93,25 +90,6 @@ def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
 def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
     by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in recipe.chosen_types())
     return by_hand or len(options(tensor)) == 1
-
-
-def parse_size(text: str, weights: int, mix_bytes: Callable[[str], int]) -> int:
-    """Bytes of tensor data that a size means: `4.25bpw` (of all `weights`), `3.9GB`, `700MiB`, or a target such as
-    `Q4_K_M`, whose bytes `mix_bytes` knows. Raises UserError for anything else."""
-    if match := re.fullmatch(r"([0-9.]+)\s*bpw", text.strip(), re.IGNORECASE):
-        return int(_number(match[1], text) * weights / 8)
-    if match := re.fullmatch(r"([0-9.]+)\s*([KMGT]?I?B)", text.strip(), re.IGNORECASE):
-        return int(_number(match[1], text) * UNITS[match[2].upper()])
-    if text[:1].isdigit():
-        raise UserError(f"A size is like 4.25bpw, 3.9GB, 700MiB or Q4_K_M, not {text!r}.")
-    return mix_bytes(text if ":" in text else f"gguf:{text}")
-
-
-def _number(digits: str, text: str) -> float:
-    try:
-        return float(digits)
-    except ValueError:
-        raise UserError(f"{text!r} is not a size: {digits!r} is not a number.") from None
 
 
 def options(tensor: PlannedTensor) -> tuple[str, ...]:

@@ -190,11 +190,11 @@ class _Run:
     def budget(self) -> Budget:
         """What is given, else what is free: asked once, so that the run has what was shown."""
         from lqexport.environment import choose_device
-        from lqexport.forecast import parse_bytes
         from lqexport.memory import Budget, available
+        from lqexport.sizes import memory_size
 
         free = available(choose_device(self.device))
-        given = [parse_bytes(size) if size else None for size in (self.device_memory, self.host_memory)]
+        given = [memory_size(size) if size else None for size in (self.device_memory, self.host_memory)]
         return Budget(given[0] or free.device, given[1] or free.host)
 
     def quantize(self, listener: Listener | None = None) -> dict[str, Any]:
@@ -324,7 +324,7 @@ def to_gguf(
     with plain_endings(NOTHING_WRITTEN):
         from lqexport.converters.gguf_split import read_split
         from lqexport.exporting import export
-        from lqexport.inspect import human_bytes
+        from lqexport.sizes import human_bytes
 
         with terminal_listener() as listener:
             first = export(
@@ -370,7 +370,8 @@ def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> No
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
     from lqexport.converters.factors import is_factor
     from lqexport.exporting import export
-    from lqexport.inspect import human_bytes, inspect, size
+    from lqexport.inspect import inspect, size
+    from lqexport.sizes import human_bytes
 
     with terminal_listener() as listener:
         export(artifact, folder, format=format, listener=listener)
@@ -720,7 +721,7 @@ def push_to_hub(
     """
     with plain_endings("Stopped. The hub takes all files in one commit or none; run the same command again."):
         from lqexport import publish
-        from lqexport.inspect import human_bytes
+        from lqexport.sizes import human_bytes
 
         files = publish.upload_list(file, record=record, unverified=unverified)
         for name, path in files.items():

@@ -22,9 +22,10 @@ from lqexport.errors import UserError
 from lqexport.evaluate import BlockLogits, Evaluation
 from lqexport.exports import Export, open_export
 from lqexport.files import written_whole
-from lqexport.inspect import bits, human_bytes, inspect, size
+from lqexport.inspect import bits, inspect, size
 from lqexport.progress import Listener, Silent
 from lqexport.report import figure, share, svg, with_error
+from lqexport.sizes import human_bytes
 from lqexport.source import Source, open_source
 from lqexport.texts import read_text
 from lqexport.verification import (

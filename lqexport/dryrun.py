@@ -18,12 +18,13 @@ from lqexport.budget import chosen_types
 from lqexport.converters.plan import PlannedTensor
 from lqexport.cost import Rates, Work, seconds_estimate
 from lqexport.errors import UserError
-from lqexport.inspect import Entry, bits, human_bytes, size, table
+from lqexport.inspect import Entry, bits, size, table
 from lqexport.job import plan_factors, plan_recipe
 from lqexport.memory import memory_estimate, told
 from lqexport.moving import sentences
 from lqexport.recipe import Recipe
 from lqexport.room import Room
+from lqexport.sizes import human_bytes
 from lqexport.source import open_source
 
 

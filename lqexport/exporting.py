@@ -9,10 +9,10 @@ from typing import Literal, get_args
 
 from lqexport.artifact import Artifact
 from lqexport.converters import compressed_tensors, exl2, gguf, gguf_adapter, gptq, native, peft
-from lqexport.converters.gguf_split import split_size
 from lqexport.errors import ANEW, UserError, files_at_hand, well_formed
 from lqexport.inspect import inspect, size
 from lqexport.progress import Listener, Silent
+from lqexport.sizes import split_size
 
 Format = Literal["gguf", "exl2", "gptq", "gptq_v2", "compressed-tensors", "native", "peft"]
 FOLDERS: dict[str, Callable[..., None]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +11,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lqexport.budget import UNITS
 from lqexport.converters.config_check import read_config
 from lqexport.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.dryrun import measured_rates
-from lqexport.errors import UserError
-from lqexport.inspect import human_bytes
 from lqexport.job import plan_factors, plan_recipe
 from lqexport.memory import Budget, Memory, choose_room, memory, peak, told
 from lqexport.recipe import Recipe
 from lqexport.room import Room
+from lqexport.sizes import human_bytes, memory_size
 from lqexport.verification import expected_shapes
 
 ASSUMED_GPU = Rates(float32=17.8e12, passes=35.5e12, float64=0.28e12)
@@ -114,26 +111,18 @@ def forecast(model: Path, recipe: Recipe, gpu: str | None, host: str | None) -> 
     tensors = plan_recipe(shapes, recipe)
     tensors += plan_factors(shapes, tensors, recipe)
     return Forecast(
-        Work(recipe, shapes.config, tensors), *(parse_bytes(size) if size else None for size in (gpu, host))
+        Work(recipe, shapes.config, tensors), *(memory_size(size) if size else None for size in (gpu, host))
     )
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes of a size such as 24GB or 64GiB. Raises UserError for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?I?B)", text.strip(), re.IGNORECASE)
-    if not match:
-        raise UserError(f"An amount of memory is like 24GB or 64GiB, not {text!r}.")
-    return int(float(match[1]) * UNITS[match[2].upper()])
 
 
 def show(found: Forecast, console: Console) -> None:
     """Print it, and what of it was measured."""
-    told = found.as_json()
-    weights, size = f"{told['weights'] / 1e9:.2f} billion weights", human_bytes(told["tensor_bytes"])
-    line = f"{weights} in {told['target']}: {size}, {told['bits_per_weight']:.3f} bits per weight"
+    content = found.as_json()
+    weights, size = f"{content['weights'] / 1e9:.2f} billion weights", human_bytes(content["tensor_bytes"])
+    line = f"{weights} in {content['target']}: {size}, {content['bits_per_weight']:.3f} bits per weight"
     console.print(line, markup=False, highlight=False)
     console.print(_table(found))
-    for sentence in _sentences(found, told):
+    for sentence in _sentences(found, content):
         console.print(sentence, markup=False, highlight=False)
 
 
@@ -150,18 +139,18 @@ def _table(found: Forecast) -> Table:
     return table
 
 
-def _sentences(found: Forecast, told: dict[str, Any]) -> list[str]:
-    kept, operations = told["disk"], told["operations"]
+def _sentences(found: Forecast, content: dict[str, Any]) -> list[str]:
+    kept, operations = content["disk"], content["operations"]
     parts = ", ".join(f"{name} {count:.2g}" for name, count in operations.items())
     where = "this machine's CPU, by its measured matrix products"
     if found.gpu is not None:
         where = "one GPU at assumed rates (half of an RTX 3090's data sheet); no GPU has been timed"
     return [
-        told["choices"],
+        content["choices"],
         *(f"Does not fit: {sentence}" for sentence in found.too_large),
         f"Disk: {human_bytes(kept['artifact'])} stay, {human_bytes(kept['work'])} more while it runs",
         f"Moved: {human_bytes(kept['read'])} read, {human_bytes(kept['written'])} written",
         f"Operations: {sum(operations.values()):.3g} ({parts})",
-        f"Time: about {told['hours']:.1f} hours on {where}",
+        f"Time: about {content['hours']:.1f} hours on {where}",
         "All of it is computed from shapes. The memory formulas were compared with measured runs on a CPU alone.",
     ]

@@ -21,6 +21,7 @@ from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
+from lqexport.sizes import human_bytes
 from lqexport.source import HuggingFaceSource
 
 
@@ -110,15 +111,6 @@ def table(entries: list[Entry], every: bool = False) -> Table:
         row = (label, str(len(group)), shapes, type_, f"{bits(group):.3f}", human_bytes(size(group)))
         result.add_row(*row)
     return result
-
-
-def human_bytes(count: float) -> str:
-    """For example `98.4 MB`, in powers of 1000, as disks count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
 
 
 def inspect(path: Path) -> Inspection:

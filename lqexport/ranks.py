@@ -16,8 +16,8 @@ from lqexport.converters.factors import A, block_codec, corrected_linear, factor
 from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import Planes, nbytes
 from lqexport.formats.registry import codec
-from lqexport.inspect import human_bytes
 from lqexport.recipe import Recipe
+from lqexport.sizes import human_bytes
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from lqexport.converters.factors import is_factor
 from lqexport.embeddings import NEIGHBOURS
 from lqexport.errors import UserError
 from lqexport.files import written_whole
-from lqexport.inspect import human_bytes
 from lqexport.portrait import Portrait
+from lqexport.sizes import human_bytes
 from lqexport.verification import LIMITS, TensorCheck, Verification
 
 if TYPE_CHECKING:

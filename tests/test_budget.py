@@ -9,7 +9,6 @@ import pytest
 from typer.testing import CliRunner
 
 from lqexport.artifact import Artifact
-from lqexport.budget import parse_size
 from lqexport.cli import app
 from lqexport.converters.gguf import write
 from lqexport.errors import UserError
@@ -17,6 +16,7 @@ from lqexport.inspect import inspect
 from lqexport.job import plan_recipe
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
+from lqexport.sizes import model_size
 from lqexport.source import open_source
 
 
@@ -32,13 +32,13 @@ from lqexport.source import open_source
     ],
 )
 def test_a_size_means_bytes(text: str, expected: int) -> None:
-    assert parse_size(text, 8000, {"gguf:Q4_K_M": 77}.__getitem__) == expected
+    assert model_size(text, 8000, {"gguf:Q4_K_M": 77}.__getitem__) == expected
 
 
-@pytest.mark.parametrize("text", ["4.2.1bpw", "12", "5 apples"])
+@pytest.mark.parametrize("text", ["4.2.1bpw", "12", "5 apples", "5IB"])
 def test_what_is_no_size_is_said(text: str) -> None:
     with pytest.raises(UserError, match="size"):
-        parse_size(text, 8000, lambda _: 0)
+        model_size(text, 8000, lambda _: 0)
 
 
 @pytest.fixture

@@ -17,10 +17,11 @@ from typer.testing import CliRunner
 from lqexport.cli import app
 from lqexport.cost import Work, operations_estimate
 from lqexport.errors import UserError
-from lqexport.forecast import ConfigModel, Forecast, forecast, parse_bytes
+from lqexport.forecast import ConfigModel, Forecast, forecast
 from lqexport.job import plan_recipe
 from lqexport.memory import PROCESS_BYTES, memory_estimate, tuned_numbers
 from lqexport.recipe import Recipe
+from lqexport.sizes import memory_size
 
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS = {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800}
@@ -109,12 +110,12 @@ def test_tuned_numbers_are_those_of_the_superblocks() -> None:
 
 @pytest.mark.parametrize(("text", "count"), [("24GB", 24 * 10**9), ("1.5 GiB", 3 * 2**29), ("512mb", 512 * 10**6)])
 def test_amounts_of_memory(text: str, count: int) -> None:
-    assert parse_bytes(text) == count
+    assert memory_size(text) == count
 
 
 def test_what_is_no_amount_is_said() -> None:
     with pytest.raises(UserError, match="like 24GB"):
-        parse_bytes("4bpw")
+        memory_size("4bpw")
     with pytest.raises(UserError, match=r"There is no .*nowhere"):
         forecast(Path("nowhere"), Recipe("nowhere", "gguf:Q4_K"), None, None)
 

@@ -16,13 +16,14 @@ from lqexport.artifact import Artifact
 from lqexport.cli import app
 from lqexport.converters import gguf
 from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.gguf_split import in_files, split_paths, split_size
+from lqexport.converters.gguf_split import in_files, split_paths
 from lqexport.errors import UserError
 from lqexport.exporting import export
 from lqexport.files import file_digest
 from lqexport.inspect import inspect
 from lqexport.llamacpp import LlamaCpp
 from lqexport.publish import model_files
+from lqexport.sizes import split_size
 from lqexport.source import open_source
 from lqexport.verification import verify
 
