@@ -48,7 +48,7 @@ from lqexport.progress import Callback
 from lqexport.recipe import Recipe, load_recipe
 from lqexport.source import load_tokenizer, open_source
 from lqexport.texts import read_text
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 Tensors = dict[str, torch.Tensor]
 

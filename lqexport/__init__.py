@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lqexport.publish import save_record as save_record
     from lqexport.recipe import Recipe as Recipe
     from lqexport.verification import Verification as Verification
-    from lqexport.verification import verify as verify
+    from lqexport.verifying import verify as verify
     from lqexport.zero_shot_tasks import zero_shot as zero_shot
 
 __version__ = version("lqexport")
@@ -53,7 +53,7 @@ _MODULES = {
     "push_to_hub": "publish",
     "quantize": "pipeline",
     "save_record": "publish",
-    "verify": "verification",
+    "verify": "verifying",
 }
 __all__ = ["__version__", *_MODULES]
 

@@ -519,7 +519,7 @@ def verify(
         from lqexport import report
         from lqexport.card import save_card
         from lqexport.publish import save_record
-        from lqexport.verification import verify as check
+        from lqexport.verifying import verify as check
 
         if html:
             report.check_installed()

@@ -28,16 +28,10 @@ from lqexport.report import figure, share, svg, with_error
 from lqexport.sizes import human_bytes
 from lqexport.source import Source, open_source
 from lqexport.texts import read_text
-from lqexport.verification import (
-    Engine,
-    Verification,
-    begun,
-    check_options,
-    check_structure,
-    cut_text,
-    finite_or_null,
-    logits_of_file,
-)
+from lqexport.verification import Engine, Verification, finite_or_null
+from lqexport.verify_predictions import cut_text, logits_of_file
+from lqexport.verify_tensors import check_structure
+from lqexport.verifying import begun, check_options
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -88,7 +82,7 @@ def compare(
     listener: Listener | None = None,
 ) -> Comparison:
     """Measure .gguf files, native folders, folders of ExLlamaV2 and artifacts against one source; see
-    `verification.verify` for the options.
+    `verifying.verify` for the options.
 
     Raises UserError where a file cannot be read, lacks tensors of the source's architecture or has them in another
     shape; that is known before anything runs.

@@ -16,10 +16,10 @@ from lqexport.cost import Rates, Work, disk, operations_estimate, seconds_estima
 from lqexport.dryrun import measured_rates
 from lqexport.job import plan_factors, plan_recipe
 from lqexport.memory import Budget, Memory, choose_room, memory, peak, told
+from lqexport.modules import expected_shapes
 from lqexport.recipe import Recipe
 from lqexport.room import Room
 from lqexport.sizes import human_bytes, memory_size
-from lqexport.verification import expected_shapes
 
 ASSUMED_GPU = Rates(float32=17.8e12, passes=35.5e12, float64=0.28e12)
 """Half of what the data sheet of a card with 24 GB (RTX 3090) says. Nothing of it was measured."""

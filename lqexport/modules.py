@@ -92,3 +92,8 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
         if buffers:
             model._init_weights(module)
+
+
+def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that transformers' model of this config.json has; a tied output is left out."""
+    return {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}

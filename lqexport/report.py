@@ -20,9 +20,10 @@ from lqexport.converters.factors import is_factor
 from lqexport.embeddings import NEIGHBOURS
 from lqexport.errors import UserError
 from lqexport.files import written_whole
+from lqexport.limits import LIMITS
 from lqexport.portrait import Portrait
 from lqexport.sizes import human_bytes
-from lqexport.verification import LIMITS, TensorCheck, Verification
+from lqexport.verification import TensorCheck, Verification
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -34,7 +34,7 @@ from lqexport.job import plan_recipe
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 Q_PROJ, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 ROW = {"strategy": "channel", "group_size": None}

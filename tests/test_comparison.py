@@ -19,7 +19,7 @@ from lqexport.converters import gguf, native
 from lqexport.errors import UserError
 from lqexport.linear import round_tensor
 from lqexport.source import open_source
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 TARGETS = ("native:table-2", "native:affine-4-g64")
 

@@ -13,7 +13,8 @@ from lqexport.crosscheck import CrossCheck
 from lqexport.formats.registry import codec
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2
 from lqexport.progress import Silent
-from lqexport.verification import Verification, check_tensors
+from lqexport.verification import Verification
+from lqexport.verify_tensors import check_tensors
 
 NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3", "exl2:4g32x3+2g32x5"]
 

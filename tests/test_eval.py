@@ -24,7 +24,7 @@ from lqexport.evaluate import tokenize
 from lqexport.papers import perplexity
 from lqexport.texts import HUB_TEXTS
 from lqexport.tokenizers import tokenizer_of
-from lqexport.verification import verify
+from lqexport.verifying import verify
 from lqexport.zero_shot_tasks import runnable, zero_shot
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra `eval` is missing")

@@ -32,7 +32,7 @@ from lqexport.measured import Measured
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj.weight"

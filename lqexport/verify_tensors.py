@@ -1,0 +1,145 @@
+"""What a written model holds, read from the file alone: its structure against the source's architecture, every tensor
+against the source's weights and the artifact's digests."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.adapters import Factors, misfits
+from lqexport.artifact import Artifact, StoredTensor, decoded, digest
+from lqexport.converters.architectures import architecture_of
+from lqexport.converters.factors import is_factor
+from lqexport.converters.native import RECORD
+from lqexport.converters.tensor_names import is_tied
+from lqexport.crosscheck import CrossCheck
+from lqexport.errors import ANEW, well_formed
+from lqexport.exports import Export, Packed, stored
+from lqexport.modules import expected_shapes
+from lqexport.progress import Listener
+from lqexport.verification import TensorCheck, Verification
+from lqexport.weights import Weights
+
+
+def check_structure(result: Verification, export: Weights, factors: Factors | None, source: Weights) -> bool:
+    """Whether the file has every tensor of the source's architecture in its shape, and its corrections fit them; says
+    what is wrong in `failed`."""
+    expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
+    missing = [name for name in expected if name not in present]
+    wrong = [
+        f"{name} is {list(present[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and present[name] != shape
+    ]
+    if missing:
+        result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}.")
+    if wrong:
+        result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
+    # ExLlamaV2's folders have an output of their own where it shares the embedding's weights.
+    separate = architecture_of(source.config).output if is_tied(source.config) else None
+    if unknown := [name for name in present if name not in expected and name != separate]:
+        result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
+    unfit = misfits(export, factors) if factors else []
+    result.failed += unfit
+    return not missing and not wrong and not unfit
+
+
+def check_files(result: Verification, artifact: Artifact | None) -> None:
+    """Every file of an artifact against its manifest's digests. A native folder has the manifest, not the files."""
+    if artifact is None or artifact.folder.name == RECORD:
+        return
+    if damaged := artifact.damaged():
+        result.failed.append(
+            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
+        )
+
+
+def check_tensors(
+    result: Verification,
+    export: Export,
+    factors: Factors | None,
+    source: Weights,
+    artifact: Artifact | None,
+    listener: Listener,
+) -> None:
+    """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
+    manifest, kernels = artifact.manifest() if artifact else None, CrossCheck(result.device)
+    output_errors = _recorded_errors(artifact) if artifact else {}
+    holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
+    if factors:
+        holders |= dict.fromkeys(factors.names(), factors)
+    names, known = list(holders), set(source.names())
+    listener.stage("Read the tensors", len(names))
+    for name, holder in holders.items():
+        tensor = stored(holder, name)
+        original = source.read(name).float().numpy() if name in known else None
+        same = None if manifest is None else _same(tensor, manifest)
+        result.tensors.append(_check(tensor, original, output_errors.get(name), same, kernels))
+        listener.advance(1)
+    result.decoding = kernels.sentence(len(names))
+    if kernels.different:
+        listed = _listed(kernels.different)
+        result.failed.append(f"{len(kernels.different)} tensors decode to other values by the CUDA kernels: {listed}.")
+    if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
+        result.failed.append(f"{len(broken)} tensors hold values that are not finite: {_listed(broken)}.")
+    changed = [tensor.name for tensor in result.tensors if tensor.same_bytes is False]
+    if artifact and changed:
+        result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {_listed(changed)}.")
+    absent = [name for name in manifest or () if name not in holders]
+    if not factors and any(is_factor(name) for name in absent):
+        result.warnings.append("The artifact holds low-rank corrections, and the file is read without an adapter.")
+        absent = [name for name in absent if not is_factor(name)]
+    if absent:
+        result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
+
+
+def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
+    """Whether a tensor is the manifest's; None for factors in PEFT and native folders, which hold the values of those
+    that are not float16."""
+    entry = manifest.get(tensor.name, {})
+    if is_factor(tensor.name) and tensor.codec == "gguf:F32" != entry.get("codec"):
+        return None
+    return (entry.get("codec"), entry.get("sha256")) == (tensor.codec, digest(tensor.planes))
+
+
+def _recorded_errors(artifact: Artifact) -> dict[str, float]:
+    """Relative output error per solved tensor, as the run wrote it into report.json."""
+    entries = artifact.report().get("tensors", [])
+    with well_formed(artifact.folder / "report.json", ANEW):
+        return {entry["name"]: entry["relative_error"] for entry in entries if entry.get("relative_error") is not None}
+
+
+def _check(
+    tensor: StoredTensor,
+    original: NDArray[np.float32] | None,
+    output_error: float | None,
+    same: bool | None,
+    kernels: CrossCheck,
+) -> TensorCheck:
+    values = decoded(tensor)
+    kernels.add(tensor, values)
+    nbytes = sum(plane.nbytes for plane in tensor.planes.values())
+    error = None if original is None or original.shape != values.shape else relative_energy(values - original, original)
+    finite = bool(np.isfinite(values).all())
+    return TensorCheck(tensor.name, tensor.codec, tensor.shape, nbytes, error, output_error, finite, same)
+
+
+def relative_energy(difference: NDArray[np.float32], reference: NDArray[np.float32]) -> float:
+    """Sum of squares of one relative to that of the other; 0 for nothing relative to nothing."""
+    energies = [float(np.vdot(values, values)) for values in (difference, reference)]
+    if energies[1] == 0:
+        return 0.0 if energies[0] == 0 else math.inf
+    return energies[0] / energies[1]
+
+
+def lossiest(tensors: list[TensorCheck]) -> str | None:
+    """The matrix of largest relative error of its weights; None where none has any."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2 and (tensor.weight_error or 0) > 0]
+    return max(matrices, key=lambda tensor: tensor.weight_error or 0).name if matrices else None
+
+
+def _listed(items: list[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
