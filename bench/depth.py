@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import time
@@ -99,14 +98,18 @@ def commands(folder: Path, options: list[str]) -> dict[str, list[str]]:
 
 
 def run_here(folder: Path, options: list[str]) -> dict[str, float]:
-    """Run the commands in this process; the peak resident bytes of the process after each."""
+    """Run the commands in this process; the peak resident bytes of the process in each (on Linux alone; elsewhere of
+    all up to there)."""
     from lqexport.cli import app
+    from lqexport.environment import peak_memory
 
-    peaks = {}
+    peaks, reset = {}, Path("/proc/self/clear_refs")
     for name, arguments in commands(folder, options).items():
+        if reset.exists():
+            reset.write_text("5", encoding="utf-8")  # the peak becomes what is resident now (proc_pid_clear_refs(5))
         if status := app(arguments, standalone_mode=False):
             sys.exit(f"{name} ended with exit status {status}.")
-        peaks[name] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peaks[name] = peak_memory()
     return peaks
 
 

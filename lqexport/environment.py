@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import resource
+import sys
+from pathlib import Path
 
 import torch
 
@@ -44,6 +47,22 @@ def full_float32() -> None:
     11 bits. Second moments and the solver need all 24, and a user's settings may say otherwise.
     """
     torch.set_float32_matmul_precision("highest")
+
+
+def peak_memory() -> int:
+    """Bytes of this process that were resident at its peak.
+
+    Not `ru_maxrss` where the kernel tells better: on Linux that begins with the peak of the process that started this
+    one (exec keeps it), be it larger than all that this one takes.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+    except OSError:
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def versions(*packages: str) -> dict[str, str]:

@@ -7,7 +7,6 @@ and written; then the whole model is tuned end to end. Several processes share a
 
 from __future__ import annotations
 
-import resource
 import shutil
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from lqexport.artifact import SolvedModel, StoredTensor
 from lqexport.budget import choose_types
 from lqexport.choose import choose_mixes
 from lqexport.converters.plan import PlannedTensor
-from lqexport.environment import choose_device, full_float32, steady_threads
+from lqexport.environment import choose_device, full_float32, peak_memory, steady_threads
 from lqexport.errors import UserError, files_at_hand
 from lqexport.files import claimed
 from lqexport.job import Job
@@ -141,8 +140,7 @@ def _finish(job: Job, found: _Found) -> None:
     if found.allocation:
         report["allocation"] = {"predicted": found.allocation.loss, "gap": found.allocation.gap}
     job.artifact.finish([tensor.name for tensor in (*job.planned, *factors)], report)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    job.artifact.log({"finished": True, "peak_memory_gib": round(peak, 3)})
+    job.artifact.log({"finished": True, "peak_memory_gib": round(peak_memory() / 2**30, 3)})
 
 
 def _entry(job: Job, tensor: PlannedTensor, found: _Found) -> dict[str, Any]:

@@ -124,8 +124,8 @@ def test_what_is_no_amount_is_said() -> None:
 def measured(
     root: Path, load_script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, dict[str, float]]]:
-    """Peak resident bytes of one process that quantizes, writes and verifies one model after the other. Another one
-    before it compiles what is not compiled yet, which takes more memory than these models do."""
+    """Peak resident bytes of each command in one process that quantizes, writes and verifies one model after the other.
+    Another one before it compiles what is not compiled yet, which takes more memory than these models do."""
     work = tmp_path_factory.mktemp("depth")
     options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     environment = os.environ | load_script("bench/depth.py").STEADY
@@ -146,10 +146,11 @@ def measured(
     return work, measure(work, MODELS)
 
 
-def test_memory_does_not_grow_with_depth(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
+@pytest.mark.parametrize("command", ["quantize", "to-gguf", "verify"])
+def test_memory_does_not_grow_with_depth(measured: tuple[Path, dict[str, dict[str, float]]], command: str) -> None:
     """Eight blocks have 35 MB more of float16 weights than two; a first run also leaves some MB in the process."""
     _, found = measured
-    assert found["8"]["verify"] < 1.03 * found["2"]["verify"]
+    assert found["8"][command] < 1.03 * found["2"][command]
 
 
 def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
