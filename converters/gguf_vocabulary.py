@@ -51,15 +51,19 @@ def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
 
 
 def _byte_level(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
-    normalizer = tokenizer.get("normalizer")
-    if normalizer and normalizer.get("type") != "NFC":
-        raise UserError(
-            f"tokenizer.json changes text before splitting it ({normalizer.get('type')}); llama.cpp does not."
-        )
+    if changes := [name for name in _normalizers(tokenizer.get("normalizer")) if name != "NFC"]:
+        raise UserError(f"tokenizer.json changes text before splitting it ({', '.join(changes)}); llama.cpp does not.")
     pre = options.get("tokenizer.ggml.pre") or pretokenizer_name(tokenizer)
     tokens = {number: Token(text) for text, number in tokenizer["model"]["vocab"].items()}
     vocabulary = Vocabulary("gpt2", str(pre), tokens, _merges(tokenizer))
     return _with_added(vocabulary, tokenizer.get("added_tokens") or ())
+
+
+def _normalizers(normalizer: dict[str, Any] | None) -> list[str]:
+    """Types of the steps, in order; a sequence of none, as some versions of transformers write, does nothing."""
+    if normalizer and normalizer.get("type") == "Sequence":
+        return [name for step in normalizer.get("normalizers") or () for name in _normalizers(step)]
+    return [str(normalizer.get("type"))] if normalizer else []
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[str]:

@@ -23,10 +23,7 @@ class FakeCupy(SimpleNamespace):
         runtime = SimpleNamespace(getDeviceCount=lambda: devices, CUDARuntimeError=OSError)
         nvrtc = SimpleNamespace(getVersion=lambda: (12, 9))
         super().__init__(
-            cuda=SimpleNamespace(
-                runtime=runtime, nvrtc=nvrtc, Device=self.entered("device"), ExternalStream=self.entered("stream")
-            ),
-            from_dlpack=lambda tensor: ("array", tensor.dtype, tensor.data_ptr()),
+            cuda=SimpleNamespace(runtime=runtime, nvrtc=nvrtc, Device=self.entered("device")),
             RawModule=self.compiled,
         )
 
@@ -63,15 +60,17 @@ def test_a_launch(cupy: FakeCupy) -> None:
     half, brain = torch.zeros(4, dtype=torch.float16), torch.zeros(4, dtype=torch.bfloat16)
     for _ in range(2):
         cuda.launch("decode.cu", "decode<Blocks<Q4_0>, float>", 3, 256, [half, brain, None, 7, 0.5], shared_bytes=64)
-    device, stream, (_, module), (_, name, (blocks, threads, arguments), options), *again = cupy.log
-    assert (device, stream) == (("device", 0), ("stream", 1234, 0))
+    device, (_, module), (_, name, (blocks, threads, arguments), options), *again = cupy.log
+    assert device == ("device", 0)
     assert module["code"] == (cuda.FOLDER / "decode.cu").read_text()
     assert module["name_expressions"] == (name,) == ("decode<Blocks<Q4_0>, float>",)
     assert f"-I{cuda.FOLDER}" in module["options"]
-    assert (blocks, threads, options) == ((3,), (256,), {"shared_mem": 64})
-    assert arguments[:2] == (("array", torch.float16, half.data_ptr()), ("array", torch.int16, brain.data_ptr()))
-    assert [(value, value.dtype) for value in arguments[2:]] == [(0, np.uint64), (7, np.int32), (0.5, np.float32)]
-    assert [entry[0] for entry in again] == ["device", "stream", "launched"]  # compiled once
+    assert (blocks, threads, options) == ((3,), (256,), {"shared_mem": 64, "stream": (1234,)})
+    assert options["stream"].ptr == 1234
+    pointers = [(part.data_ptr(), np.uint64) for part in (half, brain)]
+    expected = [*pointers, (0, np.uint64), (7, np.int32), (0.5, np.float32)]
+    assert [(value, value.dtype) for value in arguments] == expected
+    assert [entry[0] for entry in again] == ["device", "launched"]  # compiled once
 
 
 def test_headers_are_part_of_what_cupys_cache_compares(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:

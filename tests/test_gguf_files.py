@@ -554,6 +554,10 @@ def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
     write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Lowercase"}})
     with pytest.raises(UserError, match="Lowercase"):
         read_vocabulary(folder)
+    steps = [{"type": "Sequence", "normalizers": [{"type": "NFC"}]}, {"type": "Lowercase"}]
+    write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Sequence", "normalizers": steps}})
+    with pytest.raises(UserError, match=r"\(Lowercase\)"):
+        read_vocabulary(folder)
     write_json(folder / "tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"a": 0}}})
     with pytest.raises(UserError, match="WordPiece"):
         read_vocabulary(folder)
@@ -563,6 +567,13 @@ def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
     (folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match="no tokenizer to export"):
         read_vocabulary(folder)
+
+
+def test_a_normalizer_without_steps_does_nothing(folder: Path) -> None:
+    """As transformers 5.17 writes it."""
+    content, expected = json.loads((folder / "tokenizer.json").read_text()), read_vocabulary(folder)
+    write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Sequence", "normalizers": []}})
+    assert read_vocabulary(folder) == expected
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\x0a\xff\xff", b"not a model at all", b"\x0a\x03\x0a\x05abc"])
