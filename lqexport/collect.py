@@ -220,14 +220,14 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
-    processes: Processes = ALONE, keep: Keep = in_place,
+    processes: Processes = ALONE, keep: Keep = in_place, held: bool = False,
 ) -> Iterator[BlockMoments]:  # fmt: skip
     """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what
     a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the outputs of the next one. It
-    is empty when all is done."""
+    is empty when all is done. `held`: by one process, all that is held in memory, and a stopped pass begins anew."""
     shards = sharded(tokens)
     new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep)
-    mine, states = processes.mine(range(len(shards))), _States(folder, len(shards))
+    mine, states = processes.mine(range(len(shards))), _States(folder, len(shards), held)
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
     reached = processes.agreed(states.reached(len(model)))
@@ -346,26 +346,38 @@ def _guided_moments_of(
 
 
 class _States:
-    """Hidden states and gradients of all sequences on disk, a file for each block and shard."""
+    """Hidden states and gradients of all sequences, by block and shard: files on disk, or held in memory."""
 
-    def __init__(self, folder: Path, shards: int) -> None:
+    def __init__(self, folder: Path, shards: int, held: bool) -> None:
         self.folder, self.shards = folder, shards
+        self._held: dict[Path, list[Tensor]] | None = {} if held else None
 
     def _path(self, kind: str, index: int, shard: int) -> Path:
         return self.folder / f"{kind}-{index}-{shard}.safetensors"
 
     def write(self, kind: str, index: int, shard: int, parts: list[Tensor]) -> None:
+        path = self._path(kind, index, shard)
+        if self._held is not None:
+            self._held[path] = list(parts)
+            return
         tensors = {f"{i:06}": part.contiguous() for i, part in enumerate(parts)}
-        write_sealed(self._path(kind, index, shard), safetensors.torch.save(tensors, {"sha256": SEAL}))
+        write_sealed(path, safetensors.torch.save(tensors, {"sha256": SEAL}))
 
     def read(self, kind: str, index: int, shard: int) -> list[Tensor]:
-        with open_tensors(self._path(kind, index, shard), "pt", AGAIN) as file:
+        path = self._path(kind, index, shard)
+        if self._held is not None:
+            return list(self._held[path])
+        with open_tensors(path, "pt", AGAIN) as file:
             return [file.get_tensor(key) for key in sorted(file.keys())]
 
     def remove(self, kind: str, index: int, shard: int | None = None) -> None:
-        """Remove a block's file of a shard, or of all."""
+        """Remove a block's parts of a shard, or of all."""
         for each in range(self.shards) if shard is None else [shard]:
-            self._path(kind, index, each).unlink(missing_ok=True)
+            path = self._path(kind, index, each)
+            if self._held is None:
+                path.unlink(missing_ok=True)
+            else:
+                self._held.pop(path, None)
 
     def leave(self, window: list[int]) -> None:
         """Remove what some blocks, the last first, needed. Their inputs stay until no gradient leads back to them."""

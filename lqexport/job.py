@@ -242,8 +242,9 @@ class Job:
         recipe = self.recipe
         if recipe.moments == "guided":
             folder = self.work / "guided"
+            held = self.room.states and self.processes.count == 1
             return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes,
-                                  self.room.moments.keep)  # fmt: skip
+                                  self.room.moments.keep, held)  # fmt: skip
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
         return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes,

@@ -7,23 +7,23 @@ chosen, the same bytes come out: see `lqexport.room`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 
 from lqexport.collect import BATCH_TOKENS, SHARDS
 from lqexport.cost import Work, moments_bytes
 from lqexport.factor import PANEL
+from lqexport.fit import minmax
 from lqexport.formats.codec import GridCodec, SectionedCodec
 from lqexport.formats.registry import codec
-from lqexport.grid import TensorGrid
 from lqexport.room import Place, Room, places
 from lqexport.tiles import ROW_TILE, whole_tiles
 from lqexport.tune import HELD_OUT, numbers
+from lqexport.unpacked import NUMBERS
 
 PROCESS_BYTES = 700_000_000
 """What Python with torch, transformers and numba takes before any model is read."""
@@ -62,7 +62,7 @@ def memory(work: Work, room: Room) -> dict[str, Memory]:
     else:
         stages[SOLVING] = Memory(_chunk_bytes(work, room), 0)
     if work.calibrated and work.recipe.tuned_sequences:
-        stages["tuning"] = _tuning_memory(work)
+        stages["tuning"] = _tuning_memory(work) + _unpacked(work, room)
     return {name: stage + Memory(0, PROCESS_BYTES) for name, stage in stages.items()}
 
 
@@ -90,13 +90,22 @@ def _passing(work: Work, room: Room) -> Memory:
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
     block = 4 * sum(tensor.weights for tensor in work.block)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
-    sums = moments_bytes(work)
-    return Memory(max(block + sums + activations, outer), _states_bytes(work)) + _kept(room.moments, sums)
+    sums, states = moments_bytes(work), _states_bytes(work) + _kept_states(work, room)
+    return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
 
 
 def _states_bytes(work: Work) -> int:
     """Hidden states on the host: of all sequences; guided: of a shard, with gradients."""
     return 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
+
+
+def _kept_states(work: Work, room: Room) -> int:
+    """Inputs of all blocks and the gradient by one's, where they are not in files."""
+    return _all_states_bytes(work) if room.states else 0
+
+
+def _all_states_bytes(work: Work) -> int:
+    return 4 * work.hidden * work.tokens * (work.blocks + 2) if work.guided else 0
 
 
 def _solving(work: Work, room: Room) -> Memory:
@@ -107,7 +116,7 @@ def _solving(work: Work, room: Room) -> Memory:
     arrays = max(FACTOR_PANELS * panel, square * bool(work.recipe.descent) + _chunk_bytes(work, room))
     own = 0 if room.moments.holds(room.device) else square
     here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
-    states = Memory(0, 0 if work.guided else _states_bytes(work))
+    states = Memory(0, _kept_states(work, room) if work.guided else _states_bytes(work))
     return here + states + _kept(room.moments, moments_bytes(work)) + _kept(room.factors, square + panel // 2)
 
 
@@ -177,7 +186,23 @@ def choose_room(work: Work, device: torch.device, folder: Path, budget: Budget) 
         stages = memory(work, room)
         if not any(budget.excess(stages[name], device) for name in (PASSING, SOLVING) if name in stages):
             break
-    return room
+    if device.type == "cpu":  # where the passes take so long that what disk and codecs take does not matter
+        return room
+    passing, tuning = _passing(work, room), _tuning_memory(work)
+    states = _all_states_bytes(work) <= _half(budget.host, passing.host)
+    return replace(room, states=states, unpacked=(_half(budget.device, tuning.device), _half(budget.host, tuning.host)))
+
+
+def _half(there: int | None, taken: int) -> int:
+    """Half of what is left beside a stage and the process."""
+    return 1 << 62 if there is None else max(0, there - taken - PROCESS_BYTES) // 2
+
+
+def _unpacked(work: Work, room: Room) -> Memory:
+    """What tuning keeps unpacked."""
+    needed = int((1 + NUMBERS) * sum(tensor.weights for tensor in work.linears))
+    device = min(needed, room.unpacked[0])
+    return Memory(device, min(needed - device, room.unpacked[1]))
 
 
 def told(room: Room) -> str:
@@ -208,11 +233,9 @@ def tuned_numbers(work: Work) -> int:
 
 @lru_cache
 def _grid_numbers(name: str, rows: int, columns: int) -> int:
-    """Of one linear: those of the grid that one row of zeros decodes to, for every row."""
+    """Of one linear: those of one row's grid, for every row."""
     kind = codec(name)
     if not isinstance(kind, GridCodec):
         return 0
-    planes = {plane: np.zeros(shape, dtype) for plane, (dtype, shape) in kind.layout(1, columns).items()}
-    grid, _ = kind.unpack(planes, columns)
-    parts = numbers(TensorGrid.of(grid, torch.device("cpu"))).values()
+    parts = numbers(minmax(kind, torch.ones(1, columns))).values()
     return rows * sum(len(part.flatten()) for part in parts)

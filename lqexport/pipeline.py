@@ -114,7 +114,8 @@ def _tune(job: Job) -> Outcome | None:
     solved = SolvedModel(job.artifact, job.source.config, [tensor.name for tensor in job.planned])
     tokens = torch.cat([job.calibration.tokens[:count], job.calibration.tokens[-HELD_OUT:]])
     models = job.model_of(solved), job.model()
-    outcome = Tuner(job.artifact, *models, tokens, job.recipe.tune_rate, job.work, job.listener).run()
+    rate, room = job.recipe.tune_rate, job.room.unpacked
+    outcome = Tuner(job.artifact, *models, tokens, rate, job.work, job.listener, room).run()
     if not outcome.kept:
         job.listener.message("Tuning did not help on the held-out sequences: the model stays as it was solved.")
     return outcome

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -70,12 +70,16 @@ class Room:
     moments   where the second moments of a block are, but for the one matrix that is worked on
     factors   where the panels of a factor are
     rows      of a linear that are solved at once: whole tiles
+    states    whether the guided pass keeps hidden states in the host's memory; else in files, so that it resumes
+    unpacked  bytes on the device and on the host in which tuning may keep tensors unpacked; else it unpacks them anew
     """
 
     device: torch.device
     moments: Place
     factors: Place
     rows: int
+    states: bool = field(default=False, compare=False)
+    unpacked: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
 def places(device: torch.device, folder: Path) -> list[Place]:

@@ -8,7 +8,8 @@ predictions in the place of the next token, and with the norms.
 
 A step runs one sequence forward through all blocks, keeping the inputs of each, then backward, running each block again
 with gradients. On the device are one block's decoded weights and both models' outputs; on the host, where the optimizer
-works, are the tuned numbers with its moments, and the sequence's hidden states. The last steps are kept on disk, so a
+works, are the tuned numbers with its moments, and the sequence's hidden states. Codes and grids are read anew for each
+block where they have no room (`lqexport.unpacked`). The last steps are kept on disk, so a
 stopped run goes on from there and ends in the same bits.
 """
 
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
-from lqexport.artifact import Artifact, StoredTensor, decoded
+from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.collect import embed_batches, final_states
 from lqexport.corrected import stored_correction
@@ -35,10 +36,10 @@ from lqexport.errors import AGAIN
 from lqexport.formats.codec import Grid, PlainCodec, Sections
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid, round_half
-from lqexport.moving import KEPT
 from lqexport.progress import Listener
 from lqexport.sections import TensorSections
 from lqexport.tensor_files import SEAL, open_tensors, write_sealed
+from lqexport.unpacked import Shelf, Unpacked, unpack
 
 SAVE_EVERY = 4
 """Steps after which a stopped run need not start over."""
@@ -125,11 +126,6 @@ def _unit(name: str, values: Tensor) -> Tensor:
     return values if name in ("scale", "offset", "sections") else values.abs().mean()
 
 
-def _is_kept(tensor: StoredTensor) -> bool:
-    """Whether a tensor has the source's own grid, and no error that tuning could make smaller."""
-    return tensor.facts.get("source_grid") == KEPT
-
-
 class Tuner:
     """Tunes a solved artifact, all of whose tensors are written.
 
@@ -137,14 +133,16 @@ class Tuner:
     source    the full-precision model
     tokens    int64 [sequences + HELD_OUT, length]; those held out come last
     folder    for what a stopped run goes on from
+    room      bytes on the device and on the host in which to keep tensors unpacked
     """
 
     def __init__(
         self, artifact: Artifact, solved: BlockModel, source: BlockModel, tokens: Tensor, rate: float,
-        folder: Path, listener: Listener,
+        folder: Path, listener: Listener, room: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
         self.artifact, self.solved, self.source, self.folder, self.listener = artifact, solved, source, folder, listener
         self.tokens, self.rate = tokens, rate
+        self.shelf = Shelf(artifact, solved.device, room)
         self.steps = len(tokens) - HELD_OUT
         self.blocks = [solved.names(index) for index in range(len(solved))]
         self.encoder = solved.architecture.encoder
@@ -161,20 +159,10 @@ class Tuner:
         return deltas
 
     def _numbers(self, name: str) -> State:
-        tensor = self.artifact.read(name)
-        if not isinstance(codec(tensor.codec), PlainCodec):
-            return {} if _is_kept(tensor) else numbers(self._grid(tensor)[0])
-        return {"vector": self._decoded(tensor)} if len(tensor.shape) == 1 else {}
-
-    def _decoded(self, tensor: StoredTensor) -> Tensor:
-        return torch.from_numpy(decoded(tensor)).to(self.solved.device)
-
-    def _grid(self, tensor: StoredTensor) -> tuple[TensorGrid | TensorSections, Tensor]:
-        kind, device = codec(tensor.codec), self.solved.device
-        assert not isinstance(kind, PlainCodec)
-        grid, codes = kind.unpack(tensor.planes, tensor.shape[1])
-        made = TensorGrid.of(grid, device) if isinstance(grid, Grid) else TensorSections.of(grid, device)
-        return made, torch.from_numpy(codes).to(device)
+        unpacked = self.shelf[name]
+        if unpacked.grid is not None:
+            return numbers(unpacked.grid)
+        return {"vector": unpacked.codes} if unpacked.codes.ndim == 1 else {}
 
     def _moved(self, name: str, values: State) -> State:
         """A tensor's numbers with the changes so far, differentiable by them."""
@@ -185,11 +173,10 @@ class Tuner:
 
     def _decoder(self, name: str) -> Decoder:
         """Loads a tensor."""
-        tensor = self.artifact.read(name)
-        if isinstance(codec(tensor.codec), PlainCodec) or _is_kept(tensor):
-            stored = self._decoded(tensor)
-            return lambda: self._moved(name, {"vector": stored})["vector"] if stored.ndim == 1 else stored
-        grid, codes = self._grid(tensor)
+        unpacked = self.shelf[name]
+        grid, codes = unpacked.grid, unpacked.codes
+        if grid is None:
+            return lambda: self._moved(name, {"vector": codes})["vector"] if codes.ndim == 1 else codes
         correction = stored_correction(self.artifact, name)
 
         def decode() -> Tensor:
@@ -336,14 +323,14 @@ class Tuner:
         if isinstance(kind, PlainCodec):
             planes = kind.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
         else:
-            planes = kind.encode(*_with_stored(*self._grid(tensor), new))  # type: ignore[arg-type]  # its own grid
+            planes = kind.encode(*_with_stored(unpack(tensor, self.solved.device), new))  # type: ignore[arg-type]  # its own grid
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
 
 
-def _with_stored(
-    grid: TensorGrid | TensorSections, codes: Tensor, new: State
-) -> tuple[Grid | Sections, NDArray[np.uint8]]:
+def _with_stored(unpacked: Unpacked, new: State) -> tuple[Grid | Sections, NDArray[np.uint8]]:
     """The format's own grid with the tuned numbers, and its codes."""
+    grid, codes = unpacked.grid, unpacked.codes
+    assert grid is not None
     if isinstance(grid, TensorSections):
         return grid.with_numbers(new["sections"]).stored().numpy(), codes.cpu().numpy()
     tuned, codes = with_numbers(grid, new).ascending(codes)

@@ -80,6 +80,12 @@ def test_of_experts_only_those_that_a_token_goes_to_count() -> None:
     assert 0.95 < forward / (2 * ACTIVE["mixtral-8x7b"]) < 1.05
 
 
+@pytest.mark.parametrize("target", ["native:mxint-3-g32", "native:table-3", "gguf:IQ4_XS", "gptq:4-g128"])
+def test_every_kind_of_grid_is_planned(target: str) -> None:
+    path = CONFIGS / "llama-3.1-8b.json"
+    assert forecast(path, Recipe(str(path), target), "24GB", "64GB").stages["tuning"].device > 0
+
+
 def test_what_does_not_fit_is_said() -> None:
     output = run_plan(CONFIGS / "llama-3.1-70b.json", "--gpu", "8GB", "--host", "64GB", status=1)
     assert "Does not fit: a pass through a block takes" in output

@@ -63,6 +63,16 @@ def test_guided_moments_are_those_of_autograd(tiny_model: Path, tokens: Tensor, 
     assert not list((tmp_path / "work").iterdir())
 
 
+def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
+    """And leave no file, also while the pass is under way."""
+    model = BlockModel(open_source(str(tiny_model)))
+    expected = dict(guided_moments(model, tokens, 1, tmp_path / "files", Silent()))
+    for index, groups in guided_moments(model, tokens, 1, tmp_path / "held", Silent(), held=True):
+        assert not (tmp_path / "held").exists()
+        for group, hessian in groups.items():
+            assert torch.equal(hessian, expected[index][group])
+
+
 def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     model = BlockModel(open_source(str(tiny_model)))
     one, four = (dict(guided_moments(model, tokens, n, tmp_path / str(n), Silent())) for n in (1, 4))

@@ -157,6 +157,24 @@ def test_the_first_way_that_fits_is_taken() -> None:
     assert memory.choose_room(work, gpu, Path(), Budget(1, 1)) == ways[-1]
 
 
+@pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b"])
+def test_a_gpus_run_keeps_what_there_is_room_for(name: str) -> None:
+    """Hidden states in memory, tensors unpacked: within the budget, and all of it where that has no end."""
+    work, gpu = work_of(name), torch.device("cuda")
+    endless = memory.choose_room(work, gpu, Path(), Budget())
+    assert endless.states
+    weights = sum(tensor.weights for tensor in work.linears)
+    most = memory.peak(memory.memory(work, endless))
+    assert most.device > weights
+    budget = Budget(24 * 10**9, most.host // 2)
+    limited = memory.choose_room(work, gpu, Path(), budget)
+    assert 0 < sum(limited.unpacked) < budget.device + budget.host
+    for stage in memory.memory(work, limited).values():
+        assert not budget.excess(stage, gpu)
+    assert not memory.choose_room(work, gpu, Path(), Budget(24 * 10**9, memory.PROCESS_BYTES)).states
+    assert memory.choose_room(work, torch.device("cpu"), Path(), Budget()).unpacked == (0, 0)
+
+
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -82,12 +82,28 @@ def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: 
     assert float((numbers.grad * numbers.detach()).sum()) == pytest.approx(total, rel=1e-3)
 
 
-def tuner_of(folder: Path, source: Path) -> Tuner:
+def tuner_of(folder: Path, source: Path, room: tuple[int, int] = (0, 0)) -> Tuner:
     """For eight steps on random tokens, changing a finished artifact."""
     artifact, model = Artifact(folder), open_source(str(source))
     solved = SolvedModel(artifact, model.config, list(artifact.manifest()))
     tokens = torch.randint(0, 512, (8 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
-    return Tuner(artifact, BlockModel(solved), BlockModel(model), tokens, 0.03, folder / "work", Silent())
+    return Tuner(artifact, BlockModel(solved), BlockModel(model), tokens, 0.03, folder / "work", Silent(), room)
+
+
+@pytest.mark.parametrize("room", [(1 << 62, 0), (0, 1 << 62), (100_000, 100_000)])
+@pytest.mark.parametrize("target", ["gguf:Q4_K", "exl2"])
+def test_what_is_kept_unpacked_changes_nothing(
+    tiny_model: Path, target: str, room: tuple[int, int], tmp_path: Path
+) -> None:
+    recipe = Recipe(str(tiny_model), target, bits=2.3 if target == "exl2" else None, method="rtn")
+    quantize(recipe, tmp_path / "anew")
+    shutil.copytree(tmp_path / "anew", tmp_path / "kept")
+    anew, kept = (tuner_of(tmp_path / name, tiny_model, room) for name, room in (("anew", (0, 0)), ("kept", room)))
+    assert anew.run() == kept.run()
+    assert not anew.shelf._made
+    assert kept.shelf._made or kept.shelf._parts
+    for name in anew.artifact.manifest():
+        assert digest(anew.artifact.read(name).planes) == digest(kept.artifact.read(name).planes)
 
 
 @pytest.mark.parametrize(
