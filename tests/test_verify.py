@@ -222,6 +222,20 @@ def test_an_artifact_is_checked_against_its_manifest(
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "matters"), [("run.json", True), ("report.json", True), (f"tensors/{DOWN}.safetensors", False)]
+)
+def test_what_is_read_of_the_files_artifact_is_whole(
+    name: str, matters: bool, lossy: Artifact, lossy_file: Path, tiny_model: Path, text: str, tmp_path: Path
+) -> None:
+    artifact = copied(lossy, tmp_path / "artifact")
+    with (artifact.folder / name).open("a") as file:
+        file.write(" ")
+    result = verify(lossy_file, str(tiny_model), text=text, windows=1, artifact=artifact.folder)
+    said = f"1 files of {artifact.folder} are gone or not as they were written: {name}."
+    assert result.failed == [said] * matters
+
+
 def test_a_missing_tensor_fails_before_anything_runs(
     lossy: Artifact, tiny_model: Path, text: str, tmp_path: Path
 ) -> None:
