@@ -34,20 +34,7 @@ from lqexport.formats.registry import codec, names
 from lqexport.llamacpp import LlamaCpp
 from lqexport.source import open_source
 
-STRINGS = (
-    "Hello world",
-    " two  spaces   and\ttabs\n\nnew lines \n ends with space ",
-    "it's they'LL WE'VE I'd x's 'quoted'",
-    "numbers 1 12 123 1234 12345.678 ²³ Ⅷ ٣٤",
-    "code: for(i=0;i<10;++i){a[i]//=b;} #!/usr/bin",
-    "naïve café Größe ĲSSEL ﬁne Ǆungla",
-    "日本語のテキスト 中文，标点。 한국어 ไทย हिन्दी",
-    "emoji 🙂👩‍👩‍👧 flags 🇫🇷",
-    "camelCase HTMLParser snake_case\r\nwindows\r\n\r\n",
-    "",
-    "a",
-    " ",
-)
+STRINGS: list[str] = json.loads((Path(__file__).parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
 
 
 def training_text() -> list[str]:
