@@ -108,15 +108,17 @@ class Artifact:
             )
         return content
 
-    def damaged(self) -> list[str]:
-        """Files of a finished artifact that are gone, or not as they were written. Raises UserError as `manifest`."""
+    def damaged(self, among: tuple[str, ...] | None = None) -> list[str]:
+        """Files of a finished artifact, all or these, that are gone or not as they were written. Raises UserError as
+        `manifest`."""
 
         def is_whole(name: str, expected: str) -> bool:
             path = inside(self.folder, self.folder / name)
             return path.is_file() and file_digest(path) == expected
 
         with well_formed(self.folder / "manifest.json", ANEW):
-            return [name for name, expected in self._manifest()["files"].items() if not is_whole(name, expected)]
+            files = self._manifest()["files"]
+            return [name for name in among or files if not is_whole(name, files[name])]
 
     def report(self) -> dict[str, Any]:
         """The content of report.json. Raises UserError where the run is not finished."""

@@ -10,8 +10,8 @@ import torch
 from lqexport.artifact import Artifact, StoredTensor, decoded
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folder_model import FolderModel, method_of
-from lqexport.converters.folders import folder_model
-from lqexport.converters.native import is_native_folder
+from lqexport.converters.folders import MODELS
+from lqexport.converters.native import METHOD
 from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
@@ -88,11 +88,12 @@ class PackedFolder:
 def open_export(path: Path) -> Export:
     """A .gguf file, a folder that a command of ours wrote, or a finished artifact. Raises UserError for anything
     else."""
-    if packed := folder_model(path):
-        return PackedFolder(packed)
-    if is_native_folder(path):
+    method = method_of(path)
+    if method in MODELS:
+        return PackedFolder(MODELS[method](path))
+    if method == METHOD:
         return NativeFolder(path)
-    if method := method_of(path):
+    if method:
         raise UserError(
             f"{path} is quantized by {method}: `lqexport quantize` moves such a model to a format that is read here."
         )

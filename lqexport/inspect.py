@@ -16,7 +16,7 @@ from lqexport.converters.exl2_read import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folder_model import method_of
 from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.native import is_native_folder
+from lqexport.converters.native import METHOD
 from lqexport.converters.native_read import NativeModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
@@ -125,9 +125,10 @@ def inspect(path: Path) -> Inspection:
         raise UserError(f"There is no file or folder {path}.")
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
-    if is_native_folder(path):
+    method = method_of(path)
+    if method == METHOD:
         return Inspection(str(path), "native folder", _model_entries(NativeModel(path)))
-    if method_of(path) == "exl2":
+    if method == "exl2":
         return Inspection(str(path), Exl2Model.container, _model_entries(Exl2Model(path)))
     source = HuggingFaceSource(path, str(path))
     container = source.layout.container if source.layout else "Hugging Face folder"

@@ -52,8 +52,11 @@ def _judged(source: HuggingFaceSource, tensor: PlannedTensor) -> PlannedTensor:
     reason = _misfit(grid, tensor.codec)
     if reason is None:
         return replace(tensor, linear=False, source_grid=KEPT)
-    fitting = [name for name in names(tensor.codec.partition(":")[0]) if _misfit(grid, name) is None]
-    smallest = min(fitting, key=lambda name: nbytes(codec(name), *tensor.matrix), default=None)
+    family = names(tensor.codec.partition(":")[0])
+    possible = [name for name in family if tensor.matrix[1] % codec(name).block == 0]
+    # Smallest first, so that few are tried: each try computes the grid of the whole matrix.
+    by_size = sorted(possible, key=lambda name: nbytes(codec(name), *tensor.matrix))
+    smallest = next((name for name in by_size if _misfit(grid, name) is None), None)
     return replace(tensor, source_grid=f"{reason}; {smallest} would hold it" if smallest else reason)
 
 

@@ -13,7 +13,6 @@ from lqexport.adapters import Factors, misfits
 from lqexport.artifact import Artifact, StoredTensor, decoded, digest
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.factors import is_factor
-from lqexport.converters.native import RECORD
 from lqexport.converters.tensor_names import is_tied
 from lqexport.crosscheck import CrossCheck
 from lqexport.errors import ANEW, well_formed
@@ -22,6 +21,9 @@ from lqexport.modules import expected_shapes
 from lqexport.progress import Listener
 from lqexport.verification import TensorCheck, Verification
 from lqexport.weights import Weights
+
+READ = ("run.json", "report.json")
+"""What is read, besides the manifest, of the artifact that a file was made from."""
 
 
 def check_structure(result: Verification, export: Weights, factors: Factors | None, source: Weights) -> bool:
@@ -48,10 +50,12 @@ def check_structure(result: Verification, export: Weights, factors: Factors | No
 
 
 def check_files(result: Verification, artifact: Artifact | None) -> None:
-    """Every file of an artifact against its manifest's digests. A native folder has the manifest, not the files."""
-    if artifact is None or artifact.folder.name == RECORD:
+    """Files of an artifact against its manifest's digests: all of one that is verified itself; of one that the file was
+    made from, or of its copy in a native folder, those in READ."""
+    if artifact is None:
         return
-    if damaged := artifact.damaged():
+    itself = artifact.folder.samefile(result.file)
+    if damaged := artifact.damaged(None if itself else READ):
         result.failed.append(
             f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
         )

@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.adapters import Corrected, open_factors
 from lqexport.converters.architectures import architecture_of
-from lqexport.converters.native import is_native_folder
 from lqexport.environment import choose_device
 from lqexport.errors import UserError
 from lqexport.evaluate import check_predicts
-from lqexport.exports import open_export
+from lqexport.exports import NativeFolder, open_export
 from lqexport.loading import load
 from lqexport.tokenizers import tokenizer_of
 from lqexport.weights import Weights
@@ -109,7 +108,7 @@ def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrained
     Raises UserError where the file cannot be read, and for an encoder."""
     export = open_export(path)
     check_predicts(architecture_of(export.config))
-    if is_native_folder(path):
+    if isinstance(export, NativeFolder):
         return load(path, dtype=dtype, device_map={"": device})
     factors = open_factors(path, None, export.config)
     return dense(Corrected(export, factors) if factors else export, device, dtype)

