@@ -48,7 +48,7 @@ models: .venv/ready
 # Takes long. Each command exits with 1 where anything was lost, half-written or not refused.
 reliability: .venv/ready
 	$(BIN)/python bench/fuzz.py --work .reliability/fuzz --seconds 20 --seed 7
-	$(BIN)/python bench/faults.py --work .reliability/exports --every 5 --only to-
+	$(BIN)/python bench/faults.py --work .reliability/exports --only to-
 	$(BIN)/python bench/faults.py --work .reliability/quantize --every 20 --only quantize
 
 clean:

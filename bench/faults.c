@@ -20,10 +20,11 @@
 #include <unistd.h>
 
 enum mode { OFF, KILL, TEAR, FULL, UNREADABLE, CLOCK };
-enum kind { CHANGE, GROW, READ }; /* GROW is a change that needs room on the disk */
+enum kind { READ, CHANGE, GROW, WRITE }; /* each of the last three is a case of the one before: GROW needs room on the
+                                            disk, WRITE can be half done */
 
 static int mode = OFF;
-static long at, changes, growths, reads;
+static long at, counted[WRITE + 1];
 static char root[PATH_MAX];
 
 /* Begin to count; `number`, from 1, is the operation to hit. */
@@ -31,11 +32,16 @@ void faults_arm(const char *folder, int how, long number) {
     snprintf(root, sizeof root, "%s", folder);
     mode = how;
     at = number;
-    changes = growths = reads = 0;
+    memset(counted, 0, sizeof counted);
+}
+
+/* The least kind of operation that a mode hits. */
+static enum kind hits(int how) {
+    return how == UNREADABLE ? READ : how == FULL ? GROW : how == TEAR ? WRITE : CHANGE;
 }
 
 /* Operations so far that a mode counts. */
-long faults_counted(int how) { return how == UNREADABLE ? reads : how == FULL ? growths : changes; }
+long faults_counted(int how) { return counted[hits(how)]; }
 
 static int within(const char *path) { return root[0] && strncmp(path, root, strlen(root)) == 0; }
 
@@ -53,18 +59,16 @@ static int watched(int folder, const char *path) {
     return path[0] == '/' || folder == AT_FDCWD ? within(path) : watched_fd(folder);
 }
 
-/* Counts an operation. 0: go on. Otherwise it must fail: errno is set, or, where half of a write is to be done before the
- * process ends, `torn`. */
-static int hit(enum kind kind, int *torn) {
-    reads += kind == READ;
-    growths += kind == GROW;
-    changes += kind != READ;
-    int counts = mode == UNREADABLE ? kind == READ : mode == FULL ? kind == GROW : kind != READ;
+/* Counts an operation. 0: go on. Otherwise it must fail, and errno is set; or the process ends here. In the mode TEAR it
+ * ends where half of the write is done: the caller's part. */
+static int hit(enum kind kind) {
+    for (enum kind each = kind; each > READ; each--) counted[each]++;
+    counted[READ] += kind == READ;
+    int counts = kind == READ ? mode == UNREADABLE : mode != UNREADABLE && kind >= hits(mode);
     long number = faults_counted(mode);
     if (mode == OFF || mode == CLOCK || !counts || number < at) return 0;
     if (number > at && mode != FULL) return 0; /* a full disk stays full */
-    if (mode == TEAR && torn) return *torn = 1;
-    if (mode == KILL || mode == TEAR) _exit(137);
+    if (mode == KILL) _exit(137);
     errno = mode == FULL ? ENOSPC : EIO;
     return 1;
 }
@@ -85,7 +89,7 @@ static enum kind opening(int flags) {
         __builtin_va_start(list, flags); \
         mode_t bits = flags & (O_CREAT | O_TMPFILE) ? __builtin_va_arg(list, mode_t) : 0; \
         __builtin_va_end(list); \
-        if (watched(AT_FDCWD, path) && hit(opening(flags), 0)) return -1; \
+        if (watched(AT_FDCWD, path) && hit(opening(flags))) return -1; \
         return real(path, flags, bits); \
     }
 OPEN(open)
@@ -98,7 +102,7 @@ OPEN(open64)
         __builtin_va_start(list, flags); \
         mode_t bits = flags & (O_CREAT | O_TMPFILE) ? __builtin_va_arg(list, mode_t) : 0; \
         __builtin_va_end(list); \
-        if (watched(folder, path) && hit(opening(flags), 0)) return -1; \
+        if (watched(folder, path) && hit(opening(flags))) return -1; \
         return real(folder, path, flags, bits); \
     }
 OPENAT(openat)
@@ -106,9 +110,8 @@ OPENAT(openat64)
 
 ssize_t write(int fd, const void *data, size_t size) {
     REAL(ssize_t, write, int, const void *, size_t)
-    int torn = 0;
-    if (watched_fd(fd) && hit(GROW, &torn)) {
-        if (!torn) return -1;
+    if (watched_fd(fd) && hit(WRITE)) {
+        if (mode != TEAR) return -1;
         real(fd, data, size / 2);
         _exit(137);
     }
@@ -118,7 +121,7 @@ ssize_t write(int fd, const void *data, size_t size) {
 #define ON_FD(type, name, kind, parameters, arguments, ...) \
     type name parameters { \
         REAL(type, name, __VA_ARGS__) \
-        if (watched_fd(fd) && hit(kind, 0)) return -1; \
+        if (watched_fd(fd) && hit(kind)) return -1; \
         return real arguments; \
     }
 ON_FD(ssize_t, pwrite, GROW, (int fd, const void *data, size_t size, off_t place), (fd, data, size, place), int, const void *,
@@ -131,8 +134,6 @@ ON_FD(ssize_t, sendfile, GROW, (int fd, int from, off_t *place, size_t size), (f
       size_t)
 ON_FD(ssize_t, sendfile64, GROW, (int fd, int from, off64_t *place, size_t size), (fd, from, place, size), int, int,
       off64_t *, size_t)
-ON_FD(int, fsync, GROW, (int fd), (fd), int)
-ON_FD(int, fdatasync, GROW, (int fd), (fd), int)
 ON_FD(int, ftruncate, CHANGE, (int fd, off_t size), (fd, size), int, off_t)
 ON_FD(int, ftruncate64, CHANGE, (int fd, off64_t size), (fd, size), int, off64_t)
 ON_FD(ssize_t, read, READ, (int fd, void *data, size_t size), (fd, data, size), int, void *, size_t)
@@ -141,10 +142,20 @@ ON_FD(ssize_t, pread, READ, (int fd, void *data, size_t size, off_t place), (fd,
 ON_FD(ssize_t, pread64, READ, (int fd, void *data, size_t size, off64_t place), (fd, data, size, place), int, void *, size_t,
       off64_t)
 
+/* Nothing here loses power, so nothing of the output need reach the disk: most of the time of a tiny run. */
+#define SYNC(name) \
+    int name(int fd) { \
+        REAL(int, name, int) \
+        if (watched_fd(fd)) return -hit(GROW); \
+        return real(fd); \
+    }
+SYNC(fsync)
+SYNC(fdatasync)
+
 #define MAP(name, offset) \
     void *name(void *where, size_t size, int protection, int flags, int fd, offset place) { \
         REAL(void *, name, void *, size_t, int, int, int, offset) \
-        if (fd >= 0 && watched_fd(fd) && hit(READ, 0)) return MAP_FAILED; \
+        if (fd >= 0 && watched_fd(fd) && hit(READ)) return MAP_FAILED; \
         return real(where, size, protection, flags, fd, place); \
     }
 MAP(mmap, off_t)
@@ -153,7 +164,7 @@ MAP(mmap64, off64_t)
 #define ON_PATH(name, kind, parameters, arguments, path, ...) \
     int name parameters { \
         REAL(int, name, __VA_ARGS__) \
-        if (watched(AT_FDCWD, path) && hit(kind, 0)) return -1; \
+        if (watched(AT_FDCWD, path) && hit(kind)) return -1; \
         return real arguments; \
     }
 ON_PATH(rename, GROW, (const char *from, const char *to), (from, to), to, const char *, const char *)
@@ -163,13 +174,13 @@ ON_PATH(mkdir, GROW, (const char *path, mode_t bits), (path, bits), path, const 
 
 int renameat(int folder, const char *from, int other, const char *to) {
     REAL(int, renameat, int, const char *, int, const char *)
-    if (watched(other, to) && hit(GROW, 0)) return -1;
+    if (watched(other, to) && hit(GROW)) return -1;
     return real(folder, from, other, to);
 }
 
 int unlinkat(int folder, const char *path, int flags) {
     REAL(int, unlinkat, int, const char *, int)
-    if (watched(folder, path) && hit(CHANGE, 0)) return -1;
+    if (watched(folder, path) && hit(CHANGE)) return -1;
     return real(folder, path, flags);
 }
 

@@ -1,12 +1,13 @@
 """Faults of the disk, the clock and the process at every file operation of a run: is anything lost or half-written?
 
-    python bench/faults.py --work FOLDER [--every 1] [--seed 0]
+    python bench/faults.py --work FOLDER [--only NAME] [--every 1] [--first 1]
 
 A tiny random model is quantized and exported in a process in which bench/faults.c counts every change to a file under
-the output folder and every read of one. Then each operation (with --every N: every N-th) is hit in turn:
+the output folder and every read of one. Then each operation (with --every N --first K: the K-th and every N-th after
+it) is hit in turn:
 
     kill        the process ends before it, as by kill -9
-    tear        the same, but a write is half done
+    tear        the process ends in the middle of a write
     full        the disk is full from it on
     unreadable  the read fails (EIO)
 
@@ -20,21 +21,27 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import gc
 import json
 import os
-import random
 import shutil
 import subprocess
 import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:  # nothing large is imported before faults.c is loaded
+    from lqexport.recipe import Recipe
+
+Command = Callable[[], object]
+"""Writes something into the folder `out` of the working folder."""
 
 FAULTS = {"kill": 1, "tear": 2, "full": 3, "unreadable": 4}
 OFF, CLOCK = 0, 5
@@ -55,58 +62,64 @@ def preload(work: Path) -> None:
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **alone, "LD_PRELOAD": str(library)})
 
 
-@dataclass(frozen=True)
-class Command:
-    """Something that writes `out`, a file or a folder."""
-
-    out: Path
-    run: Callable[[], object]
-
-
-def commands(work: Path) -> dict[str, Command]:
-    """Every command that writes, on a tiny model; each target's artifact is made here, undisturbed."""
+def recipes(work: Path) -> dict[str, Recipe]:
+    """What is quantized, by a short name: every kind of target; rounded, corrected, and with types chosen by size."""
     from fuzz import make_model
 
-    from lqexport.exporting import export
-    from lqexport.pipeline import quantize
+    from lqexport import job, pipeline, tune
     from lqexport.recipe import Recipe
     from lqexport.texts import read_text
 
+    for module in (job, pipeline, tune):
+        module.HELD_OUT = 1  # each sequence held out reads every tensor once more before tuning, and after
     text, model = work / "text.txt", str(make_model(work / "model"))
     text.write_text(read_text("python-docs").content[:20_000], encoding="utf-8")
-    few: dict[str, Any] = {"calibration": str(text), "samples": 2, "sequence_length": 16, "descent": 1, "tune": 4}
-    recipes = {
-        "gguf": Recipe(model, "gguf:Q4_0", **few),
-        "exl2": Recipe(model, "exl2", bits=4.5, **few),
-        "native": Recipe(model, "native:table-3", rank=4, **few),
+    few: dict[str, Any] = {"calibration": str(text), "samples": 2, "sequence_length": 16, "descent": 1}
+    return {
+        "gguf": Recipe(model, "gguf:Q4_0", tune=4, **few),
+        "exl2": Recipe(model, "exl2", bits=4.5, tune=0, **few),
+        "native": Recipe(model, "native:table-3", tune=4, **few),
+        "gptq": Recipe(model, "gptq:4-g32", method="rtn"),
+        "corrected": Recipe(model, "gguf:Q5_0", rank=4, tune=0, **few),
+        "auto": Recipe(model, "gguf:auto", size="7bpw", tune=0, **few),
     }
-    found = {}
-    for name, recipe in recipes.items():
-        quantize(recipe, made := work / f"artifact-{name}")
-        found[f"quantize {recipe.target}"] = _command(quantize, recipe, work / "out" / name)
-        out = work / "out" / (f"to-{name}" if name != "gguf" else "model.gguf")
-        found[f"to-{name}"] = _command(export, made, out, format=name)
+
+
+def commands(work: Path) -> dict[str, Command]:
+    """Every command that writes a model, on a tiny one; the artifacts to export are made here, undisturbed."""
+    from lqexport.exporting import export
+    from lqexport.pipeline import quantize
+
+    found: dict[str, Command] = {}
+    for name, recipe in recipes(work).items():
+        quantize(recipe, work / name)
+        found[f"quantize {recipe.target}"] = partial(quantize, recipe, work / "out" / name)
+    folder, file = work / "out" / "model", work / "out" / "model.gguf"
+    for name in ("exl2", "native", "gptq"):
+        found[f"to-{name}"] = partial(export, work / name, folder)
+    found["to-compressed-tensors"] = partial(export, work / "gptq", folder, format="compressed-tensors")
+    found["to-peft"] = partial(export, work / "corrected", folder, format="peft")
+    found["to-gguf"] = partial(export, work / "auto", file)
+    found["to-gguf in files"] = partial(export, work / "auto", file, split_max_size="30K")
+    found["to-gguf and adapter"] = partial(export, work / "corrected", file, adapter=file.with_name("adapter.gguf"))
     return found
-
-
-def _command(write: Callable[..., object], what: Any, out: Path, **options: Any) -> Command:
-    return Command(out, lambda: write(what, out, **options))
 
 
 class Sweep:
     """All faults of one command.
 
     watched   the folder on whose files faults happen
-    root      the folder in it that the command writes into
+    root      the folder in it that the command writes into, and in which there is nothing else
     """
 
     def __init__(self, command: Command, watched: Path) -> None:
         self.command, self.watched, self.root = command, str(watched).encode(), watched / "out"
         self.library = ctypes.CDLL(None)
         self.wrong: list[str] = []
+        self.finished_from: set[frozenset[tuple[str, str]]] = set()
         self.clear()
-        command.run()
-        self.expected = digests(command.out)
+        command()
+        self.expected = digests(self.root)
 
     def clear(self) -> None:
         """Begin with an empty folder."""
@@ -115,12 +128,13 @@ class Sweep:
 
     def fork(self, mode: int, number: int) -> int:
         """The process id of a child that runs the command under a fault, and ends with a status as above."""
+        gc.freeze()  # the child need not copy what the collector would look at
         if child := os.fork():
             return child
         status = BROKEN
         try:
             self.library.faults_arm(self.watched, mode, ctypes.c_long(number))
-            status = attempt(self.command.run)
+            status = attempt(self.command)
             self.library.faults_arm(b"", OFF, ctypes.c_long(0))
         finally:
             os._exit(status)
@@ -133,7 +147,7 @@ class Sweep:
         """How many operations a fault could hit."""
         self.clear()
         self.library.faults_arm(self.watched, OFF, ctypes.c_long(0))
-        self.command.run()
+        self.command()
         return int(self.library.faults_counted(mode))
 
     def hit(self, fault: str, number: int) -> int:
@@ -147,13 +161,20 @@ class Sweep:
         return status
 
     def check_finishes(self, what: str) -> None:
-        """Run undisturbed where it had not finished: every byte must be there, and nothing else."""
-        if digests(self.command.out) != self.expected:
+        """Run undisturbed where it had not finished: every byte must be there, and nothing else. What a fault leaves is
+        often what another has left: the command is run from there once."""
+        left = frozenset(digests(self.root).items())
+        if left in self.finished_from:
+            return
+        self.finished_from.add(left)
+        if self.unexpected():
             status = self.run(OFF)
             self.check(status == 0, f"{what}: exit status {status} afterwards")
-        self.check(digests(self.command.out) == self.expected, f"{what}: other bytes afterwards")
-        left = list(self.root.rglob(".*.part"))
-        self.check(not left, f"{what}: left behind {left}")
+        self.check(not (files := self.unexpected()), f"{what}: afterwards not as without the fault: {files}")
+
+    def unexpected(self) -> list[str]:
+        """Files that are missing, have other bytes than after an undisturbed run, or should not be there."""
+        return sorted(dict(digests(self.root).items() ^ self.expected.items()))
 
     def at_once(self) -> list[int]:
         """Two runs together: one may be refused. Returns their exit statuses."""
@@ -168,7 +189,7 @@ class Sweep:
         """The clock jumps back."""
         self.clear()
         self.check(self.run(CLOCK) == 0, "clock: does not run")
-        self.check(digests(self.command.out) == self.expected, "clock: other bytes")
+        self.check(not (files := self.unexpected()), f"clock: other bytes in {files}")
 
     def check(self, good: bool, sentence: str) -> None:
         if not good:
@@ -176,7 +197,7 @@ class Sweep:
             print(f"WRONG {sentence}", flush=True)
 
 
-def attempt(run: Callable[[], object]) -> int:
+def attempt(run: Command) -> int:
     """The exit status that a command's end amounts to."""
     from lqexport.errors import UserError
 
@@ -190,10 +211,13 @@ def attempt(run: Callable[[], object]) -> int:
     return 0
 
 
-def digests(out: Path) -> dict[str, str]:
-    """sha256 of a file, or of every file of a folder but the log, which holds times."""
-    files = [out] if out.is_file() else [path for path in out.rglob("*") if path.is_file() and path.name != "log.jsonl"]
-    return {str(path.relative_to(out)): sha256(path.read_bytes()).hexdigest() for path in files}
+def digests(root: Path) -> dict[str, str]:
+    """Of every file below a folder the sha256; nothing of the log, which holds times, and of folders."""
+
+    def content(path: Path) -> bytes:
+        return path.read_bytes() if path.is_file() and path.name != "log.jsonl" else b""
+
+    return {str(path.relative_to(root)): sha256(content(path)).hexdigest() for path in root.rglob("*")}
 
 
 def damaged(root: Path) -> list[str]:
@@ -223,22 +247,22 @@ def is_whole(path: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--every", type=int, default=1, help="hit every so many operations")
+    parser.add_argument("--every", type=int, default=1, help="hit one of so many operations")
     parser.add_argument("--only", default="", help="only commands whose name holds this")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", type=int, default=1, help="the first operation to hit, from 1")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
     if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         preload(work)
-    draw, wrong, total = random.Random(arguments.seed), 0, Counter[str]()
+    wrong, total = 0, Counter[str]()
     for name, command in commands(work).items():
         if arguments.only not in name:
             continue
         sweep = Sweep(command, work)
         for fault, mode in FAULTS.items():
             count = sweep.operations(mode)
-            first = draw.randint(1, min(arguments.every, count))
-            statuses = Counter(sweep.hit(fault, number) for number in range(first, count + 1, arguments.every))
+            numbers = range(arguments.first, count + 1, arguments.every)
+            statuses = Counter(sweep.hit(fault, number) for number in numbers)
             total[fault] += statuses.total()
             print(f"{name}, {fault}: {statuses.total()} of {count} operations, statuses {dict(statuses)}", flush=True)
         sweep.clock()
