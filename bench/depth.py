@@ -17,12 +17,9 @@ import argparse
 import json
 import os
 import random
-import re
 import runpy
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +28,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+timed = runpy.run_path(str(Path(__file__).with_name("stages.py")))["timed"]
 
 OPTIONS = ["--target", "gguf:Q4_K", "--samples", "8", "--sequence-length", "64", "--descent", "1", "--tune", "2"]
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -135,29 +134,11 @@ def run_apart(folder: Path, options: list[str], device: str, limit: int) -> dict
     those of its stages, and its peak bytes, resident and on a GPU."""
     found = {}
     for name, arguments in commands(folder, options, device).items():
-        began = time.perf_counter()
         command = [sys.executable, str(Path(__file__).with_name("peak.py")), str(limit), *arguments]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        with subprocess.Popen(command, env=os.environ | STEADY, **pipes) as running:  # type: ignore[call-overload]
-            stages = _stages(running)
-            printed = running.stdout.read() if running.stdout else ""
-        if running.returncode:
-            sys.exit(f"{name} ended with exit status {running.returncode}.")
-        seconds = {"seconds": time.perf_counter() - began, "stages": stages}
-        found[name] = seconds | json.loads(printed.splitlines()[-1])
+        ran = timed(command, os.environ | STEADY)
+        peaks = json.loads(ran.printed.splitlines()[-1])
+        found[name] = {"seconds": ran.seconds, "stages": ran.stages, **peaks}
     return found
-
-
-def _stages(running: subprocess.Popen[str]) -> dict[str, float]:
-    """Seconds of each stage, by when the lines that begin and end it come; they are handed on."""
-    began, seconds = {}, {}
-    for line in running.stderr or ():
-        sys.stderr.write(line)
-        if ended := re.fullmatch(r"(.*): done, .*", line.strip()):
-            seconds[ended[1]] = time.perf_counter() - began.get(ended[1], time.perf_counter())
-        else:
-            began[line.strip()] = time.perf_counter()
-    return seconds
 
 
 def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
@@ -177,12 +158,12 @@ def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
 
 def measured(given: argparse.Namespace, layers: int, options: list[str]) -> dict[str, Any]:
     """All of one depth; nothing of it stays on the disk."""
-    from lqexport.forecast import parse_bytes
+    from lqexport.sizes import memory_size
 
     floor, folder = runpy.run_path(str(Path(__file__).with_name("floors.py"))), given.work / str(layers)
     write_model(folder / "model", layers, given.hidden, given.intermediate, given.vocabulary)
     model_bytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
-    ran = run_apart(folder, options, given.device, parse_bytes(given.limit) if given.limit else 0)
+    ran = run_apart(folder, options, given.device, memory_size(given.limit) if given.limit else 0)
     work = floor["work_of"](folder / "out")
     machine = floor["measured"](given.work, given.device, work.recipe.compute_dtype_on(given.device.partition(":")[0]))
     stages = {name: {"seconds": seconds} for name, seconds in took(folder / "out", ran).items()}
