@@ -5,8 +5,7 @@ block by block.
         [--device cpu] [--limit 6GB] [-- ...]
 
 The model is never in memory: each block is a safetensors file of its own. What follows `--` goes to `quantize`. With
-`--limit`, the commands may have no more address space than that (as by `ulimit -v`); not with CUDA, which reserves
-more. Prints two tables, and writes what they are made of into FOLDER/depth.json: for each depth the bytes of the model,
+`--limit`, no command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes what they are made of into FOLDER/depth.json: for each depth the bytes of the model,
 and of each command the seconds and the peak memory; then the seconds of each stage beside the least that this machine
 could take for its operations and its bytes (bench/floors.py). One depth is on the disk at a time.
 """
@@ -130,7 +129,7 @@ def run_here(folder: Path, options: list[str]) -> dict[str, float]:
 
 
 def run_apart(folder: Path, options: list[str], device: str, limit: int) -> dict[str, Any]:
-    """Run each command in a process of its own, with at most `limit` bytes of address space (0: any): its seconds,
+    """Run each command in a process of its own, with at most `limit` bytes of memory (0: any): its seconds,
     those of its stages, and its peak bytes, resident and on a GPU."""
     found = {}
     for name, arguments in commands(folder, options, device).items():

@@ -26,7 +26,7 @@ layers() {  # every linear, as by default but for fewer samples and steps
     --samples 32 --sequence-length 512 --tune 4 --device-memory 8GB
 }
 limit() {  # the deepest model, on the CPU
-  $python bench/depth.py --work "$work/limit" --layers ${layers##* } $shape --limit "${LIMIT:-6GB}" -- $few
+  $python bench/depth.py --work "$work/limit" --layers ${layers##* } $shape --limit "${LIMIT:-5GB}" -- $few
 }
 small() {  # FOLDER: a model of 8 blocks of 1024 x 2816
   local arguments="Path('$1'), 8, ${HIDDEN_SMALL:-1024}, ${INTERMEDIATE_SMALL:-2816}, 512"

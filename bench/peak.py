@@ -2,8 +2,9 @@
 
     python bench/peak.py LIMIT quantize ...
 
-LIMIT: the most bytes of address space that it may have, as by `ulimit -v`; 0 for any. The last line of standard output
-is JSON: peak resident bytes, and of a GPU those that torch had given out and held.
+LIMIT: the most bytes that it may ask for, as by `ulimit -d`: heap, stacks and whatever else is mapped to be written and
+not shared; 0 for any. Not as by `ulimit -v`, which counts the libraries too: those of a CUDA build of torch take GBs.
+The last line of standard output is JSON: peak resident bytes, and of a GPU those that torch had given out and held.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 
 def main() -> None:
     if limit := int(sys.argv[1]):  # before torch is loaded, which needs some itself
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
 
     from lqexport.cli import app
