@@ -5,9 +5,10 @@ block by block.
         [--device cpu] [--limit 6GB] [-- ...]
 
 The model is never in memory: each block is a safetensors file of its own. What follows `--` goes to `quantize`. With
-`--limit`, no command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes what they are made of into FOLDER/depth.json: for each depth the bytes of the model,
-and of each command the seconds and the peak memory; then the seconds of each stage beside the least that this machine
-could take for its operations and its bytes (bench/floors.py). One depth is on the disk at a time.
+`--limit`, no command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes
+what they are made of into FOLDER/depth.json: for each depth the bytes of the model, and of each command the seconds and
+the peak memory; then the seconds of each stage beside the least that this machine could take for its operations and its
+bytes (bench/floors.py). One depth is on the disk at a time.
 """
 
 from __future__ import annotations
