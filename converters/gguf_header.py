@@ -1,4 +1,4 @@
-"""The header of a GGUF file: metadata and where each tensor lies. The tensors' bytes stay in the mapped file.
+"""The header of a GGUF file: metadata and where each tensor lies. The tensors' bytes stay in the file.
 
     magic "GGUF", u32 version (2 or 3), u64 tensors, u64 keys
     per key       string name, u32 kind, value
@@ -15,7 +15,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -30,25 +30,32 @@ _STRING, _ARRAY = 8, 9
 
 @dataclass(frozen=True)
 class TensorData:
-    """A tensor of the file: its shape, rows first, the name of its type, and its bytes, uint8, mapped."""
+    """A tensor of a file: its shape, rows first, the name of its type, and where its bytes are."""
 
     shape: tuple[int, ...]
     kind: str
-    data: NDArray[np.uint8]
+    path: Path
+    begin: int
+    nbytes: int
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        """Its bytes, mapped for as long as the array lives: a map of the whole file would stay, and count as memory."""
+        return np.memmap(self.path, np.uint8, "r", self.begin, (self.nbytes,))
 
 
 class _Cursor:
     """Reads one thing after the other; raises ValueError at the end of the file."""
 
-    def __init__(self, content: NDArray[np.uint8]) -> None:
-        self.content = content.data
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self.file, self.size = file, size
         self.position = 0
 
-    def take(self, size: int) -> memoryview:
-        begin, self.position = self.position, self.position + size
-        if self.position > len(self.content):
-            raise ValueError(f"it ends at byte {len(self.content)}, in the middle of its header")
-        return self.content[begin : self.position]
+    def take(self, size: int) -> bytes:
+        self.position += size
+        if self.position > self.size:
+            raise ValueError(f"it ends at byte {self.size}, in the middle of its header")
+        return self.file.read(size)
 
     def u32(self) -> int:
         return int(struct.unpack("<I", self.take(4))[0])
@@ -57,7 +64,7 @@ class _Cursor:
         return int(struct.unpack("<Q", self.take(8))[0])
 
     def string(self) -> str:
-        return bytes(self.take(self.u64())).decode(errors="replace")
+        return self.take(self.u64()).decode(errors="replace")
 
     def numbers(self, kind: int, count: int) -> list[Any]:
         if kind not in _NUMBERS:
@@ -78,19 +85,18 @@ class _Cursor:
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorData]]:
     """Metadata, and tensors by name. Raises UserError where the file is missing, truncated, damaged or not GGUF."""
     try:
-        content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise UserError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
+            file.seek(0)
+            return _parse(path, _Cursor(file, path.stat().st_size))
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-    if bytes(content[:4]) != b"GGUF":
-        raise UserError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
-    try:
-        return _parse(content)
     except ValueError as error:
         raise UserError(f"{path} is truncated or damaged: {error}. Copy or download it again.") from error
 
 
-def _parse(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, TensorData]]:
-    cursor = _Cursor(content)
+def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorData]]:
     cursor.take(4)
     if (version := cursor.u32()) not in (2, 3):
         raise ValueError(f"its version is {version}, not 2 or 3 of little-endian GGUF")
@@ -104,18 +110,25 @@ def _parse(content: NDArray[np.uint8]) -> tuple[dict[str, Any], dict[str, Tensor
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"its alignment is {alignment}")
     begin = -(-cursor.position // alignment) * alignment
-    tensors = {name: _tensor(content, begin + offset, name, shape, kind) for name, shape, kind, offset in infos}
+    tensors = {
+        name: TensorData(shape, kind.name, path, begin + offset, _size(name, shape, kind))
+        for name, shape, kind, offset in infos
+    }
     if len(tensors) != len(infos):
         raise ValueError("two of its tensors have the same name")
-    _check_apart({offset: len(tensors[name].data) for name, _, _, offset in infos}, len(infos))
+    _check_places(tensors, cursor.size)
     return metadata, tensors
 
 
-def _check_apart(sizes: dict[int, int], count: int) -> None:
-    """Raises ValueError where tensors, offset -> bytes, lie over each other."""
-    ends = [offset + size for offset, size in sorted(sizes.items())]
-    if len(sizes) != count or any(end > begin for end, begin in zip(ends, sorted(sizes)[1:], strict=False)):
-        raise ValueError("some of its tensors lie over each other")
+def _check_places(tensors: dict[str, TensorData], size: int) -> None:
+    """Raises ValueError where tensors lie over each other, or behind the end of the file of so many bytes."""
+    end = 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
+        if tensor.begin < end:
+            raise ValueError("some of its tensors lie over each other")
+        end = tensor.begin + tensor.nbytes
+        if end > size:
+            raise ValueError(f"it ends at byte {size}, but tensor {name} goes up to byte {end}")
 
 
 def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
@@ -128,13 +141,8 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, 
     return name, shape, GGMLQuantizationType(cursor.u32()), cursor.u64()
 
 
-def _tensor(
-    content: NDArray[np.uint8], begin: int, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
-) -> TensorData:
+def _size(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
     block, block_bytes = GGML_QUANT_SIZES[kind]
     if shape[-1] % block:
         raise ValueError(f"{shape[-1]} columns of tensor {name} are not a multiple of {block}")
-    size = math.prod(shape) // block * block_bytes
-    if begin + size > len(content):
-        raise ValueError(f"it ends at byte {len(content)}, but tensor {name} goes up to byte {begin + size}")
-    return TensorData(shape, kind.name, content[begin : begin + size])
+    return math.prod(shape) // block * block_bytes

@@ -69,6 +69,11 @@ class _Given(nn.Module):
         return self._states
 
 
+def _empty(module: nn.Module) -> None:
+    """Drop a module's weights, whoever still holds it."""
+    module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
+
+
 def _rounded_by(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return rounding(arguments[0])
@@ -131,8 +136,7 @@ class BlockModel:
         """Drop the weights of the embedding and the output; they are read again when they are used."""
         output = [] if self.architecture.encoder else [self.architecture.output.removesuffix(".weight")]
         for name in [*self._embeddings(), *output]:
-            module = self._model.get_submodule(name)
-            module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
+            _empty(self._model.get_submodule(name))
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""
@@ -145,9 +149,11 @@ class BlockModel:
         return block
 
     def blocks(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block with its weights, one at a time."""
+        """Every block with its weights, one at a time: those of one are gone when the next is asked for."""
         for index in range(len(self)):
-            yield index, self.block(index)
+            block = self.block(index)
+            yield index, block
+            _empty(block)
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after `block`; `start` must have seen the same batch shape before."""

@@ -112,6 +112,7 @@ def block_logits(
     check_predicts(model.architecture)
     listener.stage(description, len(model) * len(windows))
     hidden = [model.start(torch.from_numpy(window)[None]) for window in windows]
+    model.let_go()
     for _, block in model.blocks():
         with torch.no_grad():
             for window, state in enumerate(hidden):

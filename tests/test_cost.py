@@ -104,7 +104,7 @@ def test_depth_costs_disk_but_no_memory_before_tuning() -> None:
 def forecast_of(config: dict[str, Any]) -> Forecast:
     """For a config that is not on disk."""
     recipe = Recipe("config.json", "gguf:Q4_K")
-    return Forecast(Work(recipe, config, plan_recipe(ConfigModel(config), recipe)), 24 * 10**9, None)
+    return Forecast(Work(recipe, config, plan_recipe(ConfigModel(config), recipe)), 24 * 10**9, 24 * 10**9)
 
 
 def test_tuned_numbers_are_those_of_the_superblocks() -> None:

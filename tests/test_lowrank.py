@@ -396,8 +396,8 @@ def test_an_adapter_file_holds_the_artifacts_factors(by_hand: Artifact, tmp_path
         "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0,
     }  # fmt: skip
     assert sum(tensor.data.nbytes for tensor in tensors.values()) == sum(sizes)
-    first = min(tensor.data.ctypes.data for tensor in tensors.values())
-    last = max(tensor.data.ctypes.data + tensor.data.nbytes for tensor in tensors.values())
+    first = min(tensor.begin for tensor in tensors.values())
+    last = max(tensor.begin + tensor.nbytes for tensor in tensors.values())
     assert last - first == sum(sizes), "float32 tensors of these shapes need no padding"
     found = GGUFAdapter(tmp_path / "a.gguf", by_hand.config())
     assert sorted(found.names()) == sorted(filter(is_factor, by_hand.manifest()))

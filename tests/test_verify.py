@@ -18,6 +18,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from lqexport import card, llamacpp, report
@@ -34,7 +35,7 @@ from lqexport.source import open_source
 from lqexport.texts import Text, read_text
 from lqexport.verification import Verification
 from lqexport.verify_predictions import check_tokenizer
-from lqexport.verify_tensors import relative_energy
+from lqexport.verify_tensors import relative_error
 from lqexport.verifying import check_overlap, verify
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -362,11 +363,13 @@ def test_expected_shapes_leave_out_a_tied_output(tiny_model: Path) -> None:
     assert tied[DOWN] == (256, 512)
 
 
-def test_relative_energy_by_hand() -> None:
-    vectors = [np.array(values, np.float32) for values in ([3, 4], [0, 10], [0, 0])]
-    assert relative_energy(vectors[0], vectors[1]) == pytest.approx(0.25)
-    assert relative_energy(vectors[2], vectors[2]) == 0
-    assert relative_energy(vectors[0], vectors[2]) == math.inf
+def test_relative_error_by_hand() -> None:
+    original, nothing = torch.tensor([[0.0, 10.0]]).half(), torch.zeros(1, 2)
+    assert relative_error(np.array([[3, 14]], np.float32), original) == pytest.approx(0.25)
+    assert relative_error(np.zeros((1, 2), np.float32), nothing) == 0
+    assert relative_error(np.array([[3, 4]], np.float32), nothing) == math.inf
+    many = torch.arange(3000.0)[:, None]  # more rows than are compared at once
+    assert relative_error(np.zeros((3000, 1), np.float32), many) == pytest.approx(1)
 
 
 # Reports.
