@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, TypeVar
 import pytest
 
 if TYPE_CHECKING:
+    import torch
+
     from lqexport.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
@@ -174,6 +176,33 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
                 artifact.write(round_tensor(tensor.name, weights, tensor.codec))
         artifact.finish([tensor.name for tensor in (*planned, *factors)], {"tensors": []})
         return artifact
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_problem() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    """Draws weights [64, 256], one row of zeros and one of tiny numbers, and second moments of inputs of very different
+    sizes, one always zero; with `far_out`, some weights are far out and one row is positive."""
+
+    def make(far_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        from lqexport.moments import SecondMoments
+
+        draw = torch.Generator().manual_seed(1)
+        weights = torch.randn(64, 256, generator=draw) * torch.rand(64, 1, generator=draw) / 16
+        if far_out:
+            weights *= 1 + 3 * (torch.rand(64, 256, generator=draw) > 0.99)
+            weights[7] = weights[7].abs() + 0.1
+        weights[3] = 0
+        weights[5] *= 1e-7
+        mixing = torch.randn(256, 256, generator=draw) / 16 + torch.eye(256)
+        inputs = torch.randn(1024, 256, generator=draw) @ mixing * torch.rand(256, generator=draw).pow(2)
+        inputs[:, 100] = 0
+        moments = SecondMoments(256, "plain", torch.device("cpu"))
+        moments.add(inputs)
+        return weights, moments.hessian()
 
     return make
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from lqexport.factor import factorize
 from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
 from lqexport.linear import solve_linear
-from lqexport.moments import SecondMoments
 from lqexport.recipe import Recipe
 from lqexport.sections import TensorSections
 
@@ -24,19 +24,8 @@ every_name = pytest.mark.parametrize("name", NAMES)
 
 
 @pytest.fixture(scope="module")
-def problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [64, 256], one row of zeros and one of tiny numbers, and second moments of inputs of very different
-    sizes, one always zero."""
-    draw = torch.Generator().manual_seed(1)
-    weights = torch.randn(64, 256, generator=draw) * torch.rand(64, 1, generator=draw) / 16
-    weights[3] = 0
-    weights[5] *= 1e-7
-    mixing = torch.randn(256, 256, generator=draw) / 16 + torch.eye(256)
-    inputs = torch.randn(1024, 256, generator=draw) @ mixing * torch.rand(256, generator=draw).pow(2)
-    inputs[:, 100] = 0
-    moments = SecondMoments(256, "plain", torch.device("cpu"))
-    moments.add(inputs)
-    return weights, moments.hessian()
+def problem(make_problem: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return make_problem()
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -18,7 +19,6 @@ from lqexport.formats.codec import Grid, Planes, Scales, Sections
 from lqexport.formats.gptq import GPTQ, LEVELS, Gptq
 from lqexport.formats.registry import codec
 from lqexport.linear import solve_linear
-from lqexport.moments import SecondMoments
 from lqexport.recipe import Recipe
 from lqexport.sections import TensorSections, ZeroSection
 
@@ -132,21 +132,8 @@ def test_planes_that_readers_decode_otherwise_are_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [64, 256], some of them far out, one row of zeros, one of tiny numbers, one all positive; and second
-    moments of inputs of very different sizes, one always zero."""
-    draw = torch.Generator().manual_seed(1)
-    weights = torch.randn(64, 256, generator=draw) * torch.rand(64, 1, generator=draw) / 16
-    weights *= 1 + 3 * (torch.rand(64, 256, generator=draw) > 0.99)
-    weights[3] = 0
-    weights[5] *= 1e-7
-    weights[7] = weights[7].abs() + 0.1
-    mixing = torch.randn(256, 256, generator=draw) / 16 + torch.eye(256)
-    inputs = torch.randn(1024, 256, generator=draw) @ mixing * torch.rand(256, generator=draw).pow(2)
-    inputs[:, 100] = 0
-    moments = SecondMoments(256, "plain", torch.device("cpu"))
-    moments.add(inputs)
-    return weights, moments.hessian()
+def problem(make_problem: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return make_problem(far_out=True)
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:
