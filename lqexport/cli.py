@@ -113,6 +113,7 @@ def quantize(
     seed: option.Seed = None,
     moments: option.Moments = None,
     output_groups: option.OutputGroups = None,
+    guided_power: option.GuidedPower = None,
     prefix: option.Prefix = None,
     compute_dtype: option.ComputeDtype = None,
     asymmetric: option.Asymmetric = None,

@@ -220,13 +220,14 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
-    processes: Processes = ALONE, keep: Keep = in_place, held: bool = False,
+    processes: Processes = ALONE, keep: Keep = in_place, held: bool = False, power: float = 1.0,
 ) -> Iterator[BlockMoments]:  # fmt: skip
     """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what
     a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the outputs of the next one. It
     is empty when all is done. `held`: by one process, all that is held in memory, and a stopped pass begins anew."""
     shards = sharded(tokens)
-    new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep)
+    new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep,
+                  power=power)  # fmt: skip
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards), held)
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions

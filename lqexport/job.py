@@ -194,7 +194,7 @@ class Job:
         """What second moments depend on."""
         assert self.calibration is not None
         recipe = self.recipe
-        keys = ("samples", "sequence_length", "seed", "moments", "output_groups")
+        keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "guided_power")
         return {
             "versions": versions("lqexport", "torch", "transformers"),
             "source_fingerprint": self.source.fingerprint,
@@ -244,7 +244,7 @@ class Job:
             folder = self.work / "guided"
             held = self.room.states and self.processes.count == 1
             return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes,
-                                  self.room.moments.keep, held)  # fmt: skip
+                                  self.room.moments.keep, held, recipe.guided_power)  # fmt: skip
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
         return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes,

@@ -21,7 +21,9 @@ class SecondMoments:
                  H, and the solver spends its freedom on outputs that the end loss does not depend on
     guided       the mean over the outputs j of (d loss / d z_tj)^2, z = W x, loss the summed cross-entropy: Kim et al.
                  2025 (GuidedQuant, eq. 7), one H for each of `output_groups` equal runs of outputs. Half of d H d^T,
-                 summed over rows, then estimates in nats per token what the error d of the weights costs the model
+                 summed over rows, then estimates in nats per token what the error d of the weights costs the model.
+                 These means are raised to `power` first: below 1, fewer tokens rule H, and it holds better on text that
+                 it was not taken from. H then gets the trace that it has at 1, so it still estimates nats
 
     Tokens may come in shards: each is summed by itself, and the sums are added in the order of the shards, so the bits
     do not depend on which process of several had which. `keep` says where the total is: it is only added to, and
@@ -29,15 +31,17 @@ class SecondMoments:
     """
 
     def __init__(
-        self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1, keep: Keep = in_place
-    ) -> None:
-        self.kind, self._keep = kind, keep
+        self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1, keep: Keep = in_place,
+        power: float = 1.0,
+    ) -> None:  # fmt: skip
+        self.kind, self.power, self._keep = kind, power, keep
         self._shape, self._device = (output_groups, columns, columns), device
         self._shard: Tensor | None = None
         self._total: Tensor | None = None
         self._finished: Tensor | None = None
-        self._tokens = torch.zeros((), device=device, dtype=torch.float64)
-        self._shard_tokens = torch.zeros_like(self._tokens)
+        # The number of tokens; then, guided, the trace of each output group's sum at power 1, and as it is.
+        self._counts = torch.zeros(1 + 2 * output_groups, device=device, dtype=torch.float64)
+        self._shard_counts = torch.zeros_like(self._counts)
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
         """Add inputs [..., C] of any float dtype; products and sums are float32, on a GPU cuBLAS's (see
@@ -46,29 +50,37 @@ class SecondMoments:
 
         A token whose input or weight is not finite, or whose square overflows, is left out."""
         x = inputs.reshape(-1, inputs.shape[-1]).float()
-        weights = self._weights(x, gradient)
-        usable = sum(weights, x.square().sum(1)).isfinite()
-        x = torch.where(usable[:, None], x, 0.0)
+        weights, energy = self._weights(x, gradient), x.square().sum(1)
+        usable = sum(weights, energy).isfinite()
+        x, weights = torch.where(usable[:, None], x, 0.0), [torch.where(usable, weight, 0.0) for weight in weights]
+        self._shard_counts[0] += usable.sum()
+        if self.power != 1:
+            weights = self._raised(weights, torch.where(usable, energy, 0.0).double())
         if self._shard is None:
             self._shard = torch.zeros(self._shape, device=self._device)
         columns = x.shape[1]
         for lower, weight in zip(self._shard, weights, strict=True):
-            weighted = x * torch.where(usable, weight, 0.0).sqrt()[:, None]
+            weighted = x * weight.sqrt()[:, None]
             for start in range(0, columns, width := -(-columns // PANELS)):
                 panel = slice(start, start + width)
                 lower[start:, panel].addmm_(weighted[:, start:].T, weighted[:, panel])
-        self._shard_tokens += usable.sum()
+
+    def _raised(self, weights: list[Tensor], energy: Tensor) -> list[Tensor]:
+        """The weights to the power, counting what both make of the tokens' energy float64 [tokens]."""
+        raised = [weight.double().pow(self.power) for weight in weights]
+        self._shard_counts[1:] += torch.stack([weight.double() @ energy for weight in (*weights, *raised)])
+        return [weight.float() for weight in raised]
 
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
         """Add what has come since the last call to the total, which process `owner` keeps: the shards of the first
         `senders` processes, in their order."""
         shard = torch.zeros(self._shape, device=self._device) if self._shard is None else self._shard
-        tokens = self._shard_tokens
-        self._shard, self._shard_tokens = None, torch.zeros_like(tokens)
+        counts = self._shard_counts
+        self._shard, self._shard_counts = None, torch.zeros_like(counts)
         for part in processes.collected(shard, owner, senders):
             self._total = self._keep(part) if self._total is None else self._total.add_(part.to(self._total.device))
-        for part in processes.collected(tokens, owner, senders):
-            self._tokens += part
+        for part in processes.collected(counts, owner, senders):
+            self._counts += part
 
     def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
         """Each token's weight [tokens], for each output group."""
@@ -91,13 +103,18 @@ class SecondMoments:
 
     def _mean(self, total: Tensor) -> Tensor:
         """`hessian` in the place of the sums [output groups, C, C] below the diagonal."""
-        if not self._tokens:
+        tokens, groups = self._counts[0].clamp_min(1), len(total)
+        if not self._counts[0]:
             total.diagonal(dim1=1, dim2=2).fill_(1)
         for start in range(0, columns := total.shape[-1], width := -(-columns // PANELS)):
             corner = total[:, start : start + width, start : start + width]
             corner.copy_(corner.tril() + corner.tril(-1).mT)
             total[:, start : start + width, start + width :] = total[:, start + width :, start : start + width].mT
-        total /= self._tokens.clamp_min(1).to(total.device)
+        divisor = tokens.expand(groups)
+        if self.power != 1:
+            at_one, raised = self._counts[1:].split(groups)
+            divisor = divisor * torch.where(at_one > 0, raised / at_one, 1.0)
+        total /= divisor.to(total.device, torch.float32)[:, None, None]
         return total[0] if len(total) == 1 else total
 
 

@@ -41,6 +41,7 @@ class Recipe:
     seed: int = 0
     moments: Moments = "guided"
     output_groups: int = 1
+    guided_power: float = 0.5
     prefix: Prefix = "full"
     compute_dtype: ComputeDtype | None = None
     asymmetric: bool = False
@@ -85,6 +86,8 @@ class Recipe:
             )
         if self.output_groups > 1 and self.moments != "guided":
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
+        if not 0 < self.guided_power <= 1:
+            raise UserError(f"guided_power must be above 0 and at most 1, not {self.guided_power}.")
         if self.solver == "exact" and self.method == "rtn":
             raise UserError("Method rtn solves nothing: leave out the solver exact, or take method lean.")
         if self.asymmetric and self.prefix != "quantized":

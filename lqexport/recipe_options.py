@@ -41,6 +41,10 @@ Moments = Annotated[
 OutputGroups = Annotated[
     int | None, _option("output_groups", "Runs of a linear's outputs with guided moments of their own.")
 ]
+GuidedPower = Annotated[
+    float | None,
+    _option("guided_power", "Power of a token's weight in guided moments: lower, fewer tokens rule. GuidedQuant: 1."),
+]
 Prefix = Annotated[
     str | None, _option("prefix", "Inputs of a block come from the full or the quantized blocks before.")
 ]

@@ -94,7 +94,7 @@ def test_what_does_not_fit_is_said() -> None:
 
 
 def test_depth_costs_disk_but_no_memory_before_tuning() -> None:
-    shallow = planned("llama-3.1-8b")
+    shallow = forecast_of(planned("llama-3.1-8b").work.config)
     deep = forecast_of(shallow.work.config | {"num_hidden_layers": 64})
     for stage, needed in shallow.stages.items():
         assert (deep.stages[stage] == needed) == (stage != "tuning")
@@ -102,7 +102,7 @@ def test_depth_costs_disk_but_no_memory_before_tuning() -> None:
 
 
 def forecast_of(config: dict[str, Any]) -> Forecast:
-    """For a config that is not on disk."""
+    """For a config that is not on disk, without room for all hidden states."""
     recipe = Recipe("config.json", "gguf:Q4_K")
     return Forecast(Work(recipe, config, plan_recipe(ConfigModel(config), recipe)), 24 * 10**9, 24 * 10**9)
 

@@ -63,6 +63,29 @@ def test_guided_moments_are_those_of_autograd(tiny_model: Path, tokens: Tensor, 
     assert not list((tmp_path / "work").iterdir())
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_powers_of_the_weights_keep_the_trace(groups: int) -> None:
+    draw = torch.Generator().manual_seed(5)
+    x = torch.randn(50, 12, generator=draw)
+    gradient = torch.randn(50, 4, generator=draw) * torch.rand(50, 1, generator=draw) ** 3
+    gradient[7] = torch.nan  # left out
+    halves = [(x[:20], gradient[:20]), (x[20:], gradient[20:])]
+    found = {}
+    for power in (1.0, 0.5):
+        moments = SecondMoments(12, "guided", CPU, groups, power=power)
+        for part in halves:
+            moments.add(*part)
+            moments.end_shard()
+        found[power] = moments.hessian().reshape(groups, 12, 12)
+    weights = gradient.unflatten(1, (groups, -1)).square().mean(2)
+    for group in range(groups):
+        weight = weights[:, group].nan_to_num(0.0)
+        expected = torch.einsum("t,ti,tj->ij", weight.sqrt(), x, x)
+        expected *= torch.einsum("t,ti,ti->", weight, x, x) / expected.trace() / 49
+        torch.testing.assert_close(found[0.5][group], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(found[0.5], found[1.0], rtol=0.1)
+
+
 def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     """And leave no file, also while the pass is under way."""
     model = BlockModel(open_source(str(tiny_model)))
@@ -141,6 +164,7 @@ def test_a_damaged_cache_is_said(recipe: Recipe, tmp_path: Path) -> None:
         ({"moments": "plain", "output_groups": 2}, "Only guided"),
         ({"asymmetric": True}, "needs prefix 'quantized'"),
         ({"moments": "guided", "output_groups": 3}, "do not divide"),
+        ({"guided_power": 0.0}, "above 0"),
     ],
 )
 def test_options_that_do_not_go_together(
