@@ -170,7 +170,7 @@ class Sweep:
         if self.unexpected():
             status = self.run(OFF)
             self.check(status == 0, f"{what}: exit status {status} afterwards")
-        self.check(not (files := self.unexpected()), f"{what}: afterwards not as without the fault: {files}")
+        self.check(not (files := self.unexpected()), f"{what}: afterwards not as without the fault: {files[:5]}")
 
     def unexpected(self) -> list[str]:
         """Files that are missing, have other bytes than after an undisturbed run, or should not be there."""
@@ -189,7 +189,7 @@ class Sweep:
         """The clock jumps back."""
         self.clear()
         self.check(self.run(CLOCK) == 0, "clock: does not run")
-        self.check(not (files := self.unexpected()), f"clock: other bytes in {files}")
+        self.check(not (files := self.unexpected()), f"clock: other bytes in {files[:5]}")
 
     def check(self, good: bool, sentence: str) -> None:
         if not good:

@@ -31,7 +31,9 @@ from numpy.typing import NDArray
 
 from lqexport.converters.config_check import check_config
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
-from lqexport.files import cannot_write, file_digest, inside, json_bytes, read_json, write_json, written_whole
+from lqexport.files import (
+    cannot_write, file_digest, inside, json_bytes, read_json, unfinished, write_json, written_whole,
+)  # fmt: skip
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
 from lqexport.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
@@ -219,7 +221,8 @@ class Artifact:
                     "Choose another output folder, or delete this one."
                 )
             return
-        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        ours = {unfinished(self.folder / "run.json")}
+        if self.folder.exists() and (not self.folder.is_dir() or set(self.folder.iterdir()) - ours):
             raise UserError(f"{self.folder} exists and is not an lqexport artifact. Choose another output folder.")
         write_json(self.folder / "run.json", run)
 

@@ -23,7 +23,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     Raises UserError where the disk is full or the place cannot be written, and where another process is writing the
     same file; the half-written file is removed.
     """
-    temporary = path.with_name(f".{path.name}.part")
+    temporary = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb", opener=_without_truncating) as file:
@@ -39,6 +39,11 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         _sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file is while it is being written, and stays if the process is killed."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _without_truncating(path: str, flags: int) -> int:

@@ -49,6 +49,13 @@ def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_bytes() == b"new"
 
 
+def test_a_run_killed_in_its_first_write_can_be_given_again(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".run.json.part").write_text("{")
+    quantize(Recipe(str(tiny_model), "gguf:F16"), tmp_path / "out")
+    assert not (tmp_path / "out" / ".run.json.part").exists()
+
+
 def test_one_folder_is_written_by_one_process(tiny_model: Path, tmp_path: Path) -> None:
     recipe, out = Recipe(str(tiny_model), "gguf:F16"), tmp_path / "out"
     with claimed(out), pytest.raises(UserError, match="Another process is writing"):
