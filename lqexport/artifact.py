@@ -32,8 +32,15 @@ from numpy.typing import NDArray
 from lqexport.converters.config_check import check_config
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.files import (
-    cannot_write, file_digest, inside, json_bytes, read_json, unfinished, write_json, written_whole,
-)  # fmt: skip
+    cannot_write,
+    file_digest,
+    inside,
+    json_bytes,
+    read_json,
+    unfinished,
+    write_json,
+    written_whole,
+)
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec
 from lqexport.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
