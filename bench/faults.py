@@ -85,24 +85,31 @@ def recipes(work: Path) -> dict[str, Recipe]:
     }
 
 
-def commands(work: Path) -> dict[str, Command]:
-    """Every command that writes a model, on a tiny one; the artifacts to export are made here, undisturbed."""
+def commands(work: Path, only: str) -> dict[str, Command]:
+    """Every command that writes a model and whose name holds `only`, on a tiny model; the artifacts to export are made
+    here, undisturbed."""
     from lqexport.exporting import export
     from lqexport.pipeline import quantize
 
+    known, folder, file = recipes(work), work / "out" / "model", work / "out" / "model.gguf"
     found: dict[str, Command] = {}
-    for name, recipe in recipes(work).items():
-        quantize(recipe, work / name)
+    for name, recipe in known.items():
         found[f"quantize {recipe.target}"] = partial(quantize, recipe, work / "out" / name)
-    folder, file = work / "out" / "model", work / "out" / "model.gguf"
-    for name in ("exl2", "native", "gptq"):
-        found[f"to-{name}"] = partial(export, work / name, folder)
-    found["to-compressed-tensors"] = partial(export, work / "gptq", folder, format="compressed-tensors")
-    found["to-peft"] = partial(export, work / "corrected", folder, format="peft")
-    found["to-gguf"] = partial(export, work / "auto", file)
-    found["to-gguf in files"] = partial(export, work / "auto", file, split_max_size="30K")
-    found["to-gguf and adapter"] = partial(export, work / "corrected", file, adapter=file.with_name("adapter.gguf"))
-    return found
+    exports: dict[str, tuple[str, Path, dict[str, Any]]] = {
+        "to-gguf": ("auto", file, {}),
+        "to-gguf in files": ("auto", file, {"split_max_size": "30K"}),
+        "to-gguf and adapter": ("corrected", file, {"adapter": file.with_name("adapter.gguf")}),
+        "to-peft": ("corrected", folder, {"format": "peft"}),
+        "to-exl2": ("exl2", folder, {}),
+        "to-native": ("native", folder, {}),
+        "to-gptq": ("gptq", folder, {}),
+        "to-compressed-tensors": ("gptq", folder, {"format": "compressed-tensors"}),
+    }
+    for name, (made, path, options) in exports.items():
+        if only in name:
+            quantize(known[made], work / made)
+        found[name] = partial(export, work / made, path, **options)
+    return {name: command for name, command in found.items() if only in name}
 
 
 class Sweep:
@@ -255,9 +262,7 @@ def main() -> None:
     if "faults.so" not in os.environ.get("LD_PRELOAD", ""):
         preload(work)
     wrong, total = 0, Counter[str]()
-    for name, command in commands(work).items():
-        if arguments.only not in name:
-            continue
+    for name, command in commands(work, arguments.only).items():
         sweep = Sweep(command, work)
         for fault, mode in FAULTS.items():
             count = sweep.operations(mode)

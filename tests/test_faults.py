@@ -22,7 +22,7 @@ from lqexport.recipe import Recipe
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs LD_PRELOAD and gcc")
 def test_a_sample_of_all_faults(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(root / "bench" / "faults.py"), "--work", str(tmp_path / "work")]
-    command += ["--every", "1000", "--first", "40", "--only", "native"]
+    command += ["--every", "1000", "--first", "12", "--only", "native"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
