@@ -96,7 +96,9 @@ def search(target: Target, place: Path, seconds: int) -> None:
     file, sound = scratch / target.file, target.sound / target.file
     shutil.copyfile(sound, corpus / "sound")
     warnings.simplefilter("ignore")
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), sys.stderr.fileno())
+    messages = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(messages, stream.fileno())
 
     def read(content: bytes) -> None:
         file.write_bytes(content)
