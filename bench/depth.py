@@ -1,9 +1,14 @@
-"""Does memory depend on a model's depth? Peaks of quantize, to-gguf and verify on random Llamas, made block by block.
+"""Does memory depend on a model's depth, and where does time go? quantize, to-gguf and verify on random Llamas, made
+block by block.
 
-    python bench/depth.py --work FOLDER [--layers 2 8] [--hidden 512] [--intermediate 1536] [--vocabulary 512] [-- ...]
+    python bench/depth.py --work FOLDER [--layers 2 8] [--hidden 512] [--intermediate 1536] [--vocabulary 512]
+        [--device cpu] [--limit 6GB] [-- ...]
 
-The model is never in memory: each block is a safetensors file of its own. What follows `--` goes to `quantize`.
-Prints JSON: for each depth the bytes of the model, and of each command the seconds and the peak resident memory.
+The model is never in memory: each block is a safetensors file of its own. What follows `--` goes to `quantize`. With
+`--limit`, no command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes
+what they are made of into FOLDER/depth.json: for each depth the bytes of the model, and of each command the seconds and
+the peak memory; then the seconds of each stage beside the least that this machine could take for its operations and its
+bytes (bench/floors.py). One depth is on the disk at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +17,9 @@ import argparse
 import json
 import os
 import random
-import subprocess
+import runpy
+import shutil
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +28,8 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+timed = runpy.run_path(str(Path(__file__).with_name("stages.py")))["timed"]
 
 OPTIONS = ["--target", "gguf:Q4_K", "--samples", "8", "--sequence-length", "64", "--descent", "1", "--tune", "2"]
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -37,13 +44,14 @@ def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocab
     folder.mkdir(parents=True)
     config = LlamaConfig(
         vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 256), tie_word_embeddings=False,
+        num_attention_heads=hidden // (128 if hidden >= 4096 else 64), tie_word_embeddings=False,
+        num_key_value_heads=max(1, hidden // (512 if hidden >= 4096 else 256)),
         architectures=["LlamaForCausalLM"], dtype="float16",
     )  # fmt: skip
     config.save_pretrained(folder)
-    draw, files = torch.Generator().manual_seed(0), {}
+    pool, draw, files = _pool(config), random.Random(0), {}
     for part, shapes in _parts(config):
-        tensors = {name: _random(shape, draw) for name, shape in shapes.items()}
+        tensors = {name: _random(shape, pool, draw) for name, shape in shapes.items()}
         save_file(tensors, folder / f"{part}.safetensors", {"format": "pt"})
         files |= dict.fromkeys(tensors, f"{part}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
@@ -66,10 +74,18 @@ def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special, eos_token=special)
 
 
-def _random(shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
+def _pool(config: LlamaConfig) -> torch.Tensor:
+    """Normal float16 numbers for the largest matrix, and some more to begin elsewhere: drawing each would take longer
+    than writing them."""
+    largest = config.hidden_size * max(config.vocab_size, config.intermediate_size)
+    return torch.randn(largest + (1 << 20), generator=torch.Generator().manual_seed(0)).half()
+
+
+def _random(shape: tuple[int, ...], pool: torch.Tensor, draw: random.Random) -> torch.Tensor:
     if len(shape) == 1:
         return torch.ones(shape, dtype=torch.float16)
-    return (torch.randn(shape, generator=draw) * shape[-1] ** -0.5).half()
+    start = draw.randrange(1 << 20)
+    return pool[start : start + shape[0] * shape[1]].view(shape) * shape[1] ** -0.5
 
 
 def _parts(config: LlamaConfig) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
@@ -86,14 +102,14 @@ def _parts(config: LlamaConfig) -> Iterator[tuple[str, dict[str, tuple[int, ...]
         yield f"block-{index}", {f"model.layers.{index}.{name}.weight": shape for name, shape in block.items()}
 
 
-def commands(folder: Path, options: list[str]) -> dict[str, list[str]]:
+def commands(folder: Path, options: list[str], device: str = "cpu") -> dict[str, list[str]]:
     """The arguments of each command for the model in `folder`/model."""
     model, out, file = (str(folder / name) for name in ("model", "out", "model.gguf"))
-    text = str(folder / "model" / "text.txt")
+    text, one = str(folder / "model" / "text.txt"), ["--windows", "1", "--max-perplexity-ratio", "0"]
     return {
-        "quantize": ["quantize", model, out, "--calibration", text, "--device", "cpu", *options],
+        "quantize": ["quantize", model, out, "--calibration", text, "--device", device, *options],
         "to-gguf": ["to-gguf", out, file],
-        "verify": ["verify", file, "--against", model, "--text", text, "--windows", "1", "--max-perplexity-ratio", "0"],
+        "verify": ["verify", file, "--against", model, "--text", text, "--device", device, *one],
     }
 
 
@@ -113,19 +129,85 @@ def run_here(folder: Path, options: list[str]) -> dict[str, float]:
     return peaks
 
 
-def run_apart(folder: Path, options: list[str]) -> dict[str, Any]:
-    """Run each command in a process of its own: its seconds and peak resident bytes."""
-    code = (
-        "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'lqexport', *sys.argv[1:]],"
-        "check=True, stdout=2); print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024)"
-    )
+def run_apart(folder: Path, options: list[str], device: str, limit: int) -> dict[str, Any]:
+    """Run each command in a process of its own, with at most `limit` bytes of memory (0: any): its seconds,
+    those of its stages, and its peak bytes, resident and on a GPU."""
     found = {}
-    for name, arguments in commands(folder, options).items():
-        began = time.perf_counter()
-        command = [sys.executable, "-c", code, *arguments]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | STEADY)
-        found[name] = {"seconds": time.perf_counter() - began, "peak_bytes": int(done.stdout.split()[-1])}
+    for name, arguments in commands(folder, options, device).items():
+        command = [sys.executable, str(Path(__file__).with_name("peak.py")), str(limit), *arguments]
+        ran = timed(command, os.environ | STEADY)
+        peaks = json.loads(ran.printed.splitlines()[-1])
+        found[name] = {"seconds": ran.seconds, "stages": ran.stages, **peaks}
     return found
+
+
+def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
+    """Seconds by the names in bench/floors.py. Passes are what is left of the stages in which linears are solved, each
+    of which the log times, writing included."""
+    seconds, log = ran["quantize"]["stages"], (artifact / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    solving = sum(json.loads(line).get("seconds", 0.0) for line in log)
+    return {
+        "rounding": seconds["Rounding embeddings and norms"],
+        "passes": seconds.get("Forward pass", 0.0) + seconds["Quantizing"] - solving,
+        "solving": solving,
+        "tuning": seconds.get("Predictions of the source", 0.0) + seconds.get("Tuning end to end", 0.0),
+        "to-gguf": ran["to-gguf"]["seconds"],
+        "verify": ran["verify"]["seconds"],
+    }
+
+
+def measured(given: argparse.Namespace, layers: int, options: list[str]) -> dict[str, Any]:
+    """All of one depth; nothing of it stays on the disk."""
+    from lqexport.sizes import memory_size
+
+    floor, folder = runpy.run_path(str(Path(__file__).with_name("floors.py"))), given.work / str(layers)
+    write_model(folder / "model", layers, given.hidden, given.intermediate, given.vocabulary)
+    model_bytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
+    ran = run_apart(folder, options, given.device, memory_size(given.limit) if given.limit else 0)
+    work = floor["work_of"](folder / "out")
+    machine = floor["measured"](given.work, given.device, work.recipe.compute_dtype_on(given.device.partition(":")[0]))
+    stages = {name: {"seconds": seconds} for name, seconds in took(folder / "out", ran).items()}
+    for name, (operations, moved) in floor["floors"](work, machine).items():
+        stages[name] |= {"operations": operations, "bytes": moved}
+    shutil.rmtree(folder)
+    return {"model_bytes": model_bytes, "commands": ran, "stages": stages, "machine": vars(machine)}
+
+
+def tables(result: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """Lines for people: memory and seconds by depth, with the growth from the first to the last; stages of the last."""
+    yield "| layers | model GB | command | seconds | resident GB | device GB |\n|---|---|---|---|---|---|"
+    for layers, found in result.items():
+        for name, ran in found["commands"].items():
+            yield (
+                f"| {layers} | {found['model_bytes'] / 1e9:.2f} | {name} | {ran['seconds']:.1f} "
+                f"| {ran['peak_bytes'] / 1e9:.3f} | {ran.get('device_peak_bytes', 0) / 1e9:.3f} |"
+            )
+    yield from _growth(result)
+    layers, last = list(result.items())[-1]
+    yield f"\n| stage, {layers} layers | seconds | operations, least | bytes, least |\n|---|---|---|---|"
+    for name, stage in last["stages"].items():
+        yield f"| {name} | {stage['seconds']:.1f} | {stage['operations']:.2f} | {stage['bytes']:.2f} |"
+    rates = last["machine"]
+    yield (
+        f"\nMatrix products: {rates['float32'] / 1e12:.3f} (float32), {rates['passes'] / 1e12:.3f} (passes), "
+        f"{rates['float64'] / 1e12:.3f} (float64) TFLOP/s; disk: {rates['read'] / 1e9:.2f} GB/s read, "
+        f"{rates['write'] / 1e9:.2f} written"
+    )
+
+
+def _growth(result: dict[int, dict[str, Any]]) -> Iterator[str]:
+    """Of the peaks, and by a straight line through the first and the last depth the seconds of a layer and of 32."""
+    (fewest, first), *_, (most, last) = [*result.items(), *result.items()]
+    if fewest == most:
+        return
+    yield ""
+    for name, ran in last["commands"].items():
+        before = first["commands"][name]
+        layer = (ran["seconds"] - before["seconds"]) / (most - fewest)
+        yield (
+            f"{name}: {ran['peak_bytes'] / before['peak_bytes'] - 1:+.1%} resident from {fewest} to {most} layers; "
+            f"{layer:.2f} s a layer, by a straight line {before['seconds'] + (32 - fewest) * layer:.0f} s for 32"
+        )
 
 
 def main() -> None:
@@ -134,15 +216,15 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8])
     for name, default in (("hidden", 512), ("intermediate", 1536), ("vocabulary", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--limit")
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :] or OPTIONS
-    result = {}
+    result: dict[int, dict[str, Any]] = {}
     for layers in given.layers:
-        folder = given.work / str(layers)
-        write_model(folder / "model", layers, given.hidden, given.intermediate, given.vocabulary)
-        model_bytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
-        result[layers] = {"model_bytes": model_bytes, **run_apart(folder, options)}
-    print(json.dumps(result, indent=1))
+        result[layers] = measured(given, layers, options)
+        (given.work / "depth.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(tables(result)))
 
 
 if __name__ == "__main__":

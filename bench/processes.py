@@ -1,16 +1,18 @@
 """1, 2 and 4 processes on one run: the same bytes, how much faster, and what a killed one leaves.
 
-    python bench/processes.py MODEL --work FOLDER [--counts 1 2 4] -- --target gguf:Q2_K --samples 8 ...
+    python bench/processes.py MODEL --work FOLDER [--counts 1 2 4] [--threads 1] -- --target gguf:Q2_K --samples 8 ...
 
 What follows `--` goes to `lqexport quantize`. Each count runs once undisturbed, under torchrun where it is more than
-one; then a run of the largest count loses a process when half of its tensors are there, and the same command goes on.
-Prints JSON, and exits with 1 where a byte differs. The seconds are of whole runs, start included.
+one, each process with so many threads; then a run of the largest count loses a process when half of its tensors are
+there, and the same command goes on. Prints JSON, and exits with 1 where a byte differs. Seconds are of whole runs,
+start included; of the stage that solves the linears, with the passes in it; and of each linear's solving, summed up.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from typing import Any
 import psutil
 
 digests = runpy.run_path(str(Path(__file__).with_name("kill.py")))["digests"]
+timed = runpy.run_path(str(Path(__file__).with_name("stages.py")))["timed"]
 
 
 def command(count: int, model: str, out: Path, options: list[str]) -> list[str]:
@@ -29,30 +32,37 @@ def command(count: int, model: str, out: Path, options: list[str]) -> list[str]:
     return [sys.executable, *several, "-m", "lqexport", "quantize", model, str(out), "--device", "cpu", *options]
 
 
-def run_and_kill(arguments: list[str], out: Path, finished: int) -> None:
+def run_and_kill(arguments: list[str], out: Path, finished: int, environment: dict[str, str]) -> None:
     """Start the command, and kill its last process once so many tensors are finished."""
-    running = subprocess.Popen(arguments, stdout=sys.stderr)
+    running = subprocess.Popen(arguments, stdout=sys.stderr, env=environment)
     while running.poll() is None and len(list((out / "tensors").glob("*.safetensors"))) < finished:
         time.sleep(0.01)
     psutil.Process(running.pid).children()[-1].kill()
     running.wait()
 
 
-def compared(model: str, work: Path, counts: list[int], options: list[str]) -> dict[str, Any]:
+def seconds_of(arguments: list[str], out: Path, environment: dict[str, str]) -> dict[str, float]:
+    """Run to the end; what it took."""
+    ran = timed(arguments, environment)
+    log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    solving = sum(json.loads(line).get("seconds", 0.0) for line in log)
+    return {"whole": round(ran.seconds, 1), "stage": round(ran.stages["Quantizing"], 1), "solving": round(solving, 1)}
+
+
+def compared(model: str, work: Path, counts: list[int], threads: int, options: list[str]) -> dict[str, Any]:
     """Seconds of each count, and whether all artifacts are the same."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "NUMBA_NUM_THREADS": str(threads)}
     seconds, found = {}, []
     for count in counts:
-        began = time.perf_counter()
-        subprocess.run(command(count, model, work / str(count), options), check=True, stdout=sys.stderr)
-        seconds[count] = round(time.perf_counter() - began, 1)
-        found.append(digests(work / str(count)))
+        out = work / str(count)
+        seconds[count] = seconds_of(command(count, model, out, options), out, environment)
+        found.append(digests(out))
     most, killed = max(counts), work / "killed"
-    run_and_kill(
-        command(most, model, killed, options), killed, len(list((work / str(most) / "tensors").iterdir())) // 2
-    )
+    again = command(most, model, killed, options)
+    run_and_kill(again, killed, len(list((work / str(most) / "tensors").iterdir())) // 2, environment)
     left = len(list((killed / "tensors").glob("*.safetensors")))
     whole = (killed / "manifest.json").is_file()
-    subprocess.run(command(most, model, killed, options), check=True, stdout=sys.stderr)
+    timed(again, environment)
     found.append(digests(killed))
     identical = all(each == found[0] for each in found)
     return {"seconds": seconds, "finished_at_the_kill": left, "killed_in_time": not whole, "identical": identical}
@@ -63,9 +73,10 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--threads", type=int, default=1)
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     given = parser.parse_args(sys.argv[1:split])
-    result = compared(given.model, given.work, given.counts, sys.argv[split + 1 :])
+    result = compared(given.model, given.work, given.counts, given.threads, sys.argv[split + 1 :])
     print(json.dumps(result, indent=1))
     sys.exit(not (result["identical"] and result["killed_in_time"]))
 

@@ -1,0 +1,97 @@
+"""The least that a machine could take for the stages of a run: operations over the rate of its large matrix products,
+and bytes over that of its disk, both measured here and now. `bench/depth.py` prints them beside what stages took.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from lqexport.cost import Work, disk, operations_estimate, source_bytes
+from lqexport.dryrun import measured_rate
+from lqexport.environment import full_float32
+from lqexport.job import plan_recipe
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+WINDOW = 512
+"""Tokens that verify runs through both models."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Operations a second of large matrix products by their dtype, bytes a second that the disk reads and writes."""
+
+    float32: float
+    passes: float
+    float64: float
+    read: float
+    write: float
+
+    def moves(self, read: float, written: float) -> float:
+        """Seconds for so many bytes."""
+        return read / self.read + written / self.write
+
+
+def measured(folder: Path, device: str, passes: str) -> Machine:
+    """Of this machine: the disk that holds `folder`, and a device, whose passes are computed in the dtype `passes`."""
+    full_float32()
+    size = 4096 if device.startswith("cuda") else 1024
+    dtypes = (torch.float32, getattr(torch, passes), torch.float64)
+    return Machine(*(measured_rate(device, dtype, size) for dtype in dtypes), *_disk(folder / "disk"))
+
+
+def _disk(path: Path, times: int = 32) -> tuple[float, float]:
+    content = os.urandom(1 << 24)
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for _ in range(times):
+            file.write(content)
+        os.fsync(file.fileno())
+        written = time.perf_counter() - began
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that not the cache is read
+    began = time.perf_counter()
+    with path.open("rb") as file:
+        while file.read(len(content)):
+            pass
+    read = time.perf_counter() - began
+    path.unlink()
+    return times * len(content) / read, times * len(content) / written
+
+
+def work_of(artifact: Path) -> Work:
+    """What a run did, by its run.json."""
+    recipe = Recipe(**json.loads((artifact / "run.json").read_text(encoding="utf-8"))["recipe"])
+    source = open_source(recipe.source)
+    return Work(recipe, source.config, plan_recipe(source, recipe))
+
+
+def floors(work: Work, machine: Machine) -> dict[str, tuple[float, float]]:
+    """Seconds of each stage for its operations and for its bytes, each of which goes to or from the disk once where the
+    cache could hold it: passes read the source once (guided: twice, and write and read the inputs of all blocks)."""
+    untuned = replace(work, recipe=replace(work.recipe, tune=0))
+    operations, tuned = operations_estimate(untuned), operations_estimate(work).passes
+    forward = 2 * sum(tensor.weights for tensor in work.tensors if ".layers." in tensor.name)  # also what is not solved
+    passes = (3 if work.guided else 1) * work.tokens * forward * work.calibrated
+    source, states = source_bytes(work), disk(untuned).work
+    stored, solved = (sum(tensor.nbytes for tensor in part) for part in (work.tensors, work.linears))
+    halfs = 2 * sum(tensor.weights for tensor in work.linears)
+    return {
+        "rounding": (0.0, machine.moves(source - halfs, stored - solved)),
+        "passes": (
+            passes / machine.passes + operations.moments / machine.float32,
+            machine.moves((2 if work.guided else 1) * source + states, states),
+        ),
+        "solving": (
+            operations.factors / machine.float64 + operations.solver / machine.float32,
+            machine.moves(halfs, solved),
+        ),
+        "tuning": ((tuned - operations.passes) / machine.passes, machine.moves(source + stored, solved)),
+        "to-gguf": (0.0, machine.moves(stored, stored)),
+        "verify": (2 * WINDOW * forward / machine.float32, machine.moves(source + stored, 0)),
+    }
