@@ -18,7 +18,7 @@ from lqexport.converters.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.row_order import row_order
 from lqexport.converters.tensor_names import expert_number, gguf_names, is_norm, needed_names
 from lqexport.errors import UserError
-from lqexport.formats.codec import Planes
+from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec, names
 
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
@@ -109,6 +109,8 @@ class GGUFModel:
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """Codec name, packed planes and shape of a tensor, its rows back in the order of Hugging Face."""
         kind, shape = self.codec(name), self.shape(name)
+        if len(shape) == 1 and not isinstance(codec(kind), PlainCodec):
+            raise UserError(f"{self.path}: {name} is a vector, and of the type {kind}, which only matrices have.")
         layout = codec(kind).layout(*_matrix(shape))
         ((plane, (dtype, stored)),) = layout.items()
         rows = self._data(name).view(dtype).reshape(shape[0], -1)

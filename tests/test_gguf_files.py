@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import json
 import shutil
+import struct
 from collections import namedtuple
 from pathlib import Path
 from typing import Any
@@ -669,6 +670,13 @@ def test_unknown_and_missing_tensors(tmp_path: Path, good_file: Path) -> None:
         GGUFModel(changed(good_file, tmp_path, b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"))
     with pytest.raises(UserError, match=r"no tensor blk\.0\.attn_q\.weight"):
         GGUFModel(changed(good_file, tmp_path, b"blk.0.attn_q.weight", b"blk.0.ffn_gate.bias"))
+
+
+def test_a_vector_of_a_type_for_matrices(tmp_path: Path, good_file: Path) -> None:
+    name, (length,) = b"blk.0.attn_norm.weight", GGUFModel(good_file).shape("model.layers.0.input_layernorm.weight")
+    plain, quantized = (name + struct.pack("<IQI", 1, length, kind) for kind in (0, 8))
+    with pytest.raises(UserError, match="is a vector, and of the type gguf:Q8_0"):
+        GGUFModel(changed(good_file, tmp_path, plain, quantized)).read("model.layers.0.input_layernorm.weight")
 
 
 def test_damaged_headers_give_one_sentence(tmp_path: Path, good_file: Path) -> None:
