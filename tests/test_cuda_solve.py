@@ -82,11 +82,12 @@ def compare(
     _, first, grid, codes = solved(solve_cpu, name, weights, hessian, monkeypatch)
     theirs = solved(solve_cuda, name, weights.to(device), hessian.to(device), monkeypatch)
     other_first, other_codes = theirs[1].cpu(), theirs[3].cpu()
-    # On the CPU the same bits; on a GPU the products between blocks are another library's.
-    limit = 0 if device == "cpu" else 2e-3
-    assert float((first != other_first).float().mean()) <= limit
+    # On the CPU the same bits; on a GPU the products between blocks are another library's, and after one near tie that
+    # is decided otherwise the rest of a row differs: 0.7 % of the codes of a real layer of 12 rows on an H100.
+    feedback_limit, refined_limit = (0, 2e-3) if device == "cpu" else (2e-2, 2e-2)
+    assert float((first != other_first).float().mean()) <= feedback_limit
     if device == "cpu" or not name.startswith("exl2:"):  # whose maxima are moved by sums over all rows
-        assert float((codes != other_codes).float().mean()) <= 2e-3
+        assert float((codes != other_codes).float().mean()) <= refined_limit
     losses = [
         solve.layer_loss((values - weights).double(), hessian.double())
         for values in (grid.values(codes), moved(theirs[2], torch.device("cpu")).values(other_codes))
