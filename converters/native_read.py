@@ -119,7 +119,7 @@ def _is_entry(entry: Any) -> bool:
         return False
     shape, rank = entry.get("shape"), entry.get("rank", 1)
     numbers = [*shape, rank] if isinstance(shape, list) and len(shape) == 2 else [0]
-    return all(isinstance(number, int) and number > 0 for number in numbers)
+    return all(type(number) is int and number > 0 for number in numbers)  # True is an int
 
 
 def _factors(packed: dict[str, dict[str, Any]]) -> dict[str, str]:

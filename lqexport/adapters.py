@@ -91,12 +91,14 @@ class Corrected:
 
 
 def misfits(base: Weights, factors: Factors) -> list[str]:
-    """A sentence for each correction whose shape is not that of a weight of the model."""
+    """A sentence for each correction that lacks a factor, or whose shape is not that of a weight of the model."""
     present, shapes = set(base.names()), {name: factors.planes(name)[2] for name in factors.names()}
     sentences = []
     for name in sorted(present):
         down, up = factor_names(name)
-        if down in shapes and (shapes[up][0], shapes[down][1], shapes[up][1]) != (*base.shape(name), shapes[down][0]):
+        if (down in shapes) != (up in shapes):
+            sentences.append(f"The correction of {name} has one of its two factors alone.")
+        elif down in shapes and (shapes[up][0], shapes[down][1], shapes[up][1]) != (*base.shape(name), shapes[down][0]):
             sentences.append(f"The correction {shapes[up]} x {shapes[down]} does not fit {name} {base.shape(name)}.")
     orphans = [name for name in shapes if corrected_linear(name) not in present]
     return sentences + [f"The factor {name} is of no tensor of the model." for name in orphans[:3]]

@@ -15,6 +15,7 @@ from torch import nn
 
 from lqexport.converters.architecture import FIRST
 from lqexport.converters.architectures import architecture_of
+from lqexport.errors import UserError
 from lqexport.modules import compute_buffers, meta_model
 from lqexport.weights import Weights
 
@@ -212,14 +213,23 @@ class BlockModel:
             if weight is None:
                 self._load(module, name)
             else:
-                module.load_state_dict({"weight": self._read(weight)}, assign=True)
-                module.requires_grad_(False)
+                self._fill(module, {"weight": weight})
         return module
 
     def _read(self, name: str) -> torch.Tensor:
         return self.weights.read(name).to(self.device, self.dtype)
 
     def _load(self, module: nn.Module, prefix: str) -> None:
-        state = {name: self._read(f"{prefix}.{name}") for name in module.state_dict()}
+        self._fill(module, {own: f"{prefix}.{own}" for own in module.state_dict()})
+
+    def _fill(self, module: nn.Module, names: dict[str, str]) -> None:
+        """Give a module its weights: tensors by the names of its parameters. Raises UserError where they do not fit."""
+        state = {own: self._read(name) for own, name in names.items()}
+        for own, wanted in module.state_dict().items():
+            if state[own].shape != wanted.shape:
+                raise UserError(
+                    f"{names[own]} has the shape {list(state[own].shape)}, where by config.json it is "
+                    f"{list(wanted.shape)}. Copy or download the model again."
+                )
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)

@@ -15,14 +15,21 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
+from lqexport.adapters import misfits
 from lqexport.artifact import Artifact, manifest_bytes
+from lqexport.blocks import BlockModel
 from lqexport.converters.config_check import check_config
 from lqexport.converters.gguf_header import read_header
+from lqexport.converters.native_read import NativeModel
+from lqexport.converters.peft import PeftAdapter
 from lqexport.converters.sentencepiece_model import read_sentencepiece
 from lqexport.errors import LONGEST, UserError, printable
+from lqexport.exports import open_export
 from lqexport.files import read_json
 from lqexport.modules import meta_model
 from lqexport.pipeline import quantize
@@ -184,6 +191,32 @@ def test_json_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="JSON"):
         read_json(tmp_path / "x.json", "missing")
+
+
+def test_weights_of_another_size_than_config_json_says(model: Path) -> None:
+    change_json(model / "config.json", vocab_size=321)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has the shape \[320, 64\]"):
+        BlockModel(open_source(str(model))).start(torch.zeros(1, 4, dtype=torch.long))
+
+
+def test_a_shape_of_true_and_false(sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / "native", tmp_path / "native")
+    quantization = json.loads((tmp_path / "native" / "config.json").read_text())["quantization_config"]
+    next(iter(quantization["modules"].values()))["shape"] = [True, 64]
+    change_json(tmp_path / "native" / "config.json", quantization_config=quantization)
+    with pytest.raises(UserError, match="modules with codec and shape"):
+        NativeModel(tmp_path / "native")
+
+
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_half_of_a_correction(side: str, sound: Path, tmp_path: Path) -> None:
+    shutil.copytree(sound / "peft", tmp_path / "peft")
+    file, base = tmp_path / "peft" / "adapter_model.safetensors", open_export(sound / "model.gguf")
+    factors = load_file(file)
+    del factors[f"base_model.model.model.layers.0.mlp.up_proj.lora_{side}.weight"]
+    save_file(factors, file)
+    (sentence,) = misfits(base, PeftAdapter(file.parent))
+    assert sentence == "The correction of model.layers.0.mlp.up_proj.weight has one of its two factors alone."
 
 
 SAFETENSORS = {
