@@ -2,6 +2,7 @@
 
     python bench/ablation.py MODEL... --calibration FILE --evaluation FILE [FILE...] --work FOLDER
                              [--targets gguf:Q2_K ...] [--variants NAME ...] [--samples 64] [--windows 12]
+                             [--device cuda]
 
 Every variant is quantized from the same calibration sequences and judged by the project's own float32 forward on each
 evaluation text (windows of 512, second half scored; give texts of other domains too). Second moments are kept in
@@ -18,6 +19,7 @@ from typing import Any
 
 from lqexport import evaluate, texts
 from lqexport.blocks import BlockModel
+from lqexport.environment import choose_device
 from lqexport.exports import open_export
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
@@ -25,6 +27,8 @@ from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
 
 ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
+UNTUNED: dict[str, Any] = {"tune": 0}
+QUANTIZED: dict[str, Any] = {"moments": "normalized", "prefix": "quantized"}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
@@ -33,30 +37,36 @@ VARIANTS: dict[str, dict[str, Any]] = {
                     "dampening": 0.1, **ONE_PASS},
     "plain": {"moments": "plain", **ONE_PASS},
     "normalized": {"moments": "normalized", **ONE_PASS},
-    "guided": {"moments": "guided", **ONE_PASS},
-    "guided-4-groups": {"moments": "guided", "output_groups": 4, **ONE_PASS},
-    "quantized-prefix": {"moments": "normalized", "prefix": "quantized", **ONE_PASS},
-    "asymmetric": {"moments": "normalized", "prefix": "quantized", "asymmetric": True, **ONE_PASS},
-    "guided+descent": {"moments": "guided", "tune": 0},
+    "guided": ONE_PASS,
+    "guided-4-groups": {"output_groups": 4, **ONE_PASS},
+    "quantized-prefix": QUANTIZED | ONE_PASS,
+    "asymmetric": QUANTIZED | {"asymmetric": True} | ONE_PASS,
+    "asymmetric+descent": QUANTIZED | {"asymmetric": True} | UNTUNED,
+    "guided^1+descent": {"guided_power": 1.0, **UNTUNED},
+    "guided^0.75+descent": {"guided_power": 0.75, **UNTUNED},
+    "guided^0.25+descent": {"guided_power": 0.25, **UNTUNED},
+    "guided+descent": UNTUNED,
     "normalized+descent+tune": {"moments": "normalized"},
-    "guided+descent+tune": {"moments": "guided"},
+    "guided+descent+tune": {},
 }  # fmt: skip
-"""`as-released` is the recipe of LeanQuant's repository, with exact k-means in the place of its approximate one."""
+"""`as-released` is the recipe of LeanQuant's repository, with exact k-means in the place of its approximate one;
+`guided^P` has another power of the tokens' weights than the default."""
 
 
 class Judge:
     """KL and perplexity of artifacts against a source, on one text."""
 
-    def __init__(self, source: Source, text: str, windows: int) -> None:
+    def __init__(self, source: Source, text: str, windows: int, device: str) -> None:
         tokens = evaluate.tokenize(source.tokenizer(), texts.read_text(text).content)
         self.windows = evaluate.cut(tokens, evaluate.LLAMACPP_512, None, windows)
-        self.reference = self._logits(BlockModel(source))
+        self.device = choose_device(device)
+        self.reference = self._logits(BlockModel(source, self.device))
 
     def _logits(self, model: BlockModel) -> list[Any]:
         return list(evaluate.block_logits(model, self.windows, evaluate.LLAMACPP_512, Silent(), "logits"))
 
     def __call__(self, artifact: Path) -> evaluate.Evaluation:
-        test = self._logits(BlockModel(open_export(artifact)))
+        test = self._logits(BlockModel(open_export(artifact), self.device))
         return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
 
 
@@ -68,7 +78,7 @@ def rows(model: str, target: str, judges: list[Judge], arguments: argparse.Names
                         seed=arguments.seed, compute_dtype=arguments.compute_dtype, **VARIANTS[name])  # fmt: skip
         out = arguments.work / f"{Path(model).name}-{target.replace(':', '-')}-{name}-{arguments.samples}"
         began = time.perf_counter()
-        quantize(recipe, out, cache=arguments.work / "cache")
+        quantize(recipe, out, device=arguments.device, cache=arguments.work / "cache")
         seconds = time.perf_counter() - began
         results = [judge(out) for judge in judges]
         cells = [f"{r.kl:.4f} ± {r.kl_error:.4f} | {r.perplexity:.2f} ± {r.perplexity_error:.2f}" for r in results]
@@ -87,12 +97,14 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     tables = []
     for model in arguments.models:
-        judges = [Judge(open_source(model), text, arguments.windows) for text in arguments.evaluation]
+        options = arguments.windows, arguments.device
+        judges = [Judge(open_source(model), text, *options) for text in arguments.evaluation]
         for target in arguments.targets:
             head = "".join(f" KL, {Path(text).stem} | perplexity |" for text in arguments.evaluation)
             title = [
