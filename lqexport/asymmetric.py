@@ -23,12 +23,15 @@ class CrossMoments:
         self.own, self.drift = torch.zeros(2, 2, columns, columns, device=device)
         self.tokens = 0
 
-    def add(self, half: int, full: Tensor, quantized: Tensor) -> None:
-        """Add inputs [..., C] of both models for the same tokens; `half` is 0 or 1."""
+    def add(self, half: int, full: Tensor, quantized: Tensor, weights: Tensor | None = None) -> None:
+        """Add inputs [..., C] of both models for the same tokens; `half` is 0 or 1. Guided: and weights [tokens]."""
         x, y = (inputs.reshape(-1, inputs.shape[-1]).float() for inputs in (full, quantized))
         if self.kind == "normalized":  # as in `moments.SecondMoments`, by the inputs that the solver sees
             norm = y.norm(dim=1, keepdim=True).clamp_min(1e-15)
             x, y = x / norm, y / norm
+        if weights is not None:
+            root = weights.to(y.device).sqrt()[:, None]
+            x, y = x * root, y * root
         self.own[half].addmm_(y.T, y)
         self.drift[half].addmm_((x - y).T, y)
         self.tokens += len(x)

@@ -12,7 +12,7 @@ linears it is to solve.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lqexport.blocks import BlockModel
 from lqexport.errors import AGAIN
 from lqexport.factor import Keep, in_place
-from lqexport.moments import SecondMoments
+from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
@@ -36,6 +36,7 @@ Larger batches are no faster on a CPU."""
 SHARDS = 8
 """Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
 
+Collector = SecondMoments | TokenWeights
 Group = tuple[str, ...]
 """Names of linears in a block that share their second moments."""
 BlockMoments = tuple[int, dict[Group, Tensor]]
@@ -103,7 +104,7 @@ def _block_forward(
     return (index, _hessians(moments)) if owner == processes.rank else None
 
 
-def _hessians(moments: dict[Group, SecondMoments]) -> dict[Group, Tensor]:
+def _hessians(moments: Mapping[Group, Collector]) -> dict[Group, Tensor]:
     return {group: total.hessian() for group, total in moments.items()}
 
 
@@ -222,12 +223,21 @@ def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
     processes: Processes = ALONE, keep: Keep = in_place, held: bool = False, power: float = 1.0,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `folder` has what
-    a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the outputs of the next one. It
-    is empty when all is done. `held`: by one process, all that is held in memory, and a stopped pass begins anew."""
-    shards = sharded(tokens)
+    """Guided second moments of every linear, the last block first; `keep` puts them where they stay."""
     new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep,
                   power=power)  # fmt: skip
+    return guided_pass(model, tokens, new, folder, listener, processes, held)
+
+
+def guided_pass(
+    model: BlockModel, tokens: Tensor, new: Callable[[int], Collector], folder: Path, listener: Listener,
+    processes: Processes = ALONE, held: bool = False,
+) -> Iterator[BlockMoments]:  # fmt: skip
+    """What `new` makes for the columns of every linear, of its inputs and the gradient by its outputs; the last block
+    first. `folder` has what a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the
+    outputs of the next one. It is empty when all is done. `held`: by one process, all that is held in memory, and a
+    stopped pass begins anew."""
+    shards = sharded(tokens)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards), held)
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
@@ -296,7 +306,7 @@ def _block_backward(
     model: BlockModel,
     index: int,
     states: _States,
-    new: Callable[[int], SecondMoments],
+    new: Callable[[int], Collector],
     processes: Processes,
     owner: int,
 ) -> BlockMoments | None:
@@ -325,16 +335,16 @@ def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Ten
 
 @contextlib.contextmanager
 def _guided_moments_of(
-    block: nn.Module, names: list[str], new: Callable[[int], SecondMoments]
-) -> Iterator[dict[str, SecondMoments]]:
+    block: nn.Module, names: list[str], new: Callable[[int], Collector]
+) -> Iterator[dict[str, Collector]]:
     """While open, a backward pass through the block adds each linear's inputs, weighted by its outputs' gradients."""
-    moments: dict[str, SecondMoments] = {}
+    moments: dict[str, Collector] = {}
     handles = []
     for name in names:
         linear = linear_of(block, name)
         moments[name] = new(linear.in_features)
 
-        def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor, total: SecondMoments = moments[name]) -> None:
+        def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor, total: Collector = moments[name]) -> None:
             inputs = arguments[0].detach()
             output.register_hook(lambda gradient: total.add(inputs, gradient))
 

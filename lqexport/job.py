@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
-from lqexport.collect import BlockMoments, Group, forward_moments, guided_moments
+from lqexport.collect import BlockMoments, Group, by_weight, forward_moments, guided_moments, guided_pass
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import check_corrections, keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
@@ -28,6 +29,7 @@ from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.measured import Measured
 from lqexport.memory import Budget, choose_room, rooms, told
+from lqexport.moments import TokenWeights
 from lqexport.moments_cache import MomentsCache
 from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
@@ -249,6 +251,18 @@ class Job:
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
         return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes,
                                self.room.moments.keep)  # fmt: skip
+
+    def token_weights(self, model: BlockModel) -> dict[str, Tensor]:
+        """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept until the run is
+        done."""
+        kept = MomentsCache(self.work / "weights", self._moments_facts())
+        if not all(index in kept for index in range(len(model))):
+            new = partial(TokenWeights, power=self.recipe.guided_power)
+            folder, held = self.work / "guided", self.room.states
+            for _ in kept.fill(guided_pass(model, self.sequences, new, folder, self.listener, held=held)):
+                pass
+        blocks = (by_weight(model, kept.read(index)) for index in range(len(model)))
+        return {name: weights for block in blocks for name, weights in block.items()}
 
     def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""

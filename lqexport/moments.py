@@ -118,6 +118,29 @@ class SecondMoments:
         return total[0] if len(total) == 1 else total
 
 
+class TokenWeights:
+    """The weights of guided second moments by themselves, for other inputs of the same tokens. It takes the place of a
+    linear's `SecondMoments` in the pass of one process, with one output group."""
+
+    def __init__(self, columns: int, power: float) -> None:
+        self._power = power
+        self._parts: list[Tensor] = []
+
+    def add(self, inputs: Tensor, gradient: Tensor) -> None:
+        """Add the tokens of a batch, by the loss's gradient [..., R] by the outputs."""
+        self._parts.append(gradient.reshape(-1, gradient.shape[-1]).float().square().mean(1).cpu())
+
+    def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
+        """Nothing: batches come in the order of the tokens."""
+
+    def hessian(self) -> Tensor:
+        """float32 [tokens], to the power, with the sum that they have at power 1; 0 where one is not finite."""
+        raw = torch.cat(self._parts).double()
+        raw = torch.where(raw.isfinite(), raw, 0.0)
+        raised = raw.pow(self._power)
+        return (raised * (raw.sum() / raised.sum().clamp_min(1e-300))).float()
+
+
 def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:
     """What an error of each input column weighs when a grid is fitted: float32 [C].
 

@@ -79,11 +79,13 @@ class Recipe:
             raise UserError(f"A size and the target {AUTO} go together: the types are then chosen to fit the size.")
         if self.size is not None and (self.moments != "guided" or self.method == "rtn"):
             raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
-        if self.moments == "guided" and self.prefix != "full":
+        if self.moments == "guided" and self.prefix != "full" and not self.asymmetric:
             raise UserError(
-                "Guided second moments come from the full-precision model: with the quantized prefix, take --moments "
-                "normalized."
+                "Guided second moments come from the full-precision model: with the quantized prefix, take "
+                "--asymmetric, or --moments normalized."
             )
+        if self.output_groups > 1 and self.prefix != "full":
+            raise UserError("With the quantized prefix a linear has one output group: leave out output_groups.")
         if self.output_groups > 1 and self.moments != "guided":
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
         if not 0 < self.guided_power <= 1:

@@ -9,6 +9,7 @@ which give the same bits, and reads what is done. Several processes solve differ
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -45,6 +46,7 @@ class _Solving:
         self.job, self.recipe, self.artifact, self.device = job, job.recipe, job.artifact, job.device
         self.processes = job.processes
         self.magnitudes: dict[str, Tensor] = {}
+        self.weights: dict[str, Tensor] = {}
 
     def run(self) -> None:
         unfinished = self.processes.agreed([name for name in self.job.linears if name not in self.artifact])
@@ -86,6 +88,7 @@ class _Solving:
 
     def _solve_on_quantized(self, model: BlockModel) -> None:
         """Block by block on inputs from the quantized blocks before; within a block, group by group."""
+        self.weights = self.job.token_weights(model) if self.recipe.moments == "guided" else {}
         self._begin_solving()
         inputs = embed(model, self.job.sequences)
         full = list(inputs) if self.recipe.asymmetric else None
@@ -96,9 +99,9 @@ class _Solving:
             original = model.block(index) if full else None
             for group in model.architecture.linears:
                 if names := self.job.unfinished(model, index, group):
-                    moments = self._group_moments(model, block, group, inputs, original, full)
+                    moments = self._group_moments(model, block, group, names, inputs, original, full)
                     for name in names:
-                        self._solve_on(name, moments)
+                        self._solve_on(name, moments[name])
                 for linear in group:
                     self._carry_forward(linear_of(block, linear), model.weight_name(index, linear))
             run_through(model, block, inputs)
@@ -106,20 +109,27 @@ class _Solving:
                 run_through(model, original, full)
 
     def _group_moments(
-        self, model: BlockModel, block: nn.Module, group: Group, inputs: list[Tensor],
+        self, model: BlockModel, block: nn.Module, group: Group, names: list[str], inputs: list[Tensor],
         original: nn.Module | None, full: list[Tensor] | None,
-    ) -> SecondMoments | CrossMoments:  # fmt: skip
-        """Second moments of a group's inputs; with the full-precision block and its inputs, cross moments."""
+    ) -> Mapping[str, SecondMoments | CrossMoments]:  # fmt: skip
+        """Second moments of a group's inputs, for the weights that are named; with the full-precision block and its
+        inputs, cross moments."""
         columns = linear_of(block, group[0]).in_features
         if original is None or full is None:
             moments = SecondMoments(columns, self.recipe.moments, self.device, keep=self.job.room.moments.keep)
             for batch in inputs:
                 moments.add(input_of(model, block, group[0], batch))
-            return moments
-        cross = CrossMoments(columns, self.recipe.moments, self.device)
+            return dict.fromkeys(names, moments)
+        # Guided, each linear weighs the tokens in its own way.
+        apart = names if self.weights else names[:1]
+        own = {name: CrossMoments(columns, self.recipe.moments, self.device) for name in apart}
+        lengths = [batch.shape[0] * batch.shape[1] for batch in inputs]
+        parts = {name: self.weights[name].split(lengths) for name in own} if self.weights else {}
         for i, (batch, exact) in enumerate(zip(inputs, full, strict=True)):
-            cross.add(i % 2, input_of(model, original, group[0], exact), input_of(model, block, group[0], batch))
-        return cross
+            pair = input_of(model, original, group[0], exact), input_of(model, block, group[0], batch)
+            for name, cross in own.items():
+                cross.add(i % 2, *pair, parts[name][i] if parts else None)
+        return own if self.weights else dict.fromkeys(names, own[names[0]])
 
     def _solve_on(self, name: str, moments: SecondMoments | CrossMoments) -> None:
         weight, tensor = self.job.source.read(name), self.job.linears[name]

@@ -15,7 +15,7 @@ from lqexport.asymmetric import CrossMoments
 from lqexport.blocks import BlockModel
 from lqexport.collect import guided_moments
 from lqexport.errors import UserError
-from lqexport.moments import SecondMoments
+from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
@@ -162,6 +162,7 @@ def test_a_damaged_cache_is_said(recipe: Recipe, tmp_path: Path) -> None:
     [
         ({"moments": "guided", "prefix": "quantized"}, "full-precision model"),
         ({"moments": "plain", "output_groups": 2}, "Only guided"),
+        ({"output_groups": 2, "prefix": "quantized", "asymmetric": True}, "one output group"),
         ({"asymmetric": True}, "needs prefix 'quantized'"),
         ({"moments": "guided", "output_groups": 3}, "do not divide"),
         ({"guided_power": 0.0}, "above 0"),
@@ -232,6 +233,23 @@ def test_cross_moments_hold_the_plain_hessian() -> None:
         both.add(1, full[60:], quantized[60:])
         alone.add(quantized)
         torch.testing.assert_close(both.hessian(), alone.hessian())
+
+
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_cross_moments_with_token_weights_are_guided(power: float) -> None:
+    """Where nothing is quantized yet; to the power, but for a factor."""
+    draw = torch.Generator().manual_seed(3)
+    inputs, gradient = torch.randn(40, 16, generator=draw), torch.randn(40, 6, generator=draw) ** 3
+    alone, weights = SecondMoments(16, "guided", CPU, power=power), TokenWeights(16, power)
+    both = CrossMoments(16, "guided", CPU)
+    for part in (slice(0, 25), slice(25, 40)):
+        alone.add(inputs[part], gradient[part])
+        weights.add(inputs[part], gradient[part])
+    for half, part in enumerate((slice(0, 25), slice(25, 40))):
+        both.add(half, inputs[part], inputs[part], weights.hessian()[part])
+    expected, found = alone.hessian(), both.hessian()
+    assert 0.5 < float(found.trace() / expected.trace()) < 2
+    torch.testing.assert_close(found / found.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["plain", "normalized", "guided"])

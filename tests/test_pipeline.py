@@ -71,10 +71,11 @@ def test_methods_order_as_they_should(recipe: Recipe, tmp_path: Path) -> None:
     [
         {},
         {"prefix": "quantized", "asymmetric": True},
+        {"prefix": "quantized", "asymmetric": True, "moments": "guided"},
         {"moments": "guided", "output_groups": 2},
         {"target": "gguf:auto", "size": "4bpw", "moments": "guided"},
     ],
-    ids=["full", "asymmetric", "guided", "size"],
+    ids=["full", "asymmetric", "asymmetric guided", "guided", "size"],
 )
 def test_interrupted_anywhere_resumes_to_the_same_bytes(
     recipe: Recipe, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

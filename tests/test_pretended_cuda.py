@@ -237,7 +237,7 @@ def test_a_whole_run(
 @pytest.mark.parametrize(
     "options",
     [
-        {"prefix": "quantized", "moments": "normalized", "asymmetric": True},
+        {"prefix": "quantized", "moments": "guided", "asymmetric": True},
         {"output_groups": 2, "act_order": False, "importance": "cholesky"},
         {"target": "gguf:auto", "size": "7bpw"},
         {"rank": 4, "descent": 0, "target": "native:mxint-3-g32"},
