@@ -37,7 +37,7 @@ _STEPS: dict[str, dict[str, Any]] = {
 def space_rules(tokenizer: dict[str, Any], *, unigram: bool) -> tuple[bool, bool]:
     """Whether a text gets a space before it, and whether runs of spaces become one. Raises UserError where a
     tokenizer.json changes or splits text otherwise than llama.cpp does."""
-    steps = [step for part in ("normalizer", "pre_tokenizer") for step in _flat(tokenizer.get(part))]
+    steps = [step for part in ("normalizer", "pre_tokenizer") for step in flat_steps(tokenizer.get(part))]
     if unigram:
         steps = [step for step in steps if step.get("type") != "Precompiled"]
     kinds = tuple(_kind(step) for step in steps)
@@ -54,12 +54,13 @@ def space_rules(tokenizer: dict[str, Any], *, unigram: bool) -> tuple[bool, bool
     return prefix, merged
 
 
-def _flat(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one after the other."""
+def flat_steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, one after the other. A sequence of none, as some versions of
+    transformers write, does nothing."""
     if not step:
         return []
-    parts = step.get("normalizers") or step.get("pretokenizers")
-    return [step] if parts is None else [found for part in parts for found in _flat(part)]
+    parts = step.get("normalizers", step.get("pretokenizers"))
+    return [step] if parts is None else [found for part in parts for found in flat_steps(part)]
 
 
 def _kind(step: dict[str, Any]) -> str | None:

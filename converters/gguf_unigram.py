@@ -12,7 +12,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from lqexport.converters.gguf_spaces import space_rules
+from lqexport.converters.gguf_spaces import flat_steps, space_rules
 from lqexport.converters.sentencepiece_model import SentencePieceModel
 from lqexport.converters.vocabulary import Token, Vocabulary, text_kind, visible
 from lqexport.errors import UserError
@@ -49,8 +49,7 @@ def _checked(vocabulary: Vocabulary) -> Vocabulary:
 
 def _charsmap(normalizer: dict[str, Any] | None) -> bytes:
     """SentencePiece's precompiled replacements, empty where there are none."""
-    steps = [normalizer or {}, *((normalizer or {}).get("normalizers") or ())]
-    maps = [step["precompiled_charsmap"] for step in steps if step.get("type") == "Precompiled"]
+    maps = [step["precompiled_charsmap"] for step in flat_steps(normalizer) if step.get("type") == "Precompiled"]
     try:
         return base64.b64decode(maps[0], validate=True) if maps else b""
     except binascii.Error as error:

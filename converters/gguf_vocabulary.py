@@ -18,7 +18,7 @@ from gguf import TokenType
 from lqexport.converters import gguf_unigram, gguf_wordpiece
 from lqexport.converters.gguf_metadata import optional_json
 from lqexport.converters.gguf_pretokenizers import pretokenizer_name
-from lqexport.converters.gguf_spaces import space_rules
+from lqexport.converters.gguf_spaces import flat_steps, space_rules
 from lqexport.converters.sentencepiece_model import read_sentencepiece
 from lqexport.converters.vocabulary import Token, Vocabulary, text_kind, visible
 from lqexport.errors import UserError
@@ -51,19 +51,13 @@ def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
 
 
 def _byte_level(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
-    if changes := [name for name in _normalizers(tokenizer.get("normalizer")) if name != "NFC"]:
+    kinds = [str(step.get("type")) for step in flat_steps(tokenizer.get("normalizer"))]
+    if changes := [kind for kind in kinds if kind != "NFC"]:
         raise UserError(f"tokenizer.json changes text before splitting it ({', '.join(changes)}); llama.cpp does not.")
     pre = options.get("tokenizer.ggml.pre") or pretokenizer_name(tokenizer)
     tokens = {number: Token(text) for text, number in tokenizer["model"]["vocab"].items()}
     vocabulary = Vocabulary("gpt2", str(pre), tokens, _merges(tokenizer))
     return _with_added(vocabulary, tokenizer.get("added_tokens") or ())
-
-
-def _normalizers(normalizer: dict[str, Any] | None) -> list[str]:
-    """Types of the steps, in order; a sequence of none, as some versions of transformers write, does nothing."""
-    if normalizer and normalizer.get("type") == "Sequence":
-        return [name for step in normalizer.get("normalizers") or () for name in _normalizers(step)]
-    return [str(normalizer.get("type"))] if normalizer else []
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[str]:

@@ -25,6 +25,7 @@ from lqexport.artifact import Artifact, StoredTensor
 from lqexport.converters import gguf
 from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS, pretokenizer_name
 from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf_spaces import space_rules
 from lqexport.converters.gguf_tokenizer import added_ends, chat_templates, special_ids
 from lqexport.converters.gguf_vocabulary import read_vocabulary
 from lqexport.converters.targets import plan
@@ -558,6 +559,7 @@ def test_a_normalizer_without_steps_does_nothing(folder: Path) -> None:
     content, expected = json.loads((folder / "tokenizer.json").read_text()), read_vocabulary(folder)
     write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Sequence", "normalizers": []}})
     assert read_vocabulary(folder) == expected
+    assert space_rules({"normalizer": {"type": "Sequence", "normalizers": []}}, unigram=False) == (False, False)
 
 
 @pytest.mark.parametrize("content", [b"", b"\x00", b"\x0a\xff\xff", b"not a model at all", b"\x0a\x03\x0a\x05abc"])
