@@ -37,6 +37,7 @@ SHARDS = 8
 """Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
 
 Collector = SecondMoments | TokenWeights
+"""What the guided pass fills for a linear."""
 Group = tuple[str, ...]
 """Names of linears in a block that share their second moments."""
 BlockMoments = tuple[int, dict[Group, Tensor]]

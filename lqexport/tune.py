@@ -9,8 +9,8 @@ predictions in the place of the next token, and with the norms.
 A step runs one sequence forward through all blocks, keeping the inputs of each, then backward, running each block again
 with gradients. On the device are one block's decoded weights and both models' outputs; on the host, where the optimizer
 works, are the tuned numbers with its moments, and the sequence's hidden states. Codes and grids are read anew for each
-block where they have no room (`lqexport.unpacked`). The last steps are kept on disk, so a
-stopped run goes on from there and ends in the same bits.
+block where they have no room (`lqexport.unpacked`). The last steps are kept on disk, so a stopped run goes on from
+there and ends in the same bits.
 """
 
 from __future__ import annotations
