@@ -80,6 +80,7 @@ class Architecture:
     free_heads  whether config.json may give heads another size than hidden_size / heads
     encoder     whether every token sees the whole text and there is no output layer: the model gives an embedding of
                 the text, made of the hidden states after the last block
+    adds        whether the outputs of attention and MLP are added to the hidden states as they are
     wide_scale  number of blocks of the one model whose queries llama.cpp divides by the root of hidden_size / heads
                 instead of head_dim
     """
@@ -109,11 +110,18 @@ class Architecture:
     period: int | None = None
     free_heads: bool = True
     encoder: bool = False
+    adds: bool = True
     wide_scale: int | None = None
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens.weight"
     final_norm: str = "model.norm"
     output: str = "lm_head.weight"
+
+    @property
+    def adders(self) -> tuple[str | None, str | None]:
+        """The linears of attention and of the MLP whose outputs are added to the hidden states as they are."""
+        modules = {gguf: module for module, gguf in self.gguf_block.items()}
+        return (modules["attn_output"], modules["ffn_down"]) if self.adds and not self.experts else (None, None)
 
     def expanded(self, count: int) -> Architecture:
         """The same with `count` experts in the place of each `*`."""

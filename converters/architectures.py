@@ -129,6 +129,7 @@ GEMMA2 = replace(
     exl2=ExLlamaV2(),
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **GATED},
     norm_plus=1,
+    adds=False,  # their norms
     keys=(
         RMS_NORM,
         Key("attn_logit_softcapping", "attn_logit_softcapping", float, 50.0),
@@ -245,6 +246,7 @@ OLMO2 = replace(
         **GATED,
         "post_feedforward_layernorm": "post_ffw_norm",
     },
+    adds=False,
     keys=(replace(RMS_NORM, default=1e-5),),
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
     rope_types=("default", "dynamic"),
@@ -271,6 +273,7 @@ GRANITE = replace(
     gguf="granite",
     # It multiplies scales by residual_multiplier and rounds them once more, to numbers that the solver did not see.
     exl2=None,
+    adds=False,  # residual_multiplier times them
     keys=(
         RMS_NORM,
         Key("attention.scale", "attention_multiplier", float, 1.0),
@@ -479,6 +482,7 @@ BERT = Architecture(
     model_type="bert",
     gguf="bert",
     encoder=True,
+    adds=False,
     linears=(
         ("attention.self.query", "attention.self.key", "attention.self.value"),
         ("attention.output.dense",),

@@ -4,54 +4,120 @@ With X the full-precision inputs of a linear and Y those of the quantized prefix
 (Q - V) (Y Y^T) (Q - V)^T for V = W (X Y^T) (Y Y^T)^-1: the solver's own loss around another target. Taken whole, the
 correction fits the calibration text (CoreQ); so it is computed from half of the batches, and its strength is the one
 that leaves the least error on the other half.
+
+Where a linear's output is added to hidden states, it also makes up for what these lack by then. With Z those of the
+full-precision model and S the quantized one's, |W X + Z - Q Y - S|^2 only adds (Z - S) Y^T to W (X Y^T).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from lqexport.processes import ALONE, Processes
 from lqexport.recipe import Moments
 from lqexport.solve import damped
 
 
+@dataclass(frozen=True)
+class Entering:
+    """The inputs [..., C] of a linear, and the hidden states [..., R] that its output is added to, where it is."""
+
+    inputs: Tensor
+    stream: Tensor | None = None
+
+
 class CrossMoments:
-    """Y Y^T and (X - Y) Y^T of a linear's inputs, float32 [2, C, C]: one sum of even batches and one of odd."""
+    """Y Y^T and (X - Y) Y^T of a linear's inputs, float32 [2, C, C], and of `rows` outputs that are added to hidden
+    states (Z - S) Y^T, float32 [2, R, C]: one sum of even batches and one of odd.
 
-    def __init__(self, columns: int, kind: Moments, device: torch.device) -> None:
-        self.kind = kind
-        self.own, self.drift = torch.zeros(2, 2, columns, columns, device=device)
-        self.tokens = 0
+    Tokens weigh as in `moments.SecondMoments`, by the inputs that the solver sees. Normalized, an output that is added
+    to hidden states weighs by the size of those, which the next norm divides them by: some are a thousand times as
+    large as others. (Plain would fit those few alone, so it makes up for nothing that is lacking.)
 
-    def add(self, half: int, full: Tensor, quantized: Tensor, weights: Tensor | None = None) -> None:
-        """Add inputs [..., C] of both models for the same tokens; `half` is 0 or 1. Guided: and weights [tokens]."""
-        x, y = (inputs.reshape(-1, inputs.shape[-1]).float() for inputs in (full, quantized))
-        if self.kind == "normalized":  # as in `moments.SecondMoments`, by the inputs that the solver sees
-            norm = y.norm(dim=1, keepdim=True).clamp_min(1e-15)
-            x, y = x / norm, y / norm
+    Tokens come in shards, as in `moments.SecondMoments`.
+    """
+
+    def __init__(self, columns: int, kind: Moments, device: torch.device, rows: int = 0) -> None:
+        self.kind, self._device = kind, device
+        self._shapes = {"own": (2, columns, columns), "drift": (2, columns, columns), "tokens": (1,)}
+        if rows and kind != "plain":
+            self._shapes["lag"] = (2, rows, columns)
+        self._shard: dict[str, Tensor] = {}
+        self._total: dict[str, Tensor] = {}
+
+    def _zeros(self) -> dict[str, Tensor]:
+        return {name: torch.zeros(shape, device=self._device) for name, shape in self._shapes.items()}
+
+    def add(self, half: int, full: Entering, quantized: Entering, weights: Tensor | None = None) -> None:
+        """Add what enters in both models for the same tokens; `half` is 0 or 1. Guided: and weights [tokens]."""
+        shard = self._shard = self._shard or self._zeros()
+        root = self._root(quantized, weights)
+        x, y = (_tokens(model.inputs) * root for model in (full, quantized))
+        shard["own"][half].addmm_(y.T, y)
+        shard["drift"][half].addmm_((x - y).T, y)
+        shard["tokens"] += len(x)
+        if "lag" in shard:
+            assert full.stream is not None
+            assert quantized.stream is not None
+            lag = (_tokens(full.stream) - _tokens(quantized.stream)) * root
+            shard["lag"][half].addmm_(lag.T, y)
+
+    def end_shard(self, processes: Processes = ALONE, senders: int = 1) -> None:
+        """Add what has come since the last call to the first process's total: the shards of the first `senders`
+        processes, in their order."""
+        for name, tensor in (self._shard or self._zeros()).items():
+            for part in processes.collected(tensor, 0, senders):
+                self._total[name] = self._total[name].add_(part) if name in self._total else part
+        self._shard = {}
+
+    def share(self, processes: Processes) -> None:
+        """Give all processes the first one's total."""
+        for name, tensor in (self._total or self._zeros()).items():
+            self._total[name] = processes.given(tensor)
+
+    def _root(self, quantized: Entering, weights: Tensor | None) -> Tensor:
+        """Of each token's weight, float32 [tokens, 1]."""
         if weights is not None:
-            root = weights.to(y.device).sqrt()[:, None]
-            x, y = x * root, y * root
-        self.own[half].addmm_(y.T, y)
-        self.drift[half].addmm_((x - y).T, y)
-        self.tokens += len(x)
+            return weights.to(quantized.inputs.device).sqrt()[:, None]
+        if self.kind == "plain":
+            return torch.ones(quantized.inputs.shape[:-1].numel(), 1, device=quantized.inputs.device)
+        divided = _tokens(quantized.inputs if quantized.stream is None else quantized.stream)
+        return divided.norm(dim=1, keepdim=True).clamp_min(1e-15).reciprocal()
+
+    def _sums(self) -> dict[str, Tensor]:
+        if self._shard or not self._total:
+            self.end_shard()
+        return self._total
 
     def hessian(self) -> Tensor:
         """float32 [C, C], as `moments.SecondMoments.hessian` of the quantized inputs."""
-        return self.own.sum(0) / max(self.tokens, 1)
+        sums = self._sums()
+        return sums["own"].sum(0) / sums["tokens"].clamp_min(1)
 
     def target(self, weight: Tensor, dampening: float) -> tuple[Tensor, float]:
         """The weights [R, C] to quantize in the place of `weight`, and the strength of the correction, 0 to 1."""
-        correction = _correction(weight, self.own[0], self.drift[0], dampening)
-        wanted = float(((weight @ self.drift[1]) * correction).sum())
-        energy = float(((correction @ self.own[1]) * correction).sum())
+        sums = self._sums()
+        own, pull = sums["own"], weight @ sums["drift"]
+        if "lag" in sums:
+            pull += sums["lag"]
+        correction = _correction(pull[0], own[0], dampening)
+        wanted = float((pull[1] * correction).sum())
+        energy = float(((correction @ own[1]) * correction).sum())
         strength = min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
         if strength:
-            correction = _correction(weight, self.own.sum(0), self.drift.sum(0), dampening)
+            correction = _correction(pull.sum(0), own.sum(0), dampening)
         return weight + strength * correction, strength
 
 
-def _correction(weight: Tensor, own: Tensor, drift: Tensor, dampening: float) -> Tensor:
-    """W (X - Y) Y^T (Y Y^T)^-1, dampened."""
+def _tokens(states: Tensor) -> Tensor:
+    """[..., C] of any float dtype as float32 [tokens, C]."""
+    return states.reshape(-1, states.shape[-1]).float()
+
+
+def _correction(pull: Tensor, own: Tensor, dampening: float) -> Tensor:
+    """The pull [R, C] times (Y Y^T)^-1, dampened."""
     matrix = damped(own, max(dampening, 1e-6)).double()
-    return torch.linalg.solve(matrix, (weight @ drift).double(), left=False).float()
+    return torch.linalg.solve(matrix, pull.double(), left=False).float()

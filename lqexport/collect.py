@@ -180,15 +180,40 @@ def final_states(
     return [state for batch in hidden for state in batch]
 
 
+class _Reached(Exception):
+    """Stops a block before a linear."""
+
+
 def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> Tensor:
-    """What enters a linear when the block runs on `hidden`; of an expert, the tokens that are routed to it."""
+    """What enters a linear when the block runs on `hidden`, which it does no further than there; of an expert, the
+    tokens that are routed to it."""
     caught: list[Tensor] = []
-    handle = linear_of(block, linear).register_forward_pre_hook(lambda _, arguments: caught.append(arguments[0]))
+
+    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(arguments[0])
+        raise _Reached
+
+    handle = linear_of(block, linear).register_forward_pre_hook(before)
     try:
-        model.run(block, hidden.to(model.device))
+        with contextlib.suppress(_Reached):
+            model.run(block, hidden.to(model.device))
     finally:
         handle.remove()
     return caught[0] if caught else hidden.new_empty(0, linear_of(block, linear).in_features)
+
+
+def to_the_end(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the linear whose output makes a block's output, and the hidden states that it is added to."""
+    caught: list[Tensor] = []
+    # A copy, since some models add to the output in place.
+    handle = linear_of(block, linear).register_forward_hook(
+        lambda _, arguments, output: caught.extend((arguments[0], output.clone()))
+    )
+    try:
+        output = model.run(block, hidden.to(model.device))
+    finally:
+        handle.remove()
+    return caught[0], output - caught[1]
 
 
 @contextlib.contextmanager

@@ -93,11 +93,6 @@ class Job:
         processes: Processes = ALONE, budget: Budget | None = None,
     ) -> None:  # fmt: skip
         self.recipe, self.device, self.listener, self.processes = recipe, device, listener, processes
-        if processes.count > 1 and recipe.prefix == "quantized":
-            raise UserError(
-                "With the quantized prefix each linear waits for the ones before, so several processes have nothing to "
-                "share: run it without torchrun, or take --prefix full."
-            )
         self.source = open_source(recipe.source)
         self.architecture = architecture_of(self.source.config)
         self.take_plan(plan_recipe(self.source, recipe))
@@ -256,11 +251,13 @@ class Job:
         """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept until the run is
         done."""
         kept = MomentsCache(self.work / "weights", self._moments_facts())
-        if not all(index in kept for index in range(len(model))):
+        if not self.processes.agreed(all(index in kept for index in range(len(model)))):
             new = partial(TokenWeights, power=self.recipe.guided_power)
-            folder, held = self.work / "guided", self.room.states
-            for _ in kept.fill(guided_pass(model, self.sequences, new, folder, self.listener, held=held)):
+            passed = guided_pass(model, self.sequences, new, self.work / "guided", self.listener, self.processes,
+                                 self.room.states and self.processes.count == 1)  # fmt: skip
+            for _ in kept.fill(passed):
                 pass
+            self.processes.wait()
         blocks = (by_weight(model, kept.read(index)) for index in range(len(model)))
         return {name: weights for block in blocks for name, weights in block.items()}
 

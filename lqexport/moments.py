@@ -120,22 +120,26 @@ class SecondMoments:
 
 class TokenWeights:
     """The weights of guided second moments by themselves, for other inputs of the same tokens. It takes the place of a
-    linear's `SecondMoments` in the pass of one process, with one output group."""
+    linear's `SecondMoments` in the guided pass, with one output group."""
 
     def __init__(self, columns: int, power: float) -> None:
         self._power = power
-        self._parts: list[Tensor] = []
+        self._shard: list[Tensor] = []
+        self._shards: list[Tensor] = []
 
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
         """Add the tokens of a batch, by the loss's gradient [..., R] by the outputs."""
-        self._parts.append(gradient.reshape(-1, gradient.shape[-1]).float().square().mean(1).cpu())
+        self._shard.append(gradient.reshape(-1, gradient.shape[-1]).float().square().mean(1).cpu())
 
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
-        """Nothing: batches come in the order of the tokens."""
+        """Take what has come since the last call, of all processes in their order."""
+        for batches in processes.everyones(self._shard):
+            self._shards += batches
+        self._shard = []
 
     def hessian(self) -> Tensor:
         """float32 [tokens], to the power, with the sum that they have at power 1; 0 where one is not finite."""
-        raw = torch.cat(self._parts).double()
+        raw = torch.cat(self._shards + self._shard).double()
         raw = torch.where(raw.isfinite(), raw, 0.0)
         raised = raw.pow(self._power)
         return (raised * (raw.sum() / raised.sum().clamp_min(1e-300))).float()

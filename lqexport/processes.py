@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
@@ -70,6 +70,20 @@ class Processes:
             if rank != owner:
                 distributed.recv(part := torch.empty_like(tensor), rank)
             yield part
+
+    def given(self, tensor: Tensor) -> Tensor:
+        """The first process's tensor, in the place of each one's own."""
+        if self.count > 1:
+            distributed.broadcast(tensor, 0)
+        return tensor
+
+    def everyones(self, value: T) -> list[T]:
+        """What each process has, in their order."""
+        if self.count == 1:
+            return [value]
+        found: list[T | None] = [None] * self.count
+        distributed.all_gather_object(found, value)
+        return cast(list[T], found)
 
     def largest(self, tensor: Tensor) -> Tensor:
         """The elementwise maximum over all processes, in the place of each one's own."""

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lqexport.artifact import Artifact, StoredTensor
 from lqexport.blocks import BlockModel
+from lqexport.collect import to_the_end
 from lqexport.converters import gguf, native
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import ARCHITECTURES, architecture_of, find_architecture
@@ -327,6 +328,32 @@ def test_quantized_and_verified(case: Case, texts: tuple[str, str]) -> None:
         assert found.warnings == found.failed == []
         assert all(tensor.same_bytes for tensor in found.tensors)
         assert found.evaluations[0].kl < 0.05
+
+
+def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
+    """Those of attention, without the MLP after it, and of the MLP."""
+    model = BlockModel(open_source(case.source))
+    hidden, architecture = model.start(torch.tensor([TOKENS])), model.architecture
+    (attention,) = modules_called(architecture, "attn_output")
+    last = modules_called(architecture, "ffn_down", "ffn_down_exps")
+    for linear, without in ((attention, last), *((only, []) for only in last if len(last) == 1)):
+        block = model.block(0)
+        for other in without:
+            silence(block, other)
+        lacking = to_the_end(model, block, linear, hidden)[1]
+        silence(block, linear)
+        assert torch.allclose(model.run(block, hidden), lacking, atol=1e-5) == architecture.adds
+
+
+def modules_called(architecture: Architecture, *names: str) -> list[str]:
+    """By what they are called in GGUF."""
+    return [module for module, gguf in architecture.gguf_block.items() if gguf in names]
+
+
+def silence(block: torch.nn.Module, linear: str) -> None:
+    """Let a linear say nothing."""
+    for parameter in block.get_submodule(linear).parameters():
+        parameter.data.zero_()
 
 
 # What cannot be

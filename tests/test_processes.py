@@ -17,12 +17,8 @@ import torch
 
 from lqexport.artifact import Artifact
 from lqexport.collect import SHARDS, batches, sharded
-from lqexport.errors import UserError
-from lqexport.job import Job
 from lqexport.moments import SecondMoments
 from lqexport.processes import Processes
-from lqexport.progress import Silent
-from lqexport.recipe import Recipe
 
 CPU = torch.device("cpu")
 RECIPES: dict[str, dict[str, Any]] = {
@@ -30,6 +26,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "l2qer": {"moments": "normalized", "rank": 4, "scaling": "l2qer", "factor_bytes": 20_000},
     "rtn": {"method": "rtn"},
     "size": {"target": "gguf:auto", "size": "5bpw"},
+    "quantized prefix": {"prefix": "quantized", "moments": "plain"},
+    "asymmetric": {"prefix": "quantized", "asymmetric": True, "moments": "normalized"},
+    "asymmetric guided": {"prefix": "quantized", "asymmetric": True, "sequence_length": 96},
     "exl2": {"target": "exl2", "bits": 4.0, "moments": "plain"},
 }
 
@@ -112,10 +111,3 @@ def test_a_total_is_of_the_shards_in_order() -> None:
         whole.end_shard()
     first, second, third = (single.hessian() * 256 for single in alone)
     assert torch.equal(whole.hessian(), (first + second + third) / 768)
-
-
-def test_the_quantized_prefix_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
-    recipe = Recipe(**options | {"prefix": "quantized", "moments": "plain"})
-    with pytest.raises(UserError, match="without torchrun"):
-        Job(recipe, tmp_path / "out", CPU, None, Silent(), Processes(1, 2))
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,141 @@
+"""Second moments for `prefix = "quantized"`: each linear sees the inputs that the quantized ones before it give, in the
+order in which data flows (true-sequential, as GPTQ and LeanQuant). With asymmetric calibration the full-precision model
+runs beside, and says what each linear should aim at (`lqexport.asymmetric`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lqexport.asymmetric import CrossMoments, Entering
+from lqexport.blocks import BlockModel
+from lqexport.collect import Group, input_of, linear_of, sharded, to_the_end
+from lqexport.corrected import stored_correction, values_of
+from lqexport.job import Job
+from lqexport.moments import SecondMoments
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A linear to solve: the weights [R, C] to come near to, float, and its second moments, float32 [C, C]. At the same
+    time the other processes solve the rest of its group, of which `share` is this one's."""
+
+    name: str
+    weight: Tensor
+    hessian: Tensor
+    share: float
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Sequential:
+    """A job's problems. Whoever takes one stores its solution in the artifact before asking for the next. `begin` is
+    called when the first is about to be made: a pass with progress of its own may come before.
+
+    Several processes share the passes, shard by shard, and each has problems of its own of every group."""
+
+    def __init__(self, job: Job, model: BlockModel, begin: Callable[[], None]) -> None:
+        self.job, self.model, self.recipe, self.processes = job, model, job.recipe, job.processes
+        self.weights = job.token_weights(model) if self.recipe.moments == "guided" else {}
+        begin()
+        shards = sharded(job.sequences)
+        self.rounds = list(self.processes.rounds(len(shards)))
+        numbered = list(enumerate(batch for shard in shards for batch in shard))
+        ends = list(accumulate(map(len, shards), initial=0))
+        self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.mine(range(len(shards)))]
+        self.inputs = {number: model.start(ids).cpu() for shard in self.shards for number, ids in shard}
+        self.full = dict(self.inputs)
+        model.let_go()
+        self.lengths = [ids.numel() for _, ids in numbered]
+        # A block adds to its input what attention gives, and to that what its output is made of.
+        self.first, self.last = model.architecture.adders
+
+    def problems(self) -> Iterator[Problem]:
+        """Of the unfinished linears alone."""
+        for index in range(self._blocks()):
+            block = self.model.block(index)
+            original = self.model.block(index) if self.recipe.asymmetric else None
+            for group in self.model.architecture.linears:
+                if names := self.processes.agreed(self.job.unfinished(self.model, index, group)):
+                    yield from self._group(group, names, block, original)
+                    self.processes.wait()
+                for linear in group:
+                    self._carry_forward(linear_of(block, linear), self.model.weight_name(index, linear))
+            self._run_through(block, self.inputs)
+            if original is not None:
+                self._run_through(original, self.full)
+
+    def _blocks(self) -> int:
+        """How many there are up to the last with something to solve."""
+        groups = self.model.architecture.linears
+        unfinished = (i + 1 for i in range(len(self.model)) for g in groups if self.job.unfinished(self.model, i, g))
+        return self.processes.agreed(max(unfinished, default=0))
+
+    def _run_through(self, block: nn.Module, states: dict[int, Tensor]) -> None:
+        for number, batch in states.items():
+            states[number] = self.model.run(block, batch.to(self.model.device)).cpu()
+
+    def _group(self, group: Group, names: list[str], block: nn.Module, original: nn.Module | None) -> Iterator[Problem]:
+        """This process's share of a group's linears that are named."""
+        mine = self.processes.mine(names)
+        share = len(mine) / len(names)
+        if original is None:
+            hessian = self._moments(group, block)
+            for name in mine:
+                yield Problem(name, self.job.source.read(name), hessian, share)
+            return
+        cross = self._cross_moments(group, names, block, original)
+        for name in mine:
+            weight = self.job.source.read(name).to(self.job.device).float()
+            target, strength = cross[name].target(weight, self.recipe.dampening)
+            yield Problem(name, target, cross[name].hessian(), share, {"asymmetric_strength": strength})
+
+    def _moments(self, group: Group, block: nn.Module) -> Tensor:
+        columns, keep = linear_of(block, group[0]).in_features, self.job.room.moments.keep
+        moments = SecondMoments(columns, self.recipe.moments, self.job.device, keep=keep)
+        for turn, (shard, senders) in enumerate(self.rounds):
+            for number, _ in self.shards[turn] if shard is not None else ():
+                moments.add(input_of(self.model, block, group[0], self.inputs[number]))
+            moments.end_shard(self.processes, 0, senders)
+        if self.processes.count == 1:
+            return moments.hessian()
+        # Over NCCL it has to be on the device.
+        own = moments.hessian().to(self.job.device) if self.processes.first else None
+        return self.processes.given(torch.empty(columns, columns, device=self.job.device) if own is None else own)
+
+    def _cross_moments(
+        self, group: Group, names: list[str], block: nn.Module, original: nn.Module
+    ) -> dict[str, CrossMoments]:
+        """By name; guided, each linear weighs the tokens in its own way."""
+        linear = linear_of(block, group[0])
+        rows = linear.out_features if group[0] in (self.first, self.last) else 0
+        apart = names if self.weights else names[:1]
+        found = {name: CrossMoments(linear.in_features, self.recipe.moments, self.job.device, rows) for name in apart}
+        parts = {name: self.weights[name].split(self.lengths) for name in apart} if self.weights else {}
+        for turn, (shard, senders) in enumerate(self.rounds):
+            for number, _ in self.shards[turn] if shard is not None else ():
+                there = self._enters(group[0], original, self.full[number])
+                here = self._enters(group[0], block, self.inputs[number])
+                for name, cross in found.items():
+                    cross.add(number % 2, there, here, parts[name][number] if parts else None)
+            for cross in found.values():
+                cross.end_shard(self.processes, senders)
+        for cross in found.values():
+            cross.share(self.processes)
+        return found if self.weights else dict.fromkeys(names, found[names[0]])
+
+    def _enters(self, linear: str, block: nn.Module, hidden: Tensor) -> Entering:
+        """What enters a linear when the block runs on `hidden`."""
+        if linear == self.last:
+            return Entering(*to_the_end(self.model, block, linear, hidden))
+        inputs = input_of(self.model, block, linear, hidden)
+        return Entering(inputs, hidden.to(inputs.device) if linear == self.first else None)
+
+    def _carry_forward(self, linear: nn.Linear, name: str) -> None:
+        """Go on with the weights as the file decodes them."""
+        values, correction = values_of(self.job.artifact.read(name)), stored_correction(self.job.artifact, name)
+        linear.weight.data = (values if correction is None else values + correction).to(linear.weight)
