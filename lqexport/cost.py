@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 from lqexport.converters.architecture import Architecture
@@ -85,6 +86,19 @@ class Work:
         firsts = tuple(f".{group[0]}.weight" for group in self.architecture.linears)
         return [tensor for tensor in tensors if tensor.name.endswith(firsts)]
 
+    @cached_property
+    def groups(self) -> list[list[PlannedTensor]]:
+        """The matrices of the first decoder block that share their inputs, in the order in which data flows."""
+        named = {tensor.name: tensor for tensor in self.block}
+        first = f"{self.architecture.blocks}.0."
+        groups = ([f"{first}{linear}.weight" for linear in group] for group in self.architecture.linears)
+        return [[named[name] for name in group if name in named] for group in groups]
+
+    def added(self, tensor: PlannedTensor) -> int:
+        """Rows whose outputs are added to hidden states, which asymmetric calibration makes up for."""
+        ends = tuple(f".{linear}.weight" for linear in self.architecture.adders if linear)
+        return tensor.matrix[0] if ends and tensor.name.endswith(ends) and self.recipe.moments != "plain" else 0
+
     def share(self, tensor: PlannedTensor) -> float:
         """Of the tokens, how many go through a linear: all, or those that are routed to an expert, on average."""
         return self._routed if ".experts." in tensor.name else 1.0
@@ -94,6 +108,14 @@ class Work:
         config, count = normalized(self.config), self.architecture.experts
         assert count is not None
         return float(config["num_experts_per_tok"] / config[count])
+
+
+def cross_bytes(work: Work) -> int:
+    """The sums of asymmetric calibration for the group of linears that has the largest."""
+    own = [
+        [4 * 2 * (2 * t.matrix[1] + work.added(t)) * t.matrix[1] for t in work.inputs(group)] for group in work.groups
+    ]
+    return max(map(sum, own), default=0) if work.recipe.asymmetric else 0
 
 
 def moments_bytes(work: Work) -> int:
@@ -168,10 +190,12 @@ def operations_estimate(work: Work) -> Operations:
     forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
     halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in work.inputs(linears))
     moments = work.tokens * halves  # of one half of the matrix
+    if recipe.asymmetric:  # two whole ones
+        moments = 4 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
     factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 for tensor in linears)
     descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
-    return Operations(_passes(work) * work.tokens * forward + _tuning(work, forward), moments, factors, solver)
+    return Operations(passes(work) * work.tokens * forward + _tuning(work, forward), moments, factors, solver)
 
 
 def _codes(recipe: Recipe, rows: int, columns: int) -> float:
@@ -179,11 +203,14 @@ def _codes(recipe: Recipe, rows: int, columns: int) -> float:
     return rows * columns**3 / 3 if recipe.solver == "exact" else rows * columns**2
 
 
-def _passes(work: Work) -> int:
-    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one."""
-    if work.recipe.prefix == "quantized":
-        return (1 + len(work.architecture.linears)) * (1 + work.recipe.asymmetric)
-    return 3 if work.guided else 1
+def passes(work: Work) -> float:
+    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one. With the
+    quantized prefix a block runs as far as each group of linears, and then whole, in one model or two."""
+    if work.recipe.prefix == "full":
+        return 3 if work.guided else 1
+    sizes = [sum(tensor.weights for tensor in group) for group in work.groups]
+    runs = 1 + sum(accumulate(sizes[:-1])) / max(1, sum(sizes))
+    return runs * (1 + bool(work.recipe.asymmetric)) + 3 * work.guided
 
 
 def _tuning(work: Work, forward: float) -> float:

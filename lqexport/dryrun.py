@@ -17,6 +17,7 @@ from lqexport.artifact import Artifact
 from lqexport.budget import chosen_types
 from lqexport.converters.plan import PlannedTensor
 from lqexport.cost import Rates, Work, seconds_estimate
+from lqexport.defaults import settled
 from lqexport.errors import UserError
 from lqexport.inspect import Entry, bits, size, table
 from lqexport.job import plan_factors, plan_recipe
@@ -70,6 +71,7 @@ class Preview:
 def preview(recipe: Recipe, out: Path) -> Preview:
     """Plan a run: reads names and shapes only. Raises UserError as `plan` and `open_source` do."""
     source = open_source(recipe.source)
+    recipe = settled(recipe, source.config)
     artifact = Artifact(out)
     tensors = plan_recipe(source, recipe, chosen_types(artifact))
     tensors += plan_factors(source, tensors, recipe)

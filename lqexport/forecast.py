@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lqexport.converters.config_check import read_config
 from lqexport.cost import Rates, Work, disk, operations_estimate, seconds_estimate
+from lqexport.defaults import settled
 from lqexport.dryrun import measured_rates
 from lqexport.job import plan_factors, plan_recipe
 from lqexport.memory import Budget, Memory, choose_room, memory, peak, told
@@ -108,6 +109,7 @@ def forecast(model: Path, recipe: Recipe, gpu: str | None, host: str | None) -> 
     """Plan a run for a config.json, or the folder that holds one. Raises UserError as the planning does."""
     path = model / "config.json" if model.is_dir() else model
     shapes = ConfigModel(read_config(path, f"There is no {path}: give a config.json, or a folder that holds one."))
+    recipe = settled(recipe, shapes.config)
     tensors = plan_recipe(shapes, recipe)
     tensors += plan_factors(shapes, tensors, recipe)
     return Forecast(

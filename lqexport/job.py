@@ -23,6 +23,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
 from lqexport.converters.tensor_names import is_linear
 from lqexport.cost import Work
+from lqexport.defaults import settled
 from lqexport.environment import versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
@@ -81,6 +82,7 @@ def plan_factors(source: Shapes, planned: list[PlannedTensor], recipe: Recipe) -
 class Job:
     """Opened and checked, and the artifact begun. Raises UserError for bad input.
 
+    recipe    with nothing left open;  kind   of its second moments
     planned   what every tensor will be stored as
     linears   those of the decoder blocks that the solver works on, by name;  head   the output, where it works on that
     factors   of the linears' low-rank corrections
@@ -92,8 +94,11 @@ class Job:
         self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener,
         processes: Processes = ALONE, budget: Budget | None = None,
     ) -> None:  # fmt: skip
-        self.recipe, self.device, self.listener, self.processes = recipe, device, listener, processes
+        self.device, self.listener, self.processes = device, listener, processes
         self.source = open_source(recipe.source)
+        self.recipe = recipe = settled(recipe, self.source.config)
+        assert recipe.moments is not None
+        self.kind = recipe.moments
         self.architecture = architecture_of(self.source.config)
         self.take_plan(plan_recipe(self.source, recipe))
         self.factors = plan_factors(self.source, self.planned, recipe)
@@ -107,7 +112,7 @@ class Job:
         self.work = out / "work"
         self.room = self._room(budget or Budget())
         # Choosing types needs all moments before solving does, so they are kept.
-        cache = cache or (self.work / "moments" if recipe.size or recipe.bits else None)
+        cache = cache or (self.work / "moments" if recipe.chooses else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         if self._cache and processes.first:
             self._cache.write_facts()
@@ -244,7 +249,7 @@ class Job:
                                   self.room.moments.keep, held, recipe.guided_power)  # fmt: skip
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
-        return forward_moments(model, self.sequences, recipe.moments, wanted, last, self.processes,
+        return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes,
                                self.room.moments.keep)  # fmt: skip
 
     def token_weights(self, model: BlockModel) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ import psutil
 import torch
 
 from lqexport.collect import BATCH_TOKENS, SHARDS
-from lqexport.cost import Work, moments_bytes
+from lqexport.cost import Work, cross_bytes, moments_bytes
 from lqexport.factor import PANEL
 from lqexport.fit import minmax
 from lqexport.formats.codec import GridCodec, SectionedCodec
@@ -88,14 +88,25 @@ def _passing(work: Work, room: Room) -> Memory:
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
     activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
-    block = 4 * sum(tensor.weights for tensor in work.block)
+    block = _blocks_bytes(work)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
-    sums, states = moments_bytes(work), _states_bytes(work) + _kept_states(work, room)
+    states = _states_bytes(work) + _kept_states(work, room)
+    if work.recipe.asymmetric:  # a shard's sums and all, on the device; then what solves for the target in float64
+        widest = max((tensor.matrix[1] for tensor in work.block), default=0)
+        return Memory(max(block + 2 * cross_bytes(work) + max(activations, 3 * 8 * widest**2), outer), states)
+    sums = moments_bytes(work)
     return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
 
 
+def _blocks_bytes(work: Work) -> int:
+    """A block in float32, asymmetric of two models."""
+    return 4 * sum(tensor.weights for tensor in work.block) * (1 + bool(work.recipe.asymmetric))
+
+
 def _states_bytes(work: Work) -> int:
-    """Hidden states on the host: of all sequences; guided: of a shard, with gradients."""
+    """Hidden states on the host: of all sequences, asymmetric in two models; guided: of a shard, with gradients."""
+    if work.recipe.asymmetric:
+        return 2 * 4 * work.hidden * work.tokens
     return 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
 
 
@@ -116,8 +127,11 @@ def _solving(work: Work, room: Room) -> Memory:
     arrays = max(FACTOR_PANELS * panel, square * bool(work.recipe.descent) + _chunk_bytes(work, room))
     own = 0 if room.moments.holds(room.device) else square
     here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
+    if work.recipe.prefix == "quantized":  # what the passes go on with stays where it is
+        here += Memory(_blocks_bytes(work) + cross_bytes(work), 0)
     states = Memory(0, _kept_states(work, room) if work.guided else _states_bytes(work))
-    return here + states + _kept(room.moments, moments_bytes(work)) + _kept(room.factors, square + panel // 2)
+    moments = 0 if work.recipe.asymmetric else moments_bytes(work)
+    return here + states + _kept(room.moments, moments) + _kept(room.factors, square + panel // 2)
 
 
 def _is_whole(work: Work) -> bool:

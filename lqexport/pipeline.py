@@ -36,7 +36,7 @@ from lqexport.tune import HELD_OUT, Outcome, Tuner
 
 OUT_OF_MEMORY = (
     "what is finished stays. `lqexport plan` says which stage takes how much; a smaller --device-memory keeps less on "
-    "the device, and --tune 0 and shorter sequences need less."
+    "the device, and --prefix full, --tune 0 and shorter sequences need less."
 )
 
 

@@ -29,7 +29,8 @@ LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of `lqexport quantize`; each is explained by its `--help`."""
+    """Options of `lqexport quantize`; each is explained by its `--help`. Where moments, prefix and asymmetric are None,
+    `lqexport.defaults` settles them by the model."""
 
     source: str
     target: str
@@ -39,12 +40,12 @@ class Recipe:
     samples: int = 64
     sequence_length: int = 512
     seed: int = 0
-    moments: Moments = "guided"
+    moments: Moments | None = None
     output_groups: int = 1
     guided_power: float = 0.5
-    prefix: Prefix = "full"
+    prefix: Prefix | None = None
     compute_dtype: ComputeDtype | None = None
-    asymmetric: bool = False
+    asymmetric: bool | None = None
     dampening: float = 0.05
     importance: ImportanceBase = "diagonal"
     exponent: float = 1.0
@@ -77,22 +78,22 @@ class Recipe:
                 raise UserError(f"{name} must be at least {least}, not {value}.")
         if (self.size is not None) != (self.target == AUTO):
             raise UserError(f"A size and the target {AUTO} go together: the types are then chosen to fit the size.")
-        if self.size is not None and (self.moments != "guided" or self.method == "rtn"):
+        if self.size is not None and (self.moments not in (None, "guided") or self.method == "rtn"):
             raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
-        if self.moments == "guided" and self.prefix != "full" and not self.asymmetric:
+        if self.moments == "guided" and self.prefix == "quantized" and self.asymmetric is False:
             raise UserError(
                 "Guided second moments come from the full-precision model: with the quantized prefix, take "
                 "--asymmetric, or --moments normalized."
             )
-        if self.output_groups > 1 and self.prefix != "full":
+        if self.output_groups > 1 and (self.prefix == "quantized" or self.asymmetric):
             raise UserError("With the quantized prefix a linear has one output group: leave out output_groups.")
-        if self.output_groups > 1 and self.moments != "guided":
+        if self.output_groups > 1 and self.moments not in (None, "guided"):
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
         if not 0 < self.guided_power <= 1:
             raise UserError(f"guided_power must be above 0 and at most 1, not {self.guided_power}.")
         if self.solver == "exact" and self.method == "rtn":
             raise UserError("Method rtn solves nothing: leave out the solver exact, or take method lean.")
-        if self.asymmetric and self.prefix != "quantized":
+        if self.asymmetric and self.prefix == "full":
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
         self._check_correction()
         self._check_exl2()
@@ -103,7 +104,7 @@ class Recipe:
             raise UserError("factor_bytes, rounds and merge say more of a low-rank correction: give its rank too.")
         if self.rank and self.size is not None:
             raise UserError("A size chooses types for a model without low-rank corrections: leave out rank.")
-        if self.factor_bytes and self.prefix == "quantized":
+        if self.factor_bytes and (self.prefix == "quantized" or self.asymmetric):
             raise UserError("factor_bytes is shared at the end, so later blocks cannot see it: take prefix full.")
         if self.merge and self.factor_bytes:
             raise UserError("factor_bytes shares bytes among stored factors, and merge stores none: give one of them.")
@@ -120,6 +121,11 @@ class Recipe:
             raise UserError("GPTQ's layout has one type for all linears, and float16 for embedding and output.")
         if (gptq or self.target == "exl2") and self.output_groups > 1:
             raise UserError("EXL2 and GPTQ's layout have the outputs as columns: they take one output group.")
+
+    @property
+    def chooses(self) -> bool:
+        """Whether types or mixes are chosen to fit a size."""
+        return self.size is not None or self.bits is not None
 
     @property
     def reorders(self) -> bool:

@@ -36,7 +36,11 @@ SequenceLength = Annotated[int | None, _option("sequence_length", "Tokens in eac
 Seed = Annotated[int | None, _option("seed", "Draws the sequences from the text.")]
 Moments = Annotated[
     str | None,
-    _option("moments", "plain; normalized: each token divided by its norm; guided: weighted by the loss's gradient."),
+    _option(
+        "moments",
+        "plain; normalized: each token divided by its norm; guided: weighted by the loss's gradient. [default: "
+        "normalized; guided where the prefix is full or types are chosen]",
+    ),
 ]
 OutputGroups = Annotated[
     int | None, _option("output_groups", "Runs of a linear's outputs with guided moments of their own.")
@@ -46,7 +50,12 @@ GuidedPower = Annotated[
     _option("guided_power", "Power of a token's weight in guided moments: lower, fewer tokens rule. GuidedQuant: 1."),
 ]
 Prefix = Annotated[
-    str | None, _option("prefix", "Inputs of a block come from the full or the quantized blocks before.")
+    str | None,
+    _option(
+        "prefix",
+        "Inputs of a block come from the full or the quantized blocks before. [default: quantized; full for experts, "
+        "encoders and linears of more than 16384 inputs]",
+    ),
 ]
 ComputeDtype = Annotated[
     str | None,
@@ -60,7 +69,8 @@ Asymmetric = Annotated[
     bool | None,
     _option(
         "asymmetric",
-        "With the quantized prefix: aim at the full-precision outputs as far as held-out sequences gain.",
+        "Aim at the full-precision outputs and hidden states, as far as held-out sequences gain. [default: where the "
+        "prefix is quantized]",
         "--asymmetric/--symmetric",
     ),
 ]

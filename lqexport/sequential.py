@@ -17,6 +17,7 @@ from lqexport.blocks import BlockModel
 from lqexport.collect import Group, input_of, linear_of, sharded, to_the_end
 from lqexport.corrected import stored_correction, values_of
 from lqexport.job import Job
+from lqexport.linear import check_finite
 from lqexport.moments import SecondMoments
 
 
@@ -40,7 +41,7 @@ class Sequential:
 
     def __init__(self, job: Job, model: BlockModel, begin: Callable[[], None]) -> None:
         self.job, self.model, self.recipe, self.processes = job, model, job.recipe, job.processes
-        self.weights = job.token_weights(model) if self.recipe.moments == "guided" else {}
+        self.weights = job.token_weights(model) if job.kind == "guided" else {}
         begin()
         shards = sharded(job.sequences)
         self.rounds = list(self.processes.rounds(len(shards)))
@@ -91,12 +92,13 @@ class Sequential:
         cross = self._cross_moments(group, names, block, original)
         for name in mine:
             weight = self.job.source.read(name).to(self.job.device).float()
+            check_finite(name, weight)
             target, strength = cross[name].target(weight, self.recipe.dampening)
             yield Problem(name, target, cross[name].hessian(), share, {"asymmetric_strength": strength})
 
     def _moments(self, group: Group, block: nn.Module) -> Tensor:
         columns, keep = linear_of(block, group[0]).in_features, self.job.room.moments.keep
-        moments = SecondMoments(columns, self.recipe.moments, self.job.device, keep=keep)
+        moments = SecondMoments(columns, self.job.kind, self.job.device, keep=keep)
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():
                 moments.add(input_of(self.model, block, group[0], self.inputs[number]))
@@ -114,7 +116,7 @@ class Sequential:
         linear = linear_of(block, group[0])
         rows = linear.out_features if group[0] in (self.first, self.last) else 0
         apart = names if self.weights else names[:1]
-        found = {name: CrossMoments(linear.in_features, self.recipe.moments, self.job.device, rows) for name in apart}
+        found = {name: CrossMoments(linear.in_features, self.job.kind, self.job.device, rows) for name in apart}
         parts = {name: self.weights[name].split(self.lengths) for name in apart} if self.weights else {}
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():

@@ -22,6 +22,7 @@ from lqexport.corrected import solve_corrected
 from lqexport.job import Job
 from lqexport.linear import solve_linear
 from lqexport.moments import SecondMoments
+from lqexport.recipe import Moments
 from lqexport.sequential import Sequential
 
 
@@ -53,7 +54,7 @@ class _Solving:
 
     def _solve_head(self, head: PlannedTensor) -> None:
         """The output, on inputs from the full-precision model."""
-        kind = "normalized" if self.recipe.moments == "guided" else self.recipe.moments
+        kind: Moments = "normalized" if self.job.kind == "guided" else self.job.kind
         moments = SecondMoments(head.matrix[1], kind, self.device, keep=self.job.room.moments.keep)
         if calibrated := self.job.calibration is not None:
             add_outputs(moments, self.job.model(), self.job.sequences, self.processes)

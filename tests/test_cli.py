@@ -150,7 +150,7 @@ def test_full_disk_is_said_before_any_work(odd_model: Path, tmp_path: Path, monk
 
 def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
     def estimates(**options: Any) -> tuple[int, float]:
-        shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", **options), tmp_path)
+        shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", prefix="full", **options), tmp_path)
         rates = cost.Rates(1e10, 1e10, 1e10)
         return memory_estimate(shown.work, plenty(torch.device("cpu"))), cost.seconds_estimate(shown.work, rates, 1)
 
@@ -161,7 +161,7 @@ def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
 
 def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", samples=1, sequence_length=8, descent=0, tune=0,
-                                   moments="normalized"), tmp_path)  # fmt: skip
+                                   moments="normalized", prefix="full"), tmp_path)  # fmt: skip
     linears = 2 * (4 * 96 * 96 + 3 * 96 * 256)
     forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
@@ -169,6 +169,13 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     factors = 2 * (6 * 2 * 96**3 + 2 * 256**3)
     solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
     assert cost.operations_estimate(shown.work) == cost.Operations(forward, moments, factors, solving)
+    # In two models, each up to the inputs of output, of gate and up, and of down, and whole.
+    query, gate = 3 * 96 * 96, 2 * 96 * 256
+    runs = 2 * (1 + (query + (query + 96 * 96) + (query + 96 * 96 + gate)) / (linears / 2))
+    both = dataclasses.replace(shown.recipe, prefix="quantized", asymmetric=True)
+    twice = cost.operations_estimate(dataclasses.replace(shown.work, recipe=both))
+    assert twice.passes == pytest.approx(runs * forward)
+    assert twice.moments == 4 * moments + 2 * 8 * 2 * (96 * 96 + 96 * 256)  # and what the hidden states lack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -133,7 +133,7 @@ def test_passes_in_bfloat16_give_nearly_the_same(tiny_model: Path, tokens: Tenso
 def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog, " * 400)
     return Recipe(str(tiny_model), "gguf:Q2_K", calibration=str(tmp_path / "text.txt"), samples=4, sequence_length=32,
-                  moments="guided", tune=0)  # fmt: skip
+                  moments="guided", prefix="full", tune=0)  # fmt: skip
 
 
 def test_a_cache_is_shared_by_targets(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,10 +160,10 @@ def test_a_damaged_cache_is_said(recipe: Recipe, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"moments": "guided", "prefix": "quantized"}, "full-precision model"),
+        ({"moments": "guided", "prefix": "quantized", "asymmetric": False}, "full-precision model"),
         ({"moments": "plain", "output_groups": 2}, "Only guided"),
         ({"output_groups": 2, "prefix": "quantized", "asymmetric": True}, "one output group"),
-        ({"asymmetric": True}, "needs prefix 'quantized'"),
+        ({"asymmetric": True, "prefix": "full"}, "needs prefix 'quantized'"),
         ({"moments": "guided", "output_groups": 3}, "do not divide"),
         ({"guided_power": 0.0}, "above 0"),
     ],
@@ -172,7 +172,7 @@ def test_options_that_do_not_go_together(
     recipe: Recipe, options: dict[str, object], sentence: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=sentence):
-        quantize(Recipe(**{**vars(recipe), "moments": "plain", **options}), tmp_path / "out")
+        quantize(Recipe(**{**vars(recipe), "prefix": None, "moments": "plain", **options}), tmp_path / "out")
 
 
 def drifted(tokens: int, noise: float) -> tuple[Tensor, Tensor]:

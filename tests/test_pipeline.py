@@ -25,7 +25,7 @@ from lqexport.source import open_source
 @pytest.fixture
 def recipe(tiny_model: Path, text: Path) -> Recipe:
     return Recipe(str(tiny_model), "gguf:Q3_K", calibration=str(text), samples=6, sequence_length=64, tune=5,
-                  moments="normalized")  # fmt: skip
+                  moments="normalized", prefix="full")  # fmt: skip
 
 
 def changed(recipe: Recipe, **options: object) -> Recipe:

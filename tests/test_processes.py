@@ -26,9 +26,9 @@ RECIPES: dict[str, dict[str, Any]] = {
     "l2qer": {"moments": "normalized", "rank": 4, "scaling": "l2qer", "factor_bytes": 20_000},
     "rtn": {"method": "rtn"},
     "size": {"target": "gguf:auto", "size": "5bpw"},
-    "quantized prefix": {"prefix": "quantized", "moments": "plain"},
-    "asymmetric": {"prefix": "quantized", "asymmetric": True, "moments": "normalized"},
-    "asymmetric guided": {"prefix": "quantized", "asymmetric": True, "sequence_length": 96},
+    "quantized prefix": {"prefix": "quantized", "moments": "plain", "asymmetric": False},
+    "default": {"tune": None},
+    "asymmetric guided": {"moments": "guided", "sequence_length": 96},
     "exl2": {"target": "exl2", "bits": 4.0, "moments": "plain"},
 }
 

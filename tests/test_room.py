@@ -25,9 +25,16 @@ from lqexport.room import mapped, places
 
 SMALL = {"samples": 6, "sequence_length": 32, "descent": 1, "tune": 1}
 RECIPES: dict[str, dict[str, Any]] = {
+    "default": {"target": "gguf:Q2_K"},
     "guided": {"target": "gguf:Q2_K", "output_groups": 2},
     "tables": {"target": "native:table-2", "moments": "normalized"},
-    "quantized prefix": {"target": "gguf:Q4_1", "moments": "plain", "prefix": "quantized", "tune": 0},
+    "quantized prefix": {
+        "target": "gguf:Q4_1",
+        "moments": "plain",
+        "prefix": "quantized",
+        "asymmetric": False,
+        "tune": 0,
+    },
     "corrected": {"target": "gguf:Q3_K", "rank": 4, "tune": 0},
     "solved whole": {"target": "gptq:4-g128", "tune": 0},
 }
@@ -160,7 +167,7 @@ def test_the_first_way_that_fits_is_taken() -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b"])
 def test_a_gpus_run_keeps_what_there_is_room_for(name: str) -> None:
     """Hidden states in memory, tensors unpacked: within the budget, and all of it where that has no end."""
-    work, gpu = work_of(name), torch.device("cuda")
+    work, gpu = work_of(name, prefix="full"), torch.device("cuda")
     endless = memory.choose_room(work, gpu, Path(), Budget())
     assert endless.states
     weights = sum(tensor.weights for tensor in work.linears)

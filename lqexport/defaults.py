@@ -1,0 +1,35 @@
+"""What a recipe leaves to the model: how second moments are collected."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from lqexport.converters.architectures import architecture_of, normalized
+from lqexport.recipe import Recipe
+
+WIDEST = 16384
+"""Inputs of a linear up to which asymmetric calibration is the default: its sums are four matrices of them squared, in
+float32, and as much again for a shard of the sequences."""
+
+
+def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
+    """The recipe for a model of this config.json, with nothing left open. Asymmetric calibration keeps the most
+    (docs/quality.md), so it is what one gets where it works: models that predict tokens, without experts, whose
+    second moments fit. Choosing types or mixes needs guided moments."""
+    asymmetric, prefix, moments = recipe.asymmetric, recipe.prefix, recipe.moments
+    if prefix is None:
+        prefix = "quantized" if asymmetric or (asymmetric is None and _works(recipe, config)) else "full"
+    if asymmetric is None:
+        asymmetric = prefix == "quantized"
+    if moments is None:
+        moments = "guided" if prefix == "full" or (recipe.chooses and asymmetric) else "normalized"
+    return replace(recipe, asymmetric=asymmetric, prefix=prefix, moments=moments)
+
+
+def _works(recipe: Recipe, config: dict[str, Any]) -> bool:
+    """Whether asymmetric calibration goes with the rest of the recipe and the model."""
+    architecture, usual = architecture_of(config), normalized(config)
+    widest = max(int(usual.get(key) or 0) for key in ("hidden_size", "intermediate_size"))
+    apart = recipe.method == "rtn" or recipe.output_groups > 1 or recipe.factor_bytes
+    return not (apart or architecture.experts or architecture.encoder) and widest <= WIDEST

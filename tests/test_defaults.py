@@ -1,0 +1,55 @@
+"""What a recipe leaves to the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lqexport.artifact import Artifact
+from lqexport.defaults import settled
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+
+CONFIGS = Path(__file__).parent / "configs"
+ASYMMETRIC = ("quantized", True, "normalized")
+FULL = ("full", False, "guided")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "expected"),
+    [
+        ("llama-3.1-8b", {}, ASYMMETRIC),
+        ("llama-3.1-8b", {"moments": "guided"}, ("quantized", True, "guided")),
+        ("llama-3.1-8b", {"prefix": "full"}, FULL),
+        ("llama-3.1-8b", {"prefix": "full", "moments": "normalized"}, ("full", False, "normalized")),
+        ("llama-3.1-8b", {"asymmetric": False}, FULL),
+        ("llama-3.1-8b", {"asymmetric": False, "prefix": "quantized"}, ("quantized", False, "normalized")),
+        ("llama-3.1-8b", {"target": "gguf:auto", "size": "4bpw"}, ("quantized", True, "guided")),
+        ("llama-3.1-8b", {"target": "exl2", "bits": 3.0}, ("quantized", True, "guided")),
+        ("llama-3.1-8b", {"output_groups": 2}, FULL),
+        ("llama-3.1-8b", {"rank": 8, "factor_bytes": 100}, FULL),
+        ("llama-3.1-8b", {"method": "rtn"}, FULL),
+        ("llama-3.1-70b", {}, FULL),
+        ("llama-3.1-70b", {"asymmetric": True}, ASYMMETRIC),
+        ("mixtral-8x7b", {}, FULL),
+    ],
+)
+def test_what_is_left_open_follows_from_the_model(
+    name: str, options: dict[str, Any], expected: tuple[Any, ...]
+) -> None:
+    config = json.loads((CONFIGS / f"{name}.json").read_text())
+    found = settled(Recipe(**({"source": name, "target": "gguf:Q4_K"} | options)), config)
+    assert (found.prefix, found.asymmetric, found.moments) == expected
+    assert settled(found, config) == found
+
+
+def test_a_run_records_what_was_settled(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    recipe = Recipe(str(tiny_model), "gguf:Q4_0", calibration=str(text), samples=4, sequence_length=32, tune=0)
+    quantize(recipe, tmp_path / "out")
+    ran = Artifact(tmp_path / "out").report()["run"]["recipe"]
+    assert (ran["prefix"], ran["asymmetric"], ran["moments"]) == ASYMMETRIC
+    quantize(Recipe(**ran), tmp_path / "again")
+    assert Artifact(tmp_path / "out").manifest() == Artifact(tmp_path / "again").manifest()
