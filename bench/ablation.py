@@ -26,31 +26,37 @@ from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.source import Source, open_source
 
-ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
 UNTUNED: dict[str, Any] = {"tune": 0}
-QUANTIZED: dict[str, Any] = {"moments": "normalized", "prefix": "quantized"}
+ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
+GUIDED: dict[str, Any] = {"moments": "guided", "prefix": "full"}
+NORMALIZED: dict[str, Any] = {"moments": "normalized", "prefix": "full"}
+PLAIN: dict[str, Any] = {"moments": "plain", "prefix": "full"}
+SYMMETRIC: dict[str, Any] = {"prefix": "quantized", "asymmetric": False}
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "rtn": {"method": "rtn"},
-    "gptq": {"method": "gptq", "moments": "plain"},
-    "as-released": {"moments": "plain", "prefix": "quantized", "importance": "cholesky", "exponent": 4.0,
-                    "dampening": 0.1, **ONE_PASS},
-    "plain": {"moments": "plain", **ONE_PASS},
-    "normalized": {"moments": "normalized", **ONE_PASS},
-    "guided": ONE_PASS,
-    "guided-4-groups": {"output_groups": 4, **ONE_PASS},
-    "quantized-prefix": QUANTIZED | ONE_PASS,
-    "asymmetric": QUANTIZED | {"asymmetric": True} | ONE_PASS,
-    "asymmetric+descent": QUANTIZED | {"asymmetric": True} | UNTUNED,
-    "guided^1+descent": {"guided_power": 1.0, **UNTUNED},
-    "guided^0.75+descent": {"guided_power": 0.75, **UNTUNED},
-    "guided^0.25+descent": {"guided_power": 0.25, **UNTUNED},
-    "guided+descent": UNTUNED,
-    "normalized+descent+tune": {"moments": "normalized"},
-    "guided+descent+tune": {},
+    "gptq": {"method": "gptq", **PLAIN},
+    "as-released": {"moments": "plain", **SYMMETRIC, "importance": "cholesky", "exponent": 4.0, "dampening": 0.1,
+                    **ONE_PASS},
+    "plain": PLAIN | ONE_PASS,
+    "normalized": NORMALIZED | ONE_PASS,
+    "guided": GUIDED | ONE_PASS,
+    "guided-4-groups": GUIDED | {"output_groups": 4, **ONE_PASS},
+    "quantized-prefix": SYMMETRIC | {"moments": "normalized", **ONE_PASS},
+    "asymmetric": ONE_PASS,
+    "asymmetric+descent": UNTUNED,
+    "asymmetric+guided+descent": {"moments": "guided", **UNTUNED},
+    "guided^1+descent": GUIDED | {"guided_power": 1.0, **UNTUNED},
+    "guided^0.75+descent": GUIDED | {"guided_power": 0.75, **UNTUNED},
+    "guided^0.25+descent": GUIDED | {"guided_power": 0.25, **UNTUNED},
+    "guided+descent": GUIDED | UNTUNED,
+    "normalized+descent+tune": NORMALIZED,
+    "guided+descent+tune": GUIDED,
+    "default": {},
 }  # fmt: skip
 """`as-released` is the recipe of LeanQuant's repository, with exact k-means in the place of its approximate one;
-`guided^P` has another power of the tokens' weights than the default."""
+`guided^P` has another power of the tokens' weights than the default; `default` is asymmetric, with descent and
+tuning."""
 
 
 class Judge:

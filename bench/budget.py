@@ -2,9 +2,9 @@
 
     python bench/budget.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--sizes Q4_K_M Q3_K_M]
 
-For each mix: the mix itself, and `--target gguf:auto --size MIX`, from the same guided moments, without tuning. Judged
-by the project's own float32 forward, windows of 512, second half scored. Finished artifacts in FOLDER are used again.
-Prints Markdown.
+For each mix: the mix itself, and `--target gguf:auto --size MIX`, from the same guided moments of the full-precision
+prefix, without tuning. Judged by the project's own float32 forward, windows of 512, second half scored. Finished
+artifacts in FOLDER are used again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
     for size in arguments.sizes:
         for label, target, limit in (("the mix", f"gguf:{size}", None), ("chosen", AUTO, size)):
             recipe = Recipe(arguments.model, target, calibration=arguments.calibration, samples=arguments.samples,
-                            compute_dtype=arguments.compute_dtype, size=limit, tune=0)  # fmt: skip
+                            compute_dtype=arguments.compute_dtype, prefix="full", size=limit, tune=0)  # fmt: skip
             out = arguments.work / f"{size}-{label.replace(' ', '-')}"
             report = quantize(recipe, out, cache=arguments.work / "cache")
             found, nbytes = judge(out), sum(tensor["bytes"] for tensor in report["tensors"])

@@ -4,7 +4,7 @@
 
 The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in its own
 process; the best batch size of 1, 2 and 4 counts. Then `lqexport quantize` runs with one pass of the solver, and by its
-defaults (guided moments, descent, tuning); and, under guided moments at hand, with error feedback alone and with
+defaults (asymmetric, descent, tuning); and, under guided moments at hand, with error feedback alone and with
 descent, whose difference is the solver's. All on this machine, one after the other; prints JSON. Processor seconds
 are of all threads and hold on a busy machine, too.
 """
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 RUNS = {
-    "one_pass": ["--moments", "normalized", "--descent", "0", "--tune", "0"],
+    "one_pass": ["--prefix", "full", "--moments", "normalized", "--descent", "0", "--tune", "0"],
     "quantize": [],
-    "filling_the_cache": ["--method", "gptq", "--moments", "guided", "--descent", "0", "--tune", "0"],
-    "feedback_alone": ["--descent", "0", "--tune", "0"],
-    "with_descent": ["--tune", "0"],
+    "filling_the_cache": ["--prefix", "full", "--method", "gptq", "--descent", "0", "--tune", "0"],
+    "feedback_alone": ["--prefix", "full", "--descent", "0", "--tune", "0"],
+    "with_descent": ["--prefix", "full", "--tune", "0"],
 }
 """Error feedback alone, under second moments that one forward pass gives; the defaults; then, under the same guided
 second moments, the solver without and with its refinement."""

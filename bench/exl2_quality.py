@@ -204,7 +204,8 @@ def main() -> None:
     parser.add_argument("--gguf", nargs="*", default=[])
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--moments", default="normalized")
+    parser.add_argument("--moments", default="guided")
+    parser.add_argument("--prefix", choices=["full", "quantized"])
     parser.add_argument("--tune", type=int, default=0)
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
@@ -215,7 +216,7 @@ def main() -> None:
     table = Table()
     with torch.no_grad():
         like = Recipe(arguments.model, "exl2", bits=4, calibration=arguments.calibration, samples=arguments.samples,
-                      moments=arguments.moments, tune=arguments.tune,
+                      moments=arguments.moments, prefix=arguments.prefix, tune=arguments.tune,
                       compute_dtype=arguments.compute_dtype)  # fmt: skip
         sizes = [Size(source, replace(like, bits=bits), arguments.work) for bits in arguments.bits]
         for size in sizes:

@@ -127,7 +127,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append(row(label, kind, file, judge, None))
         for moments in arguments.moments:
             recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration,
-                            samples=arguments.samples, moments=moments, tune=arguments.tune,
+                            samples=arguments.samples, moments=moments, prefix=arguments.prefix, tune=arguments.tune,
                             compute_dtype=arguments.compute_dtype)  # fmt: skip
             label = f"{kind}-{moments}-{arguments.samples}-{arguments.tune}"
             file = ours(recipe, work, label)
@@ -162,7 +162,8 @@ def main() -> None:
     parser.add_argument("--evaluation", required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K", "Q4_K"])
-    parser.add_argument("--moments", nargs="+", default=["guided"])
+    parser.add_argument("--moments", nargs="+", default=["normalized"])
+    parser.add_argument("--prefix", choices=["full", "quantized"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tune", type=int, default=64)
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])

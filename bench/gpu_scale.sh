@@ -17,7 +17,7 @@ layers=${LAYERS:-2 4 8 16}
 shape="--hidden ${HIDDEN:-4096} --intermediate ${INTERMEDIATE:-14336} --vocabulary ${VOCABULARY:-32000}"
 # Two small linears of each block are solved; the others are written in float16, so that time goes to depth alone.
 few="--target gguf:Q4_K --type *=F16 --type *.k_proj.weight=Q4_K --type *.v_proj.weight=Q4_K"
-few="$few --moments normalized --samples 2 --sequence-length 32 --descent 1 --tune 0"
+few="$few --prefix full --moments normalized --samples 2 --sequence-length 32 --descent 1 --tune 0"
 set -f  # the options above hold *
 
 depth() { $python bench/depth.py --work "$work/depth" --layers $layers $shape --device "$device" -- $few; }

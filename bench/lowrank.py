@@ -39,7 +39,7 @@ VARIANTS = [(16, "F16"), (32, "F16"), (64, "F16"), (32, "Q8_0"), (64, "Q8_0")]
 def artifact(arguments: argparse.Namespace, kind: str, name: str, **options: Any) -> tuple[Artifact, Recipe]:
     """A finished artifact; one that an earlier run of this script left is taken as it is."""
     recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration, samples=arguments.samples,
-                    moments="normalized", tune=0, **options)  # fmt: skip
+                    moments="normalized", prefix="full", tune=0, **options)  # fmt: skip
     quantize(recipe, arguments.work / name)
     return Artifact(arguments.work / name), recipe
 

@@ -91,9 +91,10 @@ def _passing(work: Work, room: Room) -> Memory:
     block = _blocks_bytes(work)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
     states = _states_bytes(work) + _kept_states(work, room)
-    if work.recipe.asymmetric:  # a shard's sums and all, on the device; then what solves for the target in float64
+    if work.recipe.asymmetric:  # all sums, and a shard's, on the device; then what solves for the target in float64
         widest = max((tensor.matrix[1] for tensor in work.block), default=0)
-        return Memory(max(block + 2 * cross_bytes(work) + max(activations, 3 * 8 * widest**2), outer), states)
+        sums = cross_bytes(work) * (1 + (work.tokens > BATCH_TOKENS))
+        return Memory(max(block + sums + max(activations, 3 * 8 * widest**2), outer), states)
     sums = moments_bytes(work)
     return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
 
