@@ -447,6 +447,7 @@ OPT = Architecture(
     classes=("OPTForCausalLM",),
     model_type="opt",
     gguf=None,
+    adds=False,  # norms follow in the one of 350 million weights
     linears=(QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
     # The order of the tensors; there are no such names in GGUF.
     gguf_block={

@@ -146,7 +146,9 @@ def quantize(
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")] = False,
     cache: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps second moments, for other runs over the same source and calibration."),
+        typer.Option(
+            help="Folder that keeps second moments of the full prefix, for other runs over source and calibration."
+        ),
     ] = None,
     device: Device = "auto",
     device_memory: Annotated[

@@ -18,10 +18,10 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     (docs/quality.md), so it is what one gets where it works: models that predict tokens, without experts, whose
     second moments fit. Choosing types or mixes needs guided moments."""
     asymmetric, prefix, moments = recipe.asymmetric, recipe.prefix, recipe.moments
-    if prefix is None:
-        prefix = "quantized" if asymmetric or (asymmetric is None and _works(recipe, config)) else "full"
     if asymmetric is None:
-        asymmetric = prefix == "quantized"
+        asymmetric = prefix != "full" and _works(recipe, config)
+    if prefix is None:
+        prefix = "quantized" if asymmetric else "full"
     if moments is None:
         moments = "guided" if prefix == "full" or (recipe.chooses and asymmetric) else "normalized"
     return replace(recipe, asymmetric=asymmetric, prefix=prefix, moments=moments)

@@ -42,7 +42,7 @@ from lqexport.source import open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
 
-MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_order", "asymmetric")
+MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_order")
 """Options that decide the predicted loss of a type or mix, besides those that decide the second moments."""
 
 

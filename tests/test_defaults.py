@@ -35,6 +35,7 @@ FULL = ("full", False, "guided")
         ("llama-3.1-70b", {}, FULL),
         ("llama-3.1-70b", {"asymmetric": True}, ASYMMETRIC),
         ("mixtral-8x7b", {}, FULL),
+        ("mixtral-8x7b", {"prefix": "quantized"}, ("quantized", False, "normalized")),
     ],
 )
 def test_what_is_left_open_follows_from_the_model(

@@ -252,12 +252,12 @@ def test_tuning_sees_the_corrections(options: dict[str, Any], tmp_path: Path) ->
     assert found[32] < 0.95 * found[0]
 
 
-def test_merging_stores_no_factors_and_says_what_it_costs(
-    options: dict[str, Any], corrected: Artifact, tmp_path: Path
-) -> None:
-    report = quantize(Recipe(**options, rank=16, merge=True), tmp_path / "out")
+def test_merging_stores_no_factors_and_says_what_it_costs(options: dict[str, Any], tmp_path: Path) -> None:
+    """Of linears that do not see what was merged before them."""
+    options = options | {"prefix": "full", "rank": 16}
+    found = quantize(Recipe(**options, merge=True), tmp_path / "out")["correction"]
     assert not any(map(is_factor, Artifact(tmp_path / "out").manifest()))
-    found, beside = report["correction"], corrected.report()["correction"]
+    beside = quantize(Recipe(**options), tmp_path / "beside")["correction"]
     assert (found["factor_bytes"], found["base_bytes"]) == (0, beside["base_bytes"])
     assert found["corrected"] == beside["corrected"]
     assert found["merged"] > found["corrected"]
