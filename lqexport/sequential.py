@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, islice, repeat
 from typing import Any
 
 import torch
@@ -57,9 +57,9 @@ class Sequential:
 
     def problems(self) -> Iterator[Problem]:
         """Of the unfinished linears alone."""
-        for index in range(self._blocks()):
-            block = self.model.block(index)
-            original = self.model.block(index) if self.recipe.asymmetric else None
+        originals = (block for _, block in self.model.blocks()) if self.recipe.asymmetric else repeat(None)
+        # What `blocks` gave before is gone when the next is loaded.
+        for (index, block), original in islice(zip(self.model.blocks(), originals, strict=False), self._blocks()):
             for group in self.model.architecture.linears:
                 if names := self.processes.agreed(self.job.unfinished(self.model, index, group)):
                     yield from self._group(group, names, block, original)
