@@ -12,7 +12,7 @@ linears it is to solve.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -248,21 +248,29 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
     processes: Processes = ALONE, keep: Keep = in_place, held: bool = False, power: float = 1.0,
+    weights: Callable[[BlockMoments], None] | None = None,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first; `keep` puts them where they stay."""
-    new = partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep,
-                  power=power)  # fmt: skip
-    return guided_pass(model, tokens, new, folder, listener, processes, held)
+    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `weights` is given
+    each block's weights of the tokens, where they are wanted, just before."""
+    kinds: list[Callable[[int], Collector]] = [
+        partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep, power=power)
+    ]
+    if weights is not None:
+        kinds.append(partial(TokenWeights, power=power))
+    for moments, *others in guided_pass(model, tokens, kinds, folder, listener, processes, held):
+        if weights is not None:
+            weights(*others)
+        yield moments
 
 
 def guided_pass(
-    model: BlockModel, tokens: Tensor, new: Callable[[int], Collector], folder: Path, listener: Listener,
+    model: BlockModel, tokens: Tensor, kinds: Sequence[Callable[[int], Collector]], folder: Path, listener: Listener,
     processes: Processes = ALONE, held: bool = False,
-) -> Iterator[BlockMoments]:  # fmt: skip
-    """What `new` makes for the columns of every linear, of its inputs and the gradient by its outputs; the last block
-    first. `folder` has what a stopped pass goes on from: the inputs of the blocks to come, and the gradient by the
-    outputs of the next one. It is empty when all is done. `held`: by one process, all that is held in memory, and a
-    stopped pass begins anew."""
+) -> Iterator[list[BlockMoments]]:  # fmt: skip
+    """What each of `kinds` makes for the columns of every linear, of its inputs and the gradient by its outputs; the
+    last block first. `folder` has what a stopped pass goes on from: the inputs of the blocks to come, and the gradient
+    by the outputs of the next one. It is empty when all is done. `held`: by one process, all that is held in memory,
+    and a stopped pass begins anew."""
     shards = sharded(tokens)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards), held)
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
@@ -276,8 +284,8 @@ def guided_pass(
     indices = reversed(range(reached))
     while window := list(islice(indices, processes.count)):
         turns = enumerate(window)
-        found = [_block_backward(model, index, states, new, processes, owner) for owner, index in turns]
-        yield from (moments for moments in found if moments is not None)
+        found = [_block_backward(model, index, states, kinds, processes, owner) for owner, index in turns]
+        yield from (collected for collected in found if collected)
         # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
         processes.wait()
         if processes.first:
@@ -329,26 +337,26 @@ def _along_direction(model: BlockModel, sequence: Tensor, states: Tensor) -> Ten
 
 
 def _block_backward(
-    model: BlockModel,
-    index: int,
-    states: _States,
-    new: Callable[[int], Collector],
-    processes: Processes,
+    model: BlockModel, index: int, states: _States, kinds: Sequence[Callable[[int], Collector]], processes: Processes,
     owner: int,
-) -> BlockMoments | None:
-    """Keeps the gradients by a block's inputs; returns its guided second moments to process `owner`."""
+) -> list[BlockMoments]:  # fmt: skip
+    """Keeps the gradients by a block's inputs; returns what each kind makes of it to process `owner`."""
     block = model.block(index)
     names = [name for group in model.architecture.linears for name in group]
-    with _guided_moments_of(block, names, new) as moments:
+    with contextlib.ExitStack() as hooks:
+        collectors = [hooks.enter_context(_guided_moments_of(block, names, new)) for new in kinds]
         for shard, senders in processes.rounds(states.shards):
             if shard is not None:
                 gradients = states.read("gradient", index + 1, shard)
                 pairs = zip(states.read("inputs", index, shard), gradients, strict=True)
                 passed = [_backward(model, block, *pair) for pair in pairs]
                 states.write("gradient", index, shard, passed)
-            for total in moments.values():
-                total.end_shard(processes, owner, senders)
-    return (index, _hessians({(name,): total for name, total in moments.items()})) if owner == processes.rank else None
+            for collector in collectors:
+                for total in collector.values():
+                    total.end_shard(processes, owner, senders)
+    if owner != processes.rank:
+        return []
+    return [(index, _hessians({(name,): total for name, total in each.items()})) for each in collectors]
 
 
 def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:

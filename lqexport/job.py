@@ -114,6 +114,7 @@ class Job:
         # Choosing types needs all moments before solving does, so they are kept.
         cache = cache or (self.work / "moments" if recipe.chooses else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
+        self._weights = (cache or self.work) / "weights"
         if self._cache and processes.first:
             self._cache.write_facts()
 
@@ -243,28 +244,36 @@ class Job:
     def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
         recipe = self.recipe
         if recipe.moments == "guided":
-            folder = self.work / "guided"
-            held = self.room.states and self.processes.count == 1
-            return guided_moments(model, self.sequences, recipe.output_groups, folder, self.listener, self.processes,
-                                  self.room.moments.keep, held, recipe.guided_power)  # fmt: skip
+            # Where they are measured first, asymmetric calibration takes its weights of the tokens from the same pass.
+            weights = self._kept_weights().write if recipe.asymmetric else None
+            return guided_moments(model, self.sequences, recipe.output_groups, self.work / "guided", self.listener,
+                                  self.processes, self.room.moments.keep, self._held(), recipe.guided_power,
+                                  weights)  # fmt: skip
         groups = model.architecture.linears
         last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
         return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes,
                                self.room.moments.keep)  # fmt: skip
 
     def token_weights(self, model: BlockModel) -> dict[str, Tensor]:
-        """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept until the run is
-        done."""
-        kept = MomentsCache(self.work / "weights", self._moments_facts())
+        """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept with the second
+        moments, or until the run is done."""
+        kept = self._kept_weights()
         if not self.processes.agreed(all(index in kept for index in range(len(model)))):
-            new = partial(TokenWeights, power=self.recipe.guided_power)
-            passed = guided_pass(model, self.sequences, new, self.work / "guided", self.listener, self.processes,
-                                 self.room.states and self.processes.count == 1)  # fmt: skip
-            for _ in kept.fill(passed):
+            kinds = [partial(TokenWeights, power=self.recipe.guided_power)]
+            passed = guided_pass(model, self.sequences, kinds, self.work / "guided", self.listener, self.processes,
+                                 self._held())  # fmt: skip
+            for _ in kept.fill(weights for (weights,) in passed):
                 pass
             self.processes.wait()
         blocks = (by_weight(model, kept.read(index)) for index in range(len(model)))
         return {name: weights for block in blocks for name, weights in block.items()}
+
+    def _kept_weights(self) -> MomentsCache:
+        return MomentsCache(self._weights, self._moments_facts())
+
+    def _held(self) -> bool:
+        """Whether the guided pass keeps its states in memory."""
+        return self.room.states and self.processes.count == 1
 
     def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""

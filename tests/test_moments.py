@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lqexport import job
 from lqexport.artifact import Artifact
 from lqexport.asymmetric import CrossMoments, Entering
 from lqexport.blocks import BlockModel
-from lqexport.collect import guided_moments
+from lqexport.collect import guided_moments, guided_pass
 from lqexport.errors import UserError
 from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.pipeline import quantize
@@ -94,6 +95,23 @@ def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: T
         assert not (tmp_path / "held").exists()
         for group, hessian in groups.items():
             assert torch.equal(hessian, expected[index][group])
+
+
+def test_one_pass_gives_moments_and_weights(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
+    """Those that a pass of their own gives."""
+    model, weights = BlockModel(open_source(str(tiny_model))), []
+    alone = dict(guided_moments(model, tokens, 1, tmp_path / "alone", Silent()))
+    found = guided_moments(model, tokens, 1, tmp_path / "both", Silent(), power=0.5, weights=weights.append)
+    moments = guided_moments(model, tokens, 1, tmp_path / "moments", Silent(), power=0.5)
+    for (index, groups), (_, expected) in zip(found, moments, strict=True):
+        assert weights[-1][0] == index
+        for group, hessian in groups.items():
+            assert torch.equal(hessian, expected[group])
+            assert not torch.equal(hessian, alone[index][group])
+    kinds = [partial(TokenWeights, power=0.5)]
+    passed = [block for (block,) in guided_pass(model, tokens, kinds, tmp_path / "weights", Silent())]
+    for (_, groups), (_, expected) in zip(weights, passed, strict=True):
+        assert all(torch.equal(each, expected[group]) and len(each) == tokens.numel() for group, each in groups.items())
 
 
 def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
