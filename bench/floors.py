@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from lqexport.cost import Work, disk, operations_estimate, passes, source_bytes
+from lqexport.cost import Work, disk, operations_estimate, passes, source_bytes, source_passes
 from lqexport.dryrun import measured_rate
 from lqexport.environment import full_float32
 from lqexport.job import plan_recipe
@@ -73,7 +73,7 @@ def work_of(artifact: Path) -> Work:
 
 def floors(work: Work, machine: Machine) -> dict[str, tuple[float, float]]:
     """Seconds of each stage for its operations and for its bytes, each of which goes to or from the disk once where the
-    cache could hold it: passes read the source once (asymmetric: twice; guided: twice, and all blocks' inputs)."""
+    cache could hold it; guided passes also move all blocks' inputs."""
     untuned = replace(work, recipe=replace(work.recipe, tune=0))
     operations, tuned = operations_estimate(untuned), operations_estimate(work).passes
     forward = 2 * sum(tensor.weights for tensor in work.tensors if ".layers." in tensor.name)  # also what is not solved
@@ -85,7 +85,7 @@ def floors(work: Work, machine: Machine) -> dict[str, tuple[float, float]]:
         "rounding": (0.0, machine.moves(source - halfs, stored - solved)),
         "passes": (
             passed / machine.passes + operations.moments / machine.float32,
-            machine.moves((2 if work.guided or work.recipe.asymmetric else 1) * source + states, states),
+            machine.moves(source_passes(work) * source + states, states),
         ),
         "solving": (
             operations.factors / machine.float64 + operations.solver / machine.float32,

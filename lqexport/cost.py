@@ -149,10 +149,19 @@ def disk(work: Work) -> Disk:
     tuned = work.recipe.tuned_sequences
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
-    through = 3 if work.guided else 2
-    read = (through + bool(tuned)) * source + rereads * artifact + (3 * states if work.guided else 0) + measured
+    # To solve it, and where there is a choice to measure, or tuning, once more for each.
+    through = source_passes(work) + 1 + bool(measured) + bool(tuned)
+    read = through * source + rereads * artifact + (3 * states if work.guided else 0) + measured
     written = artifact + (2 * states if work.guided else 0) + measured + targets
     return Disk(artifact, kept + measured + targets, read, written)
+
+
+def source_passes(work: Work) -> int:
+    """How often the passes go through the source: guided moments forward and backward, the quantized prefix once, or in
+    both models of asymmetric calibration."""
+    if work.recipe.prefix == "full":
+        return 2 if work.guided else 1
+    return 1 + bool(work.recipe.asymmetric) + 2 * work.guided
 
 
 def source_bytes(work: Work) -> int:
