@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lqexport.factor import Keep, in_place
 from lqexport.processes import ALONE, Processes
 from lqexport.recipe import Moments
 from lqexport.solve import damped
@@ -37,11 +38,11 @@ class CrossMoments:
     to hidden states weighs by the size of those, which the next norm divides them by: some are a thousand times as
     large as others. (Plain would fit those few alone, so it makes up for nothing that is lacking.)
 
-    Tokens come in shards, as in `moments.SecondMoments`.
+    Tokens come in shards, and `keep` says where the total is, as in `moments.SecondMoments`.
     """
 
-    def __init__(self, columns: int, kind: Moments, device: torch.device, rows: int = 0) -> None:
-        self.kind, self._device = kind, device
+    def __init__(self, columns: int, kind: Moments, device: torch.device, rows: int = 0, keep: Keep = in_place) -> None:
+        self.kind, self._device, self._keep = kind, device, keep
         self._shapes = {"own": (2, columns, columns), "drift": (2, columns, columns), "tokens": (1,)}
         if rows and kind != "plain":
             self._shapes["lag"] = (2, rows, columns)
@@ -70,13 +71,16 @@ class CrossMoments:
         processes, in their order."""
         for name, tensor in (self._shard or self._zeros()).items():
             for part in processes.collected(tensor, 0, senders):
-                self._total[name] = self._total[name].add_(part) if name in self._total else part
+                total = self._total.get(name)
+                self._total[name] = self._keep(part) if total is None else total.add_(part.to(total.device))
         self._shard = {}
 
     def share(self, processes: Processes) -> None:
         """Give all processes the first one's total."""
+        if processes.count == 1:
+            return
         for name, tensor in (self._total or self._zeros()).items():
-            self._total[name] = processes.given(tensor)
+            self._total[name] = self._keep(processes.given(tensor.to(self._device)))
 
     def _root(self, quantized: Entering, weights: Tensor | None) -> Tensor:
         """Of each token's weight, float32 [tokens, 1]."""
@@ -87,29 +91,32 @@ class CrossMoments:
         divided = _tokens(quantized.inputs if quantized.stream is None else quantized.stream)
         return divided.norm(dim=1, keepdim=True).clamp_min(1e-15).reciprocal()
 
-    def _sums(self) -> dict[str, Tensor]:
+    def _sum(self, name: str, half: int) -> Tensor:
+        """On the device; one sum at a time, since the others may have no room there."""
         if self._shard or not self._total:
             self.end_shard()
-        return self._total
+        return self._total[name][half].to(self._device)
 
     def hessian(self) -> Tensor:
         """float32 [C, C], as `moments.SecondMoments.hessian` of the quantized inputs."""
-        sums = self._sums()
-        return sums["own"].sum(0) / sums["tokens"].clamp_min(1)
+        both = self._sum("own", 0) + self._sum("own", 1)
+        return both.div_(self._total["tokens"].to(self._device).clamp_min(1))
 
     def target(self, weight: Tensor, dampening: float) -> tuple[Tensor, float]:
         """The weights [R, C] to quantize in the place of `weight`, and the strength of the correction, 0 to 1."""
-        sums = self._sums()
-        own, pull = sums["own"], weight @ sums["drift"]
-        if "lag" in sums:
-            pull += sums["lag"]
-        correction = _correction(pull[0], own[0], dampening)
-        wanted = float((pull[1] * correction).sum())
-        energy = float(((correction @ own[1]) * correction).sum())
+        pulls = [self._pull(weight, half) for half in (0, 1)]
+        correction = _correction(pulls[0], self._sum("own", 0), dampening)
+        wanted = float((pulls[1] * correction).sum())
+        energy = float(((correction @ self._sum("own", 1)) * correction).sum())
         strength = min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
         if strength:
-            correction = _correction(pull.sum(0), own.sum(0), dampening)
+            correction = _correction(pulls[0] + pulls[1], self._sum("own", 0) + self._sum("own", 1), dampening)
         return weight + strength * correction, strength
+
+    def _pull(self, weight: Tensor, half: int) -> Tensor:
+        """What the outputs lack, times the inputs: [R, C]."""
+        pull = weight @ self._sum("drift", half)
+        return pull.add_(self._sum("lag", half)) if "lag" in self._shapes else pull
 
 
 def _tokens(states: Tensor) -> Tensor:

@@ -90,11 +90,12 @@ def _passing(work: Work, room: Room) -> Memory:
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
     block = _blocks_bytes(work)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
-    states = _states_bytes(work) + _kept_states(work, room)
-    if work.recipe.asymmetric:  # all sums, and a shard's, on the device; then what solves for the target in float64
+    states = _states_bytes(work, room) + _kept_states(work, room)
+    if work.recipe.asymmetric:  # the target is solved for in float64 when the shards have been added up
         widest = max((tensor.matrix[1] for tensor in work.block), default=0)
-        sums = cross_bytes(work) * (1 + (work.tokens > BATCH_TOKENS))
-        return Memory(max(block + sums + max(activations, 3 * 8 * widest**2), outer), states)
+        sums = cross_bytes(work)
+        stage = max(block + max(sums + activations, 3 * 8 * widest**2), outer)
+        return Memory(stage, states) + _kept(room.moments, sums)
     sums = moments_bytes(work)
     return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
 
@@ -104,10 +105,12 @@ def _blocks_bytes(work: Work) -> int:
     return 4 * sum(tensor.weights for tensor in work.block) * (1 + bool(work.recipe.asymmetric))
 
 
-def _states_bytes(work: Work) -> int:
-    """Hidden states on the host: of all sequences, asymmetric in two models; guided: of a shard, with gradients."""
-    if work.recipe.asymmetric:
-        return 2 * 4 * work.hidden * work.tokens
+def _states_bytes(work: Work, room: Room) -> int:
+    """Hidden states on the host: of all sequences, asymmetric in two models, if they are not on the disk; guided: of a
+    shard, with gradients."""
+    if work.recipe.prefix == "quantized":
+        models = 1 + bool(work.recipe.asymmetric)
+        return 4 * models * work.hidden * work.tokens * (room.moments.name != "disk")
     return 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
 
 
@@ -126,12 +129,13 @@ def _solving(work: Work, room: Room) -> Memory:
     widest = max((tensor.matrix[1] for tensor in work.block), default=0)
     square, panel = 4 * widest**2, 8 * widest * min(PANEL, widest)
     arrays = max(FACTOR_PANELS * panel, square * bool(work.recipe.descent) + _chunk_bytes(work, room))
-    own = 0 if room.moments.holds(room.device) else square
+    own = square if work.recipe.asymmetric or not room.moments.holds(room.device) else 0
     here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
-    if work.recipe.prefix == "quantized":  # what the passes go on with stays where it is
-        here += Memory(_blocks_bytes(work) + cross_bytes(work), 0)
-    states = Memory(0, _kept_states(work, room) if work.guided else _states_bytes(work))
-    moments = 0 if work.recipe.asymmetric else moments_bytes(work)
+    if work.recipe.prefix == "quantized":  # what the passes go on with
+        here += Memory(_blocks_bytes(work), 0)
+    guided = work.guided and work.recipe.prefix == "full"
+    states = Memory(0, _kept_states(work, room) if guided else _states_bytes(work, room))
+    moments = cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
     return here + states + _kept(room.moments, moments) + _kept(room.factors, square + panel // 2)
 
 

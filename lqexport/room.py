@@ -81,6 +81,10 @@ class Room:
     states: bool = field(default=False, compare=False)
     unpacked: tuple[int, int] = field(default=(0, 0), compare=False)
 
+    def keep_states(self, hidden: Tensor) -> Tensor:
+        """Hidden states that a later pass goes on with: on the host, or on the disk if second moments have to be."""
+        return self.moments.keep(hidden) if self.moments.name == "disk" else hidden.to(HOST)
+
 
 def places(device: torch.device, folder: Path) -> list[Place]:
     """From the fastest: the device, the host's memory, and files in `folder`; where each is full, those that follow."""

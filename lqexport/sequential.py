@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import accumulate, islice, repeat
 from typing import Any
 
@@ -48,7 +49,8 @@ class Sequential:
         numbered = list(enumerate(batch for shard in shards for batch in shard))
         ends = list(accumulate(map(len, shards), initial=0))
         self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.mine(range(len(shards)))]
-        self.inputs = {number: model.start(ids).cpu() for shard in self.shards for number, ids in shard}
+        self.keep = job.room.keep_states
+        self.inputs = {number: self.keep(model.start(ids)) for shard in self.shards for number, ids in shard}
         self.full = dict(self.inputs)
         model.let_go()
         self.lengths = [ids.numel() for _, ids in numbered]
@@ -78,7 +80,7 @@ class Sequential:
 
     def _run_through(self, block: nn.Module, states: dict[int, Tensor]) -> None:
         for number, batch in states.items():
-            states[number] = self.model.run(block, batch.to(self.model.device)).cpu()
+            states[number] = self.keep(self.model.run(block, batch.to(self.model.device)))
 
     def _group(self, group: Group, names: list[str], block: nn.Module, original: nn.Module | None) -> Iterator[Problem]:
         """This process's share of a group's linears that are named."""
@@ -116,7 +118,8 @@ class Sequential:
         linear = linear_of(block, group[0])
         rows = linear.out_features if group[0] in (self.first, self.last) else 0
         apart = names if self.weights else names[:1]
-        found = {name: CrossMoments(linear.in_features, self.job.kind, self.job.device, rows) for name in apart}
+        new = partial(CrossMoments, linear.in_features, self.job.kind, self.job.device, rows)
+        found = {name: new(self.job.room.moments.keep) for name in apart}
         parts = {name: self.weights[name].split(self.lengths) for name in apart} if self.weights else {}
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport import factor, memory, solve, tiles
+from lqexport import collect, factor, memory, solve, tiles
 from lqexport.cost import Work
 from lqexport.errors import UserError
 from lqexport.factor import factorize
@@ -42,7 +42,8 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several panels and tiles to a matrix of the tiny model."""
+    """Several panels and tiles to a matrix of the tiny model, and several shards of the sequences."""
+    monkeypatch.setattr(collect, "BATCH_TOKENS", 64)
     monkeypatch.setattr(factor, "PANEL", 96)
     monkeypatch.setattr(memory, "PANEL", 96)
     for module in (tiles, memory):
