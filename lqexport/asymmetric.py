@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lqexport.factor import Keep, in_place
+from lqexport.factor import factorize, runs
 from lqexport.processes import ALONE, Processes
 from lqexport.recipe import Moments
-from lqexport.solve import damped
+from lqexport.room import Room
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class CrossMoments:
     to hidden states weighs by the size of those, which the next norm divides them by: some are a thousand times as
     large as others. (Plain would fit those few alone, so it makes up for nothing that is lacking.)
 
-    Tokens come in shards, and `keep` says where the total is, as in `moments.SecondMoments`.
+    Tokens come in shards, as in `moments.SecondMoments`. The room says where totals and factors are.
     """
 
-    def __init__(self, columns: int, kind: Moments, device: torch.device, rows: int = 0, keep: Keep = in_place) -> None:
-        self.kind, self._device, self._keep = kind, device, keep
+    def __init__(self, columns: int, kind: Moments, room: Room, rows: int = 0) -> None:
+        self.kind, self._room = kind, room
         self._shapes = {"own": (2, columns, columns), "drift": (2, columns, columns), "tokens": (1,)}
         if rows and kind != "plain":
             self._shapes["lag"] = (2, rows, columns)
@@ -50,7 +50,7 @@ class CrossMoments:
         self._total: dict[str, Tensor] = {}
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros(shape, device=self._device) for name, shape in self._shapes.items()}
+        return {name: torch.zeros(shape, device=self._room.device) for name, shape in self._shapes.items()}
 
     def add(self, half: int, full: Entering, quantized: Entering, weights: Tensor | None = None) -> None:
         """Add what enters in both models for the same tokens; `half` is 0 or 1. Guided: and weights [tokens]."""
@@ -72,7 +72,9 @@ class CrossMoments:
         for name, tensor in (self._shard or self._zeros()).items():
             for part in processes.collected(tensor, 0, senders):
                 total = self._total.get(name)
-                self._total[name] = self._keep(part) if total is None else total.add_(part.to(total.device))
+                self._total[name] = (
+                    self._room.moments.keep(part) if total is None else total.add_(part.to(total.device))
+                )
         self._shard = {}
 
     def share(self, processes: Processes) -> None:
@@ -80,7 +82,7 @@ class CrossMoments:
         if processes.count == 1:
             return
         for name, tensor in (self._total or self._zeros()).items():
-            self._total[name] = self._keep(processes.given(tensor.to(self._device)))
+            self._total[name] = self._room.moments.keep(processes.given(tensor.to(self._room.device)))
 
     def _root(self, quantized: Entering, weights: Tensor | None) -> Tensor:
         """Of each token's weight, float32 [tokens, 1]."""
@@ -95,22 +97,23 @@ class CrossMoments:
         """On the device; one sum at a time, since the others may have no room there."""
         if self._shard or not self._total:
             self.end_shard()
-        return self._total[name][half].to(self._device)
+        return self._total[name][half].to(self._room.device)
 
     def hessian(self) -> Tensor:
         """float32 [C, C], as `moments.SecondMoments.hessian` of the quantized inputs."""
         both = self._sum("own", 0) + self._sum("own", 1)
-        return both.div_(self._total["tokens"].to(self._device).clamp_min(1))
+        return both.div_(self._total["tokens"].to(self._room.device).clamp_min(1))
 
     def target(self, weight: Tensor, dampening: float) -> tuple[Tensor, float]:
         """The weights [R, C] to quantize in the place of `weight`, and the strength of the correction, 0 to 1."""
         pulls = [self._pull(weight, half) for half in (0, 1)]
-        correction = _correction(pulls[0], self._sum("own", 0), dampening)
+        correction = self._correction(pulls[0], self._sum("own", 0), dampening)
         wanted = float((pulls[1] * correction).sum())
         energy = float(((correction @ self._sum("own", 1)) * correction).sum())
         strength = min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
         if strength:
-            correction = _correction(pulls[0] + pulls[1], self._sum("own", 0) + self._sum("own", 1), dampening)
+            both = self._sum("own", 0) + self._sum("own", 1)
+            correction = self._correction(pulls[0] + pulls[1], both, dampening)
         return weight + strength * correction, strength
 
     def _pull(self, weight: Tensor, half: int) -> Tensor:
@@ -118,13 +121,17 @@ class CrossMoments:
         pull = weight @ self._sum("drift", half)
         return pull.add_(self._sum("lag", half)) if "lag" in self._shapes else pull
 
+    def _correction(self, pull: Tensor, own: Tensor, dampening: float) -> Tensor:
+        """The pull [R, C] times (Y Y^T)^-1 = U^T U, dampened, in float64, by panels of U's columns."""
+        factor = factorize(own, dampening, act_order=False, keep=self._room.factors.keep)
+        panels, pull = list(zip(runs(len(own)), factor.panels, strict=True)), pull.double()
+        half = torch.zeros_like(pull)
+        for columns, panel in panels:
+            half[:, : columns.stop] += pull[:, columns] @ panel.to(half.device).mT
+        parts = [(half[:, : columns.stop] @ panel.to(half.device)).float() for columns, panel in panels]
+        return torch.cat(parts, dim=1)
+
 
 def _tokens(states: Tensor) -> Tensor:
     """[..., C] of any float dtype as float32 [tokens, C]."""
     return states.reshape(-1, states.shape[-1]).float()
-
-
-def _correction(pull: Tensor, own: Tensor, dampening: float) -> Tensor:
-    """The pull [R, C] times (Y Y^T)^-1, dampened."""
-    matrix = damped(own, max(dampening, 1e-6)).double()
-    return torch.linalg.solve(matrix, pull.double(), left=False).float()

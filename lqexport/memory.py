@@ -50,7 +50,8 @@ class Memory:
         return Memory(self.device + other.device, self.host + other.host)
 
 
-PASSING, SOLVING = "a pass through a block", "solving the largest linear"
+PASSING, AIMING = "a pass through a block", "what the largest linear aims at"
+SOLVING = "solving the largest linear"
 """Stages whose memory a run's room decides."""
 
 
@@ -58,7 +59,10 @@ def memory(work: Work, room: Room) -> dict[str, Memory]:
     """What each stage needs at its peak in a room."""
     stages = {"rounding the embedding": Memory(2 * 4 * work.outer, 0)}
     if work.calibrated:
-        stages |= {PASSING: _passing(work, room), SOLVING: _solving(work, room)}
+        stages[PASSING] = _passing(work, room)
+        if work.recipe.asymmetric:
+            stages[AIMING] = _aiming(work, room)
+        stages[SOLVING] = _solving(work, room)
     else:
         stages[SOLVING] = Memory(_chunk_bytes(work, room), 0)
     if work.calibrated and work.recipe.tuned_sequences:
@@ -91,13 +95,32 @@ def _passing(work: Work, room: Room) -> Memory:
     block = _blocks_bytes(work)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
     states = _states_bytes(work, room) + _kept_states(work, room)
-    if work.recipe.asymmetric:  # the target is solved for in float64 when the shards have been added up
-        widest = max((tensor.matrix[1] for tensor in work.block), default=0)
-        sums = cross_bytes(work)
-        stage = max(block + max(sums + activations, 3 * 8 * widest**2), outer)
-        return Memory(stage, states) + _kept(room.moments, sums)
-    sums = moments_bytes(work)
+    sums = cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
     return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
+
+
+def _aiming(work: Work, room: Room) -> Memory:
+    """When all shards of asymmetric calibration have been added up, what solves for the target: second moments, or two
+    halves of them and their sum, panels of their factor, and arrays of a linear's shape, four in float32 and three in
+    float64."""
+    largest = max((tensor.weights for tensor in work.block), default=0)
+    copies = 1 if room.moments.holds(room.device) else 3
+    arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
+    kept = _kept(room.moments, cross_bytes(work)) + _kept_factor(work, room)
+    return Memory(_blocks_bytes(work) + arrays, _states_bytes(work, room)) + kept
+
+
+def _widest(work: Work) -> int:
+    return max((tensor.matrix[1] for tensor in work.block), default=0)
+
+
+def _panel_bytes(work: Work) -> int:
+    return 8 * _widest(work) * min(PANEL, _widest(work))
+
+
+def _kept_factor(work: Work, room: Room) -> Memory:
+    """All panels of the largest, a triangle of float64."""
+    return _kept(room.factors, 4 * _widest(work) ** 2 + _panel_bytes(work) // 2)
 
 
 def _blocks_bytes(work: Work) -> int:
@@ -126,9 +149,8 @@ def _all_states_bytes(work: Work) -> int:
 def _solving(work: Work, room: Room) -> Memory:
     """The block's second moments, those of one linear and, damped, for the descent, its factor, and the solver's
     arrays."""
-    widest = max((tensor.matrix[1] for tensor in work.block), default=0)
-    square, panel = 4 * widest**2, 8 * widest * min(PANEL, widest)
-    arrays = max(FACTOR_PANELS * panel, square * bool(work.recipe.descent) + _chunk_bytes(work, room))
+    square = 4 * _widest(work) ** 2
+    arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.descent) + _chunk_bytes(work, room))
     own = square if work.recipe.asymmetric or not room.moments.holds(room.device) else 0
     here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
     if work.recipe.prefix == "quantized":  # what the passes go on with
@@ -136,7 +158,7 @@ def _solving(work: Work, room: Room) -> Memory:
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, room) if guided else _states_bytes(work, room))
     moments = cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
-    return here + states + _kept(room.moments, moments) + _kept(room.factors, square + panel // 2)
+    return here + states + _kept(room.moments, moments) + _kept_factor(work, room)
 
 
 def _is_whole(work: Work) -> bool:
@@ -203,7 +225,7 @@ def choose_room(work: Work, device: torch.device, folder: Path, budget: Budget) 
     """The fastest way that fits; the smallest where none does. `folder` is for files, where the host has no room."""
     for room in rooms(work, device, folder):
         stages = memory(work, room)
-        if not any(budget.excess(stages[name], device) for name in (PASSING, SOLVING) if name in stages):
+        if not any(budget.excess(stages[name], device) for name in (PASSING, AIMING, SOLVING) if name in stages):
             break
     if device.type == "cpu":  # where the passes take so long that what disk and codecs take does not matter
         return room

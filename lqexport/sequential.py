@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from itertools import accumulate, islice, repeat
 from typing import Any
 
@@ -118,8 +117,7 @@ class Sequential:
         linear = linear_of(block, group[0])
         rows = linear.out_features if group[0] in (self.first, self.last) else 0
         apart = names if self.weights else names[:1]
-        new = partial(CrossMoments, linear.in_features, self.job.kind, self.job.device, rows)
-        found = {name: new(self.job.room.moments.keep) for name in apart}
+        found = {name: CrossMoments(linear.in_features, self.job.kind, self.job.room, rows) for name in apart}
         parts = {name: self.weights[name].split(self.lengths) for name in apart} if self.weights else {}
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():
