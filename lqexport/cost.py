@@ -24,7 +24,7 @@ FIT_SECONDS_PER_WEIGHT = 0.2e-6
 UNPACK_SECONDS_PER_WEIGHT = 2e-9
 """Unpacking a stored weight on one core, which tuning does again at every step: 0.5 (Q4_K) to 2 (Q3_K) ns."""
 
-SOLVER_SHARE = 0.25
+SOLVER_SHARE = 0.22
 """The rate of error feedback and descent, which go column by column, as a share of that of large matrix products: in
 blocks of 4096 x 14336 on one core (docs/scale.md)."""
 
@@ -178,17 +178,19 @@ class Operations:
     passes    matrix products of the forward and backward passes, in the recipe's `compute_dtype`
     moments   second moments, in float32
     factors   their Cholesky factors and inverses, in float64
+    targets   the same and products with them, asymmetric, in float64
     solver    error feedback and descent
     """
 
     passes: float = 0.0
     moments: float = 0.0
     factors: float = 0.0
+    targets: float = 0.0
     solver: float = 0.0
 
     @property
     def total(self) -> float:
-        return self.passes + self.moments + self.factors + self.solver
+        return self.passes + self.moments + self.factors + self.targets + self.solver
 
 
 def operations_estimate(work: Work) -> Operations:
@@ -200,12 +202,17 @@ def operations_estimate(work: Work) -> Operations:
     forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
     halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in work.inputs(linears))
     moments = work.tokens * halves  # of one half of the matrix
-    if recipe.asymmetric:  # two whole ones
+    targets = 0.0
+    # Cholesky, and the inverse of the triangle
+    factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in linears)
+    if recipe.asymmetric:  # two whole ones; then the target, by half of the batches and by all
         moments = 4 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
-    factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 for tensor in linears)
+        products = sum(tensor.weights * tensor.matrix[1] for tensor in linears)
+        moments, targets = moments + 6 * products, 2 * factors + 4 * products
     descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
-    return Operations(passes(work) * work.tokens * forward + _tuning(work, forward), moments, factors, solver)
+    passed = passes(work) * work.tokens * forward + _tuning(work, forward)
+    return Operations(passed, moments, factors, targets, solver)
 
 
 def _codes(recipe: Recipe, rows: int, columns: int) -> float:
@@ -249,5 +256,5 @@ def seconds_estimate(work: Work, rates: Rates, threads: int) -> float:
     unpacking = 2 * (tuned + HELD_OUT) * weights * UNPACK_SECONDS_PER_WEIGHT if tuned else 0.0
     host = weights * FIT_SECONDS_PER_WEIGHT / threads + unpacking
     solving = operations.solver / (SOLVER_SHARE * rates.float32)
-    moments, factors = operations.moments / rates.float32, operations.factors / rates.float64
-    return operations.passes / rates.passes + moments + factors + solving + host
+    moments, doubles = operations.moments / rates.float32, (operations.factors + operations.targets) / rates.float64
+    return operations.passes / rates.passes + moments + doubles + solving + host
