@@ -75,9 +75,11 @@ def measure(model: str, text: str, work: Path, target: str, samples: int, length
     )
     result = {"floor": json.loads(floor.stdout.splitlines()[-1])}
     options = ["--target", target, "--calibration", text, "--samples", sizes[0], "--sequence-length", sizes[1]]
+    defaults = ["--tune", str(min(samples, 64))]  # in proportion, where there are fewer sequences than by default
     for name, more in RUNS.items():
         cache = ["--cache", str(work / "cache")] if name in CACHED else []
-        command = [sys.executable, "-m", "lqexport", "quantize", model, str(work / name), *options, *more, *cache]
+        command = [sys.executable, "-m", "lqexport", "quantize", model, str(work / name), *options]
+        command += [*(more or defaults), *cache]
         result[name] = run_measured(command)
         result[f"{name}_to_floor"] = _ratio(result, name, "floor")
     result["quantize_to_one_pass"] = _ratio(result, "quantize", "one_pass")
