@@ -69,12 +69,11 @@ class CrossMoments:
     def end_shard(self, processes: Processes = ALONE, senders: int = 1) -> None:
         """Add what has come since the last call to the first process's total: the shards of the first `senders`
         processes, in their order."""
+        keep = self._room.moments.keep
         for name, tensor in (self._shard or self._zeros()).items():
             for part in processes.collected(tensor, 0, senders):
                 total = self._total.get(name)
-                self._total[name] = (
-                    self._room.moments.keep(part) if total is None else total.add_(part.to(total.device))
-                )
+                self._total[name] = keep(part) if total is None else total.add_(part.to(total.device))
         self._shard = {}
 
     def share(self, processes: Processes) -> None:
