@@ -100,8 +100,7 @@ class CrossMoments:
 
     def hessian(self) -> Tensor:
         """float32 [C, C], as `moments.SecondMoments.hessian` of the quantized inputs."""
-        both = self._sum("own", 0) + self._sum("own", 1)
-        return both.div_(self._total["tokens"].to(self._room.device).clamp_min(1))
+        return self._own().div_(self._total["tokens"].to(self._room.device).clamp_min(1))
 
     def target(self, weight: Tensor, dampening: float) -> tuple[Tensor, float]:
         """The weights [R, C] to quantize in the place of `weight`, and the strength of the correction, 0 to 1."""
@@ -111,9 +110,12 @@ class CrossMoments:
         energy = float(((correction @ self._sum("own", 1)) * correction).sum())
         strength = min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
         if strength:
-            both = self._sum("own", 0) + self._sum("own", 1)
-            correction = self._correction(pulls[0] + pulls[1], both, dampening)
+            correction = self._correction(pulls[0] + pulls[1], self._own(), dampening)
         return weight + strength * correction, strength
+
+    def _own(self) -> Tensor:
+        """Of both halves, a new tensor."""
+        return self._sum("own", 0) + self._sum("own", 1)
 
     def _pull(self, weight: Tensor, half: int) -> Tensor:
         """What the outputs lack, times the inputs: [R, C]."""

@@ -95,7 +95,7 @@ def _passing(work: Work, room: Room) -> Memory:
     block = _blocks_bytes(work)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
     states = _states_bytes(work, room) + _kept_states(work, room)
-    sums = cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
+    sums = _sums_bytes(work)
     return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
 
 
@@ -103,15 +103,24 @@ def _aiming(work: Work, room: Room) -> Memory:
     """When all shards of asymmetric calibration have been added up, what solves for the target: second moments, or two
     halves of them and their sum, panels of their factor, and arrays of a linear's shape, four in float32 and three in
     float64."""
-    largest = max((tensor.weights for tensor in work.block), default=0)
+    largest = _largest(work)
     copies = 1 if room.moments.holds(room.device) else 3
     arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
-    kept = _kept(room.moments, cross_bytes(work)) + _kept_factor(work, room)
+    kept = _kept(room.moments, _sums_bytes(work)) + _kept_factor(work, room)
     return Memory(_blocks_bytes(work) + arrays, _states_bytes(work, room)) + kept
+
+
+def _sums_bytes(work: Work) -> int:
+    """Totals over the sequences: second moments of a block, or asymmetric those of a group of linears."""
+    return cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
 
 
 def _widest(work: Work) -> int:
     return max((tensor.matrix[1] for tensor in work.block), default=0)
+
+
+def _largest(work: Work) -> int:
+    return max((tensor.weights for tensor in work.block), default=0)
 
 
 def _panel_bytes(work: Work) -> int:
@@ -157,8 +166,7 @@ def _solving(work: Work, room: Room) -> Memory:
         here += Memory(_blocks_bytes(work), 0)
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, room) if guided else _states_bytes(work, room))
-    moments = cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
-    return here + states + _kept(room.moments, moments) + _kept_factor(work, room)
+    return here + states + _kept(room.moments, _sums_bytes(work)) + _kept_factor(work, room)
 
 
 def _is_whole(work: Work) -> bool:
@@ -260,7 +268,7 @@ def _tuning_memory(work: Work) -> Memory:
     moments and a sequence's states; of every sequence, the first and the last states."""
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
     block = 5 * sum(tensor.weights for tensor in work.block)
-    largest = max((tensor.weights for tensor in work.block), default=0)
+    largest = _largest(work)
     device = 2 * 4 * work.outer + max(block + TUNED_MATRICES * 4 * largest, 8 * 4 * length * vocabulary)
     states = 4 * length * work.hidden * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))
     return Memory(device, states + 4 * 4 * tuned_numbers(work))
