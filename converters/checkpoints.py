@@ -8,12 +8,13 @@ from typing import Any
 
 from lqexport.converters.checkpoint import Layout, Stored
 from lqexport.converters.checkpoint_compressed import CompressedTensors
+from lqexport.converters.checkpoint_fp8 import Fp8
 from lqexport.converters.checkpoint_gptq import Awq, Gptq
 from lqexport.converters.checkpoint_leanquant import LeanQuant
 from lqexport.errors import UserError
 from lqexport.files import read_json
 
-LAYOUTS: dict[str, type[Layout]] = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors}
+LAYOUTS: dict[str, type[Layout]] = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8}
 """By `quant_method`. LeanQuant's checkpoints have no config.json of their own."""
 
 

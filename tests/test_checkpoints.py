@@ -345,6 +345,45 @@ def test_compressed_tensors_reads_as_its_library_does(
         check_lossless(checkpoint, target, tmp_path / "out")
 
 
+def fp8_tensors(name: str, weight: NDArray[np.float32], high: int, wide: int) -> Made:
+    """Block by block."""
+    rows, columns = weight.shape
+    codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
+    scale = torch.empty(-(-rows // high), -(-columns // wide))
+    values = np.empty_like(weight)
+    for i, top in enumerate(range(0, rows, high)):
+        for j, left in enumerate(range(0, columns, wide)):
+            part = slice(top, top + high), slice(left, left + wide)
+            block = torch.from_numpy(weight[part])
+            scale[i, j] = block.abs().max() / 448
+            codes[part] = (block / scale[i, j]).to(torch.float8_e4m3fn)
+            values[part] = codes[part].float().numpy() * scale[i, j].numpy()
+    return {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale}, values
+
+
+@pytest.mark.parametrize("block", [[128, 128], [96, 80]])
+def test_fp8_is_read_and_solved_again(block: list[int], make: Make, text: Path, tmp_path: Path) -> None:
+    """Also where the last blocks are smaller, which transformers does not read."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    quantization = {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}
+    checkpoint = make(lambda name, weight: fp8_tensors(name, weight, *block), quantization)
+    source = open_source(str(checkpoint.folder))
+    assert set(source.names()) == checkpoint.values.keys()
+    assert all(same_bits(source.read(name).float().numpy(), values) for name, values in checkpoint.values.items())
+    if block == [128, 128]:
+        stored = load_file(checkpoint.folder / "model.safetensors")
+        codes, scale = stored[f"{DOWN}.weight"], stored[f"{DOWN}.weight_scale_inv"]
+        theirs = Fp8Dequantize(None)._dequantize_one(codes, scale)
+        assert same_bits(source.read(f"{DOWN}.weight").float().numpy(), theirs.numpy())
+    options = {"calibration": str(text), "samples": 2, "sequence_length": 32, "tune": 0}
+    quantize(Recipe(str(checkpoint.folder), "gguf:Q8_0", **options), tmp_path / "out")
+    gguf.write(Artifact(tmp_path / "out"), tmp_path / "model.gguf")
+    found = verify(tmp_path / "model.gguf", str(checkpoint.folder), text=str(text), windows=1)
+    assert found.failed == []
+    assert found.evaluations[0].kl < 0.001
+
+
 # What moves where.
 
 CHECKPOINTS = {
@@ -487,7 +526,7 @@ def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: P
     [
         (
             {"quant_method": "bitsandbytes"},
-            "by bitsandbytes, which is not read.* gptq, awq, compressed-tensors, LeanQuant",
+            "by bitsandbytes, which is not read.* gptq, awq, compressed-tensors, fp8, LeanQuant",
         ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv and 4 bits; gemm"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "format marlin; gptq and gptq_v2"),
@@ -524,6 +563,18 @@ def test_damaged_checkpoints_are_refused(
     save_file(stored, path)
     with pytest.raises(UserError, match=message):
         open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
+
+
+def test_fp8_of_other_blocks_than_config_json_says_is_refused(make: Make) -> None:
+    quantization = {"quant_method": "fp8", "weight_block_size": [64, 64]}
+    checkpoint = make(lambda name, weight: fp8_tensors(name, weight, 128, 128), quantization)
+    with pytest.raises(UserError, match=r"weight_scale_inv should be .* \[4, 8\], not torch.float32 \[2, 4\]"):
+        open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")
+    config = json.loads((checkpoint.folder / "config.json").read_text())
+    config["quantization_config"]["weight_block_size"] = 128
+    (checkpoint.folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="blocks of the size 128; two numbers"):
+        open_source(str(checkpoint.folder))
 
 
 def test_a_code_beyond_its_table_is_refused(make: Make) -> None:
