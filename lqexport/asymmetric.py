@@ -102,7 +102,7 @@ class CrossMoments:
         """float32 [C, C], as `moments.SecondMoments.hessian` of the quantized inputs."""
         return self._own().div_(self._total["tokens"].to(self._room.device).clamp_min(1))
 
-    def target(self, weight: Tensor, dampening: float) -> tuple[Tensor, float]:
+    def target(self, weight: Tensor, dampening: float | None) -> tuple[Tensor, float]:
         """The weights [R, C] to quantize in the place of `weight`, and the strength of the correction, 0 to 1."""
         pulls = [self._pull(weight, half) for half in (0, 1)]
         correction = self._correction(pulls[0], self._sum("own", 0), dampening)
@@ -122,7 +122,7 @@ class CrossMoments:
         pull = weight @ self._sum("drift", half)
         return pull.add_(self._sum("lag", half)) if "lag" in self._shapes else pull
 
-    def _correction(self, pull: Tensor, own: Tensor, dampening: float) -> Tensor:
+    def _correction(self, pull: Tensor, own: Tensor, dampening: float | None) -> Tensor:
         """The pull [R, C] times (Y Y^T)^-1 = U^T U, dampened, in float64, by panels of U's columns."""
         factor = factorize(own, dampening, act_order=False, keep=self._room.factors.keep)
         panels, pull = list(zip(runs(len(own)), factor.panels, strict=True)), pull.double()

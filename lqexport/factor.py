@@ -19,6 +19,9 @@ from lqexport.errors import UserError
 PANEL = 2048
 """Columns in a panel. The last bits of a factor depend on it, so it never depends on how much memory there is."""
 
+SHARE_OF_MEDIAN = 0.5
+"""What is added to the diagonal, where nothing is asked for, over its median."""
+
 Keep = Callable[[Tensor], Tensor]
 """Puts a tensor where it is to be kept, and returns it there."""
 
@@ -66,9 +69,18 @@ def in_place(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def factorize(hessian: Tensor, dampening: float, act_order: bool, keep: Keep = in_place) -> Factor:
+def usual_dampening(diagonal: Tensor) -> float:
+    """What is added to a diagonal over its mean, so that it is a share of the median of the columns with any input.
+    Where a few columns rule the mean, as before queries and keys, a share of that is too much for the others; where
+    none does, the usual 0.05 or less is too little: what the solver gains on its own tokens it loses on others
+    (docs/quality.md)."""
+    used = diagonal[diagonal > 0]
+    return SHARE_OF_MEDIAN * float(used.median() / diagonal.mean()) if len(used) else 0.0
+
+
+def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: Keep = in_place) -> Factor:
     """U with (damped H)^-1 = U^T U for a symmetric `hessian` [C, C], columns in act-order (descending diagonal) where
-    asked; `keep` puts each panel where it stays.
+    asked; `keep` puts each panel where it stays. `dampening` is over the diagonal's mean (None: `usual_dampening`).
 
     Where the factorization fails, the dampening rises tenfold and again, up to 10; the result says what it took. Raises
     UserError beyond that.
@@ -76,7 +88,7 @@ def factorize(hessian: Tensor, dampening: float, act_order: bool, keep: Keep = i
     diagonal = hessian.diagonal()
     natural = torch.arange(len(diagonal), device=hessian.device)
     order = diagonal.argsort(descending=True, stable=True) if act_order else natural
-    level = max(dampening, 1e-6)
+    level = max(usual_dampening(diagonal) if dampening is None else dampening, 1e-6)
     while level <= 10:
         try:
             root = _root(hessian, order, level, keep)

@@ -46,7 +46,7 @@ class Recipe:
     prefix: Prefix | None = None
     compute_dtype: ComputeDtype | None = None
     asymmetric: bool | None = None
-    dampening: float = 0.05
+    dampening: float | None = None
     importance: ImportanceBase = "diagonal"
     exponent: float = 1.0
     act_order: bool = True

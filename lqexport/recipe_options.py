@@ -74,7 +74,13 @@ Asymmetric = Annotated[
         "--asymmetric/--symmetric",
     ),
 ]
-Dampening = Annotated[float | None, _option("dampening", "Added to the second moments, as a share of their mean.")]
+Dampening = Annotated[
+    float | None,
+    _option(
+        "dampening",
+        "Added to the diagonal of the second moments, as a share of its mean. [default: half of its median]",
+    ),
+]
 Importance = Annotated[str | None, _option("importance", "What weighs errors: diagonal, cholesky or inverse.")]
 Exponent = Annotated[float | None, _option("exponent", "Power of the importance.")]
 ActOrder = Annotated[

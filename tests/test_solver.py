@@ -13,7 +13,7 @@ import torch
 from lqexport import fit as fitting
 from lqexport import solve, solve_cpu, solve_torch
 from lqexport.errors import UserError
-from lqexport.factor import factorize
+from lqexport.factor import SHARE_OF_MEDIAN, factorize
 from lqexport.fit import fit, minmax, store
 from lqexport.formats.registry import codec, names
 from lqexport.grid import Numbers, TensorGrid
@@ -179,6 +179,17 @@ def test_store_weighs_what_it_rounds() -> None:
     simple = Numbers(form, plain.half().float(), (values / plain).round().to(torch.int16))
     assert (error(store(values, form, weight)) <= 1.0001 * error(simple)).all()
     assert error(store(values, form, weight)).sum() < 0.5 * error(store(values, form)).sum()
+
+
+def test_dampening_is_a_share_of_the_median_where_none_is_asked_for() -> None:
+    """A column that rules the mean, and columns without input, make no difference."""
+    hessian = torch.diag(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 1000.0, 4.0]))
+    factor = factorize(hessian, None, True)
+    added = factor.dampening * hessian.diagonal().mean()
+    assert float(added) == pytest.approx(SHARE_OF_MEDIAN * 3)
+    assert torch.allclose(factor.diagonal(), (hessian.diagonal().double()[factor.order] + added).rsqrt())
+    assert factorize(hessian, 0.1, True).dampening == 0.1
+    assert factorize(torch.zeros(4, 4), None, True).diagonal().tolist() == [1] * 4
 
 
 def test_dampening_rises_until_the_factorization_succeeds() -> None:

@@ -1,0 +1,76 @@
+"""What dampening leaves on other texts: the output error of linears solved with more or less of it.
+
+    python bench/dampening.py MODEL --calibration FILE --evaluation FILE [FILE...] [--block 12] [--target gguf:Q4_0]
+                              [--samples 64]
+
+Full-precision prefix, normalized moments, up to 192 rows of each linear of one block. Every cell has, for each
+evaluation text, the error there over that of a dampening of 0.05 of the mean. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lqexport.blocks import BlockModel
+from lqexport.calibration import load_calibration
+from lqexport.collect import by_weight, forward_moments
+from lqexport.factor import SHARE_OF_MEDIAN, usual_dampening
+from lqexport.formats.registry import codec
+from lqexport.linear import solve_linear
+from lqexport.recipe import Recipe
+from lqexport.source import Source, open_source
+
+ROWS, HELD_OUT = 192, 24
+OF_MEAN, OF_MEDIAN = (0.01, 0.2), (0.1, 0.25, 0.5, 1.0)
+
+
+def moments(source: Source, text: str, samples: int, block: int) -> dict[str, Tensor]:
+    """Those of the linears of a block on one text, by the names of their weights."""
+    tokens = load_calibration(text, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
+    model = BlockModel(source)
+    *_, found = forward_moments(model, tokens, "normalized", lambda index, _: index == block, block)
+    return by_weight(model, found)
+
+
+def errors(weight: Tensor, hessian: Tensor, others: list[Tensor], recipe: Recipe) -> list[float]:
+    """The output error under each of the others."""
+    solved = solve_linear("linear", weight, hessian, recipe.target, recipe)
+    difference = torch.from_numpy(codec(solved.codec).decode(solved.planes, weight.shape[1])) - weight
+    return [float((difference @ other * difference).sum()) for other in others]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", nargs="+", required=True)
+    parser.add_argument("--block", type=int, default=12)
+    parser.add_argument("--target", default="gguf:Q4_0")
+    parser.add_argument("--samples", type=int, default=64)
+    arguments = parser.parse_args()
+    source, recipe = open_source(arguments.model), Recipe("none", arguments.target)
+    with torch.no_grad():
+        own = moments(source, arguments.calibration, arguments.samples, arguments.block)
+        others = [moments(source, text, HELD_OUT, arguments.block) for text in arguments.evaluation]
+    heads = [f"{share:g} of mean" for share in OF_MEAN] + [f"{share:g} of median" for share in OF_MEDIAN]
+    print(f"| linear | median / mean | {' | '.join(heads)} |\n|---{'|---' * (1 + len(heads))}|")
+    for name, hessian in own.items():
+        weight = source.read(name).float()[:ROWS]
+        ratio = usual_dampening(hessian.diagonal()) / SHARE_OF_MEDIAN
+
+        def at(dampening: float, name: str = name, weight: Tensor = weight, hessian: Tensor = hessian) -> list[float]:
+            return errors(weight, hessian, [other[name] for other in others], replace(recipe, dampening=dampening))
+
+        base, cells = at(0.05), []
+        for dampening in (*OF_MEAN, *(share * ratio for share in OF_MEDIAN)):
+            pairs = zip(at(dampening), base, strict=True)
+            cells.append(" / ".join(f"{error / usual:.3f}" for error, usual in pairs))
+        print(f"| {name.removesuffix('.weight')} | {ratio:.2f} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
