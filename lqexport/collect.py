@@ -22,9 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from lqexport.blocks import BlockModel
+from lqexport.converters.architecture import Architecture
 from lqexport.errors import AGAIN
+from lqexport.experts import fill_up, with_all_experts
 from lqexport.factor import Keep, in_place
-from lqexport.moments import SecondMoments, TokenWeights
+from lqexport.moments import Group, SecondMoments, TokenWeights
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
@@ -38,8 +40,6 @@ SHARDS = 8
 
 Collector = SecondMoments | TokenWeights
 """What the guided pass fills for a linear."""
-Group = tuple[str, ...]
-"""Names of linears in a block that share their second moments."""
 BlockMoments = tuple[int, dict[Group, Tensor]]
 """A block's index and the second moments of its linears, as `SecondMoments.hessian` gives them."""
 
@@ -86,7 +86,8 @@ def _forward(
     hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
     model.let_go()
     for index in range(last + 1):
-        groups = [group for group in model.architecture.linears if wanted(index, group)]
+        every = model.architecture.linears_of(index)
+        groups = with_all_experts([group for group in every if wanted(index, group)], every, model.architecture)
         yield _block_forward(model, index, groups, new, hidden, list(processes.rounds(len(shards))), processes)
 
 
@@ -102,10 +103,11 @@ def _block_forward(
                 run_through(model, block, hidden[turn])
             for total in moments.values():
                 total.end_shard(processes, owner, senders)
-    return (index, _hessians(moments)) if owner == processes.rank else None
+    return (index, _hessians(moments, model.architecture)) if owner == processes.rank else None
 
 
-def _hessians(moments: Mapping[Group, Collector]) -> dict[Group, Tensor]:
+def _hessians(moments: Mapping[Group, Collector], architecture: Architecture) -> dict[Group, Tensor]:
+    fill_up({group: total for group, total in moments.items() if isinstance(total, SecondMoments)}, architecture)
     return {group: total.hessian() for group, total in moments.items()}
 
 
@@ -136,7 +138,7 @@ def input_magnitudes(model: BlockModel, tokens: Tensor, processes: Processes = A
         return before
 
     for index, block in model.blocks():
-        names = {model.weight_name(index, linear): linear for group in model.architecture.linears for linear in group}
+        names = {model.weight_name(index, linear): linear for linear in model.linears(index)}
         for name, linear in names.items():
             found[name] = torch.zeros(linear_of(block, linear).in_features, device=model.device)
             linear_of(block, linear).register_forward_pre_hook(watch(name))
@@ -342,9 +344,8 @@ def _block_backward(
 ) -> list[BlockMoments]:  # fmt: skip
     """Keeps the gradients by a block's inputs; returns what each kind makes of it to process `owner`."""
     block = model.block(index)
-    names = [name for group in model.architecture.linears for name in group]
     with contextlib.ExitStack() as hooks:
-        collectors = [hooks.enter_context(_guided_moments_of(block, names, new)) for new in kinds]
+        collectors = [hooks.enter_context(_guided_moments_of(block, model.linears(index), new)) for new in kinds]
         for shard, senders in processes.rounds(states.shards):
             if shard is not None:
                 gradients = states.read("gradient", index + 1, shard)
@@ -356,7 +357,8 @@ def _block_backward(
                     total.end_shard(processes, owner, senders)
     if owner != processes.rank:
         return []
-    return [(index, _hessians({(name,): total for name, total in each.items()})) for each in collectors]
+    alone: list[dict[Group, Collector]] = [{(name,): total for name, total in each.items()} for each in collectors]
+    return [(index, _hessians(each, model.architecture)) for each in alone]
 
 
 def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
-from lqexport.collect import BlockMoments, Group, by_weight, forward_moments, guided_moments, guided_pass
+from lqexport.collect import BlockMoments, by_weight, forward_moments, guided_moments, guided_pass
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import check_corrections, keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
@@ -30,7 +30,7 @@ from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
 from lqexport.measured import Measured
 from lqexport.memory import Budget, choose_room, rooms, told
-from lqexport.moments import TokenWeights
+from lqexport.moments import Group, TokenWeights
 from lqexport.moments_cache import MomentsCache
 from lqexport.moving import outer_types, with_moves
 from lqexport.processes import ALONE, Processes
@@ -249,8 +249,8 @@ class Job:
             return guided_moments(model, self.sequences, recipe.output_groups, self.work / "guided", self.listener,
                                   self.processes, self.room.moments.keep, self._held(), recipe.guided_power,
                                   weights)  # fmt: skip
-        groups = model.architecture.linears
-        last = max(index for index in range(len(model)) for group in groups if wanted(index, group))
+        groups = model.architecture.linears_of
+        last = max(index for index in range(len(model)) for group in groups(index) if wanted(index, group))
         return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes,
                                self.room.moments.keep)  # fmt: skip
 

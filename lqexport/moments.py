@@ -9,6 +9,8 @@ from lqexport.factor import Factor, Keep, in_place
 from lqexport.processes import ALONE, Processes
 from lqexport.recipe import ImportanceBase, Moments
 
+Group = tuple[str, ...]
+"""Names of linears in a block that share their second moments."""
 PANELS = 8
 """Of a symmetric matrix only what is below the diagonal is added up, in so many panels: 0.56 of the products."""
 
@@ -91,14 +93,31 @@ class SecondMoments:
         assert gradient is not None
         return list(gradient.reshape(len(x), self._shape[0], -1).float().square().mean(2).T)
 
+    @property
+    def columns(self) -> int:
+        return self._shape[-1]
+
+    def sums(self) -> tuple[Tensor, Tensor]:
+        """Of all tokens: the matrices [output groups, C, C], correct on and below the diagonal, and what was counted,
+        the tokens first."""
+        if self._shard is not None or self._total is None:
+            self.end_shard()
+        assert self._total is not None
+        return self._total, self._counts
+
+    def add_average(self, total: Tensor, counts: Tensor, tokens: float) -> None:
+        """Add the average of so many of the tokens that other `sums` are of; nothing where they are of none."""
+        share = tokens / counts[0].clamp_min(1)
+        own, own_counts = self.sums()
+        own += (total * share.to(total.device, torch.float32)).to(own.device)
+        own_counts += counts * share
+
     def hessian(self) -> Tensor:
-        """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen, as of
-        an expert that no token went to. Made in the place of the sums, so nothing can be added afterwards."""
+        """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen. Made
+        in the place of the sums, so nothing can be added afterwards."""
         if self._finished is None:
-            if self._shard is not None or self._total is None:
-                self.end_shard()
-            assert self._total is not None
-            self._finished, self._total = self._mean(self._total), None
+            total, self._total = self.sums()[0], None
+            self._finished = self._mean(total)
         return self._finished
 
     def _mean(self, total: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from lqexport.asymmetric import CrossMoments, Entering
 from lqexport.blocks import BlockModel
-from lqexport.collect import Group, input_of, linear_of, sharded, to_the_end
+from lqexport.collect import input_of, linear_of, sharded, to_the_end
 from lqexport.corrected import stored_correction, values_of
 from lqexport.job import Job
 from lqexport.linear import check_finite
-from lqexport.moments import SecondMoments
+from lqexport.moments import Group, SecondMoments
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Sequential:
         originals = (block for _, block in self.model.blocks()) if self.recipe.asymmetric else repeat(None)
         # What `blocks` gave before is gone when the next is loaded.
         for (index, block), original in islice(zip(self.model.blocks(), originals, strict=False), self._blocks()):
-            for group in self.model.architecture.linears:
+            for group in self.model.architecture.linears_of(index):
                 if names := self.processes.agreed(self.job.unfinished(self.model, index, group)):
                     yield from self._group(group, names, block, original)
                     self.processes.wait()
@@ -73,8 +73,8 @@ class Sequential:
 
     def _blocks(self) -> int:
         """How many there are up to the last with something to solve."""
-        groups = self.model.architecture.linears
-        unfinished = (i + 1 for i in range(len(self.model)) for g in groups if self.job.unfinished(self.model, i, g))
+        groups = self.model.architecture.linears_of
+        unfinished = (i + 1 for i in range(len(self.model)) for g in groups(i) if self.job.unfinished(self.model, i, g))
         return self.processes.agreed(max(unfinished, default=0))
 
     def _run_through(self, block: nn.Module, states: dict[int, Tensor]) -> None:

@@ -1,0 +1,97 @@
+"""What filling up experts' second moments gives on held-out tokens (lqexport/experts.py).
+
+    python bench/experts.py MODEL --calibration FILE [--block 12] [--target gguf:Q4_0] [--samples 48]
+
+No mixture of experts is small enough to be at hand, so the MLP of one block of a dense model stands for 16 experts:
+each token goes to two of them, by a random linear router that prefers some. Half of the sequences are calibrated on.
+Of each expert's up_proj and down_proj, up to 256 rows, the output error on its tokens of the other half is given over
+that without filling up. Prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from dampening import errors
+from torch import Tensor
+
+from lqexport import evaluate, texts
+from lqexport.blocks import BlockModel
+from lqexport.collect import batches, input_of
+from lqexport.converters.architectures import MIXTRAL
+from lqexport.experts import fill_up
+from lqexport.moments import SecondMoments
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+
+EXPERTS, CHOSEN, ROWS, LENGTH = 16, 2, 256, 512
+UP, DOWN = "up_proj", "down_proj"
+
+
+@torch.no_grad()
+def inputs_of_block(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights and inputs [sequences, LENGTH, C] of the block's up_proj and down_proj."""
+    source = open_source(arguments.model)
+    ids = evaluate.tokenize(source.tokenizer(), texts.read_text(arguments.calibration).content)
+    tokens = torch.tensor(ids[: arguments.samples * LENGTH]).reshape(arguments.samples, LENGTH)
+    model = BlockModel(source)
+    hidden = [model.start(batch) for batch in batches(tokens)]
+    for index, block in model.blocks():
+        if index == arguments.block:
+            names = {name: f"mlp.{name}" for name in (UP, DOWN)}
+            inputs = {key: torch.cat([input_of(model, block, name, h) for h in hidden]) for key, name in names.items()}
+            return {key: block.get_submodule(name).weight[:ROWS].clone() for key, name in names.items()}, inputs
+        hidden = [model.run(block, states) for states in hidden]
+    raise SystemExit(f"{arguments.model} has no block {arguments.block}.")
+
+
+def routed(states: Tensor) -> Tensor:
+    """Which tokens [tokens] go to each expert: bool [EXPERTS, tokens]."""
+    draw = torch.Generator().manual_seed(0)
+    scores = states / states.norm(dim=1, keepdim=True) @ torch.randn(states.shape[1], EXPERTS, generator=draw) * 4
+    chosen = (scores + torch.linspace(-2.5, 1, EXPERTS)).topk(CHOSEN).indices
+    return torch.stack([(chosen == expert).any(1) for expert in range(EXPERTS)])
+
+
+def moments(kind: str, inputs: Tensor, tokens: Tensor) -> dict[tuple[str, ...], SecondMoments]:
+    """Of each expert's share of the inputs [tokens, C], as in a block of that many."""
+    found = {}
+    for expert in range(EXPERTS):
+        each = found[(f"mlp.experts.{expert}.{kind}",)] = SecondMoments(inputs.shape[1], "normalized", inputs.device)
+        each.add(inputs[tokens[expert]])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--block", type=int, default=12)
+    parser.add_argument("--target", default="gguf:Q4_0")
+    parser.add_argument("--samples", type=int, default=48)
+    arguments = parser.parse_args()
+    weights, inputs = inputs_of_block(arguments)
+    half = arguments.samples // 2
+    seen, held = ({key: part.flatten(0, 1) for key, part in zip((UP, DOWN), parts, strict=True)} for parts in
+                  zip(*((states[:half], states[half:]) for states in inputs.values()), strict=True))  # fmt: skip
+    tokens, others = routed(seen[UP]), routed(held[UP])
+    recipe, architecture = Recipe("none", arguments.target), MIXTRAL.expanded(EXPERTS)
+    ratios: dict[str, list[float]] = {}
+    for kind, weight in weights.items():
+        own, filled = (moments(kind, seen[kind], tokens) for _ in range(2))
+        fill_up(filled, architecture)
+        ratios[kind] = []
+        for name, each in moments(kind, held[kind], others).items():
+            with_it, without = (
+                errors(weight, found[name].hessian(), [each.hessian()], recipe)[0] for found in (filled, own)
+            )
+            ratios[kind].append(with_it / without)
+    print("| tokens | of other sequences | up_proj | down_proj |\n|---|---|---|---|")
+    for expert in tokens.sum(1).argsort().tolist():
+        counts = f"{int(tokens[expert].sum())} | {int(others[expert].sum())}"
+        print(f"| {counts} | {ratios[UP][expert]:.3f} | {ratios[DOWN][expert]:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
