@@ -43,11 +43,10 @@ def importance_matrix(source: Source, text: str, samples: int) -> dict[str, np.n
     means = {}
     for index, block in model.blocks():
         sums = {}
-        for group in model.architecture.linears:
-            for linear in group:
-                name = names[model.weight_name(index, linear)]
-                sums[name] = torch.zeros(block.get_submodule(linear).in_features, dtype=torch.float64)
-                block.get_submodule(linear).register_forward_pre_hook(_adding(sums[name]))
+        for linear in model.linears(index):
+            name = names[model.weight_name(index, linear)]
+            sums[name] = torch.zeros(block.get_submodule(linear).in_features, dtype=torch.float64)
+            block.get_submodule(linear).register_forward_pre_hook(_adding(sums[name]))
         with torch.no_grad():
             hidden = [model.run(block, state) for state in hidden]
         means |= {name: (total / tokens.numel()).float().numpy() for name, total in sums.items()}

@@ -14,6 +14,8 @@ MEAN, FIRST = 1, 2
 config.json gets as `pooling_type`, too."""
 EACH = "*"
 """Stands for the number of an expert in the name of a module."""
+GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
+"""A gated MLP: module -> its name in GGUF."""
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,13 @@ class Architecture:
     gguf        `general.architecture` of llama.cpp; None where it has none
     exl2        what ExLlamaV2 says of it; None where it does not load it, or computes it wrongly
     linears     quantized linears of a block, in groups that share their input, in the order in which data flows
-    gguf_block  Hugging Face module of a block -> GGUF name of the same module
+    gguf_block  Hugging Face module of a block -> GGUF name of the same module; or of a tensor, with its `.bias`
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
     when        key of config.json -> the values by which it is told from others of the same class
     experts     key of config.json with the number of experts, by which `*` in names of modules is expanded
+    dense       key of config.json with the number of the first blocks that have a gated MLP in the place of experts;
+                None where all blocks are alike
+    leading     that number, in an entry for a certain model
     rows        linear -> how llama.cpp orders its rows, and the key of config.json with the number of groups: `rope`,
                 the halves of each head interleaved, or `qkv`, all queries, keys and values instead of a few of each
     transposed  linears that a checkpoint stores as [inputs, outputs]
@@ -78,6 +83,8 @@ class Architecture:
     period      by default every so many blocks attend to the whole context, and the others to `sliding_window` tokens;
                 None where llama.cpp ignores windows, so that the context may be no longer than one
     free_heads  whether config.json may give heads another size than hidden_size / heads
+    latent      whether keys and values are made of one vector for all heads (multi-head latent attention), with parts
+                of a head that are rotated and others that are not
     encoder     whether every token sees the whole text and there is no output layer: the model gives an embedding of
                 the text, made of the hidden states after the last block
     adds        whether the outputs of attention and MLP are added to the hidden states as they are
@@ -95,6 +102,8 @@ class Architecture:
     exl2: ExLlamaV2 | None = None
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     experts: str | None = None
+    dense: str | None = None
+    leading: int = 0
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
@@ -109,6 +118,7 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     period: int | None = None
     free_heads: bool = True
+    latent: bool = False
     encoder: bool = False
     adds: bool = True
     wide_scale: int | None = None
@@ -123,8 +133,21 @@ class Architecture:
         modules = {gguf: module for module, gguf in self.gguf_block.items()}
         return (modules["attn_output"], modules["ffn_down"]) if self.adds and not self.experts else (None, None)
 
-    def expanded(self, count: int) -> Architecture:
-        """The same with `count` experts in the place of each `*`."""
+    def modules_of(self, block: int) -> dict[str, str]:
+        """`gguf_block` of one block."""
+        return {module: gguf for module, gguf in self.gguf_block.items() if self._has(block, module)}
+
+    def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
+        """`linears` of one block."""
+        return tuple(group for group in self.linears if self._has(block, group[0]))
+
+    def _has(self, block: int, module: str) -> bool:
+        if self.dense is None or not module.startswith("mlp."):
+            return True
+        return (module in GATED) == (block < self.leading)
+
+    def expanded(self, count: int, leading: int = 0) -> Architecture:
+        """The same with `count` experts in the place of each `*`, from block `leading` on."""
         modules = [
             (module.replace(EACH, str(number)), gguf)
             for module, gguf in self.gguf_block.items()
@@ -135,4 +158,4 @@ class Architecture:
             for group in self.linears
             for number in range(count if EACH in group[0] else 1)
         ]
-        return replace(self, gguf_block=dict(modules), linears=tuple(groups))
+        return replace(self, gguf_block=dict(modules), linears=tuple(groups), leading=leading)

@@ -61,7 +61,9 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
         config["type_vocab_size"] = metadata.values.get("tokenizer.ggml.token_type_count")
         if config["pooling_type"] not in (MEAN, FIRST):
             raise UserError(f"{metadata.source} pools in another way than by the mean or the first token.")
-    if not architecture.free_heads:
+    if architecture.latent:
+        config |= _parts_of_heads(metadata, config)
+    if architecture.latent or not architecture.free_heads:
         del config["head_dim"]
     if architecture.rope_types:
         config |= _rope(metadata, config, factors)
@@ -82,6 +84,17 @@ def _sizes(metadata: Metadata) -> Config:
             "attention.key_length", metadata.number("rope.dimension_count", max(hidden // heads, 1))
         ),
         "max_position_embeddings": metadata.number("context_length"),
+    }
+
+
+def _parts_of_heads(metadata: Metadata, config: Config) -> Config:
+    rotated = metadata.number("rope.dimension_count")
+    if not rotated < config["head_dim"]:
+        raise UserError(f"{metadata.source} is damaged: no part of a head is not rotated.")
+    return {
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": config["head_dim"] - rotated,
+        "v_head_dim": metadata.number("attention.value_length"),
     }
 
 
@@ -119,7 +132,7 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
     if (columns := head_dim(config)) < 1:
         raise UserError(f"{metadata.source} is damaged: its hidden size is smaller than the number of its heads.")
     rotated = metadata.number("rope.dimension_count", columns)
-    if rotated != columns:
+    if rotated != columns and not metadata.architecture.latent:
         rope["partial_rotary_factor"] = rotated / columns
     rope |= _scaling(metadata, factors)
     if ROPE_FACTORS in factors:
@@ -141,12 +154,19 @@ def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[st
     if kind != "linear":
         original["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
     if kind != "longrope":
-        return original | {"factor": _decimal(metadata.number("rope.scaling.factor"))}
+        return original | {"factor": _decimal(metadata.number("rope.scaling.factor"))} | _mscale(metadata)
     if missing := {LONG_FACTORS, SHORT_FACTORS} - factors.keys():
         raise UserError(f"{metadata.source} has no tensor {', '.join(sorted(missing))}.")
     lists = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
     long = {key: [_decimal(value) for value in factors[name]] for key, name in lists.items()}
     return original | long | {"attention_factor": _decimal(metadata.number("rope.scaling.attn_factor", 1.0))}
+
+
+def _mscale(metadata: Metadata) -> dict[str, Any]:
+    if (multiplier := metadata.get("rope.scaling.yarn_log_multiplier")) is None:
+        return {}
+    mscale = _decimal(10 * multiplier)
+    return {"mscale": mscale, "mscale_all_dim": mscale}
 
 
 def _llama3(metadata: Metadata, config: Config, rope: dict[str, Any], factors: NDArray[Any]) -> dict[str, Any]:

@@ -40,7 +40,7 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     writer.add_head_count(head_count(config))
     writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
     writer.add_key_length(head_dim(config))
-    writer.add_value_length(head_dim(config))
+    writer.add_value_length(config.get("v_head_dim") or head_dim(config))
     writer.add_vocab_size(vocabulary)
     if architecture.encoder:
         writer.add_token_type_count(_size(config, "type_vocab_size"))
@@ -96,6 +96,8 @@ def _add_rope(writer: GGUFWriter, config: Config) -> None:
     if kind in ("yarn", "longrope"):
         original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(int(original))
+    if kind == "yarn" and settings.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * settings["mscale_all_dim"])
     if kind == "longrope":
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         writer.add_rope_scaling_attn_factors(longrope_attention(config))

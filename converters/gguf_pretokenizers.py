@@ -27,6 +27,15 @@ _QWEN2 = "|".join([_CONTRACTIONS, _WORDS, r"\p{N}", _SYMBOLS, _SPACES])
 _TEKKEN = "|".join([*_CASED, r"\p{N}", _SYMBOLS_AND_SLASHES, _SPACES])
 _GPT4O = "|".join([*(cased + _CONTRACTIONS + "?" for cased in _CASED), r"\p{N}{1,3}", _SYMBOLS_AND_SLASHES, _SPACES])
 
+_DEEPSEEK = "|".join(
+    [
+        r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+""",
+        r"[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+",
+        r" ?[\p{P}\p{S}]+[\r\n]*",
+        _SPACES,
+    ]
+)
+
 PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     ((_DIGIT, _GPT2), False): "smollm",
@@ -35,6 +44,7 @@ PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN2,), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
+    ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
     # llama.cpp leaves out the third; no token of such a tokenizer goes over what it would split.
     ((_PUNCTUATION, _GPT2, _DIGITS, "[0-9][0-9][0-9]"), False): "falcon",
 }

@@ -21,6 +21,7 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec, names
 
+EXPERTS, LEADING = "expert_count", "leading_dense_block_count"
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
@@ -46,14 +47,16 @@ class GGUFModel:
     def _candidates(self) -> list[Architecture]:
         """Entries of the table that llama.cpp calls by the name in the file, for as many experts as it has."""
         name = self.metadata.get("general.architecture")
-        experts = self.metadata.get(f"{name}.expert_count", 0)
+        experts, leading = (self.metadata.get(f"{name}.{key}", 0) for key in (EXPERTS, LEADING))
         alike = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
         if not alike:
             known = ", ".join(dict.fromkeys(entry.gguf for entry in ARCHITECTURES if entry.gguf))
             raise UserError(f"{self.path} holds a model of architecture {name!r}. Known: {known}.")
         if not isinstance(experts, int) or not 0 <= experts <= 4096:
             raise UserError(f"{self.path} is damaged: it says that it has {experts} experts.")
-        return [entry.expanded(experts) for entry in alike if bool(entry.experts) == bool(experts)] or alike
+        if not isinstance(leading, int) or leading < 0:
+            raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
+        return [entry.expanded(experts, leading) for entry in alike if bool(entry.experts) == bool(experts)] or alike
 
     def _identify(self) -> None:
         """The first candidate whose tensors the file has, all of them and no other."""

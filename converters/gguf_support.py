@@ -56,6 +56,8 @@ def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
     variable = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
     others = {key: value for key, value in settings.items() if key not in variable and value is not None}
+    if architecture.latent and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
+        del others["mscale"], others["mscale_all_dim"]  # it scales the products of queries and keys, not their rotation
     if strange := [key for key, value in others.items() if value != fixed.get(key)]:
         raise UserError(
             f"llama.cpp computes yarn for {architecture.classes[0]} without {', '.join(strange)} of config.json."

@@ -118,15 +118,15 @@ _FALCON: dict[str, dict[str, Rule]] = {
 }
 """What is otherwise for Falcon."""
 
-_ALIKE = {"attn_qkv": "attn_v", "ffn_down_exps": "ffn_down"}
+_ALIKE = {"attn_qkv": "attn_v", "attn_kv_b": "attn_v", "ffn_down_exps": "ffn_down", "ffn_down_shexp": "ffn_down"}
 """Fused and stacked matrices -> those by whose rules they go."""
 
 
 def mix_type(mix: str, module: str, layer: Layer) -> str:
     """Type of a block's linear (by its GGUF module name) in one of `MIXES`, before any fallback."""
+    module = _ALIKE.get(module, module)
     if layer.experts == 8 and module in ("attn_k", "attn_v", "attn_output"):
         return _beside_eight_experts(mix, module)
-    module = _ALIKE.get(module, module)
     rules = _RULES.get(mix, {}) | (_FALCON.get(mix, {}) if layer.architecture == "falcon" else {})
     rule = rules.get(module)
     kind = (rule(layer) if rule else None) or MIXES[mix]

@@ -44,12 +44,16 @@ def window_theta(config: dict[str, Any]) -> float | None:
 
 
 def head_dim(config: dict[str, Any]) -> int:
-    """Columns of a head; config.json need not say it."""
+    """Columns of a query's head; config.json need not say it."""
+    if "qk_rope_head_dim" in config:
+        return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
     return int(config.get("head_dim") or config["hidden_size"] // head_count(config))
 
 
 def rotary_dim(config: dict[str, Any]) -> int:
     """How many of a head's columns are rotated."""
+    if "qk_rope_head_dim" in config:
+        return int(config["qk_rope_head_dim"])
     part = rope_settings(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     return int(head_dim(config) * part)
 

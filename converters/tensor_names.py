@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lqexport.converters.architecture import Architecture
+from lqexport.converters.architecture import EACH, Architecture
 from lqexport.errors import UserError
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
@@ -19,17 +19,23 @@ def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
     """
     embedding, *others = architecture.gguf_top.items()
     blocks = [
-        (f"{architecture.blocks}.{layer}.{module}.{kind}", f"blk.{layer}.{gguf}.{kind}")
+        (f"{architecture.blocks}.{layer}.{name}", f"blk.{layer}.{gguf}")
         for layer in range(layers)
-        for module, gguf in architecture.gguf_block.items()
-        for kind in ("weight", "bias")
+        for module, known in architecture.modules_of(layer).items()
+        for name, gguf in _tensors(module, known)
     ]
     return dict([embedding, *blocks, *others])
 
 
+def _tensors(module: str, gguf: str) -> list[tuple[str, str]]:
+    """Those of a module, or the one that is named itself."""
+    kinds = ("weight", "bias")
+    return [(module, gguf)] if gguf.endswith(".bias") else [(f"{module}.{kind}", f"{gguf}.{kind}") for kind in kinds]
+
+
 def needed_names(architecture: Architecture, layers: int) -> list[str]:
     """The Hugging Face names of `gguf_names` that no model of the architecture lacks; the output is not among them."""
-    names = [name for name in gguf_names(architecture, layers) if name.endswith(".weight")]
+    names = [name for name in gguf_names(architecture, layers) if not name.endswith(".bias")]
     return [name for name in names if name != architecture.output]
 
 
@@ -52,6 +58,11 @@ def expert_number(name: str) -> int | None:
     """Which of its block's experts a tensor belongs to, None where it is of none."""
     found = _EXPERT.search(name)
     return int(found[1]) if found else None
+
+
+def of_each_expert(name: str) -> str:
+    """A name with `*` for the number of the expert, where it has one."""
+    return _EXPERT.sub(f".experts.{EACH}.", name)
 
 
 def is_linear(architecture: Architecture, name: str) -> bool:

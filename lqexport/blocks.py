@@ -145,7 +145,7 @@ class BlockModel:
         self._load(block, f"{self.architecture.blocks}.{index}")
         block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
         if self.rounding is not None:
-            for name in (name for group in self.architecture.linears for name in group):
+            for name in self.linears(index):
                 block.get_submodule(name).register_forward_pre_hook(_rounded_by(self.rounding))
         return block
 
@@ -167,6 +167,10 @@ class BlockModel:
         if self._compute_dtype == self.dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._compute_dtype)
+
+    def linears(self, index: int) -> list[str]:
+        """Names, within the block, of the linears of decoder block `index`."""
+        return [linear for group in self.architecture.linears_of(index) for linear in group]
 
     def weight_name(self, index: int, linear: str) -> str:
         """Name of the weight of a linear of decoder block `index`."""

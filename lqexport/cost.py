@@ -6,6 +6,7 @@ CPU: no GPU has been timed.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -49,9 +50,18 @@ class Work:
 
     @cached_property
     def block(self) -> list[PlannedTensor]:
-        """The matrices of the first decoder block."""
-        prefix = f"{self.architecture.blocks}.0."
+        """The matrices of the decoder block that has the most weights."""
+        prefix = self._largest_block
         return [tensor for tensor in self.linears if tensor.name.startswith(prefix)]
+
+    @cached_property
+    def _largest_block(self) -> str:
+        """What the names of its tensors begin with."""
+        weights: Counter[str] = Counter()
+        for tensor in self.linears:
+            index = tensor.name.removeprefix(f"{self.architecture.blocks}.").partition(".")[0]
+            weights[f"{self.architecture.blocks}.{index}."] += tensor.weights
+        return max(weights, key=weights.__getitem__, default=f"{self.architecture.blocks}.0.")
 
     @property
     def blocks(self) -> int:
@@ -89,10 +99,9 @@ class Work:
 
     @cached_property
     def groups(self) -> list[list[PlannedTensor]]:
-        """The matrices of the first decoder block that share their inputs, in the order in which data flows."""
+        """Those that share their inputs, in the order in which data flows."""
         named = {tensor.name: tensor for tensor in self.block}
-        first = f"{self.architecture.blocks}.0."
-        groups = ([f"{first}{linear}.weight" for linear in group] for group in self.architecture.linears)
+        groups = ([f"{self._largest_block}{linear}.weight" for linear in group] for group in self.architecture.linears)
         return [[named[name] for name in group if name in named] for group in groups]
 
     def added(self, tensor: PlannedTensor) -> int:

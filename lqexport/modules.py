@@ -3,6 +3,7 @@ experts that share one tensor are taken apart, and transposed weights become lin
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -74,9 +75,10 @@ def _made_by_transformers(config: dict[str, Any], maker: Any, dtype: torch.dtype
 
 def _take_apart(block: nn.Module, architecture: Architecture) -> None:
     if architecture.experts:
-        # `mlp.experts.*.gate_proj` -> `mlp.experts`
+        # `mlp.experts.*.gate_proj` -> `mlp.experts`, which the first blocks may lack
         name = architecture.linears[-1][0].split(".experts.")[0] + ".experts"
-        block.set_submodule(name, Experts(block.get_submodule(name)))
+        if name in dict(block.named_modules()):
+            block.set_submodule(name, Experts(block.get_submodule(name)))
     for name in architecture.transposed:
         stored = block.get_submodule(name).weight
         assert isinstance(stored, Tensor)
@@ -95,5 +97,8 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that transformers' model of this config.json has; a tied output is left out."""
-    return {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
+    """Name and shape of every tensor that transformers' model of this config.json stores; a tied output is left out."""
+    model = meta_model(config)
+    stored = model.state_dict().keys()
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name in stored}

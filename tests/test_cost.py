@@ -25,9 +25,9 @@ from lqexport.sizes import memory_size
 
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS = {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800}
-WEIGHTS |= {"mixtral-8x7b": 46_702_792_704}
+WEIGHTS |= {"mixtral-8x7b": 46_702_792_704, "deepseek-v3": 671_026_419_200, "deepseek-v2-lite": 15_706_484_224}
 """Parameters, as the models' pages give them."""
-ACTIVE = {"mixtral-8x7b": 12.9e9}
+ACTIVE = {"mixtral-8x7b": 12.9e9, "deepseek-v3": 37e9, "deepseek-v2-lite": 2.4e9}
 """Those that a token goes through, as the model's page gives them."""
 
 SMALL = {"samples": 8, "sequence_length": 64, "descent": 1, "tune": 2}
@@ -72,12 +72,22 @@ def test_the_defaults_fit_a_gpu_of_24_gb(name: str) -> None:
     assert planned(name).too_large == []
 
 
-def test_of_experts_only_those_that_a_token_goes_to_count() -> None:
-    work = planned("mixtral-8x7b", tune=0).work
-    expert, attention = (next(t for t in work.linears if part in t.name) for part in (".experts.", ".q_proj"))
-    assert (work.share(expert), work.share(attention)) == (1 / 4, 1)
+@pytest.mark.parametrize(("name", "share"), [("mixtral-8x7b", 1 / 4), ("deepseek-v3", 1 / 32)])
+def test_of_experts_only_those_that_a_token_goes_to_count(name: str, share: float) -> None:
+    work = planned(name, tune=0).work
+    expert, attention = (next(t for t in work.linears if part in t.name) for part in (".experts.", ".o_proj"))
+    assert (work.share(expert), work.share(attention)) == (share, 1)
     forward = operations_estimate(work).passes / (3 * work.tokens)
-    assert 0.95 < forward / (2 * ACTIVE["mixtral-8x7b"]) < 1.05
+    assert 0.95 < forward / (2 * ACTIVE[name]) < 1.05
+
+
+def test_memory_is_that_of_the_block_with_the_most_weights() -> None:
+    """DeepSeek-V3's first three blocks have no experts."""
+    work = planned("deepseek-v3").work
+    assert len(work.block) == 5 + 3 + 3 * 256
+    assert sum(tensor.weights for tensor in work.block) == pytest.approx(11.5e9, rel=0.01)
+    assert planned("deepseek-v3").too_large != []
+    assert planned("deepseek-v2-lite").too_large == []
 
 
 @pytest.mark.parametrize("target", ["native:mxint-3-g32", "native:table-3", "gguf:IQ4_XS", "gptq:4-g128"])
