@@ -2,6 +2,9 @@
 
 `lqexport.solve_cpu` calls these; `lqexport.solve_torch` does the same on any device, and a test holds the two equal.
 All arrays are float32 and C-contiguous unless said otherwise. R rows, C columns, G groups, K levels.
+
+None of the loops has numba's `fastmath`: how a sum is ordered would be the compiler's choice, which depends on what is
+inlined where, and on the processor. So what is summed fast is many sums side by side, not one in many parts.
 """
 
 from __future__ import annotations
@@ -11,6 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
+
+ZERO, ONE = np.float32(0), np.float32(1)
 
 TILE_ROWS, TILE_COLUMNS = 8, 512
 """Of `table_products`."""
@@ -30,6 +35,26 @@ class Stored(NamedTuple):
     high: int
     sign: np.float32
     power: bool
+
+
+class Form(NamedTuple):
+    """What `fit_groups` fits to."""
+
+    levels: NDArray[np.float32]
+    uniform: bool
+    has_offset: bool
+    not_positive: bool
+
+
+class Tries(NamedTuple):
+    """Scales and shifts of one group that are tried side by side, so that they are fast without `fastmath`, and work
+    space: float32 [N] each, sums [3, N]."""
+
+    scale: NDArray[np.float32]
+    shift: NDArray[np.float32]
+    inverse: NDArray[np.float32]
+    level: NDArray[np.float32]
+    sums: NDArray[np.float32]
 
 
 @njit(cache=True, inline="always")
@@ -100,20 +125,20 @@ def _push(gradient, hessian, i, delta):
         gradient[j] += delta * hessian[i, j]
 
 
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _best_step(direction, gradient, hessian, first, last):
+@njit(cache=True)
+def _best_step(direction, room, gradient, hessian, first, last):
     """The step along `direction` (columns first..last) that minimises the loss: minus slope over curvature."""
-    slope = 0.0
-    curvature = 0.0
-    part = direction[first:last]  # loops that start at 0 vectorise: numba then drops the check for negative indices
+    part, along = direction[first:last], room[first:last]
+    along[:] = 0
     for i in range(part.shape[0]):
         if part[i] != 0:
-            slope += part[i] * gradient[first + i]
             row = hessian[first + i, first:last]
-            along = np.float32(0)
-            for j in range(part.shape[0]):
-                along += row[j] * part[j]
-            curvature += part[i] * along
+            for j in range(i):  # from 0: numba drops the check for negative indices, and it vectorises
+                along[j] += part[i] * row[j]
+    slope, curvature = 0.0, 0.0
+    for i in range(part.shape[0]):
+        slope += part[i] * gradient[first + i]
+        curvature += part[i] * (2 * along[i] + part[i] * hessian[first + i, first + i])
     return -slope / curvature if curvature > 0 else 0.0
 
 
@@ -127,7 +152,7 @@ def _move(direction, amount, values, gradient, hessian, first, last):
 
 
 @njit(cache=True, inline="always")
-def _refit(stored, r, basis, values, gradient, hessian, group, direction):
+def _refit(stored, r, basis, values, gradient, hessian, group, direction, room):
     """Move each float16 of row r, then, in two-level formats, each group's integer, to the best that the file can hold.
 
     `basis` is what the number multiplies: the levels for a scale, ones for an offset. Along one number the loss is a
@@ -138,7 +163,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction):
         first, last = k * group * stored.span, (k + 1) * group * stored.span
         for i in range(first, last):
             direction[i] = stored.sign * subs[i // group] * basis[i]
-        step = _best_step(direction, gradient, hessian, first, last)
+        step = _best_step(direction, room, gradient, hessian, first, last)
         best = supers[k] + step
         change = (_round_power(best) if stored.power else _round_half(best)) - supers[k]
         if change * (change - 2 * step) < 0:  # the quadratic is lower at `change` than at 0
@@ -150,7 +175,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction):
         first, last = g * group, (g + 1) * group
         for i in range(first, last):
             direction[i] = stored.sign * supers[g // stored.span] * basis[i]
-        step = _best_step(direction, gradient, hessian, first, last)
+        step = _best_step(direction, room, gradient, hessian, first, last)
         change = min(max(np.rint(subs[g] + step), stored.low), stored.high) - subs[g]
         if change * (change - 2 * step) < 0:
             subs[g] += int(change)
@@ -178,13 +203,13 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
     for r in prange(rows):
         table = levels[r % levels.shape[0]]
         q, g = values[r], gradient[r]
-        direction, basis = np.empty(width, np.float32), np.ones(width, np.float32)
+        direction, room, basis = np.empty(width, np.float32), np.empty(width, np.float32), np.ones(width, np.float32)
         if refit and offset.present:
-            _refit(offset, r, basis, q, g, hessian, group, direction)
+            _refit(offset, r, basis, q, g, hessian, group, direction, room)
         if refit and scale.present:
             for i in range(width):
                 basis[i] = table[codes[r, i]]
-            _refit(scale, r, basis, q, g, hessian, group, direction)
+            _refit(scale, r, basis, q, g, hessian, group, direction, room)
         for i in range(width):
             s = _number(scale, r, i // group, np.float32(1))
             o = _number(offset, r, i // group, np.float32(0))
@@ -201,72 +226,97 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
 
 
 @njit(cache=True, inline="always")
-def _level(target, levels, uniform):
-    count = levels.shape[0]
-    if uniform:
-        return min(max(np.rint(target), levels[0]), levels[count - 1])
-    return levels[_nearest(target, levels, False)]
+def _span(low, high, form, cut_low, cut_high):
+    """Scale and shift that map the levels onto a group's range, less a share of it at each end."""
+    first, last = form.levels[0], form.levels[form.levels.shape[0] - 1]
+    if not form.has_offset:
+        return (ONE - cut_low) * (low if -low >= high else high) / first, ZERO
+    if form.not_positive:
+        low, high = min(low, ZERO), max(high, ZERO)
+    low, high = low + cut_low * (high - low), high - cut_high * (high - low)
+    scale = (high - low) / (last - first)
+    return scale, low - scale * first
 
 
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _refit_group(x, weight, levels, uniform, has_offset, not_positive, scale, shift):
+@njit(cache=True, inline="always")
+def _set_inverse(tries):
+    for n in range(tries.scale.shape[0]):
+        tries.inverse[n] = ONE / tries.scale[n] if tries.scale[n] != 0 else ZERO
+
+
+@njit(cache=True, inline="always")
+def _set_level(x, form, tries):
+    """The level that is nearest to a weight in each try."""
+    levels, level, shift, inverse = form.levels, tries.level, tries.shift, tries.inverse
+    for n in range(level.shape[0]):
+        target = (x - shift[n]) * inverse[n]
+        if form.uniform:
+            level[n] = min(max(np.rint(target), levels[0]), levels[levels.shape[0] - 1])
+        else:
+            level[n] = levels[_nearest(target, levels, False)]
+
+
+@njit(cache=True)
+def _refit_tries(x, weight, mean, form, tries):
     """Weighted least squares for scale and shift, each weight's level the one nearest under the given ones."""
-    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
-    square, cross, mean_level, mean = np.float32(0), np.float32(0), np.float32(0), np.float32(0)
+    scale, shift, level = tries.scale, tries.shift, tries.level
+    square, cross, mean_level = tries.sums[0], tries.sums[1], tries.sums[2]
+    tries.sums[:] = 0
+    _set_inverse(tries)
     for i in range(x.shape[0]):
-        level = _level((x[i] - shift) * inverse, levels, uniform)
-        weighted = weight[i] * level
-        square += weighted * level
-        cross += weighted * x[i]
-        mean_level += weighted
-        mean += weight[i] * x[i]
-    alone = cross / square if square > 0 else scale
-    if not has_offset:
-        return alone, np.float32(0)
-    variance = square - mean_level * mean_level
-    if variance > np.float32(1e-12):
-        scale = (cross - mean_level * mean) / variance
-    shift = mean - scale * mean_level
-    if not_positive and shift > 0:
-        return alone, np.float32(0)
-    return scale, shift
+        _set_level(x[i], form, tries)
+        for n in range(level.shape[0]):
+            square[n] += weight[i] * level[n] * level[n]
+        for n in range(level.shape[0]):
+            cross[n] += weight[i] * x[i] * level[n]
+        for n in range(level.shape[0]):
+            mean_level[n] += weight[i] * level[n]
+    for n in range(level.shape[0]):
+        alone = cross[n] / square[n] if square[n] > 0 else scale[n]
+        variance = square[n] - mean_level[n] * mean_level[n]
+        if variance > np.float32(1e-12):
+            scale[n] = (cross[n] - mean_level[n] * mean) / variance
+        shift[n] = mean - scale[n] * mean_level[n]
+        if not form.has_offset or (form.not_positive and shift[n] > 0):
+            scale[n], shift[n] = alone, ZERO
 
 
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _group_error(x, weight, levels, uniform, scale, shift):
-    inverse = np.float32(1) / scale if scale != 0 else np.float32(0)
-    error = np.float32(0)
+@njit(cache=True)
+def _errors(x, weight, form, tries):
+    scale, shift, level, error = tries.scale, tries.shift, tries.level, tries.sums[0]
+    error[:] = 0
+    _set_inverse(tries)
     for i in range(x.shape[0]):
-        off = x[i] - scale * _level((x[i] - shift) * inverse, levels, uniform) - shift
-        error += weight[i] * off * off
+        _set_level(x[i], form, tries)
+        for n in range(level.shape[0]):
+            off = x[i] - scale[n] * level[n] - shift[n]
+            error[n] += weight[i] * off * off
     return error
 
 
 @njit(cache=True)
-def _span(x, levels, has_offset, not_positive, cut_low, cut_high):
-    """Scale and shift that map the levels onto the range of x, less a share of it at each end."""
-    low, high = x.min(), x.max()
-    if not has_offset:
-        return (1 - cut_low) * (low if -low >= high else high) / levels[0], np.float32(0)
-    if not_positive:
-        low, high = min(low, np.float32(0)), max(high, np.float32(0))
-    low, high = low + cut_low * (high - low), high - cut_high * (high - low)
-    scale = (high - low) / (levels[levels.shape[0] - 1] - levels[0])
-    return scale, low - scale * levels[0]
-
-
-@njit(cache=True)
-def _search(x, weight, levels, uniform, has_offset, not_positive, cuts, around, best):
+def _search(x, weight, form, cuts, around, best, tries):
     """Try every range; best = (error, scale, shift, cut_low, cut_high) is replaced where one is better."""
+    low, high, mean = x[0], x[0], ZERO
+    for i in range(x.shape[0]):
+        low, high = min(low, x[i]), max(high, x[i])
+        mean += weight[i] * x[i]
     for n in range(cuts.shape[0]):
-        cut_low, cut_high = around[0] + cuts[n, 0], around[1] + cuts[n, 1]
-        s, o = _span(x, levels, has_offset, not_positive, cut_low, cut_high)
-        for _ in range(2):
-            s, o = _refit_group(x, weight, levels, uniform, has_offset, not_positive, s, o)
-        error = _group_error(x, weight, levels, uniform, s, o)
-        if error < best[0]:
-            best = (error, s, o, cut_low, cut_high)
+        tries.scale[n], tries.shift[n] = _span(low, high, form, around[0] + cuts[n, 0], around[1] + cuts[n, 1])
+    for _ in range(2):
+        _refit_tries(x, weight, mean, form, tries)
+    error = _errors(x, weight, form, tries)
+    for n in range(cuts.shape[0]):
+        if error[n] < best[0]:
+            best = (error[n], tries.scale[n], tries.shift[n], around[0] + cuts[n, 0], around[1] + cuts[n, 1])
     return best
+
+
+@njit(cache=True, inline="always")
+def _room_for(cuts):
+    count = cuts.shape[0]
+    one, two = np.empty((2, count), np.float32), np.empty((2, count), np.float32)
+    return Tries(one[0], one[1], two[0], two[1], np.empty((3, count), np.float32))
 
 
 @njit(parallel=True, cache=True)
@@ -280,13 +330,13 @@ def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, cuts,
     scale, shift [R, G], written
     """
     groups, width = weight.shape
-    zero = np.float32(0)
     for r in prange(weights.shape[0]):
+        form, tries, fine_tries = Form(levels, uniform, has_offset, not_positive), _room_for(cuts), _room_for(fine)
         for k in range(groups):
             x, w = weights[r, k * width : (k + 1) * width], weight[k]
-            best = (np.float32(np.inf), zero, zero, zero, zero)
-            best = _search(x, w, levels, uniform, has_offset, not_positive, cuts, (zero, zero), best)
-            best = _search(x, w, levels, uniform, has_offset, not_positive, fine, best[3:], best)
+            best = (np.float32(np.inf), ZERO, ZERO, ZERO, ZERO)
+            best = _search(x, w, form, cuts, (ZERO, ZERO), best, tries)
+            best = _search(x, w, form, fine, best[3:], best, fine_tries)
             scale[r, k], shift[r, k] = best[1], best[2]
 
 

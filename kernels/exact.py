@@ -18,14 +18,6 @@ LEAST = np.float32(1e-6)
 """Of a diagonal of H^-1 is left at least this share: rounding must not make it negative."""
 
 
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _dot(left, right):
-    total = np.float32(0)
-    for j in range(left.shape[0]):
-        total += left[j] * right[j]
-    return total
-
-
 @njit(cache=True, inline="always")
 def _nearest_from(code, weight, levels):
     """Code of the level nearest to a weight, found by steps from a code that was near: few weights move far."""
@@ -49,28 +41,40 @@ def _cost(weight, code, levels, diagonal):
 
 @njit(cache=True)
 def _solve_row(weights, inverse, levels, codes, factor):
-    """Codes of one row. weights [C] change in place;  factor [C, C] is work space, row i for V's entries of column i"""
+    """Codes of one row. weights [C] change in place;  factor [C, C] is work space, line s for V's entries of step s.
+
+    What is left of the row is kept together at the front: of the places 0, 1, ..., `left` says which columns they are.
+    So V's entries of a step are a difference of whole lines, each sum in the order of the steps.
+    """
     columns = weights.shape[0]
-    left, diagonal, costs = np.arange(columns), np.diag(inverse).copy(), np.empty(columns, np.float32)
+    left, diagonal, entries = np.arange(columns), np.diag(inverse).copy(), np.empty(columns, np.float32)
+    nearest, costs = np.empty(columns, np.int64), np.empty(columns, np.float32)
     for i in range(columns):
-        codes[i] = _nearest_from(0, weights[i], levels)
-        costs[i] = _cost(weights[i], codes[i], levels, diagonal[i])
+        nearest[i] = _nearest_from(0, weights[i], levels)
+        costs[i] = _cost(weights[i], nearest[i], levels, diagonal[i])
     at = int(np.argmin(costs))
     for step in range(columns):
-        chosen, last = left[at], columns - 1 - step
-        left[at] = left[last]
-        root = np.sqrt(diagonal[chosen])
-        error = (weights[chosen] - levels[codes[chosen]]) / root
-        mine, column = factor[chosen, :step], inverse[chosen]
-        least = np.inf
+        chosen, code, last = left[at], nearest[at], columns - 1 - step
+        codes[chosen] = code
+        root = np.sqrt(diagonal[at])
+        error = (weights[at] - levels[code]) / root
+        left[at], diagonal[at], weights[at], nearest[at] = left[last], diagonal[last], weights[last], nearest[last]
+        mine = entries[:last]
         for place in range(last):
-            i = left[place]
-            entry = (column[i] - _dot(mine, factor[i, :step])) / root
-            factor[i, step] = entry
-            diagonal[i] = max(diagonal[i] - entry * entry, LEAST * inverse[i, i])
-            weights[i] -= error * entry
-            codes[i] = _nearest_from(codes[i], weights[i], levels)
-            cost = _cost(weights[i], codes[i], levels, diagonal[i])
+            mine[place] = inverse[chosen, left[place]]
+        for s in range(step):
+            line, factor[s, at], own = factor[s, :last], factor[s, last], factor[s, at]
+            for place in range(last):
+                mine[place] -= own * line[place]
+        least = np.inf
+        line = factor[step]
+        for place in range(last):
+            entry = mine[place] / root
+            line[place] = entry
+            diagonal[place] = max(diagonal[place] - entry * entry, LEAST * inverse[left[place], left[place]])
+            weights[place] -= error * entry
+            nearest[place] = _nearest_from(nearest[place], weights[place], levels)
+            cost = _cost(weights[place], nearest[place], levels, diagonal[place])
             if cost < least:
                 at, least = place, cost
 

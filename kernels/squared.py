@@ -13,14 +13,16 @@ NARROW, WIDE = 0.2, 1.3
 reaches more than the other."""
 
 
-@njit(cache=True, fastmath={"reassoc", "nsz", "contract"})
-def _error(x, weight, scale, low, high):
-    inverse = np.float32(1) / scale if scale > 0 else np.float32(0)
-    error = np.float32(0)
+@njit(cache=True)
+def _errors(x, weight, scales, low, high, inverse, errors):
+    """Of each scale, side by side (see `kernels.cpu`)."""
+    for s in range(scales.shape[0]):
+        inverse[s] = np.float32(1) / scales[s] if scales[s] > 0 else np.float32(0)
+        errors[s] = 0
     for i in range(x.shape[0]):
-        off = x[i] - scale * min(max(np.rint(x[i] * inverse), low), high)
-        error += weight[i] * off * off
-    return error
+        for s in range(scales.shape[0]):
+            off = x[i] - scales[s] * min(max(np.rint(x[i] * inverse[s]), low), high)
+            errors[s] += weight[i] * off * off
 
 
 @njit(parallel=True, cache=True)
@@ -31,16 +33,18 @@ def best_subs(weights, weight, scales, low, high, errors, subs):
     errors [R, M], subs int16 [R, M], written
     """
     for r in prange(weights.shape[0]):
-        x = weights[r]
+        x, inverse, tried = weights[r], np.empty(16, np.float32), np.empty(16, np.float32)
         largest = np.abs(x).max()
         for m in range(scales.shape[0]):
-            errors[r, m] = np.inf
-            for s in range(16):
-                scale = scales[m, s]
-                if s < 15 and -low * scale < NARROW * largest:
-                    continue
-                error = _error(x, weight, scale, low, high)
-                if error < errors[r, m]:
-                    errors[r, m], subs[r, m] = error, s
-                if high * scale > WIDE * largest:
-                    break
+            first = 0
+            while first < 15 and -low * scales[m, first] < NARROW * largest:
+                first += 1
+            last = first
+            while last < 15 and high * scales[m, last] <= WIDE * largest:
+                last += 1
+            _errors(x, weight, scales[m, first : last + 1], low, high, inverse, tried)
+            best = 0
+            for s in range(1, last + 1 - first):
+                if tried[s] < tried[best]:
+                    best = s
+            errors[r, m], subs[r, m] = tried[best], first + best
