@@ -29,6 +29,7 @@ import safetensors.numpy
 import torch
 from numpy.typing import NDArray
 
+from lqexport.background import OneBehind
 from lqexport.converters.config_check import check_config
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.files import (
@@ -84,6 +85,7 @@ class Artifact:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._behind = OneBehind()
 
     @property
     def model_folder(self) -> Path:
@@ -158,6 +160,15 @@ class Artifact:
         contiguous = {name: np.ascontiguousarray(plane) for name, plane in tensor.planes.items()}
         content = safetensors.numpy.save(contiguous, {"lqexport": json.dumps(facts, sort_keys=True)})
         write_sealed(self._path(tensor.name), content)
+
+    def write_behind(self, tensor: StoredTensor) -> None:
+        """`write` in the background, after whatever was to be written before. What goes wrong is raised by the next
+        call, or by `settle`."""
+        self._behind.start(lambda: self.write(tensor))
+
+    def settle(self) -> None:
+        """Wait until all is written."""
+        self._behind.wait()
 
     def remove(self, name: str) -> None:
         """Drop a stored tensor; nothing happens where there is none."""

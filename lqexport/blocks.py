@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from lqexport.background import read_ahead
 from lqexport.converters.architecture import FIRST
 from lqexport.converters.architectures import architecture_of
 from lqexport.errors import UserError
@@ -138,6 +139,11 @@ class BlockModel:
         output = [] if self.architecture.encoder else [self.architecture.output.removesuffix(".weight")]
         for name in [*self._embeddings(), *output]:
             _empty(self._model.get_submodule(name))
+
+    def expect(self, index: int) -> None:
+        """Have block `index`, if there is one, read from disk in the background: it comes next."""
+        if 0 <= index < len(self):
+            read_ahead(self.weights, self.names(index))
 
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""

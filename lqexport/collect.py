@@ -88,7 +88,10 @@ def _forward(
     for index in range(last + 1):
         every = model.architecture.linears_of(index)
         groups = with_all_experts([group for group in every if wanted(index, group)], every, model.architecture)
-        yield _block_forward(model, index, groups, new, hidden, list(processes.rounds(len(shards))), processes)
+        found = _block_forward(model, index, groups, new, hidden, list(processes.rounds(len(shards))), processes)
+        if index < last:
+            model.expect(index + 1)
+        yield found
 
 
 def _block_forward(
@@ -287,6 +290,7 @@ def guided_pass(
     while window := list(islice(indices, processes.count)):
         turns = enumerate(window)
         found = [_block_backward(model, index, states, kinds, processes, owner) for owner, index in turns]
+        model.expect(window[-1] - 1)
         yield from (collected for collected in found if collected)
         # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
         processes.wait()

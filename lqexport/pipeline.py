@@ -96,8 +96,9 @@ def _round_others(job: Job) -> None:
     job.listener.stage("Rounding embeddings and norms", sum(tensor.weights for tensor in others))
     for tensor in job.processes.mine(others):
         if tensor.name not in job.artifact:
-            job.artifact.write(_stored(job, tensor))
+            job.artifact.write_behind(_stored(job, tensor))
         job.listener.advance(tensor.weights * job.processes.count)
+    job.artifact.settle()
 
 
 def _stored(job: Job, tensor: PlannedTensor) -> StoredTensor:

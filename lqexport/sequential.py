@@ -34,7 +34,7 @@ class Problem:
 
 
 class Sequential:
-    """A job's problems. Whoever takes one stores its solution in the artifact before asking for the next. `begin` is
+    """A job's problems. Whoever takes one hands its solution to the artifact before asking for the next. `begin` is
     called when the first is about to be made: a pass with progress of its own may come before.
 
     Several processes share the passes, shard by shard, and each has problems of its own of every group."""
@@ -61,9 +61,11 @@ class Sequential:
         originals = (block for _, block in self.model.blocks()) if self.recipe.asymmetric else repeat(None)
         # What `blocks` gave before is gone when the next is loaded.
         for (index, block), original in islice(zip(self.model.blocks(), originals, strict=False), self._blocks()):
+            self.model.expect(index + 1)
             for group in self.model.architecture.linears_of(index):
                 if names := self.processes.agreed(self.job.unfinished(self.model, index, group)):
                     yield from self._group(group, names, block, original)
+                    self.job.artifact.settle()
                     self.processes.wait()
                 for linear in group:
                     self._carry_forward(linear_of(block, linear), self.model.weight_name(index, linear))

@@ -49,8 +49,10 @@ class _Solving:
                 self.magnitudes = input_magnitudes(model, self.job.sequences, self.processes)
             step = self._solve_on_quantized if self.recipe.prefix == "quantized" else self._solve_on_full
             step(model)
+        self.artifact.settle()
         if self.job.head and self.processes.agreed(self.job.head.name not in self.artifact):
             self._solve_head(self.job.head)
+            self.artifact.settle()
 
     def _solve_head(self, head: PlannedTensor) -> None:
         """The output, on inputs from the full-precision model."""
@@ -74,6 +76,7 @@ class _Solving:
             for name, hessian in by_weight(model, block).items():
                 if self.job.is_unfinished(name):
                     self._solve(self.job.linears[name], self.job.source.read(name), hessian, 1 / self.processes.count)
+            self.artifact.settle()  # a guided pass that is stopped then goes on below this block
 
     def _solve_on_quantized(self, model: BlockModel) -> None:
         """Block by block on inputs from the quantized blocks before; within a block, group by group."""
@@ -90,7 +93,7 @@ class _Solving:
         *factors, solved = self._solved(name, weight, hessian, tensor.codec)
         solved.facts.update(facts or {})
         for stored in (*factors, solved):  # the linear comes last: where it is, its factors are
-            self.artifact.write(stored)
+            self.artifact.write_behind(stored)
         self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
         self.job.listener.advance(round(tensor.weights / share))
 

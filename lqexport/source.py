@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import re
@@ -13,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lqexport.background import Place
 from lqexport.converters.architecture import FIRST, MEAN
 from lqexport.converters.architectures import find_architecture, normalized
 from lqexport.converters.checkpoint import Layout
@@ -22,7 +24,7 @@ from lqexport.converters.gguf_read import GGUFModel
 from lqexport.converters.tensor_names import block_module
 from lqexport.errors import UserError, well_formed
 from lqexport.files import copy_files, read_json, write_json, written_whole
-from lqexport.tensor_files import open_tensors
+from lqexport.tensor_files import open_tensors, spans
 from lqexport.weights import Weights
 
 MODEL_FILES = (
@@ -124,9 +126,22 @@ class HuggingFaceSource:
 
     def nbytes(self, name: str) -> int:
         """Bytes of the data that a tensor is stored as."""
-        module, stored = self.module(name), self._stored_name(name)
-        parts = self.layout.parts_of(module) if self.layout and module else [stored]
-        return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in map(self.stored_form, parts))
+        forms = map(self.stored_form, self._parts(name))
+        return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
+
+    def _parts(self, name: str) -> list[str]:
+        """The stored tensors that a tensor is made of."""
+        module = self.module(name)
+        return self.layout.parts_of(module) if self.layout and module else [self._stored_name(name)]
+
+    def places(self, name: str) -> list[Place]:
+        """Where on disk a tensor's parts are."""
+        parts = [(self._files[stored], stored) for stored in self._parts(name)]
+        return [Place(path, *self._spans(path)[stored]) for path, stored in parts]
+
+    @functools.cache  # noqa: B019 (a source lives as long as its run)
+    def _spans(self, path: Path) -> dict[str, tuple[int, int]]:
+        return spans(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
         if self.layout and (module := self.module(name)):

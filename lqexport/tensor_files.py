@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,16 @@ def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device
         raise UserError(f"{path} is missing. {advice}") from None
     except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:  # torch raises RuntimeError
         raise UserError(f"{path} is cut short or damaged ({error}). {advice}") from error
+
+
+def spans(path: Path) -> dict[str, tuple[int, int]]:
+    """First byte and number of bytes of each tensor in a safetensors file that `open_tensors` can open."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    offsets = {name: entry["data_offsets"] for name, entry in header.items()}
+    return {name: (8 + length + start, end - start) for name, (start, end) in offsets.items()}
 
 
 def write_sealed(path: Path, content: bytes) -> None:

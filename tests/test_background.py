@@ -1,0 +1,83 @@
+"""What goes on while the solver works."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from lqexport import background
+from lqexport.artifact import Artifact, StoredTensor
+from lqexport.background import OneBehind, Place, read_ahead
+from lqexport.errors import UserError
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+from lqexport.tensor_files import spans
+
+
+def test_one_thing_at_a_time_in_order() -> None:
+    behind, gate, done = OneBehind(), threading.Event(), []
+    behind.start(lambda: (gate.wait(), done.append("first"))[1])
+    assert done == []
+    gate.set()
+    behind.start(lambda: done.append("second"))
+    assert done[0] == "first"
+    behind.wait()
+    assert done == ["first", "second"]
+
+
+def test_what_goes_wrong_is_raised_once_by_the_next_call(tmp_path: Path) -> None:
+    artifact = Artifact(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "tensors").write_text("in the way")
+    norm = StoredTensor("norm.weight", "F32", (2,), {"values": np.zeros(2, np.float32)})
+    artifact.write_behind(norm)
+    with pytest.raises(UserError, match=r"Cannot write .*norm.weight"):
+        artifact.settle()
+    artifact.settle()
+
+
+def test_spans_are_where_the_bytes_are(tmp_path: Path) -> None:
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(5, dtype=torch.int16)}
+    save_file(tensors, tmp_path / "any.safetensors", {"format": "pt"})
+    content = (tmp_path / "any.safetensors").read_bytes()
+    found = spans(tmp_path / "any.safetensors")
+    assert {name: content[start : start + size] for name, (start, size) in found.items()} == {
+        name: tensor.numpy().tobytes() for name, tensor in tensors.items()
+    }
+
+
+def test_blocks_are_read_ahead_each_once(
+    tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Block 1 while block 0 is worked on; nothing behind the last one."""
+    read: list[Place] = []
+    monkeypatch.setattr(background, "_read", read.extend)
+    source = open_source(str(tiny_model))
+    second = [place for name in source.names() if ".layers.1." in name for place in source.places(name)]
+    assert second
+    options = {"calibration": str(text), "samples": 2, "sequence_length": 32, "tune": 0}
+    quantize(Recipe(str(tiny_model), "gguf:Q4_0", moments="normalized", prefix="full", **options), tmp_path / "forward")
+    assert sorted(read) == sorted(second)
+    read.clear()
+    quantize(Recipe(str(tiny_model), "gguf:Q4_0", moments="guided", prefix="full", **options), tmp_path / "backward")
+    first = {place for name in source.names() if ".layers.0." in name for place in source.places(name)}
+    assert first <= set(read)
+
+
+def test_every_byte_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "any", []
+    path.write_bytes(bytes(100))
+    monkeypatch.setattr(background, "CHUNK", 16)
+    monkeypatch.setattr(background.os, "preadv", lambda _, parts, at: asked.append((at, len(parts[0]))))
+    background._read([Place(path, 3, 40), Place(tmp_path / "missing", 0, 5)])
+    assert asked == [(3, 16), (19, 16), (35, 8)]
+
+
+def test_weights_of_unknown_places_are_not_read_ahead() -> None:
+    read_ahead(object(), ["any"])
