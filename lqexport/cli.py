@@ -117,6 +117,7 @@ def quantize(
     prefix: option.Prefix = None,
     compute_dtype: option.ComputeDtype = None,
     asymmetric: option.Asymmetric = None,
+    smooth: option.Smooth = None,
     dampening: option.Dampening = None,
     importance: option.Importance = None,
     exponent: option.Exponent = None,

@@ -127,10 +127,14 @@ def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, proce
         moments.end_shard(processes, 0, senders)
 
 
-def input_magnitudes(model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> dict[str, Tensor]:
+def input_magnitudes(
+    model: BlockModel, tokens: Tensor, processes: Processes = ALONE, listener: Listener | None = None,
+    description: str = "",
+) -> dict[str, Tensor]:  # fmt: skip
     """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
-    the full-precision model."""
-    shards = processes.mine(sharded(tokens))
+    the full-precision model. A stage of `description` where somebody listens."""
+    shards, listener = processes.mine(sharded(tokens)), listener or Silent()
+    listener.stage(description, len(model) * sum(map(len, shards)))
     inputs = embed_batches(model, [batch for shard in shards for batch in shard])
     found: dict[str, Tensor] = {}
 
@@ -145,7 +149,7 @@ def input_magnitudes(model: BlockModel, tokens: Tensor, processes: Processes = A
         for name, linear in names.items():
             found[name] = torch.zeros(linear_of(block, linear).in_features, device=model.device)
             linear_of(block, linear).register_forward_pre_hook(watch(name))
-        run_through(model, block, inputs)
+        run_through(model, block, inputs, listener)
         for name in names:
             processes.largest(found[name])
     return found

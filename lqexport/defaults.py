@@ -1,4 +1,4 @@
-"""What a recipe leaves to the model: how second moments are collected."""
+"""What a recipe leaves to the model: how second moments are collected, and whether it is smoothed."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.recipe import Recipe
+from lqexport.smoothing import pairs
 
 WIDEST = 16384
 """Inputs of a linear up to which asymmetric calibration is the default: its sums are four matrices of them squared, in
@@ -24,7 +25,13 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
         prefix = "quantized" if asymmetric else "full"
     if moments is None:
         moments = "guided" if prefix == "full" or (recipe.chooses and asymmetric) else "normalized"
-    return replace(recipe, asymmetric=asymmetric, prefix=prefix, moments=moments)
+    smooth = _smooth(recipe, config) if recipe.smooth is None else recipe.smooth
+    return replace(recipe, asymmetric=asymmetric, prefix=prefix, moments=moments, smooth=smooth)
+
+
+def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:
+    """Where the runtime rounds inputs."""
+    return recipe.target.startswith("gguf:") and recipe.method != "rtn" and bool(pairs(architecture_of(config), 1))
 
 
 def _works(recipe: Recipe, config: dict[str, Any]) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
-from lqexport.collect import BlockMoments, by_weight, forward_moments, guided_moments, guided_pass
+from lqexport.collect import BlockMoments, by_weight, forward_moments, guided_moments, guided_pass, input_magnitudes
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import check_corrections, keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
@@ -32,13 +32,14 @@ from lqexport.measured import Measured
 from lqexport.memory import Budget, choose_room, rooms, told
 from lqexport.moments import Group, TokenWeights
 from lqexport.moments_cache import MomentsCache
-from lqexport.moving import outer_types, with_moves
+from lqexport.moving import KEPT, outer_types, with_moves
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.recipe import Recipe
 from lqexport.room import Room
+from lqexport.smoothing import SEQUENCES, Smoothed, column_scales, pairs
 from lqexport.solve_exact import check_exact
-from lqexport.source import open_source
+from lqexport.source import Source, open_source
 from lqexport.tune import HELD_OUT
 from lqexport.weights import Shapes, Weights
 
@@ -95,7 +96,7 @@ class Job:
         processes: Processes = ALONE, budget: Budget | None = None,
     ) -> None:  # fmt: skip
         self.device, self.listener, self.processes = device, listener, processes
-        self.source = open_source(recipe.source)
+        self.source: Source = open_source(recipe.source)
         self.recipe = recipe = settled(recipe, self.source.config)
         assert recipe.moments is not None
         self.kind = recipe.moments
@@ -117,6 +118,8 @@ class Job:
         self._weights = (cache or self.work) / "weights"
         if self._cache and processes.first:
             self._cache.write_facts()
+        if recipe.smooth and self.calibration and not processes.agreed(self.artifact.complete):
+            self._smooth()
 
     def _room(self, budget: Budget) -> Room:
         """Where things are kept; said where that is not simply the device."""
@@ -142,6 +145,16 @@ class Job:
         solved = {tensor.name: tensor for tensor in planned if tensor.linear}
         self.head = solved.pop(self.architecture.output, None)
         self.linears = solved
+
+    def _smooth(self) -> None:
+        """Go on with the smoothed source, where its linears are to be solved."""
+        architecture, moved = self.architecture, any(tensor.source_grid == KEPT for tensor in self.planned)
+        wanted = [] if moved else pairs(architecture, int(self.source.config["num_hidden_layers"]))
+        if found := [pair for pair in wanted if all(name in self.linears for name in pair.takers)]:
+            sequences = self.sequences[:SEQUENCES]
+            magnitudes = input_magnitudes(self.model(), sequences, self.processes, self.listener, "Sizes of inputs")
+            scales = {pair: column_scales(magnitudes[pair.takers[0]]) for pair in found}
+            self.source = Smoothed(self.source, scales)
 
     def _check_output_groups(self) -> None:
         groups = self.recipe.output_groups
@@ -197,7 +210,7 @@ class Job:
         """What second moments depend on."""
         assert self.calibration is not None
         recipe = self.recipe
-        keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "guided_power")
+        keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "guided_power", "smooth")
         return {
             "versions": versions("lqexport", "torch", "transformers"),
             "source_fingerprint": self.source.fingerprint,

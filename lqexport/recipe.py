@@ -29,8 +29,8 @@ LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of `lqexport quantize`; each is explained by its `--help`. Where moments, prefix and asymmetric are None,
-    `lqexport.defaults` settles them by the model."""
+    """Options of `lqexport quantize`; each is explained by its `--help`. Where moments, prefix, asymmetric and smooth
+    are None, `lqexport.defaults` settles them by the model."""
 
     source: str
     target: str
@@ -46,6 +46,7 @@ class Recipe:
     prefix: Prefix | None = None
     compute_dtype: ComputeDtype | None = None
     asymmetric: bool | None = None
+    smooth: bool | None = None
     dampening: float | None = None
     importance: ImportanceBase = "diagonal"
     exponent: float = 1.0
@@ -93,6 +94,8 @@ class Recipe:
             raise UserError(f"guided_power must be above 0 and at most 1, not {self.guided_power}.")
         if self.solver == "exact" and self.method == "rtn":
             raise UserError("Method rtn solves nothing: leave out the solver exact, or take method lean.")
+        if self.smooth and self.method == "rtn":
+            raise UserError("Smoothing takes the size of inputs from the calibration, and method rtn has none.")
         if self.asymmetric and self.prefix == "full":
             raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
         self._check_correction()

@@ -74,6 +74,15 @@ Asymmetric = Annotated[
         "--asymmetric/--symmetric",
     ),
 ]
+Smooth = Annotated[
+    bool | None,
+    _option(
+        "smooth",
+        "Scale columns of linears, and the norms before them by the inverse, so that inputs round better to 8 bits. "
+        "[default: for GGUF]",
+        "--smooth/--no-smooth",
+    ),
+]
 Dampening = Annotated[
     float | None,
     _option(

@@ -25,6 +25,7 @@ from lqexport.files import file_digest
 from lqexport.limits import check_limits, limits_for
 from lqexport.portrait import Portrait, portrait
 from lqexport.progress import Listener, Silent
+from lqexport.smoothing import Smoothed, scales_between
 from lqexport.source import Source, open_source
 from lqexport.texts import Text, read_text
 from lqexport.verification import PACKAGES, Engine, Verification
@@ -87,11 +88,12 @@ def verify(
     result.limits = limits_for(limits, source)
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
-    check_tensors(result, export, factors, source, made_from, listener)
+    alike = Smoothed(source, scales_between(source, export))
+    check_tensors(result, export, factors, alike, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
         compare_predictions(result, export, factors, source, evaluation_text, protocols, windows, listener)
-        result.portrait = _portrait(result, export, source, linear)
+        result.portrait = _portrait(result, export, alike, linear)
         check_limits(result)
     return result
 

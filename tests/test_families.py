@@ -41,6 +41,7 @@ from lqexport.llamacpp import quantize as llamacpp_quantize
 from lqexport.modules import expected_shapes
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
+from lqexport.smoothing import Smoothed, pairs
 from lqexport.source import open_source
 from lqexport.verifying import verify
 
@@ -74,6 +75,9 @@ DEEPSEEK_V2 = DEEPSEEK | {"n_shared_experts": 2, "routed_scaling_factor": 1.5}
 # llama.cpp knows these by their number of blocks. What is rounded may send a token to other experts in each of them.
 PLAIN_QUERIES = {"q_lora_rank": None, "num_hidden_layers": 26, "first_k_dense_replace": 25}
 PLAIN_QUERIES |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
+UNSMOOTHED = ("mixtral", "qwen3moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-lite")
+UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
+"""Cases without a norm that gives the inputs of some linears and nothing else, or with experts."""
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -363,6 +367,22 @@ def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
         lacking = to_the_end(model, block, linear, hidden)[1]
         silence(block, linear)
         assert torch.allclose(model.run(block, hidden), lacking, atol=1e-5) == architecture.adds
+
+
+def test_smoothing_changes_nothing(case: Case) -> None:
+    """Whatever is moved from a norm into the linears after it."""
+    source = open_source(case.source)
+    plain, draw = BlockModel(source), torch.Generator().manual_seed(1)
+    found = pairs(plain.architecture, len(plain))
+    assert bool(found) == (case.name not in UNSMOOTHED)
+    sizes = {pair: source.shape(f"{pair.norm}.weight") for pair in found}
+    scales = {pair: torch.randint(-2, 3, size, generator=draw).float().exp2() for pair, size in sizes.items()}
+    smoothed = BlockModel(Smoothed(source, scales))
+    plain_states, states = plain.start(torch.tensor([TOKENS])), smoothed.start(torch.tensor([TOKENS]))
+    for index in range(len(plain)):
+        plain_states = plain.run(plain.block(index), plain_states)
+        states = smoothed.run(smoothed.block(index), states)
+    assert torch.allclose(states, plain_states, atol=1e-4)
 
 
 def modules_called(architecture: Architecture, *names: str) -> list[str]:

@@ -1,0 +1,107 @@
+"""Smoothing: the same model to the bit, told by its norms, and better to round."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lqexport.artifact import Artifact, SolvedModel
+from lqexport.blocks import BlockModel
+from lqexport.converters import gguf
+from lqexport.converters.architectures import LLAMA, MIXTRAL
+from lqexport.errors import UserError
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+from lqexport.smoothing import Smoothed, column_scales, pairs, scales_between
+from lqexport.source import open_source
+from lqexport.verifying import verify
+
+TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(3))
+ATTENTION = "model.layers.0.input_layernorm"
+LOUD = 7
+"""A column that enters attention a hundred times as large as others."""
+
+
+@pytest.fixture(scope="module")
+def loud_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with such a column, and what multiplies it so much smaller."""
+    folder = tmp_path_factory.mktemp("loud") / "model"
+    shutil.copytree(tiny_model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{ATTENTION}.weight"][LOUD] *= 128
+    for name in ("q", "k", "v"):
+        tensors[f"model.layers.0.self_attn.{name}_proj.weight"][:, LOUD] /= 128
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def options(text: Path) -> dict[str, object]:
+    return {"calibration": str(text), "samples": 4, "sequence_length": 32, "descent": 1, "tune": 0}
+
+
+def logits(model: BlockModel) -> torch.Tensor:
+    hidden = model.start(TOKENS)
+    for _, block in model.blocks():
+        hidden = model.run(block, hidden)
+    return model.logits(hidden)
+
+
+def test_the_model_stays_the_same_to_the_bit(tiny_model: Path) -> None:
+    source = open_source(str(tiny_model))
+    draw = torch.Generator().manual_seed(1)
+    scales = {pair: torch.randint(-3, 4, (256,), generator=draw).float().exp2() for pair in pairs(LLAMA, 2)}
+    smoothed = Smoothed(source, scales)
+    assert not torch.equal(smoothed.read(f"{ATTENTION}.weight"), source.read(f"{ATTENTION}.weight").float())
+    assert torch.equal(logits(BlockModel(smoothed)), logits(BlockModel(source)))
+    found = scales_between(source, smoothed)
+    assert found.keys() == scales.keys()
+    assert all(torch.equal(found[pair], scales[pair]) for pair in scales)
+
+
+def test_scales_are_a_power_of_the_inputs_sizes() -> None:
+    inputs = torch.ones(1000)
+    inputs[:4] = torch.tensor([2.0**20, 2.0**9, 0.0, 2.0**-10])
+    assert column_scales(inputs)[:5].tolist() == [16, 4, 1, 0.25, 1]
+    assert column_scales(torch.zeros(3)).tolist() == [1, 1, 1]
+
+
+def test_columns_end_up_alike(loud_model: Path, text: Path, tmp_path: Path) -> None:
+    """In the file, the loud column's inputs are nearer to the others', and so are its weights."""
+    quantize(Recipe(str(loud_model), "gguf:Q8_0", **options(text)), tmp_path / "out")
+    artifact = Artifact(tmp_path / "out")
+    solved = SolvedModel(artifact, artifact.config(), list(artifact.manifest()))
+    norm = solved.read(f"{ATTENTION}.weight").abs()
+    query = solved.read("model.layers.0.self_attn.q_proj.weight").norm(dim=0)
+    assert float(norm[LOUD] / norm.median()) <= 128 / 2
+    assert float(query[LOUD] / query.median()) > 1.5 / 128
+    (scales,) = (
+        s for pair, s in scales_between(open_source(str(loud_model)), solved).items() if pair.norm == ATTENTION
+    )
+    assert scales[LOUD] >= 2 * scales.median()
+
+
+def test_verify_compares_with_the_smoothed_weights(loud_model: Path, text: Path, tmp_path: Path) -> None:
+    quantize(Recipe(str(loud_model), "gguf:Q8_0", **options(text)), tmp_path / "out")
+    gguf.write(Artifact(tmp_path / "out"), tmp_path / "model.gguf")
+    found = verify(tmp_path / "model.gguf", str(loud_model), text=str(text), windows=1, artifact=tmp_path / "out")
+    assert found.failed == []
+    assert all(tensor.weight_error < 1e-3 for tensor in found.tensors)
+    assert found.evaluations[0].kl < 1e-3
+
+
+def test_what_nothing_rounds_is_not_smoothed(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    for target, more in (("native:affine-4-g64", {}), ("gguf:F16", {}), ("gguf:Q4_0", {"smooth": False})):
+        out = tmp_path / target.replace(":", "-")
+        quantize(Recipe(str(tiny_model), target, **options(text), **more), out)
+        norm = SolvedModel(Artifact(out), Artifact(out).config(), [f"{ATTENTION}.weight"]).read(f"{ATTENTION}.weight")
+        assert torch.equal(norm, open_source(str(tiny_model)).read(f"{ATTENTION}.weight").float())
+
+
+def test_experts_have_no_pairs_and_rounding_no_calibration() -> None:
+    assert pairs(MIXTRAL.expanded(4), 2) == []
+    with pytest.raises(UserError, match="Smoothing takes the size of inputs"):
+        Recipe("any", "gguf:Q4_0", method="rtn", smooth=True)
