@@ -17,6 +17,7 @@ from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.plan import PlannedTensor
 from lqexport.recipe import Recipe
+from lqexport.smoothing import SEQUENCES
 from lqexport.tune import HELD_OUT
 
 FIT_SECONDS_PER_WEIGHT = 0.2e-6
@@ -160,7 +161,7 @@ def disk(work: Work) -> Disk:
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
     # To solve it, and where there is a choice to measure, or tuning, once more for each.
-    through = source_passes(work) + 1 + bool(measured) + bool(tuned)
+    through = source_passes(work) + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
     read = through * source + rereads * artifact + (3 * states if work.guided else 0) + measured
     written = artifact + (2 * states if work.guided else 0) + measured + targets
     return Disk(artifact, kept + measured + targets, read, written)
@@ -220,7 +221,8 @@ def operations_estimate(work: Work) -> Operations:
         moments, targets = moments + 6 * products, 2 * factors + 4 * products
     descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
-    passed = passes(work) * work.tokens * forward + _tuning(work, forward)
+    sized = min(SEQUENCES, recipe.samples) * recipe.sequence_length * bool(recipe.smooth)
+    passed = (passes(work) * work.tokens + sized) * forward + _tuning(work, forward)
     return Operations(passed, moments, factors, targets, solver)
 
 

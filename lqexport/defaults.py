@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -30,8 +31,10 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
 
 
 def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:
-    """Where the runtime rounds inputs."""
-    return recipe.target.startswith("gguf:") and recipe.method != "rtn" and bool(pairs(architecture_of(config), 1))
+    """For GGUF types of 4 bits or more: what llama.cpp loses by rounding inputs is little beside what weights of 2 or 3
+    bits lose."""
+    bits = re.match(r"gguf:I?Q([4-8])", recipe.target)
+    return bits is not None and recipe.method != "rtn" and bool(pairs(architecture_of(config), 1))
 
 
 def _works(recipe: Recipe, config: dict[str, Any]) -> bool:
