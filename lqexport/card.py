@@ -16,6 +16,10 @@ USE = {
     "native": "    import lqexport  # pip install lqexport\n    model = lqexport.load('{name}', device_map='auto')",
 }
 """How a model is run, by the family of its target."""
+SMOOTHED = (
+    "Norms are scaled, and the columns of the linears behind them by the inverse, so that inputs round better. The "
+    "model is the same, but LoRA adapters that were trained on the source do not fit this file."
+)
 
 
 def save_card(result: Verification, path: Path) -> None:
@@ -32,7 +36,13 @@ def card(result: Verification) -> str:
     title = ["---", *_base_model(result.against), "tags: [quantized, lqexport]", "---", "", f"# {name}", ""]
     about = [f"{result.against}, quantized with lqexport; verified from the written file: **{verdict(result)}**.", ""]
     parts = [*title, *about, *_sentences(result), "## Measured", "", *_measured(result), ""]
-    parts += ["## Use", "", USE.get(family, USE["gguf"]).format(name=name), ""]
+    parts += [
+        "## Use",
+        "",
+        USE.get(family, USE["gguf"]).format(name=name),
+        "",
+        *([SMOOTHED, ""] if result.smoothed else []),
+    ]
     facts = [*checks(result), ("sha256", result.sha256), ("sha256 of the text", result.text_sha256)]
     facts += [(f"version of {package}", version) for package, version in result.versions.items()]
     parts += ["## File", "", *_table(["", ""], [[label, value] for label, value in facts]), ""]

@@ -79,7 +79,7 @@ Smooth = Annotated[
     _option(
         "smooth",
         "Scale columns of linears, and the norms before them by the inverse, so that inputs round better to 8 bits. "
-        "[default: for GGUF types of 4 bits or more]",
+        "LoRA adapters trained on the source do not fit such a file. [default: for GGUF types of 4 bits or more]",
         "--smooth/--no-smooth",
     ),
 ]

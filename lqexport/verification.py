@@ -49,6 +49,7 @@ class Verification:
 
     adapter            the file of low-rank corrections, or the artifact folder that holds them; None without any
     activations        the type that inputs of linears were rounded to, emulated; None where they were not
+    smoothed           norms that hold other scales than the source's (`lqexport.smoothing`)
     evaluations        of the file, with its adapter where there is one: what the limits are on
     worst              the first evaluation's tokens of the largest KL divergence, with the text before them
     portrait           one linear's weights and grid
@@ -68,6 +69,7 @@ class Verification:
     adapter: str | None = None
     activations: str | None = None
     decoding: str = "NumPy"
+    smoothed: int = 0
     limits: dict[str, float] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
     tensors: list[TensorCheck] = field(default_factory=list)

@@ -88,7 +88,8 @@ def verify(
     result.limits = limits_for(limits, source)
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
-    alike = Smoothed(source, scales_between(source, export))
+    scales = scales_between(source, export)
+    alike, result.smoothed = Smoothed(source, scales), len(scales)
     check_tensors(result, export, factors, alike, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from lqexport.artifact import Artifact, SolvedModel
 from lqexport.blocks import BlockModel
+from lqexport.card import SMOOTHED, card
 from lqexport.converters import gguf
 from lqexport.converters.architectures import LLAMA, MIXTRAL
 from lqexport.errors import UserError
@@ -91,6 +92,8 @@ def test_verify_compares_with_the_smoothed_weights(loud_model: Path, text: Path,
     assert found.failed == []
     assert all(tensor.weight_error < 1e-3 for tensor in found.tensors)
     assert found.evaluations[0].kl < 1e-3
+    assert found.smoothed >= 1
+    assert SMOOTHED in card(found)
 
 
 def test_what_nothing_rounds_is_not_smoothed(tiny_model: Path, text: Path, tmp_path: Path) -> None:
