@@ -164,18 +164,19 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
                                    moments="normalized", prefix="full"), tmp_path)  # fmt: skip
     linears = 2 * (4 * 96 * 96 + 3 * 96 * 256)
     forward = 8 * (2 * linears + 4 * 8 * 96 * 2)
+    # One more pass before, for the sizes of inputs, by which it is smoothed.
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
     moments = sum(8 * width**2 for width in inputs)
     factors = 2 * (6 * 96**3 + 256**3) * (1 / 3 + 1 / 3)  # Cholesky, and the inverse of the triangle
     solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
     found = cost.operations_estimate(shown.work)
-    assert found == cost.Operations(forward, moments, pytest.approx(factors), 0.0, solving)
+    assert found == cost.Operations(2 * forward, moments, pytest.approx(factors), 0.0, solving)
     # In two models, each up to the inputs of output, of gate and up, and of down, and whole.
     query, gate = 3 * 96 * 96, 2 * 96 * 256
     runs = 2 * (1 + (query + (query + 96 * 96) + (query + 96 * 96 + gate)) / (linears / 2))
     both = dataclasses.replace(shown.recipe, prefix="quantized", asymmetric=True)
     twice = cost.operations_estimate(dataclasses.replace(shown.work, recipe=both))
-    assert twice.passes == pytest.approx(runs * forward)
+    assert twice.passes == pytest.approx((1 + runs) * forward)
     sums = 4 * moments + 2 * 8 * 2 * (96 * 96 + 96 * 256)  # and what the hidden states lack
     # Rows of a linear times a square matrix: what it lacks, by each half, and the error of one half. By two triangles
     # each: the corrections by one half and by both.
