@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport import evaluate, smoothing, texts
+from lqexport import evaluate, texts
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
 from lqexport.collect import input_magnitudes
 from lqexport.evaluate import block_logits
 from lqexport.progress import Silent
 from lqexport.smoothing import SEQUENCES, Smoothed, column_scales, pairs
-from lqexport.source import Source, open_source
+from lqexport.source import open_source
 from lqexport.weights import Weights
 
 KINDS = {
@@ -58,12 +58,6 @@ class Rounding(BlockModel):
         return block
 
 
-def smoothed(source: Source, magnitudes: dict[str, Tensor], power: float) -> Source:
-    smoothing.POWER = power
-    found = pairs(BlockModel(source).architecture, int(source.config["num_hidden_layers"]))
-    return Smoothed(source, {pair: column_scales(magnitudes[pair.takers[0]]) for pair in found})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -78,18 +72,20 @@ def main() -> None:
     calibration = load_calibration(
         arguments.calibration, source.tokenizer(), samples=SEQUENCES, sequence_length=512, seed=0
     )
-    magnitudes = input_magnitudes(BlockModel(source), calibration.tokens)
+    model = BlockModel(source)
+    magnitudes, found = input_magnitudes(model, calibration.tokens), pairs(model.architecture, len(model))
 
     def predictions(model: BlockModel) -> list[Tensor]:
         return [torch.log_softmax(found.double(), -1) for found in block_logits(model, windows, protocol, Silent(), "")]
 
-    reference = predictions(BlockModel(source))
+    reference = predictions(model)
     print(f"| power | {' | '.join(KINDS)} | all, Q8_0 |\n|---|{'---|' * (len(KINDS) + 1)}")
     for power in arguments.powers:
         losses = []
+        smoothed = Smoothed(source, {pair: column_scales(magnitudes[pair.takers[0]], power) for pair in found})
         for group, kinds in [*((256, kinds) for kinds in KINDS.values()), (32, KINDS["all"])]:
-            found = predictions(Rounding(smoothed(source, magnitudes, power), group, kinds))
-            divergences = [(r.exp() * (r - f)).sum(-1).mean() for r, f in zip(reference, found, strict=True)]
+            both = zip(reference, predictions(Rounding(smoothed, group, kinds)), strict=True)
+            divergences = [(exact.exp() * (exact - rough)).sum(-1).mean() for exact, rough in both]
             losses.append(f"{float(torch.stack(divergences).mean()):.5f}")
         print(f"| {power:g} | {' | '.join(losses)} |", flush=True)
 

@@ -36,13 +36,8 @@ def card(result: Verification) -> str:
     title = ["---", *_base_model(result.against), "tags: [quantized, lqexport]", "---", "", f"# {name}", ""]
     about = [f"{result.against}, quantized with lqexport; verified from the written file: **{verdict(result)}**.", ""]
     parts = [*title, *about, *_sentences(result), "## Measured", "", *_measured(result), ""]
-    parts += [
-        "## Use",
-        "",
-        USE.get(family, USE["gguf"]).format(name=name),
-        "",
-        *([SMOOTHED, ""] if result.smoothed else []),
-    ]
+    parts += ["## Use", "", USE.get(family, USE["gguf"]).format(name=name), ""]
+    parts += [SMOOTHED, ""] if result.smoothed else []
     facts = [*checks(result), ("sha256", result.sha256), ("sha256 of the text", result.text_sha256)]
     facts += [(f"version of {package}", version) for package, version in result.versions.items()]
     parts += ["## File", "", *_table(["", ""], [[label, value] for label, value in facts]), ""]

@@ -53,9 +53,9 @@ def pairs(architecture: Architecture, layers: int) -> list[Pair]:
     return found
 
 
-def column_scales(magnitudes: Tensor) -> Tensor:
+def column_scales(magnitudes: Tensor, power: float = POWER) -> Tensor:
     """s of every column, a power of two, float32 [C], for the mean |x_i| [C] of what enters; 1 where nothing does."""
-    wanted = POWER * magnitudes.double().cpu().log2()
+    wanted = power * magnitudes.double().cpu().log2()
     used = wanted.isfinite()
     return torch.where(used, wanted - wanted[used].mean(), 0.0).round().exp2().float()
 
