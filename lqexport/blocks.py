@@ -87,8 +87,8 @@ class BlockModel:
     """Embedding, decoder blocks and head of a model, each loaded when it is used.
 
     rounding        what the inputs of the blocks' linears go through first; None to leave them as they are
-    compute_dtype   what the blocks' matrix products are computed in (autocast), if not in `dtype`, in which weights,
-                    hidden states and the output layer stay
+    compute_dtype   what the blocks' matrix products are computed in (autocast), if not in `dtype`, in which hidden
+                    states and all other weights stay. The linears' weights are kept in it, as autocast would make them
     """
 
     def __init__(
@@ -148,7 +148,8 @@ class BlockModel:
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])
-        self._load(block, f"{self.architecture.blocks}.{index}")
+        multiplied = {f"{linear}.weight": self._compute_dtype for linear in self.linears(index)}
+        self._load(block, f"{self.architecture.blocks}.{index}", multiplied)
         block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
         if self.rounding is not None:
             for name in self.linears(index):
@@ -223,23 +224,22 @@ class BlockModel:
             if weight is None:
                 self._load(module, name)
             else:
-                self._fill(module, {"weight": weight})
+                self._fill(module, {"weight": weight}, {})
         return module
 
-    def _read(self, name: str) -> torch.Tensor:
-        return self.weights.read(name).to(self.device, self.dtype)
+    def _load(self, module: nn.Module, prefix: str, dtypes: dict[str, torch.dtype] | None = None) -> None:
+        self._fill(module, {own: f"{prefix}.{own}" for own in module.state_dict()}, dtypes or {})
 
-    def _load(self, module: nn.Module, prefix: str) -> None:
-        self._fill(module, {own: f"{prefix}.{own}" for own in module.state_dict()})
-
-    def _fill(self, module: nn.Module, names: dict[str, str]) -> None:
-        """Give a module its weights: tensors by the names of its parameters. Raises UserError where they do not fit."""
-        state = {own: self._read(name) for own, name in names.items()}
-        for own, wanted in module.state_dict().items():
-            if state[own].shape != wanted.shape:
+    def _fill(self, module: nn.Module, names: dict[str, str], dtypes: dict[str, torch.dtype]) -> None:
+        """Give a module its weights: tensors by the names of its parameters, some in a dtype of their own. Raises
+        UserError where they do not fit."""
+        wanted = {own: dtypes.get(own, self.dtype) for own in names}
+        state = {own: self.weights.read(name).to(self.device, wanted[own]) for own, name in names.items()}
+        for own, parameter in module.state_dict().items():
+            if state[own].shape != parameter.shape:
                 raise UserError(
                     f"{names[own]} has the shape {list(state[own].shape)}, where by config.json it is "
-                    f"{list(wanted.shape)}. Copy or download the model again."
+                    f"{list(parameter.shape)}. Copy or download the model again."
                 )
         module.load_state_dict(state, assign=True)
         module.requires_grad_(False)

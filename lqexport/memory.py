@@ -86,13 +86,13 @@ def _kept(place: Place, count: int) -> Memory:
 
 
 def _passing(work: Work, room: Room) -> Memory:
-    """A block in float32, the sums of a shard's second moments, and what a batch leaves in the block; before that, the
+    """A block, the sums of a shard's second moments, and what a batch leaves in the block; before that, the
     embedding, and the output with a sequence's logits. Where they are kept, the totals; on the host, hidden states."""
     batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
     activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
-    block = _blocks_bytes(work)
+    block = _blocks_bytes(work, room)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
     states = _states_bytes(work, room) + _kept_states(work, room)
     sums = _sums_bytes(work)
@@ -107,7 +107,7 @@ def _aiming(work: Work, room: Room) -> Memory:
     copies = 1 if room.moments.holds(room.device) else 3
     arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
     kept = _kept(room.moments, _sums_bytes(work)) + _kept_factor(work, room)
-    return Memory(_blocks_bytes(work) + arrays, _states_bytes(work, room)) + kept
+    return Memory(_blocks_bytes(work, room) + arrays, _states_bytes(work, room)) + kept
 
 
 def _sums_bytes(work: Work) -> int:
@@ -132,9 +132,10 @@ def _kept_factor(work: Work, room: Room) -> Memory:
     return _kept(room.factors, 4 * _widest(work) ** 2 + _panel_bytes(work) // 2)
 
 
-def _blocks_bytes(work: Work) -> int:
-    """A block in float32, asymmetric of two models."""
-    return 4 * sum(tensor.weights for tensor in work.block) * (1 + bool(work.recipe.asymmetric))
+def _blocks_bytes(work: Work, room: Room) -> int:
+    """A block in the dtype of the passes, asymmetric of two models."""
+    size = 4 if work.recipe.compute_dtype_on(room.device.type) == "float32" else 2
+    return size * sum(tensor.weights for tensor in work.block) * (1 + bool(work.recipe.asymmetric))
 
 
 def _states_bytes(work: Work, room: Room) -> int:
@@ -163,7 +164,7 @@ def _solving(work: Work, room: Room) -> Memory:
     own = square if work.recipe.asymmetric or not room.moments.holds(room.device) else 0
     here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
     if work.recipe.prefix == "quantized":  # what the passes go on with
-        here += Memory(_blocks_bytes(work), 0)
+        here += Memory(_blocks_bytes(work, room), 0)
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, room) if guided else _states_bytes(work, room))
     return here + states + _kept(room.moments, _sums_bytes(work)) + _kept_factor(work, room)

@@ -385,6 +385,26 @@ def test_smoothing_changes_nothing(case: Case) -> None:
     assert torch.allclose(states, plain_states, atol=1e-4)
 
 
+def test_weights_kept_in_bfloat16_are_those_that_autocast_makes(case: Case) -> None:
+    """Forward, and the gradient that leads back."""
+    model = BlockModel(open_source(case.source), compute_dtype=torch.bfloat16)
+    hidden = model.start(torch.tensor([TOKENS]))
+    for index in range(len(model)):
+        kept, cast = model.block(index), model.block(index)
+        for name in model.linears(index):
+            weight = model.weights.read(model.weight_name(index, name))
+            assert kept.get_submodule(name).weight.dtype == torch.bfloat16
+            cast.get_submodule(name).weight.data = weight.float()
+        found = []
+        for block in (kept, cast):
+            inputs = hidden.clone().requires_grad_()
+            output = model.run(block, inputs)
+            found.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+        assert not torch.equal(hidden, found[0][0])
+        hidden = found[0][0].detach()
+
+
 def modules_called(architecture: Architecture, *names: str) -> list[str]:
     """By what they are called in GGUF."""
     return [module for module, gguf in architecture.modules_of(architecture.leading).items() if gguf in names]
