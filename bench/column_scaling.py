@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight, guided_moments
+from lqexport.collect import by_weight
+from lqexport.guided import guided_moments
 from lqexport.linear import solve_linear
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe

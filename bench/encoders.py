@@ -25,12 +25,13 @@ from torch import Tensor
 
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight, guided_moments
+from lqexport.collect import by_weight
 from lqexport.embeddings import embeddings, sentences, similarity, token_ids
 from lqexport.factor import Factor, factorize
 from lqexport.fit import fit, minmax
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid
+from lqexport.guided import guided_moments
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe
 from lqexport.solve import damped, feedback, layer_loss, refine

@@ -14,7 +14,7 @@ from torch import Tensor
 from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
-from lqexport.collect import BlockMoments, by_weight, forward_moments, guided_moments, guided_pass, input_magnitudes
+from lqexport.collect import BlockMoments, by_weight, forward_moments, input_magnitudes
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import check_corrections, keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
@@ -28,6 +28,7 @@ from lqexport.environment import versions
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec
+from lqexport.guided import guided_moments, guided_pass
 from lqexport.measured import Measured
 from lqexport.memory import Budget, choose_room, rooms, told
 from lqexport.moments import Group, TokenWeights

@@ -19,9 +19,9 @@ import lqexport
 from lqexport.blocks import BlockModel
 from lqexport.calibration import load_calibration
 from lqexport.card import card
-from lqexport.collect import _along_direction
 from lqexport.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.errors import UserError
+from lqexport.guided import _along_direction
 from lqexport.llamacpp import LlamaCpp
 from lqexport.progress import Silent
 from lqexport.recipe import Recipe

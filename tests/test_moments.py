@@ -14,8 +14,8 @@ from lqexport import job
 from lqexport.artifact import Artifact
 from lqexport.asymmetric import CrossMoments, Entering
 from lqexport.blocks import BlockModel
-from lqexport.collect import guided_moments, guided_pass
 from lqexport.errors import UserError
+from lqexport.guided import guided_moments, guided_pass
 from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.pipeline import quantize
 from lqexport.progress import Silent
