@@ -80,7 +80,10 @@ def main() -> None:
     ratios: dict[str, list[float]] = {}
     for kind, weight in weights.items():
         own, filled = (moments(kind, seen[kind], tokens) for _ in range(2))
-        fill_up(filled, architecture)
+        pool = SecondMoments(weight.shape[1], "normalized", weight.device)
+        for expert in tokens:
+            pool.add(seen[kind][expert])
+        fill_up(filled, {f"mlp.experts.*.{kind}": pool}, architecture)
         ratios[kind] = []
         for name, each in moments(kind, held[kind], others).items():
             with_it, without = (

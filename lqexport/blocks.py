@@ -71,6 +71,13 @@ class _Given(nn.Module):
         return self._states
 
 
+def linear_of(block: nn.Module, name: str) -> nn.Linear:
+    """The linear of that name in a decoder block."""
+    linear = block.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
+
+
 def _empty(module: nn.Module) -> None:
     """Drop a module's weights, whoever still holds it."""
     module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
@@ -148,8 +155,7 @@ class BlockModel:
     def block(self, index: int) -> nn.Module:
         """Decoder block `index` with its weights on the device."""
         block = copy.deepcopy(self._blocks[index])
-        multiplied = {f"{linear}.weight": self._compute_dtype for linear in self.linears(index)}
-        self._load(block, f"{self.architecture.blocks}.{index}", multiplied)
+        self._load(block, f"{self.architecture.blocks}.{index}", self.multiplied(index))
         block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
         if self.rounding is not None:
             for name in self.linears(index):
@@ -178,6 +184,10 @@ class BlockModel:
     def linears(self, index: int) -> list[str]:
         """Names, within the block, of the linears of decoder block `index`."""
         return [linear for group in self.architecture.linears_of(index) for linear in group]
+
+    def multiplied(self, index: int) -> dict[str, torch.dtype]:
+        """The dtype that the weights of the linears of decoder block `index` are kept in, by their names within it."""
+        return {f"{linear}.weight": self._compute_dtype for linear in self.linears(index)}
 
     def weight_name(self, index: int, linear: str) -> str:
         """Name of the weight of a linear of decoder block `index`."""

@@ -9,18 +9,18 @@ linears it is to solve.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lqexport.blocks import BlockModel
-from lqexport.converters.architecture import Architecture
-from lqexport.experts import fill_up, with_all_experts
+from lqexport.block_collector import BlockCollector, BlockMoments
+from lqexport.blocks import BlockModel, linear_of
 from lqexport.factor import Keep, in_place
-from lqexport.moments import Group, SecondMoments, TokenWeights
+from lqexport.moments import Group, SecondMoments
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener, Silent
 from lqexport.recipe import Moments
@@ -30,11 +30,6 @@ BATCH_TOKENS = 1024
 Larger batches are no faster on a CPU."""
 SHARDS = 8
 """Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
-
-Collector = SecondMoments | TokenWeights
-"""What the guided pass fills for a linear."""
-BlockMoments = tuple[int, dict[Group, Tensor]]
-"""A block's index and the second moments of its linears, as `SecondMoments.hessian` gives them."""
 
 
 def batches(tokens: Tensor) -> list[Tensor]:
@@ -61,50 +56,59 @@ def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
 
 def forward_moments(
     model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
-    processes: Processes = ALONE, keep: Keep = in_place,
+    processes: Processes = ALONE, keep: Keep = in_place, parts: int = 1,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay."""
+    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay. A
+    block's come in up to `parts` parts."""
     new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
-    passed = _forward(model, tokens, wanted, last, processes, new)
-    while window := list(islice(passed, processes.count)):
-        yield from (moments for moments in window if moments is not None)
-
-
-def _forward(
-    model: BlockModel, tokens: Tensor, wanted: Callable[[int, Group], bool], last: int, processes: Processes,
-    new: Callable[[int], SecondMoments],
-) -> Iterator[BlockMoments | None]:  # fmt: skip
-    """Block by block, the moments where they are this process's."""
     shards = sharded(tokens)
     hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
+    rounds = list(processes.rounds(len(shards)))
     model.let_go()
-    for index in range(last + 1):
-        every = model.architecture.linears_of(index)
-        groups = with_all_experts([group for group in every if wanted(index, group)], every, model.architecture)
-        found = _block_forward(model, index, groups, new, hidden, list(processes.rounds(len(shards))), processes)
-        if index < last:
-            model.expect(index + 1)
-        yield found
+    for window in windows(range(last + 1), processes):
+        blocks = [_collector(model, index, wanted, parts, new) for index in window]
+        count = max(len(each.parts) for each in blocks)
+        for number in range(count):
+            states = [list(batches) for batches in hidden]  # the blocks start from the same ones again for each part
+            for owner, collector in enumerate(blocks):
+                _pass_forward(model, collector, number, states, rounds, processes, owner)
+            if number + 1 < count or window[-1] < last:
+                model.expect(window[0] if number + 1 < count else window[-1] + 1)
+            if processes.rank < len(blocks):
+                yield blocks[processes.rank].moments()
+        hidden = states
 
 
-def _block_forward(
-    model: BlockModel, index: int, groups: list[Group], new: Callable[[int], SecondMoments], hidden: list[list[Tensor]],
-    rounds: list[tuple[int | None, int]], processes: Processes,
-) -> BlockMoments | None:  # fmt: skip
-    """Replaces this process's hidden states by a block's outputs; its second moments, where they are this process's."""
-    block, owner = model.block(index), index % processes.count
-    with moments_of(block, groups, new) as moments:
+def _pass_forward(
+    model: BlockModel, collector: BlockCollector, number: int, states: list[list[Tensor]],
+    rounds: list[tuple[int | None, int]], processes: Processes, owner: int,
+) -> None:  # fmt: skip
+    """Replaces this process's hidden states by a block's outputs, while part `number` is collected for the owner."""
+    block = model.block(collector.index)
+    with collector.collecting(block, number, _inputs):
         for turn, (shard, senders) in enumerate(rounds):
             if shard is not None:
-                run_through(model, block, hidden[turn])
-            for total in moments.values():
-                total.end_shard(processes, owner, senders)
-    return (index, hessians(moments, model.architecture)) if owner == processes.rank else None
+                run_through(model, block, states[turn])
+            collector.end_shard(processes, owner, senders)
 
 
-def hessians(moments: Mapping[Group, Collector], architecture: Architecture) -> dict[Group, Tensor]:
-    fill_up({group: total for group, total in moments.items() if isinstance(total, SecondMoments)}, architecture)
-    return {group: total.hessian() for group, total in moments.items()}
+def _inputs(linear: nn.Linear, add: Callable[[Tensor], None]) -> RemovableHandle:
+    return linear.register_forward_pre_hook(lambda _, arguments: add(arguments[0]))
+
+
+def _collector(
+    model: BlockModel, index: int, wanted: Callable[[int, Group], bool], parts: int, new: Callable[[int], SecondMoments]
+) -> BlockCollector:
+    groups = model.architecture.linears_of(index)
+    asked = [group for group in groups if wanted(index, group)]
+    return BlockCollector(model.architecture, index, groups, asked, parts, new)
+
+
+def windows(indices: Iterable[int], processes: Processes) -> Iterator[list[int]]:
+    """Blocks that are passed through before one of them is solved: one for each process."""
+    rest = iter(indices)
+    while window := list(islice(rest, processes.count)):
+        yield window
 
 
 def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
@@ -160,6 +164,7 @@ def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None])
         if number == 0:
             begin()
         yield item
+        item[1].clear()  # whoever has the item still holds no memory while the next is made
 
 
 def run_through(model: BlockModel, block: nn.Module, hidden: list[Tensor], listener: Listener | None = None) -> None:
@@ -216,32 +221,3 @@ def to_the_end(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor)
     finally:
         handle.remove()
     return caught[0], output - caught[1]
-
-
-@contextlib.contextmanager
-def moments_of(
-    block: nn.Module, groups: list[Group], new: Callable[[int], SecondMoments]
-) -> Iterator[dict[Group, SecondMoments]]:
-    """While open, whatever enters a group's first linear is added to the group's second moments."""
-    moments: dict[Group, SecondMoments] = {}
-    handles = []
-    for group in groups:
-        linear = linear_of(block, group[0])
-        moments[group] = new(linear.in_features)
-
-        def add(_: nn.Module, arguments: tuple[Tensor, ...], total: SecondMoments = moments[group]) -> None:
-            total.add(arguments[0])
-
-        handles.append(linear.register_forward_pre_hook(add))
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """The linear of that name in a decoder block."""
-    linear = block.get_submodule(name)
-    assert isinstance(linear, nn.Linear)
-    return linear

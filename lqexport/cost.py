@@ -16,6 +16,10 @@ from typing import Any
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.tensor_names import block_module, of_each_expert
+from lqexport.experts import parts as parts_of
+from lqexport.experts import pooled, sees_hidden_states
+from lqexport.moments import Group
 from lqexport.recipe import Recipe
 from lqexport.smoothing import SEQUENCES
 from lqexport.tune import HELD_OUT
@@ -64,6 +68,10 @@ class Work:
             weights[f"{self.architecture.blocks}.{index}."] += tensor.weights
         return max(weights, key=weights.__getitem__, default=f"{self.architecture.blocks}.0.")
 
+    def in_block(self, tensor: PlannedTensor) -> str:
+        """The name of a linear of `block` within it."""
+        return tensor.name.removeprefix(self._largest_block).removesuffix(".weight")
+
     @property
     def blocks(self) -> int:
         return int(self.config["num_hidden_layers"])
@@ -110,6 +118,11 @@ class Work:
         ends = tuple(f".{linear}.weight" for linear in self.architecture.adders if linear)
         return tensor.matrix[0] if ends and tensor.name.endswith(ends) and self.recipe.moments != "plain" else 0
 
+    def is_pooled(self, tensor: PlannedTensor) -> bool:
+        """Whether the second moments of a linear's inputs are also part of those that all experts see together."""
+        found = block_module(self.architecture, tensor.name)
+        return found is not None and sees_hidden_states(of_each_expert(found[1]), self.architecture)
+
     def share(self, tensor: PlannedTensor) -> float:
         """Of the tokens, how many go through a linear: all, or those that are routed to an expert, on average."""
         return self._routed if ".experts." in tensor.name else 1.0
@@ -130,7 +143,21 @@ def cross_bytes(work: Work) -> int:
 
 
 def moments_bytes(work: Work) -> int:
-    return sum(4 * tensor.matrix[1] ** 2 for tensor in work.inputs(work.block))
+    """Second moments of a block."""
+    return _squares(work.inputs(work.block))
+
+
+def largest_part_bytes(work: Work, count: int) -> int:
+    """Of the largest of so many parts (`experts.parts`), with those that all experts see together."""
+    tensors = work.inputs(work.block)
+    named: dict[Group, PlannedTensor] = {(work.in_block(tensor),): tensor for tensor in tensors}
+    pools = [named[(first,)] for first, *_ in pooled(named, named, work.architecture).values()]
+    largest = max((_squares(named[group] for group in part) for part in parts_of(list(named), count)), default=0)
+    return work.recipe.output_groups * (largest + _squares(pools))
+
+
+def _squares(tensors: Iterable[PlannedTensor]) -> int:
+    return sum(4 * tensor.matrix[1] ** 2 for tensor in tensors)
 
 
 @dataclass(frozen=True)
@@ -149,8 +176,8 @@ class Disk:
     written: int
 
 
-def disk(work: Work) -> Disk:
-    """What a run from nothing keeps, reads and writes."""
+def disk(work: Work, parts: int = 1) -> Disk:
+    """What a run from nothing keeps, reads and writes, with experts' second moments in so many parts."""
     artifact, source = sum(tensor.nbytes for tensor in work.tensors), source_bytes(work)
     if not work.calibrated:
         return Disk(artifact, 0, source, artifact)
@@ -161,8 +188,10 @@ def disk(work: Work) -> Disk:
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
     # To solve it, and where there is a choice to measure, or tuning, once more for each.
-    through = source_passes(work) + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
-    read = through * source + rereads * artifact + (3 * states if work.guided else 0) + measured
+    again = _again(work, parts)
+    through = source_passes(work) + again + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
+    passed = (3 + 2 * again) * states if work.guided else 0
+    read = round(through * source + rereads * artifact + passed + measured)
     written = artifact + (2 * states if work.guided else 0) + measured + targets
     return Disk(artifact, kept + measured + targets, read, written)
 
@@ -203,14 +232,16 @@ class Operations:
         return self.passes + self.moments + self.factors + self.targets + self.solver
 
 
-def operations_estimate(work: Work) -> Operations:
-    """What a run from nothing computes."""
+def operations_estimate(work: Work, parts: int = 1) -> Operations:
+    """What a run from nothing computes, with experts' second moments in so many parts."""
     recipe, linears = work.recipe, work.linears
     if not work.calibrated:
         return Operations()
     attention = 4 * recipe.sequence_length * work.hidden * work.blocks
     forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
-    halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in work.inputs(linears))
+    # Of experts that see hidden states twice: each one's and all of them together.
+    counted = [tensor for tensor in work.inputs(linears) for _ in range(1 + work.is_pooled(tensor))]
+    halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in counted)
     moments = work.tokens * halves  # of one half of the matrix
     targets = 0.0
     # Cholesky, and the inverse of the triangle
@@ -222,7 +253,7 @@ def operations_estimate(work: Work) -> Operations:
     descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
     sized = min(SEQUENCES, recipe.samples) * recipe.sequence_length * bool(recipe.smooth)
-    passed = (passes(work) * work.tokens + sized) * forward + _tuning(work, forward)
+    passed = (passes(work, parts) * work.tokens + sized) * forward + _tuning(work, forward)
     return Operations(passed, moments, factors, targets, solver)
 
 
@@ -231,14 +262,20 @@ def _codes(recipe: Recipe, rows: int, columns: int) -> float:
     return rows * columns**3 / 3 if recipe.solver == "exact" else rows * columns**2
 
 
-def passes(work: Work) -> float:
-    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one. With the
-    quantized prefix a block runs as far as each group of linears, and then whole, in one model or two."""
+def passes(work: Work, parts: int = 1) -> float:
+    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one. A block with
+    experts is run again for each part. With the quantized prefix a block runs as far as each group of linears, and then
+    whole, in one model or two."""
     if work.recipe.prefix == "full":
-        return 3 if work.guided else 1
+        return 1 + 2 * (1 + _again(work, parts)) if work.guided else 1 + _again(work, parts)
     sizes = [sum(tensor.weights for tensor in group) for group in work.groups]
     runs = 1 + sum(accumulate(sizes[:-1])) / max(1, sum(sizes))
     return runs * (1 + bool(work.recipe.asymmetric)) + 3 * work.guided
+
+
+def _again(work: Work, parts: int) -> float:
+    """How often all blocks are passed through again because their experts come in so many parts."""
+    return (parts - 1) * (1 - work.architecture.leading / work.blocks)
 
 
 def _tuning(work: Work, forward: float) -> float:
@@ -259,9 +296,9 @@ class Rates:
     float64: float
 
 
-def seconds_estimate(work: Work, rates: Rates, threads: int) -> float:
+def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1) -> float:
     """Seconds of a run from nothing, the disk aside; `threads` fit grids and unpack weights on the host."""
-    operations = operations_estimate(work)
+    operations = operations_estimate(work, parts)
     weights = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 2)
     tuned = work.recipe.tuned_sequences if work.calibrated else 0
     unpacking = 2 * (tuned + HELD_OUT) * weights * UNPACK_SECONDS_PER_WEIGHT if tuned else 0.0

@@ -109,7 +109,8 @@ def measured_rates(device: str, recipe: Recipe) -> Rates:
 
 
 def _seconds_here(shown: Preview, room: Room) -> float:
-    return seconds_estimate(shown.work, measured_rates(str(room.device), shown.recipe), torch.get_num_threads())
+    rates = measured_rates(str(room.device), shown.recipe)
+    return seconds_estimate(shown.work, rates, torch.get_num_threads(), room.parts)
 
 
 def as_json(shown: Preview, room: Room) -> dict[str, Any]:
@@ -119,7 +120,12 @@ def as_json(shown: Preview, room: Room) -> dict[str, Any]:
         "bits_per_weight": bits(shown.entries),
         "tensor_bytes": size(shown.entries),
         "estimated_memory_bytes": memory_estimate(shown.work, room),
-        "memory_choices": {"moments": room.moments.name, "factors": room.factors.name, "rows": room.rows},
+        "memory_choices": {
+            "moments": room.moments.name,
+            "factors": room.factors.name,
+            "rows": room.rows,
+            "parts": room.parts,
+        },
         "estimated_seconds": _seconds_here(shown, room),
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,

@@ -3,40 +3,52 @@ solver would take for free what these few happen not to use."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-
-from torch import Tensor
+from collections.abc import Iterable, Mapping, Sequence
 
 from lqexport.converters.architecture import EACH, Architecture
-from lqexport.converters.tensor_names import of_each_expert
+from lqexport.converters.tensor_names import expert_number, of_each_expert
 from lqexport.moments import Group, SecondMoments
 
 FILL = 0.5
 """Tokens for each column that every expert gets beside its own."""
 
 
-def fill_up(moments: Mapping[Group, SecondMoments], architecture: Architecture) -> None:
-    """Give every expert among a block's moments the sums of `FILL` tokens for each column more: average ones of all its
-    experts, where they see hidden states; of an expert's own inputs with uncorrelated columns, behind its activations,
-    which have nothing to do with those of others. On held-out tokens the solved loss falls by up to 40 per cent
-    (bench/experts.py)."""
-    for kind, experts in _alike(moments).items():
-        tokens = FILL * experts[0].columns
+def parts(groups: Sequence[Group], count: int) -> list[list[Group]]:
+    """A block's groups of linears in at most `count` parts: each has all of some experts, the first all else too."""
+    numbers = [expert_number(group[0]) or 0 for group in groups]
+    experts = 1 + max(numbers, default=0)
+    found: list[list[Group]] = [[] for _ in range(min(count, experts))]
+    for group, number in zip(groups, numbers, strict=True):
+        found[number * len(found) // experts].append(group)
+    return found
+
+
+def pooled(wanted: Iterable[Group], groups: Iterable[Group], architecture: Architecture) -> dict[str, list[str]]:
+    """What `fill_up` gives the wanted ones of a block's groups: for each kind of theirs that sees hidden states, the
+    linears of all experts whose inputs are averaged."""
+    found: dict[str, list[str]] = {
+        _kind(group): [] for group in wanted if sees_hidden_states(_kind(group), architecture)
+    }
+    for group in groups:
+        if _kind(group) in found:
+            found[_kind(group)].append(group[0])
+    return found
+
+
+def fill_up(
+    moments: Mapping[Group, SecondMoments], pools: Mapping[str, SecondMoments], architecture: Architecture
+) -> None:
+    """Give experts among a block's moments the sums of `FILL` tokens for each column more: average ones of all experts,
+    in `pools` by the kind of linear, where they see hidden states; of an expert's own inputs with uncorrelated columns,
+    behind its activations, which have nothing to do with those of others. On held-out tokens the solved loss falls by
+    up to 40 per cent (bench/experts.py)."""
+    for group, expert in moments.items():
+        kind = _kind(group)
         if sees_hidden_states(kind, architecture):
-            total, counts = _sum(experts)
-            for expert in experts:
-                expert.add_average(total, counts, tokens)
-        else:
-            for expert in experts:
-                total, counts = expert.sums()
-                expert.add_average(total.diagonal(dim1=1, dim2=2).diag_embed(), counts, tokens)
-
-
-def with_all_experts(wanted: list[Group], groups: Iterable[Group], architecture: Architecture) -> list[Group]:
-    """The wanted groups of a block, and the experts whose tokens are part of these groups' moments; in their order."""
-    kinds = {_kind(group) for group in wanted if sees_hidden_states(_kind(group), architecture)}
-    return [group for group in groups if group in wanted or _kind(group) in kinds]
+            expert.add_average(*pools[kind].sums(), FILL * expert.columns)
+        elif EACH in kind:
+            total, counts = expert.sums()
+            expert.add_average(total.diagonal(dim1=1, dim2=2).diag_embed(), counts, FILL * expert.columns)
 
 
 def sees_hidden_states(kind: str, architecture: Architecture) -> bool:
@@ -46,21 +58,3 @@ def sees_hidden_states(kind: str, architecture: Architecture) -> bool:
 
 def _kind(group: Group) -> str:
     return of_each_expert(group[0])
-
-
-def _alike(moments: Mapping[Group, SecondMoments]) -> dict[str, list[SecondMoments]]:
-    """Experts' moments by the kind of their first linear."""
-    found: dict[str, list[SecondMoments]] = defaultdict(list)
-    for group, each in moments.items():
-        if EACH in _kind(group):
-            found[_kind(group)].append(each)
-    return found
-
-
-def _sum(experts: list[SecondMoments]) -> tuple[Tensor, Tensor]:
-    (first, first_counts), *others = (expert.sums() for expert in experts)
-    total, counts = first.clone(), first_counts.clone()
-    for each, its_counts in others:
-        total += each.to(total.device)
-        counts += its_counts
-    return total, counts

@@ -98,10 +98,10 @@ class Forecast:
             "peak": asdict(peak(self.stages)),
             "choices": told(self.room),
             "too_large": self.too_large,
-            "disk": asdict(disk(work)),
-            "operations": asdict(operations_estimate(work)),
+            "disk": asdict(disk(work, self.room.parts)),
+            "operations": asdict(operations_estimate(work, self.room.parts)),
             "rates": asdict(rates) | {"measured": self.gpu is None},
-            "hours": seconds_estimate(work, rates, threads) / 3600,
+            "hours": seconds_estimate(work, rates, threads, self.room.parts) / 3600,
         }
 
 

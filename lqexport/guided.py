@@ -8,18 +8,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from lqexport.block_collector import BlockCollector, BlockMoments, Collector
 from lqexport.blocks import BlockModel
-from lqexport.collect import BlockMoments, Collector, embed_batches, hessians, linear_of, run_through, sharded
+from lqexport.collect import embed_batches, run_through, sharded, windows
 from lqexport.errors import AGAIN
 from lqexport.factor import Keep, in_place
-from lqexport.moments import Group, SecondMoments, TokenWeights
+from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
 from lqexport.tensor_files import SEAL, open_tensors, write_sealed
@@ -28,16 +29,16 @@ from lqexport.tensor_files import SEAL, open_tensors, write_sealed
 def guided_moments(
     model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
     processes: Processes = ALONE, keep: Keep = in_place, held: bool = False, power: float = 1.0,
-    weights: Callable[[BlockMoments], None] | None = None,
+    weights: Callable[[BlockMoments], None] | None = None, parts: int = 1,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first; `keep` puts them where they stay. `weights` is given
-    each block's weights of the tokens, where they are wanted, just before."""
+    """Guided second moments of every linear, the last block first, each in up to `parts` parts; `keep` puts them where
+    they stay. `weights` is given each block's weights of the tokens, where they are wanted, just before."""
     kinds: list[Callable[[int], Collector]] = [
         partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep, power=power)
     ]
     if weights is not None:
         kinds.append(partial(TokenWeights, power=power))
-    for moments, *others in guided_pass(model, tokens, kinds, folder, listener, processes, held):
+    for moments, *others in guided_pass(model, tokens, kinds, folder, listener, processes, held, parts):
         if weights is not None:
             weights(*others)
         yield moments
@@ -45,12 +46,12 @@ def guided_moments(
 
 def guided_pass(
     model: BlockModel, tokens: Tensor, kinds: Sequence[Callable[[int], Collector]], folder: Path, listener: Listener,
-    processes: Processes = ALONE, held: bool = False,
+    processes: Processes = ALONE, held: bool = False, parts: int = 1,
 ) -> Iterator[list[BlockMoments]]:  # fmt: skip
     """What each of `kinds` makes for the columns of every linear, of its inputs and the gradient by its outputs; the
-    last block first. `folder` has what a stopped pass goes on from: the inputs of the blocks to come, and the gradient
-    by the outputs of the next one. It is empty when all is done. `held`: by one process, all that is held in memory,
-    and a stopped pass begins anew."""
+    last block first, each in up to `parts` parts. `folder` has what a stopped pass goes on from: the inputs of the
+    blocks to come, and the gradient by the outputs of the next one. It is empty when all is done. `held`: by one
+    process, all that is held in memory, and a stopped pass begins anew."""
     shards = sharded(tokens)
     mine, states = processes.mine(range(len(shards))), _States(folder, len(shards), held)
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
@@ -61,18 +62,28 @@ def guided_pass(
         reached = len(model)
         processes.wait()
     model.let_go()
-    indices = reversed(range(reached))
-    while window := list(islice(indices, processes.count)):
-        turns = enumerate(window)
-        found = [_block_backward(model, index, states, kinds, processes, owner) for owner, index in turns]
-        model.expect(window[-1] - 1)
-        yield from (collected for collected in found if collected)
+    for window in windows(reversed(range(reached)), processes):
+        blocks = [[_collector(model, index, parts, new) for new in kinds] for index in window]
+        count = max(len(collector.parts) for collectors in blocks for collector in collectors)
+        for number in range(count):
+            for owner, collectors in enumerate(blocks):
+                if number < len(collectors[0].parts):
+                    _pass_back(model, collectors, number, states, processes, owner)
+            model.expect(window[0] if number + 1 < count else window[-1] - 1)
+            if processes.rank < len(blocks):
+                yield [collector.moments() for collector in blocks[processes.rank]]
         # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
         processes.wait()
         if processes.first:
             states.leave(window)
     if processes.first:
         states.remove("gradient", 0)
+
+
+def _collector(model: BlockModel, index: int, parts: int, new: Callable[[int], Collector]) -> BlockCollector:
+    """Of every linear by itself."""
+    alone = [(name,) for name in model.linears(index)]
+    return BlockCollector(model.architecture, index, alone, alone, parts, new)
 
 
 def _keep_inputs(model: BlockModel, shards: dict[int, list[Tensor]], states: _States, listener: Listener) -> None:
@@ -117,27 +128,34 @@ def _along_direction(model: BlockModel, sequence: Tensor, states: Tensor) -> Ten
     return model.embedding(states[None])[0] @ direction
 
 
-def _block_backward(
-    model: BlockModel, index: int, states: _States, kinds: Sequence[Callable[[int], Collector]], processes: Processes,
-    owner: int,
-) -> list[BlockMoments]:  # fmt: skip
-    """Keeps the gradients by a block's inputs; returns what each kind makes of it to process `owner`."""
+def _pass_back(
+    model: BlockModel, collectors: list[BlockCollector], number: int, states: _States, processes: Processes, owner: int
+) -> None:
+    """Collects part `number` of a block for the owner; with the first, keeps the gradients by the block's inputs."""
+    (index,) = {collector.index for collector in collectors}
     block = model.block(index)
     with contextlib.ExitStack() as hooks:
-        collectors = [hooks.enter_context(_guided_moments_of(block, model.linears(index), new)) for new in kinds]
+        for collector in collectors:
+            hooks.enter_context(collector.collecting(block, number, _inputs_and_gradient))
         for shard, senders in processes.rounds(states.shards):
             if shard is not None:
                 gradients = states.read("gradient", index + 1, shard)
                 pairs = zip(states.read("inputs", index, shard), gradients, strict=True)
                 passed = [_backward(model, block, *pair) for pair in pairs]
-                states.write("gradient", index, shard, passed)
+                if number == 0:  # already then: blocks of other processes go on from them
+                    states.write("gradient", index, shard, passed)
             for collector in collectors:
-                for total in collector.values():
-                    total.end_shard(processes, owner, senders)
-    if owner != processes.rank:
-        return []
-    alone: list[dict[Group, Collector]] = [{(name,): total for name, total in each.items()} for each in collectors]
-    return [(index, hessians(each, model.architecture)) for each in alone]
+                collector.end_shard(processes, owner, senders)
+
+
+def _inputs_and_gradient(linear: nn.Linear, add: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+    """While there, a backward pass gives `add` the linear's inputs and the gradient by its outputs."""
+
+    def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        inputs = arguments[0].detach()
+        output.register_hook(lambda gradient: add(inputs, gradient))
+
+    return linear.register_forward_hook(watch)
 
 
 def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
@@ -146,29 +164,6 @@ def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Ten
         hidden = hidden.to(model.device).requires_grad_()
         output = model.run(block, hidden)
     return torch.autograd.grad(output, hidden, gradient.to(model.device))[0].cpu()
-
-
-@contextlib.contextmanager
-def _guided_moments_of(
-    block: nn.Module, names: list[str], new: Callable[[int], Collector]
-) -> Iterator[dict[str, Collector]]:
-    """While open, a backward pass through the block adds each linear's inputs, weighted by its outputs' gradients."""
-    moments: dict[str, Collector] = {}
-    handles = []
-    for name in names:
-        linear = linear_of(block, name)
-        moments[name] = new(linear.in_features)
-
-        def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor, total: Collector = moments[name]) -> None:
-            inputs = arguments[0].detach()
-            output.register_hook(lambda gradient: total.add(inputs, gradient))
-
-        handles.append(linear.register_forward_hook(watch))
-    try:
-        yield moments
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 class _States:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from lqexport.artifact import Artifact
+from lqexport.block_collector import BlockMoments
 from lqexport.blocks import BlockModel
 from lqexport.calibration import Calibration, load_calibration
-from lqexport.collect import BlockMoments, by_weight, forward_moments, input_magnitudes
+from lqexport.collect import by_weight, forward_moments, input_magnitudes
 from lqexport.converters.architectures import architecture_of
 from lqexport.converters.exl2_plan import check_corrections, keeps_order, plan_exl2
 from lqexport.converters.factors import planned_factors
@@ -112,11 +113,11 @@ class Job:
         self.artifact = Artifact(out)
         self._begin()
         self.work = out / "work"
-        self.room = self._room(budget or Budget())
         # Choosing types needs all moments before solving does, so they are kept.
         cache = cache or (self.work / "moments" if recipe.chooses else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         self._weights = (cache or self.work) / "weights"
+        self.room = self._room(budget or Budget())
         if self._cache and processes.first:
             self._cache.write_facts()
         if recipe.smooth and self.calibration and not processes.agreed(self.artifact.complete):
@@ -126,6 +127,8 @@ class Job:
         """Where things are kept; said where that is not simply the device."""
         work = Work(self.recipe, self.source.config, self.planned)
         room = choose_room(work, self.device, self.work, budget)
+        # What is kept for other runs is kept whole.
+        room = replace(room, parts=1 if self._cache else max(self.processes.everyones(room.parts)))
         if room != next(rooms(work, self.device, self.work)):
             self.listener.message(f"To save memory: {told(room)}")
         return room
@@ -256,17 +259,15 @@ class Job:
         return self._cache.fill(self._collect(model, lambda *_: True))
 
     def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
-        recipe = self.recipe
+        recipe, keep, parts = self.recipe, self.room.moments.keep, self.room.parts
         if recipe.moments == "guided":
             # Where they are measured first, asymmetric calibration takes its weights of the tokens from the same pass.
             weights = self._kept_weights().write if recipe.asymmetric else None
             return guided_moments(model, self.sequences, recipe.output_groups, self.work / "guided", self.listener,
-                                  self.processes, self.room.moments.keep, self._held(), recipe.guided_power,
-                                  weights)  # fmt: skip
+                                  self.processes, keep, self._held(), recipe.guided_power, weights, parts)  # fmt: skip
         groups = model.architecture.linears_of
         last = max(index for index in range(len(model)) for group in groups(index) if wanted(index, group))
-        return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes,
-                               self.room.moments.keep)  # fmt: skip
+        return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes, keep, parts)
 
     def token_weights(self, model: BlockModel) -> dict[str, Tensor]:
         """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept with the second

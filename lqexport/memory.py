@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 
 import psutil
 import torch
 
 from lqexport.collect import BATCH_TOKENS, SHARDS
-from lqexport.cost import Work, cross_bytes, moments_bytes
+from lqexport.converters.tensor_names import expert_number
+from lqexport.cost import Work, cross_bytes, largest_part_bytes
 from lqexport.factor import PANEL
 from lqexport.fit import minmax
 from lqexport.formats.codec import GridCodec, SectionedCodec
@@ -66,7 +68,7 @@ def memory(work: Work, room: Room) -> dict[str, Memory]:
     else:
         stages[SOLVING] = Memory(_chunk_bytes(work, room), 0)
     if work.calibrated and work.recipe.tuned_sequences:
-        stages["tuning"] = _tuning_memory(work) + _unpacked(work, room)
+        stages["tuning"] = _tuning_memory(work, room) + _unpacked(work, room)
     return {name: stage + Memory(0, PROCESS_BYTES) for name, stage in stages.items()}
 
 
@@ -95,7 +97,7 @@ def _passing(work: Work, room: Room) -> Memory:
     block = _blocks_bytes(work, room)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
     states = _states_bytes(work, room) + _kept_states(work, room)
-    sums = _sums_bytes(work)
+    sums = _sums_bytes(work, room)
     return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
 
 
@@ -106,13 +108,14 @@ def _aiming(work: Work, room: Room) -> Memory:
     largest = _largest(work)
     copies = 1 if room.moments.holds(room.device) else 3
     arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
-    kept = _kept(room.moments, _sums_bytes(work)) + _kept_factor(work, room)
+    kept = _kept(room.moments, _sums_bytes(work, room)) + _kept_factor(work, room)
     return Memory(_blocks_bytes(work, room) + arrays, _states_bytes(work, room)) + kept
 
 
-def _sums_bytes(work: Work) -> int:
-    """Totals over the sequences: second moments of a block, or asymmetric those of a group of linears."""
-    return cross_bytes(work) if work.recipe.asymmetric else moments_bytes(work)
+def _sums_bytes(work: Work, room: Room) -> int:
+    """Totals over the sequences: second moments of a block or a part of it, or asymmetric those of a group of
+    linears."""
+    return cross_bytes(work) if work.recipe.asymmetric else largest_part_bytes(work, room.parts)
 
 
 def _widest(work: Work) -> int:
@@ -133,9 +136,13 @@ def _kept_factor(work: Work, room: Room) -> Memory:
 
 
 def _blocks_bytes(work: Work, room: Room) -> int:
-    """A block in the dtype of the passes, asymmetric of two models."""
-    size = 4 if work.recipe.compute_dtype_on(room.device.type) == "float32" else 2
-    return size * sum(tensor.weights for tensor in work.block) * (1 + bool(work.recipe.asymmetric))
+    """A block, asymmetric of two models."""
+    return _weight_bytes(work, room) * sum(tensor.weights for tensor in work.block) * (1 + bool(work.recipe.asymmetric))
+
+
+def _weight_bytes(work: Work, room: Room) -> int:
+    """Of a linear's weight in a pass."""
+    return 4 if work.recipe.compute_dtype_on(room.device.type) == "float32" else 2
 
 
 def _states_bytes(work: Work, room: Room) -> int:
@@ -158,7 +165,7 @@ def _all_states_bytes(work: Work) -> int:
 
 def _solving(work: Work, room: Room) -> Memory:
     """The block's second moments, those of one linear and, damped, for the descent, its factor, and the solver's
-    arrays."""
+    arrays; packed, what is being written and what comes after it."""
     square = 4 * _widest(work) ** 2
     arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.descent) + _chunk_bytes(work, room))
     own = square if work.recipe.asymmetric or not room.moments.holds(room.device) else 0
@@ -167,7 +174,8 @@ def _solving(work: Work, room: Room) -> Memory:
         here += Memory(_blocks_bytes(work, room), 0)
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, room) if guided else _states_bytes(work, room))
-    return here + states + _kept(room.moments, _sums_bytes(work)) + _kept_factor(work, room)
+    here += Memory(0, 2 * max((tensor.nbytes for tensor in work.block), default=0))
+    return here + states + _kept(room.moments, _sums_bytes(work, room)) + _kept_factor(work, room)
 
 
 def _is_whole(work: Work) -> bool:
@@ -195,12 +203,26 @@ def rooms(work: Work, device: torch.device, folder: Path) -> Iterator[Room]:
     kept = places(device, folder)
     most = max((whole_tiles(tensor.matrix[0] + ROW_TILE - 1) for tensor in work.block), default=ROW_TILE)
     for moments in range(len(kept)):
-        for factors in sorted({max(0, moments - 1), moments}):
-            rows = most
-            while rows > ROW_TILE:
-                yield Room(device, kept[moments], kept[factors], rows)
-                rows = whole_tiles(rows // 2)
-            yield Room(device, kept[moments], kept[factors], ROW_TILE)
+        for parts, factors in product(_parts(work), sorted({max(0, moments - 1), moments})):
+            for rows in _chunks(most):
+                yield Room(device, kept[moments], kept[factors], rows, parts)
+
+
+def _chunks(rows: int) -> Iterator[int]:
+    """Half as many rows, and again, down to a tile."""
+    while rows > ROW_TILE:
+        yield rows
+        rows = whole_tiles(rows // 2)
+    yield ROW_TILE
+
+
+def _parts(work: Work) -> list[int]:
+    """In how many parts a block's second moments may be: a pass more for each costs less than keeping them elsewhere,
+    where all that passes share is full precision."""
+    experts = len({number for tensor in work.block if (number := expert_number(tensor.name)) is not None})
+    if work.recipe.prefix != "full" or experts < 2:
+        return [1]
+    return [*(1 << power for power in range((experts - 1).bit_length())), experts]
 
 
 @dataclass(frozen=True)
@@ -238,7 +260,7 @@ def choose_room(work: Work, device: torch.device, folder: Path, budget: Budget) 
             break
     if device.type == "cpu":  # where the passes take so long that what disk and codecs take does not matter
         return room
-    passing, tuning = _passing(work, room), _tuning_memory(work)
+    passing, tuning = _passing(work, room), _tuning_memory(work, room)
     states = _all_states_bytes(work) <= _half(budget.host, passing.host)
     return replace(room, states=states, unpacked=(_half(budget.device, tuning.device), _half(budget.host, tuning.host)))
 
@@ -257,18 +279,19 @@ def _unpacked(work: Work, room: Room) -> Memory:
 
 def told(room: Room) -> str:
     """What was chosen, in a sentence."""
+    parts = f" A block's experts are solved in {room.parts} parts, with a pass for each." if room.parts > 1 else ""
     return (
         f"Second moments are kept on the {room.moments.name}, factors on the {room.factors.name}, and up to "
-        f"{room.rows} rows of a linear are solved at once."
+        f"{room.rows} rows of a linear are solved at once.{parts}"
     )
 
 
-def _tuning_memory(work: Work) -> Memory:
+def _tuning_memory(work: Work, room: Room) -> Memory:
     """Both models' outputs, a block with its codes, and what the largest of its tensors leaves on the way back; before
     that a sequence's logits. On the host, with the depth of the model, the tuned numbers, their gradients and Adam's
     moments and a sequence's states; of every sequence, the first and the last states."""
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
-    block = 5 * sum(tensor.weights for tensor in work.block)
+    block = (1 + _weight_bytes(work, room)) * sum(tensor.weights for tensor in work.block)
     largest = _largest(work)
     device = 2 * 4 * work.outer + max(block + TUNED_MATRICES * 4 * largest, 8 * 4 * length * vocabulary)
     states = 4 * length * work.hidden * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))

@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 
-from lqexport.collect import BlockMoments
+from lqexport.block_collector import BlockMoments
 from lqexport.errors import AGAIN
 from lqexport.files import write_json
 from lqexport.tensor_files import SEAL, open_tensors, write_sealed

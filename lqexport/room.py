@@ -70,6 +70,7 @@ class Room:
     moments   where the second moments of a block are, but for the one matrix that is worked on
     factors   where the panels of a factor are
     rows      of a linear that are solved at once: whole tiles
+    parts     in which the second moments of a block with experts are collected and solved, one after the other
     states    whether the guided pass keeps hidden states in the host's memory; else in files, so that it resumes
     unpacked  bytes on the device and on the host in which tuning may keep tensors unpacked; else it unpacks them anew
     """
@@ -78,6 +79,7 @@ class Room:
     moments: Place
     factors: Place
     rows: int
+    parts: int = 1
     states: bool = field(default=False, compare=False)
     unpacked: tuple[int, int] = field(default=(0, 0), compare=False)
 

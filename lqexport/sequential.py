@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lqexport.asymmetric import CrossMoments, Entering
-from lqexport.blocks import BlockModel
-from lqexport.collect import input_of, linear_of, sharded, to_the_end
+from lqexport.blocks import BlockModel, linear_of
+from lqexport.collect import input_of, sharded, to_the_end
 from lqexport.corrected import stored_correction, values_of
 from lqexport.job import Job
 from lqexport.linear import check_finite

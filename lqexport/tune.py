@@ -102,17 +102,20 @@ def tuned_values(grid: TensorGrid | TensorSections, codes: Tensor, new: State) -
     return with_numbers(grid, new).values(codes)
 
 
-def _handing_on(decode: Decoder) -> Tensor:
+def _handing_on(decode: Decoder, dtype: torch.dtype) -> Tensor:
     """A tensor's values, which hand their gradient on to its changes as soon as it is there. So only one tensor of a
     block at a time has a gradient and what its values were made from."""
     made = decode()
+    values = made.detach().to(dtype)
     if not made.requires_grad:
-        return made
-    values = made.detach().requires_grad_()
+        return values
+    values.requires_grad_()
+    exact = made.dtype
 
     def hand_on(values: Tensor) -> None:
+        assert values.grad is not None
         with torch.enable_grad():
-            decode().backward(values.grad)
+            decode().backward(values.grad.to(exact))
         values.grad = None
 
     values.register_post_accumulate_grad_hook(hand_on)
@@ -185,10 +188,11 @@ class Tuner:
 
         return decode
 
-    def _block(self, index: int) -> dict[str, Decoder]:
-        """Block `index`, by the names of its own parameters."""
-        prefix = f"{self.solved.architecture.blocks}.{index}."
-        return {name.removeprefix(prefix): self._decoder(name) for name in self.blocks[index]}
+    def _block(self, index: int) -> dict[str, tuple[Decoder, torch.dtype]]:
+        """Block `index`, by the names of its own parameters, with the dtypes that they are used in."""
+        prefix, dtypes = f"{self.solved.architecture.blocks}.{index}.", self.solved.multiplied(index)
+        own = {name.removeprefix(prefix): name for name in self.blocks[index]}
+        return {key: (self._decoder(name), dtypes.get(key, self.solved.dtype)) for key, name in own.items()}
 
     def run(self) -> Outcome:
         """Tune, then write what was tuned into the artifact, unless the held-out sequences got worse by it."""
@@ -249,7 +253,7 @@ class Tuner:
         """Hidden states [1, length, hidden] before each block and after the last, on the host."""
         hidden = [inputs]
         for index in range(len(self.blocks)):
-            state = {name: decode() for name, decode in self._block(index).items()}
+            state = {name: decode().to(dtype) for name, (decode, dtype) in self._block(index).items()}
             hidden.append(self.solved.run_as(index, state, hidden[-1].to(self.solved.device)).cpu())
         return hidden
 
@@ -274,7 +278,7 @@ class Tuner:
     def _block_backward(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
         """The gradient by a block's inputs; those by its numbers are added to their changes."""
         with torch.enable_grad():
-            state = {name: _handing_on(decode) for name, decode in self._block(index).items()}
+            state = {name: _handing_on(*tensor) for name, tensor in self._block(index).items()}
             hidden = hidden.to(self.solved.device).detach().requires_grad_()
             self.solved.run_as(index, state, hidden).backward(gradient)
         assert hidden.grad is not None

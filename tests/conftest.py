@@ -141,6 +141,29 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def experts_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a random DeepSeek-V2 of three blocks: hidden size 64, five experts of 32 and a shared one in all
+    blocks but the first."""
+    import torch
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "experts"
+    latent = {"kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+    experts = {"n_routed_experts": 5, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+    config = DeepseekV2Config(
+        vocab_size=512, num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
+        max_position_embeddings=512, **latent, **sizes, **experts,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = DeepseekV2ForCausalLM(config)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
     """Makes a finished artifact of the tiny model for a native target in a folder, every linear rounded to its min-max
     grid; with `rank`, beside random factors."""

@@ -86,8 +86,19 @@ def test_memory_is_that_of_the_block_with_the_most_weights() -> None:
     work = planned("deepseek-v3").work
     assert len(work.block) == 5 + 3 + 3 * 256
     assert sum(tensor.weights for tensor in work.block) == pytest.approx(11.5e9, rel=0.01)
-    assert planned("deepseek-v3").too_large != []
     assert planned("deepseek-v2-lite").too_large == []
+
+
+def test_some_experts_at_a_time_where_all_do_not_fit() -> None:
+    work = planned("deepseek-v3").work
+    rooms = {gpu: Forecast(work, gpu * 10**9, 96 * 10**9) for gpu in (24, 48, 80, 400)}
+    assert [bool(each.too_large) for each in rooms.values()] == [True, False, False, False]
+    parts = [each.room.parts for each in rooms.values()]
+    assert parts == [256, 16, 8, 1]
+    costs = [each.as_json() for each in rooms.values()]
+    passes, read = ([cost[kind][what] for cost in costs] for kind, what in (("operations", "passes"), ("disk", "read")))
+    assert passes == sorted(passes, reverse=True)
+    assert read == sorted(read, reverse=True)
 
 
 @pytest.mark.parametrize("target", ["native:mxint-3-g32", "native:table-3", "gguf:IQ4_XS", "gptq:4-g128"])

@@ -13,14 +13,13 @@ import torch
 from lqexport import fit as fitting
 from lqexport import solve, solve_cpu, solve_cuda
 from lqexport.blocks import BlockModel
-from lqexport.collect import moments_of
+from lqexport.collect import by_weight, forward_moments
 from lqexport.factor import factorize
 from lqexport.fit import fit
 from lqexport.fit_sections import fit_sections
 from lqexport.formats.registry import codec
 from lqexport.grid import TensorGrid
 from lqexport.kernels import cuda_solve
-from lqexport.moments import SecondMoments
 from lqexport.sections import SquaredSection, TensorSections
 from lqexport.solve_sections import refine_sections
 from lqexport.source import open_source
@@ -126,16 +125,11 @@ def test_real_layers(name: str, device: str, reference_models: Path, monkeypatch
 def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     source = open_source(str(folder))
     tokens = source.tokenizer()(read_text("python-docs").content[:20000], return_tensors="pt")["input_ids"]
-    model = BlockModel(source, torch.device("cpu"))
-    block, groups = model.block(0), [("self_attn.q_proj",), ("mlp.gate_proj",)]
-    with (
-        torch.no_grad(),
-        moments_of(block, groups, lambda n: SecondMoments(n, "normalized", torch.device("cpu"))) as found,
-    ):
-        model.run(block, model.start(tokens[:, :1024]))
-    return [
-        (block.get_submodule(group[0]).weight.detach().float(), moments.hessian()) for group, moments in found.items()
-    ]
+    model, firsts = BlockModel(source, torch.device("cpu")), ("self_attn.q_proj", "mlp.gate_proj")
+    with torch.no_grad():
+        (moments,) = forward_moments(model, tokens[:, :1024], "normalized", lambda _, group: group[0] in firsts, 0)
+    found = by_weight(model, moments)
+    return [(source.read(name).float(), found[name]) for name in (model.weight_name(0, first) for first in firsts)]
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if codec(name).scale and not codec(name).scale.power])

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import MixtralConfig, MixtralForCausalLM
 
+from lqexport import collect, memory
+from lqexport.block_collector import BlockCollector, BlockMoments
 from lqexport.converters.architectures import MIXTRAL
-from lqexport.experts import FILL, fill_up, with_all_experts
+from lqexport.converters.tensor_names import expert_number
+from lqexport.experts import FILL, fill_up, parts, pooled
 from lqexport.moments import SecondMoments
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
@@ -20,10 +23,10 @@ CPU, COLUMNS = torch.device("cpu"), 12
 TWO = MIXTRAL.expanded(2)
 
 
-def moments_of(inputs: Tensor, gradient: Tensor | None = None, power: float = 1.0) -> SecondMoments:
-    found = SecondMoments(COLUMNS, "plain" if gradient is None else "guided", CPU, power=power)
-    if len(inputs):
-        found.add(inputs, gradient)
+def moments_of(*batches: Tensor) -> SecondMoments:
+    found = SecondMoments(COLUMNS, "plain", CPU)
+    for inputs in batches:
+        found.add(inputs)
     return found
 
 
@@ -34,7 +37,7 @@ def draw(tokens: int, seed: int) -> Tensor:
 def test_hidden_states_are_filled_up_with_those_of_all_experts() -> None:
     inputs = [draw(5, 0), draw(40, 1)]
     found = {(f"mlp.experts.{i}.gate_proj", f"mlp.experts.{i}.up_proj"): moments_of(x) for i, x in enumerate(inputs)}
-    fill_up(found, TWO)
+    fill_up(found, {"mlp.experts.*.gate_proj": moments_of(*inputs)}, TWO)
     everything, more = torch.cat(inputs), FILL * COLUMNS
     average = everything.T @ everything / len(everything)
     for x, each in zip(inputs, found.values(), strict=True):
@@ -44,7 +47,7 @@ def test_hidden_states_are_filled_up_with_those_of_all_experts() -> None:
 def test_inputs_of_its_own_are_filled_up_uncorrelated() -> None:
     inputs = [draw(5, 0), draw(40, 1)]
     found = {(f"mlp.experts.{i}.down_proj",): moments_of(x) for i, x in enumerate(inputs)}
-    fill_up(found, TWO)
+    fill_up(found, {}, TWO)
     for x, each in zip(inputs, found.values(), strict=True):
         own, more = x.T @ x / len(x), FILL * COLUMNS
         expected = (len(x) * own + more * own.diagonal().diag()) / (len(x) + more)
@@ -54,10 +57,9 @@ def test_inputs_of_its_own_are_filled_up_uncorrelated() -> None:
 
 def test_an_expert_without_tokens_takes_the_average() -> None:
     inputs = draw(40, 1)
-    names = [("mlp.experts.0.gate_proj",), ("mlp.experts.1.gate_proj",), ("mlp.experts.0.down_proj",)]
-    found = dict(zip(names, (moments_of(draw(0, 0)), moments_of(inputs), moments_of(draw(0, 0))), strict=True))
-    fill_up(found, TWO)
-    without, _, own = (each.hessian() for each in found.values())
+    found = {("mlp.experts.0.gate_proj",): moments_of(), ("mlp.experts.0.down_proj",): moments_of()}
+    fill_up(found, {"mlp.experts.*.gate_proj": moments_of(inputs)}, TWO)
+    without, own = (each.hessian() for each in found.values())
     assert torch.allclose(without, inputs.T @ inputs / len(inputs), atol=1e-5)
     assert torch.equal(own, torch.eye(COLUMNS))  # nothing is known of it
 
@@ -65,12 +67,14 @@ def test_an_expert_without_tokens_takes_the_average() -> None:
 def test_guided_moments_keep_their_trace() -> None:
     """What they estimate are nats of all tokens, whatever the power of the tokens' weights."""
     inputs, gradients = [draw(8, 0), draw(40, 1)], [draw(8, 2), draw(40, 3)]
-    names = [("mlp.experts.0.gate_proj",), ("mlp.experts.1.gate_proj",)]
     traces = []
     for power in (0.5, 1.0):
-        pairs = zip(names, inputs, gradients, strict=True)
-        found = {name: moments_of(x, gradient, power) for name, x, gradient in pairs}
-        fill_up(found, TWO)
+        *experts, pool = (SecondMoments(COLUMNS, "guided", CPU, power=power) for _ in range(3))
+        for expert, *tokens in zip(experts, inputs, gradients, strict=True):
+            expert.add(*tokens)
+            pool.add(*tokens)
+        found = {(f"mlp.experts.{i}.gate_proj",): expert for i, expert in enumerate(experts)}
+        fill_up(found, {"mlp.experts.*.gate_proj": pool}, TWO)
         traces.append([float(each.hessian().trace()) for each in found.values()])
     assert traces[0] == pytest.approx(traces[1], rel=1e-4)
 
@@ -78,32 +82,83 @@ def test_guided_moments_keep_their_trace() -> None:
 def test_other_linears_are_left_alone() -> None:
     x = draw(5, 0)
     found = {("self_attn.o_proj",): moments_of(x)}
-    fill_up(found, TWO)
+    fill_up(found, {}, TWO)
     assert torch.equal(found[("self_attn.o_proj",)].hessian(), moments_of(x).hessian())
 
 
-def test_moments_of_an_expert_need_all_that_see_what_it_sees() -> None:
-    attention, *_ = groups = TWO.linears_of(0)
-    (gate, other), (down, _) = ([group for group in groups if name in group[0]] for name in ("gate_proj", "down_proj"))
-    assert with_all_experts([attention, other], groups, TWO) == [attention, gate, other]
-    assert with_all_experts([down], groups, TWO) == [down]
+def test_what_all_experts_see_is_of_all_of_them() -> None:
+    """Also where a single one is still to be solved."""
+    groups = TWO.linears_of(0)
+    attention, down = groups[0], ("mlp.experts.1.down_proj",)
+    other = ("mlp.experts.1.gate_proj", "mlp.experts.1.up_proj")
+    assert set(groups) >= {attention, other, down}
+    every = ["mlp.experts.0.gate_proj", "mlp.experts.1.gate_proj"]
+    assert pooled([attention, other], groups, TWO) == {"mlp.experts.*.gate_proj": every}
+    assert pooled([attention, down], groups, TWO) == {}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
+def test_parts_are_whole_experts(count: int) -> None:
+    groups = MIXTRAL.expanded(5).linears_of(0)
+    found = parts(groups, count)
+    assert len(found) == min(count, 5)
+    assert [group for part in found for group in part if "experts" not in group[0]] == [
+        groups[0],
+        ("self_attn.o_proj",),
+    ]
+    experts = [{expert_number(group[0]) for group in part} - {None} for part in found]
+    assert [number for part in experts for number in sorted(part)] == list(range(5))
+    assert max(map(len, experts)) == -(-5 // len(found))
+
+
+@pytest.fixture
+def recipe(text: Path, experts_model: Path) -> Recipe:
+    options = {"samples": 4, "sequence_length": 32, "descent": 1, "tune": 0}
+    return Recipe(str(experts_model), "gguf:Q4_0", calibration=str(text), **options)
+
+
+def in_parts(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """As if memory asked for so many."""
+    chosen = memory.choose_room
+    monkeypatch.setattr("lqexport.job.choose_room", lambda *arguments: replace(chosen(*arguments), parts=count))
 
 
 @pytest.mark.parametrize("moments", ["normalized", "guided"])
+def test_some_experts_at_a_time_are_solved_as_all_at_once(
+    moments: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(recipe, moments=moments)
+    monkeypatch.setattr(collect, "BATCH_TOKENS", 64)  # two shards
+    quantize(recipe, tmp_path / "1")
+    at_once: list[int] = []
+    begun = BlockCollector.moments
+
+    def counted(self: BlockCollector) -> BlockMoments:
+        found = begun(self)
+        at_once.append(len(found[1]))
+        return found
+
+    monkeypatch.setattr(BlockCollector, "moments", counted)
+    for count in (2, 3):
+        in_parts(monkeypatch, count)
+        quantize(recipe, tmp_path / str(count))
+        assert digests(tmp_path / str(count)) == digests(tmp_path / "1")
+    # Guided, each linear by itself: of attention and a gated MLP, of an expert; else those that share their inputs.
+    dense, expert = {"guided": (5 + 3, 3), "normalized": (4 + 2, 2)}[moments]
+    of_two, of_three = [dense + 3 * expert, 2 * expert], [dense + 2 * expert, 2 * expert, expert]
+    expected = [dense, *of_two * 2, dense, *of_three * 2]
+    assert at_once == ([*of_two * 2, dense, *of_three * 2, dense] if moments == "guided" else expected)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("moments", ["normalized", "guided"])
 def test_a_stopped_run_goes_on_to_the_same_bytes(
-    moments: str, text: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moments: str, count: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped between two experts of a block, of which the second alone is then still to be solved."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    sizes["num_key_value_heads"] = 2
-    torch.manual_seed(0)
-    config = MixtralConfig(vocab_size=512, num_local_experts=4, bos_token_id=None, eos_token_id=None, **sizes)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "model")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "model" / name).write_bytes((tiny_model / name).read_bytes())
-    recipe = Recipe(str(tmp_path / "model"), "gguf:Q4_0", calibration=str(text), samples=4, sequence_length=32,
-                    moments=moments, descent=1, tune=0)  # type: ignore[arg-type]  # fmt: skip
+    recipe = replace(recipe, moments=moments)
     quantize(recipe, tmp_path / "whole")
+    in_parts(monkeypatch, count)
     place = Path.replace
 
     def until(self: Path, target: Path) -> Path:

@@ -37,6 +37,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "corrected": {"target": "gguf:Q3_K", "rank": 4, "tune": 0},
     "solved whole": {"target": "gptq:4-g128", "tune": 0},
+    "experts": {"target": "gguf:Q4_0"},
 }
 
 
@@ -65,13 +66,18 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_same_bytes_in_no_room(name: str, tiny_model: Path, text: Path, tmp_path: Path) -> None:
-    recipe = Recipe(str(tiny_model), calibration=str(text), **SMALL | RECIPES[name])
+def test_the_same_bytes_in_no_room(
+    name: str, tiny_model: Path, experts_model: Path, text: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(
+        str(experts_model if name == "experts" else tiny_model), calibration=str(text), **SMALL | RECIPES[name]
+    )
     said: list[str] = []
     quantize(recipe, tmp_path / "much", device="cpu", budget=Budget())
     listener = Callback(lambda *_: None, said.append)
     quantize(recipe, tmp_path / "little", device="cpu", budget=Budget(host=1), listener=listener)
     assert "Second moments are kept on the disk, factors on the disk, and up to 64 rows" in said[0]
+    assert ("experts are solved in 5 parts" in said[0]) == (name == "experts")
     assert contents(tmp_path / "much") == contents(tmp_path / "little")
 
 
