@@ -2,13 +2,14 @@
 block by block.
 
     python bench/depth.py --work FOLDER [--layers 2 8] [--hidden 512] [--intermediate 1536] [--vocabulary 512]
-        [--device cpu] [--limit 6GB] [-- ...]
+        [--experts 0] [--device cpu] [--limit 6GB] [-- ...]
 
-The model is never in memory: each block is a safetensors file of its own. What follows `--` goes to `quantize`. With
-`--limit`, no command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes
-what they are made of into FOLDER/depth.json: for each depth the bytes of the model, and of each command the seconds and
-the peak memory; then the seconds of each stage beside the least that this machine could take for its operations and its
-bytes (bench/floors.py). One depth is on the disk at a time.
+The model is never in memory: each block is a safetensors file of its own. With `--experts` it is a Qwen3-MoE, of whose
+experts, `--intermediate` wide, each token goes to eight. What follows `--` goes to `quantize`. With `--limit`, no
+command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes what they are
+made of into FOLDER/depth.json: for each depth the bytes of the model, and of each command the seconds and the peak
+memory; then the seconds of each stage beside the least that this machine could take for its operations and its bytes
+(bench/floors.py). One depth is on the disk at a time.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 timed = runpy.run_path(str(Path(__file__).with_name("stages.py")))["timed"]
 
@@ -38,16 +39,28 @@ tensors of some MB, so that small models seem to need more the longer they run."
 WORDS = 400
 """Different words of the text."""
 
+Config = LlamaConfig | Qwen3MoeConfig
 
-def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: int) -> None:
-    """A random Llama in float16 with one file per block, a tokenizer of whole words, and a text beside it."""
+
+def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: int, experts: int = 0) -> None:
+    """A random Llama or Qwen3-MoE in float16 with one file per block, a tokenizer of whole words, and a text beside
+    it."""
     folder.mkdir(parents=True)
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=hidden // (128 if hidden >= 4096 else 64), tie_word_embeddings=False,
-        num_key_value_heads=max(1, hidden // (512 if hidden >= 4096 else 256)),
-        architectures=["LlamaForCausalLM"], dtype="float16",
-    )  # fmt: skip
+    width = 128 if (hidden >= 2048 and experts) or hidden >= 4096 else 64
+    options = {
+        "vocab_size": vocabulary, "hidden_size": hidden, "num_hidden_layers": layers, "tie_word_embeddings": False,
+        "num_attention_heads": hidden // width, "num_key_value_heads": max(1, hidden // (4 * width)),
+    }  # fmt: skip
+    config: Config
+    if experts:
+        config = Qwen3MoeConfig(
+            **options, num_experts=experts, num_experts_per_tok=min(8, experts), moe_intermediate_size=intermediate,
+            norm_topk_prob=True, head_dim=width, architectures=["Qwen3MoeForCausalLM"], dtype="float16",
+        )  # fmt: skip
+    else:
+        config = LlamaConfig(
+            **options, intermediate_size=intermediate, architectures=["LlamaForCausalLM"], dtype="float16"
+        )
     config.save_pretrained(folder)
     pool, draw, files = _pool(config), random.Random(0), {}
     for part, shapes in _parts(config):
@@ -74,10 +87,15 @@ def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=special, eos_token=special)
 
 
-def _pool(config: LlamaConfig) -> torch.Tensor:
+def _inner(config: Config) -> int:
+    """Width of the MLP, or of an expert's."""
+    return config.moe_intermediate_size if isinstance(config, Qwen3MoeConfig) else config.intermediate_size
+
+
+def _pool(config: Config) -> torch.Tensor:
     """Normal float16 numbers for the largest matrix, and some more to begin elsewhere: drawing each would take longer
     than writing them."""
-    largest = config.hidden_size * max(config.vocab_size, config.intermediate_size)
+    largest = config.hidden_size * max(config.vocab_size, config.hidden_size, _inner(config))
     return torch.randn(largest + (1 << 20), generator=torch.Generator().manual_seed(0)).half()
 
 
@@ -88,15 +106,23 @@ def _random(shape: tuple[int, ...], pool: torch.Tensor, draw: random.Random) -> 
     return pool[start : start + shape[0] * shape[1]].view(shape) * shape[1] ** -0.5
 
 
-def _parts(config: LlamaConfig) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+def _parts(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
     """Files of the model with the shapes of their tensors: the outer ones, then block by block."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    keys = config.num_key_value_heads * (hidden // config.num_attention_heads)
-    outer = (config.vocab_size, hidden)
+    hidden, inner, width = config.hidden_size, _inner(config), config.hidden_size // config.num_attention_heads
+    keys, outer = config.num_key_value_heads * width, (config.vocab_size, hidden)
     yield "outer", {"model.embed_tokens.weight": outer, "model.norm.weight": (hidden,), "lm_head.weight": outer}
     rows = {"q": hidden, "k": keys, "v": keys, "o": hidden}
     block: dict[str, tuple[int, ...]] = {f"self_attn.{name}_proj": (count, hidden) for name, count in rows.items()}
-    block |= {"mlp.gate_proj": (inner, hidden), "mlp.up_proj": (inner, hidden), "mlp.down_proj": (hidden, inner)}
+    mlps = ["mlp"]
+    if isinstance(config, Qwen3MoeConfig):
+        mlps = [f"mlp.experts.{number}" for number in range(config.num_experts)]
+        block |= {"mlp.gate": (config.num_experts, hidden), "self_attn.q_norm": (width,), "self_attn.k_norm": (width,)}
+    for mlp in mlps:
+        block |= {
+            f"{mlp}.gate_proj": (inner, hidden),
+            f"{mlp}.up_proj": (inner, hidden),
+            f"{mlp}.down_proj": (hidden, inner),
+        }
     block |= {"input_layernorm": (hidden,), "post_attention_layernorm": (hidden,)}
     for index in range(config.num_hidden_layers):
         yield f"block-{index}", {f"model.layers.{index}.{name}.weight": shape for name, shape in block.items()}
@@ -161,7 +187,7 @@ def measured(given: argparse.Namespace, layers: int, options: list[str]) -> dict
     from lqexport.sizes import memory_size
 
     floor, folder = runpy.run_path(str(Path(__file__).with_name("floors.py"))), given.work / str(layers)
-    write_model(folder / "model", layers, given.hidden, given.intermediate, given.vocabulary)
+    write_model(folder / "model", layers, given.hidden, given.intermediate, given.vocabulary, given.experts)
     model_bytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
     ran = run_apart(folder, options, given.device, memory_size(given.limit) if given.limit else 0)
     work = floor["work_of"](folder / "out")
@@ -214,7 +240,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 8])
-    for name, default in (("hidden", 512), ("intermediate", 1536), ("vocabulary", 512)):
+    for name, default in (("hidden", 512), ("intermediate", 1536), ("vocabulary", 512), ("experts", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit")

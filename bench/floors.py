@@ -76,7 +76,8 @@ def floors(work: Work, machine: Machine) -> dict[str, tuple[float, float]]:
     cache could hold it; guided passes also move all blocks' inputs."""
     untuned = replace(work, recipe=replace(work.recipe, tune=0))
     operations, tuned = operations_estimate(untuned), operations_estimate(work).passes
-    forward = 2 * sum(tensor.weights for tensor in work.tensors if ".layers." in tensor.name)  # also what is not solved
+    # Also what is not solved.
+    forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in work.tensors if ".layers." in tensor.name)
     passed = passes(work) * work.tokens * forward * work.calibrated
     source, states = source_bytes(work), disk(untuned).work
     stored, solved = (sum(tensor.nbytes for tensor in part) for part in (work.tensors, work.linears))
