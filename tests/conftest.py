@@ -141,7 +141,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def experts_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def smaller_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `tiny_model`, but smaller: hidden size 64, MLP 96."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "smaller"
+    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
+                         bos_token_id=0, eos_token_id=0)  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        LlamaForCausalLM(config).half().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def experts_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a random DeepSeek-V2 of three blocks: hidden size 64, five experts of 32 and a shared one in all
     blocks but the first."""
     import torch

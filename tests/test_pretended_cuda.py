@@ -28,8 +28,6 @@ from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
 from lqexport.verifying import verify
 
-pytestmark = pytest.mark.filterwarnings("ignore:CUDA is not available")  # torch's autocast; passes stay float32
-
 Launched = list[str]
 GRIDS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_XS", "native:affine-3-g64", "native:table-2",
          "native:mxint-3-g32"]  # fmt: skip
@@ -161,25 +159,11 @@ def test_exl2s_range(pretended: Any) -> None:
 # Whole runs.
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
-    """As `tiny_model`, but smaller: hidden size 64, MLP 96."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
-    folder = tmp_path_factory.mktemp("models") / "smaller"
-    config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
-                         bos_token_id=0, eos_token_id=0)  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).half().save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture
-def recipe(model: Path, text: Path) -> Recipe:
-    return Recipe(str(model), "gguf:Q4_0", calibration=str(text), samples=2, sequence_length=32, descent=1, tune=0)
+def recipe(smaller_model: Path, text: Path) -> Recipe:
+    return Recipe(
+        str(smaller_model), "gguf:Q4_0", calibration=str(text), samples=2, sequence_length=32, descent=1, tune=0
+    )
 
 
 def changed(recipe: Recipe, **options: Any) -> Recipe:
@@ -188,7 +172,7 @@ def changed(recipe: Recipe, **options: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], dict[str, float]]:
-    """Each linear's loss of a run on the CPU."""
+    """Each linear's loss of a run on the CPU, with a device's passes."""
 
     @cache
     def losses(key: str) -> dict[str, float]:
@@ -197,6 +181,7 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], d
     recipes: dict[str, Recipe] = {}
 
     def found(recipe: Recipe) -> dict[str, float]:
+        recipe = changed(recipe, compute_dtype="bfloat16")  # a device's default
         recipes[repr(recipe)] = recipe
         return losses(repr(recipe))
 
@@ -291,7 +276,7 @@ def test_a_stopped_run_goes_on(recipe: Recipe, pretended: Any, tmp_path: Path, m
 
 @pytest.mark.parametrize(("target", "options"), [("gguf:Q4_0", {}), ("exl2", {"bits": 3.3}), ("native:table-3", {})])
 def test_a_written_file_is_verified(
-    target: str, options: dict[str, Any], recipe: Recipe, model: Path, text: Path, launched: Launched,
+    target: str, options: dict[str, Any], recipe: Recipe, text: Path, launched: Launched,
     pretended: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Its model runs on the device, and every tensor is decoded by the kernels to the bits that NumPy gives."""
@@ -301,7 +286,7 @@ def test_a_written_file_is_verified(
     if not target.startswith("native:"):
         path = tmp_path / "model.gguf"
         (exl2 if target == "exl2" else gguf).write(Artifact(tmp_path / "out"), path)
-    result = verify(path, str(model), text=str(text), protocols=("llama.cpp-512",), windows=1, device="cuda")
+    result = verify(path, recipe.source, text=str(text), protocols=("llama.cpp-512",), windows=1, device="cuda")
     count = len(result.tensors)
     assert result.decoding == f"NumPy and the CUDA kernels, the same bits in {count} of {count} tensors"
     assert result.failed == []

@@ -43,6 +43,14 @@ class PretendedCuda(TorchFunctionMode):
         super().__init__()
         self.products: list[tuple[torch.dtype, str]] = []
 
+    def __enter__(self) -> PretendedCuda:
+        self._autocast, torch.autocast = torch.autocast, _autocast_there
+        return super().__enter__()
+
+    def __exit__(self, *raised: Any) -> None:
+        torch.autocast = self._autocast
+        super().__exit__(*raised)
+
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         there = any(type(tensor) is not Tensor and isinstance(tensor, There) for tensor in _tensors(args, kwargs))
@@ -75,6 +83,13 @@ class PretendedCuda(TorchFunctionMode):
                 return hook(_put_there(gradient))
 
         return called
+
+
+class _autocast_there(torch.autocast):
+    """Of a CUDA device the CPU's, which computes."""
+
+    def __init__(self, device_type: str, *rest: Any, **options: Any) -> None:
+        super().__init__("cpu" if device_type == "cuda" else device_type, *rest, **options)
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
