@@ -49,20 +49,20 @@ def embed(model: BlockModel, tokens: Tensor) -> list[Tensor]:
     return embed_batches(model, batches(tokens))
 
 
-def embed_batches(model: BlockModel, ids: list[Tensor]) -> list[Tensor]:
-    """The same for batches of token ids."""
-    return [model.start(batch).cpu() for batch in ids]
+def embed_batches(model: BlockModel, ids: list[Tensor], keep: Keep = Tensor.cpu) -> list[Tensor]:
+    """The same for batches of token ids, kept elsewhere if `keep` says so."""
+    return [keep(model.start(batch)) for batch in ids]
 
 
 def forward_moments(
     model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
-    processes: Processes = ALONE, keep: Keep = in_place, parts: int = 1,
+    processes: Processes = ALONE, keep: Keep = in_place, parts: int = 1, keep_states: Keep = Tensor.cpu,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay. A
-    block's come in up to `parts` parts."""
+    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay,
+    `keep_states` the sequences' hidden states. A block's come in up to `parts` parts."""
     new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
     shards = sharded(tokens)
-    hidden = [embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))]
+    hidden = [embed_batches(model, shards[i], keep_states) for i in processes.mine(range(len(shards)))]
     rounds = list(processes.rounds(len(shards)))
     model.let_go()
     for window in windows(range(last + 1), processes):
@@ -71,7 +71,7 @@ def forward_moments(
         for number in range(count):
             states = [list(batches) for batches in hidden]  # the blocks start from the same ones again for each part
             for owner, collector in enumerate(blocks):
-                _pass_forward(model, collector, number, states, rounds, processes, owner)
+                _pass_forward(model, collector, number, states, rounds, processes, owner, keep_states)
             if number + 1 < count or window[-1] < last:
                 model.expect(window[0] if number + 1 < count else window[-1] + 1)
             if processes.rank < len(blocks):
@@ -81,14 +81,14 @@ def forward_moments(
 
 def _pass_forward(
     model: BlockModel, collector: BlockCollector, number: int, states: list[list[Tensor]],
-    rounds: list[tuple[int | None, int]], processes: Processes, owner: int,
+    rounds: list[tuple[int | None, int]], processes: Processes, owner: int, keep_states: Keep,
 ) -> None:  # fmt: skip
     """Replaces this process's hidden states by a block's outputs, while part `number` is collected for the owner."""
     block = model.block(collector.index)
     with collector.collecting(block, number, _inputs):
         for turn, (shard, senders) in enumerate(rounds):
             if shard is not None:
-                run_through(model, block, states[turn])
+                run_through(model, block, states[turn], keep=keep_states)
             collector.end_shard(processes, owner, senders)
 
 
@@ -167,11 +167,15 @@ def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None])
         item[1].clear()  # whoever has the item still holds no memory while the next is made
 
 
-def run_through(model: BlockModel, block: nn.Module, hidden: list[Tensor], listener: Listener | None = None) -> None:
-    """Replace every batch of hidden states by the block's outputs; the listener advances by one for each."""
+def run_through(
+    model: BlockModel, block: nn.Module, hidden: list[Tensor], listener: Listener | None = None,
+    keep: Keep = Tensor.cpu,
+) -> None:  # fmt: skip
+    """Replace every batch of hidden states by the block's outputs, on the host or where `keep` puts them; the listener
+    advances by one for each."""
     listener = listener or Silent()
     for i, batch in enumerate(hidden):
-        hidden[i] = model.run(block, batch.to(model.device)).cpu()
+        hidden[i] = keep(model.run(block, batch.to(model.device)))
         listener.advance(1)
 
 

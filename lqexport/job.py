@@ -267,7 +267,8 @@ class Job:
                                   self.processes, keep, self._held(), recipe.guided_power, weights, parts)  # fmt: skip
         groups = model.architecture.linears_of
         last = max(index for index in range(len(model)) for group in groups(index) if wanted(index, group))
-        return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes, keep, parts)
+        return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes, keep, parts,
+                               self.room.hidden.keep)  # fmt: skip
 
     def token_weights(self, model: BlockModel) -> dict[str, Tensor]:
         """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept with the second

@@ -89,16 +89,16 @@ def _kept(place: Place, count: int) -> Memory:
 
 def _passing(work: Work, room: Room) -> Memory:
     """A block, the sums of a shard's second moments, and what a batch leaves in the block; before that, the
-    embedding, and the output with a sequence's logits. Where they are kept, the totals; on the host, hidden states."""
+    embedding, and the output with a sequence's logits. Where they are kept, the totals and hidden states."""
     batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
     activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
     block = _blocks_bytes(work, room)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
-    states = _states_bytes(work, room) + _kept_states(work, room)
     sums = _sums_bytes(work, room)
-    return Memory(max(block + sums + activations, outer), states) + _kept(room.moments, sums)
+    here = Memory(max(block + sums + activations, outer), _kept_states(work, room))
+    return here + _kept(room.moments, sums) + _states(work, room)
 
 
 def _aiming(work: Work, room: Room) -> Memory:
@@ -109,7 +109,7 @@ def _aiming(work: Work, room: Room) -> Memory:
     copies = 1 if room.moments.holds(room.device) else 3
     arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
     kept = _kept(room.moments, _sums_bytes(work, room)) + _kept_factor(work, room)
-    return Memory(_blocks_bytes(work, room) + arrays, _states_bytes(work, room)) + kept
+    return Memory(_blocks_bytes(work, room) + arrays, 0) + kept + _states(work, room)
 
 
 def _sums_bytes(work: Work, room: Room) -> int:
@@ -145,13 +145,16 @@ def _weight_bytes(work: Work, room: Room) -> int:
     return 4 if work.recipe.compute_dtype_on(room.device.type) == "float32" else 2
 
 
-def _states_bytes(work: Work, room: Room) -> int:
-    """Hidden states on the host: of all sequences, asymmetric in two models, if they are not on the disk; guided: of a
-    shard, with gradients."""
-    if work.recipe.prefix == "quantized":
-        models = 1 + bool(work.recipe.asymmetric)
-        return 4 * models * work.hidden * work.tokens * (room.moments.name != "disk")
-    return 4 * work.hidden * (3 * -(-work.tokens // SHARDS) if work.guided else work.tokens)
+def _states(work: Work, room: Room) -> Memory:
+    """Hidden states that a forward pass goes on with, of all sequences, asymmetric in two models; guided: on the host,
+    of a shard, with gradients."""
+    if work.guided and work.recipe.prefix == "full":
+        return Memory(0, 3 * 4 * work.hidden * -(-work.tokens // SHARDS))
+    return _kept(room.hidden, _states_bytes(work))
+
+
+def _states_bytes(work: Work) -> int:
+    return 4 * (1 + bool(work.recipe.asymmetric)) * work.hidden * work.tokens
 
 
 def _kept_states(work: Work, room: Room) -> int:
@@ -173,7 +176,7 @@ def _solving(work: Work, room: Room) -> Memory:
     if work.recipe.prefix == "quantized":  # what the passes go on with
         here += Memory(_blocks_bytes(work, room), 0)
     guided = work.guided and work.recipe.prefix == "full"
-    states = Memory(0, _kept_states(work, room) if guided else _states_bytes(work, room))
+    states = Memory(0, _kept_states(work, room)) if guided else _states(work, room)
     here += Memory(0, 2 * max((tensor.nbytes for tensor in work.block), default=0))
     return here + states + _kept(room.moments, _sums_bytes(work, room)) + _kept_factor(work, room)
 
@@ -203,9 +206,10 @@ def rooms(work: Work, device: torch.device, folder: Path) -> Iterator[Room]:
     kept = places(device, folder)
     most = max((whole_tiles(tensor.matrix[0] + ROW_TILE - 1) for tensor in work.block), default=ROW_TILE)
     for moments in range(len(kept)):
+        hidden = kept[max(moments, len(kept) - 2)]  # on the host, unless even second moments have to be in files
         for parts, factors in product(_parts(work), sorted({max(0, moments - 1), moments})):
             for rows in _chunks(most):
-                yield Room(device, kept[moments], kept[factors], rows, parts)
+                yield Room(device, kept[moments], kept[factors], rows, parts, hidden)
 
 
 def _chunks(rows: int) -> Iterator[int]:
@@ -261,6 +265,8 @@ def choose_room(work: Work, device: torch.device, folder: Path, budget: Budget) 
     if device.type == "cpu":  # where the passes take so long that what disk and codecs take does not matter
         return room
     passing, tuning = _passing(work, room), _tuning_memory(work, room)
+    if _states_bytes(work) <= _half(budget.device, max(stage.device for stage in stages.values())):
+        room = replace(room, hidden=places(device, folder)[0])
     states = _all_states_bytes(work) <= _half(budget.host, passing.host)
     return replace(room, states=states, unpacked=(_half(budget.device, tuning.device), _half(budget.host, tuning.host)))
 

@@ -71,6 +71,7 @@ class Room:
     factors   where the panels of a factor are
     rows      of a linear that are solved at once: whole tiles
     parts     in which the second moments of a block with experts are collected and solved, one after the other
+    hidden    where the hidden states are that a forward pass goes on with, of all sequences
     states    whether the guided pass keeps hidden states in the host's memory; else in files, so that it resumes
     unpacked  bytes on the device and on the host in which tuning may keep tensors unpacked; else it unpacks them anew
     """
@@ -79,13 +80,10 @@ class Room:
     moments: Place
     factors: Place
     rows: int
-    parts: int = 1
+    parts: int
+    hidden: Place = field(compare=False)
     states: bool = field(default=False, compare=False)
     unpacked: tuple[int, int] = field(default=(0, 0), compare=False)
-
-    def keep_states(self, hidden: Tensor) -> Tensor:
-        """Hidden states that a later pass goes on with: on the host, or on the disk if second moments have to be."""
-        return self.moments.keep(hidden) if self.moments.name == "disk" else hidden.to(HOST)
 
 
 def places(device: torch.device, folder: Path) -> list[Place]:
@@ -99,4 +97,4 @@ def places(device: torch.device, folder: Path) -> list[Place]:
 def plenty(device: torch.device) -> Room:
     """Everything on the device and at once."""
     here = Place("device", (device,))
-    return Room(device, here, here, 1 << 62)
+    return Room(device, here, here, 1 << 62, 1, here)

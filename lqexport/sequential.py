@@ -48,7 +48,7 @@ class Sequential:
         numbered = list(enumerate(batch for shard in shards for batch in shard))
         ends = list(accumulate(map(len, shards), initial=0))
         self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.mine(range(len(shards)))]
-        self.keep = job.room.keep_states
+        self.keep = job.room.hidden.keep
         self.inputs = {number: self.keep(model.start(ids)) for shard in self.shards for number, ids in shard}
         self.full = dict(self.inputs)
         model.let_go()

@@ -182,6 +182,10 @@ def test_a_gpus_run_keeps_what_there_is_room_for(name: str) -> None:
     assert most.device > weights
     budget = Budget(24 * 10**9, most.host // 2)
     limited = memory.choose_room(work, gpu, Path(), budget)
+    assert (endless.hidden.name, limited.hidden.name) == ("device", "device")
+    first = memory.memory(work, next(memory.rooms(work, gpu, Path())))
+    just_enough = max(first[name].device for name in (memory.PASSING, memory.SOLVING))
+    assert memory.choose_room(work, gpu, Path(), Budget(just_enough)).hidden.name == "host"
     assert 0 < sum(limited.unpacked) < budget.device + budget.host
     for stage in memory.memory(work, limited).values():
         assert not budget.excess(stage, gpu)
