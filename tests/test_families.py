@@ -375,8 +375,8 @@ def test_smoothing_changes_nothing(case: Case) -> None:
     plain, draw = BlockModel(source), torch.Generator().manual_seed(1)
     found = pairs(plain.architecture, len(plain))
     assert bool(found) == (case.name not in UNSMOOTHED)
-    sizes = {pair: source.shape(f"{pair.norm}.weight") for pair in found}
-    scales = {pair: torch.randint(-2, 3, size, generator=draw).float().exp2() for pair, size in sizes.items()}
+    sizes = {pair: source.shape(f"{pair.giver}.weight")[0] for pair in found}
+    scales = {pair: torch.randint(-2, 3, (size,), generator=draw).float().exp2() for pair, size in sizes.items()}
     smoothed = BlockModel(Smoothed(source, scales))
     plain_states, states = plain.start(torch.tensor([TOKENS])), smoothed.start(torch.tensor([TOKENS]))
     for index in range(len(plain)):

@@ -54,7 +54,9 @@ def logits(model: BlockModel) -> torch.Tensor:
 def test_the_model_stays_the_same_to_the_bit(tiny_model: Path) -> None:
     source = open_source(str(tiny_model))
     draw = torch.Generator().manual_seed(1)
-    scales = {pair: torch.randint(-3, 4, (256,), generator=draw).float().exp2() for pair in pairs(LLAMA, 2)}
+    sizes = {pair: source.shape(f"{pair.giver}.weight")[0] for pair in pairs(LLAMA, 2)}
+    assert sorted(sizes.values()) == [256] * 4 + [512] * 2  # norms, and what is behind an MLP's gate
+    scales = {pair: torch.randint(-3, 4, (size,), generator=draw).float().exp2() for pair, size in sizes.items()}
     smoothed = Smoothed(source, scales)
     assert not torch.equal(smoothed.read(f"{ATTENTION}.weight"), source.read(f"{ATTENTION}.weight").float())
     assert torch.equal(logits(BlockModel(smoothed)), logits(BlockModel(source)))
@@ -80,7 +82,7 @@ def test_columns_end_up_alike(loud_model: Path, text: Path, tmp_path: Path) -> N
     assert float(norm[LOUD] / norm.median()) <= 128 / 2
     assert float(query[LOUD] / query.median()) > 1.5 / 128
     (scales,) = (
-        s for pair, s in scales_between(open_source(str(loud_model)), solved).items() if pair.norm == ATTENTION
+        s for pair, s in scales_between(open_source(str(loud_model)), solved).items() if pair.giver == ATTENTION
     )
     assert scales[LOUD] >= 2 * scales.median()
 
