@@ -2,7 +2,7 @@
 # Large models on a machine with a GPU: memory by depth, several whole layers of a 7B's shape within 8 GB of the GPU, a
 # CPU run under a hard limit, 1, 2 and 4 processes, and NCCL. Needs 26 GB of disk, and no network.
 #
-#     bench/gpu_scale.sh OUT [SECTION ...]      sections: layers depth limit processes nccl (default: all, in this order)
+#     bench/gpu_scale.sh OUT [SECTION ...]      sections: layers experts depth limit processes nccl (default: all, in this order)
 #
 # OUT gets a text file (and a log) for each section; the last lines printed are those files. WORK (default: OUT/work) is
 # for models, DEVICE (cuda), LAYERS (2 4 8 16), HIDDEN (4096), INTERMEDIATE (14336) and VOCABULARY (32000) change sizes.
@@ -25,6 +25,11 @@ layers() {  # every linear, as by default but for fewer samples and steps
   $python bench/depth.py --work "$work/layers" --layers 1 3 $shape --device "$device" -- --target gguf:Q4_K \
     --samples 32 --sequence-length 512 --tune 4 --device-memory 8GB
 }
+experts() {  # a block of 128 experts, some at a time
+  $python bench/depth.py --work "$work/experts" --layers 1 --hidden 2048 --intermediate 768 --experts 128 \
+    --vocabulary 32000 --device "$device" -- --target gguf:Q4_K --samples 32 --sequence-length 512 --tune 4 \
+    --device-memory 5GB
+}
 limit() {  # the deepest model, on the CPU
   $python bench/depth.py --work "$work/limit" --layers ${layers##* } $shape --limit "${LIMIT:-5GB}" -- $few
 }
@@ -44,7 +49,7 @@ nccl() {
 }
 
 failed=0
-for section in ${@:-layers depth limit processes nccl}; do
+for section in ${@:-layers experts depth limit processes nccl}; do
   rm -rf "$work" && mkdir -p "$work"
   began=$SECONDS
   "$section" > "$out/$section.txt" 2> "$out/$section.log"
@@ -53,7 +58,7 @@ for section in ${@:-layers depth limit processes nccl}; do
   echo "$section: exit status $status, $((SECONDS - began)) s" | tee -a "$out/$section.txt"
   rm -rf "$work"
 done
-for section in ${@:-layers depth limit processes nccl}; do
+for section in ${@:-layers experts depth limit processes nccl}; do
   echo && echo "== $section" && cat "$out/$section.txt"
 done
 exit $failed

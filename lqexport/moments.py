@@ -39,6 +39,7 @@ class SecondMoments:
         self.kind, self.power, self._keep = kind, power, keep
         self._shape, self._device = (output_groups, columns, columns), device
         self._shard: Tensor | None = None
+        self._spare: Tensor | None = None  # the memory of the shard before: fresh memory of many matrices takes long
         self._total: Tensor | None = None
         self._finished: Tensor | None = None
         # The number of tokens; then, guided, the trace of each output group's sum at power 1, and as it is.
@@ -59,13 +60,17 @@ class SecondMoments:
         if self.power != 1:
             weights = self._raised(weights, torch.where(usable, energy, 0.0).double())
         if self._shard is None:
-            self._shard = torch.zeros(self._shape, device=self._device)
+            self._shard = self._zeros()
         columns = x.shape[1]
         for lower, weight in zip(self._shard, weights, strict=True):
             weighted = x * weight.sqrt()[:, None]
             for start in range(0, columns, width := -(-columns // PANELS)):
                 panel = slice(start, start + width)
                 lower[start:, panel].addmm_(weighted[:, start:].T, weighted[:, panel])
+
+    def _zeros(self) -> Tensor:
+        spare, self._spare = self._spare, None
+        return torch.zeros(self._shape, device=self._device) if spare is None else spare.zero_()
 
     def _raised(self, weights: list[Tensor], energy: Tensor) -> list[Tensor]:
         """The weights to the power, counting what both make of the tokens' energy float64 [tokens]."""
@@ -76,11 +81,13 @@ class SecondMoments:
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
         """Add what has come since the last call to the total, which process `owner` keeps: the shards of the first
         `senders` processes, in their order."""
-        shard = torch.zeros(self._shape, device=self._device) if self._shard is None else self._shard
+        shard = self._zeros() if self._shard is None else self._shard
         counts = self._shard_counts
         self._shard, self._shard_counts = None, torch.zeros_like(counts)
         for part in processes.collected(shard, owner, senders):
             self._total = self._keep(part) if self._total is None else self._total.add_(part.to(self._total.device))
+        if shard is not self._total:
+            self._spare = shard
         for part in processes.collected(counts, owner, senders):
             self._counts += part
 
@@ -102,6 +109,7 @@ class SecondMoments:
         the tokens first."""
         if self._shard is not None or self._total is None:
             self.end_shard()
+        self._spare = None
         assert self._total is not None
         return self._total, self._counts
 

@@ -66,8 +66,9 @@ def column_scales(magnitudes: Tensor, power: float = POWER) -> Tensor:
 
 
 def scales_between(source: Weights, smoothed: Weights) -> dict[Pair, Tensor]:
-    """The scales by which a model was smoothed, from its norms, and where those tell of any from the sizes of rows. What
-    tuning and rounding move by less than a factor of 1.4 does not matter. Pairs with none but ones are left out."""
+    """The scales by which a model was smoothed, from its norms, and where those tell of any from the sizes of rows.
+    What tuning and rounding move by less than a factor of 1.4 does not matter. Pairs with none but ones are left
+    out."""
     architecture, known = architecture_of(source.config), set(source.names()) & set(smoothed.names())
     found: dict[Pair, Tensor] = {}
     columns: dict[str, Tensor] = {}
