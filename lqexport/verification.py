@@ -49,7 +49,7 @@ class Verification:
 
     adapter            the file of low-rank corrections, or the artifact folder that holds them; None without any
     activations        the type that inputs of linears were rounded to, emulated; None where they were not
-    smoothed           norms that hold other scales than the source's (`lqexport.smoothing`)
+    smoothed           norms and linears whose scales are others than the source's (`lqexport.smoothing`)
     evaluations        of the file, with its adapter where there is one: what the limits are on
     worst              the first evaluation's tokens of the largest KL divergence, with the text before them
     portrait           one linear's weights and grid

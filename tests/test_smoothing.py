@@ -23,19 +23,22 @@ from lqexport.verifying import verify
 
 TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(3))
 ATTENTION = "model.layers.0.input_layernorm"
+MLP = "model.layers.0.mlp"
 LOUD = 7
-"""A column that enters attention a hundred times as large as others."""
+"""A column that enters attention, or down_proj, a hundred times as large as others."""
 
 
 @pytest.fixture(scope="module")
 def loud_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with such a column, and what multiplies it so much smaller."""
+    """The tiny model with such columns, and what multiplies them so much smaller."""
     folder = tmp_path_factory.mktemp("loud") / "model"
     shutil.copytree(tiny_model, folder)
     tensors = load_file(folder / "model.safetensors")
     tensors[f"{ATTENTION}.weight"][LOUD] *= 128
     for name in ("q", "k", "v"):
         tensors[f"model.layers.0.self_attn.{name}_proj.weight"][:, LOUD] /= 128
+    tensors[f"{MLP}.up_proj.weight"][LOUD] *= 128
+    tensors[f"{MLP}.down_proj.weight"][:, LOUD] /= 128
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
@@ -81,19 +84,29 @@ def test_columns_end_up_alike(loud_model: Path, text: Path, tmp_path: Path) -> N
     query = solved.read("model.layers.0.self_attn.q_proj.weight").norm(dim=0)
     assert float(norm[LOUD] / norm.median()) <= 128 / 2
     assert float(query[LOUD] / query.median()) > 1.5 / 128
-    (scales,) = (
-        s for pair, s in scales_between(open_source(str(loud_model)), solved).items() if pair.giver == ATTENTION
-    )
-    assert scales[LOUD] >= 2 * scales.median()
+    found = {pair.giver: scales for pair, scales in scales_between(open_source(str(loud_model)), solved).items()}
+    for giver in (ATTENTION, f"{MLP}.up_proj"):
+        assert found[giver][LOUD] >= 2 * found[giver].median()
 
 
-def test_verify_compares_with_the_smoothed_weights(loud_model: Path, text: Path, tmp_path: Path) -> None:
-    quantize(Recipe(str(loud_model), "gguf:Q8_0", **options(text)), tmp_path / "out")
+def test_no_scales_are_read_off_rows_where_norms_have_none(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    """Rounding to few bits makes rows shorter or longer, too."""
+    quantize(Recipe(str(tiny_model), "gguf:Q2_K", **options(text)), tmp_path / "out")
+    artifact = Artifact(tmp_path / "out")
+    solved = SolvedModel(artifact, artifact.config(), list(artifact.manifest()))
+    assert scales_between(open_source(str(tiny_model)), solved) == {}
+
+
+@pytest.mark.parametrize(("target", "error"), [("gguf:Q8_0", 1e-3), ("gguf:Q4_0", 0.02)])
+def test_verify_compares_with_the_smoothed_weights(
+    target: str, error: float, loud_model: Path, text: Path, tmp_path: Path
+) -> None:
+    quantize(Recipe(str(loud_model), target, **options(text)), tmp_path / "out")
     gguf.write(Artifact(tmp_path / "out"), tmp_path / "model.gguf")
     found = verify(tmp_path / "model.gguf", str(loud_model), text=str(text), windows=1, artifact=tmp_path / "out")
     assert found.failed == []
-    assert all(tensor.weight_error < 1e-3 for tensor in found.tensors)
-    assert found.evaluations[0].kl < 1e-3
+    assert all(tensor.weight_error < error for tensor in found.tensors)
+    assert found.evaluations[0].kl < error
     assert found.smoothed >= 1
     assert SMOOTHED in card(found)
 
