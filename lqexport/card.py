@@ -17,8 +17,8 @@ USE = {
 }
 """How a model is run, by the family of its target."""
 SMOOTHED = (
-    "Norms and rows are scaled, and the columns of the linears behind them by the inverse, so that inputs round better. "
-    "The model is the same, but LoRA adapters that were trained on the source do not fit this file."
+    "Norms and rows are scaled, and the columns of the linears behind them by the inverse, so that inputs round "
+    "better. The model is the same, but LoRA adapters that were trained on the source do not fit this file."
 )
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,16 @@ from lqexport.tiles import in_chunks, tiles
 
 Sums = dict[str, float]
 """Over some rows, by name."""
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Some rows of a linear [R, C]: their planes, and for each tile of them the sums from which facts are made."""
+
+    shape: tuple[int, int]
+    planes: Planes
+    sums: list[Sums]
+
 
 ROUND_CHUNK = 1 << 24
 """Weights rounded at once, so that a large embedding needs little memory."""
@@ -72,38 +82,52 @@ def solve_linear(
     `weight_error` (relative, squared), and the dampening that the factorization took.
     """
     check_finite(name, weight)
-    codec = codec_named(codec_name)
-    if isinstance(codec, PlainCodec):
+    if isinstance(codec_named(codec_name), PlainCodec):
         return round_tensor(name, weight, codec_name)
     room = room or plenty(weight.device)
-    if isinstance(codec, SectionedCodec):  # what the file stores is shared by all rows, and its planes have them last
+    if not rows_are_apart(codec_name):
         room = replace(room, rows=len(weight))
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
-    assert len(hessians) == 1 or isinstance(codec, GridCodec)
+    assert len(hessians) == 1 or rows_are_apart(codec_name)
     runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
-    parts = [part for run in runs for part in _solve_rows(name, *run, codec, recipe, room)]
-    planes = {plane: np.concatenate([part[plane] for part, _ in parts]) for plane in parts[0][0]}
-    facts = _summed_facts([tile for _, tiles in parts for tile in tiles])
-    return StoredTensor(name, codec_name, tuple(weight.shape), planes, facts)
+    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, recipe, room)]
+    return assembled(name, codec_name, parts)
 
 
-def _solve_rows(
-    name: str, weight: Tensor, hessian: Tensor | None, codec: GridCodec | SectionedCodec, recipe: Recipe, room: Room
-) -> Iterator[tuple[Planes, list[Sums]]]:
-    """Planes of some rows at a time, and for each tile of them sums from which the facts are made."""
+def rows_are_apart(codec_name: str) -> bool:
+    """Whether rows are stored by themselves: in EXL2 and GPTQ's layout they share numbers, and planes have them
+    last."""
+    return isinstance(codec_named(codec_name), GridCodec)
+
+
+def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> StoredTensor:
+    """A linear from all its rows."""
+    planes = {plane: np.concatenate([part.planes[plane] for part in parts]) for plane in parts[0].planes}
+    facts = _summed_facts([tile for part in parts for tile in part.sums])
+    return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
+
+
+def solve_rows(
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, room: Room
+) -> Iterator[SolvedRows]:
+    """Rows of a linear, as many at a time as the room says: `weight` [R, C] has whole tiles of them, but for the last
+    ones, and one matrix of second moments [C, C]."""
+    codec = codec_named(codec_name)
+    assert not isinstance(codec, PlainCodec)
     hessian = None if hessian is None else hessian.to(room.device)
     factor = None
     if hessian is not None and recipe.method != "rtn":
         factor = factorize(hessian, recipe.dampening, recipe.act_order, room.factors.keep)
 
-    def work(rows: slice) -> tuple[Planes, list[Sums]]:
+    def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(room.device).float()
         if hessian is None or factor is None:
             grid, codes = _round_to_nearest(codec, chunk)
         else:
             grid, codes = _solve(codec, chunk, hessian, factor, recipe)
         planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
-        return planes, _sums(torch.from_numpy(values).to(room.device), chunk, hessian, factor)
+        sums = _sums(torch.from_numpy(values).to(room.device), chunk, hessian, factor)
+        return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
 
     yield from in_chunks(work, len(weight), room.rows)
 

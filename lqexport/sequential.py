@@ -17,27 +17,33 @@ from lqexport.blocks import BlockModel, linear_of
 from lqexport.collect import input_of, sharded, to_the_end
 from lqexport.corrected import stored_correction, values_of
 from lqexport.job import Job
-from lqexport.linear import check_finite
+from lqexport.linear import check_finite, rows_are_apart
 from lqexport.moments import Group, SecondMoments
+from lqexport.tiles import dealt
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A linear to solve: the weights [R, C] to come near to, float, and its second moments, float32 [C, C]. At the same
-    time the other processes solve the rest of its group, of which `share` is this one's."""
+    """A linear to solve: the weights [R, C] to come near to, float, and its second moments, float32 [C, C].
+
+    rows    those that this process is to solve, where others solve the rest; None for all
+    share   of all that the processes solve at the same time, what this one does
+    """
 
     name: str
     weight: Tensor
     hessian: Tensor
+    rows: slice | None
     share: float
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 class Sequential:
-    """A job's problems. Whoever takes one hands its solution to the artifact before asking for the next. `begin` is
-    called when the first is about to be made: a pass with progress of its own may come before.
+    """A job's problems, by groups of linears with the same inputs. Whoever takes a group's hands their solutions to the
+    artifact before asking for the next group. `begin` is called when the first is about to be made: a pass with
+    progress of its own may come before.
 
-    Several processes share the passes, shard by shard, and each has problems of its own of every group."""
+    Several processes share the passes, shard by shard, and each has problems of its own of every group, or none."""
 
     def __init__(self, job: Job, model: BlockModel, begin: Callable[[], None]) -> None:
         self.job, self.model, self.recipe, self.processes = job, model, job.recipe, job.processes
@@ -56,7 +62,7 @@ class Sequential:
         # A block adds to its input what attention gives, and to that what its output is made of.
         self.first, self.last = model.architecture.adders
 
-    def problems(self) -> Iterator[Problem]:
+    def groups(self) -> Iterator[Iterator[Problem]]:
         """Of the unfinished linears alone."""
         originals = (block for _, block in self.model.blocks()) if self.recipe.asymmetric else repeat(None)
         # What `blocks` gave before is gone when the next is loaded.
@@ -64,7 +70,7 @@ class Sequential:
             self.model.expect(index + 1)
             for group in self.model.architecture.linears_of(index):
                 if names := self.processes.agreed(self.job.unfinished(self.model, index, group)):
-                    yield from self._group(group, names, block, original)
+                    yield self._group(group, names, block, original)
                     self.job.artifact.settle()
                     self.processes.wait()
                 for linear in group:
@@ -85,19 +91,29 @@ class Sequential:
 
     def _group(self, group: Group, names: list[str], block: nn.Module, original: nn.Module | None) -> Iterator[Problem]:
         """This process's share of a group's linears that are named."""
-        mine = self.processes.mine(names)
-        share = len(mine) / len(names)
+        mine, share = self._dealt(names)
         if original is None:
             hessian = self._moments(group, block)
-            for name in mine:
-                yield Problem(name, self.job.source.read(name), hessian, share)
+            for name, rows in mine:
+                yield Problem(name, self.job.source.read(name), hessian, rows, share)
             return
         cross = self._cross_moments(group, names, block, original)
-        for name in mine:
+        for name, rows in mine:
             weight = self.job.source.read(name).to(self.job.device).float()
             check_finite(name, weight)
+            # By all processes that solve a part of it: the strength is of all rows.
             target, strength = cross[name].target(weight, self.recipe.dampening)
-            yield Problem(name, target, cross[name].hessian(), share, {"asymmetric_strength": strength})
+            yield Problem(name, target, cross[name].hessian(), rows, share, {"asymmetric_strength": strength})
+
+    def _dealt(self, names: list[str]) -> tuple[list[tuple[str, slice | None]], float]:
+        """What this process gets of these linears, whole ones or some rows, and its share of all their weights."""
+        linears = [self.job.linears[name] for name in names]
+        whole = [bool(self.recipe.rank) or not rows_are_apart(linear.codec) for linear in linears]
+        rows = [1 if alone else linear.matrix[0] for linear, alone in zip(linears, whole, strict=True)]
+        mine = dealt(rows, self.processes.count)[self.processes.rank]
+        weights = sum(linears[i].weights * (run.stop - run.start) / rows[i] for i, run in mine)
+        parts = [(names[i], None if run == slice(0, rows[i]) else run) for i, run in mine]
+        return parts, weights / sum(linear.weights for linear in linears)
 
     def _moments(self, group: Group, block: nn.Module) -> Tensor:
         columns, keep = linear_of(block, group[0]).in_features, self.job.room.moments.keep

@@ -9,6 +9,8 @@ processes solve different linears.
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -20,15 +22,26 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.tensor_names import is_tied
 from lqexport.corrected import solve_corrected
 from lqexport.job import Job
-from lqexport.linear import solve_linear
+from lqexport.linear import SolvedRows, assembled, solve_linear, solve_rows
 from lqexport.moments import SecondMoments
 from lqexport.recipe import Moments
-from lqexport.sequential import Sequential
+from lqexport.sequential import Problem, Sequential
 
 
 def solve(job: Job) -> None:
     """Solve, pack and write the linears that are not in the artifact yet."""
     _Solving(job).run()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows of a linear, from `start` on, that this process has solved."""
+
+    name: str
+    start: int
+    rows: list[SolvedRows]
+    facts: dict[str, Any]
+    seconds: float
 
 
 class _Solving:
@@ -80,9 +93,34 @@ class _Solving:
 
     def _solve_on_quantized(self, model: BlockModel) -> None:
         """Block by block on inputs from the quantized blocks before; within a block, group by group."""
-        for problem in Sequential(self.job, model, self._begin_solving).problems():
-            linear = self.job.linears[problem.name]
-            self._solve(linear, problem.weight, problem.hessian, problem.share, problem.facts)
+        for group in Sequential(self.job, model, self._begin_solving).groups():
+            parts = []
+            for problem in group:
+                if problem.rows is None:
+                    linear = self.job.linears[problem.name]
+                    self._solve(linear, problem.weight, problem.hessian, problem.share, problem.facts)
+                else:
+                    parts.append(self._solve_part(problem, problem.rows))
+            self._put_together(parts)
+
+    def _solve_part(self, problem: Problem, rows: slice) -> _Part:
+        name, began = problem.name, time.perf_counter()
+        tensor, recipe = self.job.linears[name], self.job.recipe_of(name)
+        solved = solve_rows(name, problem.weight[rows], problem.hessian, tensor.codec, recipe, self.job.room)
+        part = _Part(name, rows.start, list(solved), problem.facts, time.perf_counter() - began)
+        self.job.listener.advance(round(tensor.matrix[1] * (rows.stop - rows.start) / problem.share))
+        return part
+
+    def _put_together(self, mine: list[_Part]) -> None:
+        """Write the linears whose first rows are this process's, from all processes' parts."""
+        found = [part for parts in self.processes.everyones(mine) for part in parts]
+        for first in mine:
+            if first.start == 0:
+                parts = sorted((part for part in found if part.name == first.name), key=attrgetter("start"))
+                solved = assembled(
+                    first.name, self.job.linears[first.name].codec, [r for part in parts for r in part.rows]
+                )
+                self._write([replace(solved, facts=solved.facts | first.facts)], first.seconds)
 
     def _solve(
         self, tensor: PlannedTensor, weight: Tensor, hessian: Tensor | None, share: float,
@@ -92,10 +130,14 @@ class _Solving:
         name, began = tensor.name, time.perf_counter()
         *factors, solved = self._solved(name, weight, hessian, tensor.codec)
         solved.facts.update(facts or {})
-        for stored in (*factors, solved):  # the linear comes last: where it is, its factors are
-            self.artifact.write_behind(stored)
-        self.artifact.log({"name": name, "seconds": round(time.perf_counter() - began, 3), **solved.facts})
+        self._write([*factors, solved], time.perf_counter() - began)
         self.job.listener.advance(round(tensor.weights / share))
+
+    def _write(self, solved: list[StoredTensor], seconds: float) -> None:
+        """The linear comes last: where it is, its factors are."""
+        for stored in solved:
+            self.artifact.write_behind(stored)
+        self.artifact.log({"name": stored.name, "seconds": round(seconds, 3), **stored.facts})
 
     def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
         recipe = self.job.recipe_of(name)

@@ -7,7 +7,9 @@ whole tiles.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby, pairwise
+from operator import itemgetter
 from typing import TypeVar
 
 import torch
@@ -35,6 +37,19 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 def whole_tiles(rows: int) -> int:
     """As many rows as fit in `rows` in whole tiles, one tile at least."""
     return max(ROW_TILE, rows // ROW_TILE * ROW_TILE)
+
+
+def dealt(rows: Sequence[int], count: int) -> list[list[tuple[int, slice]]]:
+    """Matrices of so many rows, dealt out to `count` processes tile by tile, in their order: for each process numbers
+    of matrices, and the rows that it gets of them."""
+    units = [(number, start) for number, each in enumerate(rows) for start in range(0, each, ROW_TILE)]
+    ends = [-(-len(units) * process // count) for process in range(count + 1)]
+    found = []
+    for first, end in pairwise(ends):
+        runs = groupby(units[first:end], key=itemgetter(0))
+        starts = [(number, [start for _, start in run]) for number, run in runs]
+        found.append([(number, slice(some[0], min(some[-1] + ROW_TILE, rows[number]))) for number, some in starts])
+    return found
 
 
 def in_chunks(work: Callable[[slice], T], count: int, rows: int) -> Iterator[T]:

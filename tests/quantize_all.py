@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
+from lqexport import memory, tiles
 from lqexport.memory import Budget
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
@@ -45,6 +46,7 @@ def pretend() -> Any:
 
 
 if __name__ == "__main__":
+    tiles.ROW_TILE = memory.ROW_TILE = 64  # so that small matrices have several
     there = "cuda" in sys.argv
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")

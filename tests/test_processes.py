@@ -15,6 +15,7 @@ import psutil
 import pytest
 import torch
 
+from lqexport import tiles
 from lqexport.artifact import Artifact
 from lqexport.collect import SHARDS, batches, sharded
 from lqexport.moments import SecondMoments
@@ -124,3 +125,19 @@ def test_a_total_is_of_the_shards_in_order() -> None:
         whole.end_shard()
     first, second, third = (single.hessian() * 256 for single in alone)
     assert torch.equal(whole.hessian(), (first + second + third) / 768)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
+def test_tiles_are_dealt_out_in_order(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each to one process, and as many to each, but for one; the first has some."""
+    monkeypatch.setattr(tiles, "ROW_TILE", 64)
+    rows = [200, 64, 1, 96]
+    found = tiles.dealt(rows, count)
+    runs = [run for each in found for run in each]
+    covered = [(number, row) for number, run in runs for row in range(run.start, run.stop)]
+    assert covered == [(number, row) for number, each in enumerate(rows) for row in range(each)]
+    assert all(run.start % 64 == 0 and (run.stop % 64 == 0 or run.stop == rows[number]) for number, run in runs)
+    sizes = [sum(-(-(run.stop - run.start) // 64) for _, run in each) for each in found]
+    assert sum(sizes) == 8
+    assert max(sizes) - min(sizes) <= 1
+    assert sizes[0] == max(sizes)
