@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lqexport.blocks import linear_of
 from lqexport.converters.architecture import Architecture
+from lqexport.converters.tensor_names import expert_number
 from lqexport.experts import fill_up, parts, pooled
 from lqexport.moments import Group, SecondMoments, TokenWeights
 from lqexport.processes import Processes
@@ -37,6 +38,11 @@ class BlockCollector:
         self._pools: dict[str, SecondMoments] = {}
         self._found: dict[Group, Collector] = {}
         self._open: list[Collector] = []
+
+    def experts(self, number: int) -> list[int]:
+        """Whose linears part `number` has."""
+        numbers = (expert_number(group[0]) for group in self.parts[number])
+        return sorted({number for number in numbers if number is not None})
 
     @contextlib.contextmanager
     def collecting(self, block: nn.Module, number: int, watch: Watch) -> Iterator[None]:

@@ -188,7 +188,7 @@ def disk(work: Work, parts: int = 1) -> Disk:
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
     # To solve it, and where there is a choice to measure, or tuning, once more for each.
-    again = _again(work, parts)
+    again = (parts - 1) * (1 - work.architecture.leading / work.blocks)
     through = source_passes(work) + again + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
     passed = (3 + 2 * again) * states if work.guided else 0
     read = round(through * source + rereads * artifact + passed + measured)
@@ -274,8 +274,12 @@ def passes(work: Work, parts: int = 1) -> float:
 
 
 def _again(work: Work, parts: int) -> float:
-    """How often all blocks are passed through again because their experts come in so many parts."""
-    return (parts - 1) * (1 - work.architecture.leading / work.blocks)
+    """How often all blocks are passed through again because their experts come in so many parts; guided, those of
+    other parts are left out."""
+    weights = [work.share(tensor) * tensor.weights for tensor in work.linears]
+    experts = sum(w for w, tensor in zip(weights, work.linears, strict=True) if ".experts." in tensor.name)
+    share = experts / sum(weights) if work.guided and work.architecture.adds else 0.0
+    return (parts - 1) * (1 - share + share / parts) * (1 - work.architecture.leading / work.blocks)
 
 
 def _tuning(work: Work, forward: float) -> float:

@@ -20,6 +20,7 @@ from lqexport.blocks import BlockModel
 from lqexport.collect import embed_batches, run_through, sharded, windows
 from lqexport.errors import AGAIN
 from lqexport.factor import Keep, in_place
+from lqexport.modules import run_only
 from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
@@ -134,6 +135,8 @@ def _pass_back(
     """Collects part `number` of a block for the owner; with the first, keeps the gradients by the block's inputs."""
     (index,) = {collector.index for collector in collectors}
     block = model.block(index)
+    if number and model.architecture.adds:  # so that no expert's gradients depend on what others give
+        run_only(block, collectors[0].experts(number))
     with contextlib.ExitStack() as hooks:
         for collector in collectors:
             hooks.enter_context(collector.collecting(block, number, _inputs_and_gradient))

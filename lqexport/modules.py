@@ -3,6 +3,7 @@ experts that share one tensor are taken apart, and transposed weights become lin
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import chain
 from typing import Any
 
@@ -31,7 +32,12 @@ class Expert(nn.Module):
 
 class Experts(nn.ModuleList):
     """In the place of transformers' module with the weights of all experts [experts, 2 * inner, hidden] in one tensor:
-    each expert sees the tokens that are routed to it."""
+    each expert sees the tokens that are routed to it.
+
+    only   numbers of those that run, where the outputs of others are not wanted; None for all
+    """
+
+    only: Collection[int] | None = None
 
     def __init__(self, stacked: nn.Module) -> None:
         weights, activation = stacked.gate_up_proj, stacked.act_fn
@@ -43,12 +49,19 @@ class Experts(nn.ModuleList):
     def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
         """hidden [tokens, hidden]; the chosen experts' numbers and their shares [tokens, chosen experts]."""
         total = torch.zeros_like(hidden)
-        for number, expert in enumerate(self):
+        for number in range(len(self)) if self.only is None else self.only:
             tokens, places = torch.where(chosen == number)
             if len(tokens):
-                part = expert(hidden[tokens]) * shares[tokens, places, None]
+                part = self[number](hidden[tokens]) * shares[tokens, places, None]
                 total = total.index_add(0, tokens, part.to(total.dtype))
         return total
+
+
+def run_only(block: nn.Module, experts: Collection[int]) -> None:
+    """Have the block run these of its experts alone."""
+    for module in block.modules():
+        if isinstance(module, Experts):
+            module.only = experts
 
 
 def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
