@@ -64,6 +64,9 @@ class BlockCollector:
             for linear, total in watched:
                 hooks.enter_context(watch(linear_of(block, linear), total.add))
             yield
+        for total in self._open:
+            if isinstance(total, SecondMoments):
+                total.release()
 
     def end_shard(self, processes: Processes, owner: int, senders: int) -> None:
         """As `SecondMoments.end_shard`, for all that this pass collects."""

@@ -91,6 +91,10 @@ class SecondMoments:
         for part in processes.collected(counts, owner, senders):
             self._counts += part
 
+    def release(self) -> None:
+        """No further shard comes: let go of the memory that is kept for it."""
+        self._spare = None
+
     def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
         """Each token's weight [tokens], for each output group."""
         if self.kind == "plain":
@@ -109,7 +113,7 @@ class SecondMoments:
         the tokens first."""
         if self._shard is not None or self._total is None:
             self.end_shard()
-        self._spare = None
+        self.release()
         assert self._total is not None
         return self._total, self._counts
 

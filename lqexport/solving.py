@@ -117,9 +117,8 @@ class _Solving:
         for first in mine:
             if first.start == 0:
                 parts = sorted((part for part in found if part.name == first.name), key=attrgetter("start"))
-                solved = assembled(
-                    first.name, self.job.linears[first.name].codec, [r for part in parts for r in part.rows]
-                )
+                rows = [run for part in parts for run in part.rows]
+                solved = assembled(first.name, self.job.linears[first.name].codec, rows)
                 self._write([replace(solved, facts=solved.facts | first.facts)], first.seconds)
 
     def _solve(
