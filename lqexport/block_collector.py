@@ -39,8 +39,11 @@ class BlockCollector:
         self._found: dict[Group, Collector] = {}
         self._open: list[Collector] = []
 
-    def experts(self, number: int) -> list[int]:
-        """Whose linears part `number` has."""
+    def alone(self, number: int) -> list[int] | None:
+        """The experts that a backward pass needs for part `number`, None for all: after the first part those whose
+        linears it has, if what experts give is added up as it is, so that no gradient depends on what others give."""
+        if number == 0 or not self._architecture.adds:
+            return None
         numbers = (expert_number(group[0]) for group in self.parts[number])
         return sorted({number for number in numbers if number is not None})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
 import torch
@@ -16,8 +16,9 @@ from torch import nn
 from lqexport.background import read_ahead
 from lqexport.converters.architecture import FIRST
 from lqexport.converters.architectures import architecture_of
+from lqexport.converters.tensor_names import expert_number
 from lqexport.errors import UserError
-from lqexport.modules import compute_buffers, meta_model
+from lqexport.modules import compute_buffers, meta_model, run_only
 from lqexport.weights import Weights
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -76,6 +77,11 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
+
+
+def _is_of(name: str, experts: Collection[int] | None) -> bool:
+    """Whether a tensor belongs to one of these experts, or to none."""
+    return experts is None or expert_number(name) in (None, *experts)
 
 
 def _empty(module: nn.Module) -> None:
@@ -147,15 +153,20 @@ class BlockModel:
         for name in [*self._embeddings(), *output]:
             _empty(self._model.get_submodule(name))
 
-    def expect(self, index: int) -> None:
+    def expect(self, index: int, experts: Collection[int] | None = None) -> None:
         """Have block `index`, if there is one, read from disk in the background: it comes next."""
         if 0 <= index < len(self):
-            read_ahead(self.weights, self.names(index))
+            read_ahead(self.weights, [name for name in self.names(index) if _is_of(name, experts)])
 
-    def block(self, index: int) -> nn.Module:
-        """Decoder block `index` with its weights on the device."""
+    def block(self, index: int, experts: Collection[int] | None = None) -> nn.Module:
+        """Decoder block `index` with its weights on the device; of its experts these alone, where they are given: no
+        others are read or run."""
         block = copy.deepcopy(self._blocks[index])
-        self._load(block, f"{self.architecture.blocks}.{index}", self.multiplied(index))
+        prefix = f"{self.architecture.blocks}.{index}"
+        names = {own: f"{prefix}.{own}" for own in block.state_dict() if _is_of(own, experts)}
+        self._fill(block, names, self.multiplied(index))
+        if experts is not None:
+            run_only(block, experts)
         block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
         if self.rounding is not None:
             for name in self.linears(index):
@@ -231,25 +242,21 @@ class BlockModel:
         """A module outside the blocks with its weights on the device; `weight` is the tensor where it is another's."""
         module = self._model.get_submodule(name)
         if next(module.parameters()).is_meta:
-            if weight is None:
-                self._load(module, name)
-            else:
-                self._fill(module, {"weight": weight}, {})
+            own = {key: f"{name}.{key}" for key in module.state_dict()}
+            self._fill(module, own if weight is None else {"weight": weight}, {})
         return module
 
-    def _load(self, module: nn.Module, prefix: str, dtypes: dict[str, torch.dtype] | None = None) -> None:
-        self._fill(module, {own: f"{prefix}.{own}" for own in module.state_dict()}, dtypes or {})
-
     def _fill(self, module: nn.Module, names: dict[str, str], dtypes: dict[str, torch.dtype]) -> None:
-        """Give a module its weights: tensors by the names of its parameters, some in a dtype of their own. Raises
-        UserError where they do not fit."""
+        """Give a module its weights: tensors by the names of its parameters, some in a dtype of their own; what is not
+        named stays without. Raises UserError where they do not fit."""
         wanted = {own: dtypes.get(own, self.dtype) for own in names}
         state = {own: self.weights.read(name).to(self.device, wanted[own]) for own, name in names.items()}
-        for own, parameter in module.state_dict().items():
-            if state[own].shape != parameter.shape:
+        parameters = module.state_dict()
+        for own, tensor in state.items():
+            if tensor.shape != parameters[own].shape:
                 raise UserError(
-                    f"{names[own]} has the shape {list(state[own].shape)}, where by config.json it is "
-                    f"{list(parameter.shape)}. Copy or download the model again."
+                    f"{names[own]} has the shape {list(tensor.shape)}, where by config.json it is "
+                    f"{list(parameters[own].shape)}. Copy or download the model again."
                 )
-        module.load_state_dict(state, assign=True)
+        module.load_state_dict(state, assign=True, strict=False)
         module.requires_grad_(False)

@@ -188,7 +188,7 @@ def disk(work: Work, parts: int = 1) -> Disk:
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
     # To solve it, and where there is a choice to measure, or tuning, once more for each.
-    again = (parts - 1) * (1 - work.architecture.leading / work.blocks)
+    again = _again(work, parts, [tensor.weights for tensor in work.linears])
     through = source_passes(work) + again + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
     passed = (3 + 2 * again) * states if work.guided else 0
     read = round(through * source + rereads * artifact + passed + measured)
@@ -267,16 +267,16 @@ def passes(work: Work, parts: int = 1) -> float:
     experts is run again for each part. With the quantized prefix a block runs as far as each group of linears, and then
     whole, in one model or two."""
     if work.recipe.prefix == "full":
-        return 1 + 2 * (1 + _again(work, parts)) if work.guided else 1 + _again(work, parts)
+        again = _again(work, parts, [work.share(tensor) * tensor.weights for tensor in work.linears])
+        return 1 + 2 * (1 + again) if work.guided else 1 + again
     sizes = [sum(tensor.weights for tensor in group) for group in work.groups]
     runs = 1 + sum(accumulate(sizes[:-1])) / max(1, sum(sizes))
     return runs * (1 + bool(work.recipe.asymmetric)) + 3 * work.guided
 
 
-def _again(work: Work, parts: int) -> float:
-    """How often all blocks are passed through again because their experts come in so many parts; guided, those of
-    other parts are left out."""
-    weights = [work.share(tensor) * tensor.weights for tensor in work.linears]
+def _again(work: Work, parts: int, weights: list[float]) -> float:
+    """How often all blocks are passed through again because their experts come in so many parts, by what the linears
+    weigh; guided, those of other parts are left out."""
     experts = sum(w for w, tensor in zip(weights, work.linears, strict=True) if ".experts." in tensor.name)
     share = experts / sum(weights) if work.guided and work.architecture.adds else 0.0
     return (parts - 1) * (1 - share + share / parts) * (1 - work.architecture.leading / work.blocks)

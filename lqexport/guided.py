@@ -20,7 +20,6 @@ from lqexport.blocks import BlockModel
 from lqexport.collect import embed_batches, run_through, sharded, windows
 from lqexport.errors import AGAIN
 from lqexport.factor import Keep, in_place
-from lqexport.modules import run_only
 from lqexport.moments import SecondMoments, TokenWeights
 from lqexport.processes import ALONE, Processes
 from lqexport.progress import Listener
@@ -70,7 +69,11 @@ def guided_pass(
             for owner, collectors in enumerate(blocks):
                 if number < len(collectors[0].parts):
                     _pass_back(model, collectors, number, states, processes, owner)
-            model.expect(window[0] if number + 1 < count else window[-1] - 1)
+            first = blocks[0][0]
+            if number + 1 < len(first.parts):
+                model.expect(first.index, first.alone(number + 1))
+            else:
+                model.expect(window[-1] - 1)
             if processes.rank < len(blocks):
                 yield [collector.moments() for collector in blocks[processes.rank]]
         # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
@@ -134,9 +137,7 @@ def _pass_back(
 ) -> None:
     """Collects part `number` of a block for the owner; with the first, keeps the gradients by the block's inputs."""
     (index,) = {collector.index for collector in collectors}
-    block = model.block(index)
-    if number and model.architecture.adds:  # so that no expert's gradients depend on what others give
-        run_only(block, collectors[0].experts(number))
+    block = model.block(index, collectors[0].alone(number))
     with contextlib.ExitStack() as hooks:
         for collector in collectors:
             hooks.enter_context(collector.collecting(block, number, _inputs_and_gradient))

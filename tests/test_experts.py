@@ -12,12 +12,14 @@ from torch import Tensor
 
 from lqexport import collect, memory
 from lqexport.block_collector import BlockCollector, BlockMoments
+from lqexport.blocks import BlockModel
 from lqexport.converters.architectures import MIXTRAL
 from lqexport.converters.tensor_names import expert_number
 from lqexport.experts import FILL, fill_up, parts, pooled
 from lqexport.moments import SecondMoments
 from lqexport.pipeline import quantize
 from lqexport.recipe import Recipe
+from lqexport.source import open_source
 
 CPU, COLUMNS = torch.device("cpu"), 12
 TWO = MIXTRAL.expanded(2)
@@ -172,6 +174,27 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
             quantize(recipe, tmp_path / "stopped")
     quantize(recipe, tmp_path / "stopped")
     assert digests(tmp_path / "stopped") == digests(tmp_path / "whole")
+
+
+def test_of_a_block_only_some_experts_are_read_and_run(experts_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = BlockModel(open_source(str(experts_model)))
+    hidden, read = model.start(torch.arange(48)[None]), model.weights.read
+    names: list[str] = []
+
+    def noted(name: str) -> Tensor:
+        names.append(name)
+        return read(name)
+
+    monkeypatch.setattr(model.weights, "read", noted)
+    some = model.block(1, experts=[1, 3])
+    assert {expert_number(name) for name in names} == {None, 1, 3}
+    assert len(names) == len(some.state_dict()) - 3 * 3
+    seen: list[Tensor] = []
+    for block in (some, model.block(1)):
+        last = block.get_submodule("mlp.experts.3.down_proj")
+        last.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+        model.run(block, hidden)
+    assert torch.equal(*seen)
 
 
 def digests(folder: Path) -> dict[str, str]:
