@@ -40,10 +40,8 @@ def device(load_script: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture
-def pretended(device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """The mode, entered, and torch sees one CUDA device."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40))
+def pretended(device: ModuleType) -> Iterator[Any]:
+    """The mode, entered."""
     with device.PretendedCuda() as mode:
         yield mode
     cuda_exl2._units.cache_clear()
@@ -118,6 +116,17 @@ def test_what_a_device_takes_from_the_cpu_is_taken(pretended: Any) -> None:
     assert [tensor.device.type for tensor in made] == ["cuda"] * 4
     assert x.cpu().numpy().sum() == 16
     assert x.cpu().device.type == torch.zeros_like(x, device="cpu").device.type == "cpu"
+
+
+def test_what_the_device_replaces_comes_back(device: ModuleType) -> None:
+    """Also where it is entered again meanwhile, as by a gradient's hook."""
+    before = torch.autocast, torch.cuda.device_count, torch.cuda.mem_get_info
+    with device.PretendedCuda() as mode:
+        for _ in range(2):
+            with mode:
+                assert torch.cuda.device_count() == 1
+            assert torch.autocast is not before[0]
+    assert (torch.autocast, torch.cuda.device_count, torch.cuda.mem_get_info) == before
 
 
 def test_gradients_are_on_the_device(pretended: Any) -> None:

@@ -4,13 +4,17 @@ Within `PretendedCuda`, whatever torch is asked to put on a CUDA device becomes 
 another name for its device. Its results are there too, and an operation that mixes it with tensors of the CPU, as a
 real device would not, raises. So a whole run, with real data, shows where a tensor is on the wrong device.
 
+torch sees one such device, with plenty of memory, and its autocast is the CPU's.
+
 What real devices take from the CPU is taken: numbers (tensors without axes), indices in brackets, and copies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -42,14 +46,19 @@ class PretendedCuda(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.products: list[tuple[torch.dtype, str]] = []
+        self._replaced: list[ExitStack] = []
 
     def __enter__(self) -> PretendedCuda:
-        self._autocast, torch.autocast = torch.autocast, _autocast_there
+        replaced = ExitStack()
+        replaced.enter_context(patch.object(torch, "autocast", _autocast_there))
+        replaced.enter_context(patch.object(torch.cuda, "device_count", lambda: 1))
+        replaced.enter_context(patch.object(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40)))
+        self._replaced.append(replaced)  # hooks enter the mode while it is entered
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
-        torch.autocast = self._autocast
         super().__exit__(*raised)
+        self._replaced.pop().close()
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
