@@ -48,8 +48,9 @@ nccl() {
     --samples 16 --sequence-length 64 --tune 0
 }
 
+sections=${*:-layers experts depth limit processes nccl}
 failed=0
-for section in ${@:-layers experts depth limit processes nccl}; do
+for section in $sections; do
   rm -rf "$work" && mkdir -p "$work"
   began=$SECONDS
   "$section" > "$out/$section.txt" 2> "$out/$section.log"
@@ -58,7 +59,7 @@ for section in ${@:-layers experts depth limit processes nccl}; do
   echo "$section: exit status $status, $((SECONDS - began)) s" | tee -a "$out/$section.txt"
   rm -rf "$work"
 done
-for section in ${@:-layers experts depth limit processes nccl}; do
+for section in $sections; do
   echo && echo "== $section" && cat "$out/$section.txt"
 done
 exit $failed

@@ -10,7 +10,7 @@ a power of the inputs' size that the columns are scaled by; 0 is none. Prints Ma
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
@@ -50,8 +50,8 @@ class Rounding(BlockModel):
         super().__init__(weights)
         self._group, self._kinds = group, kinds
 
-    def block(self, index: int) -> torch.nn.Module:
-        block = super().block(index)
+    def block(self, index: int, experts: Collection[int] | None = None) -> torch.nn.Module:
+        block = super().block(index, experts)
         for name in self.linears(index):
             if any(kind in name for kind in self._kinds):
                 block.get_submodule(name).register_forward_pre_hook(rounded(self._group))

@@ -16,7 +16,7 @@ from typing import Any
 from lqexport.converters.architecture import Architecture
 from lqexport.converters.architectures import architecture_of, normalized
 from lqexport.converters.plan import PlannedTensor
-from lqexport.converters.tensor_names import block_module, of_each_expert
+from lqexport.converters.tensor_names import block_module, expert_number, of_each_expert
 from lqexport.experts import parts as parts_of
 from lqexport.experts import pooled, sees_hidden_states
 from lqexport.moments import Group
@@ -125,7 +125,7 @@ class Work:
 
     def share(self, tensor: PlannedTensor) -> float:
         """Of the tokens, how many go through a linear: all, or those that are routed to an expert, on average."""
-        return self._routed if ".experts." in tensor.name else 1.0
+        return 1.0 if expert_number(tensor.name) is None else self._routed
 
     @cached_property
     def _routed(self) -> float:
@@ -277,7 +277,8 @@ def passes(work: Work, parts: int = 1) -> float:
 def _again(work: Work, parts: int, weights: list[float]) -> float:
     """How often all blocks are passed through again because their experts come in so many parts, by what the linears
     weigh; guided, those of other parts are left out."""
-    experts = sum(w for w, tensor in zip(weights, work.linears, strict=True) if ".experts." in tensor.name)
+    pairs = zip(weights, work.linears, strict=True)
+    experts = sum(weight for weight, tensor in pairs if expert_number(tensor.name) is not None)
     share = experts / sum(weights) if work.guided and work.architecture.adds else 0.0
     return (parts - 1) * (1 - share + share / parts) * (1 - work.architecture.leading / work.blocks)
 

@@ -17,6 +17,7 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from lqexport.artifact import Artifact
 
@@ -112,6 +113,17 @@ def root() -> Path:
     return ROOT
 
 
+def save_random(folder: Path, kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Path:
+    """A model of this kind with random weights, and a tokenizer, as a Hugging Face folder."""
+    import torch
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        kind(config).to(dtype).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Hugging Face folder with a random Llama: 2 blocks, hidden size 256, MLP 512, 4 heads on 2 key-value heads, tied
@@ -132,12 +144,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-    model.half().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_random(folder, LlamaForCausalLM, config, torch.float16)
 
 
 @pytest.fixture(scope="session")
@@ -150,11 +157,7 @@ def smaller_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(vocab_size=512, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=512,
                          bos_token_id=0, eos_token_id=0)  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        LlamaForCausalLM(config).half().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_random(folder, LlamaForCausalLM, config, torch.float16)
 
 
 @pytest.fixture(scope="session")
@@ -172,12 +175,7 @@ def experts_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         vocab_size=512, num_attention_heads=2, num_key_value_heads=2, bos_token_id=0, eos_token_id=0,
         max_position_embeddings=512, **latent, **sizes, **experts,
     )  # fmt: skip
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = DeepseekV2ForCausalLM(config)
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
+    return save_random(folder, DeepseekV2ForCausalLM, config, torch.float32)
 
 
 @pytest.fixture(scope="session")
