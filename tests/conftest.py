@@ -1,4 +1,4 @@
-"""What all tests share: no import from the repository root, and models to work on."""
+"""What all tests share: no import from the repository root, imports from tests/helpers, and models to work on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ ROOT = Path(__file__).parent.parent
 Server = TypeVar("Server", bound=BaseServer)
 # The folders at the root must be found as lqexport.formats and so on, never as `formats`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
+HELPERS = Path(__file__).parent / "helpers"
+sys.path.insert(0, str(HELPERS))
+pytest.register_assert_rewrite(*(path.stem for path in HELPERS.glob("*.py")))
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the network
 

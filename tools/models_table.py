@@ -17,8 +17,8 @@ COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "wind
 
 
 def tested() -> dict[str, list[str]]:
-    """Family -> names of its cases in tests/test_families.py."""
-    spec = importlib.util.spec_from_file_location("families_of_tests", ROOT / "tests" / "test_families.py")
+    """Family -> names of its cases in tests/helpers/family_cases.py."""
+    spec = importlib.util.spec_from_file_location("family_cases", ROOT / "tests" / "helpers" / "family_cases.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

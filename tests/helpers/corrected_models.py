@@ -1,0 +1,64 @@
+"""Runs with low-rank corrections, and artifacts with random factors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lqexport.artifact import Artifact
+from lqexport.converters.factors import factor_names
+from lqexport.linear import round_tensor
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+from lqexport.source import open_source
+from lqexport.texts import read_text
+
+Q = "model.layers.1.self_attn.q_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def options(tiny_model: Path, text: Path) -> dict[str, Any]:
+    return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), "samples": 4,
+            "sequence_length": 64, "method": "gptq", "moments": "normalized"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def corrected(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    folder = tmp_path_factory.mktemp("corrected") / "out"
+    quantize(Recipe(**options, rank=16), folder)
+    return Artifact(folder)
+
+
+def handmade(model: Path, folder: Path, size: float, kind: str = "gguf:F32") -> Artifact:
+    """The model in float32 with random factors of a rank of its own for each linear but one."""
+    source, artifact, draw = open_source(str(model)), Artifact(folder), torch.Generator().manual_seed(4)
+    artifact.begin({"recipe": {"target": "gguf:F32"}})
+    source.copy_model_files(artifact.model_folder)
+    written = []
+    for number, name in enumerate(source.names()):
+        weight = source.read(name).float()
+        parts = [(name, weight, "gguf:F32")]
+        if "proj" in name and name != Q:
+            rank = 32 * (1 + number % 3)
+            for factor, shape in zip(factor_names(name), ((rank, weight.shape[1]), (len(weight), rank)), strict=True):
+                parts.append((factor, size * torch.randn(shape, generator=draw), kind))
+        for part in parts:
+            artifact.write(round_tensor(*part))
+            written.append(part[0])
+    artifact.finish(written, {"tensors": []})
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return handmade(tiny_model, tmp_path_factory.mktemp("hand") / "artifact", 0.05)
+
+
+@pytest.fixture(scope="module")
+def heldout(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("heldout") / "text.txt"
+    path.write_text(read_text("python-heldout").content[:20_000], encoding="utf-8")
+    return str(path)

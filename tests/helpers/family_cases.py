@@ -1,0 +1,245 @@
+"""One small random model and tokenizer of each architecture of the table, by case."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from lqexport.artifact import Artifact
+from lqexport.converters import gguf
+from lqexport.converters.architecture import Architecture
+from lqexport.converters.architectures import find_architecture
+from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS
+from lqexport.modules import expected_shapes
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+
+SPECIAL = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
+NARROW = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+ONE_KEY_A_QUERY = NARROW | {"intermediate_size": 96, "max_position_embeddings": 512}
+SIZES = ONE_KEY_A_QUERY | {"num_key_value_heads": 2}
+GPT2_SIZES = SPECIAL | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4}
+LONGROPE |= {"short_factor": [1 + i / 8 for i in range(8)], "long_factor": [1.5 + i for i in range(8)]}
+YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e4, "original_max_position_embeddings": 32}
+WIDE_HEADS = {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 16}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
+WINDOWS = {
+    "rope_parameters": GEMMA3_ROPE,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    "num_hidden_layers": 3,
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+LATENT = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 24}
+DEEPSEEK_ROPE = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
+DEEPSEEK = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "rope_parameters": DEEPSEEK_ROPE}
+DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+DEEPSEEK_V3 = DEEPSEEK | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1}
+DEEPSEEK_V2 = DEEPSEEK | {"n_shared_experts": 2, "routed_scaling_factor": 1.5}
+# llama.cpp knows these by their number of blocks. What is rounded may send a token to other experts in each of them.
+PLAIN_QUERIES = {"q_lora_rank": None, "num_hidden_layers": 26, "first_k_dense_replace": 25}
+PLAIN_QUERIES |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
+UNSMOOTHED = ("mixtral", "qwen3moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-lite")
+UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
+"""Cases without a norm that gives the inputs of some linears and nothing else, or with experts."""
+SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
+
+CASES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
+    "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
+    "qwen2": ("Qwen2Config", SIZES | {"rope_parameters": YARN}, "qwen2"),
+    "qwen3": ("Qwen3Config", SIZES | {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": YARN}, "qwen2"),
+    "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
+    "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
+    "phi3": ("Phi3Config", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, "pieces"),
+    "phi3-short": (
+        "Phi3Config",
+        SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 256},
+        "pieces",
+    ),
+    "phi4": ("Phi3Config", SIZES | {"partial_rotary_factor": 0.5}, "smaug-bpe"),
+    "mixtral": ("MixtralConfig", SIZES | {"num_local_experts": 4}, "pieces"),
+    "qwen3moe": ("Qwen3MoeConfig", SIZES | EXPERTS | {"head_dim": 32, "rope_parameters": YARN}, "qwen2"),
+    "deepseek-v3": ("DeepseekV3Config", DEEPSEEK_V3 | {"q_lora_rank": 32}, "deepseek-v3"),
+    "deepseek-v3-lite": ("DeepseekV3Config", DEEPSEEK_V3 | PLAIN_QUERIES | {"n_group": 2}, "smaug-bpe"),
+    "deepseek-v2": ("DeepseekV2Config", DEEPSEEK_V2 | {"q_lora_rank": 32}, "smaug-bpe"),
+    "deepseek-v2-lite": ("DeepseekV2Config", DEEPSEEK_V2 | PLAIN_QUERIES, "smaug-bpe"),
+    "olmo2": ("Olmo2Config", SIZES, "smaug-bpe"),
+    "smollm3": ("SmolLM3Config", SIZES | {"num_hidden_layers": 4, "rope_parameters": YARN}, "llama-bpe"),
+    "granite": ("GraniteConfig", SIZES | SCALES, "smollm"),
+    "starcoder2": ("Starcoder2Config", SIZES, "smollm"),
+    "falcon": ("FalconConfig", NARROW | {"num_kv_heads": 2, "new_decoder_architecture": True}, "falcon"),
+    "falcon-7b": ("FalconConfig", NARROW, "falcon"),
+    "gptneox": ("GPTNeoXConfig", ONE_KEY_A_QUERY, "gpt-2"),
+    "gptneox-serial": ("GPTNeoXConfig", ONE_KEY_A_QUERY | {"use_parallel_residual": False}, "gpt-2"),
+    "gpt2": ("GPT2Config", GPT2_SIZES, "gpt-2"),
+}
+"""Name -> transformers' config class, its options, and the kind of tokenizer."""
+
+STRINGS = (
+    "Hello world",
+    " two  spaces   and\ttabs\n\nnew lines \n ends with space ",
+    "it's they'LL WE'VE I'd x's 'quoted'",
+    "numbers 1 12 123 1234 12345.678",
+    "def f(x):\n    return x[1:-1]  # ok\n\n\n\tif True:\n        pass",
+    "naïve café Größe",
+    "日本語のテキスト 中文，标点。 한국어",
+    "emoji 🙂👩‍👩‍👧 flags 🇫🇷",
+    "camelCase HTMLParser snake_case\r\nwindows\r\n\r\n",
+    "<s>with</s> special<tool>tokens",
+    "a",
+    " ",
+)
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """Random, with logits of unit scale; norms and biases are random too, so that a mix-up shows."""
+    torch.manual_seed(0)
+    kind, options, _ = CASES[name]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options)).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "norm" in parameter_name or ".ln_" in parameter_name:
+            low = -0.5 if "gemma" in name or parameter_name.endswith("bias") else 0.5
+            parameter.data.uniform_(low, low + 1)
+        else:
+            parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
+    if model.config.num_hidden_layers > 10:  # so that what is rounded does not grow with depth
+        for parameter_name, parameter in model.named_parameters():
+            parameter.data *= 0.2 if parameter_name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")) else 1
+    for buffer_name, buffer in model.named_buffers():
+        if buffer_name.endswith("_bias"):
+            buffer.normal_(0, 0.2)
+    return model
+
+
+def corpus() -> list[str]:
+    return [*inspect.getsource(argparse).splitlines(keepends=True)[:600], *STRINGS * 3]
+
+
+FALCON_SPLITTER = pre_tokenizers.Sequence(
+    [
+        pre_tokenizers.Punctuation("contiguous"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Digits(individual_digits=False),
+        pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+    ]
+)
+
+
+def isolating(expressions: tuple[str, ...]) -> pre_tokenizers.Sequence:
+    """Splits by one expression after the other."""
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def byte_level(splitter: str) -> Tokenizer:
+    """A byte-level BPE that splits words as llama.cpp's splitter of that name."""
+    (expressions, ignore_merges) = next(asked for asked, name in PRETOKENIZERS.items() if name == splitter)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = FALCON_SPLITTER if splitter == "falcon" else isolating(expressions)
+    tokenizer.normalizer = normalizers.NFC() if splitter == "qwen2" else None
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=480,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus(), trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a SentencePiece BPE, prefix.model, and one that puts no space before a text, bare.model."""
+    folder = tmp_path_factory.mktemp("pieces")
+    for name, prefix in (("prefix", True), ("bare", False)):
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus()),
+            model_prefix=str(folder / name),
+            model_type="bpe",
+            vocab_size=480,
+            byte_fallback=True,
+            character_coverage=0.99,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=prefix,
+            split_digits=True,
+            num_threads=1,
+            minloglevel=2,
+        )
+    return folder
+
+
+def of_pieces(path: Path, *, prefix: bool) -> Tokenizer:
+    """The tokenizer.json that transformers makes of a tokenizer.model: merges in the order of the scores."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = {model.id_to_piece(i): i for i in range(len(model))}
+    merges = []
+    for piece in sorted(ids, key=lambda p: -model.get_score(ids[p])):
+        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        found = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    spaces = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
+    tokenizer.pre_tokenizer = None if prefix else pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    return tokenizer
+
+
+def make_tokenizer(kind: str, pieces: Path) -> PreTrainedTokenizerFast:
+    """Of the tokens <s>, </s>, <unk>, a user-defined <tool> and some 480 others; it begins a text with <s>."""
+    if kind.startswith("pieces"):
+        tokenizer = of_pieces(pieces / ("prefix.model" if kind == "pieces" else "bare.model"), prefix=kind == "pieces")
+    else:
+        tokenizer = byte_level(kind)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    number = tokenizer.token_to_id("<s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+def export(folder: Path, recipe: Recipe) -> Path:
+    name = recipe.target.partition(":")[2]
+    quantize(recipe, folder / f"artifact-{name}")
+    gguf.write(Artifact(folder / f"artifact-{name}"), folder / f"{name}.gguf")
+    return folder / f"{name}.gguf"
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Files to calibrate and to evaluate on."""
+    folder, source = tmp_path_factory.mktemp("texts"), inspect.getsource(argparse)
+    (folder / "calibration.txt").write_text(source[30000:45000])
+    (folder / "evaluation.txt").write_text(source[50000:53000])
+    return str(folder / "calibration.txt"), str(folder / "evaluation.txt")
+
+
+def config_and_shapes(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    model = make_model(name)
+    config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
+    return config, expected_shapes(config)
+
+
+def of_case(name: str) -> Architecture:
+    config, _ = config_and_shapes(name)
+    found = find_architecture(config)
+    assert found is not None
+    return found

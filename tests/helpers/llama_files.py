@@ -1,0 +1,127 @@
+"""Random Llama models, their artifacts and GGUF files, and small tokenizers for them."""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lqexport.artifact import Artifact, StoredTensor
+from lqexport.converters import gguf
+from lqexport.converters.targets import plan
+from lqexport.files import write_json
+from lqexport.formats.codec import Grid, ScaleFormat, Scales
+from lqexport.formats.registry import codec
+
+STRINGS: list[str] = json.loads((Path(__file__).parent.parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
+
+
+def training_text() -> list[str]:
+    return [*inspect.getsource(argparse).splitlines(keepends=True), *STRINGS * 3]
+
+
+def byte_level_bpe(splitter: Any = None, *, ignore_merges: bool = False, bos: bool = True) -> Tokenizer:
+    """A byte-level BPE of about 500 tokens with <s>, </s>, <unk> and a user-defined <tool>."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<unk>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(training_text(), trainer)
+    tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
+    if bos:
+        tokenizer.post_processor = processors.Sequence(
+            [
+                processors.ByteLevel(trim_offsets=False),
+                processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)]),
+            ]
+        )
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return byte_level_bpe()
+
+
+def make_model(**options: Any) -> LlamaForCausalLM:
+    """A random Llama with grouped queries; norms and biases are random too, so that a mix-up shows."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
+    config = LlamaConfig(**(sizes | heads | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None} | options))
+    model = LlamaForCausalLM(config).eval()
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.data.uniform_(0.5, 1.5)
+        else:
+            parameter.data.normal_(0, 0.2)
+    return model
+
+
+def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
+    """A grid of the codec with random stored numbers, and random codes."""
+    kind, random = codec(name), np.random.default_rng(rows * columns)
+
+    def scales(form: ScaleFormat | None, size: float) -> Scales | None:
+        if form is None:
+            return None
+        groups = form.groups(columns)
+        supers = size * random.uniform(0.5, 1, (rows, groups // form.span)) / max(abs(form.low), form.high)
+        subs = random.integers(form.low, form.high + 1, (rows, groups))
+        return Scales(form, supers.astype(np.float16), subs.astype(np.int16))
+
+    span = float(np.ptp(kind.levels))
+    offset = scales(kind.offset, -0.2 * (kind.offset.sign if kind.offset else 1))
+    grid = Grid(columns, kind.levels, scales(kind.scale, 0.6 / span), offset)
+    return grid, random.integers(0, kind.level_count, (rows, columns)).astype(np.uint8)
+
+
+def make_artifact(folder: Path, model: LlamaForCausalLM, target: str, tokenizer: Tokenizer | None) -> Artifact:
+    """The model in `target`: plain types hold its weights, block types random ones."""
+    artifact = Artifact(folder)
+    artifact.begin({"recipe": {"source": "some/tiny-llama", "target": target}, "calibration": {"name": "none"}})
+    write_json(
+        folder / "model/config.json",
+        json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]},
+    )
+    if tokenizer is not None:
+        tokenizer.save(str(folder / "model/tokenizer.json"))
+        write_json(folder / "model/tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
+        (folder / "model/chat_template.jinja").write_text("{{ messages }}")
+    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    planned = plan(target, artifact.config(), {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    for tensor in planned:
+        kind = codec(tensor.codec)
+        if hasattr(kind, "encode_values"):
+            planes = kind.encode_values(weights[tensor.name].reshape(tensor.matrix))
+        else:
+            planes = kind.encode(*random_grid(tensor.codec, *tensor.matrix))
+        artifact.write(StoredTensor(tensor.name, tensor.codec, tensor.shape, planes))
+    artifact.finish([tensor.name for tensor in planned], {})
+    return artifact
+
+
+def export(folder: Path, model: LlamaForCausalLM, target: str, tokenizer: Tokenizer | None) -> Path:
+    gguf.write(make_artifact(folder / "artifact", model, target, tokenizer), folder / "model.gguf")
+    return folder / "model.gguf"
+
+
+def reference_logits(model: LlamaForCausalLM, tokens: list[int]) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+TOKENS = [1, *(int(token) for token in np.random.default_rng(0).integers(3, 500, 60))]

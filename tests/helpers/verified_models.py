@@ -1,0 +1,88 @@
+"""Artifacts of the tiny model without and with loss, and what verification finds of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from lqexport.artifact import Artifact, StoredTensor
+from lqexport.converters.gguf import write
+from lqexport.converters.targets import plan
+from lqexport.evaluate import Evaluation
+from lqexport.formats.registry import codec
+from lqexport.source import open_source
+from lqexport.texts import read_text
+from lqexport.verification import Verification
+from lqexport.verifying import verify
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def packed(weights: np.ndarray, name: str) -> dict[str, np.ndarray]:
+    """Planes of a matrix by gguf-py's own rounding, or of a plain type by ours."""
+    kind = codec(name)
+    if hasattr(kind, "encode_values"):
+        return kind.encode_values(weights)
+    ((plane, (dtype, shape)),) = kind.layout(*weights.shape).items()
+    blocks = gguf.quantize(weights, gguf.GGMLQuantizationType[name.removeprefix("gguf:")])
+    return {plane: np.ascontiguousarray(blocks).reshape(-1).view(dtype).reshape(shape)}
+
+
+def make_artifact(model: Path, folder: Path, target: str, run: dict[str, Any] | None = None) -> Artifact:
+    """The model rounded to nearest, as a finished artifact."""
+    source, artifact = open_source(str(model)), Artifact(folder)
+    artifact.begin({"recipe": {"target": target}} | (run or {}))
+    source.copy_model_files(artifact.model_folder)
+    planned = plan(target, source.config, {name: source.shape(name) for name in source.names()})
+    for tensor in planned:
+        weights = source.read(tensor.name).float().numpy().reshape(tensor.matrix)
+        artifact.write(StoredTensor(tensor.name, tensor.codec, tensor.shape, packed(weights, tensor.codec)))
+    entries = [{"name": tensor.name, "relative_error": 0.25} for tensor in planned if tensor.linear]
+    artifact.finish([tensor.name for tensor in planned], {"tensors": entries})
+    return artifact
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text(read_text("python-heldout").content[:20_000], encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def exact(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """The float16 model as float16: nothing is lost."""
+    return make_artifact(tiny_model, tmp_path_factory.mktemp("exact") / "artifact", "gguf:F16")
+
+
+@pytest.fixture(scope="module")
+def lossy(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make_artifact(tiny_model, tmp_path_factory.mktemp("lossy") / "artifact", "gguf:Q4_0")
+
+
+@pytest.fixture(scope="module")
+def lossy_file(lossy: Artifact) -> Path:
+    path = lossy.folder.with_name("model.gguf")
+    write(lossy, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(lossy_file: Path, lossy: Artifact, tiny_model: Path, text: str) -> Verification:
+    return verify(lossy_file, str(tiny_model), text=text, windows=2, artifact=lossy.folder)
+
+
+def copied(artifact: Artifact, folder: Path) -> Artifact:
+    shutil.copytree(artifact.folder, folder)
+    return Artifact(folder)
+
+
+def not_finite(evaluation: Evaluation) -> Evaluation:
+    return dataclasses.replace(evaluation, kl=math.nan, perplexity=math.inf, ln_ratio=math.inf, kl_by_window=[math.nan])

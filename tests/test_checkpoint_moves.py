@@ -1,0 +1,115 @@
+"""Which codec holds the grid of which checkpoint, and what is solved again where none does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from checkpoint_layouts import DOWN, Q_PROJ, Made, Make, coded, gptq_tensors, same_bits
+from checkpoint_layouts import make as make
+from checkpoint_layouts import make_gptq as make_gptq
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+
+from lqexport.artifact import Artifact
+from lqexport.exports import open_export
+from lqexport.formats.codec import PlainCodec, nbytes
+from lqexport.formats.moves import AffineGrid, TableGrid, move
+from lqexport.formats.registry import codec, names
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+
+CHECKPOINTS = {
+    "4 bits, symmetric, groups of 128": (4, 128, True),
+    "4 bits, groups of 128": (4, 128, False),
+    "4 bits, a scale per row": (4, 0, False),
+    "3 bits, groups of 128": (3, 128, False),
+    "2 bits, groups of 64": (2, 64, False),
+    "8 bits, symmetric, groups of 128": (8, 128, True),
+    "8 bits, groups of 128": (8, 128, False),
+}
+KINDS = [name for name in names() if not isinstance(codec(name), PlainCodec)]
+
+
+def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> AffineGrid:
+    """Four rows of 512 columns, with every zero point from 1."""
+    draw, groups = np.random.default_rng(bits), 512 // (group or 512)
+    scales = (scale * draw.uniform(0.5, 1, (4, groups))).astype(np.float16).astype(np.float32)
+    zero = 1 + np.arange(4 * groups).reshape(4, groups) % (2**bits - 1)
+    zero[:] = 2 ** (bits - 1) if symmetric else zero
+    return AffineGrid(bits, scales, zero.astype(np.int16), np.arange(512) // (group or 512))
+
+
+def holds(source: AffineGrid, name: str) -> bool:
+    """Whether a codec holds all values; where it says so, its bytes must."""
+    kind = codec(name)
+    codes = np.random.default_rng(0).integers(0, 2**source.bits, (4, 512)).astype(np.uint8)
+    codes[0, :2] = 0, 2**source.bits - 1
+    try:
+        found = move(source, kind)
+    except ValueError:
+        return False
+    assert same_bits(kind.decode(kind.encode(found.grid, found.codes(codes)), 512), source.values(codes))
+    return True
+
+
+@pytest.mark.parametrize("what", CHECKPOINTS)
+def test_the_table_of_docs_says_what_moves_where(what: str, root: Path) -> None:
+    held = [name for name in KINDS if holds(affine(*CHECKPOINTS[what]), name)]
+    shown = [name.removeprefix("gguf:") for name in held if name.startswith("gguf:")]
+    native_ones = [name for name in held if name.startswith("native:")]
+    smallest = min(native_ones, key=lambda name: nbytes(codec(name), 4, 512), default="-").removeprefix("native:")
+    line = f"| {what} | {', '.join(shown) or '-'} | {smallest} |"
+    assert line in (root / "docs" / "checkpoints.md").read_text()
+
+
+@pytest.mark.parametrize("name", [*KINDS, "gptq:4-g32", "exl2:4g128x4"])
+def test_no_codec_takes_what_it_does_not_hold(name: str) -> None:
+    """Scales beyond float16, groups that cross its own, or columns in another order."""
+    table = TableGrid(np.zeros((4, 16), np.float32), 512)
+    ordered = affine(4, 128, True)
+    shuffled = np.random.default_rng(0).permutation(ordered.group_of)
+    wrong = [
+        AffineGrid(4, ordered.scale * np.float32(1e-7), ordered.zero, ordered.group_of),
+        AffineGrid(4, ordered.scale * np.float32(1 + 2**-12), ordered.zero, ordered.group_of),
+        AffineGrid(4, ordered.scale, ordered.zero, shuffled),
+        AffineGrid(4, ordered.scale, ordered.zero, np.minimum(np.arange(512) // 124, 3)),
+        *([] if name == "native:table-4" else [table]),
+    ]
+    for grid in wrong:
+        with pytest.raises(ValueError, match=r"its |has no "):
+            move(grid, codec(name))
+
+
+def test_groups_in_act_order_are_solved_again(make_gptq: Make, text: Path, tmp_path: Path) -> None:
+    checkpoint = make_gptq(act_order=True)
+    quick = {"samples": 2, "sequence_length": 64, "moments": "normalized", "descent": 1, "calibration": str(text)}
+    quantize(Recipe(str(checkpoint.folder), "gguf:Q5_0", tune=0, **quick), tmp_path / "out")
+    entry = {entry["name"]: entry for entry in Artifact(tmp_path / "out").report()["tensors"]}[f"{DOWN}.weight"]
+    assert "act-order" in entry["source_grid"]
+    assert 0 < entry["relative_error"] < 0.01
+    # GPTQ's own layout holds them, group numbers and all.
+    quantize(Recipe(str(checkpoint.folder), "gptq:4-g128-act"), tmp_path / "gptq")
+    stored = load_file(checkpoint.folder / "model.safetensors")
+    for plane, array in Artifact(tmp_path / "gptq").read(f"{DOWN}.weight").planes.items():
+        assert np.array_equal(array, stored[f"{DOWN}.{plane}"].numpy())
+
+
+def test_tuning_leaves_what_was_moved(make: Make, text: Path, tmp_path: Path) -> None:
+    """One linear in act-order among others that fit."""
+
+    def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
+        linear = coded(weight, 4, 128, True, act_order=name == DOWN)
+        return gptq_tensors(name, linear), linear.values
+
+    checkpoint = make(tensors_of, {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True})
+    recipe = Recipe(str(checkpoint.folder), "gguf:Q4_0", samples=2, sequence_length=32, moments="normalized",
+                    descent=1, tune=2, calibration=str(text))  # fmt: skip
+    quantize(recipe, tmp_path / "out")
+    read = open_export(tmp_path / "out")
+    kept = [name for name in checkpoint.values if same_bits(read.read(name).numpy(), checkpoint.values[name])]
+    assert {name for name in checkpoint.values if "proj" in name} - set(kept) == {f"{DOWN}.weight"}
+    facts = {name: Artifact(tmp_path / "out").facts(name) for name in checkpoint.values}
+    assert "tuned" not in facts[f"{Q_PROJ}.weight"]
+    assert Artifact(tmp_path / "out").report()["tuning"]["kept"] == ("tuned" in facts[f"{DOWN}.weight"])

@@ -1,0 +1,97 @@
+"""The mixes of every architecture (Q4_K_M and others) give each tensor the type that llama.cpp gives it."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from family_cases import CASES, make_tokenizer
+from transformers import AutoModelForCausalLM
+
+from lqexport.artifact import Artifact, StoredTensor
+from lqexport.converters import gguf
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf_types import MIXES
+from lqexport.converters.targets import plan
+from lqexport.formats.registry import codec
+from lqexport.llamacpp import quantize as llamacpp_quantize
+from lqexport.modules import expected_shapes
+
+
+class Zeros(Artifact):
+    """A finished artifact in F16 of a model that weighs nothing, without files for its tensors."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+        super().__init__(folder)
+        self._config, self._planned = config, plan("gguf:F16", config, shapes)
+
+    def config(self) -> dict[str, Any]:
+        return self._config
+
+    def run(self) -> dict[str, Any]:
+        return {}
+
+    def manifest(self) -> dict[str, dict[str, Any]]:
+        return {t.name: {"codec": t.codec, "shape": list(t.shape), "sha256": ""} for t in self._planned}
+
+    def read_listed(self, name: str, codec_name: str, shape: tuple[int, ...], sha256: str) -> StoredTensor:
+        matrix = shape if len(shape) == 2 else (1, shape[0])
+        planes = {key: np.zeros(form, dtype) for key, (dtype, form) in codec(codec_name).layout(*matrix).items()}
+        return StoredTensor(name, codec_name, shape, planes)
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Zeros]]:
+    """Makes a case's model of 256 columns, in which K-quants fit, and 17 blocks: its F16.gguf and artifact."""
+
+    @functools.cache
+    def make(name: str, **more: Any) -> tuple[Path, Zeros]:
+        kind, options, _ = CASES[name]
+        kept = {key: value for key, value in options.items() if key not in ("rope_parameters", "layer_types")}
+        sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
+        sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
+        if options.get("q_lora_rank", 0) is None:
+            del sizes["num_hidden_layers"]
+        hf = getattr(transformers, kind)(**{key: sizes.get(key, value) for key, value in kept.items()})
+        classes = {"architectures": [AutoModelForCausalLM._model_mapping[type(hf)].__name__]}
+        config = json.loads(hf.to_json_string(use_diff=False)) | classes
+        artifact = Zeros(tmp_path_factory.mktemp("wide"), config, expected_shapes(config))
+        make_tokenizer("gpt-2", artifact.folder).save_pretrained(artifact.model_folder)
+        return gguf.write(artifact, artifact.folder / "F16.gguf")[0], artifact
+
+    return make
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize(
+    ("name", "mix"),
+    [
+        *((name, "Q4_K_M") for name in CASES),
+        *((name, mix) for name in ("phi3", "mixtral") for mix in ("Q2_K_M", "Q3_K_L")),
+        *(("falcon", mix) for mix in MIXES if mix not in ("Q2_K_S", "Q4_K_M")),
+        *(("deepseek-v2", mix) for mix in MIXES if mix not in ("Q2_K_S", "Q4_K_M")),
+    ],
+)
+def test_mixes_are_llamacpps(wide: Callable[..., tuple[Path, Zeros]], tmp_path: Path, name: str, mix: str) -> None:
+    """Q2_K_S, which llama.cpp makes with an importance matrix alone, is in tests/test_gguf_plan.py."""
+    check_mix(*wide(name), tmp_path, mix)
+
+
+@pytest.mark.llamacpp
+def test_mix_of_qwen2_with_80_blocks_is_llamacpps(wide: Callable[..., tuple[Path, Zeros]], tmp_path: Path) -> None:
+    """llama.cpp takes it for one of 70B even where each query has a key of its own, as in Qwen1.5 72B."""
+    check_mix(*wide("qwen2", num_hidden_layers=80, num_key_value_heads=4), tmp_path, "Q4_K_S")
+
+
+def check_mix(source: Path, artifact: Zeros, tmp_path: Path, mix: str) -> None:
+    shapes = {key: tuple(facts["shape"]) for key, facts in artifact.manifest().items()}
+    planned = plan(f"gguf:{mix}", artifact.config(), shapes)
+    llamacpp_quantize(source, tmp_path / "theirs.gguf", {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix), threads=1)
+    theirs = GGUFModel(tmp_path / "theirs.gguf")
+    assert {tensor.name: tensor.codec for tensor in planned} == {key: theirs.codec(key) for key in theirs.names()}

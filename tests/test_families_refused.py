@@ -1,0 +1,108 @@
+"""Models that a target cannot hold are refused before any work; OPT, and the text part of a model with images."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from family_cases import DEEPSEEK_ROPE, ONE_KEY_A_QUERY, config_and_shapes, export, make_model, make_tokenizer
+from family_cases import texts as texts
+from transformers import AutoModelForCausalLM
+
+from lqexport.artifact import Artifact
+from lqexport.converters import native
+from lqexport.converters.exl2_plan import plan_exl2
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.targets import plan
+from lqexport.errors import UserError
+from lqexport.pipeline import quantize
+from lqexport.recipe import Recipe
+from lqexport.verifying import verify
+
+
+def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str, str]) -> None:
+    torch.manual_seed(0)
+    options = ONE_KEY_A_QUERY | {"ffn_dim": 96, "word_embed_proj_dim": 64}
+    model = AutoModelForCausalLM.from_config(transformers.OPTConfig(**options))
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    source = str(tmp_path / "hf")
+    for target in ("gguf:Q4_K", "gguf:F16"):
+        with pytest.raises(UserError, match=r"llama\.cpp does not run OPTForCausalLM"):
+            quantize(Recipe(source, target), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    recipe = Recipe(source, "native:table-4", calibration=texts[0], samples=4, sequence_length=64, tune=0, descent=1)
+    quantize(recipe, tmp_path / "native")
+    found = verify(tmp_path / "native", source, text=texts[1], windows=1)
+    assert found.warnings == found.failed == []
+    assert found.evaluations[0].kl < 0.05
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'silu'"),
+        ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 32"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th block"),
+        ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth block"),
+        ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn'"),
+        ("falcon", {"alibi": True}, "alibi"),
+        ("granite", {"rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
+        ("deepseek-v2", {"topk_method": "group_limited_greedy"}, "topk_method 'greedy'"),
+        ("deepseek-v3", {"rope_parameters": DEEPSEEK_ROPE | {"mscale": 1.0}}, "without mscale, mscale_all_dim"),
+    ],
+)
+def test_what_llamacpp_computes_otherwise_is_refused_before_any_work(
+    name: str, change: dict[str, Any], said: str
+) -> None:
+    config, shapes = config_and_shapes(name)
+    plan("gguf:Q4_K", config, shapes)
+    with pytest.raises(UserError, match=said):
+        plan("gguf:Q4_K", config | change, shapes)
+    plan("native:table-4", config | change, shapes)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "granite", "falcon"])
+def test_exl2_is_refused_by_name(name: str) -> None:
+    config, shapes = config_and_shapes(name)
+    with pytest.raises(UserError, match=f"EXL2 folders of {config['architectures'][0]}"):
+        plan_exl2(config, shapes, bits=4, head_bits=6)
+
+
+def test_text_part_of_a_model_with_images(tmp_path: Path) -> None:
+    """Gemma 3 of 4B and more, as the hub has them: sizes in text_config, names of their own, more parts."""
+    model = make_model("gemma3")
+    model.save_pretrained(tmp_path / "text")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "text")
+    shutil.copytree(tmp_path / "text", tmp_path / "images")
+    config = json.loads((tmp_path / "text/config.json").read_text())
+    text = {key: value for key, value in config.items() if key not in ("architectures", "rope_parameters")}
+    text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
+    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    (tmp_path / "images/config.json").write_text(json.dumps(whole))
+    tensors = safetensors.torch.load_file(tmp_path / "text/model.safetensors")
+    renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    vision = {"vision_tower.vision_model.post_layernorm.weight": torch.ones(8)}
+    safetensors.torch.save_file(renamed | vision, tmp_path / "images/model.safetensors")
+    files = []
+    for name in ("text", "images"):
+        path = export(tmp_path / name, Recipe(str(tmp_path / name), "gguf:F16"))
+        metadata = {key: value for key, value in GGUFModel(path).metadata.items() if not key.startswith("lqexport.")}
+        manifest = Artifact(tmp_path / name / "artifact-F16").manifest()
+        files.append((metadata | {"general.name": None}, manifest))
+    assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+def test_native_folders_that_transformers_could_not_load(name: str, tmp_path: Path) -> None:
+    make_model(name).save_pretrained(tmp_path / "hf")
+    quantize(Recipe(str(tmp_path / "hf"), "native:affine-4-g32", method="rtn"), tmp_path / "artifact")
+    with pytest.raises(UserError, match="transformers keeps the linears"):
+        native.write(Artifact(tmp_path / "artifact"), tmp_path / "folder")

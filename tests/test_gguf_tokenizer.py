@@ -1,0 +1,286 @@
+"""Tokenizers in GGUF files: vocabulary, word splitters, special tokens, and chat templates, as llama.cpp uses them."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+from gguf import GGUFReader, TokenType
+from llama_files import STRINGS, byte_level_bpe, export, make_artifact, make_model, training_text
+from llama_files import tokenizer as tokenizer
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from lqexport.converters import gguf
+from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS, pretokenizer_name
+from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf_spaces import space_rules
+from lqexport.converters.gguf_tokenizer import added_ends, chat_templates, special_ids
+from lqexport.converters.gguf_vocabulary import read_vocabulary
+from lqexport.errors import UserError
+from lqexport.files import write_json
+from lqexport.llamacpp import LlamaCpp
+from lqexport.source import open_source
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_byte_level_vocabulary(tmp_path: Path, bos: bool) -> None:
+    tokenizer = byte_level_bpe(bos=bos)
+    metadata = GGUFModel(export(tmp_path, make_model(), "gguf:F16", tokenizer)).metadata
+    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    count = tokenizer.get_vocab_size()
+    assert tokens[:count] == [tokenizer.id_to_token(i) for i in range(count)]
+    assert tokens[count:] == [f"[PAD{i}]" for i in range(count, 512)]
+    assert len(tokens) == len(kinds) == 512
+    assert kinds[:3] == [TokenType.CONTROL] * 3
+    assert kinds[count - 1 :] == [TokenType.USER_DEFINED] + [TokenType.UNUSED] * (512 - count)
+    assert set(kinds[3 : count - 1]) == {TokenType.NORMAL}
+    assert metadata["tokenizer.ggml.model"] == "gpt2"
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2"
+    assert metadata["tokenizer.ggml.add_bos_token"] is bos
+    assert metadata["tokenizer.ggml.add_eos_token"] is False
+    assert (metadata["tokenizer.ggml.bos_token_id"], metadata["tokenizer.ggml.eos_token_id"]) == (1, 2)
+
+
+def splitter_of(expressions: tuple[str, ...]) -> Any:
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
+    return pre_tokenizers.Sequence([*splits, byte_level])
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize(("asked", "name"), PRETOKENIZERS.items(), ids=PRETOKENIZERS.values())
+def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, asked: tuple[tuple[str, ...], bool], name: str) -> None:
+    tokenizer = byte_level_bpe(splitter_of(asked[0]), ignore_merges=asked[1])
+    path = export(tmp_path, make_model(), "gguf:F16", tokenizer)
+    assert GGUFModel(path).metadata["tokenizer.ggml.pre"] == name
+    check_tokens(path, tokenizer)
+
+
+def check_tokens(path: Path, tokenizer: Tokenizer) -> None:
+    with LlamaCpp(path, 32) as engine:
+        for text in (*STRINGS, "<s>with</s> special<tool>tokens"):
+            assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
+def test_other_spellings_of_a_splitter() -> None:
+    digits = {"type": "Digits", "individual_digits": True}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    smollm = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}, "model": {}}
+    assert pretokenizer_name(smollm) == "smollm"
+    ((qwen,),) = [asked for (asked, _), name in PRETOKENIZERS.items() if name == "qwen2"]
+    split = {"type": "Split", "pattern": {"Regex": qwen}, "behavior": "Removed", "invert": True}
+    assert pretokenizer_name({"pre_tokenizer": split, "model": {}}) == "qwen2"
+
+
+def test_unknown_splitter_says_what_to_do_and_can_be_named(tmp_path: Path) -> None:
+    artifact = make_artifact(tmp_path / "a", make_model(), "gguf:F16", byte_level_bpe(splitter_of((r"\w+|\W",))))
+    with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre"):
+        gguf.write(artifact, tmp_path / "model.gguf")
+    assert not list(tmp_path.glob("*.gguf*"))
+    write_json(artifact.model_folder / "tokenizer_config.json", {"tokenizer.ggml.pre": "superbpe"})
+    gguf.write(artifact, tmp_path / "model.gguf")
+    assert GGUFModel(tmp_path / "model.gguf").metadata["tokenizer.ggml.pre"] == "superbpe"
+
+
+@pytest.fixture(scope="session")
+def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sentencepiece")
+    (folder / "text.txt").write_text("".join(training_text()), encoding="utf-8")
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=500,
+        byte_fallback=True,
+        character_coverage=0.99,
+        user_defined_symbols=["<tool>"],
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        split_digits=True,
+        num_threads=1,
+        minloglevel=2,
+    )
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.llamacpp
+def test_sentencepiece_model(tmp_path: Path, sentencepiece_file: Path) -> None:
+    artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", None)
+    shutil.copy(sentencepiece_file, artifact.model_folder / "tokenizer.model")
+    gguf.write(artifact, tmp_path / "model.gguf")
+    metadata = GGUFModel(tmp_path / "model.gguf").metadata
+    model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
+    assert metadata["tokenizer.ggml.tokens"][:500] == [model.id_to_piece(i) for i in range(500)]
+    assert metadata["tokenizer.ggml.scores"][:500] == [model.get_score(i) for i in range(500)]
+    kinds = metadata["tokenizer.ggml.token_type"]
+    assert kinds[:5] == [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, TokenType.USER_DEFINED, TokenType.BYTE]
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert metadata["tokenizer.ggml.add_space_prefix"] is True
+    with LlamaCpp(tmp_path / "model.gguf", 32) as engine:
+        for text in STRINGS:
+            assert engine.tokenize(text) == model.encode(text), text
+
+
+def like_llama_2(path: Path) -> Tokenizer:
+    """The tokenizer.json that transformers makes of a tokenizer.model: merges in the order of the scores."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    ids = {model.id_to_piece(i): i for i in range(len(model))}
+    merges = []
+    for piece in sorted((p for p in ids if p != "<tool>"), key=lambda p: -model.get_score(ids[p])):
+        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        found = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.ByteFallback()
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return tokenizer
+
+
+@pytest.mark.llamacpp
+def test_sentencepiece_as_tokenizer_json(tmp_path: Path, sentencepiece_file: Path) -> None:
+    tokenizer = like_llama_2(sentencepiece_file)
+    path = export(tmp_path, make_model(), "gguf:F16", tokenizer)
+    metadata = GGUFModel(path).metadata
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    assert metadata["tokenizer.ggml.add_space_prefix"] is True
+    assert metadata["tokenizer.ggml.add_bos_token"] is True
+    assert metadata["tokenizer.ggml.token_type"][0] == TokenType.UNKNOWN
+    assert metadata["tokenizer.ggml.token_type"][4:260] == [TokenType.BYTE] * 256
+    with LlamaCpp(path, 32) as engine:
+        for text in STRINGS:
+            assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
+def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    model = make_model(vocab_size=tokenizer.get_vocab_size() - 1)
+    tokens = GGUFModel(export(tmp_path, model, "gguf:F16", tokenizer)).metadata["tokenizer.ggml.tokens"]
+    assert len(tokens) == model.config.vocab_size
+    assert "<tool>" not in tokens
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_special_tokens(folder: Path) -> None:
+    vocabulary = read_vocabulary(folder)
+    write_json(folder / "config.json", {"bos_token_id": 7, "eos_token_id": [9, 2], "pad_token_id": None})
+    write_json(folder / "generation_config.json", {"bos_token_id": 8, "pad_token_id": 5})
+    assert special_ids(folder, vocabulary) == {"bos": 7, "eos": 9, "pad": 5}
+    write_json(folder / "special_tokens_map.json", {"bos_token": {"content": "<s>"}, "unk_token": "<unk>"})
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "bos_token": "not a token"})
+    assert special_ids(folder, vocabulary) == {"bos": 1, "eos": 2, "pad": 5, "unk": 0}
+
+
+def test_tokenizer_config_decides_about_bos(folder: Path) -> None:
+    vocabulary = read_vocabulary(folder)
+    assert added_ends(folder, vocabulary) == (True, False)
+    write_json(folder / "tokenizer_config.json", {"add_bos_token": False, "add_eos_token": True})
+    assert added_ends(folder, vocabulary) == (False, True)
+
+
+def test_chat_templates(folder: Path) -> None:
+    assert chat_templates(folder) == {}
+    write_json(folder / "tokenizer_config.json", {"chat_template": "A"})
+    assert chat_templates(folder) == {"default": "A"}
+    named = [{"name": "default", "template": "B"}, {"name": "tool_use", "template": "C"}]
+    write_json(folder / "tokenizer_config.json", {"chat_template": named})
+    assert chat_templates(folder) == {"default": "B", "tool_use": "C"}
+    write_json(folder / "tokenizer_config.json", {"chat_template": [{"name": "x"}]})
+    with pytest.raises(UserError, match="needs a name and a template"):
+        chat_templates(folder)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/rag.jinja").write_text("E")
+    assert chat_templates(folder) == {"rag": "E"}
+    (folder / "chat_template.jinja").write_text("D")
+    assert chat_templates(folder) == {"default": "D", "rag": "E"}
+
+
+TEMPLATES = {"default": "{{ messages }}", "rag": "R", "tool-use": "Zwölf 🙂"}
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["list", "folder"])
+def test_named_chat_templates(tmp_path: Path, tokenizer: Tokenizer, old: bool) -> None:
+    """Both forms in which transformers saves them, in the file as llama.cpp and gguf-py read it, and back again."""
+    artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
+    (artifact.model_folder / "chat_template.jinja").unlink()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = TEMPLATES
+    fast.save_pretrained(artifact.model_folder, save_jinja_files=not old)
+    assert (artifact.model_folder / "additional_chat_templates").is_dir() != old
+    assert chat_templates(artifact.model_folder) == TEMPLATES
+    gguf.write(artifact, tmp_path / "model.gguf")
+    fields = GGUFReader(tmp_path / "model.gguf").fields
+    assert fields["tokenizer.chat_templates"].contents() == ["rag", "tool_use"]
+    assert fields["tokenizer.chat_template.tool_use"].contents() == TEMPLATES["tool-use"]
+    assert fields["tokenizer.chat_template"].contents() == TEMPLATES["default"]
+    open_source(str(tmp_path / "model.gguf")).copy_model_files(tmp_path / "back")
+    assert chat_templates(tmp_path / "back") == {name.replace("-", "_"): text for name, text in TEMPLATES.items()}
+
+
+@pytest.mark.llamacpp
+def test_llamacpp_finds_chat_templates(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
+    (artifact.model_folder / "additional_chat_templates").mkdir()
+    (artifact.model_folder / "additional_chat_templates/tool-use.jinja").write_text(TEMPLATES["tool-use"])
+    gguf.write(artifact, tmp_path / "model.gguf")
+    with LlamaCpp(tmp_path / "model.gguf", 32) as engine:
+        found = engine._llama.llama_model_chat_template
+        found.restype, found.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_char_p]
+        assert found(engine._model, None).decode() == "{{ messages }}"
+        assert found(engine._model, b"tool_use").decode() == TEMPLATES["tool-use"]
+        assert found(engine._model, b"other") is None
+
+
+# What can be wrong
+
+
+def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
+    content = json.loads((folder / "tokenizer.json").read_text())
+    write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Lowercase"}})
+    with pytest.raises(UserError, match="Lowercase"):
+        read_vocabulary(folder)
+    steps = [{"type": "Sequence", "normalizers": [{"type": "NFC"}]}, {"type": "Lowercase"}]
+    write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Sequence", "normalizers": steps}})
+    with pytest.raises(UserError, match=r"\(Lowercase\)"):
+        read_vocabulary(folder)
+    write_json(folder / "tokenizer.json", {"model": {"type": "WordPiece", "vocab": {"a": 0}}})
+    with pytest.raises(UserError, match="WordPiece"):
+        read_vocabulary(folder)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        read_vocabulary(folder)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="no tokenizer to export"):
+        read_vocabulary(folder)
+
+
+def test_a_normalizer_without_steps_does_nothing(folder: Path) -> None:
+    """As transformers 5.17 writes it."""
+    content, expected = json.loads((folder / "tokenizer.json").read_text()), read_vocabulary(folder)
+    write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Sequence", "normalizers": []}})
+    assert read_vocabulary(folder) == expected
+    assert space_rules({"normalizer": {"type": "Sequence", "normalizers": []}}, unigram=False) == (False, False)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00", b"\x0a\xff\xff", b"not a model at all", b"\x0a\x03\x0a\x05abc"])
+def test_damaged_sentencepiece_model(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match="not a SentencePiece model"):
+        read_vocabulary(tmp_path)
+
+
+def test_unigram_sentencepiece_model(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\x03\x0a\x01a" + b"\x12\x02\x18\x01")
+    with pytest.raises(UserError, match="unigram model without an unknown token"):
+        read_vocabulary(tmp_path)
