@@ -17,14 +17,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from lqexport import evaluate, texts
-from lqexport.blocks import BlockModel
-from lqexport.environment import choose_device
-from lqexport.exports import open_export
-from lqexport.pipeline import quantize
-from lqexport.progress import Silent
+from judging import Judge
+
+from lqexport.models.source import open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import Source, open_source
+from lqexport.runtime.environment import choose_device
 
 UNTUNED: dict[str, Any] = {"tune": 0}
 ONE_PASS: dict[str, Any] = {"descent": 0, "tune": 0}
@@ -59,23 +58,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 tuning."""
 
 
-class Judge:
-    """KL and perplexity of artifacts against a source, on one text."""
-
-    def __init__(self, source: Source, text: str, windows: int, device: str) -> None:
-        tokens = evaluate.tokenize(source.tokenizer(), texts.read_text(text).content)
-        self.windows = evaluate.cut(tokens, evaluate.LLAMACPP_512, None, windows)
-        self.device = choose_device(device)
-        self.reference = self._logits(BlockModel(source, self.device))
-
-    def _logits(self, model: BlockModel) -> list[Any]:
-        return list(evaluate.block_logits(model, self.windows, evaluate.LLAMACPP_512, Silent(), "logits"))
-
-    def __call__(self, artifact: Path) -> evaluate.Evaluation:
-        test = self._logits(BlockModel(open_export(artifact), self.device))
-        return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
-
-
 def rows(model: str, target: str, judges: list[Judge], arguments: argparse.Namespace) -> list[str]:
     """A line of the table for each variant."""
     lines = []
@@ -86,7 +68,7 @@ def rows(model: str, target: str, judges: list[Judge], arguments: argparse.Names
         began = time.perf_counter()
         quantize(recipe, out, device=arguments.device, cache=arguments.work / "cache")
         seconds = time.perf_counter() - began
-        results = [judge(out) for judge in judges]
+        results = [judge(open_export(out)) for judge in judges]
         cells = [f"{r.kl:.4f} ± {r.kl_error:.4f} | {r.perplexity:.2f} ± {r.perplexity_error:.2f}" for r in results]
         lines.append(f"| {name} | {' | '.join(cells)} | {seconds:.0f} |")
         print(lines[-1], flush=True)
@@ -109,7 +91,7 @@ def main() -> None:
     arguments = parser.parse_args()
     tables = []
     for model in arguments.models:
-        options = arguments.windows, arguments.device
+        options = arguments.windows, choose_device(arguments.device)
         judges = [Judge(open_source(model), text, *options) for text in arguments.evaluation]
         for target in arguments.targets:
             head = "".join(f" KL, {Path(text).stem} | perplexity |" for text in arguments.evaluation)

@@ -1,4 +1,4 @@
-"""LeanQuant's affine grid search, as the reference that ours (`lqexport.fit`) must not lose to.
+"""LeanQuant's affine grid search, as the reference that ours (`lqexport.grids.fit`) must not lose to.
 
     python bench/affine_search.py [--steps 256] [--group 64] [--rows 64]
 
@@ -15,8 +15,8 @@ import time
 import torch
 from torch import Tensor
 
-from lqexport.fit import fit
 from lqexport.formats.registry import codec
+from lqexport.grids.fit import fit
 
 REACH = {2: 0.4, 3: 0.3, 4: 0.2}
 

@@ -9,28 +9,27 @@ artifacts in FOLDER are used again. Prints Markdown.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
-from ablation import Judge
+from common import comparison_parser
+from judging import Judge
 
-from lqexport.pipeline import quantize
+from lqexport.models.source import open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import AUTO, Recipe
-from lqexport.source import open_source
+from lqexport.runtime.environment import choose_device
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--sizes", nargs="+", default=["Q4_K_M", "Q3_K_M"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--windows", type=int, default=12)
     arguments = parser.parse_args()
-    judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows)
+    judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows, choose_device("auto"))
     print("| size of | types | MB | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|", flush=True)
     for size in arguments.sizes:
         for label, target, limit in (("the mix", f"gguf:{size}", None), ("chosen", AUTO, size)):
@@ -38,7 +37,7 @@ def main() -> None:
                             compute_dtype=arguments.compute_dtype, prefix="full", size=limit, tune=0)  # fmt: skip
             out = arguments.work / f"{size}-{label.replace(' ', '-')}"
             report = quantize(recipe, out, cache=arguments.work / "cache")
-            found, nbytes = judge(out), sum(tensor["bytes"] for tensor in report["tensors"])
+            found, nbytes = judge(open_export(out)), sum(tensor["bytes"] for tensor in report["tensors"])
             figures = f"{found.kl:.4f} ± {found.kl_error:.4f} | {found.perplexity:.2f} ± {found.perplexity_error:.2f}"
             print(f"| {size} | {label} | {nbytes / 1e6:.2f} | {figures} | {found.top1:.1%} |", flush=True)
 

@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight
-from lqexport.guided import guided_moments
-from lqexport.linear import solve_linear
-from lqexport.progress import Silent
+from lqexport.calibration.collect import by_weight
+from lqexport.calibration.guided import guided_moments
+from lqexport.calibration.sequences import load_calibration
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import Source, open_source
 from lqexport.recipe import Recipe
-from lqexport.source import Source, open_source
+from lqexport.runtime.progress import Silent
+from lqexport.solver.linear import solve_linear
 
 POWERS = [(0.1, 0.0), (0.2, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, -0.5), (0.0, -1.0), (0.2, -1.0)]
 """Of the root of H_jj, and of the root mean square of the column's weights."""

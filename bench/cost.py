@@ -34,7 +34,7 @@ FLOOR = """
 import json, resource, sys, time
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from lqexport.calibration import load_calibration
+from lqexport.calibration.sequences import load_calibration
 model, text, samples, length = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 tokenizer = AutoTokenizer.from_pretrained(model)
 tokens = load_calibration(text, tokenizer, samples=samples, sequence_length=length, seed=0).tokens

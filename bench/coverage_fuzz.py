@@ -32,12 +32,12 @@ KERNELS = [f"lqexport.kernels.{path.stem}" for path in Path(__file__).parents[1]
 with atheris.instrument_imports(include=["lqexport"], exclude=KERNELS):
     import fuzz
 
-    from lqexport.artifact import Artifact
-    from lqexport.converters.gguf_header import read_header
-    from lqexport.converters.sentencepiece_model import read_sentencepiece
+    from lqexport.converters.gguf.header import read_header
+    from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
     from lqexport.errors import UserError
-    from lqexport.exports import open_export
-    from lqexport.source import open_source
+    from lqexport.models.source import open_source
+    from lqexport.models.written import open_export
+    from lqexport.storage.artifact import Artifact
 
 LONGEST = 2**18
 """Bytes of a damaged file; no sound one is larger."""

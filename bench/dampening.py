@@ -15,14 +15,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight, forward_moments
-from lqexport.factor import SHARE_OF_MEDIAN, usual_dampening
+from lqexport.calibration.collect import by_weight, forward_moments
+from lqexport.calibration.sequences import load_calibration
 from lqexport.formats.registry import codec
-from lqexport.linear import solve_linear
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import Source, open_source
 from lqexport.recipe import Recipe
-from lqexport.source import Source, open_source
+from lqexport.solver.cholesky import SHARE_OF_MEDIAN, usual_dampening
+from lqexport.solver.linear import solve_linear
 
 ROWS, HELD_OUT = 192, 24
 OF_MEAN, OF_MEDIAN = (0.01, 0.2), (0.1, 0.25, 0.5, 1.0)

@@ -18,7 +18,6 @@ import argparse
 import json
 import os
 import random
-import runpy
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,11 +25,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import solving_seconds, split_arguments
 from safetensors.torch import save_file
+from stages import timed
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
-
-timed = runpy.run_path(str(Path(__file__).with_name("stages.py")))["timed"]
 
 OPTIONS = ["--target", "gguf:Q4_K", "--samples", "8", "--sequence-length", "64", "--descent", "1", "--tune", "2"]
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
@@ -142,8 +141,8 @@ def commands(folder: Path, options: list[str], device: str = "cpu") -> dict[str,
 def run_here(folder: Path, options: list[str]) -> dict[str, float]:
     """Run the commands in this process; the peak resident bytes of the process in each (on Linux alone; elsewhere of
     all up to there)."""
-    from lqexport.cli import app
-    from lqexport.environment import peak_memory
+    from lqexport.cli.app import app
+    from lqexport.runtime.environment import peak_memory
 
     peaks, reset = {}, Path("/proc/self/clear_refs")
     for name, arguments in commands(folder, options).items():
@@ -170,8 +169,7 @@ def run_apart(folder: Path, options: list[str], device: str, limit: int) -> dict
 def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
     """Seconds by the names in bench/floors.py. Passes are what is left of the stages in which linears are solved, each
     of which the log times, writing included."""
-    seconds, log = ran["quantize"]["stages"], (artifact / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    solving = sum(json.loads(line).get("seconds", 0.0) for line in log)
+    seconds, solving = ran["quantize"]["stages"], solving_seconds(artifact)
     return {
         "rounding": seconds["Rounding embeddings and norms"],
         "passes": seconds.get("Forward pass", 0.0) + seconds["Quantizing"] - solving,
@@ -184,16 +182,18 @@ def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
 
 def measured(given: argparse.Namespace, layers: int, options: list[str]) -> dict[str, Any]:
     """All of one depth; nothing of it stays on the disk."""
+    import floors
+
     from lqexport.sizes import memory_size
 
-    floor, folder = runpy.run_path(str(Path(__file__).with_name("floors.py"))), given.work / str(layers)
+    folder = given.work / str(layers)
     write_model(folder / "model", layers, given.hidden, given.intermediate, given.vocabulary, given.experts)
     model_bytes = sum(path.stat().st_size for path in (folder / "model").glob("*.safetensors"))
     ran = run_apart(folder, options, given.device, memory_size(given.limit) if given.limit else 0)
-    work = floor["work_of"](folder / "out")
-    machine = floor["measured"](given.work, given.device, work.recipe.compute_dtype_on(given.device.partition(":")[0]))
+    work = floors.work_of(folder / "out")
+    machine = floors.measured(given.work, given.device, work.recipe.compute_dtype_on(given.device.partition(":")[0]))
     stages = {name: {"seconds": seconds} for name, seconds in took(folder / "out", ran).items()}
-    for name, (operations, moved) in floor["floors"](work, machine).items():
+    for name, (operations, moved) in floors.floors(work, machine).items():
         stages[name] |= {"operations": operations, "bytes": moved}
     shutil.rmtree(folder)
     return {"model_bytes": model_bytes, "commands": ran, "stages": stages, "machine": vars(machine)}
@@ -244,8 +244,8 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--limit")
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :] or OPTIONS
+    given, options = split_arguments(parser)
+    options = options or OPTIONS
     result: dict[int, dict[str, Any]] = {}
     for layers in given.layers:
         result[layers] = measured(given, layers, options)

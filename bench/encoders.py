@@ -6,7 +6,7 @@
 Guided second moments (of the embedding) are gathered once, from the full-precision prefix. Every method then solves
 all linears by the program's own functions; with `--widest N`, matrices of more than N columns are solved in one order
 for all rows by the exact method too. Judged by the embeddings of sentences of the evaluation text against the source's
-(`lqexport.embeddings`). The output error is the loss over all linears relative to their outputs' energy; seconds are of
+(`lqexport.evaluation.embeddings`). The output error is the loss over all linears relative to their outputs' energy; seconds are of
 CPU time, for finding the codes. Prints Markdown, line by line.
 """
 
@@ -21,23 +21,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import comparison_parser
 from torch import Tensor
 
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight
-from lqexport.embeddings import embeddings, sentences, similarity, token_ids
-from lqexport.factor import Factor, factorize
-from lqexport.fit import fit, minmax
+from lqexport.calibration.collect import by_weight
+from lqexport.calibration.guided import guided_moments
+from lqexport.calibration.sequences import load_calibration
+from lqexport.calibration.texts import read_text
+from lqexport.evaluation.embeddings import embeddings, sentences, similarity, token_ids
 from lqexport.formats.registry import codec
-from lqexport.grid import TensorGrid
-from lqexport.guided import guided_moments
-from lqexport.progress import Silent
+from lqexport.grids.fit import fit, minmax
+from lqexport.grids.grid import TensorGrid
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import Source, open_source
 from lqexport.recipe import Recipe
-from lqexport.solve import damped, feedback, layer_loss, refine
-from lqexport.solve_exact import in_own_order
-from lqexport.source import Source, open_source
-from lqexport.texts import read_text
+from lqexport.runtime.progress import Silent
+from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.feedback import damped, feedback, layer_loss, refine
+from lqexport.solver.solve_exact import in_own_order
 
 COLUMNS = ("bits", "method", "output error", "mean cosine", "least", "of the 10 nearest, the same", "same nearest")
 COLUMNS += ("Kendall's tau", "CPU s")
@@ -46,7 +47,7 @@ Solver = Callable[[Tensor, TensorGrid, Factor], Tensor]
 
 @dataclass(frozen=True)
 class Changed:
-    """The source with other weights in the place of some of its own, as `lqexport.weights.Weights`."""
+    """The source with other weights in the place of some of its own, as `lqexport.models.interface.Weights`."""
 
     source: Source
     values: dict[str, Tensor]
@@ -138,10 +139,7 @@ def made(arguments: argparse.Namespace) -> Bench:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sentences", type=int, default=500)

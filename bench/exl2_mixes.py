@@ -4,7 +4,7 @@
 
 For each pure width: the loss of the best mix of no more bytes over that of the pure width, geometric mean by kind of
 linear; then the sum of losses when all linears together take as many bytes as that width everywhere, allocated by
-`lqexport.allocate`, from pure widths alone and from all mixes. Solves nothing. Prints Markdown.
+`lqexport.pipeline.allocate`, from pure widths alone and from all mixes. Solves nothing. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lqexport import measured
-from lqexport.allocate import Option, allocate
-from lqexport.artifact import Artifact
-from lqexport.files import read_json
 from lqexport.formats.exl2 import runs_named
-from lqexport.report import kind_of
+from lqexport.pipeline import measured_losses as measured
+from lqexport.pipeline.allocate import Option, allocate
+from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import read_json
+from lqexport.verification.report import kind_of
 
 WIDTHS = (2, 3, 4, 5, 6)
 

@@ -13,33 +13,33 @@ of EXL2: float16 and 6 bits). Finished artifacts in FOLDER are used again. Print
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from common import comparison_parser
+from judging import Judge
 from torch import Tensor
 
-from lqexport import evaluate, texts
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight, forward_moments
-from lqexport.converters import exl2, gguf
-from lqexport.converters.exl2_plan import plan_exl2
-from lqexport.exports import Export, open_export
-from lqexport.factor import Factor, factorize
+from lqexport.calibration.collect import by_weight, forward_moments
+from lqexport.calibration.sequences import load_calibration
+from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.exl2.plan import plan_exl2
+from lqexport.converters.gguf import writer as gguf
+from lqexport.evaluation import evaluate
 from lqexport.formats.exl2 import Exl2, runs_named
-from lqexport.grid import half
-from lqexport.pipeline import quantize
-from lqexport.progress import Silent
+from lqexport.grids.grid import half
+from lqexport.grids.sections import SquaredSection, TensorSections, squared_scale
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import GGUFSource, Source, open_source
+from lqexport.models.written import Export, open_export
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.sections import SquaredSection, TensorSections, squared_scale
-from lqexport.solve import feedback
-from lqexport.source import GGUFSource, Source, open_source
+from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.feedback import feedback
+from lqexport.storage.artifact import Artifact, StoredTensor
 
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
 Codecs = dict[str, str]
@@ -165,19 +165,6 @@ def gguf_file(recipe: Recipe, work: Path) -> tuple[float, Path]:
     return 8 * sum(tensor["bytes"] for tensor in linears) / sum(np.prod(tensor["shape"]) for tensor in linears), file
 
 
-def judge(source: Source, text: str, limit: int) -> Callable[[object], evaluate.Evaluation]:
-    """Evaluates weights against the source, whose logits are computed once."""
-    protocol = evaluate.LLAMACPP_512
-    windows = evaluate.cut(evaluate.tokenize(source.tokenizer(), texts.read_text(text).content), protocol, None, limit)
-    reference = list(evaluate.block_logits(BlockModel(source), windows, protocol, Silent(), ""))
-
-    def judged(weights: object) -> evaluate.Evaluation:
-        test = evaluate.block_logits(BlockModel(weights), windows, protocol, Silent(), "")  # type: ignore[arg-type]
-        return evaluate.compare(reference, test, windows, protocol)
-
-    return judged
-
-
 class Table:
     """Rows by rising size; each is also shown on stderr as it comes."""
 
@@ -195,10 +182,7 @@ class Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--bits", type=float, nargs="+", default=[2.5, 3.0, 4.0])
     parser.add_argument("--gguf", nargs="*", default=[])
@@ -210,7 +194,7 @@ def main() -> None:
     parser.add_argument("--compute-dtype", choices=["float32", "bfloat16"])
     arguments = parser.parse_args()
     source = open_source(arguments.model)
-    judged = judge(source, arguments.evaluation, arguments.windows)
+    judged = Judge(source, arguments.evaluation, arguments.windows)
     tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=arguments.samples,
                               sequence_length=512, seed=0).tokens  # fmt: skip
     table = Table()

@@ -25,9 +25,9 @@ def seconds(given: argparse.Namespace, at_once: int) -> float:
     import torch
     from solver_cost import problem
 
-    from lqexport.environment import steady_threads
-    from lqexport.linear import solve_linear
     from lqexport.recipe import Recipe
+    from lqexport.runtime.environment import steady_threads
+    from lqexport.solver.linear import solve_linear
 
     steady_threads()
     problems = [problem(given.width, given.hidden), problem(given.hidden, given.width)] * given.experts

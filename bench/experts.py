@@ -1,4 +1,4 @@
-"""What filling up experts' second moments gives on held-out tokens (lqexport/experts.py).
+"""What filling up experts' second moments gives on held-out tokens (lqexport/calibration/experts.py).
 
     python bench/experts.py MODEL --calibration FILE [--block 12] [--target gguf:Q4_0] [--samples 48]
 
@@ -16,14 +16,15 @@ import torch
 from dampening import errors
 from torch import Tensor
 
-from lqexport import evaluate, texts
-from lqexport.blocks import BlockModel
-from lqexport.collect import batches, input_of
-from lqexport.converters.architectures import MIXTRAL
-from lqexport.experts import fill_up
-from lqexport.moments import SecondMoments
+from lqexport.calibration import texts
+from lqexport.calibration.collect import batches, input_of
+from lqexport.calibration.experts import fill_up
+from lqexport.calibration.moments import SecondMoments
+from lqexport.converters.models.architectures import MIXTRAL
+from lqexport.evaluation import evaluate
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
 
 EXPERTS, CHOSEN, ROWS, LENGTH = 16, 2, 256, 512
 UP, DOWN = "up_proj", "down_proj"

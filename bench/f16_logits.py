@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lqexport import evaluate, llamacpp, texts
-from lqexport.artifact import Artifact
-from lqexport.converters import gguf
-from lqexport.pipeline import quantize
+from lqexport.calibration import texts
+from lqexport.converters.gguf import writer as gguf
+from lqexport.evaluation import evaluate, llamacpp
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
 
 
 def compare(model: str, text: str, work: Path, count: int) -> tuple[float, float, float]:

@@ -66,9 +66,11 @@ def recipes(work: Path) -> dict[str, Recipe]:
     """What is quantized, by a short name: every kind of target; rounded, corrected, and with types chosen by size."""
     from fuzz import make_model
 
-    from lqexport import job, pipeline, tune
+    from lqexport.calibration.texts import read_text
+    from lqexport.pipeline import job
+    from lqexport.pipeline import quantize as pipeline
     from lqexport.recipe import Recipe
-    from lqexport.texts import read_text
+    from lqexport.tuning import tune
 
     for module in (job, pipeline, tune):
         module.HELD_OUT = 1  # each sequence held out reads every tensor once more before tuning, and after
@@ -89,7 +91,7 @@ def commands(work: Path, only: str) -> dict[str, Command]:
     """Every command that writes a model and whose name holds `only`, on a tiny model; the artifacts to export are made
     here, undisturbed."""
     from lqexport.exporting import export
-    from lqexport.pipeline import quantize
+    from lqexport.pipeline.quantize import quantize
 
     known, folder, file = recipes(work), work / "out" / "model", work / "out" / "model.gguf"
     found: dict[str, Command] = {}
@@ -235,7 +237,7 @@ def damaged(root: Path) -> list[str]:
 
 def is_whole(path: Path) -> bool:
     """Whether a file ends where its kind of file says it does."""
-    from lqexport.converters.gguf_header import read_header
+    from lqexport.converters.gguf.header import read_header
     from lqexport.errors import UserError
 
     try:

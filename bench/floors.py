@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from lqexport.cost import Work, disk, operations_estimate, passes, source_bytes, source_passes
-from lqexport.dryrun import measured_rate
-from lqexport.environment import full_float32
-from lqexport.job import plan_recipe
+from lqexport.models.source import open_source
+from lqexport.pipeline.job import plan_recipe
+from lqexport.planning.cost import Work, disk, operations_estimate, passes, source_bytes, source_passes
+from lqexport.planning.dryrun import measured_rate
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.runtime.environment import full_float32
 
 WINDOW = 512
 """Tokens that verify runs through both models."""

@@ -34,21 +34,21 @@ from gguf import GGUFWriter
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lqexport.adapters import misfits, open_factors
-from lqexport.artifact import manifest_bytes
-from lqexport.converters.gguf_tokenizer import add_tokenizer
+from lqexport.calibration.texts import read_text
+from lqexport.converters.gguf.tokenizer import add_tokenizer
 from lqexport.errors import UserError
 from lqexport.exporting import export
-from lqexport.exports import open_export
-from lqexport.inspect import inspect
-from lqexport.job import plan_recipe
-from lqexport.modules import meta_model
-from lqexport.pipeline import quantize
-from lqexport.progress import Callback
+from lqexport.models.adapters import misfits, open_factors
+from lqexport.models.inspect import inspect
+from lqexport.models.modules import meta_model
+from lqexport.models.source import load_tokenizer, open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.job import plan_recipe
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe, load_recipe
-from lqexport.source import load_tokenizer, open_source
-from lqexport.texts import read_text
-from lqexport.verifying import verify
+from lqexport.runtime.progress import Callback
+from lqexport.storage.artifact import manifest_bytes
+from lqexport.verification.verifying import verify
 
 Tensors = dict[str, torch.Tensor]
 

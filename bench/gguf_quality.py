@@ -19,19 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from common import comparison_parser
+from judging import predictions, windows_of
 
-from lqexport import evaluate, llamacpp, texts
-from lqexport.artifact import Artifact
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.converters import gguf
-from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.tensor_names import gguf_names
+from lqexport.calibration.sequences import load_calibration
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.models.tensor_names import gguf_names
+from lqexport.evaluation import evaluate, llamacpp
 from lqexport.formats.registry import codec
-from lqexport.pipeline import quantize
-from lqexport.progress import Silent
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import Source, open_source
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import Source, open_source
+from lqexport.storage.artifact import Artifact
 
 
 def importance_matrix(source: Source, text: str, samples: int) -> dict[str, np.ndarray]:
@@ -88,12 +89,8 @@ class Judge:
     """llama.cpp's logits of a file against the source's, which are computed once."""
 
     def __init__(self, source: Source, text: str, windows: int) -> None:
-        tokenizer = source.tokenizer()
-        protocol = evaluate.LLAMACPP_512
-        tokens = evaluate.tokenize(tokenizer, texts.read_text(text).content)
-        self.windows = evaluate.cut(tokens, protocol, None, windows)
-        logits = evaluate.block_logits(BlockModel(source), self.windows, protocol, Silent(), "source")
-        self.reference = list(logits)
+        self.windows = windows_of(source, text, windows)
+        self.reference = list(predictions(BlockModel(source), self.windows))
 
     def __call__(self, file: Path, adapter: Path | None = None) -> evaluate.Evaluation:
         # As many threads as torch: on a busy machine more of them wait for each other.
@@ -155,10 +152,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K", "Q4_K"])
     parser.add_argument("--moments", nargs="+", default=["normalized"])

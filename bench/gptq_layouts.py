@@ -14,14 +14,14 @@ import argparse
 import numpy as np
 import torch
 
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.collect import by_weight, embed, forward_moments
+from lqexport.calibration.collect import by_weight, embed, forward_moments
+from lqexport.calibration.sequences import load_calibration
 from lqexport.formats.codec import bits_per_weight
 from lqexport.formats.registry import codec
-from lqexport.linear import solve_linear
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.solver.linear import solve_linear
 
 METHODS = ("gptq", "lean")
 

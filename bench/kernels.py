@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lqexport import fit, fit_sections, solve_cuda
 from lqexport.formats.codec import GridCodec, SectionedCodec, nbytes
 from lqexport.formats.registry import codec
+from lqexport.grids import fit, fit_sections
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
+from lqexport.solver import solve_cuda
 
 SIZE = 4096
 WEIGHTS = SIZE * SIZE

@@ -8,7 +8,6 @@ What follows `--` goes to `lqexport quantize`. Prints a line per kill and exits 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import shutil
@@ -17,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from common import digests, split_arguments
 
 
 def kill_and_resume(model: str, work: Path, options: list[str], *, kills: int, seed: int) -> dict[str, Any]:
@@ -44,12 +45,6 @@ def kill_and_resume(model: str, work: Path, options: list[str], *, kills: int, s
     return {"seconds": seconds, "finished_at_kills": finished, "identical": identical}
 
 
-def digests(folder: Path) -> dict[str, str]:
-    """sha256 of every file of an artifact but the log, which holds times."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl")
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
 def _command(model: str, out: Path, options: list[str]) -> list[str]:
     return [sys.executable, "-m", "lqexport", "quantize", model, str(out), *options]
 
@@ -70,8 +65,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    arguments, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    arguments, options = split_arguments(parser)
     result = kill_and_resume(arguments.model, arguments.work, options, kills=arguments.kills, seed=arguments.seed)
     print(json.dumps(result))
     sys.exit(0 if result["identical"] else 1)

@@ -18,19 +18,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from common import comparison_parser
 from gguf_quality import Judge, figures
 
-from lqexport.artifact import Artifact
-from lqexport.converters import gguf, gguf_adapter
 from lqexport.converters.factors import A, block_codec, corrected_linear, is_factor
-from lqexport.corrected import values_of
-from lqexport.evaluate import Evaluation
-from lqexport.job import plan_recipe
-from lqexport.linear import round_tensor
-from lqexport.pipeline import quantize
-from lqexport.ranks import cut, share
+from lqexport.converters.gguf import adapter as gguf_adapter
+from lqexport.converters.gguf import writer as gguf
+from lqexport.evaluation.evaluate import Evaluation
+from lqexport.models.source import open_source
+from lqexport.pipeline.job import plan_recipe
+from lqexport.pipeline.quantize import quantize
+from lqexport.pipeline.ranks import cut, share
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.solver.corrected_linear import values_of
+from lqexport.solver.linear import round_tensor
+from lqexport.storage.artifact import Artifact
 
 LARGEST = 96
 VARIANTS = [(16, "F16"), (32, "F16"), (64, "F16"), (32, "Q8_0"), (64, "Q8_0")]
@@ -118,10 +120,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=12)

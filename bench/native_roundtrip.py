@@ -18,11 +18,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel
 
 import lqexport
-from lqexport.adapters import Corrected, open_factors
-from lqexport.blocks import BlockModel
-from lqexport.exports import open_export
-from lqexport.inspect import bits, inspect
-from lqexport.texts import read_text
+from lqexport.calibration.texts import read_text
+from lqexport.models.adapters import Corrected, open_factors
+from lqexport.models.blocks import BlockModel
+from lqexport.models.inspect import bits, inspect
+from lqexport.models.written import open_export
 
 TOKENS, RANK = 64, 16
 

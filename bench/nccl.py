@@ -10,25 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import runpy
 import sys
 from pathlib import Path
 
 import torch
+from common import digests, split_arguments
 from torch import distributed
 
-from lqexport.cli import app
-from lqexport.processes import PATIENCE, Processes
-
-digests = runpy.run_path(str(Path(__file__).with_name("kill.py")))["digests"]
+from lqexport.cli.app import app
+from lqexport.runtime.processes import PATIENCE, Processes
 
 
 def run(model: str, out: Path, options: list[str]) -> dict[str, str]:
     """Quantize in this process; the digests of what came out."""
     if status := app(["quantize", model, str(out), "--device", "cuda", *options], standalone_mode=False):
         sys.exit(f"quantize ended with exit status {status}.")
-    found: dict[str, str] = digests(out)
-    return found
+    return digests(out)
 
 
 def exchanged() -> bool:
@@ -43,8 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--work", type=Path, required=True)
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given, options = parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+    given, options = split_arguments(parser)
     alone = run(given.model, given.work / "alone", options)
     torch.cuda.set_device(0)
     distributed.init_process_group("nccl", timeout=PATIENCE)

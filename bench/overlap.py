@@ -1,4 +1,4 @@
-"""What is saved by writing the last tensor and reading the next block while the solver works (lqexport/background.py).
+"""What is saved by writing the last tensor and reading the next block while the solver works (lqexport/storage/background.py).
 
     python bench/overlap.py --work FOLDER [--layers 2] [--hidden 4096] [--intermediate 14336] [--times 3]
 
@@ -18,9 +18,9 @@ from pathlib import Path
 
 from depth import write_model
 
-from lqexport import background
-from lqexport.pipeline import quantize
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage import background
 
 SOLVED = {"samples": 2, "sequence_length": 32, "descent": 1, "moments": "normalized", "prefix": "full"}
 RUNS = {"rounded to Q4_0": ("gguf:Q4_0", {"method": "rtn"}), "solved in Q4_K": ("gguf:Q4_K", SOLVED)}

@@ -19,8 +19,8 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
 
-    from lqexport.cli import app
-    from lqexport.environment import peak_memory
+    from lqexport.cli.app import app
+    from lqexport.runtime.environment import peak_memory
 
     status = app(sys.argv[2:], standalone_mode=False)
     peaks = {"peak_bytes": peak_memory()}

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -21,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-
-digests = runpy.run_path(str(Path(__file__).with_name("kill.py")))["digests"]
-timed = runpy.run_path(str(Path(__file__).with_name("stages.py")))["timed"]
+from common import digests, solving_seconds, split_arguments
+from stages import timed
 
 
 def command(count: int, model: str, out: Path, options: list[str]) -> list[str]:
@@ -44,8 +42,7 @@ def run_and_kill(arguments: list[str], out: Path, finished: int, environment: di
 def seconds_of(arguments: list[str], out: Path, environment: dict[str, str]) -> dict[str, float]:
     """Run to the end; what it took."""
     ran = timed(arguments, environment)
-    log = (out / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    solving = sum(json.loads(line).get("seconds", 0.0) for line in log)
+    solving = solving_seconds(out)
     return {"whole": round(ran.seconds, 1), "stage": round(ran.stages["Quantizing"], 1), "solving": round(solving, 1)}
 
 
@@ -74,9 +71,8 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--threads", type=int, default=1)
-    split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
-    given = parser.parse_args(sys.argv[1:split])
-    result = compared(given.model, given.work, given.counts, given.threads, sys.argv[split + 1 :])
+    given, options = split_arguments(parser)
+    result = compared(given.model, given.work, given.counts, given.threads, options)
     print(json.dumps(result, indent=1))
     sys.exit(not (result["identical"] and result["killed_in_time"]))
 

@@ -10,23 +10,24 @@ source, windows of 512, second half scored. Each block of each variant runs as s
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from typing import get_args
 
 import torch
+from common import comparison_parser
+from judging import windows_of
 from torch import Tensor, nn
 
-from lqexport import evaluate, texts
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.fit import minmax
+from lqexport.calibration.moments import SecondMoments
+from lqexport.calibration.sequences import load_calibration
+from lqexport.evaluation import evaluate
 from lqexport.formats.registry import codec
-from lqexport.lowrank import column_weighting, correction
-from lqexport.moments import SecondMoments
+from lqexport.grids.fit import minmax
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
 from lqexport.recipe import Scaling
-from lqexport.source import open_source
+from lqexport.solver.lowrank import column_weighting, correction
 
 GRIDS = {"native:mxint-4-g32": 32, "native:mxint-3-g32": 64}
 SCALINGS = ("none", *get_args(Scaling))
@@ -88,18 +89,14 @@ def run(model: BlockModel, calibration: list[Tensor], windows: list[Tensor]) -> 
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=6)
     arguments = parser.parse_args()
     source, protocol = open_source(arguments.model), evaluate.LLAMACPP_512
-    tokenizer, model = source.tokenizer(), BlockModel(source)
-    tokens = load_calibration(arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=512, seed=0)
-    evaluation = evaluate.tokenize(tokenizer, texts.read_text(arguments.evaluation).content)
-    windows = evaluate.cut(evaluation, protocol, None, arguments.windows)
+    tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=arguments.samples,
+                              sequence_length=512, seed=0)  # fmt: skip
+    model, windows = BlockModel(source), windows_of(source, arguments.evaluation, arguments.windows)
     states = run(model, [model.start(row[None]) for row in tokens.tokens],
                  [model.start(torch.from_numpy(window)[None]) for window in windows])  # fmt: skip
     logits = {

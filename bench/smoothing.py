@@ -9,22 +9,23 @@ a power of the inputs' size that the columns are scaled by; 0 is none. Prints Ma
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 import torch
+from common import comparison_parser
 from torch import Tensor
 
-from lqexport import evaluate, texts
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.collect import input_magnitudes
-from lqexport.evaluate import block_logits
-from lqexport.progress import Silent
-from lqexport.smoothing import SEQUENCES, Smoothed, column_scales, pairs
-from lqexport.source import open_source
-from lqexport.weights import Weights
+from lqexport.calibration import texts
+from lqexport.calibration.collect import input_magnitudes
+from lqexport.calibration.sequences import load_calibration
+from lqexport.evaluation import evaluate
+from lqexport.evaluation.evaluate import block_logits
+from lqexport.models.blocks import BlockModel
+from lqexport.models.interface import Weights
+from lqexport.models.smoothing import SEQUENCES, Smoothed, column_scales, pairs
+from lqexport.models.source import open_source
+from lqexport.runtime.progress import Silent
 
 KINDS = {
     "q, k, v": ("q_proj", "k_proj", "v_proj"), "o": ("o_proj",), "gate, up": ("gate_proj", "up_proj"),
@@ -59,10 +60,7 @@ class Rounding(BlockModel):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--powers", type=float, nargs="+", default=[0, 0.1, 0.2, 0.35, 0.5])
     arguments = parser.parse_args()

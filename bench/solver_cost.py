@@ -15,8 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lqexport.linear import solve_linear
 from lqexport.recipe import Recipe
+from lqexport.solver.linear import solve_linear
 
 TARGETS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:IQ4_XS", "gguf:Q4_0",
            "native:table-2", "native:table-3", "native:table-4", "native:affine-4-g64", "gptq:4-g128",

@@ -17,18 +17,20 @@ import warnings
 
 import numpy as np
 import torch
+from common import comparison_parser
+from judging import windows_of
 from sklearn.cluster import KMeans
 from transformers import AutoModelForCausalLM
 
-from lqexport import evaluate, texts
-from lqexport.calibration import load_calibration
-from lqexport.factor import factorize
+from lqexport.calibration.moments import SecondMoments, importance
+from lqexport.calibration.sequences import load_calibration
+from lqexport.evaluation import evaluate
 from lqexport.formats.registry import codec
 from lqexport.kernels.kmeans import weighted_kmeans
-from lqexport.linear import solve_linear
-from lqexport.moments import SecondMoments, importance
+from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.solver.cholesky import factorize
+from lqexport.solver.linear import solve_linear
 
 METHODS = {
     "RTN": {"method": "rtn"},
@@ -73,12 +75,10 @@ def logits(model: torch.nn.Module, windows: np.ndarray) -> list[torch.Tensor]:
 
 def methods_table(arguments: argparse.Namespace) -> None:
     source = open_source(arguments.model)
-    tokenizer = source.tokenizer()
     tokens = load_calibration(
-        arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=512, seed=0
+        arguments.calibration, source.tokenizer(), samples=arguments.samples, sequence_length=512, seed=0
     ).tokens
-    text = texts.read_text(arguments.evaluation).content
-    windows = evaluate.cut(evaluate.tokenize(tokenizer, text), evaluate.LLAMACPP_512, None, arguments.windows)
+    windows = windows_of(source, arguments.evaluation, arguments.windows)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32).eval()
     reference = logits(model, windows)
     moments = gather(model, tokens, arguments.every)
@@ -123,10 +123,7 @@ def lloyd(row: np.ndarray, weight: np.ndarray, count: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--evaluation", required=True)
+    parser = comparison_parser(__doc__)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--windows", type=int, default=6)
     parser.add_argument("--every", type=int, default=1)

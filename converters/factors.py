@@ -6,11 +6,11 @@ it: the weight is the sum of what X.weight decodes to and B A.
 
 from __future__ import annotations
 
-from lqexport.artifact import Artifact
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec
+from lqexport.storage.artifact import Artifact
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 

@@ -4,7 +4,7 @@
                     BF16: that type), norms and biases in F32
     gguf:MIX        llama.cpp's mixes by its own rules, each tensor in its own type: Q3_K_S/M/L, Q4_K_S/M, Q5_K_S/M,
                     Q2_K_S, and Q2_K_M and Q6_K_M for what llama.cpp calls Q2_K and Q6_K
-    gguf:auto       types chosen by whoever calls (`lqexport.budget`), Q8_0 where there is none
+    gguf:auto       types chosen by whoever calls (`lqexport.pipeline.types_by_size`), Q8_0 where there is none
     native:CODEC    every linear in a native codec; embedding and output in F16, norms and biases in F32
 
 `embedding_type` and `output_type` replace what a target says of those two; a model whose output is tied to its
@@ -19,13 +19,12 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
-from lqexport.converters.architecture import Architecture
-from lqexport.converters.architectures import architecture_of, normalized
-from lqexport.converters.gguf_support import check_supported
-from lqexport.converters.gguf_types import MIXES, Layer, fallback_type, mix_output, mix_type
-from lqexport.converters.plan import PlannedTensor
-from lqexport.converters.row_order import row_order
-from lqexport.converters.tensor_names import (
+from lqexport.converters.gguf.mixes import MIXES, Layer, fallback_type, mix_output, mix_type
+from lqexport.converters.gguf.row_order import row_order
+from lqexport.converters.gguf.support import check_supported
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.tensor_names import (
     block_module,
     gguf_names,
     head_count,
@@ -34,6 +33,7 @@ from lqexport.converters.tensor_names import (
     is_tied,
     needed_names,
 )
+from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec, names

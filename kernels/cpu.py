@@ -1,6 +1,6 @@
 """The solver's inner loops, compiled for the CPU with numba: parallel over rows, which are independent.
 
-`lqexport.solve_cpu` calls these; `lqexport.solve_torch` does the same on any device, and a test holds the two equal.
+`lqexport.solver.solve_cpu` calls these; `lqexport.solver.solve_torch` does the same on any device, and a test holds the two equal.
 All arrays are float32 and C-contiguous unless said otherwise. R rows, C columns, G groups, K levels.
 
 None of the loops has numba's `fastmath`: how a sum is ordered would be the compiler's choice, which depends on what is

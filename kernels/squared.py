@@ -1,6 +1,6 @@
 """Choosing EXL2's scale codes on the CPU: for every row of a group and every maximum, the code with the least error.
 
-`lqexport.fit_sections` calls it, and does the same in torch on other devices; a test holds the two equal.
+`lqexport.grids.fit_sections` calls it, and does the same in torch on other devices; a test holds the two equal.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 """`python -m lqexport` is `lqexport`."""
 
-from lqexport.cli import main
+from lqexport.cli.app import main
 
 main()

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
-from lqexport.artifact import Artifact
-from lqexport.converters import compressed_tensors, exl2, gguf, gguf_adapter, gptq, native, peft
+from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.folders import compressed_tensors, gptq, native, peft
+from lqexport.converters.gguf import adapter as gguf_adapter
+from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import ANEW, UserError, files_at_hand, well_formed
-from lqexport.inspect import inspect, size
-from lqexport.progress import Listener, Silent
+from lqexport.models.inspect import inspect, size
+from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import split_size
+from lqexport.storage.artifact import Artifact
 
 Format = Literal["gguf", "exl2", "gptq", "gptq_v2", "compressed-tensors", "native", "peft"]
 FOLDERS: dict[str, Callable[..., None]] = {

@@ -30,7 +30,7 @@ LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
 @dataclass(frozen=True)
 class Recipe:
     """Options of `lqexport quantize`; each is explained by its `--help`. Where moments, prefix, asymmetric and smooth
-    are None, `lqexport.defaults` settles them by the model."""
+    are None, `lqexport.planning.defaults` settles them by the model."""
 
     source: str
     target: str

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from lqexport.artifact import Artifact
+    from lqexport.storage.artifact import Artifact
 
 ROOT = Path(__file__).parent.parent
 Server = TypeVar("Server", bound=BaseServer)
@@ -51,7 +51,9 @@ def _load_script(path: str) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / Path(path).parent)  # a script imports modules beside it
+        spec.loader.exec_module(module)
     return module
 
 
@@ -189,13 +191,13 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
     def make(folder: Path, target: str, rank: int = 0) -> Artifact:
         import torch
 
-        from lqexport.artifact import Artifact, StoredTensor
         from lqexport.converters.factors import planned_factors
         from lqexport.converters.targets import plan
-        from lqexport.fit import minmax
         from lqexport.formats.registry import codec
-        from lqexport.linear import round_tensor
-        from lqexport.source import open_source
+        from lqexport.grids.fit import minmax
+        from lqexport.models.source import open_source
+        from lqexport.solver.linear import round_tensor
+        from lqexport.storage.artifact import Artifact, StoredTensor
 
         source, artifact = open_source(str(tiny_model)), Artifact(folder)
         artifact.begin({"recipe": {"target": target}})
@@ -229,7 +231,7 @@ def make_problem() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     def make(far_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        from lqexport.moments import SecondMoments
+        from lqexport.calibration.moments import SecondMoments
 
         draw = torch.Generator().manual_seed(1)
         weights = torch.randn(64, 256, generator=draw) * torch.rand(64, 1, generator=draw) / 16
@@ -265,7 +267,7 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers' class of 
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    from lqexport.texts import read_text
+    from lqexport.calibration.texts import read_text
 
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)

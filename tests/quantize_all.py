@@ -18,10 +18,11 @@ from typing import Any
 
 from torch import Tensor, distributed
 
-from lqexport import memory, tiles
-from lqexport.memory import Budget
-from lqexport.pipeline import quantize
+from lqexport.pipeline.quantize import quantize
+from lqexport.planning import memory
+from lqexport.planning.memory import Budget
 from lqexport.recipe import Recipe
+from lqexport.runtime import tiles
 
 
 def pretend() -> Any:

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lqexport import allocate as module
-from lqexport.allocate import RELATIVE_GAP, Allocation, Option, allocate, reachable
 from lqexport.errors import UserError
+from lqexport.pipeline import allocate as module
+from lqexport.pipeline.allocate import RELATIVE_GAP, Allocation, Option, allocate, reachable
 
 options = st.lists(
     st.builds(Option, st.text("ab", max_size=2), st.integers(0, 12), st.floats(0, 8, width=16)), min_size=1, max_size=4

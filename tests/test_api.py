@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 import lqexport
-from lqexport.artifact import Artifact
-from lqexport.converters import native
+from lqexport.converters.folders import native
+from lqexport.storage.artifact import Artifact
 
 SMALL: dict[str, Any] = {"method": "rtn", "samples": 2, "sequence_length": 32}
 

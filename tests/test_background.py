@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lqexport import background
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.background import OneBehind, Place, read_ahead
 from lqexport.errors import UserError
-from lqexport.pipeline import quantize
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
-from lqexport.tensor_files import spans
+from lqexport.storage import background
+from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.storage.background import OneBehind, Place, read_ahead
+from lqexport.storage.tensor_files import spans
 
 
 def test_one_thing_at_a_time_in_order() -> None:

@@ -8,16 +8,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.converters.gguf import write
+from lqexport.cli.app import app
+from lqexport.converters.gguf.writer import write
 from lqexport.errors import UserError
-from lqexport.inspect import inspect
-from lqexport.job import plan_recipe
-from lqexport.pipeline import quantize
+from lqexport.models.inspect import inspect
+from lqexport.models.source import open_source
+from lqexport.pipeline.job import plan_recipe
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.sizes import model_size
-from lqexport.source import open_source
+from lqexport.storage.artifact import Artifact
 
 
 @pytest.mark.parametrize(
@@ -85,14 +85,14 @@ def test_a_cache_serves_runs_that_choose_for_different_tensors(recipe: Recipe, t
 def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = quantize(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:
-        patch.setattr("lqexport.budget.measure_outer", None)
+        patch.setattr("lqexport.pipeline.types_by_size.measure_outer", None)
         with pytest.raises(TypeError):
             quantize(recipe, tmp_path / "out")
     assert list((tmp_path / "out" / "work" / "moments").glob("*/types-*/*.json"))
     with monkeypatch.context() as patch:
         # All linears are measured; their moments are kept, and the tokens' weights, for the asymmetric calibration.
-        patch.setattr("lqexport.job.guided_moments", None)
-        patch.setattr("lqexport.job.guided_pass", None)
+        patch.setattr("lqexport.pipeline.job.guided_moments", None)
+        patch.setattr("lqexport.pipeline.job.guided_pass", None)
         assert quantize(recipe, tmp_path / "out") == expected
 
 

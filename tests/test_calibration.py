@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from lqexport.calibration import load_calibration, overlap, read_text
+from lqexport.calibration.sequences import load_calibration, overlap, read_text
+from lqexport.calibration.texts import BUILT_IN, CALIBRATION_MODULES, HELDOUT_MODULES, HUB_TEXTS, _hub_documents
 from lqexport.errors import UserError
-from lqexport.texts import BUILT_IN, CALIBRATION_MODULES, HELDOUT_MODULES, HUB_TEXTS, _hub_documents
 
 
 class Characters:

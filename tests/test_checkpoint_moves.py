@@ -12,13 +12,13 @@ from checkpoint_layouts import make_gptq as make_gptq
 from numpy.typing import NDArray
 from safetensors.torch import load_file
 
-from lqexport.artifact import Artifact
-from lqexport.exports import open_export
 from lqexport.formats.codec import PlainCodec, nbytes
 from lqexport.formats.moves import AffineGrid, TableGrid, move
 from lqexport.formats.registry import codec, names
-from lqexport.pipeline import quantize
+from lqexport.models.written import open_export
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
 
 CHECKPOINTS = {
     "4 bits, symmetric, groups of 128": (4, 128, True),

@@ -14,7 +14,7 @@ from checkpoint_layouts import make_gptq as make_gptq
 from safetensors.torch import load_file, save_file
 
 from lqexport.errors import UserError
-from lqexport.source import open_source
+from lqexport.models.source import open_source
 
 
 @pytest.mark.parametrize(

@@ -34,19 +34,20 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.converters import gguf, native
+from lqexport.cli.app import app
+from lqexport.converters.folders import native
+from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
-from lqexport.exports import open_export
 from lqexport.formats.moves import TableGrid, move
 from lqexport.formats.registry import codec
-from lqexport.inspect import inspect
-from lqexport.job import plan_recipe
-from lqexport.pipeline import quantize
+from lqexport.models.inspect import inspect
+from lqexport.models.source import open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.job import plan_recipe
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact
+from lqexport.verification.verifying import verify
 
 
 def check_lossless(checkpoint: Checkpoint, target: str, out: Path) -> Artifact:

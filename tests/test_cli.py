@@ -23,15 +23,15 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lqexport import cost, dryrun
-from lqexport import inspect as inspection
-from lqexport.cli import app, merged_recipe
-from lqexport.converters.architectures import LLAMA
-from lqexport.converters.tensor_names import gguf_names
-from lqexport.memory import memory_estimate
-from lqexport.progress import Bars, Lines
+from lqexport.cli.app import app, merged_recipe
+from lqexport.converters.models.architectures import LLAMA
+from lqexport.converters.models.tensor_names import gguf_names
+from lqexport.models import inspect as inspection
+from lqexport.planning import cost, dryrun
+from lqexport.planning.memory import memory_estimate
 from lqexport.recipe import Recipe
-from lqexport.room import plenty
+from lqexport.runtime.placement import plenty
+from lqexport.runtime.progress import Bars, Lines
 
 COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
             "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip

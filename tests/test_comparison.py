@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from lqexport import comparison
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.comparison import compare
-from lqexport.converters import gguf, native
+from lqexport.cli.app import app
+from lqexport.converters.folders import native
+from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
-from lqexport.linear import round_tensor
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.models.source import open_source
+from lqexport.solver.linear import round_tensor
+from lqexport.storage.artifact import Artifact
+from lqexport.verification import comparison
+from lqexport.verification.comparison import compare
+from lqexport.verification.verifying import verify
 
 TARGETS = ("native:table-2", "native:affine-4-g64")
 

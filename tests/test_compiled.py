@@ -10,10 +10,10 @@ from pathlib import Path
 KERNELS = Path(__file__).parents[1] / "kernels"
 SOLVE = """
 import hashlib, torch
-from lqexport.fit import _fit_cpu, normalized
-from lqexport.fit_sections import _best_subs_cpu
+from lqexport.grids.fit import _fit_cpu, normalized
+from lqexport.grids.fit_sections import _best_subs_cpu
 from lqexport.formats.registry import codec
-from lqexport.linear import solve_linear
+from lqexport.solver.linear import solve_linear
 from lqexport.recipe import Recipe
 
 draw = torch.Generator().manual_seed(1)

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from lqexport.cli import app
-from lqexport.cost import Work, operations_estimate
+from lqexport.cli.app import app
 from lqexport.errors import UserError
-from lqexport.forecast import ConfigModel, Forecast, forecast
-from lqexport.job import plan_recipe
-from lqexport.memory import PROCESS_BYTES, memory_estimate, tuned_numbers
+from lqexport.pipeline.job import plan_recipe
+from lqexport.planning.cost import Work, operations_estimate
+from lqexport.planning.forecast import ConfigModel, Forecast, forecast
+from lqexport.planning.memory import PROCESS_BYTES, memory_estimate, tuned_numbers
 from lqexport.recipe import Recipe
 from lqexport.sizes import memory_size
 
@@ -36,6 +36,7 @@ MODELS = {"2": (2, 1536, 512), "8": (8, 1536, 512), "wide": (1, 4096, 16384)}
 MEASURE = """
 import json, pathlib, runpy, sys
 import psutil
+sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
 depth, work, options = runpy.run_path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[4])
 found = {}
 for name, (layers, inner, vocabulary) in json.loads(sys.argv[3]).items():

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.artifact import StoredTensor, decoded
-from lqexport.crosscheck import CrossCheck
 from lqexport.formats.registry import codec
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2
-from lqexport.progress import Silent
-from lqexport.verification import Verification
-from lqexport.verify_tensors import check_tensors
+from lqexport.runtime.progress import Silent
+from lqexport.storage.artifact import StoredTensor, decoded
+from lqexport.verification.crosscheck import CrossCheck
+from lqexport.verification.result import Verification
+from lqexport.verification.verify_tensors import check_tensors
 
 NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3", "exl2:4g32x3+2g32x5"]
 

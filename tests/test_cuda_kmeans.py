@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lqexport import fit
 from lqexport.formats.registry import codec
+from lqexport.grids import fit
 from lqexport.kernels import cuda, cuda_kmeans
 from lqexport.kernels.kmeans import weighted_kmeans
 

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lqexport.fit import minmax
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec
+from lqexport.grids.fit import minmax
 from lqexport.kernels import cuda_decode, cuda_multiply
 
 KernelsOn = Callable[[str, dict[str, list[str]]], str]

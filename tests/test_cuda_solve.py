@@ -10,20 +10,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from lqexport import fit as fitting
-from lqexport import solve, solve_cpu, solve_cuda
-from lqexport.blocks import BlockModel
-from lqexport.collect import by_weight, forward_moments
-from lqexport.factor import factorize
-from lqexport.fit import fit
-from lqexport.fit_sections import fit_sections
+from lqexport.calibration.collect import by_weight, forward_moments
+from lqexport.calibration.texts import read_text
 from lqexport.formats.registry import codec
-from lqexport.grid import TensorGrid
+from lqexport.grids import fit as fitting
+from lqexport.grids.fit import fit
+from lqexport.grids.fit_sections import fit_sections
+from lqexport.grids.grid import TensorGrid
+from lqexport.grids.sections import SquaredSection, TensorSections
 from lqexport.kernels import cuda_solve
-from lqexport.sections import SquaredSection, TensorSections
-from lqexport.solve_sections import refine_sections
-from lqexport.source import open_source
-from lqexport.texts import read_text
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+from lqexport.solver import feedback as solve
+from lqexport.solver import solve_cpu, solve_cuda
+from lqexport.solver.cholesky import factorize
+from lqexport.solver.solve_sections import refine_sections
 
 KernelsOn = Callable[[str, dict[str, list[str]]], str]
 Solved = TensorGrid | TensorSections

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lqexport import fit_sections as fitting
 from lqexport.formats.exl2 import BITS
+from lqexport.grids import fit_sections as fitting
 from lqexport.kernels import cuda, cuda_squared
 
 KernelsOn = Callable[[str, dict[str, list[str]]], str]

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from lqexport.artifact import Artifact
 from lqexport.errors import UserError
-from lqexport.pipeline import quantize
-from lqexport.progress import Callback
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.runtime.progress import Callback
+from lqexport.storage.artifact import Artifact
 
 TRIES = 60
 """Bytes changed in each kind of file."""

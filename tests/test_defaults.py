@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lqexport.artifact import Artifact
-from lqexport.defaults import settled
-from lqexport.pipeline import quantize
+from lqexport.pipeline.quantize import quantize
+from lqexport.planning.defaults import settled
 from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
 
 CONFIGS = Path(__file__).parent / "configs"
 ASYMMETRIC = ("quantized", True, "normalized")

@@ -14,7 +14,7 @@ import pytest
 from typer.main import get_command
 
 import lqexport
-from lqexport.cli import app
+from lqexport.cli.app import app
 
 missing = [name for name in ("material", "mkdocs", "mkdocstrings") if importlib.util.find_spec(name) is None]
 

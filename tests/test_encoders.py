@@ -16,18 +16,18 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import lqexport
-from lqexport.blocks import BlockModel
-from lqexport.calibration import load_calibration
-from lqexport.card import card
-from lqexport.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
+from lqexport.calibration.guided import _along_direction
+from lqexport.calibration.sequences import load_calibration
 from lqexport.errors import UserError
-from lqexport.guided import _along_direction
-from lqexport.llamacpp import LlamaCpp
-from lqexport.progress import Silent
+from lqexport.evaluation.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.evaluation.zero_shot_tasks import runnable
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
-from lqexport.report import as_html
-from lqexport.source import open_source
-from lqexport.zero_shot_tasks import runnable
+from lqexport.runtime.progress import Silent
+from lqexport.verification.card import card
+from lqexport.verification.report import as_html
 
 MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.environment import choose_device, full_float32, versions
 from lqexport.errors import UserError
+from lqexport.runtime.environment import choose_device, full_float32, versions
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_float32_is_multiplied_in_float32() -> None:
 THREADS = """
 import sys
 import torch
-from lqexport.environment import steady_threads
+from lqexport.runtime.environment import steady_threads
 from lqexport.kernels.threads import start_pool
 steady_threads() if sys.argv[1] == "steady" else None
 start_pool()

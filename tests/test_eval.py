@@ -15,17 +15,18 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lqexport import papers, zero_shot_tasks
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.converters import gguf, native
+from lqexport.calibration.texts import HUB_TEXTS
+from lqexport.cli.app import app
+from lqexport.converters.folders import native
+from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
-from lqexport.evaluate import tokenize
-from lqexport.papers import perplexity
-from lqexport.texts import HUB_TEXTS
-from lqexport.tokenizers import tokenizer_of
-from lqexport.verifying import verify
-from lqexport.zero_shot_tasks import runnable, zero_shot
+from lqexport.evaluation import papers, zero_shot_tasks
+from lqexport.evaluation.evaluate import tokenize
+from lqexport.evaluation.papers import perplexity
+from lqexport.evaluation.zero_shot_tasks import runnable, zero_shot
+from lqexport.models.tokenizers import tokenizer_of
+from lqexport.storage.artifact import Artifact
+from lqexport.verification.verifying import verify
 
 needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, reason="the extra `eval` is missing")
 

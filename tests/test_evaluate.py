@@ -11,9 +11,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lqexport.blocks import BlockModel
 from lqexport.errors import UserError
-from lqexport.evaluate import (
+from lqexport.evaluation.evaluate import (
     HF_2048,
     LLAMACPP_512,
     PROTOCOLS,
@@ -26,6 +25,7 @@ from lqexport.evaluate import (
     mean_and_error,
     score,
 )
+from lqexport.models.blocks import BlockModel
 
 SMALL = Protocol("small", window=8, first=3, bos=False)
 

@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
-from lqexport.factor import factorize
-from lqexport.fit import fit, minmax
 from lqexport.formats.registry import codec
-from lqexport.grid import TensorGrid
-from lqexport.linear import solve_linear
-from lqexport.pipeline import quantize
+from lqexport.grids.fit import fit, minmax
+from lqexport.grids.grid import TensorGrid
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.solve import damped
-from lqexport.solve_exact import check_exact, in_own_order
+from lqexport.solver.cholesky import factorize
+from lqexport.solver.feedback import damped
+from lqexport.solver.linear import solve_linear
+from lqexport.solver.solve_exact import check_exact, in_own_order
 
 Matrix = NDArray[np.float64]
 

@@ -15,18 +15,18 @@ import transformers
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lqexport import choose
-from lqexport.artifact import Artifact
-from lqexport.blocks import BlockModel
-from lqexport.converters import exl2
-from lqexport.converters.architectures import ARCHITECTURES
-from lqexport.converters.exl2_plan import plan_exl2
-from lqexport.converters.exl2_read import Exl2Model
+from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.exl2.plan import plan_exl2
+from lqexport.converters.exl2.reader import Exl2Model
+from lqexport.converters.models.architectures import ARCHITECTURES
 from lqexport.errors import UserError
-from lqexport.exports import PackedFolder
-from lqexport.modules import meta_model
-from lqexport.pipeline import quantize
+from lqexport.models.blocks import BlockModel
+from lqexport.models.modules import meta_model
+from lqexport.models.written import PackedFolder
+from lqexport.pipeline import exl2_mixes as choose
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
 
 SIZES = {"vocab_size": 512, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None, "hidden_size": 64}
 SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}

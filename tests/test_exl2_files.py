@@ -15,24 +15,26 @@ import safetensors.numpy
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from lqexport import choose, measured
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.cli import app
-from lqexport.converters import exl2, shards
-from lqexport.converters.architectures import architecture_of
-from lqexport.converters.exl2_plan import even_runs, filled_runs, keeps_order, plan_exl2
-from lqexport.converters.exl2_read import Exl2Model
+from lqexport.cli.app import app
+from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.exl2.plan import even_runs, filled_runs, keeps_order, plan_exl2
+from lqexport.converters.exl2.reader import Exl2Model
+from lqexport.converters.folders import shards
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
-from lqexport.files import write_json
 from lqexport.formats.codec import bits_per_weight
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.registry import codec
-from lqexport.inspect import inspect
-from lqexport.measured import Measured
-from lqexport.pipeline import quantize
+from lqexport.models.inspect import inspect
+from lqexport.models.source import open_source
+from lqexport.pipeline import exl2_mixes as choose
+from lqexport.pipeline import measured_losses as measured
+from lqexport.pipeline.measured_losses import Measured
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.storage.files import write_json
+from lqexport.verification.verifying import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 DOWN = "model.layers.0.mlp.down_proj.weight"

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport import fit_sections as fitting
-from lqexport import measured, solve, solve_cpu, solve_sections, solve_torch
-from lqexport.choose import mix_losses
-from lqexport.factor import factorize
-from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.registry import codec
-from lqexport.linear import solve_linear
+from lqexport.grids import fit_sections as fitting
+from lqexport.grids.fit_sections import fit_sections, minmax_sections
+from lqexport.grids.sections import TensorSections
+from lqexport.pipeline import measured_losses as measured
+from lqexport.pipeline.exl2_mixes import mix_losses
 from lqexport.recipe import Recipe
-from lqexport.sections import TensorSections
+from lqexport.solver import feedback as solve
+from lqexport.solver import solve_cpu, solve_sections, solve_torch
+from lqexport.solver.cholesky import factorize
+from lqexport.solver.linear import solve_linear
 
 NAMES = ["exl2:2g32x8", "exl2:4g128x2", "exl2:8g32x1+5g64x1+4g32x1+3g96x1+2g32x1"]
 every_name = pytest.mark.parametrize("name", NAMES)

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport import collect, memory
-from lqexport.block_collector import BlockCollector, BlockMoments
-from lqexport.blocks import BlockModel
-from lqexport.converters.architectures import MIXTRAL
-from lqexport.converters.tensor_names import expert_number
-from lqexport.experts import FILL, fill_up, parts, pooled
-from lqexport.moments import SecondMoments
-from lqexport.pipeline import quantize
+from lqexport.calibration import collect
+from lqexport.calibration.block_collector import BlockCollector, BlockMoments
+from lqexport.calibration.experts import FILL, fill_up, parts, pooled
+from lqexport.calibration.moments import SecondMoments
+from lqexport.converters.models.architectures import MIXTRAL
+from lqexport.converters.models.tensor_names import expert_number
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
+from lqexport.planning import memory
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
 
 CPU, COLUMNS = torch.device("cpu"), 12
 TWO = MIXTRAL.expanded(2)
@@ -122,7 +123,9 @@ def recipe(text: Path, experts_model: Path) -> Recipe:
 def in_parts(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """As if memory asked for so many."""
     chosen = memory.choose_room
-    monkeypatch.setattr("lqexport.job.choose_room", lambda *arguments: replace(chosen(*arguments), parts=count))
+    monkeypatch.setattr(
+        "lqexport.pipeline.job.choose_room", lambda *arguments: replace(chosen(*arguments), parts=count)
+    )
 
 
 @pytest.mark.parametrize("moments", ["normalized", "guided"])

@@ -17,15 +17,15 @@ from family_cases import pieces as pieces
 from family_cases import texts as texts
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lqexport.blocks import BlockModel
-from lqexport.collect import to_the_end
-from lqexport.converters.architecture import Architecture
-from lqexport.converters.architectures import ARCHITECTURES, architecture_of
-from lqexport.llamacpp import LlamaCpp
+from lqexport.calibration.collect import to_the_end
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.blocks import BlockModel
+from lqexport.models.smoothing import Smoothed, pairs
+from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
-from lqexport.smoothing import Smoothed, pairs
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.verification.verifying import verify
 
 
 @dataclass

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
-from lqexport.pipeline import quantize
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 
 

@@ -14,14 +14,14 @@ import transformers
 from family_cases import CASES, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.converters import gguf
-from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.gguf_types import MIXES
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.mixes import MIXES
+from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.targets import plan
+from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
 from lqexport.formats.registry import codec
-from lqexport.llamacpp import quantize as llamacpp_quantize
-from lqexport.modules import expected_shapes
+from lqexport.models.modules import expected_shapes
+from lqexport.storage.artifact import Artifact, StoredTensor
 
 
 class Zeros(Artifact):

@@ -15,15 +15,15 @@ from family_cases import DEEPSEEK_ROPE, ONE_KEY_A_QUERY, config_and_shapes, expo
 from family_cases import texts as texts
 from transformers import AutoModelForCausalLM
 
-from lqexport.artifact import Artifact
-from lqexport.converters import native
-from lqexport.converters.exl2_plan import plan_exl2
-from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.exl2.plan import plan_exl2
+from lqexport.converters.folders import native
+from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
-from lqexport.pipeline import quantize
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact
+from lqexport.verification.verifying import verify
 
 
 def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str, str]) -> None:

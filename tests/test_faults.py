@@ -14,9 +14,9 @@ import pytest
 
 from lqexport.errors import UserError
 from lqexport.exporting import export
-from lqexport.files import claimed, written_whole
-from lqexport.pipeline import quantize
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage.files import claimed, written_whole
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("gcc"), reason="needs LD_PRELOAD and gcc")

@@ -16,14 +16,14 @@ from llama_files import tokenizer as tokenizer
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lqexport.artifact import StoredTensor
-from lqexport.converters import gguf
-from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
-from lqexport.files import write_json
+from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.formats.codec import Grid
 from lqexport.formats.registry import codec, names
-from lqexport.llamacpp import LlamaCpp
+from lqexport.storage.artifact import StoredTensor
+from lqexport.storage.files import write_json
 
 
 def check_logits(path: Path, model: LlamaForCausalLM, tolerance: float) -> None:
@@ -191,7 +191,7 @@ def test_general_metadata(tmp_path: Path, tokenizer: Tokenizer) -> None:
         "general.file_type": 2,
         "general.quantization_version": 2,
         "lqexport.recipe": '{"source": "some/tiny-llama", "target": "gguf:Q4_0"}',
-        "lqexport.calibration": '{"name": "none"}',
+        "lqexport.calibration.sequences": '{"name": "none"}',
         "llama.rope.dimension_count": 16,
         "tokenizer.chat_template": "{{ messages }}",
     }

@@ -9,15 +9,15 @@ import gguf
 import numpy as np
 import pytest
 
-from lqexport.converters.architectures import LLAMA
-from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.gguf_types import MIXES, file_type
-from lqexport.converters.row_order import rope_order
+from lqexport.converters.gguf.mixes import MIXES, file_type
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.row_order import rope_order
+from lqexport.converters.models.architectures import LLAMA
+from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.converters.targets import plan, targets
-from lqexport.converters.tensor_names import gguf_names
 from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import quantize
 from lqexport.formats.registry import codec, names
-from lqexport.llamacpp import quantize
 
 
 def make_config(hidden: int = 256, layers: int = 2, heads: int = 4, kv: int = 2, tied: bool = False) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from llama_files import export, make_model
 from llama_files import tokenizer as tokenizer
 from tokenizers import Tokenizer
 
-from lqexport.converters.gguf_read import GGUFModel
+from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 
 

@@ -11,20 +11,20 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 from typer.testing import CliRunner
 
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.converters import gguf
-from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.gguf_split import in_files, split_paths
+from lqexport.cli.app import app
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.split import in_files, split_paths
 from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.exporting import export
-from lqexport.files import file_digest
-from lqexport.inspect import inspect
-from lqexport.llamacpp import LlamaCpp
-from lqexport.publish import model_files
+from lqexport.models.inspect import inspect
+from lqexport.models.source import open_source
 from lqexport.sizes import split_size
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import file_digest
+from lqexport.verification.publish import model_files
+from lqexport.verification.verifying import verify
 
 MOST = "600K"
 

@@ -16,16 +16,16 @@ from llama_files import tokenizer as tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lqexport.converters import gguf
-from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS, pretokenizer_name
-from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.gguf_spaces import space_rules
-from lqexport.converters.gguf_tokenizer import added_ends, chat_templates, special_ids
-from lqexport.converters.gguf_vocabulary import read_vocabulary
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.pretokenizers import PRETOKENIZERS, pretokenizer_name
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.spaces import space_rules
+from lqexport.converters.gguf.tokenizer import added_ends, chat_templates, special_ids
+from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
-from lqexport.files import write_json
-from lqexport.llamacpp import LlamaCpp
-from lqexport.source import open_source
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.source import open_source
+from lqexport.storage.files import write_json
 
 
 @pytest.mark.parametrize("bos", [True, False])

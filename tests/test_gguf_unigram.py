@@ -16,15 +16,15 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lqexport.artifact import Artifact
-from lqexport.converters import gguf
-from lqexport.converters.gguf_read import GGUFModel
-from lqexport.converters.gguf_vocabulary import read_vocabulary
-from lqexport.converters.sentencepiece_model import read_sentencepiece
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
+from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
-from lqexport.files import write_json
-from lqexport.llamacpp import LlamaCpp
-from lqexport.source import open_source
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.source import open_source
+from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import write_json
 
 STRINGS: list[str] = json.loads((Path(__file__).parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
 WITH_SPECIAL = ("<s>with</s> special<tool>tokens", "a <tool> b<tool>", "<s> x")

@@ -12,19 +12,19 @@ import torch
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
-from lqexport.artifact import Artifact
-from lqexport.blocks import BlockModel
-from lqexport.cli import app
-from lqexport.converters import compressed_tensors, gptq, shards
-from lqexport.converters.gptq import GptqModel, plan_gptq
+from lqexport.cli.app import app
+from lqexport.converters.folders import compressed_tensors, gptq, shards
+from lqexport.converters.folders.gptq import GptqModel, plan_gptq
 from lqexport.errors import UserError
-from lqexport.exports import Export, open_export
 from lqexport.formats.gptq import GPTQ
-from lqexport.inspect import inspect
-from lqexport.pipeline import quantize
+from lqexport.models.blocks import BlockModel
+from lqexport.models.inspect import inspect
+from lqexport.models.source import open_source
+from lqexport.models.written import Export, open_export
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact
+from lqexport.verification.verifying import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 KINDS = ["gptq:4-g64", "gptq:4-g128-sym", "gptq:4-row", "gptq:4-g32-act"]

@@ -12,15 +12,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lqexport import solve, solve_sections
-from lqexport.factor import factorize
-from lqexport.fit_sections import fit_sections, minmax_sections
 from lqexport.formats.codec import Grid, Planes, Scales, Sections
 from lqexport.formats.gptq import GPTQ, LEVELS, Gptq
 from lqexport.formats.registry import codec
-from lqexport.linear import solve_linear
+from lqexport.grids.fit_sections import fit_sections, minmax_sections
+from lqexport.grids.sections import TensorSections, ZeroSection
 from lqexport.recipe import Recipe
-from lqexport.sections import TensorSections, ZeroSection
+from lqexport.solver import feedback as solve
+from lqexport.solver import solve_sections
+from lqexport.solver.cholesky import factorize
+from lqexport.solver.linear import solve_linear
 
 pytestmark = pytest.mark.filterwarnings("error")
 every_codec = pytest.mark.parametrize("name", GPTQ)

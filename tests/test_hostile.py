@@ -20,22 +20,22 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from lqexport.adapters import misfits
-from lqexport.artifact import Artifact, manifest_bytes
-from lqexport.blocks import BlockModel
-from lqexport.converters.config_check import check_config
-from lqexport.converters.gguf_header import read_header
-from lqexport.converters.native_read import NativeModel
-from lqexport.converters.peft import PeftAdapter
-from lqexport.converters.sentencepiece_model import read_sentencepiece
+from lqexport.converters.folders.native_read import NativeModel
+from lqexport.converters.folders.peft import PeftAdapter
+from lqexport.converters.gguf.header import read_header
+from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
 from lqexport.errors import LONGEST, UserError, printable
-from lqexport.exports import open_export
-from lqexport.files import read_json
-from lqexport.modules import meta_model
-from lqexport.pipeline import quantize
+from lqexport.models.adapters import misfits
+from lqexport.models.blocks import BlockModel
+from lqexport.models.modules import meta_model
+from lqexport.models.source import load_tokenizer, open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe, load_recipe
-from lqexport.source import load_tokenizer, open_source
-from lqexport.tensor_files import open_tensors
+from lqexport.storage.artifact import Artifact, manifest_bytes
+from lqexport.storage.config_check import check_config
+from lqexport.storage.files import read_json
+from lqexport.storage.tensor_files import open_tensors
 
 CASES = 8
 """Of each subject of bench/fuzz.py."""

@@ -13,15 +13,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from lqexport import judging
-from lqexport.answers import Question, answer, read_questions
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.converters import native
+from lqexport.cli.app import app
+from lqexport.converters.folders import native
 from lqexport.errors import UserError
-from lqexport.judging import asking, grade, judge, judged_answers, verdict
-from lqexport.tokenizers import tokenizer_of
-from lqexport.zero_shot_tasks import runnable
+from lqexport.evaluation import judging
+from lqexport.evaluation.chat import Question, answer, read_questions
+from lqexport.evaluation.judging import asking, grade, judge, judged_answers, verdict
+from lqexport.evaluation.zero_shot_tasks import runnable
+from lqexport.models.tokenizers import tokenizer_of
+from lqexport.storage.artifact import Artifact
 
 needs_client = pytest.mark.skipif(importlib.util.find_spec("openai") is None, reason="the extra `judge` is missing")
 TWO_TURNS = Question("a", ("Say one.", "Say two."))

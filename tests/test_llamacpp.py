@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lqexport import llamacpp
 from lqexport.errors import UserError
-from lqexport.llamacpp import LlamaCpp, quantize, read_imatrix, write_imatrix
+from lqexport.evaluation import llamacpp
+from lqexport.evaluation.llamacpp import LlamaCpp, quantize, read_imatrix, write_imatrix
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, LAYERS, FEED_FORWARD = 96, 256, 4, 2, 2, 512
 MODULES = {

@@ -14,19 +14,19 @@ from corrected_models import Q
 from corrected_models import corrected as corrected
 from corrected_models import options as options
 
-from lqexport.artifact import Artifact
-from lqexport.blocks import BlockModel
-from lqexport.collect import input_magnitudes
+from lqexport.calibration.collect import input_magnitudes
 from lqexport.converters.factors import factor_names, is_factor
-from lqexport.corrected import solve_corrected, values_of
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec
-from lqexport.lowrank import column_weighting, correction, loss_by_rank
-from lqexport.pipeline import quantize
-from lqexport.ranks import Candidate, allocate
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
+from lqexport.pipeline.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.solver.corrected_linear import solve_corrected, values_of
+from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
+from lqexport.storage.artifact import Artifact
 
 SCALINGS = ("lqer", "l2qer", "qera-diag", "qera")
 

@@ -16,19 +16,21 @@ from corrected_models import by_hand as by_hand
 from corrected_models import corrected as corrected
 from corrected_models import options as options
 
-from lqexport.adapters import ArtifactFactors, Corrected, open_factors
-from lqexport.artifact import Artifact
-from lqexport.converters import gguf, gguf_adapter, peft
 from lqexport.converters.factors import corrected_linear, is_factor
-from lqexport.converters.gguf_adapter import GGUFAdapter
-from lqexport.converters.gguf_header import read_header
+from lqexport.converters.folders import peft
+from lqexport.converters.gguf import adapter as gguf_adapter
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.adapter import GGUFAdapter
+from lqexport.converters.gguf.header import read_header
 from lqexport.errors import UserError
-from lqexport.exports import ArtifactModel
-from lqexport.linear import round_tensor
-from lqexport.llamacpp import LlamaCpp
-from lqexport.pipeline import quantize
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.adapters import ArtifactFactors, Corrected, open_factors
+from lqexport.models.source import open_source
+from lqexport.models.written import ArtifactModel
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.solver.linear import round_tensor
+from lqexport.storage.artifact import Artifact
 
 # GGUF adapters.
 

@@ -13,13 +13,14 @@ from corrected_models import corrected as corrected
 from corrected_models import heldout as heldout
 from corrected_models import options as options
 
-from lqexport.activations import rounding
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.converters import gguf, gguf_adapter
+from lqexport.converters.gguf import adapter as gguf_adapter
+from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
+from lqexport.evaluation.activations import rounding
 from lqexport.formats.registry import codec
 from lqexport.recipe import Recipe
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.verification.verifying import verify
 
 
 def test_verify_measures_with_and_without(corrected: Artifact, tiny_model: Path, heldout: str, tmp_path: Path) -> None:
@@ -84,7 +85,7 @@ def test_mxint_rounds_as_lqers_emulation(bits: int, group: int) -> None:
 
 
 def round_rtn(kind: str, weights: torch.Tensor) -> torch.Tensor:
-    from lqexport.linear import solve_linear
+    from lqexport.solver.linear import solve_linear
 
     stored: StoredTensor = solve_linear("w", weights, None, kind, Recipe("", kind, method="rtn"))
     return torch.from_numpy(codec(kind).decode(stored.planes, weights.shape[1]))

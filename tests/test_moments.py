@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lqexport import job
-from lqexport.artifact import Artifact
-from lqexport.asymmetric import CrossMoments, Entering
-from lqexport.blocks import BlockModel
+from lqexport.calibration.asymmetric import CrossMoments, Entering
+from lqexport.calibration.guided import guided_moments, guided_pass
+from lqexport.calibration.moments import SecondMoments, TokenWeights
 from lqexport.errors import UserError
-from lqexport.guided import guided_moments, guided_pass
-from lqexport.moments import SecondMoments, TokenWeights
-from lqexport.pipeline import quantize
-from lqexport.progress import Silent
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+from lqexport.pipeline import job
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.room import plenty
-from lqexport.source import open_source
+from lqexport.runtime.placement import plenty
+from lqexport.runtime.progress import Silent
+from lqexport.storage.artifact import Artifact
 
 CPU = torch.device("cpu")
 

@@ -17,19 +17,19 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 import lqexport
-from lqexport import loading
-from lqexport.adapters import Corrected, open_factors
-from lqexport.artifact import Artifact
-from lqexport.blocks import BlockModel
-from lqexport.converters import native, shards
+from lqexport.converters.folders import native, shards
 from lqexport.errors import UserError
-from lqexport.exports import open_export
-from lqexport.fit import minmax
 from lqexport.formats.registry import codec, names
-from lqexport.inspect import inspect
+from lqexport.grids.fit import minmax
+from lqexport.integration import loading
+from lqexport.integration.packed_linear import PackedLinear
 from lqexport.kernels import cuda, cuda_decode, cuda_multiply, native_decode
-from lqexport.packed_linear import PackedLinear
-from lqexport.verifying import verify
+from lqexport.models.adapters import Corrected, open_factors
+from lqexport.models.blocks import BlockModel
+from lqexport.models.inspect import inspect
+from lqexport.models.written import open_export
+from lqexport.storage.artifact import Artifact
+from lqexport.verification.verifying import verify
 
 KINDS = [f"native:table-{bits}" for bits in (2, 3, 4)] + [f"native:affine-{bits}-g64" for bits in (2, 3, 4, 8)]
 UP = "model.layers.0.mlp.up_proj"

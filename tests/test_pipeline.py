@@ -13,13 +13,15 @@ import pytest
 import safetensors.torch
 import torch
 
-from lqexport import files, job, solving
-from lqexport.artifact import Artifact
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec
-from lqexport.pipeline import quantize
+from lqexport.models.source import open_source
+from lqexport.pipeline import job
+from lqexport.pipeline import solve_model as solving
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
+from lqexport.storage import files
+from lqexport.storage.artifact import Artifact
 
 
 @pytest.fixture

@@ -15,18 +15,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport import choose, factor, fit_sections, solve, tune
-from lqexport.artifact import Artifact
-from lqexport.converters import exl2, gguf
-from lqexport.factor import factorize
-from lqexport.fit import fit, minmax
-from lqexport.fit_sections import minmax_sections
+from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.gguf import writer as gguf
 from lqexport.formats.registry import codec
+from lqexport.grids import fit_sections
+from lqexport.grids.fit import fit, minmax
+from lqexport.grids.fit_sections import minmax_sections
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared
-from lqexport.memory import Budget
-from lqexport.pipeline import quantize
+from lqexport.pipeline import exl2_mixes as choose
+from lqexport.pipeline.quantize import quantize
+from lqexport.planning.memory import Budget
 from lqexport.recipe import Recipe
-from lqexport.verifying import verify
+from lqexport.solver import cholesky as factor
+from lqexport.solver import feedback as solve
+from lqexport.solver.cholesky import factorize
+from lqexport.storage.artifact import Artifact
+from lqexport.tuning import tune
+from lqexport.verification.verifying import verify
 
 Launched = list[str]
 GRIDS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_XS", "native:affine-3-g64", "native:table-2",

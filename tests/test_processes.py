@@ -15,11 +15,11 @@ import psutil
 import pytest
 import torch
 
-from lqexport import tiles
-from lqexport.artifact import Artifact
-from lqexport.collect import SHARDS, batches, sharded
-from lqexport.moments import SecondMoments
-from lqexport.processes import Processes
+from lqexport.calibration.collect import SHARDS, batches, sharded
+from lqexport.calibration.moments import SecondMoments
+from lqexport.runtime import tiles
+from lqexport.runtime.processes import Processes
+from lqexport.storage.artifact import Artifact
 
 CPU = torch.device("cpu")
 RECIPES: dict[str, dict[str, Any]] = {

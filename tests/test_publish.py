@@ -17,12 +17,13 @@ import pytest
 from huggingface_hub import constants
 from typer.testing import CliRunner
 
-from lqexport.artifact import Artifact
-from lqexport.cli import app
-from lqexport.converters import gguf, native
+from lqexport.cli.app import app
+from lqexport.converters.folders import native
+from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
-from lqexport.publish import push_to_hub, save_record, upload_list
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact
+from lqexport.verification.publish import push_to_hub, save_record, upload_list
+from lqexport.verification.verifying import verify
 
 TOKEN = "hf_of_the_test"
 

@@ -21,13 +21,13 @@ from verified_models import lossy as lossy
 from verified_models import lossy_file as lossy_file
 from verified_models import text as text
 
-from lqexport import card, report
-from lqexport.artifact import Artifact, decoded
 from lqexport.errors import UserError
-from lqexport.evaluate import WORST
-from lqexport.source import open_source
-from lqexport.verification import Verification
-from lqexport.verifying import verify
+from lqexport.evaluation.evaluate import WORST
+from lqexport.models.source import open_source
+from lqexport.storage.artifact import Artifact, decoded
+from lqexport.verification import card, report
+from lqexport.verification.result import Verification
+from lqexport.verification.verifying import verify
 
 
 def printed(result: Verification) -> str:

@@ -11,17 +11,21 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport import collect, factor, memory, solve, tiles
-from lqexport.cost import Work
+from lqexport.calibration import collect
 from lqexport.errors import UserError
-from lqexport.factor import factorize
-from lqexport.forecast import forecast
-from lqexport.linear import solve_linear
-from lqexport.memory import Budget
-from lqexport.pipeline import quantize
-from lqexport.progress import Callback
+from lqexport.pipeline.quantize import quantize
+from lqexport.planning import memory
+from lqexport.planning.cost import Work
+from lqexport.planning.forecast import forecast
+from lqexport.planning.memory import Budget
 from lqexport.recipe import Recipe
-from lqexport.room import mapped, places
+from lqexport.runtime import tiles
+from lqexport.runtime.placement import mapped, places
+from lqexport.runtime.progress import Callback
+from lqexport.solver import cholesky as factor
+from lqexport.solver import feedback as solve
+from lqexport.solver.cholesky import factorize
+from lqexport.solver.linear import solve_linear
 
 SMALL = {"samples": 6, "sequence_length": 32, "descent": 1, "tune": 1}
 RECIPES: dict[str, dict[str, Any]] = {
@@ -121,7 +125,7 @@ def fail_first(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
             raise torch.OutOfMemoryError("injected")
         return feedback(weights, *rest)
 
-    monkeypatch.setattr("lqexport.linear.feedback", failing)
+    monkeypatch.setattr("lqexport.solver.linear.feedback", failing)
     return tried
 
 

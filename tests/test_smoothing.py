@@ -9,17 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lqexport.artifact import Artifact, SolvedModel
-from lqexport.blocks import BlockModel
-from lqexport.card import SMOOTHED, card
-from lqexport.converters import gguf
-from lqexport.converters.architectures import LLAMA, MIXTRAL
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.models.architectures import LLAMA, MIXTRAL
 from lqexport.errors import UserError
-from lqexport.pipeline import quantize
+from lqexport.models.blocks import BlockModel
+from lqexport.models.smoothing import Smoothed, column_scales, pairs, scales_between
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.smoothing import Smoothed, column_scales, pairs, scales_between
-from lqexport.source import open_source
-from lqexport.verifying import verify
+from lqexport.storage.artifact import Artifact, SolvedModel
+from lqexport.verification.card import SMOOTHED, card
+from lqexport.verification.verifying import verify
 
 TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(3))
 ATTENTION = "model.layers.0.input_layernorm"

@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport import fit as fitting
-from lqexport import solve, solve_cpu, solve_torch
+from lqexport.calibration.moments import SecondMoments, importance
 from lqexport.errors import UserError
-from lqexport.factor import SHARE_OF_MEDIAN, factorize
-from lqexport.fit import fit, minmax, store
 from lqexport.formats.registry import codec, names
-from lqexport.grid import Numbers, TensorGrid
-from lqexport.moments import SecondMoments, importance
+from lqexport.grids import fit as fitting
+from lqexport.grids.fit import fit, minmax, store
+from lqexport.grids.grid import Numbers, TensorGrid
+from lqexport.solver import feedback as solve
+from lqexport.solver import solve_cpu, solve_torch
+from lqexport.solver.cholesky import SHARE_OF_MEDIAN, factorize
 
 GRIDS = [name for name in names() if hasattr(codec(name), "levels")]
 FEW = [

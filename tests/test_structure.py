@@ -20,7 +20,7 @@ ALLOWED = {
     "formats": ("lqexport.formats",),
     "kernels": ("lqexport.formats", "lqexport.kernels"),
     "converters": (
-        "lqexport.formats", "lqexport.artifact", "lqexport.files", "lqexport.tensor_files", "lqexport.errors",
+        "lqexport.formats", "lqexport.storage.artifact", "lqexport.storage.files", "lqexport.storage.tensor_files", "lqexport.errors",
         "lqexport.converters",
     ),
     "lqexport": ("lqexport",),
@@ -68,8 +68,8 @@ def test_these_checks_see_every_kind_of_import() -> None:
     source = (
         "import lqexport.solve\ndef f():\n    from lqexport import artifact\n    from . import codec\nimport lqexports"
     )
-    assert forbidden(source, "formats") == {"lqexport.solve", "lqexport.artifact", "..codec"}
-    assert forbidden(source, "converters") == {"lqexport.solve", "..codec"}
+    assert forbidden(source, "formats") == {"lqexport.solver.feedback", "lqexport.storage.artifact", "..codec"}
+    assert forbidden(source, "converters") == {"lqexport.solver.feedback", "..codec"}
     assert forbidden(source, "lqexport") == {"..codec"}
     assert within("formats.gguf", SUBPACKAGES)
     assert within("kernels", SUBPACKAGES)

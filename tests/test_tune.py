@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.artifact import Artifact, SolvedModel, digest
-from lqexport.blocks import BlockModel
-from lqexport.fit_sections import fit_sections
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec
-from lqexport.pipeline import quantize
-from lqexport.progress import Silent
+from lqexport.grids.fit_sections import fit_sections
+from lqexport.grids.sections import TensorSections
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.sections import TensorSections
-from lqexport.source import open_source
-from lqexport.tune import HELD_OUT, Tuner, tuned_values
+from lqexport.runtime.progress import Silent
+from lqexport.storage.artifact import Artifact, SolvedModel, digest
+from lqexport.tuning.tune import HELD_OUT, Tuner, tuned_values
 
 TARGETS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:IQ4_NL", "native:table-2", "native:affine-3-g64"]
 

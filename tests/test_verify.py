@@ -24,18 +24,18 @@ from verified_models import lossy as lossy
 from verified_models import lossy_file as lossy_file
 from verified_models import text as text
 
-from lqexport import llamacpp
-from lqexport.artifact import Artifact
+from lqexport.calibration.texts import Text, read_text
 from lqexport.errors import UserError
-from lqexport.files import write_json
-from lqexport.limits import check_limits
-from lqexport.modules import expected_shapes
-from lqexport.source import open_source
-from lqexport.texts import Text, read_text
-from lqexport.verification import Verification
-from lqexport.verify_predictions import check_tokenizer
-from lqexport.verify_tensors import relative_error
-from lqexport.verifying import check_overlap, verify
+from lqexport.evaluation import llamacpp
+from lqexport.models.modules import expected_shapes
+from lqexport.models.source import open_source
+from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import write_json
+from lqexport.verification.limits import check_limits
+from lqexport.verification.result import Verification
+from lqexport.verification.verify_predictions import check_tokenizer
+from lqexport.verification.verify_tensors import relative_error
+from lqexport.verification.verifying import check_overlap, verify
 
 
 def test_nothing_lost_is_nothing_found(exact: Artifact, tiny_model: Path, text: str) -> None:

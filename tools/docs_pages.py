@@ -37,7 +37,7 @@ def reference() -> str:
 def commands() -> str:
     """What `--help` says of every command, as Typer writes it in Markdown."""
     # `python -m typer` alone runs the module without importing it, which its dataclasses do not bear.
-    run = "import lqexport.cli, runpy; runpy.run_module('typer', run_name='__main__')"
-    made = [sys.executable, "-c", run, "lqexport.cli", "utils", "docs", "--name", "lqexport", "--title", "Commands"]
+    run = "import lqexport.cli.app, runpy; runpy.run_module('typer', run_name='__main__')"
+    made = [sys.executable, "-c", run, "lqexport.cli.app", "utils", "docs", "--name", "lqexport", "--title", "Commands"]
     # Not from the root, where lqexport/ would be found without the folders that are installed within it.
     return subprocess.run(made, check=True, capture_output=True, text=True, cwd=ROOT / "docs").stdout

@@ -9,8 +9,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from lqexport.converters.architecture import Architecture
-from lqexport.converters.architectures import ARCHITECTURES
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "windows in GGUF", "EXL2", "tests")

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from lqexport.artifact import Artifact
+from lqexport.calibration.texts import read_text
 from lqexport.converters.factors import factor_names
-from lqexport.linear import round_tensor
-from lqexport.pipeline import quantize
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.source import open_source
-from lqexport.texts import read_text
+from lqexport.solver.linear import round_tensor
+from lqexport.storage.artifact import Artifact
 
 Q = "model.layers.1.self_attn.q_proj.weight"
 

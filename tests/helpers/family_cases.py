@@ -15,14 +15,14 @@ import transformers
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lqexport.artifact import Artifact
-from lqexport.converters import gguf
-from lqexport.converters.architecture import Architecture
-from lqexport.converters.architectures import find_architecture
-from lqexport.converters.gguf_pretokenizers import PRETOKENIZERS
-from lqexport.modules import expected_shapes
-from lqexport.pipeline import quantize
+from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.pretokenizers import PRETOKENIZERS
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import find_architecture
+from lqexport.models.modules import expected_shapes
+from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
 
 SPECIAL = {"vocab_size": 512, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": None}
 NARROW = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -14,12 +14,12 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.converters import gguf
+from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.targets import plan
-from lqexport.files import write_json
 from lqexport.formats.codec import Grid, ScaleFormat, Scales
 from lqexport.formats.registry import codec
+from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.storage.files import write_json
 
 STRINGS: list[str] = json.loads((Path(__file__).parent.parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
 

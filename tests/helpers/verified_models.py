@@ -12,15 +12,15 @@ import gguf
 import numpy as np
 import pytest
 
-from lqexport.artifact import Artifact, StoredTensor
-from lqexport.converters.gguf import write
+from lqexport.calibration.texts import read_text
+from lqexport.converters.gguf.writer import write
 from lqexport.converters.targets import plan
-from lqexport.evaluate import Evaluation
+from lqexport.evaluation.evaluate import Evaluation
 from lqexport.formats.registry import codec
-from lqexport.source import open_source
-from lqexport.texts import read_text
-from lqexport.verification import Verification
-from lqexport.verifying import verify
+from lqexport.models.source import open_source
+from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.verification.result import Verification
+from lqexport.verification.verifying import verify
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 

@@ -1,0 +1,41 @@
+"""Checkpoints that other tools have quantized, told apart by config.json and the names of their tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from lqexport.converters.checkpoints.compressed_tensors import CompressedTensors
+from lqexport.converters.checkpoints.fp8 import Fp8
+from lqexport.converters.checkpoints.gptq import Awq, Gptq
+from lqexport.converters.checkpoints.layout import Layout, Stored
+from lqexport.converters.checkpoints.leanquant import LeanQuant
+from lqexport.errors import UserError
+from lqexport.storage.files import read_json
+
+LAYOUTS: dict[str, type[Layout]] = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8}
+"""By `quant_method`. LeanQuant's checkpoints have no config.json of their own."""
+
+
+def layout_of(folder: Path, config: dict[str, Any], names: Collection[str], stored: Stored) -> Layout | None:
+    """How the tensors of a folder, called `names`, are quantized; None where they are not.
+
+    Raises UserError for what is not read, naming what is.
+    """
+    if any(name.endswith(f".{LeanQuant.mark}") for name in names):
+        return LeanQuant(stored, names, {})
+    quantization = config.get("quantization_config") or _gptq_config(folder)
+    if not quantization:
+        return None
+    method = str(quantization.get("quant_method"))
+    if method not in LAYOUTS:
+        known = ", ".join([*LAYOUTS, "LeanQuant's tables"])
+        raise UserError(f"{folder} is quantized by {method}, which is not read as a source. Known: {known}.")
+    return LAYOUTS[method](stored, names, quantization)
+
+
+def _gptq_config(folder: Path) -> dict[str, Any] | None:
+    """Where AutoGPTQ kept what config.json says today."""
+    path = folder / "quantize_config.json"
+    return {"quant_method": "gptq"} | read_json(path, "") if path.is_file() else None

@@ -1,0 +1,83 @@
+"""Writing an artifact as a folder for ExLlamaV2, which maps every shard that it finds. Only bytes move."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lqexport.converters.exl2.config import check_supported, exl2_config
+from lqexport.converters.exl2.names import pieces
+from lqexport.converters.exl2.plan import keeps_order
+from lqexport.converters.folders.packed import Entry, Layout, OnTensor, entries_of, write_folder
+from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.plan import PLAIN
+from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
+from lqexport.formats.registry import codec
+from lqexport.storage.artifact import Artifact
+
+
+def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
+    """Write a finished artifact as the new folder `folder` (see `packed.write_folder`).
+
+    Raises UserError where the artifact is unfinished, damaged or not of EXL2, where ExLlamaV2 lacks what the model
+    needs, where the folder exists, and where the disk is too small.
+    """
+    entries = entries_of(artifact, "exl2", "an EXL2 folder", "Quantize again with the target exl2.")
+    config = normalized(artifact.config())
+    layout = Layout(
+        forms=lambda name, shape: codec(name).layout(*shape),
+        planes=lambda tensor: tensor.planes,
+        pieces=functools.partial(pieces, architecture_of(config), config),
+        cut=cut,
+    )
+    write_folder(artifact, folder, entries, layout, {"config.json": _config(artifact, config, entries)}, on_tensor)
+
+
+def cut(planes: Planes, rows: tuple[int, int]) -> Planes:
+    """The planes of some of a matrix's rows, from and to multiples of 32: its outputs are the last axis, eight of them
+    in a word of scales."""
+    begin, end = rows
+    parts = {"q_weight": planes["q_weight"][:, begin:end], "q_scale": planes["q_scale"][:, begin // 8 : end // 8]}
+    return planes | parts
+
+
+def _config(artifact: Artifact, config: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+    """The source's config.json with what ExLlamaV2's converter adds. Raises UserError where ExLlamaV2 cannot load the
+    model from the folder."""
+    if len(config.get("architectures") or []) != 1:
+        raise UserError("ExLlamaV2 needs a config.json that names exactly one architecture.")
+    if not (artifact.model_folder / "tokenizer.json").is_file():
+        raise UserError(f"ExLlamaV2 needs a tokenizer.json, and {artifact.model_folder} has none.")
+    architecture, run = architecture_of(config), artifact.run()
+    check_supported(architecture, config)
+    _check_orders(artifact, config, entries)
+    config = exl2_config(architecture, config)
+    recipe, calibration = run["recipe"], run.get("calibration") or {}
+    config["quantization_config"] = {
+        "quant_method": "exl2",
+        "version": "0.3.2",  # of ExLlamaV2, whose format this is
+        "bits": recipe["bits"],
+        "head_bits": recipe["head_bits"],
+        "calibration": {
+            "rows": calibration.get("samples", 0),
+            "length": calibration.get("sequence_length", 0),
+            "dataset": calibration.get("name", ""),
+        },
+    }
+    return config
+
+
+def _check_orders(artifact: Artifact, config: dict[str, Any], entries: list[Entry]) -> None:
+    architecture = architecture_of(config)
+    for entry in entries:
+        if keeps_order(architecture, config, entry.name) and entry.codec != PLAIN:
+            inverse = artifact.read(entry.name).planes["q_invperm"]
+            if not np.array_equal(inverse, np.arange(len(inverse))):
+                raise UserError(
+                    f"{entry.name} is stored in another order, and ExLlamaV2 would not reorder the biases of the "
+                    "layers before it. Quantize again with --no-act-order."
+                )

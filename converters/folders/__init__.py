@@ -1,0 +1,1 @@
+"""Folders of packed safetensors: writing and reading."""

@@ -1,0 +1,144 @@
+"""The target GPTQ: planning, writing an artifact as a folder for vLLM, transformers and ExLlamaV2, and reading one.
+
+All linears of the decoder blocks are in one codec of `formats.gptq`; the rest is float16. Readers differ on how zero
+points are stored, and `checkpoint_format` says which of two ways it is: `gptq`, less one, which ExLlamaV2, vLLM and
+transformers read; and `gptq_v2`, as they are, which GPTQModel's own loader wants of asymmetric models and vLLM reads
+since the end of 2025 (versions before take it for `gptq` without a word).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lqexport.converters.folders.folder_model import FolderModel
+from lqexport.converters.folders.packed import Layout, OnTensor, entries_of, write_folder
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import is_linear
+from lqexport.converters.plan import PLAIN, PlannedTensor
+from lqexport.converters.targets import Shapes, model_tensors
+from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
+from lqexport.formats.gptq import BITS, GPTQ, UNIT, Gptq
+from lqexport.formats.registry import codec
+from lqexport.storage.artifact import Artifact, StoredTensor
+
+PLANES = ("qweight", "qzeros", "scales", "g_idx")
+HINT = (
+    "All linears must be in one type of 4 bits whose offsets are whole numbers of scales: quantize again with the "
+    "target gptq:4-g128 or gptq:4-g128-sym."
+)
+ONES = np.int32(0x11111111)
+"""1 in each of the eight zero points of a word. None of ours overflows when it is added: they are 14 at most."""
+
+
+def plan_gptq(target: str, config: dict[str, Any], shapes: Shapes) -> list[PlannedTensor]:
+    """Every tensor of a model in GPTQ's layout, in the order of the model. Raises UserError for an unknown target, for
+    linears that it cannot hold, and as `targets.plan`."""
+    if target not in GPTQ:
+        raise UserError(f"Unknown target {target!r}. Known: {', '.join(GPTQ)}.")
+    architecture = architecture_of(config)
+    if architecture.encoder:
+        raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")
+    kept = model_tensors(architecture, config, shapes)
+    linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
+    _check_fits(GPTQ[target], linears)
+    return [
+        PlannedTensor(name, shape, target if name in linears else PLAIN, name in linears)
+        for name, shape in kept.items()
+    ]
+
+
+def _check_fits(wanted: Gptq, linears: Shapes) -> None:
+    wrong = [name for name, shape in linears.items() if not _fits(wanted, shape)]
+    if not wrong:
+        return
+    alike = [kind for kind in GPTQ.values() if kind.symmetric == wanted.symmetric and kind.reorders == wanted.reorders]
+    fitting = [kind.name for kind in alike if all(_fits(kind, shape) for shape in linears.values())]
+    advice = f" Take {' or '.join(fitting)}." if fitting else ""
+    raise UserError(
+        f"{wanted.name} cannot hold {wrong[0]}, {list(linears[wrong[0]])}: rows must be a multiple of {UNIT} and "
+        f"columns of {wanted.block}.{advice}"
+    )
+
+
+def _fits(kind: Gptq, shape: tuple[int, ...]) -> bool:
+    return shape[0] % UNIT == 0 and shape[1] % kind.block == 0
+
+
+def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None, *, v2: bool = False) -> None:
+    """Write a finished artifact as the new folder `folder` (see `packed.write_folder`), with the checkpoint format
+    `gptq`, or `gptq_v2`.
+
+    Raises UserError where the artifact is unfinished, damaged or not of GPTQ's layout, where the folder exists, and
+    where the disk is too small.
+    """
+    entries = entries_of(artifact, "gptq", "a GPTQ folder", HINT)
+    layout = Layout(lambda name, shape: codec(name).layout(*shape), _as_v2 if v2 else _as_stored)
+    quantization = _quantization(artifact, codec_of_model(artifact), v2)
+    config = half_precision(artifact.config()) | {"quantization_config": quantization}
+    # quantize_config.json is where AutoGPTQ's readers look.
+    files = {"config.json": config, "quantize_config.json": quantization}
+    write_folder(artifact, folder, entries, layout, files, on_tensor)
+
+
+def codec_of_model(artifact: Artifact) -> Gptq:
+    """The codec of all linears of an artifact of GPTQ's layout."""
+    name = next(facts["codec"] for facts in artifact.manifest().values() if facts["codec"] in GPTQ)
+    return GPTQ[name]
+
+
+def half_precision(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json with float16 as the dtype of the model: in bfloat16, readers would round the scales."""
+    return config | {"torch_dtype": "float16", "dtype": "float16"}
+
+
+def _quantization(artifact: Artifact, kind: Gptq, v2: bool) -> dict[str, Any]:
+    run = artifact.run()
+    return {
+        "quant_method": "gptq",
+        "bits": BITS,
+        "group_size": kind.group or -1,
+        "desc_act": kind.reorders,
+        "sym": kind.symmetric,
+        "lm_head": False,
+        "checkpoint_format": "gptq_v2" if v2 else "gptq",
+        "damp_percent": run["recipe"]["dampening"],
+        "meta": {"quantizer": [f"lqexport:{run['versions']['lqexport']}"]},
+    }
+
+
+def _as_stored(tensor: StoredTensor) -> Planes:
+    return tensor.planes
+
+
+def _as_v2(tensor: StoredTensor) -> Planes:
+    return tensor.planes | {"qzeros": tensor.planes["qzeros"] + ONES}
+
+
+class GptqModel(FolderModel):
+    """A model in GPTQ's layout; its codec follows from quantization_config."""
+
+    container, reader = "GPTQ folder", "vLLM or ExLlamaV2"
+    parts = PLANES
+
+    def packed_shape(self, key: str) -> tuple[int, int]:
+        return self.stored.shape(f"{key}.qweight")[-1], self.stored.shape(f"{key}.g_idx")[0]
+
+    def packed_codec(self, key: str) -> str:
+        quantization = self.config["quantization_config"]
+        found = tuple(quantization.get(name) for name in ("bits", "group_size", "sym", "desc_act"))
+        for kind in GPTQ.values():
+            if (BITS, kind.group or -1, kind.symmetric, kind.reorders) == found:
+                return kind.name
+        raise ValueError(f"Known are {BITS} bits in groups of 32, 64, 128 or -1, not {quantization}.")
+
+    def packed_planes(self, key: str) -> Planes:
+        planes = {plane: self.stored[f"{key}.{plane}"] for plane in PLANES}
+        if self.config["quantization_config"].get("checkpoint_format") == "gptq_v2":
+            if np.any((planes["qzeros"].view(np.uint32)[..., None] >> (4 * np.arange(8, dtype=np.uint32))) % 16 == 0):
+                raise UserError(f"{self.folder}: a zero point of {key} is 0, which readers of gptq_v2 do not agree on.")
+            planes["qzeros"] = planes["qzeros"] - ONES
+        return planes

@@ -1,0 +1,132 @@
+"""Reading a folder of the native format as a Hugging Face model: names, config, planes. Trusts nothing in it.
+
+Folders that `converters.folders.native` wrote, and those that transformers saved from a model that it loaded from one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lqexport.converters.factors import factor_names
+from lqexport.converters.folders.native import LOW_RANK, METHOD, VERSION, stored_names
+from lqexport.converters.folders.stored_tensors import StoredTensors
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import gguf_names
+from lqexport.errors import UserError, well_formed
+from lqexport.formats.codec import Planes
+from lqexport.formats.registry import names
+from lqexport.storage.artifact import StoredTensor, decoded
+from lqexport.storage.config_check import read_config
+
+PLAIN = {torch.float16: "gguf:F16", torch.bfloat16: "gguf:BF16", torch.float32: "gguf:F32"}
+
+
+class NativeModel:
+    """A folder with config.json and native shards, with `names`, `shape`, `planes`, `read` and `config` as in
+    `lqexport.models.interface.Weights`. Factors of corrections are read by the names of `converters.factors`.
+
+    Raises UserError where the folder is incomplete or damaged, or holds what config.json does not explain.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = read_config(folder / "config.json", f"{folder} has no config.json.")
+        self._tensors = StoredTensors(folder, "pt")
+        self._packed = _packed(folder, self.config)
+        self._factors = _factors(self._packed)
+        self._names = self._known_names()
+
+    def _known_names(self) -> list[str]:
+        architecture = architecture_of(self.config)
+        layers = self.config.get("num_hidden_layers")
+        known = gguf_names(architecture, min(layers, len(self._tensors)) if isinstance(layers, int) else 0)
+        expected = {stored for name in self._packed for stored in self._stored(name).values()}
+        expected |= set(self._factors.values())
+        if missing := sorted(expected - self._tensors.keys()):
+            raise UserError(f"{self.folder} has no tensor {', '.join(missing[:5])}.")
+        present = self._packed.keys() | (self._tensors.keys() - expected)
+        if unknown := sorted(present - known.keys()):
+            raise UserError(f"{self.folder} holds tensors that its config.json does not explain: {unknown[:5]}.")
+        return [name for name in known if name in present]
+
+    def names(self) -> list[str]:
+        """Every tensor's Hugging Face name, in the order of the model."""
+        return list(self._names)
+
+    def factors(self) -> list[str]:
+        """Names of the corrections' factors."""
+        return list(self._factors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape as in a checkpoint, rows first."""
+        if name in self._packed:
+            return tuple(self._packed[name]["shape"])
+        stored = self._factors.get(name, name)
+        return self._tensors.shape(stored)
+
+    def codec(self, name: str) -> str:
+        """The name of the codec that a tensor is stored in."""
+        return self._packed[name]["codec"] if name in self._packed else self.planes(name)[0]
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        """Codec name, planes and shape of a tensor or factor. Raises UserError where it is none of these."""
+        if name not in self._packed:
+            return self._plain(name)
+        rows, columns = self._packed[name]["shape"]
+        with well_formed(f"{self.folder}: {name}"):
+            planes = {plane: self._tensors[stored].numpy() for plane, stored in self._stored(name).items()}
+        if planes["codes"].size % rows:
+            raise UserError(f"{self.folder}: {name} does not hold the codes of {rows} rows.")
+        planes["codes"] = planes["codes"].reshape(rows, -1)
+        return self._packed[name]["codec"], planes, (rows, columns)
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor's decoded weights, float32, in its shape, without its correction."""
+        kind, planes, shape = self.planes(name)
+        return decoded(StoredTensor(name, kind, shape, planes))
+
+    def _stored(self, name: str) -> dict[str, str]:
+        return stored_names(self._packed[name]["codec"], name.removesuffix(".weight"))
+
+    def _plain(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        tensor = self._tensors[self._factors.get(name, name)]
+        if tensor.dtype not in PLAIN or tensor.dim() not in (1, 2) or tensor.numel() == 0:
+            raise UserError(f"{self.folder}: {name} should be of floating-point numbers, in one or two dimensions.")
+        matrix = tensor.reshape(1, -1) if tensor.dim() == 1 else tensor
+        return PLAIN[tensor.dtype], {"blocks": matrix.view(torch.uint8).numpy()}, tuple(tensor.shape)
+
+
+def _packed(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Weight -> codec, shape and perhaps rank, as config.json has it. Raises UserError where that makes no sense."""
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
+        raise UserError(f"{folder} is no native folder: its config.json has no quantization_config of {METHOD}.")
+    if quantization.get("version") != VERSION:
+        raise UserError(f"{folder} is of version {quantization.get('version')} of the format; this lqexport reads 1.")
+    modules = quantization.get("modules")
+    if not isinstance(modules, dict) or not all(map(_is_entry, modules.values())):
+        raise UserError(f"{folder}: quantization_config of config.json should list modules with codec and shape.")
+    return {f"{name}.weight": entry for name, entry in modules.items()}
+
+
+def _is_entry(entry: Any) -> bool:
+    if not isinstance(entry, dict) or entry.get("codec") not in names("native"):
+        return False
+    shape, rank = entry.get("shape"), entry.get("rank", 1)
+    numbers = [*shape, rank] if isinstance(shape, list) and len(shape) == 2 else [0]
+    return all(type(number) is int and number > 0 for number in numbers)  # True is an int
+
+
+def _factors(packed: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Factor -> its name in the file."""
+    found: dict[str, str] = {}
+    for name, entry in packed.items():
+        if "rank" in entry:
+            stored = (name.removesuffix(".weight") + side for side in LOW_RANK.values())
+            found |= zip(factor_names(name), stored, strict=True)
+    return found

@@ -1,0 +1,98 @@
+"""Low-rank corrections as a PEFT LoRA folder, for transformers, vLLM and ExLlamaV2.
+
+    adapter_config.json          r, lora_alpha; rank_pattern where linears differ
+    adapter_model.safetensors    base_model.model.<module>.lora_A.weight [k, C] and .lora_B.weight [R, k], float16 or 32
+
+The scale lora_alpha / r is 1 for every linear: B holds it. The folder belongs on the quantized base, whose error it
+corrects, not on the source.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from lqexport.converters.factors import A, check_present, corrected_linear, is_factor
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import block_module
+from lqexport.errors import UserError
+from lqexport.formats.codec import PlainCodec, Planes
+from lqexport.formats.registry import codec
+from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import read_json, write_json, written_whole
+from lqexport.storage.tensor_files import open_tensors
+
+CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
+
+
+def write(artifact: Artifact, folder: Path) -> None:
+    """Write the corrections of a finished artifact into `folder`. adapter_config.json comes last: it says that the rest
+    is whole.
+
+    Factors are stored in float16 where that holds their values exactly (F16), else in float32. Raises UserError where
+    there are none, and where the artifact is damaged.
+    """
+    check_present(artifact)
+    tensors, ranks = {}, {}
+    for name in filter(is_factor, artifact.manifest()):
+        stored = artifact.read(name)
+        values = codec(stored.codec).decode(stored.planes, stored.shape[1])
+        tensors[PREFIX + name] = values.astype(np.float16) if stored.codec == "gguf:F16" else values
+        if name.endswith(A):
+            ranks[corrected_linear(name).removesuffix(".weight")] = stored.shape[0]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
+    with written_whole(folder / WEIGHTS) as file:
+        file.write(safetensors.numpy.save(tensors, {"format": "pt"}))
+    write_json(folder / CONFIG, adapter_config(artifact.config(), ranks))
+
+
+def adapter_config(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, Any]:
+    """adapter_config.json for a model of `config` whose modules have the given ranks."""
+    (usual, _), *_ = Counter(ranks.values()).most_common(1)
+    others = {module: rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None, "inference_mode": True,
+        "r": usual, "lora_alpha": usual, "rank_pattern": others, "alpha_pattern": others, "lora_dropout": 0.0,
+        "target_modules": _targets(config, ranks), "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
+        "use_dora": False, "modules_to_save": None, "layers_to_transform": None, "init_lora_weights": True,
+    }  # fmt: skip
+
+
+def _targets(config: dict[str, Any], ranks: dict[str, int]) -> list[str]:
+    """`q_proj` and so on where every block has that correction, which all readers understand; else whole names."""
+    architecture = architecture_of(config)
+    found = Counter(str(block_module(architecture, f"{name}.weight")[1]) for name in ranks)  # type: ignore[index]
+    if all(count == config["num_hidden_layers"] for count in found.values()):
+        return sorted(module.rpartition(".")[2] for module in found)
+    return sorted(ranks)
+
+
+class PeftAdapter:
+    """The factors in a PEFT folder that `write` wrote, by their names.
+
+    Raises UserError where the folder is no such adapter or is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / CONFIG, f"{folder} is not a PEFT adapter: it has no {CONFIG}.")
+        if (config.get("r"), config.get("rank_pattern")) != (config.get("lora_alpha"), config.get("alpha_pattern")):
+            raise UserError(f"{folder} was not written by lqexport: its lora_alpha is not its r.")
+        with open_tensors(folder / WEIGHTS, "np", "Copy the adapter again.") as file:
+            self._tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        """Codec name, planes and shape of a factor."""
+        values: NDArray[Any] = self._tensors[name]
+        kind = {"float16": "gguf:F16", "float32": "gguf:F32"}[values.dtype.name]
+        found = codec(kind)
+        assert isinstance(found, PlainCodec)
+        return kind, found.encode_values(values.astype(np.float32)), values.shape

@@ -1,0 +1,57 @@
+"""The tensors of all safetensors files of a folder, read one at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Literal
+
+from lqexport.errors import UserError
+from lqexport.storage.tensor_files import open_tensors
+
+
+class StoredTensors(Mapping[str, Any]):
+    """A folder's tensors by the names that its .safetensors files give them: NumPy arrays ("np") or torch's ("pt").
+
+    Raises UserError where a file is damaged, where two hold the same name, and where there is none.
+    """
+
+    def __init__(self, folder: Path, framework: Literal["np", "pt"]) -> None:
+        self._folder, self._framework = folder, framework
+        self._files: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with self._open(path) as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name in self._files:
+                        first = self._files[name].name
+                        raise UserError(f"{folder} holds {name} twice, in {first} and {path.name}.")
+                    self._files[name] = path
+        if not self._files:
+            raise UserError(f"{folder} has no .safetensors files.")
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> Any:
+        with self._open(self._file(name)) as file:
+            return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without its data."""
+        with self._open(self._file(name)) as file:
+            return tuple(file.get_slice(name).get_shape())
+
+    def _file(self, name: str) -> Path:
+        if name not in self._files:
+            raise UserError(f"{self._folder} has no tensor {name}.")
+        return self._files[name]
+
+    def _open(self, path: Path) -> AbstractContextManager[Any]:
+        return open_tensors(path, self._framework, "Copy or download it again.")

@@ -1,0 +1,189 @@
+"""config.json of a model in a GGUF file, rebuilt from the metadata and the tensors by the table of architectures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
+from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
+from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Config
+from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
+from lqexport.errors import UserError
+
+
+class Metadata:
+    """Keys of a file, with the sentences for what is missing or strange.
+
+    source   the file, for those sentences
+    """
+
+    def __init__(self, source: str, architecture: Architecture, values: dict[str, Any]) -> None:
+        self.source, self.architecture, self.values = source, architecture, values
+
+    def get(self, key: str) -> Any:
+        """A key of the architecture's own, such as `block_count` for `llama.block_count`; None where it is absent."""
+        return self.values.get(f"{self.architecture.gguf}.{key}")
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """A positive number. Raises UserError where there is none and no default."""
+        value = self.values.get(f"{self.architecture.gguf}.{key}", default)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{self.source} gives no {self.architecture.gguf}.{key}.")
+        return value
+
+
+def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: Mapping[str, NDArray[Any]]) -> Config:
+    """config.json; a float32 of the file is given by its shortest decimal.
+
+    vocabulary   rows of the embedding
+    present      Hugging Face names of the file's tensors
+    factors      the tensors of rope factors, by their GGUF names
+    """
+    architecture = metadata.architecture
+    config = {key: allowed[0] for key, allowed in architecture.fixed.items() if allowed[0] is not None}
+    config |= {key: said[0] for key, said in architecture.when.items()}
+    config |= _sizes(metadata) | _keys(metadata) | _special_tokens(metadata)
+    config |= {
+        "architectures": [architecture.classes[0]],
+        "model_type": architecture.model_type,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": architecture.output not in present,
+    }
+    biased = {name.removesuffix(".bias") for name in present if name.endswith(".bias")}
+    config |= {flag: any(name.endswith(module) for name in biased) for flag, module in architecture.flags.items()}
+    config |= _windows(metadata, config)
+    if architecture.encoder:
+        config["type_vocab_size"] = metadata.values.get("tokenizer.ggml.token_type_count")
+        if config["pooling_type"] not in (MEAN, FIRST):
+            raise UserError(f"{metadata.source} pools in another way than by the mean or the first token.")
+    if architecture.latent:
+        config |= _parts_of_heads(metadata, config)
+    if architecture.latent or not architecture.free_heads:
+        del config["head_dim"]
+    if architecture.rope_types:
+        config |= _rope(metadata, config, factors)
+    if architecture.wide_scale is not None:
+        config["query_pre_attn_scalar"] = query_scalar(architecture, config)
+    return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
+
+
+def _sizes(metadata: Metadata) -> Config:
+    heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": metadata.number("feed_forward_length"),
+        "num_hidden_layers": metadata.number("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": metadata.number("attention.head_count_kv", heads),
+        "head_dim": metadata.number(
+            "attention.key_length", metadata.number("rope.dimension_count", max(hidden // heads, 1))
+        ),
+        "max_position_embeddings": metadata.number("context_length"),
+    }
+
+
+def _parts_of_heads(metadata: Metadata, config: Config) -> Config:
+    rotated = metadata.number("rope.dimension_count")
+    if not rotated < config["head_dim"]:
+        raise UserError(f"{metadata.source} is damaged: no part of a head is not rotated.")
+    return {
+        "qk_rope_head_dim": rotated,
+        "qk_nope_head_dim": config["head_dim"] - rotated,
+        "v_head_dim": metadata.number("attention.value_length"),
+    }
+
+
+def _keys(metadata: Metadata) -> Config:
+    found = {}
+    for key in metadata.architecture.keys:
+        value = metadata.values.get(f"{metadata.architecture.gguf}.{key.name}", key.default)
+        if value is None or not isinstance(value, int | float) or not math.isfinite(value):
+            raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.{key.name}.")
+        found[key.config] = _decimal(value) if key.kind is float else key.kind(value)
+    return found
+
+
+def _special_tokens(metadata: Metadata) -> Config:
+    ids = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+    return {f"{key}_token_id": metadata.values.get(f"tokenizer.ggml.{gguf}_token_id") for key, gguf in ids.items()}
+
+
+def _windows(metadata: Metadata, config: Config) -> Config:
+    period = metadata.architecture.period
+    if period is None:
+        return {}
+    layers, given = config["num_hidden_layers"], metadata.get(WINDOW_PERIOD)
+    if layers > 1 << 16:
+        raise UserError(f"{metadata.source} is damaged: it says that it has {layers} blocks.")
+    period = given if isinstance(given, int) and given > 0 else period
+    return {
+        "layer_types": layer_types(period, layers),
+        "sliding_window": int(metadata.number("attention.sliding_window", 4096)),
+    }
+
+
+def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]]) -> Config:
+    rope = {"rope_type": "default", "rope_theta": _decimal(metadata.number("rope.freq_base", 10000.0))}
+    if (columns := head_dim(config)) < 1:
+        raise UserError(f"{metadata.source} is damaged: its hidden size is smaller than the number of its heads.")
+    rotated = metadata.number("rope.dimension_count", columns)
+    if rotated != columns and not metadata.architecture.latent:
+        rope["partial_rotary_factor"] = rotated / columns
+    rope |= _scaling(metadata, factors)
+    if ROPE_FACTORS in factors:
+        rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
+    if metadata.get(WINDOW_THETA) is not None:
+        local = {"rope_type": "default", "rope_theta": _decimal(metadata.number(WINDOW_THETA))}
+        return {"rope_parameters": {FULL: rope, SLIDING: local}}
+    original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
+    return {"rope_parameters": rope} | ({"original_max_position_embeddings": original} if original else {})
+
+
+def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
+    kind = metadata.get("rope.scaling.type") or "none"
+    if kind == "none":
+        return {}
+    if kind not in ("linear", "yarn", "longrope"):
+        raise UserError(f"{metadata.source} has rope scaling of type {kind!r}, which is not supported.")
+    original = {"rope_type": kind}
+    if kind != "linear":
+        original["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
+    if kind != "longrope":
+        return original | {"factor": _decimal(metadata.number("rope.scaling.factor"))} | _mscale(metadata)
+    if missing := {LONG_FACTORS, SHORT_FACTORS} - factors.keys():
+        raise UserError(f"{metadata.source} has no tensor {', '.join(sorted(missing))}.")
+    lists = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    long = {key: [_decimal(value) for value in factors[name]] for key, name in lists.items()}
+    return original | long | {"attention_factor": _decimal(metadata.number("rope.scaling.attn_factor", 1.0))}
+
+
+def _mscale(metadata: Metadata) -> dict[str, Any]:
+    if (multiplier := metadata.get("rope.scaling.yarn_log_multiplier")) is None:
+        return {}
+    mscale = _decimal(10 * multiplier)
+    return {"mscale": mscale, "mscale_all_dim": mscale}
+
+
+def _llama3(metadata: Metadata, config: Config, rope: dict[str, Any], factors: NDArray[Any]) -> dict[str, Any]:
+    """Settings of rope_type `llama3`, recognized by the factors that they give; the file stores only those.
+
+    Only the ratios to the original context length show in the factors: the bounds are taken as those of every Llama 3,
+    and the length is 8192, as in those, or the power of two that gives the factors.
+    """
+    settings = {"rope_type": "llama3", "factor": _decimal(factors.max()), "low_freq_factor": 1.0}
+    for original in (8192, *(2**power for power in range(4, 21))):
+        settings |= {"high_freq_factor": 4.0, "original_max_position_embeddings": original}
+        expected = llama3_factors(config | {"rope_parameters": rope | settings})
+        if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-4):
+            return settings
+    raise UserError(f"{metadata.source}: {ROPE_FACTORS} is not what Llama 3 uses, so it cannot go into config.json.")
+
+
+def _decimal(value: float) -> float:
+    """The shortest decimal that rounds to the same float32: 1e-05, where the file's number is 9.999999747378752e-06."""
+    return float(str(np.float32(value)))

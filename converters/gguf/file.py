@@ -1,0 +1,171 @@
+"""Putting an artifact's tensors into a GGUF file, a model's or an adapter's: only bytes move.
+
+Two passes, so that memory holds one tensor at a time: the manifest gives every name, type and size for the header, then
+tensors are read, checked against the manifest's digests and written one after the other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from gguf import GGMLQuantizationType, GGUFWriter
+from gguf.gguf_writer import WriterState
+
+from lqexport.converters.gguf.row_order import Order
+from lqexport.converters.gguf.split import ALIGNMENT, in_files, split_paths
+from lqexport.converters.models.tensor_names import expert_number
+from lqexport.errors import UserError
+from lqexport.formats.codec import nbytes
+from lqexport.formats.registry import codec
+from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.storage.files import check_space, written_whole
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor of the file: its names, its type, and what the manifest says of it.
+
+    order   the row of Hugging Face that each row of GGUF holds; None where they are the same
+    """
+
+    name: str
+    gguf_name: str
+    codec: str
+    shape: tuple[int, ...]
+    sha256: str
+    order: Order | None
+
+    @property
+    def nbytes(self) -> int:
+        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
+        return nbytes(codec(self.codec), rows, columns)
+
+
+def file_entry(name: str, gguf_name: str, facts: dict[str, Any], order: Order | None) -> Entry:
+    """From what the manifest says of a tensor."""
+    return Entry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], order)
+
+
+def type_of(codec_name: str) -> str:
+    """The GGUF type that a codec's bytes are of."""
+    return codec_name.rpartition(":")[2]
+
+
+def check_types(entries: list[Entry], folder: Path, advice: str) -> None:
+    """Raises UserError, with `advice` at its end, where a tensor is not stored in a GGUF type."""
+    foreign = [entry for entry in entries if not entry.codec.startswith(("gguf:", "gguf-norm:"))]
+    if foreign:
+        raise UserError(
+            f"{folder} cannot become a GGUF file by moving bytes: {len(foreign)} of its tensors are not "
+            f"stored in a GGUF type (such as {foreign[0].name} in {foreign[0].codec}). {advice}"
+        )
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the file, made of an entry, of those of the experts of a block, or of computed float32 values."""
+
+    name: str
+    shape: tuple[int, ...]
+    codec: str
+    entries: list[Entry]
+    values: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries) if self.values is None else self.values.nbytes
+
+
+def write_tensors(
+    artifact: Artifact,
+    path: Path,
+    writer: GGUFWriter,
+    entries: list[Entry],
+    on_tensor: Callable[[str, int], None] | None,
+    computed: dict[str, np.ndarray] | None = None,
+    split_max_size: int | None = None,
+) -> list[Path]:
+    """Write the file, whole or not at all: the writer's metadata, then the entries, then `computed` float32 tensors.
+
+    split_max_size   bytes of tensors from which on there are several files (`gguf_split`), which appear when all of
+                     them are whole
+
+    Returns the files. Raises UserError where a tensor is not the manifest's, and where the disk is too small.
+    """
+    stacks = [list(stack) for _, stack in groupby(entries, key=lambda entry: entry.gguf_name)]
+    tensors = [_Tensor(stack[0].gguf_name, _shape(stack), stack[0].codec, stack) for stack in stacks]
+    tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
+    split = in_files(tensors, split_max_size)
+    paths = split_paths(path, len(split))
+    check_space(path, sum(tensor.nbytes for tensor in tensors))
+    with contextlib.ExitStack() as opened:  # which closes the first file last
+        files = [opened.enter_context(written_whole(place)) for place in paths]
+        _write_headers(writer, files, split)
+        for file, tensor in ((file, tensor) for file, share in zip(files, split, strict=True) for tensor in share):
+            _write_tensor(artifact, file, tensor, on_tensor)
+    return paths
+
+
+def _write_tensor(
+    artifact: Artifact, file: BinaryIO, tensor: _Tensor, on_tensor: Callable[[str, int], None] | None
+) -> None:
+    for entry in tensor.entries:
+        _write_blob(file, _blob(artifact, entry))
+        if on_tensor:
+            on_tensor(entry.name, entry.nbytes)
+    if tensor.values is not None:
+        _write_blob(file, tensor.values)
+    file.write(bytes(-tensor.nbytes % ALIGNMENT))
+
+
+def _shape(stack: list[Entry]) -> tuple[int, ...]:
+    """Shape of a tensor of the file: a matrix, or the experts of a block. Raises UserError where experts differ."""
+    first = stack[0]
+    if expert_number(first.name) is None:
+        return first.shape
+    if different := [entry for entry in stack if (entry.codec, entry.shape) != (first.codec, first.shape)]:
+        raise UserError(
+            f"llama.cpp stores the experts of a block in one type: {first.name} is in {first.codec}, and "
+            f"{different[0].name} in {different[0].codec}."
+        )
+    return (len(stack), *first.shape)
+
+
+def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_Tensor]]) -> None:
+    """Header, metadata and tensor infos by gguf-py, into files that are already open."""
+    writer.tensors = []
+    for share in split:
+        writer.tensors.append({})
+        for tensor in share:
+            kind = GGMLQuantizationType[type_of(tensor.codec)]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+    writer.fout, writer.state = files, WriterState.EMPTY  # type: ignore[assignment]  # it only writes to them
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for file in files:
+        writer.write_padding(file, file.tell())
+
+
+def _write_blob(file: BinaryIO, blob: np.ndarray) -> None:
+    # Not gguf-py's write_tensor_data: numpy's tofile hides why a write failed, and a full disk should be named.
+    file.write(np.ascontiguousarray(blob).data)
+
+
+def _blob(artifact: Artifact, entry: Entry) -> np.ndarray:
+    """The tensor's bytes in the file's row order, after the digest was checked."""
+    tensor = artifact.read_listed(entry.name, entry.codec, entry.shape, entry.sha256)
+    return _permuted(tensor, entry.order)
+
+
+def _permuted(tensor: StoredTensor, order: Order | None) -> np.ndarray:
+    """The one plane of a GGUF tensor, uint8 [rows, bytes], its rows (of a bias: its elements) in llama.cpp's order."""
+    (plane,) = tensor.planes.values()
+    rows = plane.reshape(tensor.shape[0], -1)
+    return rows if order is None else rows[order]

@@ -1,0 +1,119 @@
+"""Metadata of a GGUF file: what llama.cpp needs to know of the model, from config.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter, RopeScalingType
+
+from lqexport.converters.gguf.mixes import file_type
+from lqexport.converters.gguf.support import check_supported, window, window_period
+from lqexport.converters.models.architecture import Architecture, Config, Key
+from lqexport.converters.models.rope import head_dim, longrope_attention, rope_settings, rotary_dim, window_theta
+from lqexport.converters.models.tensor_names import head_count
+from lqexport.errors import UserError
+from lqexport.storage.files import read_json
+
+QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
+
+
+def optional_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the model folder, {} where the file is missing. Raises UserError where it is damaged."""
+    return read_json(path, f"{path} is gone.") if path.is_file() else {}
+
+
+def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vocabulary: int) -> None:
+    """Sizes, attention and rotary embedding of a model.
+
+    vocabulary   rows of the embedding
+
+    Raises UserError where config.json lacks a size or asks for what llama.cpp does not compute for this architecture.
+    """
+    check_supported(architecture, config)
+    writer.add_block_count(_size(config, "num_hidden_layers"))
+    writer.add_context_length(_context(architecture, config))
+    writer.add_embedding_length(_size(config, "hidden_size"))
+    writer.add_feed_forward_length(_size(config, "intermediate_size"))
+    writer.add_head_count(head_count(config))
+    writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
+    writer.add_key_length(head_dim(config))
+    writer.add_value_length(config.get("v_head_dim") or head_dim(config))
+    writer.add_vocab_size(vocabulary)
+    if architecture.encoder:
+        writer.add_token_type_count(_size(config, "type_vocab_size"))
+    for key in architecture.keys:
+        _add_key(writer, key, config)
+    _add_window(writer, architecture, config)
+    if architecture.rope_types:
+        _add_rope(writer, config)
+
+
+def _size(config: Config, key: str) -> int:
+    value = config.get(key)
+    if not isinstance(value, int) or value < 1:
+        raise UserError(f"config.json gives no {key}.")
+    return value
+
+
+def _context(architecture: Architecture, config: Config) -> int:
+    """The longest context that llama.cpp computes as config.json says."""
+    longest = _size(config, "max_position_embeddings")
+    narrow = window(config) if architecture.period is None else None
+    return min(longest, narrow or longest)
+
+
+def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
+    value = config.get(key.config, key.default)
+    if value is None:
+        raise UserError(f"config.json gives no {key.config}.")
+    add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.kind]
+    add(f"{writer.arch}.{key.name}", key.kind(value))
+
+
+def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) -> None:
+    period = window_period(architecture, config)
+    if period is None:
+        return
+    writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
+    writer.add_sliding_window(window(config) or 0)
+    if (theta := window_theta(config)) is not None:
+        writer.add_float32(f"{writer.arch}.{WINDOW_THETA}", theta)
+
+
+def _add_rope(writer: GGUFWriter, config: Config) -> None:
+    settings = rope_settings(config)
+    kind = settings["rope_type"]
+    writer.add_rope_dimension_count(rotary_dim(config))
+    writer.add_rope_freq_base(float(settings["rope_theta"]))
+    # `dynamic` changes nothing within max_position_embeddings, which is the context length written above; `llama3`
+    # is the tensor rope_freqs.weight and no key.
+    if kind in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(float(settings["factor"]))
+    if kind in ("yarn", "longrope"):
+        original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
+        writer.add_rope_scaling_orig_ctx_len(int(original))
+    if kind == "yarn" and settings.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * settings["mscale_all_dim"])
+    if kind == "longrope":
+        writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
+        writer.add_rope_scaling_attn_factors(longrope_attention(config))
+
+
+def add_provenance(writer: GGUFWriter, run: dict[str, Any], most_weights: str) -> None:
+    """General keys, and how the file was made: `lqexport.*`, from an artifact's run.json. `most_weights` is
+    the type that holds most of them, by which a file of freely chosen types is named."""
+    recipe = run.get("recipe") or {}
+    writer.add_type("model")
+    if name := str(recipe.get("source", "")).rstrip("/").rpartition("/")[2].removesuffix(".gguf"):
+        writer.add_name(name)
+    family, _, kind = str(recipe.get("target", "")).partition(":")
+    if family == "gguf":
+        writer.add_file_type(file_type(most_weights if kind == "auto" else kind))
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+    for key in ("recipe", "calibration", "versions"):
+        if run.get(key):
+            writer.add_string(f"lqexport.{key}", json.dumps(run[key], sort_keys=True))

@@ -1,0 +1,158 @@
+"""Reading a GGUF file as a Hugging Face model: names, config, decoded weights. Trusts nothing in the file."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.converters.gguf.config import Metadata, config_of
+from lqexport.converters.gguf.header import TensorData
+from lqexport.converters.gguf.row_order import row_order
+from lqexport.converters.gguf.split import read_split
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import ARCHITECTURES
+from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
+from lqexport.converters.models.tensor_names import expert_number, gguf_names, is_norm, needed_names
+from lqexport.errors import UserError
+from lqexport.formats.codec import PlainCodec, Planes
+from lqexport.formats.registry import codec, names
+
+EXPERTS, LEADING = "expert_count", "leading_dense_block_count"
+FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
+
+
+class GGUFModel:
+    """A GGUF file, or those of a split model by the first of them, memory-mapped, with `names`, `shape`, `read` and
+    `config` as in `lqexport.models.interface.Weights`.
+
+    paths      the files
+    metadata   every key of the (first) file, as Python values
+    config     the model's config.json, rebuilt from the metadata
+
+    Raises UserError where the file is missing, truncated, not GGUF, or of an architecture or with tensors that are
+    not in the table.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.metadata, self._tensors, self.paths = read_split(path)
+        if self.metadata.get("general.type") == "adapter":
+            raise UserError(f"{path} is an adapter, not a model: give it as --adapter beside the model that it is for.")
+        self._identify()
+
+    def _candidates(self) -> list[Architecture]:
+        """Entries of the table that llama.cpp calls by the name in the file, for as many experts as it has."""
+        name = self.metadata.get("general.architecture")
+        experts, leading = (self.metadata.get(f"{name}.{key}", 0) for key in (EXPERTS, LEADING))
+        alike = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
+        if not alike:
+            known = ", ".join(dict.fromkeys(entry.gguf for entry in ARCHITECTURES if entry.gguf))
+            raise UserError(f"{self.path} holds a model of architecture {name!r}. Known: {known}.")
+        if not isinstance(experts, int) or not 0 <= experts <= 4096:
+            raise UserError(f"{self.path} is damaged: it says that it has {experts} experts.")
+        if not isinstance(leading, int) or leading < 0:
+            raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
+        return [entry.expanded(experts, leading) for entry in alike if bool(entry.experts) == bool(experts)] or alike
+
+    def _identify(self) -> None:
+        """The first candidate whose tensors the file has, all of them and no other."""
+        for architecture in (candidates := self._candidates()):
+            self._architecture = architecture
+            self._keys = Metadata(str(self.path), architecture, self.metadata)
+            try:
+                self._names = self._known_names()
+                return
+            except UserError:
+                if architecture is candidates[-1]:
+                    raise
+
+    def _known_names(self) -> dict[str, str]:
+        """Hugging Face name -> GGUF name of the file's tensors, in the order of the model."""
+        # A block holds more than one tensor; a damaged count must not make billions of names.
+        layers = int(min(self._keys.number("block_count"), len(self._tensors)))
+        known = gguf_names(self._architecture, layers)
+        unknown = self._tensors.keys() - known.values() - set(FACTORS)
+        stacked = {known[name] for name in known if expert_number(name) is not None}
+        unknown |= {name for name, tensor in self._tensors.items() if len(tensor.shape) != 3 if name in stacked}
+        unknown |= {name for name, tensor in self._tensors.items() if len(tensor.shape) > 2 if name not in stacked}
+        if unknown:
+            raise UserError(
+                f"{self.path} holds tensors that {self._architecture.gguf} does not have: {sorted(unknown)}."
+            )
+        if missing := [
+            known[name] for name in needed_names(self._architecture, layers) if known[name] not in self._tensors
+        ]:
+            raise UserError(f"{self.path} has no tensor {', '.join(missing[:5])}.")
+        return {name: gguf for name, gguf in known.items() if gguf in self._tensors}
+
+    def names(self) -> list[str]:
+        """Every tensor's Hugging Face name, in the order of the model."""
+        return list(self._names)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape as in a checkpoint, rows first."""
+        shape = self._tensor(name).shape
+        return shape if expert_number(name) is None else shape[1:]
+
+    def codec(self, name: str) -> str:
+        """The name of the codec that a tensor is stored in. Raises UserError for a type that is not known here."""
+        kind = f"gguf:{self._tensor(name).kind}"
+        if self._architecture.norm_plus and is_norm(name):
+            kind = kind.replace("gguf:", "gguf-norm:")
+        if kind not in names():
+            raise UserError(
+                f"{self.path}: {name} is of the type {kind}, which is not supported. Known: {names('gguf')}."
+            )
+        return kind
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        """Codec name, packed planes and shape of a tensor, its rows back in the order of Hugging Face."""
+        kind, shape = self.codec(name), self.shape(name)
+        if len(shape) == 1 and not isinstance(codec(kind), PlainCodec):
+            raise UserError(f"{self.path}: {name} is a vector, and of the type {kind}, which only matrices have.")
+        layout = codec(kind).layout(*_matrix(shape))
+        ((plane, (dtype, stored)),) = layout.items()
+        rows = self._data(name).view(dtype).reshape(shape[0], -1)
+        order = row_order(self._architecture, self.config, name, shape[0])
+        if order is not None:
+            rows = rows[np.argsort(order)]
+        return kind, {plane: rows.reshape(stored)}, shape
+
+    def read(self, name: str) -> NDArray[np.float32]:
+        """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
+        kind, planes, shape = self.planes(name)
+        with np.errstate(invalid="ignore", over="ignore"):  # said below in a sentence
+            weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
+        if not np.isfinite(weights).all():
+            raise UserError(f"{self.path}: {name} holds weights that are infinite or not a number.")
+        return weights
+
+    def _data(self, name: str) -> NDArray[np.uint8]:
+        """A tensor's bytes; an expert's are its share of those of its block."""
+        tensor, expert = self._tensor(name), expert_number(name)
+        if expert is None:
+            return tensor.data
+        if expert >= tensor.shape[0]:
+            raise UserError(f"{self.path} has no tensor {name}: it holds {tensor.shape[0]} experts.")
+        return tensor.data.reshape(tensor.shape[0], -1)[expert]
+
+    def _tensor(self, name: str) -> TensorData:
+        if name not in self._names:
+            raise UserError(f"{self.path} has no tensor {name}.")
+        return self._tensors[self._names[name]]
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """config.json of the model."""
+        factors = {name: self._tensors[name].data.view(np.float32) for name in FACTORS if name in self._tensors}
+        vocabulary = self.shape(self._architecture.embedding)[0]
+        return config_of(self._keys, vocabulary, set(self._names), factors)
+
+
+def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
+    """[rows, columns]; a vector is one row."""
+    return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])

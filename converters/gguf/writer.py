@@ -1,0 +1,76 @@
+"""Writing an artifact as a GGUF file: planes are stored as they are, rows of rotated linears permuted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFWriter
+
+from lqexport.converters.factors import is_factor
+from lqexport.converters.gguf.file import Entry, check_types, file_entry, type_of, write_tensors
+from lqexport.converters.gguf.metadata import add_model, add_provenance
+from lqexport.converters.gguf.row_order import row_order
+from lqexport.converters.gguf.support import check_supported
+from lqexport.converters.gguf.tokenizer import add_tokenizer
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.rope import rope_factors
+from lqexport.converters.models.tensor_names import gguf_names
+from lqexport.errors import UserError
+from lqexport.storage.artifact import Artifact
+
+
+def write(
+    artifact: Artifact,
+    path: Path,
+    on_tensor: Callable[[str, int], None] | None = None,
+    split_max_size: int | None = None,
+) -> list[Path]:
+    """Write a finished artifact to `path`, whole or not at all. Equal artifacts give equal bytes. Factors of low-rank
+    corrections are left out; `gguf_adapter.write` writes them.
+
+    on_tensor        called with name and bytes after each tensor
+    split_max_size   bytes of tensors that one file may hold; more of them go into several files (`gguf_split`)
+
+    Returns the files; llama.cpp and our own reader open the first. Raises UserError where the artifact is unfinished,
+    damaged or not of GGUF codecs, where llama.cpp lacks what the model or its tokenizer needs, and where the disk is
+    too small.
+    """
+    config = normalized(artifact.config())
+    architecture = architecture_of(config)
+    check_supported(architecture, config)
+    entries = _entries(artifact, architecture, config)
+    writer = GGUFWriter(None, str(architecture.gguf))
+    add_provenance(writer, artifact.run(), _most_weights(entries))
+    rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
+    add_model(writer, architecture, config, rows)
+    add_tokenizer(writer, artifact.model_folder, rows)
+    return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
+
+
+def _most_weights(entries: list[Entry]) -> str:
+    """The type that holds most bytes of the blocks' matrices."""
+    total: Counter[str] = Counter()
+    for entry in entries:
+        if len(entry.shape) == 2 and entry.gguf_name.startswith("blk."):
+            total[type_of(entry.codec)] += entry.nbytes
+    return total.most_common(1)[0][0]
+
+
+def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> list[Entry]:
+    known = gguf_names(architecture, config["num_hidden_layers"])
+    entries = []
+    for name, facts in artifact.manifest().items():
+        if is_factor(name):
+            continue
+        if name not in known:
+            raise UserError(f"{artifact.folder} holds a tensor {name} that {architecture.gguf} does not have in GGUF.")
+        order = row_order(architecture, config, name, facts["shape"][0])
+        entries.append(file_entry(name, known[name], facts, order))
+    check_types(entries, artifact.folder, "Quantize again with a target gguf:TYPE.")
+    if architecture.embedding not in {entry.name for entry in entries}:
+        raise UserError(f"{artifact.folder} has no tensor {architecture.embedding}.")
+    return entries

@@ -1,0 +1,1 @@
+"""Families of models: their tensors' names, and how they compute."""

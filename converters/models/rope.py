@@ -1,0 +1,110 @@
+"""Rotary position embedding: the settings of config.json, and the factors that llama.cpp reads as tensors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lqexport.converters.models.tensor_names import head_count
+from lqexport.errors import UserError
+
+ROPE_FACTORS = "rope_freqs.weight"
+"""The GGUF tensor that holds `llama3_factors`."""
+LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
+"""Those that hold longrope's `long_factor` and `short_factor`."""
+
+
+def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """`rope_theta`, `rope_type` and what the type needs, from either spelling of config.json; where some blocks have
+    settings of their own, those of the blocks that attend to the whole context.
+
+    transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`, with `rope_type` or
+    `type` in it.
+    """
+    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling = dict(scaling.get("full_attention") or scaling)
+    old_type = scaling.pop("type", "default")
+    scaling.setdefault("rope_type", old_type)
+    scaling.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if scaling["rope_type"] in ("su", "longrope"):
+        scaling["rope_type"] = "longrope"
+        original = scaling.get("original_max_position_embeddings")
+        scaling["original_max_position_embeddings"] = config.get("original_max_position_embeddings") or original
+    return scaling
+
+
+def window_theta(config: dict[str, Any]) -> float | None:
+    """`rope_theta` of the blocks that attend to a sliding window, None where they have none of their own."""
+    parts = config.get("rope_parameters") or {}
+    theta = (parts.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
+    return None if theta is None else float(theta)
+
+
+def head_dim(config: dict[str, Any]) -> int:
+    """Columns of a query's head; config.json need not say it."""
+    if "qk_rope_head_dim" in config:
+        return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
+    return int(config.get("head_dim") or config["hidden_size"] // head_count(config))
+
+
+def rotary_dim(config: dict[str, Any]) -> int:
+    """How many of a head's columns are rotated."""
+    if "qk_rope_head_dim" in config:
+        return int(config["qk_rope_head_dim"])
+    part = rope_settings(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    return int(head_dim(config) * part)
+
+
+def rope_factors(config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
+    """What llama.cpp divides the rotary frequencies by, float32 [rotary_dim / 2], by the GGUF names of those tensors;
+    {} where it needs none. Raises UserError where a setting is missing."""
+    settings = rope_settings(config)
+    if settings["rope_type"] == "llama3":
+        return {ROPE_FACTORS: llama3_factors(config)}
+    if settings["rope_type"] == "longrope":
+        keys = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
+        return {name: _long_factors(settings, key, rotary_dim(config) // 2) for name, key in keys.items()}
+    return {}
+
+
+def _long_factors(settings: dict[str, Any], key: str, count: int) -> NDArray[np.float32]:
+    factors = np.array(settings.get(key) or (), np.float32)
+    if factors.shape != (count,):
+        raise UserError(f"config.json: rope scaling of type longrope needs {count} numbers in {key}.")
+    return factors
+
+
+def longrope_attention(config: dict[str, Any]) -> float:
+    """What longrope multiplies rotated queries and keys by: sqrt(1 + ln(factor) / ln(original context length)),
+    `_compute_longrope_parameters` of transformers. Raises UserError where a setting is missing."""
+    settings = rope_settings(config)
+    if settings.get("attention_factor"):
+        return float(settings["attention_factor"])
+    original = settings["original_max_position_embeddings"]
+    if not original:
+        raise UserError("config.json: rope scaling of type longrope needs original_max_position_embeddings.")
+    factor = settings.get("factor") or config["max_position_embeddings"] / original
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def llama3_factors(config: dict[str, Any]) -> NDArray[np.float32]:
+    """What llama.cpp divides each rotary frequency by, float32 [rotary_dim / 2], for rope_type `llama3`.
+
+    1 for wavelengths below original / high_freq_factor, `factor` above original / low_freq_factor, and in between
+    1 / ((1 - s) / factor + s) with s falling linearly in the frequency (Llama 3.1, `_compute_llama3_parameters` of
+    transformers). Raises UserError where a setting is missing.
+    """
+    settings = rope_settings(config)
+    try:
+        factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
+        original = float(settings["original_max_position_embeddings"])
+    except KeyError as error:
+        raise UserError(f"config.json: rope scaling of type llama3 needs {error.args[0]}.") from None
+    size = rotary_dim(config)
+    frequencies = settings["rope_theta"] ** -(np.arange(0, size, 2, dtype=np.float64) / size)
+    turns = original * frequencies / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

@@ -1,0 +1,1 @@
+"""Calibration: token sequences, and the second moments of every linear's inputs."""

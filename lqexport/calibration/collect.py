@@ -1,0 +1,227 @@
+"""Collecting second moments over the calibration sequences, decoder block by decoder block, in one forward pass (guided
+ones need more: `lqexport.calibration.guided`). Inputs are those of the full-precision blocks before; one block's weights and the
+sequences' hidden states are in memory.
+
+Sequences are cut into shards, which several processes share (see `lqexport.runtime.processes`); each yields the blocks whose
+linears it is to solve.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from lqexport.calibration.block_collector import BlockCollector, BlockMoments
+from lqexport.calibration.moments import Group, SecondMoments
+from lqexport.models.blocks import BlockModel, linear_of
+from lqexport.recipe import Moments
+from lqexport.runtime.processes import ALONE, Processes
+from lqexport.runtime.progress import Listener, Silent
+from lqexport.solver.cholesky import Keep, in_place
+
+BATCH_TOKENS = 1024
+"""Tokens in one forward pass. The last bits of a pass depend on it, so it does not depend on the memory that there is.
+Larger batches are no faster on a CPU."""
+SHARDS = 8
+"""Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
+
+
+def batches(tokens: Tensor) -> list[Tensor]:
+    """Token ids [samples, length] in runs that one forward pass takes."""
+    return list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
+
+
+def sharded(tokens: Tensor) -> list[list[Tensor]]:
+    """The batches of token ids [samples, length] in at most `SHARDS` runs of nearly equal length."""
+    runs = batches(tokens)
+    count = min(SHARDS, len(runs))
+    return [runs[i * len(runs) // count : (i + 1) * len(runs) // count] for i in range(count)]
+
+
+def embed(model: BlockModel, tokens: Tensor) -> list[Tensor]:
+    """Hidden states that enter the first block, a batch at a time, kept on the host."""
+    return embed_batches(model, batches(tokens))
+
+
+def embed_batches(model: BlockModel, ids: list[Tensor], keep: Keep = Tensor.cpu) -> list[Tensor]:
+    """The same for batches of token ids, kept elsewhere if `keep` says so."""
+    return [keep(model.start(batch)) for batch in ids]
+
+
+def forward_moments(
+    model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
+    processes: Processes = ALONE, keep: Keep = in_place, parts: int = 1, keep_states: Keep = Tensor.cpu,
+) -> Iterator[BlockMoments]:  # fmt: skip
+    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay,
+    `keep_states` the sequences' hidden states. A block's come in up to `parts` parts."""
+    new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
+    shards = sharded(tokens)
+    hidden = [embed_batches(model, shards[i], keep_states) for i in processes.mine(range(len(shards)))]
+    rounds = list(processes.rounds(len(shards)))
+    model.let_go()
+    for window in windows(range(last + 1), processes):
+        blocks = [_collector(model, index, wanted, parts, new) for index in window]
+        count = max(len(each.parts) for each in blocks)
+        for number in range(count):
+            states = [list(batches) for batches in hidden]  # the blocks start from the same ones again for each part
+            for owner, collector in enumerate(blocks):
+                _pass_forward(model, collector, number, states, rounds, processes, owner, keep_states)
+            if number + 1 < count or window[-1] < last:
+                model.expect(window[0] if number + 1 < count else window[-1] + 1)
+            if processes.rank < len(blocks):
+                yield blocks[processes.rank].moments()
+        hidden = states
+
+
+def _pass_forward(
+    model: BlockModel, collector: BlockCollector, number: int, states: list[list[Tensor]],
+    rounds: list[tuple[int | None, int]], processes: Processes, owner: int, keep_states: Keep,
+) -> None:  # fmt: skip
+    """Replaces this process's hidden states by a block's outputs, while part `number` is collected for the owner."""
+    block = model.block(collector.index)
+    with collector.collecting(block, number, _inputs):
+        for turn, (shard, senders) in enumerate(rounds):
+            if shard is not None:
+                run_through(model, block, states[turn], keep=keep_states)
+            collector.end_shard(processes, owner, senders)
+
+
+def _inputs(linear: nn.Linear, add: Callable[[Tensor], None]) -> RemovableHandle:
+    return linear.register_forward_pre_hook(lambda _, arguments: add(arguments[0]))
+
+
+def _collector(
+    model: BlockModel, index: int, wanted: Callable[[int, Group], bool], parts: int, new: Callable[[int], SecondMoments]
+) -> BlockCollector:
+    groups = model.architecture.linears_of(index)
+    asked = [group for group in groups if wanted(index, group)]
+    return BlockCollector(model.architecture, index, groups, asked, parts, new)
+
+
+def windows(indices: Iterable[int], processes: Processes) -> Iterator[list[int]]:
+    """Blocks that are passed through before one of them is solved: one for each process."""
+    rest = iter(indices)
+    while window := list(islice(rest, processes.count)):
+        yield window
+
+
+def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
+    """Add what enters the output layer to the first process's `moments`."""
+    shards = sharded(tokens)
+    hidden = {i: embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))}
+    for _, block in model.blocks():
+        for states in hidden.values():
+            run_through(model, block, states)
+    for shard, senders in processes.rounds(len(shards)):
+        for batch in hidden[shard] if shard is not None else []:
+            moments.add(model.normed(batch.to(model.device)))
+        moments.end_shard(processes, 0, senders)
+
+
+def input_magnitudes(
+    model: BlockModel, tokens: Tensor, processes: Processes = ALONE, listener: Listener | None = None,
+    description: str = "",
+) -> dict[str, Tensor]:  # fmt: skip
+    """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
+    the full-precision model. A stage of `description` where somebody listens."""
+    shards, listener = processes.mine(sharded(tokens)), listener or Silent()
+    listener.stage(description, len(model) * sum(map(len, shards)))
+    inputs = embed_batches(model, [batch for shard in shards for batch in shard])
+    found: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Callable[..., None]:
+        def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            found[name] = found[name].maximum(arguments[0].float().abs().mean(1).amax(0))
+
+        return before
+
+    for index, block in model.blocks():
+        names = {model.weight_name(index, linear): linear for linear in model.linears(index)}
+        for name, linear in names.items():
+            found[name] = torch.zeros(linear_of(block, linear).in_features, device=model.device)
+            linear_of(block, linear).register_forward_pre_hook(watch(name))
+        run_through(model, block, inputs, listener)
+        for name in names:
+            processes.largest(found[name])
+    return found
+
+
+def by_weight(model: BlockModel, moments: BlockMoments) -> dict[str, Tensor]:
+    """A block's second moments by the names of the weights that they are for."""
+    index, groups = moments
+    return {model.weight_name(index, linear): hessian for group, hessian in groups.items() for linear in group}
+
+
+def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None]) -> Iterator[BlockMoments]:
+    """Passes `moments` on, calling `begin` when the first arrive: a pass with progress of its own may come before."""
+    for number, item in enumerate(moments):
+        if number == 0:
+            begin()
+        yield item
+        item[1].clear()  # whoever has the item still holds no memory while the next is made
+
+
+def run_through(
+    model: BlockModel, block: nn.Module, hidden: list[Tensor], listener: Listener | None = None,
+    keep: Keep = Tensor.cpu,
+) -> None:  # fmt: skip
+    """Replace every batch of hidden states by the block's outputs, on the host or where `keep` puts them; the listener
+    advances by one for each."""
+    listener = listener or Silent()
+    for i, batch in enumerate(hidden):
+        hidden[i] = keep(model.run(block, batch.to(model.device)))
+        listener.advance(1)
+
+
+def final_states(
+    model: BlockModel, tokens: Tensor, listener: Listener | None = None, description: str = ""
+) -> list[Tensor]:
+    """Hidden states [length, hidden] after the last block, for each of token ids [samples, length]; a stage of
+    `description` where somebody listens."""
+    hidden, listener = embed(model, tokens), listener or Silent()
+    listener.stage(description, len(model) * len(hidden))
+    for _, block in model.blocks():
+        run_through(model, block, hidden, listener)
+    return [state for batch in hidden for state in batch]
+
+
+class _Reached(Exception):
+    """Stops a block before a linear."""
+
+
+def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> Tensor:
+    """What enters a linear when the block runs on `hidden`, which it does no further than there; of an expert, the
+    tokens that are routed to it."""
+    caught: list[Tensor] = []
+
+    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        caught.append(arguments[0])
+        raise _Reached
+
+    handle = linear_of(block, linear).register_forward_pre_hook(before)
+    try:
+        with contextlib.suppress(_Reached):
+            model.run(block, hidden.to(model.device))
+    finally:
+        handle.remove()
+    return caught[0] if caught else hidden.new_empty(0, linear_of(block, linear).in_features)
+
+
+def to_the_end(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """What enters the linear whose output makes a block's output, and the hidden states that it is added to."""
+    caught: list[Tensor] = []
+    # A copy, since some models add to the output in place.
+    handle = linear_of(block, linear).register_forward_hook(
+        lambda _, arguments, output: caught.extend((arguments[0], output.clone()))
+    )
+    try:
+        output = model.run(block, hidden.to(model.device))
+    finally:
+        handle.remove()
+    return caught[0], output - caught[1]

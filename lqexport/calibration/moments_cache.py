@@ -1,0 +1,64 @@
+"""Second moments on disk, so that several runs over the same source and calibration collect them once.
+
+FOLDER/KEY/facts.json             what they are of: source, calibration, kind
+FOLDER/KEY/block-N.safetensors    one tensor per group of linears; its name is the linears' names, joined by "+"
+FOLDER/KEY/WHAT-KEY/TENSOR.json   what was measured under them: losses of types, mixes of widths
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+
+from lqexport.calibration.block_collector import BlockMoments
+from lqexport.errors import AGAIN
+from lqexport.storage.files import write_json
+from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
+
+
+class MomentsCache:
+    """The second moments that `facts` (JSON values) identify, in a folder of their own under `folder`."""
+
+    def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
+        self.folder = folder / _key(facts)
+        self._facts = facts
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"block-{index}.safetensors"
+
+    def __contains__(self, index: int) -> bool:
+        return self._path(index).is_file()
+
+    def write_facts(self) -> None:
+        """Say in the folder what its second moments are of."""
+        write_json(self.folder / "facts.json", self._facts)
+
+    def measured(self, what: str, facts: dict[str, Any]) -> Path:
+        """Where measurements under these second moments are kept; `facts` say what else they depend on."""
+        return self.folder / f"{what}-{_key(facts)}"
+
+    def write(self, moments: BlockMoments) -> None:
+        """Keep the second moments of all linears of a block."""
+        index, groups = moments
+        tensors = {"+".join(group): hessian.cpu() for group, hessian in groups.items()}
+        write_sealed(self._path(index), safetensors.torch.save(tensors, {"sha256": SEAL}))
+
+    def read(self, index: int) -> BlockMoments:
+        """The second moments of a block, on the host. Raises UserError where the file is damaged."""
+        with open_tensors(self._path(index), "pt", AGAIN) as file:
+            return index, {tuple(name.split("+")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:
+        """Passes `computed` on, keeping each block."""
+        for moments in computed:
+            self.write(moments)
+            yield moments
+
+
+def _key(facts: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]

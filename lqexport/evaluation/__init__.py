@@ -1,0 +1,1 @@
+"""Perplexity, KL divergence, task scores and answers of a model."""

@@ -1,0 +1,126 @@
+"""Perplexity as the papers on quantization report it: the texts of GPTQ's evaluation, cut into windows of 2048 tokens.
+
+    wikitext2   test split, lines joined by blank lines, all windows
+    ptb         validation split, sentences joined by blank lines, all windows;  ptb-new: test split, joined by spaces
+    c4          256 windows, each from a random place of a random document that is long enough, seed 0, of the first
+                validation file;  c4-new: the first 1100 documents joined by spaces, 256 windows
+
+Every token of a window but its first is scored, and windows do not see each other (`evaluate.HF_2048`). These are the
+texts that GPTQ's published code (gptq/datautils.py) builds, which LeanQuant and most others took over.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lqexport.calibration.sequences import begins_with_bos
+from lqexport.calibration.texts import documents, read_text
+from lqexport.errors import UserError
+from lqexport.evaluation import evaluate
+from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, perplexity_and_error, tokenize
+from lqexport.models.adapters import Corrected, open_factors
+from lqexport.models.blocks import BlockModel
+from lqexport.models.tokenizers import tokenizer_of
+from lqexport.models.written import open_export
+from lqexport.runtime.environment import choose_device
+from lqexport.runtime.progress import Listener, Silent
+
+WINDOWS = 256
+"""Of c4 and c4-new."""
+Windows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity on one text, with one standard error."""
+
+    text: str
+    protocol: str
+    windows: int
+    tokens: int
+    perplexity: float
+    error: float
+
+
+def _joined(name: str, separator: str, most: int | None = None) -> Callable[[PreTrainedTokenizerBase], Windows]:
+    def windows(tokenizer: PreTrainedTokenizerBase) -> Windows:
+        text = separator.join(documents(name, 1100 if most else None))
+        return cut(tokenize(tokenizer, text), HF_2048, None, most)
+
+    return windows
+
+
+def _random_places(tokenizer: PreTrainedTokenizerBase) -> Windows:
+    texts, draw, length = documents("c4:validation", None), random.Random(0), HF_2048.window
+    found: list[NDArray[np.int64]] = []
+    if not any(len(text) > length for text in texts):
+        raise UserError(f"No document of c4's validation file has more than {length} tokens.")
+    while len(found) < WINDOWS:
+        tokens = tokenize(tokenizer, texts[draw.randint(0, len(texts) - 1)])
+        if len(tokens) > length:
+            start = draw.randint(0, len(tokens) - length - 1)
+            found.append(tokens[start : start + length])
+    return np.stack(found)
+
+
+TEXTS: dict[str, Callable[[PreTrainedTokenizerBase], Windows]] = {
+    "wikitext2": _joined("wikitext2:test", "\n\n"),
+    "ptb": _joined("ptb:validation", "\n\n"),
+    "ptb-new": _joined("ptb:test", " "),
+    "c4": _random_places,
+    "c4-new": _joined("c4:validation", " ", WINDOWS),
+}
+
+
+def perplexity(
+    file: str | Path,
+    texts: Iterable[str] = ("wikitext2",),
+    *,
+    protocol: str = HF_2048.name,
+    windows: int | None = None,
+    device: str = "auto",
+    listener: Listener | None = None,
+) -> list[Perplexity]:
+    """Perplexity of a written model (.gguf file, native or EXL2 folder, artifact, with its corrections) on each text.
+
+    texts      names in TEXTS, or what `texts.read_text` knows: files, python-heldout
+    protocol   of texts that are not in TEXTS
+    windows    at most so many of each text
+
+    The model runs block by block in float32, by this program's own decoding. Raises UserError for what cannot be read.
+    """
+    path, listener = Path(file), listener or Silent()
+    if protocol not in PROTOCOLS:
+        raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
+    tokenizer, export = tokenizer_of(path), open_export(path)
+    cuts = {text: _windows(text, PROTOCOLS[protocol], tokenizer, windows) for text in texts}
+    factors = open_factors(path, None, export.config)
+    model = BlockModel(Corrected(export, factors) if factors else export, choose_device(device))
+    return [_measured(model, text, *cuts[text], listener) for text in cuts]
+
+
+def _windows(
+    text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, limit: int | None
+) -> tuple[Protocol, Windows]:
+    if text in TEXTS:
+        return HF_2048, TEXTS[text](tokenizer)[:limit]
+    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    return protocol, cut(tokenize(tokenizer, read_text(text).content), protocol, bos, limit)
+
+
+def _measured(model: BlockModel, text: str, protocol: Protocol, windows: Windows, listener: Listener) -> Perplexity:
+    logits = evaluate.block_logits(model, windows, protocol, listener, f"Run on {text}")
+    losses = []
+    for window, predicted in zip(windows, logits, strict=True):
+        targets = torch.from_numpy(window[protocol.first :]).to(predicted.device)
+        losses.append(torch.nn.functional.cross_entropy(predicted.double(), targets, reduction="none").cpu().numpy())
+    value, error = perplexity_and_error(np.stack(losses))
+    return Perplexity(text, protocol.name, len(windows), windows.shape[0] * protocol.scored, value, error)

@@ -1,0 +1,241 @@
+"""Choosing a format's scales and offsets for a matrix: the grid, before any code is solved.
+
+Every fit minimises `sum_i importance_i (w_i - value_i)^2` per group of columns; which importance is the caller's choice
+(`lqexport.calibration.moments.importance`). Real-valued scales and offsets come from a search over ranges, each followed
+by weighted least-squares refits; then they are rounded as the file stores them. A table per row is exact k-means.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lqexport.formats.codec import GridCodec, ScaleFormat
+from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_half, round_super, shared_levels
+from lqexport.kernels import cpu, cuda, cuda_kmeans, cuda_solve
+from lqexport.kernels.kmeans import weighted_kmeans
+
+Cuts = tuple[tuple[float, float], ...]
+STEPS = (0.0, 0.08, 0.16, 0.24, 0.32, 0.4)
+"""Shares of a group's range that the search leaves out at each end; LeanQuant's goes up to 0.4 too, in 2048 steps of
+the range. The refits move a range on from where it starts, so few starts find what its thousands do
+(tests/test_solver.py)."""
+TWO_SIDED: Cuts = tuple((low, high) for low in STEPS for high in STEPS)
+TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in (-0.04, 0, 0.04) if low or high)
+ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
+ONE_SIDED_FINE: Cuts = ((-0.025, -0.025), (0.025, 0.025))
+"""The same where there is no offset: shares of the largest magnitude."""
+STRETCHES = (1.0, *(1 + step / 60 for step in range(-15, 16) if step))
+"""What a superblock's float16 is tried at, times the one that uses the whole range of its integers."""
+CHUNK = 1 << 24
+"""Weights fitted at once on a GPU; bounds the memory of the search."""
+
+
+def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
+    """The grid of `codec` for float32 weights [R, C] and importance [C], both on one device."""
+    columns = weights.shape[1]
+    if codec.scale is None:
+        return TensorGrid(columns, _fit_table(weights, importance, codec.level_count), False)
+    levels, uniform = shared_levels(codec, weights.device)
+    group = codec.scale.group or columns
+    weight = normalized(importance.unflatten(0, (-1, group)))
+    if codec.scale.power:
+        scale = _fit_powers(weights.unflatten(1, (-1, group)), weight, levels)
+        offset = torch.zeros_like(scale)
+    else:
+        scale, offset = search(weights, weight, levels, uniform, codec.offset)
+    return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
+
+
+def search(
+    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+) -> tuple[Tensor, Tensor]:
+    """Real-valued scale and offset [R, G] of least weighted squared error found: weights [R, C], weight [G, C / G] that
+    sums to 1 in a group, levels [1, K]; `offset` as in `GridCodec`."""
+    if weights.device.type == "cpu":
+        return _fit_cpu(weights, weight, levels, uniform, offset)
+    if cuda.usable(weights.device):
+        return _fit_cuda(weights, weight, levels, uniform, offset)
+    chunks = [part.unflatten(1, weight.shape) for part in weights.split(max(1, CHUNK // weights.shape[1]))]
+    parts = [_fit_groups(chunk, weight, levels, uniform, offset) for chunk in chunks]
+    return torch.cat([s for s, _ in parts]), torch.cat([o for _, o in parts])
+
+
+def _fit_cpu(
+    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+) -> tuple[Tensor, Tensor]:
+    """`_fit_groups` compiled: one parallel loop over rows instead of hundreds of passes over memory."""
+    scale, shift = torch.zeros(2, len(weights), len(weight))
+    coarse, fine = (np.asarray(cuts, np.float32) for cuts in _cuts(offset))
+    not_positive = offset is not None and offset.two_level
+    cpu.fit_groups(
+        weights.contiguous().numpy(), weight.contiguous().numpy(), levels[0].numpy(), uniform, offset is not None,
+        not_positive, coarse, fine, scale.numpy(), shift.numpy(),
+    )  # fmt: skip
+    return scale, shift
+
+
+def _fit_cuda(
+    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+) -> tuple[Tensor, Tensor]:
+    """`_fit_groups` in one CUDA kernel."""
+    coarse, fine = (torch.tensor(cuts, device=weights.device) for cuts in _cuts(offset))
+    not_positive = offset is not None and offset.two_level
+    return cuda_solve.fit_groups(
+        weights.contiguous(), weight.contiguous(), levels[0], uniform, offset is not None, not_positive, coarse, fine
+    )
+
+
+def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
+    """The grid that spans each group's range, as GPTQ's own quantizer and plain rounding take it."""
+    columns = weights.shape[1]
+    if codec.scale is None:
+        low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
+        table = low + (high - low) * torch.linspace(0, 1, codec.level_count, device=weights.device)
+        return TensorGrid(columns, round_half(table), False)
+    levels, uniform = shared_levels(codec, weights.device)
+    groups = weights.unflatten(1, (-1, codec.scale.group or columns))
+    if codec.scale.power:
+        scale = _covering_power(groups, levels)
+        offset = torch.zeros_like(scale)
+    else:
+        scale, offset = _span(groups, levels, codec.offset, torch.zeros(2, 1, 1, device=weights.device))
+    return _stored(codec, columns, levels, uniform, scale, offset)
+
+
+def store(values: Tensor, format: ScaleFormat, weight: Tensor | None = None) -> Numbers:
+    """Real numbers [R, G] rounded to what the file holds.
+
+    Two-level formats take, of some float16 around the one that puts a superblock's largest number on the end of the
+    integers' range, that with the least squared error of its numbers, weighted by `weight` [G] (all alike without).
+    """
+    values = values * format.sign
+    if not format.two_level:
+        return Numbers(format, round_super(values, format), torch.ones_like(values, dtype=torch.int16))
+    blocks = values.unflatten(1, (-1, format.span))
+    extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
+    weight = torch.ones_like(values[0]) if weight is None else weight
+    weight = weight.unflatten(0, (-1, format.span))
+    least = torch.full_like(extreme, torch.inf)
+    supers, subs = torch.zeros_like(extreme), torch.zeros_like(blocks)
+    for stretch in STRETCHES:
+        candidate = round_half(stretch * extreme / (format.low or format.high))
+        step = torch.where(candidate == 0, torch.inf, candidate)[..., None]
+        integers = (blocks / step).round().clamp(format.low, format.high)
+        error = (weight * (candidate[..., None] * integers - blocks).square()).sum(2)
+        better = error < least
+        least = torch.where(better, error, least)
+        supers = torch.where(better, candidate, supers)
+        subs = torch.where(better[..., None], integers, subs)
+    return Numbers(format, supers, subs.flatten(1).to(torch.int16))
+
+
+def _stored(
+    codec: GridCodec, columns: int, levels: Tensor, uniform: bool, scale: Tensor, offset: Tensor,
+    weight: Tensor | None = None,
+) -> TensorGrid:  # fmt: skip
+    assert codec.scale is not None
+    shift = None if codec.offset is None else store(offset, codec.offset, weight)
+    return TensorGrid(columns, levels, uniform, store(scale, codec.scale, weight), shift)
+
+
+def normalized(importance: Tensor) -> Tensor:
+    """Importance [G, g] with sum 1 in each group; a group whose inputs are always zero is fitted evenly."""
+    total = importance.sum(-1, keepdim=True)
+    return torch.where(total > 0, importance / total, 1 / importance.shape[-1])
+
+
+def _covering_power(groups: Tensor, levels: Tensor) -> Tensor:
+    """Steps [R, G] of groups [R, G, g] as LQER takes them: 2^(e - (B - 1)) with e = ceil(log2 max |w|), so that the
+    largest weight is at most one step beyond the last level 2^(B-1) - 1."""
+    least = (groups.abs().amax(2) / (levels[0, -1] + 1)).clamp(2.0**-24, 2.0**15)
+    mantissa = least.frexp().mantissa
+    return torch.where(mantissa == 0.5, least, least / mantissa)
+
+
+def _fit_powers(groups: Tensor, weight: Tensor, levels: Tensor) -> Tensor:
+    """The power of two [R, G] with the least weighted squared error for groups [R, G, g]: LQER's, twice that, or one of
+    three below; weight [G, g]."""
+    covering = _covering_power(groups, levels)
+    best, error = covering, torch.full_like(covering, torch.inf)
+    for factor in (2.0, 1.0, 0.5, 0.25, 0.125):
+        step = (covering * factor).clamp(2.0**-24, 2.0**15)
+        value = step[..., None] * (groups / step[..., None]).round().clamp(levels[0, 0], levels[0, -1])
+        found = (weight * (groups - value).square()).sum(-1)
+        best, error = torch.where(found < error, step, best), error.minimum(found)
+    return best
+
+
+def _cuts(offset: ScaleFormat | None) -> tuple[Cuts, Cuts]:
+    return (ONE_SIDED, ONE_SIDED_FINE) if offset is None else (TWO_SIDED, TWO_SIDED_FINE)
+
+
+def _span(groups: Tensor, levels: Tensor, offset: ScaleFormat | None, cut: Tensor) -> tuple[Tensor, Tensor]:
+    """Scale and offset [R, G] that map the levels onto the range of each group [R, G, g], less a share at each end."""
+    first, last = levels[0, 0], levels[0, -1]
+    if offset is None:
+        extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
+        scale = (1 - cut[0]) * extreme / first  # in every codebook the first level has the largest magnitude
+        return scale, torch.zeros_like(scale)
+    low, high = groups.amin(2), groups.amax(2)
+    if offset.two_level:  # what is stored is not negative and is subtracted
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    low, high = low + cut[0] * (high - low), high - cut[1] * (high - low)
+    scale = (high - low) / (last - first)
+    return scale, low - scale * first
+
+
+def _fit_groups(
+    groups: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+) -> tuple[Tensor, Tensor]:
+    """Scale and offset [R, G] with the least weighted squared error found for groups [R, G, g]; weight [G, g]."""
+    shape = (5, *groups.shape[:2])
+    best = torch.zeros(shape, device=groups.device)  # error, scale, shift, cut below, cut above
+    best[0] = torch.inf
+    coarse, fine = _cuts(offset)
+    for cuts in (coarse, fine):
+        start = best[3:]  # all zero at first, then the best cuts of the coarse search
+        for cut in cuts:
+            moved = start + torch.tensor(cut, device=groups.device)[:, None, None]
+            scale, shift = _span(groups, levels, offset, moved)
+            for _ in range(2):
+                chosen = _chosen(groups, scale, shift, levels, uniform)
+                scale, shift = _refit(groups, weight, chosen, offset, scale)
+            chosen = _chosen(groups, scale, shift, levels, uniform)
+            error = (weight * (groups - scale[..., None] * chosen - shift[..., None]).square()).sum(-1)
+            best = torch.where(error < best[0], torch.stack((error, scale, shift, *moved)), best)
+    return best[1], best[2]
+
+
+def _chosen(groups: Tensor, scale: Tensor, shift: Tensor, levels: Tensor, uniform: bool) -> Tensor:
+    """The level nearest to each weight [R, G, g]."""
+    target = (groups - shift[..., None]) / torch.where(scale == 0, torch.inf, scale)[..., None]
+    if uniform:
+        return target.round_().clamp_(levels[0, 0], levels[0, -1])
+    return levels[0][nearest_level(target.flatten(1), levels, uniform).long()].view_as(groups)
+
+
+def _refit(
+    groups: Tensor, weight: Tensor, chosen: Tensor, offset: ScaleFormat | None, old: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Weighted least squares for scale and offset [R, G], the chosen levels fixed; `weight` sums to 1 in a group."""
+    weighted = weight * chosen
+    square, cross = (weighted * chosen).sum(-1), (weighted * groups).sum(-1)
+    alone = torch.where(square > 0, cross / square, old)
+    if offset is None:
+        return alone, torch.zeros_like(alone)
+    mean_level, mean = weighted.sum(-1), (weight * groups).sum(-1)
+    variance = square - mean_level.square()
+    scale = torch.where(variance > 1e-12, (cross - mean_level * mean) / variance, old)
+    shift = mean - scale * mean_level
+    if offset.two_level:
+        scale, shift = torch.where(shift > 0, alone, scale), shift.clamp(max=0)
+    return scale, shift
+
+
+def _fit_table(weights: Tensor, importance: Tensor, count: int) -> Tensor:
+    if cuda.usable(weights.device):
+        return round_half(cuda_kmeans.weighted_kmeans(weights, importance, count)[0].float())
+    centers, _ = weighted_kmeans(weights.double().cpu().numpy(), importance.double().cpu().numpy(), count)
+    return round_half(torch.as_tensor(centers, device=weights.device).float())

@@ -1,0 +1,1 @@
+"""Loading native folders in transformers."""

@@ -1,0 +1,117 @@
+"""transformers' model of a config.json, without storage ("meta"), with a linear for every matrix that is quantized:
+experts that share one tensor are taken apart, and transposed weights become linears."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.errors import UserError
+
+
+class Expert(nn.Module):
+    """A gated MLP without biases."""
+
+    def __init__(self, hidden: int, inner: int, activation: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class Experts(nn.ModuleList):
+    """In the place of transformers' module with the weights of all experts [experts, 2 * inner, hidden] in one tensor:
+    each expert sees the tokens that are routed to it.
+
+    only   numbers of those that run, where the outputs of others are not wanted; None for all
+    """
+
+    only: Collection[int] | None = None
+
+    def __init__(self, stacked: nn.Module) -> None:
+        weights, activation = stacked.gate_up_proj, stacked.act_fn
+        assert isinstance(weights, Tensor)
+        assert isinstance(activation, nn.Module)
+        count, inner, hidden = weights.shape
+        super().__init__(Expert(hidden, inner // 2, activation, weights.dtype) for _ in range(count))
+
+    def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+        """hidden [tokens, hidden]; the chosen experts' numbers and their shares [tokens, chosen experts]."""
+        total = torch.zeros_like(hidden)
+        for number in range(len(self)) if self.only is None else self.only:
+            tokens, places = torch.where(chosen == number)
+            if len(tokens):
+                part = self[number](hidden[tokens]) * shares[tokens, places, None]
+                total = total.index_add(0, tokens, part.to(total.dtype))
+        return total
+
+
+def run_only(block: nn.Module, experts: Collection[int]) -> None:
+    """Have the block run these of its experts alone."""
+    for module in block.modules():
+        if isinstance(module, Experts):
+            module.only = experts
+
+
+def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model, its parameters and buffers without storage; names as in the table of architectures.
+
+    Raises UserError where transformers makes no model of this config.json."""
+    architecture = architecture_of(config)
+    with torch.device("meta"):
+        model = _made_by_transformers(config, AutoModel if architecture.encoder else AutoModelForCausalLM, dtype)
+        for block in model.get_submodule(architecture.blocks).children():
+            _take_apart(block, architecture)
+    return model
+
+
+def _made_by_transformers(config: dict[str, Any], maker: Any, dtype: torch.dtype) -> PreTrainedModel:
+    options = {key: value for key, value in config.items() if key != "quantization_config"}
+    try:
+        known = AutoConfig.for_model(**options)
+        return maker.from_config(known, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as error:  # each model's code refuses what it does not like in its own way
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"transformers can make no model of config.json ({type(error).__name__}: {reason}).") from error
+
+
+def _take_apart(block: nn.Module, architecture: Architecture) -> None:
+    if architecture.experts:
+        # `mlp.experts.*.gate_proj` -> `mlp.experts`, which the first blocks may lack
+        name = architecture.linears[-1][0].split(".experts.")[0] + ".experts"
+        if name in dict(block.named_modules()):
+            block.set_submodule(name, Experts(block.get_submodule(name)))
+    for name in architecture.transposed:
+        stored = block.get_submodule(name).weight
+        assert isinstance(stored, Tensor)
+        inputs, outputs = stored.shape
+        block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.dtype))
+
+
+def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Give storage to buffers that follow from the config and are in no checkpoint, such as rotary frequencies."""
+    for module in model.modules():
+        buffers = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in buffers:
+            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+        if buffers:
+            model._init_weights(module)
+
+
+def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor that transformers' model of this config.json stores; a tied output is left out."""
+    model = meta_model(config)
+    stored = model.state_dict().keys()
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return {name: tuple(tensor.shape) for name, tensor in tensors if name in stored}

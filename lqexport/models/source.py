@@ -1,0 +1,333 @@
+"""Reading the model to quantize: a Hugging Face folder, a hub id, or a .gguf file; one tensor at a time."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import re
+import tempfile
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lqexport.converters.checkpoints.detect import layout_of
+from lqexport.converters.checkpoints.layout import Layout
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.models.architecture import FIRST, MEAN
+from lqexport.converters.models.architectures import find_architecture, normalized
+from lqexport.converters.models.tensor_names import block_module
+from lqexport.errors import UserError, well_formed
+from lqexport.models.interface import Weights
+from lqexport.storage.background import Place
+from lqexport.storage.config_check import read_config
+from lqexport.storage.files import copy_files, read_json, write_json, written_whole
+from lqexport.storage.tensor_files import open_tensors, spans
+
+MODEL_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    # WordPiece, and what sentence-transformers reads beside the model.
+    "vocab.txt",
+    "modules.json",
+    "sentence_bert_config.json",
+    "config_sentence_transformers.json",
+    "1_Pooling/config.json",
+)
+
+
+DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+"""By safetensors' name, of those that are not one byte."""
+
+
+class Source(Weights, Protocol):
+    """A model that can be quantized: weights, tokenizer, and what identifies it."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the model's files do; two runs of the same fingerprint read the same model."""
+
+    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+
+    def copy_model_files(self, folder: Path) -> None:
+        """Write config.json, the tokenizer and other small files into `folder`."""
+
+
+class HuggingFaceSource:
+    """A folder with config.json and safetensors, in one file or in shards. Matrices that another tool has quantized are
+    read as the float32 values that they decode to.
+
+    layout   how they are quantized; None where they are not
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder = folder
+        self.name = name
+        self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
+        self._architecture = find_architecture(self.config)
+        if self._architecture and self._architecture.encoder:
+            self.config.setdefault("pooling_type", _pooling_type(folder))
+        self._files = _tensor_files(folder)
+        with well_formed(f"quantization_config of {folder}"):
+            self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
+        self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
+        tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
+        self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
+
+    @property
+    def fingerprint(self) -> str:
+        hasher = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in sorted(set(self._files.values())):
+            stat = path.stat()
+            with path.open("rb") as file:
+                header = file.read(8 + min(int.from_bytes(file.read(8), "little"), 1 << 27))
+            hasher.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode() + header)
+        return hasher.hexdigest()
+
+    def _renamed(self, name: str) -> str:
+        """A stored tensor's name in the model; checkpoints of some architectures use others."""
+        for pattern, new in (self._architecture.renamed if self._architecture else {}).items():
+            name = re.sub(pattern, new, name)
+        return name
+
+    def _is_transposed(self, name: str) -> bool:
+        if self._architecture is None:
+            return False
+        module = block_module(self._architecture, name)
+        return module is not None and module[2] == "weight" and module[1] in self._architecture.transposed
+
+    def names(self) -> list[str]:
+        return list(self._stored)
+
+    def module(self, name: str) -> str | None:
+        """What `layout` calls the module of a quantized weight; None for any other tensor."""
+        module, _, kind = self._stored_name(name).rpartition(".")
+        return module if self.layout and kind == "weight" and self.layout.is_packed(module) else None
+
+    def dtype(self, name: str) -> str:
+        """A tensor's dtype as safetensors calls it, such as BF16; of a quantized weight, its method, bits and group."""
+        module = self.module(name)
+        return self.layout.kind(module) if self.layout and module else self.stored_form(self._stored_name(name))[0]
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the data that a tensor is stored as."""
+        forms = map(self.stored_form, self._parts(name))
+        return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
+
+    def _parts(self, name: str) -> list[str]:
+        """The stored tensors that a tensor is made of."""
+        module = self.module(name)
+        return self.layout.parts_of(module) if self.layout and module else [self._stored_name(name)]
+
+    def places(self, name: str) -> list[Place]:
+        """Where on disk a tensor's parts are."""
+        parts = [(self._files[stored], stored) for stored in self._parts(name)]
+        return [Place(path, *self._spans(path)[stored]) for path, stored in parts]
+
+    @functools.cache  # noqa: B019 (a source lives as long as its run)
+    def _spans(self, path: Path) -> dict[str, tuple[int, int]]:
+        return spans(path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if self.layout and (module := self.module(name)):
+            return self.layout.shape(module)
+        shape = self.stored_shape(self._stored_name(name))
+        return shape[::-1] if self._is_transposed(name) else shape
+
+    def read(self, name: str) -> torch.Tensor:
+        if self.layout and (module := self.module(name)):
+            return torch.from_numpy(self.layout.read(module))
+        tensor = self.stored_tensor(self._stored_name(name))
+        return tensor.T.contiguous() if self._is_transposed(name) else tensor
+
+    def stored_form(self, stored: str) -> tuple[str, tuple[int, ...]]:
+        """dtype, as safetensors calls it, and shape of a tensor by its name in the files."""
+        with self._opened(stored) as file:
+            part = file.get_slice(stored)
+            return str(part.get_dtype()), tuple(part.get_shape())
+
+    def stored_shape(self, stored: str) -> tuple[int, ...]:
+        """The shape alone."""
+        return self.stored_form(stored)[1]
+
+    def stored_tensor(self, stored: str) -> torch.Tensor:
+        """A tensor by its name in the files."""
+        with self._opened(stored) as file:
+            tensor: torch.Tensor = file.get_tensor(stored)
+            return tensor
+
+    def _opened(self, stored: str) -> AbstractContextManager[Any]:
+        if stored not in self._files:
+            raise UserError(f"{self.folder} has no tensor {stored}. Is the download complete?")
+        return _open(self._files[stored])
+
+    def _stored_name(self, name: str) -> str:
+        if name not in self._stored:
+            raise UserError(f"{self.folder} has no tensor {name}. Is the download complete?")
+        return self._stored[name]
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.folder)
+
+    def copy_model_files(self, folder: Path) -> None:
+        copied = [path for pattern in MODEL_FILES for path in self.folder.glob(pattern) if pattern != "config.json"]
+        copy_files(self.folder, copied, folder)
+        write_json(folder / "config.json", self.config)
+
+
+class GGUFSource(GGUFModel):
+    """A .gguf file; packed tensors are read as the float32 values that they decode to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
+        self.name = str(path)
+
+    @property
+    def fingerprint(self) -> str:
+        hasher = hashlib.sha256()
+        for path in self.paths:
+            stat = path.stat()
+            with path.open("rb") as file:
+                hasher.update(f"{stat.st_size} {stat.st_mtime_ns}\n".encode() + file.read(1 << 20))
+        return hasher.hexdigest()
+
+    def read(self, name: str) -> torch.Tensor:  # type: ignore[override]
+        return torch.from_numpy(super().read(name))
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.metadata.get("tokenizer.ggml.model") == "t5":  # transformers would take it for a BPE
+            raise UserError(f"The tokenizer in {self.path}, a unigram model, cannot be read from a GGUF file here.")
+        return load_tokenizer(self.path.parent, gguf_file=self.path.name)
+
+    def copy_model_files(self, folder: Path) -> None:
+        with tempfile.TemporaryDirectory() as made:
+            self.tokenizer().save_pretrained(made)
+            copy_files(Path(made), [path for path in Path(made).rglob("*") if path.is_file()], folder)
+        with well_formed(f"{self.path}: tokenizer.chat_templates"):
+            for name in self.metadata.get("tokenizer.chat_templates", []):  # transformers reads the default alone
+                with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
+                    file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
+        write_json(folder / "config.json", self.config)
+
+
+def _pooling_type(folder: Path) -> int:
+    """How an encoder's hidden states become an embedding, by sentence-transformers' file: MEAN, also where there is
+    none, or FIRST. Raises UserError for any other way."""
+    path = folder / "1_Pooling" / "config.json"
+    modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
+    chosen = [
+        mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if "pooling_mode_" in mode and is_on is True
+    ]
+    known = {"mean_tokens": MEAN, "cls_token": FIRST}
+    if len(chosen) != 1 or chosen[0] not in known:
+        raise UserError(f"{path} asks for pooling by {chosen}; known are {', '.join(known)}, one of them alone.")
+    return known[chosen[0]]
+
+
+def open_source(name: str) -> Source:
+    """The model that `name` means: a folder, a .gguf file, or else a hub id, which is downloaded.
+
+    Raises UserError where there is no such model or it is incomplete.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"There is no file {path}.")
+        return GGUFSource(path)
+    if path.is_dir():
+        return HuggingFaceSource(path, name)
+    if path.exists():
+        raise UserError(f"{path} is neither a model folder nor a .gguf file.")
+    return HuggingFaceSource(_download(name), name)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        patterns = [*MODEL_FILES, "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"There is no folder {name}, and the hub has no such model within reach: {reason}") from error
+
+
+def _missing(path: Path) -> str:
+    return f"{path.parent} has no {path.name}: it is not a Hugging Face model folder."
+
+
+def _tensor_files(folder: Path) -> dict[str, Path]:
+    """Tensor name to file, from the index where there is one, else from model.safetensors."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        with well_formed(index, "Download it again."):
+            files = {
+                name: _beside(index, file) for name, file in read_json(index, _missing(index))["weight_map"].items()
+            }
+        _check_shards(files)
+        return files
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        # AutoGPTQ called its file by bits and group.
+        found = list(folder.glob("*.safetensors"))
+        if len(found) != 1:
+            pickled = " Files of pickled weights (.bin, .pt) are not read: they can run any code."
+            raise UserError(
+                f"{folder} has neither model.safetensors nor model.safetensors.index.json."
+                + pickled * _has_pickles(folder)
+            )
+        (path,) = found
+    with _open(path) as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+def _check_shards(files: dict[str, Path]) -> None:
+    """What is missing, cut or in another file than the index says is said now, not hours later."""
+    for path in sorted(set(files.values())):
+        with _open(path) as file:
+            held = set(file.keys())
+        if missing := [name for name, where in files.items() if where == path and name not in held]:
+            raise UserError(f"{path} has no tensor {', '.join(missing[:5])}, which its index says it has.")
+
+
+def _beside(index: Path, name: str) -> Path:
+    """A file that an index names. Raises UserError where that is a path to elsewhere."""
+    if name != Path(name).name or name == "..":
+        raise UserError(f"{index} names a file in another folder, {name}: shards lie beside their index.")
+    return index.with_name(name)
+
+
+def _has_pickles(folder: Path) -> bool:
+    return any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+
+
+def _open(path: Path) -> AbstractContextManager[Any]:
+    return open_tensors(path, "pt", "Download it again.")
+
+
+def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """The tokenizer in a folder. Raises UserError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error

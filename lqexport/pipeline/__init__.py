@@ -1,0 +1,1 @@
+"""The stages of `lqexport quantize`, from a source to a finished artifact."""

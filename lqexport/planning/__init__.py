@@ -1,0 +1,1 @@
+"""What a run will do and cost, decided before any work."""

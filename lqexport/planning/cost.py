@@ -1,0 +1,313 @@
+"""What a run costs, from shapes alone: disk, bytes moved, operations, seconds. Memory is in `lqexport.planning.memory`.
+
+Computed from what the code reads and multiplies, by counting. The seconds and the solver's share were measured on a
+CPU: no GPU has been timed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
+
+from lqexport.calibration.experts import parts as parts_of
+from lqexport.calibration.experts import pooled, sees_hidden_states
+from lqexport.calibration.moments import Group
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.tensor_names import block_module, expert_number, of_each_expert
+from lqexport.converters.plan import PlannedTensor
+from lqexport.models.smoothing import SEQUENCES
+from lqexport.recipe import Recipe
+from lqexport.tuning.tune import HELD_OUT
+
+FIT_SECONDS_PER_WEIGHT = 0.2e-6
+"""Fitting a grid, on one core: bound by memory and branches, not by the rate of matrix products."""
+
+UNPACK_SECONDS_PER_WEIGHT = 2e-9
+"""Unpacking a stored weight on one core, which tuning does again at every step: 0.5 (Q4_K) to 2 (Q3_K) ns."""
+
+SOLVER_SHARE = 0.22
+"""The rate of error feedback and descent, which go column by column, as a share of that of large matrix products: in
+blocks of 4096 x 14336 on one core (docs/scale.md)."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A recipe for a model of this config.json, and every tensor that it stores."""
+
+    recipe: Recipe
+    config: dict[str, Any]
+    tensors: list[PlannedTensor]
+
+    @cached_property
+    def architecture(self) -> Architecture:
+        return architecture_of(self.config)
+
+    @cached_property
+    def linears(self) -> list[PlannedTensor]:
+        """Those of the decoder blocks."""
+        prefix = f"{self.architecture.blocks}."
+        return [tensor for tensor in self.tensors if tensor.linear and tensor.name.startswith(prefix)]
+
+    @cached_property
+    def block(self) -> list[PlannedTensor]:
+        """The matrices of the decoder block that has the most weights."""
+        prefix = self._largest_block
+        return [tensor for tensor in self.linears if tensor.name.startswith(prefix)]
+
+    @cached_property
+    def _largest_block(self) -> str:
+        """What the names of its tensors begin with."""
+        weights: Counter[str] = Counter()
+        for tensor in self.linears:
+            index = tensor.name.removeprefix(f"{self.architecture.blocks}.").partition(".")[0]
+            weights[f"{self.architecture.blocks}.{index}."] += tensor.weights
+        return max(weights, key=weights.__getitem__, default=f"{self.architecture.blocks}.0.")
+
+    def in_block(self, tensor: PlannedTensor) -> str:
+        """The name of a linear of `block` within it."""
+        return tensor.name.removeprefix(self._largest_block).removesuffix(".weight")
+
+    @property
+    def blocks(self) -> int:
+        return int(self.config["num_hidden_layers"])
+
+    @property
+    def hidden(self) -> int:
+        return int(self.config["hidden_size"])
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens."""
+        return self.recipe.samples * self.recipe.sequence_length
+
+    @property
+    def outer(self) -> int:
+        """Weights of the embedding, or of the output."""
+        return int(self.config["vocab_size"]) * self.hidden
+
+    @property
+    def calibrated(self) -> bool:
+        solved = any(tensor.linear for tensor in self.tensors)
+        return solved and (self.recipe.method != "rtn" or bool(self.recipe.rank))
+
+    @property
+    def guided(self) -> bool:
+        return self.recipe.moments == "guided"
+
+    def inputs(self, tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
+        """Those whose inputs' second moments are kept: guided ones are of each linear, not of each group."""
+        if self.guided:
+            return list(tensors) * self.recipe.output_groups
+        firsts = tuple(f".{group[0]}.weight" for group in self.architecture.linears)
+        return [tensor for tensor in tensors if tensor.name.endswith(firsts)]
+
+    @cached_property
+    def groups(self) -> list[list[PlannedTensor]]:
+        """Those that share their inputs, in the order in which data flows."""
+        named = {tensor.name: tensor for tensor in self.block}
+        groups = ([f"{self._largest_block}{linear}.weight" for linear in group] for group in self.architecture.linears)
+        return [[named[name] for name in group if name in named] for group in groups]
+
+    def added(self, tensor: PlannedTensor) -> int:
+        """Rows whose outputs are added to hidden states, which asymmetric calibration makes up for."""
+        ends = tuple(f".{linear}.weight" for linear in self.architecture.adders if linear)
+        return tensor.matrix[0] if ends and tensor.name.endswith(ends) and self.recipe.moments != "plain" else 0
+
+    def is_pooled(self, tensor: PlannedTensor) -> bool:
+        """Whether the second moments of a linear's inputs are also part of those that all experts see together."""
+        found = block_module(self.architecture, tensor.name)
+        return found is not None and sees_hidden_states(of_each_expert(found[1]), self.architecture)
+
+    def share(self, tensor: PlannedTensor) -> float:
+        """Of the tokens, how many go through a linear: all, or those that are routed to an expert, on average."""
+        return 1.0 if expert_number(tensor.name) is None else self._routed
+
+    @cached_property
+    def _routed(self) -> float:
+        config, count = normalized(self.config), self.architecture.experts
+        assert count is not None
+        return float(config["num_experts_per_tok"] / config[count])
+
+
+def cross_bytes(work: Work) -> int:
+    """The sums of asymmetric calibration for the group of linears that has the largest."""
+    own = [
+        [4 * 2 * (2 * t.matrix[1] + work.added(t)) * t.matrix[1] for t in work.inputs(group)] for group in work.groups
+    ]
+    return max(map(sum, own), default=0) if work.recipe.asymmetric else 0
+
+
+def moments_bytes(work: Work) -> int:
+    """Second moments of a block."""
+    return _squares(work.inputs(work.block))
+
+
+def largest_part_bytes(work: Work, count: int) -> int:
+    """Of the largest of so many parts (`experts.parts`), with those that all experts see together."""
+    tensors = work.inputs(work.block)
+    named: dict[Group, PlannedTensor] = {(work.in_block(tensor),): tensor for tensor in tensors}
+    pools = [named[(first,)] for first, *_ in pooled(named, named, work.architecture).values()]
+    largest = max((_squares(named[group] for group in part) for part in parts_of(list(named), count)), default=0)
+    return work.recipe.output_groups * (largest + _squares(pools))
+
+
+def _squares(tensors: Iterable[PlannedTensor]) -> int:
+    return sum(4 * tensor.matrix[1] ** 2 for tensor in tensors)
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes.
+
+    artifact    what the run leaves
+    work        what it keeps beside that while it runs
+    read        of the source, of its own work and, tuning, of the artifact, once for each time it goes through them
+    written     artifact and work, once for each time they are written
+    """
+
+    artifact: int
+    work: int
+    read: int
+    written: int
+
+
+def disk(work: Work, parts: int = 1) -> Disk:
+    """What a run from nothing keeps, reads and writes, with experts' second moments in so many parts."""
+    artifact, source = sum(tensor.nbytes for tensor in work.tensors), source_bytes(work)
+    if not work.calibrated:
+        return Disk(artifact, 0, source, artifact)
+    states = 4 * work.tokens * work.hidden * work.blocks
+    kept = states + 8 * work.tokens * work.hidden if work.guided else 0
+    measured = work.blocks * moments_bytes(work) if work.recipe.size or work.recipe.bits else 0
+    tuned = work.recipe.tuned_sequences
+    rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
+    targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
+    # To solve it, and where there is a choice to measure, or tuning, once more for each.
+    again = _again(work, parts, [tensor.weights for tensor in work.linears])
+    through = source_passes(work) + again + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
+    passed = (3 + 2 * again) * states if work.guided else 0
+    read = round(through * source + rereads * artifact + passed + measured)
+    written = artifact + (2 * states if work.guided else 0) + measured + targets
+    return Disk(artifact, kept + measured + targets, read, written)
+
+
+def source_passes(work: Work) -> int:
+    """How often the passes go through the source: guided moments forward and backward, the quantized prefix once, or in
+    both models of asymmetric calibration."""
+    if work.recipe.prefix == "full":
+        return 2 if work.guided else 1
+    return 1 + bool(work.recipe.asymmetric) + 2 * work.guided
+
+
+def source_bytes(work: Work) -> int:
+    """Of the checkpoint, in the dtype that its config.json gives (float16 where none)."""
+    name = str(work.config.get("dtype") or work.config.get("torch_dtype") or "float16")
+    return (4 if name == "float32" else 2) * sum(tensor.weights for tensor in work.tensors)
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Floating-point operations of a run.
+
+    passes    matrix products of the forward and backward passes, in the recipe's `compute_dtype`
+    moments   second moments, in float32
+    factors   their Cholesky factors and inverses, in float64
+    targets   the same and products with them, asymmetric, in float64
+    solver    error feedback and descent
+    """
+
+    passes: float = 0.0
+    moments: float = 0.0
+    factors: float = 0.0
+    targets: float = 0.0
+    solver: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.passes + self.moments + self.factors + self.targets + self.solver
+
+
+def operations_estimate(work: Work, parts: int = 1) -> Operations:
+    """What a run from nothing computes, with experts' second moments in so many parts."""
+    recipe, linears = work.recipe, work.linears
+    if not work.calibrated:
+        return Operations()
+    attention = 4 * recipe.sequence_length * work.hidden * work.blocks
+    forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
+    # Of experts that see hidden states twice: each one's and all of them together.
+    counted = [tensor for tensor in work.inputs(linears) for _ in range(1 + work.is_pooled(tensor))]
+    halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in counted)
+    moments = work.tokens * halves  # of one half of the matrix
+    targets = 0.0
+    # Cholesky, and the inverse of the triangle
+    factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in linears)
+    if recipe.asymmetric:  # two whole ones; then the target, by half of the batches and by all
+        moments = 4 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
+        products = sum(tensor.weights * tensor.matrix[1] for tensor in linears)
+        moments, targets = moments + 6 * products, 2 * factors + 4 * products
+    descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
+    solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
+    sized = min(SEQUENCES, recipe.samples) * recipe.sequence_length * bool(recipe.smooth)
+    passed = (passes(work, parts) * work.tokens + sized) * forward + _tuning(work, forward)
+    return Operations(passed, moments, factors, targets, solver)
+
+
+def _codes(recipe: Recipe, rows: int, columns: int) -> float:
+    """Operations of finding a linear's codes by error feedback, or by the exact solver."""
+    return rows * columns**3 / 3 if recipe.solver == "exact" else rows * columns**2
+
+
+def passes(work: Work, parts: int = 1) -> float:
+    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one. A block with
+    experts is run again for each part. With the quantized prefix a block runs as far as each group of linears, and then
+    whole, in one model or two."""
+    if work.recipe.prefix == "full":
+        again = _again(work, parts, [work.share(tensor) * tensor.weights for tensor in work.linears])
+        return 1 + 2 * (1 + again) if work.guided else 1 + again
+    sizes = [sum(tensor.weights for tensor in group) for group in work.groups]
+    runs = 1 + sum(accumulate(sizes[:-1])) / max(1, sum(sizes))
+    return runs * (1 + bool(work.recipe.asymmetric)) + 3 * work.guided
+
+
+def _again(work: Work, parts: int, weights: list[float]) -> float:
+    """How often all blocks are passed through again because their experts come in so many parts, by what the linears
+    weigh; guided, those of other parts are left out."""
+    pairs = zip(weights, work.linears, strict=True)
+    experts = sum(weight for weight, tensor in pairs if expert_number(tensor.name) is not None)
+    share = experts / sum(weights) if work.guided and work.architecture.adds else 0.0
+    return (parts - 1) * (1 - share + share / parts) * (1 - work.architecture.leading / work.blocks)
+
+
+def _tuning(work: Work, forward: float) -> float:
+    """Operations of end-to-end tuning: for each token a pass of the source, and one forward, again, and backward."""
+    recipe = work.recipe
+    if not recipe.tuned_sequences:
+        return 0.0
+    tokens, head = recipe.tuned_sequences * recipe.sequence_length, 2 * work.outer
+    return tokens * (5 * forward + 4 * head) + 3 * HELD_OUT * recipe.sequence_length * (forward + head)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Floating-point operations per second of large matrix products: float32, those of passes, float64."""
+
+    float32: float
+    passes: float
+    float64: float
+
+
+def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1) -> float:
+    """Seconds of a run from nothing, the disk aside; `threads` fit grids and unpack weights on the host."""
+    operations = operations_estimate(work, parts)
+    weights = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 2)
+    tuned = work.recipe.tuned_sequences if work.calibrated else 0
+    unpacking = 2 * (tuned + HELD_OUT) * weights * UNPACK_SECONDS_PER_WEIGHT if tuned else 0.0
+    host = weights * FIT_SECONDS_PER_WEIGHT / threads + unpacking
+    solving = operations.solver / (SOLVER_SHARE * rates.float32)
+    moments, doubles = operations.moments / rates.float32, (operations.factors + operations.targets) / rates.float64
+    return operations.passes / rates.passes + moments + doubles + solving + host

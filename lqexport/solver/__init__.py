@@ -1,0 +1,1 @@
+"""Quantization of one linear: error feedback, coordinate descent, and low-rank correction."""

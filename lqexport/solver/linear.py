@@ -1,0 +1,213 @@
+"""One linear from its weight and its Hessian to packed planes, by the recipe's method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lqexport.calibration.moments import importance
+from lqexport.errors import UserError
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
+from lqexport.formats.registry import codec as codec_named
+from lqexport.grids.fit import fit, minmax
+from lqexport.grids.fit_sections import fit_sections, minmax_sections
+from lqexport.grids.grid import TensorGrid
+from lqexport.grids.sections import TensorSections
+from lqexport.recipe import Recipe
+from lqexport.runtime.placement import Room, plenty
+from lqexport.runtime.tiles import in_chunks, tiles
+from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.feedback import damped, feedback, layer_loss, refine
+from lqexport.solver.solve_exact import in_own_order
+from lqexport.solver.solve_sections import refine_sections
+from lqexport.storage.artifact import StoredTensor
+
+Sums = dict[str, float]
+"""Over some rows, by name."""
+
+
+@dataclass(frozen=True)
+class SolvedRows:
+    """Some rows of a linear [R, C]: their planes, and for each tile of them the sums from which facts are made."""
+
+    shape: tuple[int, int]
+    planes: Planes
+    sums: list[Sums]
+
+
+ROUND_CHUNK = 1 << 24
+"""Weights rounded at once, so that a large embedding needs little memory."""
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raises UserError where a weight is NaN or infinite."""
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise UserError(
+            f"{name} has {bad} NaN or infinite weights in the source. The checkpoint is broken; get it again."
+        )
+
+
+def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
+    """A tensor that no solver works on (embeddings, norms, biases), each weight rounded to its format."""
+    check_finite(name, weight)
+    codec = codec_named(codec_name)
+    matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
+    parts = [_rounded(codec, part.float()) for part in matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))]
+    planes = {plane: np.concatenate([part[plane] for part in parts]) for plane in parts[0]}
+    return StoredTensor(name, codec_name, tuple(weight.shape), planes)
+
+
+def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> dict[str, np.ndarray]:
+    if isinstance(codec, PlainCodec):
+        return codec.encode_values(matrix.cpu().numpy())
+    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2 or GPTQ without solving it
+    grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
+    return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
+
+
+def solve_linear(
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, room: Room | None = None
+) -> StoredTensor:
+    """Quantize `weight` [R, C], of any float dtype, for inputs with second moments `hessian` (None: method rtn):
+    float32 [C, C], or [G, C, C], one for each of G equal runs of rows. `room` says what computes, and how much of it at
+    once (None: all, where the weight is); both may be elsewhere.
+
+    The facts of the result: `loss` (summed squared output error per token), `relative_error` (to the output's energy),
+    `weight_error` (relative, squared), and the dampening that the factorization took.
+    """
+    check_finite(name, weight)
+    if isinstance(codec_named(codec_name), PlainCodec):
+        return round_tensor(name, weight, codec_name)
+    room = room or plenty(weight.device)
+    if not rows_are_apart(codec_name):
+        room = replace(room, rows=len(weight))
+    hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
+    assert len(hessians) == 1 or rows_are_apart(codec_name)
+    runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
+    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, recipe, room)]
+    return assembled(name, codec_name, parts)
+
+
+def rows_are_apart(codec_name: str) -> bool:
+    """Whether rows are stored by themselves: in EXL2 and GPTQ's layout they share numbers, and planes have them
+    last."""
+    return isinstance(codec_named(codec_name), GridCodec)
+
+
+def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> StoredTensor:
+    """A linear from all its rows."""
+    planes = {plane: np.concatenate([part.planes[plane] for part in parts]) for plane in parts[0].planes}
+    facts = _summed_facts([tile for part in parts for tile in part.sums])
+    return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
+
+
+def solve_rows(
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, room: Room
+) -> Iterator[SolvedRows]:
+    """Rows of a linear, as many at a time as the room says: `weight` [R, C] has whole tiles of them, but for the last
+    ones, and one matrix of second moments [C, C]."""
+    codec = codec_named(codec_name)
+    assert not isinstance(codec, PlainCodec)
+    hessian = None if hessian is None else hessian.to(room.device)
+    factor = None
+    if hessian is not None and recipe.method != "rtn":
+        factor = factorize(hessian, recipe.dampening, recipe.act_order, room.factors.keep)
+
+    def work(rows: slice) -> SolvedRows:
+        chunk = weight[rows].to(room.device).float()
+        if hessian is None or factor is None:
+            grid, codes = _round_to_nearest(codec, chunk)
+        else:
+            grid, codes = _solve(codec, chunk, hessian, factor, recipe)
+        planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
+        sums = _sums(torch.from_numpy(values).to(room.device), chunk, hessian, factor)
+        return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
+
+    yield from in_chunks(work, len(weight), room.rows)
+
+
+def _sums(values: Tensor, weight: Tensor, hessian: Tensor | None, factor: Factor | None) -> list[Sums]:
+    """What the facts are made from, of each tile."""
+    found = []
+    for stored, exact in zip(tiles(values), tiles(weight), strict=True):
+        difference = stored - exact
+        sums = {"weight_error": float(difference.square().sum()), "weight": float(exact.square().sum())}
+        if hessian is not None:
+            sums |= {"loss": layer_loss(difference, hessian), "energy": layer_loss(exact, hessian)}
+        if factor is not None:
+            sums["dampening"] = factor.dampening
+        found.append(sums)
+    return found
+
+
+def _summed_facts(runs: list[Sums]) -> dict[str, Any]:
+    total = {key: sum(run[key] for run in runs) for key in runs[0]}
+    facts = {"weight_error": total["weight_error"] / max(total["weight"], 1e-30)}
+    if "loss" in total:
+        facts |= {"loss": total["loss"], "relative_error": total["loss"] / max(total["energy"], 1e-30)}
+    if "dampening" in total:
+        facts["dampening"] = max(run["dampening"] for run in runs)
+    return facts
+
+
+def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tuple[TensorGrid | TensorSections, Tensor]:
+    natural = torch.arange(weight.shape[1], device=weight.device)
+    grid = minmax(codec, weight) if isinstance(codec, GridCodec) else minmax_sections(codec, weight, natural)
+    return grid, grid.nearest(weight)
+
+
+def _solve(
+    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+) -> tuple[TensorGrid | TensorSections, Tensor]:
+    """Grid and codes."""
+    if isinstance(codec, GridCodec):
+        return _solve_grid(codec, weight, hessian, factor, recipe)
+    return _solve_sections(codec, weight, hessian, factor, recipe)
+
+
+def _solve_grid(
+    codec: GridCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+) -> tuple[TensorGrid, Tensor]:
+    if recipe.method == "gptq":
+        grid = minmax(codec, weight)
+    else:
+        grid = fit(codec, weight, importance(hessian, factor, recipe.importance, recipe.exponent))
+    codes = (in_own_order if recipe.solver == "exact" else feedback)(weight, grid, factor)
+    if recipe.method == "lean" and recipe.descent:
+        return refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
+    return grid, codes
+
+
+def _solve_sections(
+    codec: SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+) -> tuple[TensorSections, Tensor]:
+    """The same where columns may be stored in the order in which they are solved."""
+    order = factor.order if codec.reorders else torch.arange(weight.shape[1], device=weight.device)
+    if recipe.method == "gptq":
+        grid = minmax_sections(codec, weight, order)
+    else:
+        weights = importance(hessian, factor, recipe.importance, recipe.exponent)
+        grid = fit_sections(codec, weight, weights, order)
+    codes = feedback(weight, grid, factor)
+    if recipe.method == "lean" and recipe.descent:
+        return refine_sections(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent)
+    return grid, codes
+
+
+def _pack(
+    codec: GridCodec | SectionedCodec, grid: Grid | Sections, codes: np.ndarray, name: str
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Planes and the values that they decode to, which must be the grid's own, bit for bit."""
+    planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
+    values = codec.decode(planes, grid.columns)
+    if not np.array_equal(values.view(np.uint32), grid.values(codes).view(np.uint32)):
+        raise AssertionError(
+            f"{name}: {codec.name} decodes to other values than were solved. This is a bug in lqexport."
+        )
+    return planes, values

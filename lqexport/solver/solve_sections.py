@@ -1,0 +1,145 @@
+"""Coordinate descent for EXL2, whose maxima are shared by all rows of a matrix and whose scales round in their own way,
+and for GPTQ, whose zero points are multiples of the scale.
+
+The stored numbers are moved by their exact effect: the values that a reader would compute with the new number are
+formed and the change of the loss is evaluated, so no step raises it. Codes are refined as for any other grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lqexport.grids.grid import half
+from lqexport.grids.sections import (
+    Section,
+    SquaredSection,
+    TensorSections,
+    ZeroSection,
+    squared_scale,
+    storable,
+    storable_scales,
+)
+from lqexport.solver.feedback import REFINE_BLOCK, backend
+
+
+def refine_sections(
+    weights: Tensor, hessian: Tensor, grid: TensorSections, codes: Tensor, *, sweeps: int
+) -> tuple[TensorSections, Tensor]:
+    """As `solve.refine`: weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]."""
+    order, grid = grid.order, grid.clone()
+    target, hessian, codes = weights[:, order], hessian[order][:, order], codes[:, order]
+    values = grid.stored_values(codes)
+    for _ in range(sweeps):
+        gradient = (values - target) @ hessian
+        for run, part in zip(grid.slices(), grid.sections, strict=True):
+            for block in _blocks(part, run):
+                inside = slice(block.start - run.start, block.stop - run.start)
+                new = values[:, block].contiguous()
+                block_codes = codes[:, block].contiguous()
+                _refine_block(new, gradient[:, block].contiguous(), hessian[block, block].contiguous(), block_codes,
+                              part, inside)  # fmt: skip
+                gradient += (new - values[:, block]) @ hessian[block]
+                values[:, block], codes[:, block] = new, block_codes
+    return grid, codes[:, order.argsort()]
+
+
+def _blocks(section: Section, run: slice) -> list[slice]:
+    """Whole groups, about REFINE_BLOCK columns at once."""
+    width = section.group * max(1, REFINE_BLOCK // section.group)
+    return [slice(start, min(start + width, run.stop)) for start in range(run.start, run.stop, width)]
+
+
+def _refine_block(
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, section: Section,
+    block: slice,
+) -> None:  # fmt: skip
+    """One sweep over whole groups of one section: first each group's stored numbers, then each code.
+
+    `values`, `codes` [R, B] and the section's numbers change in place."""
+    groups = slice(block.start // section.group, block.stop // section.group)
+    for g in range(groups.start, groups.stop):
+        where = slice((g - groups.start) * section.group, (g - groups.start + 1) * section.group)
+        arguments = codes[:, where], values[:, where], gradient[:, where], hessian[where, where]
+        for change in _moves(section, g, *arguments):
+            values[:, where] += change
+            gradient += change @ hessian[where]
+    fixed = section.part(groups).grid()
+    backend(values).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
+
+
+def _moves(
+    section: Section, g: int, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Iterator[Tensor]:
+    """What each move of a stored number of group g changes [R, g]; whoever iterates applies one before the next."""
+    if isinstance(section, SquaredSection):
+        levels = codes + section.levels[0, 0]
+        yield _move_maximum(section, g, levels, values, gradient, hessian)
+        yield _move_subs(section, g, levels, values, gradient, hessian)
+        return
+    yield _move_scales(section, g, codes, values, gradient, hessian)
+
+
+def _loss_change(change: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+    """What a change [R, g] of the values does to each row's loss, float64 [R]."""
+    return ((2 * gradient + change @ hessian) * change).sum(1, dtype=torch.float64)
+
+
+def _best_factor(values: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Slope and curvature [R] of each row's loss where all values of the group grow by a common share."""
+    slope = (values * gradient).sum(1, dtype=torch.float64)
+    return slope, ((values @ hessian) * values).sum(1, dtype=torch.float64)
+
+
+def _move_maximum(
+    section: SquaredSection, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Tensor:
+    """Move M of one group to the best that the file can hold; what it changes [R, g], zero where that is not better."""
+    slope, curvature = (part.sum() for part in _best_factor(values, gradient, hessian))
+    share = torch.where(curvature > 0, -slope / curvature, 0.0)
+    bits = section.levels.shape[1].bit_length() - 1
+    maximum = storable((section.maxima[g] * (1 + share)).float(), bits)
+    new = half(levels * squared_scale(maximum, section.subs[:, g])[:, None])
+    change = new - values
+    better = _loss_change(change, gradient, hessian).sum() < 0
+    section.maxima[g] = torch.where(better, maximum, section.maxima[g])
+    return torch.where(better, change, 0.0)
+
+
+def _move_subs(
+    section: SquaredSection, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Tensor:
+    """The same for each row's scale code: the two around its best scale are tried."""
+    slope, curvature = _best_factor(values, gradient, hessian)
+    share = torch.where(curvature > 0, -slope / curvature, 0.0).float()
+    maximum = section.maxima[g]
+    wanted = squared_scale(maximum, section.subs[:, g]) * (1 + share)
+    below = (16 * (wanted / torch.where(maximum == 0, torch.inf, maximum)).clamp_min(0).sqrt()).floor() - 1
+    best, change = torch.zeros_like(slope), torch.zeros_like(values)
+    subs = section.subs[:, g].clone()
+    for candidate in (below, below + 1):
+        code = candidate.clamp(0, 15).to(torch.int16)
+        trial = half(levels * squared_scale(maximum, code)[:, None]) - values
+        gain = _loss_change(trial, gradient, hessian)
+        better = gain < best
+        best = torch.where(better, gain, best)
+        subs = torch.where(better, code, subs)
+        change = torch.where(better[:, None], trial, change)
+    section.subs[:, g] = subs
+    return change
+
+
+def _move_scales(
+    section: ZeroSection, g: int, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Tensor:
+    """Move the scale of each row's group to the best that the file can hold. Zero points stay: with the codes fixed,
+    another one shifts the whole group by a step."""
+    slope, curvature = _best_factor(values, gradient, hessian)
+    share = torch.where(curvature > 0, -slope / curvature, 0.0).float()
+    scale = storable_scales(section.scales[:, g] * (1 + share))
+    change = half(scale[:, None] * (codes - section.zeros[:, g, None].float())) - values
+    better = _loss_change(change, gradient, hessian) < 0
+    section.scales[:, g] = torch.where(better, scale, section.scales[:, g])
+    return torch.where(better[:, None], change, 0.0)

@@ -1,0 +1,111 @@
+"""The solver's blocks in plain torch, for any device: all rows at once, columns in a loop. Same arithmetic as
+`lqexport.kernels.cpu`, to which a test holds it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_super
+from lqexport.runtime.tiles import product
+
+
+def feedback_block(
+    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
+    codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
+    for i in range(weights.shape[1]):
+        codes[:, i], value = _round(weights[:, i], scale[:, i], offset[:, i], levels, uniform, half)
+        error = (weights[:, i] - value) / factor[i, i]
+        errors[:, i] = error
+        weights[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
+    return codes, errors
+
+
+def refine_block(
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
+) -> None:
+    """One sweep over the columns of `block`; values [R, B], codes [R, C] and the grid's numbers change in place."""
+    rows = len(values)
+    if refit and grid.offset:
+        _refit(grid.offset, torch.ones_like(values), values, gradient, hessian, grid.group, block)
+    if refit and grid.scale:
+        basis = grid.levels.expand(rows, -1).gather(1, codes[:, block].long())
+        _refit(grid.scale, basis, values, gradient, hessian, grid.group, block)
+    scale, offset = grid.per_group(rows)
+    for i in range(values.shape[1]):
+        column = block.start + i
+        s, o = scale[:, column // grid.group], offset[:, column // grid.group]
+        step = -gradient[:, i] / hessian[i, i]
+        code, value = _round(values[:, i] + step, s, o, grid.levels, grid.uniform, grid.half)
+        keep = (s == 0) | (code == codes[:, column])
+        if grid.half:  # of two rounded values, the farther
+            change = value - values[:, i]
+            keep |= change * (change - 2 * step) >= 0
+        codes[:, column] = torch.where(keep, codes[:, column], code)
+        change = torch.where(keep, 0, value - values[:, i])
+        values[:, i] += change
+        gradient += change[:, None] * hessian[i]
+
+
+def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
+    """P^T H P of each row, float64 [R, K, K], with P [C, K] the row's codes as indicators."""
+    indicator = torch.nn.functional.one_hot(codes.long(), count).to(hessian.dtype)  # [R, C, K]
+    # One wide product; a narrow one for each row takes several times as long.
+    product = (hessian @ indicator.movedim(1, 0).flatten(1)).unflatten(1, (len(codes), count))  # [C, R, K]
+    return torch.einsum("rck,crl->rkl", indicator, product).double()
+
+
+def _round(
+    target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+) -> tuple[Tensor, Tensor]:
+    """Code and value [R] nearest to the target [R]."""
+    steps = (target - offset) / torch.where(scale == 0, torch.inf, scale)
+    code = nearest_level(steps[:, None], levels, uniform)
+    level = levels.expand(len(target), -1).gather(1, code.long())[:, 0]
+    value = scale * level + offset
+    return code[:, 0], value.half().float() if half else value
+
+
+def _refit(
+    numbers: Numbers, basis: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor, group: int, block: slice
+) -> None:
+    """Move each float16 of the block, then each integer, to the best that the file can hold, where the loss falls."""
+    form = numbers.format
+    first, last = block.start // group, block.stop // group
+    supers = numbers.supers[:, first // form.span : last // form.span]
+    subs = numbers.subs[:, first:last]
+    for k in range(supers.shape[1]):
+        columns = slice(k * group * form.span, (k + 1) * group * form.span)
+        shared = subs[:, k * form.span : (k + 1) * form.span].repeat_interleave(group, 1)
+        direction = form.sign * shared * basis[:, columns]
+        step = _best_step(direction, gradient[:, columns], hessian[columns, columns])
+        new = round_super(supers[:, k] + step, form)
+        supers[:, k] += _move(new - supers[:, k], step, direction, columns, values, gradient, hessian)
+    if not form.two_level:
+        return
+    for g in range(subs.shape[1]):
+        columns = slice(g * group, (g + 1) * group)
+        direction = form.sign * supers[:, g // form.span, None] * basis[:, columns]
+        step = _best_step(direction, gradient[:, columns], hessian[columns, columns])
+        new = (subs[:, g] + step).round().clamp(form.low, form.high)
+        subs[:, g] += _move(new - subs[:, g], step, direction, columns, values, gradient, hessian).to(subs.dtype)
+
+
+def _best_step(direction: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
+    """The step [R] along each row's direction that minimises the loss: minus slope over curvature."""
+    slope = (direction.double() * gradient).sum(1)
+    curvature = (direction.double() * product(direction, hessian)).sum(1)
+    return torch.where(curvature > 0, -slope / curvature, 0.0).float()
+
+
+def _move(
+    change: Tensor, step: Tensor, direction: Tensor, columns: slice, values: Tensor, gradient: Tensor, hessian: Tensor
+) -> Tensor:
+    """Apply the change [R] along the direction where the loss falls; returns what was applied."""
+    change = torch.where(change * (change - 2 * step) < 0, change, 0.0)
+    moved = change[:, None] * direction
+    values[:, columns] += moved
+    gradient += product(moved, hessian[columns])
+    return change

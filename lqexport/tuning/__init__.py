@@ -1,0 +1,1 @@
+"""End-to-end tuning of the stored scales and norms."""

@@ -1,0 +1,1 @@
+"""Checks of a written file against its source, and the reports, cards and uploads made from them."""

@@ -1,0 +1,334 @@
+"""A verification as a table for the terminal, as JSON, and as one HTML page that needs no network."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import math
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lqexport.converters.factors import is_factor
+from lqexport.errors import UserError
+from lqexport.evaluation.embeddings import NEIGHBOURS
+from lqexport.sizes import human_bytes
+from lqexport.storage.files import written_whole
+from lqexport.verification.limits import LIMITS
+from lqexport.verification.matrix_view import Portrait
+from lqexport.verification.result import TensorCheck, Verification
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MISSING = "The HTML report needs jinja2 and matplotlib: pip install 'lqexport[report]'"
+TEMPLATE = Path(__file__).with_name("report.html")
+BLOCK = re.compile(r"\.(\d+)\.")
+
+
+def kind_of(name: str) -> str:
+    """What a tensor does, whichever block it is in: `model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`."""
+    inside = name[match.end() :] if (match := BLOCK.search(name)) else name.removeprefix("model.")
+    return inside.removesuffix(".weight")
+
+
+def block_of(name: str) -> int | None:
+    """Index of the decoder block that a tensor is in."""
+    return int(match[1]) if (match := BLOCK.search(name)) else None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """All tensors of one kind: how many, in which types, their weights and bytes."""
+
+    name: str
+    count: int
+    types: tuple[str, ...]
+    weights: int
+    nbytes: int
+
+
+def kinds(tensors: Iterable[TensorCheck]) -> list[Kind]:
+    """Tensors by kind, the largest first; vectors (norms, biases) are one kind."""
+    groups: dict[str, list[TensorCheck]] = {}
+    for tensor in tensors:
+        groups.setdefault("norms and biases" if len(tensor.shape) == 1 else kind_of(tensor.name), []).append(tensor)
+    found = [
+        Kind(
+            name,
+            len(group),
+            tuple(dict.fromkeys(tensor.codec for tensor in group)),
+            sum(tensor.weights for tensor in group),
+            sum(tensor.nbytes for tensor in group),
+        )
+        for name, group in groups.items()
+    ]
+    return sorted(found, key=lambda kind: -kind.nbytes)
+
+
+# How the terminal and the page show numbers.
+
+
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    """`18.5523 ± 0.3712`; no error where there is none."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{value:.{digits}f}"
+
+
+def figure(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+ROWS: dict[str, Callable[[Any], str]] = {
+    "windows (scored tokens)": lambda found: f"{found.windows} ({found.tokens})",
+    "perplexity of the source": lambda found: with_error(found.reference_perplexity, found.reference_perplexity_error),
+    "perplexity of the file": lambda found: with_error(found.perplexity, found.perplexity_error),
+    "ratio": lambda found: with_error(found.perplexity_ratio, found.perplexity_ratio * found.ln_ratio_error),
+    "ln(ratio)": lambda found: with_error(found.ln_ratio, found.ln_ratio_error),
+    "mean KL divergence": lambda found: with_error(found.kl, found.kl_error, 5),
+    "KL divergence, 99 % of tokens below": lambda found: figure(found.kl_99),
+    "KL divergence, largest": lambda found: figure(found.kl_max),
+    "same top token": lambda found: share(found.top1),
+}
+
+
+ENCODER_ROWS: dict[str, Callable[[Any], str]] = {
+    "sentences": lambda found: str(found.sentences),
+    "mean cosine to the source's embedding": lambda found: with_error(found.cosine, found.cosine_error),
+    "least cosine": lambda found: figure(found.cosine_least),
+    f"of the {NEIGHBOURS} nearest, the same": lambda found: with_error(found.recall, found.recall_error),
+    "same nearest": lambda found: share(found.top1),
+    f"Kendall's tau of the {NEIGHBOURS} nearest": lambda found: with_error(found.kendall, found.kendall_error),
+}
+
+
+def measures(result: Verification) -> list[tuple[str, list[str]]]:
+    """Label, and the value in each of the result's columns."""
+    rows = ENCODER_ROWS if result.similarity else ROWS
+    return [(label, [show(found) for _, found in result.columns]) for label, show in rows.items()]
+
+
+def checks(result: Verification) -> list[tuple[str, str]]:
+    """What was read from the file, in words."""
+    compared = [tensor for tensor in result.tensors if tensor.same_bytes is not None]
+    same = sum(tensor.same_bytes is True for tensor in compared)
+    digests = f"{same} of {len(compared)} tensors are the artifact's" if compared else "no artifact given"
+    weights = sum(tensor.weights for tensor in result.tensors if not is_factor(tensor.name))
+    return [
+        ("tensors", f"{len(result.tensors)}, {weights / 1e6:.1f} million weights"),
+        ("size", f"{human_bytes(result.nbytes)}, {result.bits_per_weight:.3f} bits per weight"),
+        ("finite", f"{sum(tensor.finite for tensor in result.tensors)} of {len(result.tensors)} tensors"),
+        ("digests", digests),
+    ]
+
+
+def verdict(result: Verification) -> str:
+    if result.failed:
+        return "FAILED"
+    return "passed" if result.limits else "no fault found; no limit was set"
+
+
+def for_terminal(result: Verification) -> RenderableType:
+    """What `lqexport verify` prints."""
+    head = Table(box=None, show_header=False, pad_edge=False)
+    where = [("file", result.file), ("against", result.against), ("engine", result.engine), ("text", result.text)]
+    if result.adapter:
+        where.insert(1, ("adapter", result.adapter))
+    if result.activations:
+        where.append(("activations", f"{result.activations}, emulated"))
+    where.append(("decoded by", result.decoding))
+    for label, value in [*where, *checks(result)]:
+        head.add_row(Text(label), Text(value))
+    table = Table(box=None, pad_edge=False)
+    table.add_column("")
+    for title, _ in result.columns:
+        table.add_column(title, justify="right")
+    for label, values in measures(result):
+        table.add_row(Text(label), *map(Text, values))
+    lines = [Text(f"warning: {sentence}", style="yellow") for sentence in result.warnings]
+    lines += [Text(f"failed: {sentence}", style="red") for sentence in result.failed]
+    lines.append(Text(f"result: {verdict(result)}", style="bold red" if result.failed else "bold"))
+    numbers: list[RenderableType] = [table, Text()] if result.columns else []
+    return Group(head, Text(), *numbers, *lines)
+
+
+def save_html(result: Verification, path: Path) -> None:
+    """The page, whole or not at all. Raises UserError where the extra `report` is missing."""
+    content = as_html(result).encode()
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def save_budget_plot(budget: dict[str, Any], path: Path) -> None:
+    """Least predicted KL over bytes, and the choice that was made, as an SVG file; `budget` as in budget.json."""
+    content = svg(lambda axes: _draw_budget(axes, budget)).encode()
+    with written_whole(path) as file:
+        file.write(content)
+
+
+def _draw_budget(axes: Axes, budget: dict[str, Any]) -> None:
+    axes.plot([p["bytes"] / 1e6 for p in budget["curve"]], [p["loss"] for p in budget["curve"]], color="#4477aa")
+    axes.plot(budget["tensor_bytes"] / 1e6, budget["predicted_kl"], "o", color="#cc3311", label="chosen")
+    axes.set_yscale("log")
+    axes.set_xlabel("MB of tensor data")
+    axes.set_ylabel("predicted KL, nats per token")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+
+
+def check_installed() -> None:
+    """Raises UserError where the page's packages are missing, so that this is known before long work."""
+    if any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib")):
+        raise UserError(MISSING)
+
+
+def as_html(result: Verification) -> str:
+    """One page with its plots inside, no script, and nothing fetched from anywhere."""
+    check_installed()
+    import jinja2
+
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"bytes": human_bytes, "figure": figure, "share": share}
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        result=result,
+        verdict=verdict(result),
+        limit_names=LIMITS,
+        measures=measures(result),
+        checks=checks(result),
+        kinds=kinds(result.tensors),
+        # Markup that we made; everything else on the page is escaped.
+        plots=[(title, note, jinja2.utils.markupsafe.Markup(svg)) for title, note, svg in plots(result)],
+        facts=[*flat(result.run), *((f"version of {name}", version) for name, version in result.versions.items())],
+    )
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested dict as lines of `outer.inner`, value."""
+    lines: list[tuple[str, str]] = []
+    for key, item in value.items():
+        lines += flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", str(item))]
+    return lines
+
+
+def plots(result: Verification) -> list[tuple[str, str, str]]:
+    """Title, a sentence, and SVG of every plot that there is something to show in."""
+    found: list[tuple[str, str, str]] = []
+    for title, note, attribute in (
+        ("Output error by block", "Energy of each linear's output error relative to its output, on the calibration "
+         "tokens, as the run recorded it.", "output_error"),
+        ("Weight error by block", "Energy of the difference between the file's and the source's weights, relative to "
+         "the source's.", "weight_error"),
+    ):  # fmt: skip
+        lines = by_block(result.tensors, attribute)
+        if any(value > 0 for points in lines.values() for _, value in points):
+            found.append((title, note, svg(partial(_draw_by_block, lines=lines))))
+    if result.tensors:
+        note = "All tensors of a kind together, with their types."
+        found.append(("Bytes by kind of tensor", note, svg(lambda axes: _draw_kinds(axes, kinds(result.tensors)))))
+    if any(finite(evaluation.kl_by_window) for evaluation in result.evaluations):
+        note = "Mean over the scored tokens of each window, in the order of the text."
+        found.append(("KL divergence along the text", note, svg(lambda axes: _draw_windows(axes, result))))
+        note = "Mean over all windows by the position of the token in its window."
+        found.append(("KL divergence within a window", note, svg(lambda axes: _draw_positions(axes, result))))
+    if (shown := result.portrait) is not None:
+        note = (
+            f"{shown.codec}. All weights of the source and of the file, and below the axis the values that row "
+            f"{shown.row} of the file uses."
+        )
+        found.append((f"Weights of {shown.name}", note, svg(lambda axes: _draw_portrait(axes, shown))))
+    return found
+
+
+def finite(values: list[float]) -> bool:
+    return bool(values) and all(map(math.isfinite, values))
+
+
+def by_block(tensors: list[TensorCheck], attribute: str) -> dict[str, list[tuple[int, float]]]:
+    """Kind of matrix -> (block, error) of those that have a positive, finite one; log scales hold no others."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for tensor in tensors:
+        block, value = block_of(tensor.name), getattr(tensor, attribute)
+        if block is not None and len(tensor.shape) == 2 and value is not None and 0 < value < math.inf:
+            lines.setdefault(kind_of(tensor.name), []).append((block, value))
+    return lines
+
+
+def svg(draw: Callable[[Axes], None]) -> str:
+    """A plot as an <svg> element: text stays text, ids depend on the content alone."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "lqexport", "font.family": "sans-serif", "font.size": 9}
+    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888"}):
+        drawing = Figure(figsize=(7.2, 3.0), layout="constrained")
+        draw(drawing.subplots())
+        file = io.StringIO()
+        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    content = file.getvalue()
+    # Without the XML prologue, which has no place inside a page, and the metadata, which names web addresses.
+    return re.sub(r"<metadata>.*?</metadata>", "", content[content.index("<svg") :], flags=re.DOTALL)
+
+
+def _draw_by_block(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
+    for (name, points), marker in zip(lines.items(), "osD^v<>ph*" * len(lines), strict=False):
+        axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1, label=name)
+    axes.set_yscale("log")
+    axes.set_xlabel("decoder block")
+    axes.set_ylabel("relative error")
+    axes.locator_params(axis="x", integer=True)
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+
+
+def _draw_portrait(axes: Axes, shown: Portrait) -> None:
+    axes.stairs(shown.source, shown.edges, fill=True, color="#bbccdd", label="source")
+    axes.stairs(shown.file, shown.edges, color="#cc3311", label="file")
+    axes.plot(shown.levels, [-0.04 * max(shown.source)] * len(shown.levels), "|", color="#333", label="a row's values")
+    axes.set_xlabel("weight")
+    axes.set_ylabel("weights")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _draw_kinds(axes: Axes, all_kinds: list[Kind]) -> None:
+    names = [kind.name for kind in all_kinds][::-1]
+    bars = axes.barh(names, [kind.nbytes / 1e6 for kind in all_kinds][::-1], color="#4477aa")
+    labels = [", ".join(name.removeprefix("gguf:") for name in kind.types) for kind in all_kinds][::-1]
+    axes.bar_label(bars, labels, padding=3, fontsize=8)
+    axes.set_xlabel("MB")
+    axes.margins(x=0.2)
+
+
+def _draw_windows(axes: Axes, result: Verification) -> None:
+    for evaluation in result.evaluations:
+        count = len(evaluation.kl_by_window)
+        axes.plot(range(1, count + 1), evaluation.kl_by_window, marker="o", markersize=3, label=evaluation.protocol)
+    axes.locator_params(axis="x", integer=True)
+    _finish_kl(axes, "window")
+
+
+def _draw_positions(axes: Axes, result: Verification) -> None:
+    for evaluation in result.evaluations:
+        values = evaluation.kl_by_position
+        axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, label=evaluation.protocol)
+    _finish_kl(axes, "position among the window's scored tokens (0: first, 1: last)")
+
+
+def _finish_kl(axes: Axes, label: str) -> None:
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel(label)
+    axes.set_ylabel("mean KL, nats")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False, fontsize=8)

@@ -1,0 +1,139 @@
+"""What a written model predicts, beside its source: logits on windows of a text, embeddings of an encoder, tokens."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
+
+from lqexport.calibration.sequences import begins_with_bos
+from lqexport.calibration.texts import Text
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.evaluation import evaluate, llamacpp
+from lqexport.evaluation.activations import rounding
+from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, similarity, token_ids
+from lqexport.evaluation.evaluate import PROTOCOLS
+from lqexport.models.adapters import Corrected, Factors
+from lqexport.models.blocks import BlockModel
+from lqexport.models.interface import Weights
+from lqexport.models.source import Source
+from lqexport.runtime.progress import Listener
+from lqexport.verification.matrix_view import in_context
+from lqexport.verification.result import Verification
+
+TOKENIZER_LINES = 1000
+TOKENIZER_LIMIT = 0.01
+"""llama.cpp must split all but this share of the text's first lines as the source's tokenizer does."""
+
+
+def compare_predictions(
+    result: Verification, export: Weights, factors: Factors | None, source: Source, text: Text,
+    protocols: tuple[str, ...], windows: int | None, listener: Listener,
+) -> None:  # fmt: skip
+    """Compare the file with its source on a text, by every protocol, or an encoder on at most so many sentences; where
+    llama.cpp runs the file, its tokens too."""
+    tokenizer = source.tokenizer()
+    if result.engine == "llama.cpp":
+        check_tokenizer(result, tokenizer, text)
+    if architecture_of(source.config).encoder:
+        compare_embeddings(result, export, factors, source, sentences(text.content, windows), tokenizer, listener)
+    else:
+        cut = cut_text(tokenizer, text, protocols, windows)
+        evaluate_file(result, export, factors, source, cut, listener)
+        result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), tokenizer)
+
+
+def cut_text(
+    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: tuple[str, ...], limit: int | None
+) -> dict[evaluate.Protocol, NDArray[np.int64]]:
+    """The text's windows by each protocol. Raises UserError where it is too short for one."""
+    tokens = evaluate.tokenize(tokenizer, text.content)
+    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    return {PROTOCOLS[name]: evaluate.cut(tokens, PROTOCOLS[name], bos, limit) for name in protocols}
+
+
+@contextlib.contextmanager
+def logits_of_file(
+    result: Verification,
+    export: Weights,
+    factors: Factors | None,
+    windows: NDArray[np.int64],
+    protocol: evaluate.Protocol,
+    listener: Listener,
+) -> Iterator[Iterable[torch.Tensor]]:
+    """The file's logits, by the engine that `result` names; with its adapter where `factors` are given."""
+    label = f"Run the file{' with its adapter' if factors else ''}, {protocol.name}"
+    if result.engine == "llama.cpp":
+        adapter = Path(str(result.adapter)) if factors else None
+        with llamacpp.LlamaCpp(Path(result.file), protocol.window, adapter=adapter) as engine:
+            yield evaluate.engine_logits(engine, windows, protocol)
+    else:
+        yield evaluate.block_logits(_model_of_file(result, export, factors), windows, protocol, listener, label)
+
+
+def _model_of_file(result: Verification, export: Weights, factors: Factors | None) -> BlockModel:
+    """The file's model by this program's own decoding, with its adapter where `factors` are given."""
+    weights = Corrected(export, factors) if factors else export
+    return BlockModel(weights, result.device, rounding=rounding(result.activations) if result.activations else None)
+
+
+def evaluate_file(
+    result: Verification,
+    export: Weights,
+    factors: Factors | None,
+    source: Weights,
+    windows: dict[evaluate.Protocol, NDArray[np.int64]],
+    listener: Listener,
+) -> None:
+    """Evaluate by every protocol, with and without the adapter where there is one; the source in float32 by this
+    program's own decoding."""
+    for protocol, cut in windows.items():
+        # The file first: where it does not load, that is known before the source has run.
+        with logits_of_file(result, export, factors, cut, protocol, listener) as test:
+            model = BlockModel(source, result.device)
+            reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
+            result.evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
+        if factors:
+            with logits_of_file(result, export, None, cut, protocol, listener) as test:
+                result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
+
+
+def compare_embeddings(
+    result: Verification,
+    export: Weights,
+    factors: Factors | None,
+    source: Weights,
+    texts: list[str],
+    tokenizer: PreTrainedTokenizerBase,
+    listener: Listener,
+) -> None:
+    """An encoder's embeddings of some sentences against its source's; the source by this program's own decoding."""
+    ids = token_ids(tokenizer, texts, source.config["max_position_embeddings"])
+    if result.engine == "llama.cpp":
+        embedded = engine_embeddings(Path(result.file), ids, listener)
+    else:
+        embedded = embeddings(_model_of_file(result, export, factors), ids, listener, "Run the file")
+    reference = embeddings(BlockModel(source, result.device), ids, listener, "Run the source")
+    result.similarity = similarity(reference, embedded)
+
+
+def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+    """Compare how llama.cpp and the source split the first lines of the text: a wrong pre-tokenizer ruins a good file.
+
+    A few lines may differ: llama.cpp's splitters disagree with the original on rare characters such as fractions.
+    """
+    lines = [line for line in text.content.split("\n") if line.strip()][:TOKENIZER_LINES]
+    expected = tokenizer(lines, add_special_tokens=False)["input_ids"]
+    with llamacpp.LlamaCpp(Path(result.file), n_ctx=32) as engine:
+        different = [line for line, ids in zip(lines, expected, strict=True) if engine.tokenize(line) != ids]
+    if different:
+        sentence = (
+            f"llama.cpp splits {len(different)} of {len(lines)} lines of the text into other tokens than the source's "
+            f"tokenizer, the first being {different[0][:60]!r}."
+        )
+        (result.failed if len(different) > TOKENIZER_LIMIT * len(lines) else result.warnings).append(sentence)

@@ -1,0 +1,158 @@
+"""What a written model holds, read from the file alone: its structure against the source's architecture, every tensor
+against the source's weights and the artifact's digests."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lqexport.converters.factors import is_factor
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import is_tied
+from lqexport.errors import ANEW, well_formed
+from lqexport.models.adapters import Factors, misfits
+from lqexport.models.interface import Weights
+from lqexport.models.modules import expected_shapes
+from lqexport.models.written import Export, Packed, stored
+from lqexport.runtime.progress import Listener
+from lqexport.storage.artifact import Artifact, StoredTensor, decoded, digest
+from lqexport.verification.crosscheck import CrossCheck
+from lqexport.verification.result import TensorCheck, Verification
+
+READ = ("run.json", "report.json")
+"""What is read, besides the manifest, of the artifact that a file was made from."""
+ROWS = 1024
+"""Rows of a tensor that are compared with the source's at once."""
+
+
+def check_structure(result: Verification, export: Weights, factors: Factors | None, source: Weights) -> bool:
+    """Whether the file has every tensor of the source's architecture in its shape, and its corrections fit them; says
+    what is wrong in `failed`."""
+    expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
+    missing = [name for name in expected if name not in present]
+    wrong = [
+        f"{name} is {list(present[name])}, not {list(shape)}"
+        for name, shape in expected.items()
+        if name in present and present[name] != shape
+    ]
+    if missing:
+        result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}.")
+    if wrong:
+        result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
+    # ExLlamaV2's folders have an output of their own where it shares the embedding's weights.
+    separate = architecture_of(source.config).output if is_tied(source.config) else None
+    if unknown := [name for name in present if name not in expected and name != separate]:
+        result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
+    unfit = misfits(export, factors) if factors else []
+    result.failed += unfit
+    return not missing and not wrong and not unfit
+
+
+def check_files(result: Verification, artifact: Artifact | None) -> None:
+    """Files of an artifact against its manifest's digests: all of one that is verified itself; of one that the file was
+    made from, or of its copy in a native folder, those in READ."""
+    if artifact is None:
+        return
+    itself = artifact.folder.samefile(result.file)
+    if damaged := artifact.damaged(None if itself else READ):
+        result.failed.append(
+            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
+        )
+
+
+def check_tensors(
+    result: Verification,
+    export: Export,
+    factors: Factors | None,
+    source: Weights,
+    artifact: Artifact | None,
+    listener: Listener,
+) -> None:
+    """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
+    manifest, kernels = artifact.manifest() if artifact else None, CrossCheck(result.device)
+    output_errors = _recorded_errors(artifact) if artifact else {}
+    holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
+    if factors:
+        holders |= dict.fromkeys(factors.names(), factors)
+    names, known = list(holders), set(source.names())
+    listener.stage("Read the tensors", len(names))
+    for name, holder in holders.items():
+        tensor = stored(holder, name)
+        original = source.read(name) if name in known else None
+        same = None if manifest is None else _same(tensor, manifest)
+        result.tensors.append(_check(tensor, original, output_errors.get(name), same, kernels))
+        listener.advance(1)
+    result.decoding = kernels.sentence(len(names))
+    if kernels.different:
+        listed = _listed(kernels.different)
+        result.failed.append(f"{len(kernels.different)} tensors decode to other values by the CUDA kernels: {listed}.")
+    if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
+        result.failed.append(f"{len(broken)} tensors hold values that are not finite: {_listed(broken)}.")
+    changed = [tensor.name for tensor in result.tensors if tensor.same_bytes is False]
+    if artifact and changed:
+        result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {_listed(changed)}.")
+    absent = [name for name in manifest or () if name not in holders]
+    if not factors and any(is_factor(name) for name in absent):
+        result.warnings.append("The artifact holds low-rank corrections, and the file is read without an adapter.")
+        absent = [name for name in absent if not is_factor(name)]
+    if absent:
+        result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
+
+
+def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
+    """Whether a tensor is the manifest's; None for factors in PEFT and native folders, which hold the values of those
+    that are not float16."""
+    entry = manifest.get(tensor.name, {})
+    if is_factor(tensor.name) and tensor.codec == "gguf:F32" != entry.get("codec"):
+        return None
+    return (entry.get("codec"), entry.get("sha256")) == (tensor.codec, digest(tensor.planes))
+
+
+def _recorded_errors(artifact: Artifact) -> dict[str, float]:
+    """Relative output error per solved tensor, as the run wrote it into report.json."""
+    entries = artifact.report().get("tensors", [])
+    with well_formed(artifact.folder / "report.json", ANEW):
+        return {entry["name"]: entry["relative_error"] for entry in entries if entry.get("relative_error") is not None}
+
+
+def _check(
+    tensor: StoredTensor,
+    original: Tensor | None,
+    output_error: float | None,
+    same: bool | None,
+    kernels: CrossCheck,
+) -> TensorCheck:
+    values = decoded(tensor)
+    kernels.add(tensor, values)
+    nbytes = sum(plane.nbytes for plane in tensor.planes.values())
+    error = None if original is None or original.shape != values.shape else relative_error(values, original)
+    finite = bool(np.isfinite(values).all())
+    return TensorCheck(tensor.name, tensor.codec, tensor.shape, nbytes, error, output_error, finite, same)
+
+
+def relative_error(values: NDArray[np.float32], original: Tensor) -> float:
+    """Sum of squares of (values - original), of any float dtype, relative to that of the original; 0 for nothing
+    relative to nothing. Some rows at a time: an embedding is large enough without copies in float32."""
+    error = energy = 0.0
+    for start in range(0, len(values), ROWS):
+        reference = original[start : start + ROWS].float().numpy()
+        difference = values[start : start + ROWS] - reference
+        error += float(np.vdot(difference, difference))
+        energy += float(np.vdot(reference, reference))
+    if energy == 0:
+        return 0.0 if error == 0 else math.inf
+    return error / energy
+
+
+def lossiest(tensors: list[TensorCheck]) -> str | None:
+    """The matrix of largest relative error of its weights; None where none has any."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) == 2 and (tensor.weight_error or 0) > 0]
+    return max(matrices, key=lambda tensor: tensor.weight_error or 0).name if matrices else None
+
+
+def _listed(items: list[str], most: int = 3) -> str:
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
