@@ -15,7 +15,7 @@ import time
 import torch
 from torch import Tensor
 
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit
 
 REACH = {2: 0.4, 3: 0.3, 4: 0.2}
@@ -43,7 +43,7 @@ def error_of(groups: Tensor, importance: Tensor, scale: Tensor, shift: Tensor, b
 
 def our_error(weights: Tensor, importance: Tensor, bits: int, group: int) -> Tensor:
     """The same of the grid that `fit` stores, its float16 rounding included."""
-    grid = fit(codec(f"native:affine-{bits}-g{group}"), weights, importance)
+    grid = fit(codec_named(f"native:affine-{bits}-g{group}"), weights, importance)
     scale, shift = grid.per_group(len(weights))
     groups, weight = weights.unflatten(1, (-1, group)), importance.unflatten(0, (-1, group))
     return error_of(groups, weight, scale, shift, bits)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lqexport.calibration.collect import by_weight, forward_moments
 from lqexport.calibration.sequences import load_calibration
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
 from lqexport.recipe import Recipe
@@ -39,7 +39,7 @@ def moments(source: Source, text: str, samples: int, block: int) -> dict[str, Te
 def errors(weight: Tensor, hessian: Tensor, others: list[Tensor], recipe: Recipe) -> list[float]:
     """The output error under each of the others."""
     solved = solve_linear("linear", weight, hessian, recipe.target, recipe)
-    difference = torch.from_numpy(codec(solved.codec).decode(solved.planes, weight.shape[1])) - weight
+    difference = torch.from_numpy(codec_named(solved.codec_name).decode(solved.planes, weight.shape[1])) - weight
     return [float((difference @ other * difference).sum()) for other in others]
 
 

@@ -29,20 +29,20 @@ from lqexport.calibration.guided import guided_moments
 from lqexport.calibration.sequences import load_calibration
 from lqexport.calibration.texts import read_text
 from lqexport.evaluation.embeddings import embeddings, sentences, similarity, token_ids
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.grid import TensorGrid
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import Silent
-from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import damped, feedback, layer_loss, refine
 from lqexport.solver.solve_exact import in_own_order
 
 COLUMNS = ("bits", "method", "output error", "mean cosine", "least", "of the 10 nearest, the same", "same nearest")
 COLUMNS += ("Kendall's tau", "CPU s")
-Solver = Callable[[Tensor, TensorGrid, Factor], Tensor]
+Solver = Callable[[Tensor, TensorGrid, CholeskyFactor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class Bench:
 
     def rounded(self, bits: int) -> None:
         """To the nearest value of the evenly spaced table, and of the loss-error-aware one."""
-        kind = codec(f"native:table-{bits}")
+        kind = codec_named(f"native:table-{bits}")
         plain, aware = {}, {}
         for name, weight in self.weights.items():
             even, fitted = minmax(kind, weight), fit(kind, weight, self.moments[name].diagonal())
@@ -104,7 +104,7 @@ class Bench:
         for name, weight in self.weights.items():
             hessian = self.moments[name]
             factor = factorize(hessian, recipe.dampening, recipe.act_order)
-            grid = fit(codec(recipe.target), weight, hessian.diagonal())
+            grid = fit(codec_named(recipe.target), weight, hessian.diagonal())
             began = time.process_time()
             codes = solver(weight, grid, factor)
             seconds += time.process_time() - began
@@ -146,7 +146,7 @@ def main() -> None:
     parser.add_argument("--widest", type=int, default=0, help="0: no limit")
     arguments = parser.parse_args()
 
-    def narrow(weight: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
+    def narrow(weight: Tensor, grid: TensorGrid, factor: CholeskyFactor) -> Tensor:
         wide = arguments.widest and weight.shape[1] > arguments.widest
         return (feedback if wide else in_own_order)(weight, grid, factor)
 

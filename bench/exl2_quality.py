@@ -37,7 +37,7 @@ from lqexport.models.source import GGUFSource, Source, open_source
 from lqexport.models.written import Export, open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import feedback
 from lqexport.storage.artifact import Artifact, StoredTensor
 
@@ -75,7 +75,7 @@ def converted(codec: Exl2, weight: Tensor, hessian: Tensor) -> tuple[TensorSecti
             section = searched_section(remaining[:, where], run.bits)
             natural = torch.arange(run.group)
             part = TensorSections(natural, (section,))
-            found = feedback(remaining[:, where], part, Factor([upper[where, where].double()], natural, 0.12))
+            found = feedback(remaining[:, where], part, CholeskyFactor([upper[where, where].double()], natural, 0.12))
             codes.append(found)
             sections.append(section)
             spread_errors(remaining, part.values(found), upper, where)
@@ -91,7 +91,7 @@ def spread_errors(remaining: Tensor, values: Tensor, upper: Tensor, where: slice
     remaining[:, where.stop :] -= errors @ upper[where, where.stop :]
 
 
-def joined(codec: Exl2, factor: Factor, groups: list[SquaredSection]) -> TensorSections:
+def joined(codec: Exl2, factor: CholeskyFactor, groups: list[SquaredSection]) -> TensorSections:
     sections, start = [], 0
     for run in codec.runs:
         parts = groups[start : start + run.count]
@@ -117,7 +117,7 @@ class Baseline:
         if name not in self._linears:
             return self._export.read(name)
         tensor = self._linears[name]
-        return torch.from_numpy(Exl2(runs_named(tensor.codec)).decode(tensor.planes, tensor.shape[1]))
+        return torch.from_numpy(Exl2(runs_named(tensor.codec_name)).decode(tensor.planes, tensor.shape[1]))
 
 
 def baselines(source: Source, tokens: Tensor, choices: dict[Choice, Codecs]) -> dict[Choice, dict[str, StoredTensor]]:
@@ -150,7 +150,7 @@ class Size:
         even = plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits)
         self.choices: dict[str, Codecs] = {
             "ExLlamaV2's recipe, same widths": {tensor["name"]: tensor["codec"] for tensor in report["tensors"]},
-            "ExLlamaV2's recipe, even widths": {tensor.name: tensor.codec for tensor in even},
+            "ExLlamaV2's recipe, even widths": {tensor.name: tensor.codec_name for tensor in even},
         }
 
 

@@ -82,7 +82,7 @@ def damaged(name: str, content: bytes, draw: random.Random) -> bytes:
 def damaged_json(content: bytes, draw: random.Random) -> bytes:
     """A JSON text with another value, or none, in one place."""
     document = {"document": json.loads(content)}
-    holder, key = draw.choice(list(places(document)))
+    holder, key = draw.choice(list(locations(document)))
     what = draw.random()
     if what < 0.15:
         del holder[key]
@@ -98,12 +98,12 @@ def damaged_json(content: bytes, draw: random.Random) -> bytes:
     return json.dumps(found).replace('"DEEP"', DEEP).encode()
 
 
-def places(value: Any) -> Iterator[tuple[Any, Any]]:
+def locations(value: Any) -> Iterator[tuple[Any, Any]]:
     """(container, key or index) of everything within a JSON value; of a long list or object, of a few."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys if len(keys) <= 40 else [*keys[:3], *keys[-3:]]:
         yield value, key
-        yield from places(value[key])
+        yield from locations(value[key])
 
 
 def damaged_header(content: bytes, draw: random.Random) -> bytes:

@@ -27,7 +27,7 @@ from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.evaluation import evaluate, llamacpp
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
 from lqexport.pipeline.quantize import quantize
@@ -79,7 +79,7 @@ def loads_as_solved(artifact: Artifact, file: Path, work: Path) -> bool:
     decoded = GGUFModel(decoded_file)
     for name in artifact.manifest():
         tensor = artifact.read(name)
-        values = codec(tensor.codec).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
+        values = codec_named(tensor.codec_name).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
         if not np.array_equal(values.view(np.uint32), np.asarray(decoded.read(name)).view(np.uint32)):
             return False
     return True

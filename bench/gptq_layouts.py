@@ -17,7 +17,7 @@ import torch
 from lqexport.calibration.collect import by_weight, embed, forward_moments
 from lqexport.calibration.sequences import load_calibration
 from lqexport.formats.codec import bits_per_weight
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
@@ -49,7 +49,7 @@ def main() -> None:
     print(f"| {arguments.group} columns a group | bits | {' | '.join(METHODS)} |\n|---|---|---|---|")
     for name in names:
         means = (f"{np.exp(np.mean(np.log(errors[name, method]))):.5f}" for method in METHODS)
-        print(f"| {name} | {bits_per_weight(codec(name), 1536, 576):.3f} | {' | '.join(means)} |")
+        print(f"| {name} | {bits_per_weight(codec_named(name), 1536, 576):.3f} | {' | '.join(means)} |")
 
 
 if __name__ == "__main__":

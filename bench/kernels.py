@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, SectionedCodec, nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids import fit, fit_sections
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
 from lqexport.solver import solve_cuda
@@ -77,7 +77,7 @@ class Work:
 
 def packed(name: str) -> dict[str, Tensor]:
     """Planes of a random matrix on the GPU: one row's, repeated; of EXL2 32 rows'."""
-    chosen, few = codec(name), 32 if name == EXL2 else 1
+    chosen, few = codec_named(name), 32 if name == EXL2 else 1
     weights = torch.randn(few, SIZE)
     if isinstance(chosen, SectionedCodec):
         sections = fit_sections.minmax_sections(chosen, weights, torch.randperm(SIZE))
@@ -97,7 +97,7 @@ def decoding(name: str) -> Work:
         planes = packed(name)
         return lambda: cuda_decode.decode(name, planes, SIZE, torch.float16)
 
-    moved = nbytes(codec(name), SIZE, SIZE) + 2 * WEIGHTS
+    moved = nbytes(codec_named(name), SIZE, SIZE) + 2 * WEIGHTS
     label = f"decode {name} to float16"
     if name == EXL2:
         kernel, source, threads = "decode_exl2<__half>", cuda_exl2.SOURCE, cuda_exl2.DECODE_THREADS
@@ -118,7 +118,7 @@ def multiplying(name: str, tokens: int) -> Work:
     else:
         kernel = f"multiply<{cuda_decode.READERS[name].type}, __half, {tile}>"
         source, threads = cuda_multiply.SOURCE, cuda_multiply.THREADS
-    moved = nbytes(codec(name), SIZE, SIZE) + 2 * tokens * (SIZE + SIZE)
+    moved = nbytes(codec_named(name), SIZE, SIZE) + 2 * tokens * (SIZE + SIZE)
     passes = -(-tokens // tile)  # each decodes the weights anew
     operations = 2 * WEIGHTS * tokens + 2 * WEIGHTS * passes
     label = f"multiply {name}, {tokens} token{'s' * (tokens > 1)}"
@@ -143,7 +143,7 @@ def feedback() -> Work:
 
 def refining() -> Work:
     """One sweep over a superblock of Q4_K, each number and each code moving: every move changes the whole gradient."""
-    width, chosen = REFINE_COLUMNS, codec("gguf:Q4_K")
+    width, chosen = REFINE_COLUMNS, codec_named("gguf:Q4_K")
     assert isinstance(chosen, GridCodec)
 
     def prepare() -> Callable[[], object]:
@@ -169,7 +169,7 @@ def refining() -> Work:
 def fitting() -> Work:
     def prepare() -> Callable[[], object]:
         weights, importance = torch.randn(SIZE, SIZE, device="cuda"), torch.ones(SIZE, device="cuda")
-        return lambda: fit.fit(codec("gguf:Q4_K"), weights, importance)
+        return lambda: fit.fit(codec_named("gguf:Q4_K"), weights, importance)
 
     ranges = len(fit.TWO_SIDED) + len(fit.TWO_SIDED_FINE)
     operations = WEIGHTS * ranges * (2 * 10 + 8)  # two refits and an error for each range

@@ -42,7 +42,7 @@ def seconds(model: Path, out: Path, target: str, options: dict[str, object], ove
     shutil.rmtree(out, ignore_errors=True)
     kept = background.OneBehind.start, background._read
     if not overlap:
-        background.OneBehind.start, background._read = at_once, lambda places: None  # type: ignore[method-assign]
+        background.OneBehind.start, background._read = at_once, lambda locations: None  # type: ignore[method-assign]
     recipe = Recipe(str(model), target, calibration=str(model / "text.txt"), tune=0, **options)  # type: ignore[arg-type]
     began = time.perf_counter()
     try:

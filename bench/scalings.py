@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lqexport.calibration.moments import SecondMoments
 from lqexport.calibration.sequences import load_calibration
 from lqexport.evaluation import evaluate
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
@@ -63,7 +63,7 @@ def gather(model: BlockModel, block: nn.Module, hidden: list[Tensor]) -> dict[st
 
 def corrected(weight: Tensor, inputs: Inputs, grid: str, scaling: str) -> Tensor:
     """The weight as grid and factors hold it."""
-    rounded = minmax(codec(grid), weight)
+    rounded = minmax(codec_named(grid), weight)
     values = rounded.values(rounded.nearest(weight))
     if scaling == "none":
         return values

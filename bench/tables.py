@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from lqexport.calibration.moments import SecondMoments, importance
 from lqexport.calibration.sequences import load_calibration
 from lqexport.evaluation import evaluate
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.kernels.kmeans import weighted_kmeans
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
@@ -61,7 +61,7 @@ def quantize_all(
 ) -> float:
     """Replace every linear's weight by its quantized values; seconds that it took."""
     began = time.perf_counter()
-    table = codec(f"native:table-{bits}")
+    table = codec_named(f"native:table-{bits}")
     for name, weight in weights.items():
         hessian = None if recipe.method == "rtn" else moments[name][recipe.moments == "normalized"]
         solved = solve_linear(name, weight, hessian, table.name, recipe)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import GridCodec
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact
 
 A, B = ".lora_A.weight", ".lora_B.weight"
@@ -45,7 +45,7 @@ def block_codec(kind: str, what: str) -> str:
     """
     name = kind if ":" in kind else f"gguf:{kind}"
     try:
-        found = codec(name)
+        found = codec_named(name)
     except ValueError as error:
         raise UserError(f"{what}: {error}") from error
     if isinstance(found, GridCodec) and (found.scale is None or not found.scale.group):
@@ -56,7 +56,7 @@ def block_codec(kind: str, what: str) -> str:
 def planned_factors(planned: list[PlannedTensor], rank: int, kind: str) -> list[PlannedTensor]:
     """A and B of every linear, at `rank`. Raises UserError where the type `kind` cannot hold them."""
     name = block_codec(kind, "factors")
-    block = codec(name).block
+    block = codec_named(name).block
     if rank % block:
         raise UserError(f"factors in {name} need a rank that is a multiple of {block}, not {rank}.")
     factors = []

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 
 PLAIN = "gguf:F16"
 """What folders of safetensors store embeddings, norms and biases in."""
@@ -17,7 +18,7 @@ class PlannedTensor:
 
     name      Hugging Face name
     shape     as in the checkpoint
-    codec     name in `formats.registry`
+    codec_name    name in `formats.registry`
     linear    whether the solver works on it (a linear of a decoder block); other tensors are rounded
     wanted    the codec that was asked for, where a fallback replaced it
     reason    why, in a sentence
@@ -27,7 +28,7 @@ class PlannedTensor:
 
     name: str
     shape: tuple[int, ...]
-    codec: str
+    codec_name: str
     linear: bool
     wanted: str | None = None
     reason: str | None = None
@@ -46,4 +47,14 @@ class PlannedTensor:
 
     @property
     def nbytes(self) -> int:
-        return nbytes(codec(self.codec), *self.matrix)
+        return nbytes(codec_named(self.codec_name), *self.matrix)
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields and the bytes, as JSON values for `--dry-run --json`."""
+        fields = asdict(self)
+        return {
+            "name": fields.pop("name"),
+            "shape": fields.pop("shape"),
+            "codec": fields.pop("codec_name"),
+            **fields,
+        } | {"nbytes": self.nbytes}

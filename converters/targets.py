@@ -36,7 +36,7 @@ from lqexport.converters.models.tensor_names import (
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 
 AUTO = "gguf:auto"
 
@@ -92,10 +92,10 @@ def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
     """Raises UserError where the experts of a block, which share one of the GGUF `names`, are in different types."""
     types: dict[str, str] = {}
     for tensor in planned:
-        if types.setdefault(names[tensor.name], tensor.codec) != tensor.codec:
+        if types.setdefault(names[tensor.name], tensor.codec_name) != tensor.codec_name:
             raise UserError(
                 f"llama.cpp stores the experts of a block in one type: choose the same one for all of them "
-                f"({tensor.name} would be in {tensor.codec}, others in {types[names[tensor.name]]})."
+                f"({tensor.name} would be in {tensor.codec_name}, others in {types[names[tensor.name]]})."
             )
 
 
@@ -192,12 +192,12 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
 
 def _is_plain(name: str) -> bool:
     """Whether a codec rounds each weight by itself, so that there is nothing to solve."""
-    return isinstance(codec(name), PlainCodec)
+    return isinstance(codec_named(name), PlainCodec)
 
 
 def _fitted(architecture: Architecture, name: str, shape: tuple[int, ...], wanted: str) -> PlannedTensor:
     """`wanted`, or what stands in for it where its blocks do not divide the columns."""
-    columns, block = shape[-1], codec(wanted).block
+    columns, block = shape[-1], codec_named(wanted).block
     fits = columns % block == 0
     chosen = wanted if fits else _stand_in(wanted, columns)
     linear = is_linear(architecture, name) and not _is_plain(chosen)
@@ -214,12 +214,12 @@ def _stand_in(wanted: str, columns: int) -> str:
     # affine-BITS-gGROUP: the largest smaller group that divides the columns.
     bits = kind.rpartition("-")[0]
     groups = [name for name in names("native") if name.startswith(f"native:{bits}-g")]
-    fitting = [name for name in groups if columns % codec(name).block == 0]
-    return max(fitting, key=lambda name: codec(name).block, default="gguf:F16")
+    fitting = [name for name in groups if columns % codec_named(name).block == 0]
+    return max(fitting, key=lambda name: codec_named(name).block, default="gguf:F16")
 
 
 def _refuse_fallbacks(target: str, planned: list[PlannedTensor]) -> None:
-    fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec})" for tensor in planned if tensor.reason]
+    fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
     if fallen:
         raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {_listed(fallen)}.")
 

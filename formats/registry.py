@@ -1,6 +1,6 @@
 """Every codec by name. Adding a format is one file in this folder and one line here.
 
-A format of EXL2 lists the groups of one matrix, so there are too many to list: `codec` makes them from their names.
+A format of EXL2 lists the groups of one matrix, so there are too many to list: `codec_named` makes them from their names.
 Those of GPTQ are of a whole model, never of one tensor, so `names` leaves them out too (see `formats.gptq.GPTQ`).
 """
 
@@ -20,7 +20,7 @@ _ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *NATIVE, *MXINT)
 _CODECS = {codec.name: codec for codec in _ALL}
 
 
-def codec(name: str) -> PlainCodec | GridCodec | SectionedCodec:
+def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
     """The codec called `name`. Raises ValueError for an unknown name, listing those that are near."""
     if name in _CODECS:
         return _CODECS[name]

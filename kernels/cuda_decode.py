@@ -13,7 +13,7 @@ from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE, Affine, Table
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.kernels import cuda, cuda_exl2
 
 SOURCE = "decode.cu"
@@ -55,7 +55,7 @@ def kernels() -> list[str]:
 
 def decodes(name: str) -> bool:
     """Whether a kernel decodes the format `name`."""
-    return name in READERS or isinstance(codec(name), Exl2)
+    return name in READERS or isinstance(codec_named(name), Exl2)
 
 
 def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
@@ -63,7 +63,7 @@ def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[
 
     Raises ValueError where the planes are not those of a matrix of `columns`.
     """
-    chosen, reader = codec(name), READERS[name]
+    chosen, reader = codec_named(name), READERS[name]
     rows = len(planes[reader.planes[0]])
     cuda.check_planes(chosen, planes, rows, columns)
     scale = getattr(chosen, "scale", None)
@@ -78,7 +78,7 @@ def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.d
 
     Raises ValueError where the planes are not those of such a matrix, KernelsMissingError where kernels cannot run.
     """
-    if isinstance(codec(name), Exl2):
+    if isinstance(codec_named(name), Exl2):
         return cuda_exl2.decode(name, planes, columns, dtype)
     arguments, rows = packed(name, planes, columns)
     out = torch.empty(rows, columns, dtype=dtype, device=planes[READERS[name].planes[0]].device)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.native import NATIVE
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2
 
 SOURCE = "multiply.cu"
@@ -49,7 +49,7 @@ def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRa
     Raises ValueError where the planes are not those of a matrix of x's columns, KernelsMissingError where kernels
     cannot run.
     """
-    exl2 = isinstance(codec(name), Exl2)
+    exl2 = isinstance(codec_named(name), Exl2)
     if len(x) > MOST_TOKENS or not (exl2 or name in FUSED):
         return _dense(x, name, planes, low_rank)
     if exl2:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lqexport.formats.mxint import BIAS, MXInt
 from lqexport.formats.native import Affine, Table
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 
 
 class _Scaled(NamedTuple):
@@ -58,7 +58,7 @@ def by_numba(name: str, planes: Mapping[str, Tensor], columns: int) -> Tensor:
 
 
 def _native(name: str) -> Table | Affine | MXInt:
-    found = codec(name)
+    found = codec_named(name)
     if not isinstance(found, (Table, Affine, MXInt)):
         raise ValueError(f"Only native formats are decoded here, not {name}.")
     return found

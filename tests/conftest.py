@@ -193,7 +193,7 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
 
         from lqexport.converters.factors import planned_factors
         from lqexport.converters.targets import plan
-        from lqexport.formats.registry import codec
+        from lqexport.formats.registry import codec_named
         from lqexport.grids.fit import minmax
         from lqexport.models.source import open_source
         from lqexport.solver.linear import round_tensor
@@ -207,16 +207,16 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
         draw = torch.Generator().manual_seed(0)
         for tensor in factors:
             values = 0.02 * torch.randn(tensor.shape, generator=draw)
-            artifact.write(round_tensor(tensor.name, values, tensor.codec))
+            artifact.write(round_tensor(tensor.name, values, tensor.codec_name))
         for tensor in planned:
             weights = source.read(tensor.name).float()
             if tensor.linear:
-                kind = codec(tensor.codec)
+                kind = codec_named(tensor.codec_name)
                 grid = minmax(kind, weights)
                 planes = kind.encode(grid.numpy(), grid.nearest(weights).numpy())
-                artifact.write(StoredTensor(tensor.name, tensor.codec, tensor.shape, planes))
+                artifact.write(StoredTensor(tensor.name, tensor.codec_name, tensor.shape, planes))
             else:
-                artifact.write(round_tensor(tensor.name, weights, tensor.codec))
+                artifact.write(round_tensor(tensor.name, weights, tensor.codec_name))
         artifact.finish([tensor.name for tensor in (*planned, *factors)], {"tensors": []})
         return artifact
 

@@ -16,7 +16,7 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage import background
 from lqexport.storage.artifact import Artifact, StoredTensor
-from lqexport.storage.background import OneBehind, Place, read_ahead
+from lqexport.storage.background import FileSpan, OneBehind, read_ahead
 from lqexport.storage.tensor_files import spans
 
 
@@ -56,17 +56,17 @@ def test_blocks_are_read_ahead_each_once(
     tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Block 1 while block 0 is worked on; nothing behind the last one."""
-    read: list[Place] = []
+    read: list[FileSpan] = []
     monkeypatch.setattr(background, "_read", read.extend)
     source = open_source(str(tiny_model))
-    second = [place for name in source.names() if ".layers.1." in name for place in source.places(name)]
+    second = [span for name in source.names() if ".layers.1." in name for span in source.file_spans(name)]
     assert second
     options = {"calibration": str(text), "samples": 2, "sequence_length": 32, "tune": 0}
     quantize(Recipe(str(tiny_model), "gguf:Q4_0", moments="normalized", prefix="full", **options), tmp_path / "forward")
     assert sorted(read) == sorted(second)
     read.clear()
     quantize(Recipe(str(tiny_model), "gguf:Q4_0", moments="guided", prefix="full", **options), tmp_path / "backward")
-    first = {place for name in source.names() if ".layers.0." in name for place in source.places(name)}
+    first = {span for name in source.names() if ".layers.0." in name for span in source.file_spans(name)}
     assert first <= set(read)
 
 
@@ -75,7 +75,7 @@ def test_every_byte_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     path.write_bytes(bytes(100))
     monkeypatch.setattr(background, "CHUNK", 16)
     monkeypatch.setattr(background.os, "preadv", lambda _, parts, at: asked.append((at, len(parts[0]))))
-    background._read([Place(path, 3, 40), Place(tmp_path / "missing", 0, 5)])
+    background._read([FileSpan(path, 3, 40), FileSpan(tmp_path / "missing", 0, 5)])
     assert asked == [(3, 16), (19, 16), (35, 8)]
 
 

@@ -55,7 +55,7 @@ def test_the_choice_keeps_within_a_mix(recipe: Recipe, tmp_path: Path) -> None:
     assert budget["limit_bytes"] == sum(tensor.nbytes for tensor in mix)
     assert 0.9 * budget["limit_bytes"] < budget["tensor_bytes"] <= budget["limit_bytes"]
     assert sum(tensor["bytes"] for tensor in report["tensors"]) == budget["tensor_bytes"]
-    of_mix = sum(budget["losses"][tensor.name][tensor.codec] for tensor in mix if tensor.name in budget["losses"])
+    of_mix = sum(budget["losses"][tensor.name][tensor.codec_name] for tensor in mix if tensor.name in budget["losses"])
     assert budget["predicted_kl"] <= of_mix
     assert len({tensor["codec"] for tensor in report["tensors"]}) > 2
     losses = [point["loss"] for point in budget["curve"]]

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from lqexport.formats.codec import PlainCodec, nbytes
 from lqexport.formats.moves import AffineGrid, TableGrid, move
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 from lqexport.models.written import open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
@@ -29,7 +29,7 @@ CHECKPOINTS = {
     "8 bits, symmetric, groups of 128": (8, 128, True),
     "8 bits, groups of 128": (8, 128, False),
 }
-KINDS = [name for name in names() if not isinstance(codec(name), PlainCodec)]
+KINDS = [name for name in names() if not isinstance(codec_named(name), PlainCodec)]
 
 
 def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> AffineGrid:
@@ -43,7 +43,7 @@ def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> Affin
 
 def holds(source: AffineGrid, name: str) -> bool:
     """Whether a codec holds all values; where it says so, its bytes must."""
-    kind = codec(name)
+    kind = codec_named(name)
     codes = np.random.default_rng(0).integers(0, 2**source.bits, (4, 512)).astype(np.uint8)
     codes[0, :2] = 0, 2**source.bits - 1
     try:
@@ -59,7 +59,7 @@ def test_the_table_of_docs_says_what_moves_where(what: str, root: Path) -> None:
     held = [name for name in KINDS if holds(affine(*CHECKPOINTS[what]), name)]
     shown = [name.removeprefix("gguf:") for name in held if name.startswith("gguf:")]
     native_ones = [name for name in held if name.startswith("native:")]
-    smallest = min(native_ones, key=lambda name: nbytes(codec(name), 4, 512), default="-").removeprefix("native:")
+    smallest = min(native_ones, key=lambda name: nbytes(codec_named(name), 4, 512), default="-").removeprefix("native:")
     line = f"| {what} | {', '.join(shown) or '-'} | {smallest} |"
     assert line in (root / "docs" / "checkpoints.md").read_text()
 
@@ -79,7 +79,7 @@ def test_no_codec_takes_what_it_does_not_hold(name: str) -> None:
     ]
     for grid in wrong:
         with pytest.raises(ValueError, match=r"its |has no "):
-            move(grid, codec(name))
+            move(grid, codec_named(name))
 
 
 def test_groups_in_act_order_are_solved_again(make_gptq: Make, text: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from lqexport.converters.folders import native
 from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
 from lqexport.formats.moves import TableGrid, move
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.models.written import open_export
@@ -90,7 +90,7 @@ def test_leanquant_tables_move_to_native_ones(bits: int, dtype: torch.dtype, mak
     native.write(artifact, tmp_path / "model")
     read = open_export(tmp_path / "model")
     assert all(same_bits(read.read(name).numpy(), values) for name, values in checkpoint.values.items())
-    wider = move(TableGrid(np.zeros((3, 2**bits), np.float32), 8), codec("native:table-4"))
+    wider = move(TableGrid(np.zeros((3, 2**bits), np.float32), 8), codec_named("native:table-4"))
     assert wider.grid.levels.shape == (3, 16)
 
 

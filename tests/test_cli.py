@@ -30,7 +30,7 @@ from lqexport.models import inspect as inspection
 from lqexport.planning import cost, dryrun
 from lqexport.planning.memory import memory_estimate
 from lqexport.recipe import Recipe
-from lqexport.runtime.placement import plenty
+from lqexport.runtime.placement import all_on_device
 from lqexport.runtime.progress import Bars, Lines
 
 COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
@@ -152,7 +152,9 @@ def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
     def estimates(**options: Any) -> tuple[int, float]:
         shown = dryrun.preview(Recipe(str(odd_model), "gguf:Q4_K", prefix="full", **options), tmp_path)
         rates = cost.Rates(1e10, 1e10, 1e10)
-        return memory_estimate(shown.work, plenty(torch.device("cpu"))), cost.seconds_estimate(shown.work, rates, 1)
+        return memory_estimate(shown.work, all_on_device(torch.device("cpu"))), cost.seconds_estimate(
+            shown.work, rates, 1
+        )
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
     assert more[0] == small[0]  # passes are of a fixed number of tokens

@@ -12,7 +12,7 @@ SOLVE = """
 import hashlib, torch
 from lqexport.grids.fit import _fit_cpu, normalized
 from lqexport.grids.fit_sections import _best_subs_cpu
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.solver.linear import solve_linear
 from lqexport.recipe import Recipe
 
@@ -20,7 +20,7 @@ draw = torch.Generator().manual_seed(1)
 weight, inputs = torch.randn(64, 256, generator=draw), torch.randn(512, 256, generator=draw)
 hessian = inputs.T @ inputs
 importance = normalized(hessian.diagonal().unflatten(0, (-1, 64)))
-scale, shift = _fit_cpu(weight, importance, torch.arange(8.0)[None], True, codec("native:affine-3-g64").offset)
+scale, shift = _fit_cpu(weight, importance, torch.arange(8.0)[None], True, codec_named("native:affine-3-g64").offset)
 scales = torch.rand(5, 16, generator=draw).cumsum(1)
 errors, subs = _best_subs_cpu(weight[:, :64].contiguous(), importance[0], scales, 4)
 exact = solve_linear("any", weight, hessian, "native:table-3", Recipe("none", "native:table-3", solver="exact"))

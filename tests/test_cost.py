@@ -92,11 +92,11 @@ def test_memory_is_that_of_the_block_with_the_most_weights() -> None:
 
 def test_some_experts_at_a_time_where_all_do_not_fit() -> None:
     work = planned("deepseek-v3").work
-    rooms = {gpu: Forecast(work, gpu * 10**9, 96 * 10**9) for gpu in (24, 48, 80, 400)}
-    assert [bool(each.too_large) for each in rooms.values()] == [True, False, False, False]
-    parts = [each.room.parts for each in rooms.values()]
+    placements = {gpu: Forecast(work, gpu * 10**9, 96 * 10**9) for gpu in (24, 48, 80, 400)}
+    assert [bool(each.too_large) for each in placements.values()] == [True, False, False, False]
+    parts = [each.placement.parts for each in placements.values()]
     assert parts == [256, 16, 8, 1]
-    costs = [each.as_json() for each in rooms.values()]
+    costs = [each.as_json() for each in placements.values()]
     passes, read = ([cost[kind][what] for cost in costs] for kind, what in (("operations", "passes"), ("disk", "read")))
     assert passes == sorted(passes, reverse=True)
     assert read == sorted(read, reverse=True)
@@ -186,6 +186,6 @@ def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str
     work, found = measured
     recipe = Recipe(str(work / "wide" / "model"), "gguf:Q4_K", **SMALL)
     found_for = forecast(work / "wide" / "model", recipe, None, None)
-    expected = memory_estimate(found_for.work, found_for.room) - PROCESS_BYTES
+    expected = memory_estimate(found_for.work, found_for.placement) - PROCESS_BYTES
     taken = found["wide"]["quantize"] - found["wide"]["before"]
     assert 1 / 1.5 < taken / expected < 1.5

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2
 from lqexport.runtime.progress import Silent
 from lqexport.storage.artifact import StoredTensor, decoded
@@ -24,7 +24,7 @@ def tensor(name: str) -> StoredTensor:
     rows = {"gguf:F32": 1, "exl2:4g32x3+2g32x5": 32}.get(name, 3)
     planes = {
         plane: rng.integers(0, 60, np.prod(shape) * dtype.itemsize, dtype=np.uint8).view(dtype).reshape(shape)
-        for plane, (dtype, shape) in codec(name).layout(rows, 256).items()
+        for plane, (dtype, shape) in codec_named(name).layout(rows, 256).items()
     }
     if name.startswith("exl2:"):
         lines = np.cumsum([0, 4, 4, 4, 2, 2, 2, 2], dtype=np.int16)
@@ -43,7 +43,7 @@ class Model:
 
     def planes(self, name: str) -> tuple[str, dict[str, np.ndarray], tuple[int, ...]]:
         stored = tensor(name)
-        return stored.codec, stored.planes, stored.shape
+        return stored.codec_name, stored.planes, stored.shape
 
 
 @pytest.fixture

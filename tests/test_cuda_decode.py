@@ -12,7 +12,7 @@ import torch
 from lqexport.formats.codec import GridCodec, Planes
 from lqexport.formats.mxint import BIAS, HIGHEST, LOWEST
 from lqexport.formats.native import pack_bits
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 from lqexport.kernels import cuda, cuda_decode
 
 EXTREMES = np.array([0.0, 2.0**-24, -1.5, 65504.0, -0.0, -(2.0**-24), -65504.0], dtype=np.float16)
@@ -20,34 +20,34 @@ EXTREMES = np.array([0.0, 2.0**-24, -1.5, 65504.0, -0.0, -(2.0**-24), -65504.0],
 
 def shapes(name: str) -> list[tuple[int, int]]:
     """Odd numbers of rows; one block, several, and, where the format has no blocks, tails of less than eight."""
-    block = codec(name).block
+    block = codec_named(name).block
     return [(3, block), (5, 3 * block)] if block > 1 else [(3, 1), (2, 13), (5, 264)]
 
 
 def random_planes(name: str, rows: int, columns: int) -> Planes:
     """Random bytes: every code, sub-scale and sign; float16 members among them are made finite."""
     rng = np.random.default_rng(rows * 1000 + columns)
-    layout = codec(name).layout(rows, columns)
+    layout = codec_named(name).layout(rows, columns)
     planes = {
         plane: rng.integers(0, 256, np.prod(shape) * dtype.itemsize, dtype=np.uint8).view(dtype).reshape(shape)
         for plane, (dtype, shape) in layout.items()
     }
     if "exponents" in planes:  # of MXINT, where not every code and exponent is allowed
-        bits = codec(name).bits
-        codes = rng.integers(0, codec(name).level_count, (rows, columns), dtype=np.uint8)
+        bits = codec_named(name).bits
+        codes = rng.integers(0, codec_named(name).level_count, (rows, columns), dtype=np.uint8)
         exponents = rng.integers(BIAS + LOWEST, BIAS + HIGHEST + 1, planes["exponents"].shape, dtype=np.int16)
         planes = {"codes": pack_bits(codes, bits), "exponents": (exponents + bits - 1).astype(np.uint8)}
     return {plane: finite(name, array) for plane, array in planes.items()}
 
 
 def finite(name: str, array: np.ndarray) -> np.ndarray:
-    members = getattr(codec(name), "members", None)
+    members = getattr(codec_named(name), "members", None)
     if array.dtype == np.float16:
         return tame(array)
     if members is None:
         return array
     blocks = array.view(members)
-    for member in codec(name).supers:
+    for member in codec_named(name).supers:
         blocks[member] = tame(blocks[member])
     return array
 
@@ -65,15 +65,15 @@ def with_extreme_scales(name: str) -> Planes:
     for plane, array in planes.items():
         if array.dtype == np.float16:
             array[...] = np.resize(EXTREMES, array.shape)
-        elif hasattr(codec(name), "members"):
-            blocks = planes[plane].view(codec(name).members)
-            for shift, member in enumerate(codec(name).supers):
+        elif hasattr(codec_named(name), "members"):
+            blocks = planes[plane].view(codec_named(name).members)
+            for shift, member in enumerate(codec_named(name).supers):
                 blocks[member] = np.resize(np.roll(EXTREMES, shift), blocks.shape)
     return planes
 
 
 def check(name: str, planes: Planes, columns: int, device: str, dtype: torch.dtype = torch.float32) -> None:
-    expected = torch.from_numpy(codec(name).decode(planes, columns)).to(dtype)
+    expected = torch.from_numpy(codec_named(name).decode(planes, columns)).to(dtype)
     tensors = {plane: torch.from_numpy(array.copy()).to(device) for plane, array in planes.items()}
     actual = cuda_decode.decode(name, tensors, columns, dtype).cpu()
     assert actual.dtype == dtype
@@ -102,7 +102,7 @@ def test_half_precision_is_the_rounded_float32(name: str, dtype: torch.dtype, de
     check(name, random_planes(name, rows, columns), columns, device, dtype)
 
 
-@pytest.mark.parametrize("name", [name for name in cuda_decode.READERS if isinstance(codec(name), GridCodec)])
+@pytest.mark.parametrize("name", [name for name in cuda_decode.READERS if isinstance(codec_named(name), GridCodec)])
 def test_extreme_scales(name: str, device: str) -> None:
     check(name, with_extreme_scales(name), shapes(name)[-1][1], device)
 
@@ -147,7 +147,7 @@ def test_without_kernels_there_is_one_clear_sentence() -> None:
 @pytest.mark.parametrize("name", names())
 def test_every_format_has_a_reader(name: str) -> None:
     """But EXL2, which tests/test_cuda_exl2.py tests."""
-    assert set(cuda_decode.READERS[name].planes) == set(codec(name).layout(1, codec(name).block))
+    assert set(cuda_decode.READERS[name].planes) == set(codec_named(name).layout(1, codec_named(name).block))
 
 
 def test_a_format_file_lists_each_reader(root: Path) -> None:

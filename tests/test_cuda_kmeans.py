@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids import fit
 from lqexport.kernels import cuda, cuda_kmeans
 from lqexport.kernels.kmeans import weighted_kmeans
@@ -78,9 +78,9 @@ def test_rows_are_worked_on_in_parts(plain_device: str, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("name", ["native:table-2", "native:table-4"])
 def test_a_table_is_fitted_as_on_the_cpu(name: str, plain_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weights, importance = (part.float() for part in problem(3, 200))
-    expected = fit.fit(codec(name), weights, importance).levels
+    expected = fit.fit(codec_named(name), weights, importance).levels
     monkeypatch.setattr(cuda, "usable", lambda _: True)
-    actual = fit.fit(codec(name), weights.to(plain_device), importance.to(plain_device)).levels
+    actual = fit.fit(codec_named(name), weights.to(plain_device), importance.to(plain_device)).levels
     torch.testing.assert_close(actual.cpu(), expected, rtol=2**-10, atol=0)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lqexport.formats.codec import GridCodec
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
 from lqexport.kernels import cuda_decode, cuda_multiply
 
@@ -31,7 +31,7 @@ def kernels(names: list[str], kinds: tuple[str, ...] = ("float", "__half")) -> d
 
 def problem(name: str, rows: int, columns: int, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Planes of a random matrix, and the matrix float64."""
-    chosen = codec(name)
+    chosen = codec_named(name)
     assert isinstance(chosen, GridCodec)
     weights = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
     grid = minmax(chosen, weights)

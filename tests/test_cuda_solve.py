@@ -12,7 +12,7 @@ import torch
 
 from lqexport.calibration.collect import by_weight, forward_moments
 from lqexport.calibration.texts import read_text
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids import fit as fitting
 from lqexport.grids.fit import fit
 from lqexport.grids.fit_sections import fit_sections
@@ -52,11 +52,11 @@ def solved(
     monkeypatch.setattr(solve, "backend", lambda *_: backend)
     factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
     if name.startswith("exl2:"):
-        grid = fit_sections(codec(name), weights.cpu(), hessian.diagonal().cpu(), factor.order.cpu())
+        grid = fit_sections(codec_named(name), weights.cpu(), hessian.diagonal().cpu(), factor.order.cpu())
         grid = replace(moved(grid, weights.device), order=factor.order)
         codes = solve.feedback(weights, grid, factor)
         return grid, codes, *refine_sections(weights, matrix, grid, codes, sweeps=2)
-    grid = moved(fit(codec(name), weights.cpu(), hessian.diagonal().cpu()), weights.device)
+    grid = moved(fit(codec_named(name), weights.cpu(), hessian.diagonal().cpu()), weights.device)
     codes = solve.feedback(weights, grid, factor)
     return grid, codes, *solve.refine(weights, matrix, grid, codes, sweeps=2, refit=True)
 
@@ -133,12 +133,14 @@ def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(source.read(name).float(), found[name]) for name in (model.weight_name(0, first) for first in firsts)]
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if codec(name).scale and not codec(name).scale.power])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if codec_named(name).scale and not codec_named(name).scale.power]
+)
 def test_fitted_groups_are_as_good(name: str, device: str) -> None:
     weights, hessian = problem(7, 256)
     weights = weights.clone()
     weights[0, :64], weights[1, :64] = 0, 3.0  # groups without a range
-    chosen = codec(name)
+    chosen = codec_named(name)
     levels, uniform = fitting.shared_levels(chosen, weights.device)
     group = chosen.scale.group or 256
     importance = fitting.normalized(hessian.diagonal().unflatten(0, (-1, group)))
@@ -161,12 +163,12 @@ def test_fitted_groups_are_as_good(name: str, device: str) -> None:
 def test_under_the_sanitizers(name: str, flavour: str, kernels_on: KernelsOn, monkeypatch: pytest.MonkeyPatch) -> None:
     device = kernels_on(flavour, cuda_solve.KERNELS)
     compare(name, *problem(5, 256), device, monkeypatch)
-    if codec(name).scale:
+    if codec_named(name).scale:
         weights, hessian = problem(5, 256)
-        group = codec(name).scale.group
+        group = codec_named(name).scale.group
         importance = fitting.normalized(hessian.diagonal().unflatten(0, (-1, group)))
-        levels, uniform = fitting.shared_levels(codec(name), weights.device)
-        fitting._fit_cuda(weights, importance, levels, uniform, codec(name).offset)
+        levels, uniform = fitting.shared_levels(codec_named(name), weights.device)
+        fitting._fit_cuda(weights, importance, levels, uniform, codec_named(name).offset)
 
 
 def test_a_block_that_is_too_wide_is_refused() -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.grid import TensorGrid
 from lqexport.pipeline.quantize import quantize
@@ -65,7 +65,7 @@ def test_rows_are_solved_by_the_definition(
 ) -> None:
     """Also on tables so narrow that many weights are off the grid from the start."""
     weights, hessian = problem
-    grid = fit(codec(f"native:table-{bits}"), weights, hessian.diagonal())
+    grid = fit(codec_named(f"native:table-{bits}"), weights, hessian.diagonal())
     grid = TensorGrid(48, grid.levels * stretch, False)
     codes = in_own_order(weights, grid, factorize(hessian, 0.05, True))
     moments = damped(hessian.double(), 0.05).numpy()
@@ -80,7 +80,7 @@ def test_the_given_order_and_the_number_of_threads_change_nothing(problem: tuple
     from lqexport.kernels.exact import solve_rows
 
     weights, hessian = problem
-    grid = minmax(codec("native:table-3"), weights)
+    grid = minmax(codec_named("native:table-3"), weights)
     codes = [in_own_order(weights, grid, factorize(hessian, 0.05, act_order)) for act_order in (True, False)]
     assert torch.equal(*codes)
     inverse = torch.linalg.inv(damped(hessian.double(), 0.05)).float().numpy()
@@ -91,7 +91,7 @@ def test_the_given_order_and_the_number_of_threads_change_nothing(problem: tuple
 
 def test_error_is_spread(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    grid = fit(codec("native:table-3"), weights, hessian.diagonal())
+    grid = fit(codec_named("native:table-3"), weights, hessian.diagonal())
     codes = in_own_order(weights, grid, factorize(hessian, 0.05, True))
     assert loss(grid, codes, weights, hessian) < 0.8 * loss(grid, grid.nearest(weights), weights, hessian)
 
@@ -101,7 +101,7 @@ def test_nearly_singular_moments(problem: tuple[torch.Tensor, torch.Tensor]) -> 
     weights, draw = problem[0], torch.Generator().manual_seed(5)
     inputs = torch.randn(20, 48, generator=draw)
     hessian = inputs.T @ inputs / 20
-    grid = fit(codec("native:table-3"), weights, hessian.diagonal())
+    grid = fit(codec_named("native:table-3"), weights, hessian.diagonal())
     codes = in_own_order(weights, grid, factorize(hessian, 1e-6, True))
     assert loss(grid, codes, weights, hessian) < 0.5 * loss(grid, grid.nearest(weights), weights, hessian)
 

@@ -188,7 +188,7 @@ def test_the_folder_computes_as_the_source(case: tuple[str, PreTrainedModel, Pat
     for tensor in read.names():
         codec_name, planes, shape = read.planes(tensor)
         stored = artifact.read(tensor)
-        assert (codec_name, shape) == (stored.codec, stored.shape)
+        assert (codec_name, shape) == (stored.codec_name, stored.shape)
         assert all(np.array_equal(planes[key], stored.planes[key]) for key in stored.planes)
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0].float().numpy()

@@ -24,7 +24,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
 from lqexport.formats.codec import bits_per_weight
 from lqexport.formats.exl2 import Exl2
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.pipeline import exl2_mixes as choose
@@ -115,7 +115,7 @@ def test_the_choice_costs_less_than_even_widths(artifact: Artifact, recipe: Reci
 
 @pytest.mark.parametrize("shape", [(32, 32), (192, 576), (768, 1536), (4096, 14336)])
 def test_even_widths_fill_their_budget(shape: tuple[int, int]) -> None:
-    least, most = (bits_per_weight(codec(f"exl2:{bits}g32x{shape[1] // 32}"), *shape) for bits in (2, 8))
+    least, most = (bits_per_weight(codec_named(f"exl2:{bits}g32x{shape[1] // 32}"), *shape) for bits in (2, 8))
     for bits in np.linspace(least, most, 17):
         spent = bits_per_weight(Exl2(even_runs(shape, bits * shape[0] * shape[1] / 8)), *shape)
         assert bits - 2 * 32 / shape[1] < spent <= bits + 1e-9
@@ -177,7 +177,7 @@ def test_a_layer_read_slowly_from_the_shard_is_the_artifacts(folder: Path, artif
     stored = {name.removeprefix(f"{Q_PROJ}."): plane for name, plane in load_file(folder / "model.safetensors").items()
               if name.startswith(Q_PROJ)}  # fmt: skip
     tensor = artifact.read(f"{Q_PROJ}.weight")
-    values = codec(tensor.codec).decode(tensor.planes, 256)
+    values = codec_named(tensor.codec_name).decode(tensor.planes, 256)
     table = [*stored["q_groups"].astype(int).reshape(-1, 2), (0, len(stored["q_weight"]))]
     position = 0
     for group, ((bits, line), (_, end)) in enumerate(pairwise(table)):
@@ -335,11 +335,11 @@ def shapes_of(model: Path) -> tuple[dict, dict[str, tuple[int, ...]]]:
 def test_an_output_of_its_own_is_quantized_or_kept(tiny_model: Path) -> None:
     config, shapes = shapes_of(tiny_model)
     tied = {bits: plan_exl2(config, shapes, bits=4, head_bits=bits)[-1] for bits in (6, 16)}
-    assert (tied[6].name, tied[6].codec) == ("lm_head.weight", "exl2:6g32x8")
+    assert (tied[6].name, tied[6].codec_name) == ("lm_head.weight", "exl2:6g32x8")
     assert tied[16].name == "model.norm.weight"  # ExLlamaV2 then takes the embedding
     config, shapes = config | {"tie_word_embeddings": False}, shapes | {"lm_head.weight": (500, 256)}
     *_, odd = plan_exl2(config, shapes, bits=4, head_bits=6)
-    assert (odd.codec, odd.linear, odd.reason) == ("gguf:F16", False, "500 rows are not a multiple of 32")
+    assert (odd.codec_name, odd.linear, odd.reason) == ("gguf:F16", False, "500 rows are not a multiple of 32")
     with pytest.raises(UserError, match="lm_head"):
         plan_exl2(config, shapes, bits=4, head_bits=6, fallback=False)
     with pytest.raises(UserError, match="not 7"):
@@ -439,7 +439,7 @@ def test_rounding_needs_no_calibration(recipe: Recipe, tmp_path: Path) -> None:
     report = quantize(replace(recipe, method="rtn", calibration="nothing of this name"), tmp_path / "out")
     assert 3.0 < report["linears_bits_per_weight"] <= 3.3
     exl2.write(Artifact(tmp_path / "out"), tmp_path / "model")
-    read = Exl2Model(tmp_path / "model").codec(f"{Q_PROJ}.weight")
+    read = Exl2Model(tmp_path / "model").codec_name(f"{Q_PROJ}.weight")
     assert read == Artifact(tmp_path / "out").manifest()[f"{Q_PROJ}.weight"]["codec"]
 
 

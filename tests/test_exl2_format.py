@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 from lqexport.formats import exl2
 from lqexport.formats.codec import Grid, Run, Sections, bits_per_weight
 from lqexport.formats.exl2 import BITS, Exl2, SquaredScales, joined, levels, name_of, of_planes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 
 VECTORS = sorted((Path(__file__).parent / "golden" / "exl2").glob("*.safetensors"))
 
@@ -104,7 +104,7 @@ def test_unpacking_gives_back_grid_and_codes(runs: tuple[Run, ...], seed: int) -
 @examples
 @given(runs=mixes)
 def test_names_give_the_runs_back(runs: tuple[Run, ...]) -> None:
-    assert codec(name_of(runs)).runs == runs
+    assert codec_named(name_of(runs)).runs == runs
 
 
 @examples
@@ -141,7 +141,7 @@ def test_what_a_file_spends_on_a_weight() -> None:
     rows, columns = 4096, 4096
     for bits in BITS:
         expected = bits + (32 * (16 + 32) + 4 * 32 * rows + 32 * columns) / (rows * columns)
-        assert bits_per_weight(codec(f"exl2:{bits}g128x32"), rows, columns) == pytest.approx(expected)
+        assert bits_per_weight(codec_named(f"exl2:{bits}g128x32"), rows, columns) == pytest.approx(expected)
 
 
 # What ExLlamaV2 would load and compute wrongly.
@@ -165,14 +165,14 @@ def test_what_a_file_spends_on_a_weight() -> None:
 )
 def test_formats_that_exllamav2_decodes_wrongly_do_not_exist(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        codec(name)
+        codec_named(name)
 
 
 def test_more_lines_than_int16_counts_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exl2, "MOST_LINES", 31)
-    codec("exl2:8g32x3+6g32x1")
+    codec_named("exl2:8g32x3+6g32x1")
     with pytest.raises(ValueError, match="at most 31 lines"):
-        codec("exl2:8g32x4")
+        codec_named("exl2:8g32x4")
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_more_lines_than_int16_counts_are_refused(monkeypatch: pytest.MonkeyPatc
 )
 def test_shapes_that_do_not_fit_are_refused(rows: int, columns: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        codec("exl2:4g32x2").layout(rows, columns)
+        codec_named("exl2:4g32x2").layout(rows, columns)
 
 
 @pytest.mark.parametrize(

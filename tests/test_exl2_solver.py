@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids import fit_sections as fitting
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.sections import TensorSections
@@ -32,7 +32,7 @@ def problem(make_problem: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> t
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:
     factor = factorize(hessian.double(), 0.01, True)
-    grid = fit_sections(codec(name), weights, hessian.diagonal(), factor.order)
+    grid = fit_sections(codec_named(name), weights, hessian.diagonal(), factor.order)
     return grid, solve.feedback(weights, grid, factor)
 
 
@@ -48,7 +48,7 @@ def test_tensor_grid_is_the_formats_grid(name: str, size: float, problem: tuple[
     grid, codes = solved(name, weights, hessian)
     stored = grid.numpy()
     np.testing.assert_array_equal(grid.values(codes).numpy(), stored.values(codes.numpy()))
-    decoded = codec(name).decode(codec(name).encode(stored, codes.numpy()), 256)
+    decoded = codec_named(name).decode(codec_named(name).encode(stored, codes.numpy()), 256)
     np.testing.assert_array_equal(decoded.view(np.uint32), stored.values(codes.numpy()).view(np.uint32))
 
 
@@ -68,15 +68,15 @@ def test_fit_is_no_worse_than_the_range(name: str, problem: tuple[torch.Tensor, 
     def error(grid: TensorSections) -> float:
         return float(((grid.values(grid.nearest(weights)) - weights).square() * weight).sum())
 
-    fitted = fit_sections(codec(name), weights, weight, order)
-    assert error(fitted) < 0.99 * error(minmax_sections(codec(name), weights, order))
+    fitted = fit_sections(codec_named(name), weights, weight, order)
+    assert error(fitted) < 0.99 * error(minmax_sections(codec_named(name), weights, order))
 
 
 def test_fit_finds_the_best_scale_codes(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     """Against every scale code of each row, under the maxima that were chosen; the search leaves out those that hardly
     ever are."""
     weights, hessian = problem
-    grid = fit_sections(codec("exl2:3g32x8"), weights, hessian.diagonal(), torch.arange(256))
+    grid = fit_sections(codec_named("exl2:3g32x8"), weights, hessian.diagonal(), torch.arange(256))
     scale = grid.sections[0]
     errors = []
     for subs in (scale.subs, *(torch.full_like(scale.subs, code) for code in range(16))):
@@ -93,7 +93,7 @@ def test_torch_fit_equals_the_kernel(
     problem: tuple[torch.Tensor, torch.Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights, hessian = problem
-    arguments = codec(NAMES[2]), weights, hessian.diagonal(), hessian.diagonal().argsort(descending=True)
+    arguments = codec_named(NAMES[2]), weights, hessian.diagonal(), hessian.diagonal().argsort(descending=True)
     ours = fit_sections(*arguments)
     monkeypatch.setattr(fitting, "_best_subs_cpu", fitting._best_subs)
     for mine, theirs in zip(ours.sections, fit_sections(*arguments).sections, strict=True):
@@ -126,7 +126,7 @@ def test_refinement_never_raises_the_loss(name: str, problem: tuple[torch.Tensor
         for what in ("maxima", "subs")
     ]
     assert all(moved) or name != NAMES[0]  # at more bits a step of a scale code is too coarse to help
-    codec(name).encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
+    codec_named(name).encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
 
 
 @every_name
@@ -160,7 +160,7 @@ def test_every_method_solves_into_exl2(method: str, problem: tuple[torch.Tensor,
 def test_inputs_and_weights_of_zero_survive() -> None:
     for name in NAMES:
         tensor = solve_linear("x", torch.zeros(32, 256), torch.zeros(256, 256), name, Recipe("x", "exl2", bits=3))
-        assert not codec(name).decode(tensor.planes, 256).any()
+        assert not codec_named(name).decode(tensor.planes, 256).any()
 
 
 def test_weights_beyond_float16_become_its_largest() -> None:
@@ -168,7 +168,7 @@ def test_weights_beyond_float16_become_its_largest() -> None:
     weights[:, ::2] = -1e6
     for name in NAMES:
         tensor = solve_linear("x", weights, torch.eye(256), name, Recipe("x", "exl2", bits=3, descent=1))
-        values = codec(name).decode(tensor.planes, 256)
+        values = codec_named(name).decode(tensor.planes, 256)
         assert np.isfinite(values).all()
         assert values[0, 0] < -60000
 
@@ -181,7 +181,7 @@ def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) ->
     hessian = torch.outer(token, token) - 1e3 * torch.eye(256)  # not positive definite
     tensor = solve_linear("x", weights, hessian, name, Recipe("x", "native:table-4", dampening=0))
     assert tensor.facts["dampening"] > 0
-    assert np.isfinite(codec(name).decode(tensor.planes, 256)).all()
+    assert np.isfinite(codec_named(name).decode(tensor.planes, 256)).all()
 
 
 def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -190,7 +190,7 @@ def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, t
     tried = measured.options(mix_losses(weights, hessian, recipe), tuple(weights.shape))
     options = {option.name: option for option in tried}
     assert {"exl2:2g32x8", "exl2:8g32x8"} < options.keys()
-    assert all(sum(run.columns for run in codec(name).runs) == 256 for name in options)
+    assert all(sum(run.columns for run in codec_named(name).runs) == 256 for name in options)
     pure = [options[f"exl2:{bits}g32x8"] for bits in (2, 3, 4, 5, 6, 8)]
     assert all(wider.loss < narrower.loss / 2 for narrower, wider in itertools.pairwise(pure))
     # What is predicted is what solving gives: here all 64 rows are measured.

@@ -122,9 +122,9 @@ def recipe(text: Path, experts_model: Path) -> Recipe:
 
 def in_parts(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """As if memory asked for so many."""
-    chosen = memory.choose_room
+    chosen = memory.choose_placement
     monkeypatch.setattr(
-        "lqexport.pipeline.job.choose_room", lambda *arguments: replace(chosen(*arguments), parts=count)
+        "lqexport.pipeline.job.choose_placement", lambda *arguments: replace(chosen(*arguments), parts=count)
     )
 
 

@@ -19,7 +19,7 @@ from lqexport.converters.gguf.mixes import MIXES
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.targets import plan
 from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.modules import expected_shapes
 from lqexport.storage.artifact import Artifact, StoredTensor
 
@@ -38,11 +38,11 @@ class Zeros(Artifact):
         return {}
 
     def manifest(self) -> dict[str, dict[str, Any]]:
-        return {t.name: {"codec": t.codec, "shape": list(t.shape), "sha256": ""} for t in self._planned}
+        return {t.name: {"codec": t.codec_name, "shape": list(t.shape), "sha256": ""} for t in self._planned}
 
     def read_listed(self, name: str, codec_name: str, shape: tuple[int, ...], sha256: str) -> StoredTensor:
         matrix = shape if len(shape) == 2 else (1, shape[0])
-        planes = {key: np.zeros(form, dtype) for key, (dtype, form) in codec(codec_name).layout(*matrix).items()}
+        planes = {key: np.zeros(form, dtype) for key, (dtype, form) in codec_named(codec_name).layout(*matrix).items()}
         return StoredTensor(name, codec_name, shape, planes)
 
 
@@ -94,4 +94,6 @@ def check_mix(source: Path, artifact: Zeros, tmp_path: Path, mix: str) -> None:
     planned = plan(f"gguf:{mix}", artifact.config(), shapes)
     llamacpp_quantize(source, tmp_path / "theirs.gguf", {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix), threads=1)
     theirs = GGUFModel(tmp_path / "theirs.gguf")
-    assert {tensor.name: tensor.codec for tensor in planned} == {key: theirs.codec(key) for key in theirs.names()}
+    assert {tensor.name: tensor.codec_name for tensor in planned} == {
+        key: theirs.codec_name(key) for key in theirs.names()
+    }

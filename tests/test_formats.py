@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Scales, bits_per_weight
 from lqexport.formats.native import pack_bits
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 
 PLAIN = ["gguf:F32", "gguf-norm:F32", "gguf:F16", "gguf:BF16"]
 GRIDS = [name for name in names() if name not in PLAIN]
@@ -60,7 +60,7 @@ def random_scales(rng: np.random.Generator, form: ScaleFormat | None, rows: int,
 
 def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
     """A grid of the codec, and codes uint8 [rows, columns] on it."""
-    rng, grid_codec = np.random.default_rng(seed), codec(name)
+    rng, grid_codec = np.random.default_rng(seed), codec_named(name)
     rows = int(rng.integers(1, 6))
     columns = grid_codec.block * int(rng.integers(1, 4 if grid_codec.block > 1 else 80))
     levels = grid_codec.levels
@@ -74,7 +74,7 @@ def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
     """Rows of random bytes, uint8 [7, 3 blocks], that hold finite float16 numbers."""
-    rng, block_type = np.random.default_rng(seed), codec(name)
+    rng, block_type = np.random.default_rng(seed), codec_named(name)
     blocks = rng.integers(0, 256, block_type.layout(7, 3 * block_type.block)["blocks"][1], dtype=np.uint8)
     structs = blocks.view(block_type.members)
     for member in block_type.supers:
@@ -167,7 +167,7 @@ def test_nearest_to_a_weight_beyond_float32_steps_is_the_end_of_the_grid() -> No
     scale = Scales(ScaleFormat(32), np.full((1, 1), 2.0**-24, np.float16), np.ones((1, 1), np.int16))
     weights = np.repeat(np.array([[-3e38, 3e38]], dtype=np.float32), 16, axis=1)
     for name, last in {"gguf:Q8_0": 255, "gguf:IQ4_NL": 15}.items():
-        grid = Grid(32, codec(name).levels, scale)
+        grid = Grid(32, codec_named(name).levels, scale)
         assert np.array_equal(grid.nearest(weights), np.repeat([[0, last]], 16, axis=1))
 
 
@@ -192,12 +192,12 @@ def test_mxint_by_hand(bits: int) -> None:
     planes = {"codes": pack_bits(codes, bits), "exponents": np.array([[3 + 127]], dtype=np.uint8)}
     step = 2.0 ** (3 - (bits - 1))
     expected = np.array([[-largest * step, 0, largest * step] + [0] * 13], dtype=np.float32)
-    assert np.array_equal(codec(f"native:mxint-{bits}-g16").decode(planes, 16), expected)
+    assert np.array_equal(codec_named(f"native:mxint-{bits}-g16").decode(planes, 16), expected)
     assert largest * step + step == 8
 
 
 def test_what_mxint_cannot_mean_is_refused() -> None:
-    mxint, planes = codec("native:mxint-4-g16"), {"codes": np.zeros((1, 8), np.uint8)}
+    mxint, planes = codec_named("native:mxint-4-g16"), {"codes": np.zeros((1, 8), np.uint8)}
     for exponent in (127 - 22, 127 + 19):
         with pytest.raises(ValueError, match="out of its range"):
             mxint.decode(planes | {"exponents": np.array([[exponent]], np.uint8)}, 16)
@@ -222,7 +222,7 @@ def stored_number(scales: Scales, row: int, column: int, columns: int) -> np.flo
 @every_block_type
 @pytest.mark.parametrize("seed", range(10))
 def test_decoding_random_blocks_equals_gguf_and_libgguf_bitwise(name: str, seed: int) -> None:
-    blocks, block_type = random_blocks(name, seed), codec(name)
+    blocks, block_type = random_blocks(name, seed), codec_named(name)
     decoded = block_type.decode({"blocks": blocks}, 3 * block_type.block)
     assert same_bits(decoded, dequantize(blocks, ggml_type(name)))
     assert same_bits(decoded, libgguf.dequantize_rows(blocks, ggml_type(name)))
@@ -232,19 +232,19 @@ def test_decoding_random_blocks_equals_gguf_and_libgguf_bitwise(name: str, seed:
 @examples
 @given(seed=seeds)
 def test_every_bit_of_a_block_is_kept(name: str, seed: int) -> None:
-    blocks, block_type = random_blocks(name, seed), codec(name)
+    blocks, block_type = random_blocks(name, seed), codec_named(name)
     again = block_type.encode(*block_type.unpack({"blocks": blocks}, 3 * block_type.block))
     assert same_bits(again["blocks"], blocks)
 
 
 @every_block_type
 def test_block_sizes_are_ggufs(name: str) -> None:
-    block_type = codec(name)
+    block_type = codec_named(name)
     assert (block_type.block, block_type.members.itemsize) == gguf.GGML_QUANT_SIZES[ggml_type(name)]
 
 
 def test_what_a_file_spends_on_a_weight() -> None:
-    spent = {name: round(bits_per_weight(codec(name), 4096, 4096), 4) for name in names()}
+    spent = {name: round(bits_per_weight(codec_named(name), 4096, 4096), 4) for name in names()}
     assert spent["gguf:Q2_K"] == 2.625
     assert spent["gguf:Q3_K"] == 3.4375
     assert spent["gguf:Q4_K"] == 4.5
@@ -274,7 +274,7 @@ def hard_floats() -> np.ndarray:
 def test_plain_types_round_as_torch_gguf_and_ggml_do(name: str, dtype: torch.dtype) -> None:
     weights = hard_floats()
     weights = np.where(np.abs(weights) < 65504, weights, np.float32(0.1)) if name == "gguf:F16" else weights
-    blocks = codec(name).encode_values(weights)["blocks"]
+    blocks = codec_named(name).encode_values(weights)["blocks"]
     assert same_bits(blocks.view(np.int16), torch.from_numpy(weights).to(dtype).view(torch.int16).numpy())
     assert blocks.tobytes() == quantize(weights, ggml_type(name)).tobytes()
     assert blocks.tobytes() == libgguf.store_rows(weights, ggml_type(name)).tobytes()
@@ -282,7 +282,7 @@ def test_plain_types_round_as_torch_gguf_and_ggml_do(name: str, dtype: torch.dty
 
 def test_a_bfloat16_nan_stays_a_quiet_nan_as_in_ggml() -> None:
     patterns = np.array([[0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF, 0x7FC12345]], dtype=np.uint32)
-    blocks = codec("gguf:BF16").encode_values(patterns.view(np.float32))["blocks"]
+    blocks = codec_named("gguf:BF16").encode_values(patterns.view(np.float32))["blocks"]
     assert same_bits(blocks.view("<u2"), np.array([[0x7FC0, 0xFFC0, 0x7FFF, 0xFFFF, 0x7FC1]], dtype="<u2"))
     assert same_bits(blocks, quantize(patterns.view(np.float32), ggml_type("gguf:BF16")))
     assert same_bits(blocks, libgguf.store_rows(patterns.view(np.float32), ggml_type("gguf:BF16")))
@@ -291,7 +291,7 @@ def test_a_bfloat16_nan_stays_a_quiet_nan_as_in_ggml() -> None:
 @pytest.mark.parametrize(("name", "dtype"), [("gguf:F16", torch.float16), ("gguf:BF16", torch.bfloat16)])
 def test_every_16_bit_pattern_decodes_as_in_gguf_and_torch(name: str, dtype: torch.dtype) -> None:
     patterns = np.arange(2**16, dtype=np.uint16).reshape(4, -1)
-    decoded = codec(name).decode({"blocks": patterns.view(np.uint8)}, patterns.shape[1])
+    decoded = codec_named(name).decode({"blocks": patterns.view(np.uint8)}, patterns.shape[1])
     assert same_bits(decoded, dequantize(patterns.view(np.uint8), ggml_type(name)))
     expected = torch.from_numpy(patterns.view(np.int16)).view(dtype).to(torch.float32).numpy()
     assert np.array_equal(decoded, expected, equal_nan=True)
@@ -299,12 +299,12 @@ def test_every_16_bit_pattern_decodes_as_in_gguf_and_torch(name: str, dtype: tor
 
 def test_float32_is_kept_bitwise() -> None:
     weights = np.random.default_rng(0).integers(0, 2**32, (3, 50), dtype=np.uint32).view(np.float32)
-    assert same_bits(codec("gguf:F32").decode(codec("gguf:F32").encode_values(weights), 50), weights)
+    assert same_bits(codec_named("gguf:F32").decode(codec_named("gguf:F32").encode_values(weights), 50), weights)
 
 
 @pytest.mark.parametrize(("name", "largest", "too_large"), [("gguf:F16", 65519, 65520), ("gguf:BF16", 3.39e38, 3.4e38)])
 def test_a_finite_weight_never_becomes_infinite(name: str, largest: float, too_large: float) -> None:
-    plain: PlainCodec = codec(name)
+    plain: PlainCodec = codec_named(name)
     kept = plain.decode(plain.encode_values(np.array([[largest, -np.inf]], dtype=np.float32)), 2)
     assert np.isfinite(kept[0, 0])
     assert kept[0, 1] == -np.inf
@@ -327,7 +327,7 @@ def test_golden_vector(name: str) -> None:
         for key, (dtype, shape, content) in golden["planes"].items()
     }
     expected = np.frombuffer(bytes.fromhex(golden["float32"]), "<f4").reshape(-1, golden["columns"])
-    assert same_bits(codec(name).decode(planes, golden["columns"]), expected)
+    assert same_bits(codec_named(name).decode(planes, golden["columns"]), expected)
 
 
 def half(*numbers: float) -> np.ndarray:
@@ -339,7 +339,7 @@ def test_a_three_bit_table_by_hand() -> None:
     planes = {"codes": np.array([[0b10001000, 0b11000110, 0b11111010, 0b101111]], dtype=np.uint8)}
     planes["table"] = half(-4, -2, -1, -0.0, 0.5, 1, 2, 4)
     expected = np.array([[-4, -2, -1, -0.0, 0.5, 1, 2, 4, 4, 1]], dtype=np.float32)
-    assert same_bits(codec("native:table-3").decode(planes, 10), expected)
+    assert same_bits(codec_named("native:table-3").decode(planes, 10), expected)
 
 
 BY_HAND = {2: [0b11_10_01_00], 3: [0b10_001_000, 0b11_0], 4: [0x10, 0x32], 5: [0b001_00000, 0b1_00010_00, 0b1]}
@@ -351,13 +351,13 @@ def test_affine_rows_by_hand(bits: int) -> None:
     """Codes 0 1 2 3 with scale -0.5 and offset 1.25."""
     planes = {"codes": np.array([BY_HAND[bits]], dtype=np.uint8), "scale": half(-0.5), "offset": half(1.25)}
     expected = np.array([[1.25, 0.75, 0.25, -0.25]], dtype=np.float32)
-    assert same_bits(codec(f"native:affine-{bits}-row").decode(planes, 4), expected)
+    assert same_bits(codec_named(f"native:affine-{bits}-row").decode(planes, 4), expected)
 
 
 def test_a_negative_zero_scale_gives_zeros_of_the_opposite_sign() -> None:
     blocks = np.frombuffer(bytes([0x00, 0x80, *[0xF0] * 16]), np.uint8)[None]  # d = -0.0; q = -8, then 7
     expected = np.repeat(np.array([[0.0, -0.0]], dtype=np.float32), 16, axis=1)
-    assert same_bits(codec("gguf:Q4_0").decode({"blocks": blocks}, 32), expected)
+    assert same_bits(codec_named("gguf:Q4_0").decode({"blocks": blocks}, 32), expected)
 
 
 # Bad input: one sentence each.
@@ -366,31 +366,31 @@ def test_a_negative_zero_scale_gives_zeros_of_the_opposite_sign() -> None:
 @every_codec
 def test_a_shape_that_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="empty matrix"):
-        codec(name).layout(4, 0)
+        codec_named(name).layout(4, 0)
     with pytest.raises(ValueError, match="empty matrix"):
-        codec(name).layout(0, 256)
-    if codec(name).block > 1:
+        codec_named(name).layout(0, 256)
+    if codec_named(name).block > 1:
         with pytest.raises(
-            ValueError, match=rf"multiple of {codec(name).block} weights, not {codec(name).block + 8}\."
+            ValueError, match=rf"multiple of {codec_named(name).block} weights, not {codec_named(name).block + 8}\."
         ):
-            codec(name).layout(4, codec(name).block + 8)
+            codec_named(name).layout(4, codec_named(name).block + 8)
 
 
 @every_codec
 def test_planes_of_another_shape_are_refused(name: str) -> None:
-    columns = 2 * codec(name).block
-    planes = {key: np.ones(shape, dtype) for key, (dtype, shape) in codec(name).layout(3, columns).items()}
+    columns = 2 * codec_named(name).block
+    planes = {key: np.ones(shape, dtype) for key, (dtype, shape) in codec_named(name).layout(3, columns).items()}
     if "exponents" in planes:
         planes["exponents"][:] = 127
-    assert codec(name).decode(planes, columns).shape == (3, columns)
+    assert codec_named(name).decode(planes, columns).shape == (3, columns)
     with pytest.raises(ValueError, match="has the planes"):
-        codec(name).decode({**planes, "more": planes[next(iter(planes))]}, columns)
+        codec_named(name).decode({**planes, "more": planes[next(iter(planes))]}, columns)
     for key, plane in planes.items():
         for wrong in (plane[:, :-1], plane.astype(np.int64), plane[0]):
             with pytest.raises(ValueError, match=r"Plane|multiple|empty"):
-                codec(name).decode({**planes, key: wrong}, columns)
+                codec_named(name).decode({**planes, key: wrong}, columns)
     with pytest.raises(ValueError, match=r"has the planes|empty"):
-        codec(name).decode({}, columns)
+        codec_named(name).decode({}, columns)
 
 
 @every_grid
@@ -459,21 +459,21 @@ def test_numbers_that_the_file_cannot_store_are_refused(name: str, what: str) ->
 def test_a_table_that_the_file_cannot_store_is_refused(table: list[float], message: str) -> None:
     grid = Grid(8, np.array([table], dtype=np.float32))
     with pytest.raises(ValueError, match=message):
-        codec("native:table-2").encode(grid, np.zeros((1, 8), dtype=np.uint8))
+        codec_named("native:table-2").encode(grid, np.zeros((1, 8), dtype=np.uint8))
 
 
 def test_plain_types_take_float32_matrices_only() -> None:
     for weights in (np.zeros((2, 2)), np.zeros(2, dtype=np.float32)):
         with pytest.raises(ValueError, match="stores float32"):
-            codec("gguf:F16").encode_values(weights)
+            codec_named("gguf:F16").encode_values(weights)
 
 
 def test_unknown_names_are_answered_with_near_ones() -> None:
     for wrong, near in {"Q4_K": "gguf:Q4_K", "gguf:q6_k": "gguf:Q6_K", "native:table3": "native:table-3"}.items():
         with pytest.raises(ValueError, match=f"Unknown format '{wrong}'. Near: {near}"):
-            codec(wrong)
+            codec_named(wrong)
     with pytest.raises(ValueError, match="Known: gguf:F32, "):
-        codec("something else")
+        codec_named("something else")
 
 
 def test_names_of_a_family() -> None:
@@ -481,4 +481,4 @@ def test_names_of_a_family() -> None:
     assert names("gguf-norm") == ["gguf-norm:F32"]
     assert names("gguf")[:4] == ["gguf:F32", "gguf:F16", "gguf:BF16", "gguf:Q4_0"]
     assert names("gg") == []
-    assert all(codec(name).name == name for name in names())
+    assert all(codec_named(name).name == name for name in names())

@@ -21,7 +21,7 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.formats.codec import Grid
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 from lqexport.storage.artifact import StoredTensor
 from lqexport.storage.files import write_json
 
@@ -45,10 +45,10 @@ def test_every_type_comes_back_bitwise(tmp_path: Path, tokenizer: Tokenizer, nam
     for tensor_name in file.names():
         stored = artifact.read(tensor_name)
         kind, planes, shape = file.planes(tensor_name)
-        assert (kind, shape) == (stored.codec, stored.shape)
+        assert (kind, shape) == (stored.codec_name, stored.shape)
         assert planes.keys() == stored.planes.keys()
         assert all(np.array_equal(planes[key], stored.planes[key]) for key in planes)
-        decoded = codec(kind).decode(stored.planes, shape[-1]).reshape(shape)
+        decoded = codec_named(kind).decode(stored.planes, shape[-1]).reshape(shape)
         assert np.array_equal(file.read(tensor_name), decoded)
         assert sizes[tensor_name] == sum(plane.nbytes for plane in stored.planes.values())
 
@@ -224,7 +224,7 @@ def test_native_artifact_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> Non
     artifact = make_artifact(tmp_path / "artifact", model, "gguf:F16", tokenizer)
     name = "model.layers.0.mlp.up_proj.weight"
     table = np.sort(np.random.default_rng(0).normal(size=(96, 8)).astype(np.float16), axis=1).astype(np.float32)
-    planes = codec("native:table-3").encode(Grid(64, table), np.zeros((96, 64), dtype=np.uint8))
+    planes = codec_named("native:table-3").encode(Grid(64, table), np.zeros((96, 64), dtype=np.uint8))
     artifact.write(StoredTensor(name, "native:table-3", (96, 64), planes))
     artifact.finish(list(artifact.manifest()), {})
     with pytest.raises(UserError, match=r"1 of its tensors .*native:table-3"):

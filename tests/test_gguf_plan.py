@@ -17,7 +17,7 @@ from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.converters.targets import plan, targets
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import quantize
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 
 
 def make_config(hidden: int = 256, layers: int = 2, heads: int = 4, kv: int = 2, tied: bool = False) -> dict[str, Any]:
@@ -91,11 +91,11 @@ def types_by_llamacpp(folder: Path, config: dict[str, Any], mix: str) -> dict[st
     quantize(source, out, name, imatrix=ones if mix == "Q2_K_S" else None, threads=2)
     model = GGUFModel(out)
     assert model.metadata["general.file_type"] == file_type(mix)
-    return {tensor: model.codec(tensor) for tensor in model.names()}
+    return {tensor: model.codec_name(tensor) for tensor in model.names()}
 
 
 def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[str, str]:
-    return {tensor.name: tensor.codec for tensor in plan(target, config, make_shapes(config), **options)}
+    return {tensor.name: tensor.codec_name for tensor in plan(target, config, make_shapes(config), **options)}
 
 
 @pytest.mark.llamacpp
@@ -127,7 +127,7 @@ def test_every_target_plans_every_tensor_in_order(target: str) -> None:
     planned = plan(target, config, make_shapes(config))
     order = list(gguf_names(LLAMA, 2))
     assert [tensor.name for tensor in planned] == [name for name in order if name in make_shapes(config)]
-    assert all(tensor.codec == "gguf:F32" and not tensor.linear for tensor in planned if len(tensor.shape) == 1)
+    assert all(tensor.codec_name == "gguf:F32" and not tensor.linear for tensor in planned if len(tensor.shape) == 1)
     assert not any(tensor.reason for tensor in planned)
     assert all(tensor.nbytes > 0 for tensor in planned)
 
@@ -137,9 +137,9 @@ def test_pure_type(kind: str) -> None:
     planned = plan(f"gguf:{kind}", make_config(), make_shapes(make_config()))
     plain = kind in ("F32", "F16", "BF16")
     linears = [tensor for tensor in planned if ".layers." in tensor.name and len(tensor.shape) == 2]
-    assert {tensor.codec for tensor in linears} == {f"gguf:{kind}"}
+    assert {tensor.codec_name for tensor in linears} == {f"gguf:{kind}"}
     assert {tensor.linear for tensor in linears} == {not plain}
-    ends = {tensor.codec for tensor in planned if tensor.name in ("model.embed_tokens.weight", "lm_head.weight")}
+    ends = {tensor.codec_name for tensor in planned if tensor.name in ("model.embed_tokens.weight", "lm_head.weight")}
     assert ends == {f"gguf:{kind}" if plain else "gguf:Q8_0"}
 
 
@@ -165,7 +165,7 @@ def test_fallback(target: str, columns: int, expected: str) -> None:
     config = make_config(hidden=columns)
     planned = {tensor.name: tensor for tensor in plan(target, config, make_shapes(config))}
     tensor = planned["model.layers.1.self_attn.q_proj.weight"]
-    assert tensor.codec == expected
+    assert tensor.codec_name == expected
     assert tensor.linear == (expected != "gguf:F16")
     if expected == target:
         assert tensor.wanted is None
@@ -199,7 +199,7 @@ def test_options_fall_back_too() -> None:
 def test_tied_output_is_dropped_and_either_option_means_the_embedding() -> None:
     config = make_config(tied=True)
     shapes = make_shapes(config) | {"lm_head.weight": (32, 256)}
-    planned = {tensor.name: tensor.codec for tensor in plan("gguf:Q4_K", config, shapes, output_type="Q6_K")}
+    planned = {tensor.name: tensor.codec_name for tensor in plan("gguf:Q4_K", config, shapes, output_type="Q6_K")}
     assert "lm_head.weight" not in planned
     assert planned["model.embed_tokens.weight"] == "gguf:Q6_K"
 
@@ -261,4 +261,4 @@ def test_planned_bytes_are_the_codecs() -> None:
     config = make_config()
     (tensor, *_) = [t for t in plan("gguf:Q4_K", config, make_shapes(config)) if t.linear]
     assert tensor.nbytes == 256 * 144
-    assert codec(tensor.codec).block == 256
+    assert codec_named(tensor.codec_name).block == 256

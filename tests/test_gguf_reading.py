@@ -133,5 +133,5 @@ def test_real_file() -> None:
     assert model.names()[:2] == ["model.embed_tokens.weight", "model.layers.0.input_layernorm.weight"]
     assert model.config["rms_norm_eps"] == 1e-05
     assert model.config["tie_word_embeddings"] is True
-    assert model.codec("model.layers.0.self_attn.q_proj.weight") == "gguf:Q4_1"
+    assert model.codec_name("model.layers.0.self_attn.q_proj.weight") == "gguf:Q4_1"
     assert model.read("model.layers.0.self_attn.q_proj.weight").shape == (576, 576)

@@ -60,7 +60,7 @@ def test_folders_hold_the_artifacts_planes(kind: str, how: str, artifacts: Artif
     assert set(read.names()) == set(artifacts[kind].manifest())
     for name in read.names():
         (codec, planes, shape), stored = read.planes(name), artifacts[kind].read(name)
-        assert (codec, shape) == (stored.codec, stored.shape)
+        assert (codec, shape) == (stored.codec_name, stored.shape)
         assert sorted(planes) == sorted(stored.planes)
         for plane, content in planes.items():
             assert content.dtype == stored.planes[plane].dtype
@@ -211,8 +211,8 @@ def test_models_that_the_layout_cannot_hold_are_refused(tiny_model: Path) -> Non
     shapes = {name: source.shape(name) for name in source.names()}
     down = "model.layers.0.mlp.down_proj.weight"
     planned = {tensor.name: tensor for tensor in plan_gptq("gptq:4-g128", source.config, shapes)}
-    assert (planned[down].codec, planned[down].linear) == ("gptq:4-g128", True)
-    assert planned["model.embed_tokens.weight"].codec == planned["model.norm.weight"].codec == "gguf:F16"
+    assert (planned[down].codec_name, planned[down].linear) == ("gptq:4-g128", True)
+    assert planned["model.embed_tokens.weight"].codec_name == planned["model.norm.weight"].codec_name == "gguf:F16"
     with pytest.raises(UserError, match=r"down_proj.weight, \[256, 576\].* Take gptq:4-g32 or gptq:4-g64 or"):
         plan_gptq("gptq:4-g128", source.config, shapes | {down: (256, 576)})
     with pytest.raises(UserError, match=r"rows must be a multiple of 32 and columns of 128\.$"):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from lqexport.formats.codec import Grid, Planes, Scales, Sections
 from lqexport.formats.gptq import GPTQ, LEVELS, Gptq
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.sections import TensorSections, ZeroSection
 from lqexport.recipe import Recipe
@@ -76,10 +76,10 @@ def test_values_are_those_of_the_description(name: str) -> None:
 
 
 def test_names_are_the_registrys() -> None:
-    assert all(codec(name).name == name for name in GPTQ)
+    assert all(codec_named(name).name == name for name in GPTQ)
     assert len(GPTQ) == 14
     with pytest.raises(ValueError, match="Unknown format"):
-        codec("gptq:3-g128")
+        codec_named("gptq:3-g128")
 
 
 def test_grids_that_the_layout_cannot_hold_are_refused() -> None:
@@ -216,7 +216,7 @@ def test_every_method_solves_into_the_layout(
     weights, hessian = problem
     tensor = solve_linear("x", weights, None if method == "rtn" else hessian, name, Recipe("x", name, method=method))
     assert tensor.facts["weight_error"] < 0.08
-    codec(name).decode(tensor.planes, 256)
+    codec_named(name).decode(tensor.planes, 256)
 
 
 def test_groups_in_act_order_are_of_like_activations(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
@@ -229,7 +229,7 @@ def test_groups_in_act_order_are_of_like_activations(problem: tuple[torch.Tensor
 def test_inputs_and_weights_of_zero_survive() -> None:
     for name in GPTQ:
         tensor = solve_linear("x", torch.zeros(32, 128), torch.zeros(128, 128), name, Recipe("x", name))
-        assert not codec(name).decode(tensor.planes, 128).any()
+        assert not codec_named(name).decode(tensor.planes, 128).any()
 
 
 def test_weights_beyond_float16_become_large_and_finite() -> None:
@@ -237,6 +237,6 @@ def test_weights_beyond_float16_become_large_and_finite() -> None:
     weights[:, ::2] = -1e6
     for name in GPTQ:
         tensor = solve_linear("x", weights, torch.eye(128), name, Recipe("x", name, descent=1))
-        values = codec(name).decode(tensor.planes, 128)
+        values = codec_named(name).decode(tensor.planes, 128)
         assert np.isfinite(values).all()
         assert values[0, 0] < -25000

@@ -18,7 +18,7 @@ from lqexport.calibration.collect import input_magnitudes
 from lqexport.converters.factors import factor_names, is_factor
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
@@ -154,7 +154,7 @@ def test_factors_are_tensors_of_their_own(corrected: Artifact) -> None:
         assert len(losses) == 17
         assert losses[0] == pytest.approx(entry["loss"], rel=1e-4)
         assert 0 < losses[-1] < 0.9 * losses[0]
-    sizes = {name: nbytes(codec(e["codec"]), *([1, *e["shape"]][-2:])) for name, e in manifest.items()}
+    sizes = {name: nbytes(codec_named(e["codec"]), *([1, *e["shape"]][-2:])) for name, e in manifest.items()}
     assert report["correction"]["factor_bytes"] == sum(size for name, size in sizes.items() if is_factor(name))
     assert report["correction"]["base_bytes"] == sum(size for name, size in sizes.items() if not is_factor(name))
 

@@ -24,7 +24,7 @@ from lqexport.converters.gguf.adapter import GGUFAdapter
 from lqexport.converters.gguf.header import read_header
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.models.adapters import ArtifactFactors, Corrected, open_factors
+from lqexport.models.adapters import ArtifactFactors, CorrectedModel, open_factors
 from lqexport.models.source import open_source
 from lqexport.models.written import ArtifactModel
 from lqexport.pipeline.quantize import quantize
@@ -37,7 +37,7 @@ from lqexport.storage.artifact import Artifact
 
 def merged(artifact: Artifact, folder: Path) -> Artifact:
     """The corrected weights as a float32 artifact without factors."""
-    model, result = Corrected(ArtifactModel(artifact.folder), ArtifactFactors(artifact)), Artifact(folder)
+    model, result = CorrectedModel(ArtifactModel(artifact.folder), ArtifactFactors(artifact)), Artifact(folder)
     result.begin(artifact.run())
     shutil.copytree(artifact.model_folder, result.model_folder)
     for name in model.names():
@@ -85,7 +85,7 @@ def test_an_adapter_file_holds_the_artifacts_factors(by_hand: Artifact, tmp_path
     for name in found.names():
         kind, planes, shape = found.planes(name)
         stored = by_hand.read(name)
-        assert (kind, shape) == (stored.codec, stored.shape)
+        assert (kind, shape) == (stored.codec_name, stored.shape)
         assert np.array_equal(planes["blocks"], stored.planes["blocks"])
 
 
@@ -127,8 +127,8 @@ def test_a_peft_folder_holds_the_factors(tiny_model: Path, kind: str, tmp_path: 
     peft.write(artifact, tmp_path / "peft")
     found = open_factors(tmp_path / "base.gguf", tmp_path / "peft", artifact.config())
     assert found is not None
-    expected = Corrected(ArtifactModel(artifact.folder), ArtifactFactors(artifact))
-    read = Corrected(ArtifactModel(artifact.folder), found)
+    expected = CorrectedModel(ArtifactModel(artifact.folder), ArtifactFactors(artifact))
+    read = CorrectedModel(ArtifactModel(artifact.folder), found)
     for name in filter(is_factor, artifact.manifest()):
         linear = corrected_linear(name)
         assert torch.equal(read.read(linear), expected.read(linear))
@@ -149,7 +149,7 @@ def test_peft_itself_computes_the_corrected_model(by_hand: Artifact, tiny_model:
         base = model(ids).logits
         beside = library.PeftModel.from_pretrained(model, tmp_path / "peft")(ids).logits
         expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-        weights = Corrected(ArtifactModel(by_hand.folder), ArtifactFactors(by_hand))
+        weights = CorrectedModel(ArtifactModel(by_hand.folder), ArtifactFactors(by_hand))
         expected.load_state_dict({name: weights.read(name) for name in weights.names()}, strict=False)
         assert (beside - base).abs().mean() > 0.1
         torch.testing.assert_close(beside, expected(ids).logits, rtol=1e-3, atol=1e-3)

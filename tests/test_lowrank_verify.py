@@ -17,7 +17,7 @@ from lqexport.converters.gguf import adapter as gguf_adapter
 from lqexport.converters.gguf import writer as gguf
 from lqexport.errors import UserError
 from lqexport.evaluation.activations import rounding
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.verification.verifying import verify
@@ -88,7 +88,7 @@ def round_rtn(kind: str, weights: torch.Tensor) -> torch.Tensor:
     from lqexport.solver.linear import solve_linear
 
     stored: StoredTensor = solve_linear("w", weights, None, kind, Recipe("", kind, method="rtn"))
-    return torch.from_numpy(codec(kind).decode(stored.planes, weights.shape[1]))
+    return torch.from_numpy(codec_named(kind).decode(stored.planes, weights.shape[1]))
 
 
 def test_emulated_activations_cost_what_their_bits_do(corrected: Artifact, tiny_model: Path, heldout: str) -> None:

@@ -19,7 +19,7 @@ from lqexport.models.source import open_source
 from lqexport.pipeline import job
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.runtime.placement import plenty
+from lqexport.runtime.placement import all_on_device
 from lqexport.runtime.progress import Silent
 from lqexport.storage.artifact import Artifact
 
@@ -203,7 +203,7 @@ def drifted(tokens: int, noise: float) -> tuple[Tensor, Tensor]:
 
 
 def cross_moments(tokens: int, noise: float) -> CrossMoments:
-    moments = CrossMoments(16, "plain", plenty(CPU))
+    moments = CrossMoments(16, "plain", all_on_device(CPU))
     for half in (0, 1):
         moments.add(half, *(Entering(part.chunk(2)[half]) for part in drifted(tokens, noise)))
     return moments
@@ -231,14 +231,14 @@ def test_an_asymmetric_target_keeps_the_outputs() -> None:
 def test_an_asymmetric_target_does_not_fit_noise() -> None:
     """From 40 tokens, 16 columns of correction are mostly noise; what held-out tokens do not confirm is left out."""
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    moments = CrossMoments(16, "plain", plenty(CPU))
+    moments = CrossMoments(16, "plain", all_on_device(CPU))
     draw = torch.Generator().manual_seed(2)
     for half in (0, 1):
         full = torch.randn(20, 16, generator=draw)
         moments.add(half, Entering(full), Entering(full + torch.randn(20, 16, generator=draw) * 0.05))
     target, strength = moments.target(weight, 1e-4)
     assert strength < 0.5
-    same, none = CrossMoments(16, "plain", plenty(CPU)), torch.randn(20, 16, generator=draw)
+    same, none = CrossMoments(16, "plain", all_on_device(CPU)), torch.randn(20, 16, generator=draw)
     same.add(0, Entering(none), Entering(none))
     assert torch.equal(same.target(weight, 0.05)[0], weight)
     assert (target - weight).norm() < 0.1 * weight.norm()
@@ -249,7 +249,7 @@ def test_what_hidden_states_lack_is_made_up_for(kind: str) -> None:
     """A part of what they lack can be seen in the inputs of a linear whose output is added to them. Two tokens with
     hidden states a thousand times as large do not rule what is normalized."""
     draw = torch.Generator().manual_seed(5)
-    weight, moments = torch.randn(8, 16, generator=draw), CrossMoments(16, kind, plenty(CPU), rows=8)
+    weight, moments = torch.randn(8, 16, generator=draw), CrossMoments(16, kind, all_on_device(CPU), rows=8)
     lost = torch.randn(8, 16, generator=draw)
     before = after = 0.0
     for half in (0, 1, 2):
@@ -273,7 +273,7 @@ def test_what_hidden_states_lack_is_made_up_for(kind: str) -> None:
 def test_cross_moments_hold_the_plain_hessian() -> None:
     full, quantized = drifted(100, 0.1)
     for kind in ("plain", "normalized"):
-        both, alone = CrossMoments(16, kind, plenty(CPU)), SecondMoments(16, kind, CPU)
+        both, alone = CrossMoments(16, kind, all_on_device(CPU)), SecondMoments(16, kind, CPU)
         both.add(0, Entering(full[:60]), Entering(quantized[:60]))
         both.add(1, Entering(full[60:]), Entering(quantized[60:]))
         alone.add(quantized)
@@ -286,7 +286,7 @@ def test_cross_moments_with_token_weights_are_guided(power: float) -> None:
     draw = torch.Generator().manual_seed(3)
     inputs, gradient = torch.randn(40, 16, generator=draw), torch.randn(40, 6, generator=draw) ** 3
     alone, weights = SecondMoments(16, "guided", CPU, power=power), TokenWeights(16, power)
-    both = CrossMoments(16, "guided", plenty(CPU))
+    both = CrossMoments(16, "guided", all_on_device(CPU))
     for part in (slice(0, 25), slice(25, 40)):
         alone.add(inputs[part], gradient[part])
         weights.add(inputs[part], gradient[part])

@@ -19,12 +19,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 import lqexport
 from lqexport.converters.folders import native, shards
 from lqexport.errors import UserError
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 from lqexport.grids.fit import minmax
 from lqexport.integration import loading
 from lqexport.integration.packed_linear import PackedLinear
 from lqexport.kernels import cuda, cuda_decode, cuda_multiply, native_decode
-from lqexport.models.adapters import Corrected, open_factors
+from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import inspect
 from lqexport.models.written import open_export
@@ -73,7 +73,7 @@ def verifier_logits(folder: Path) -> torch.Tensor:
     """Logits as `verify` computes them."""
     export = open_export(folder)
     factors = open_factors(folder, None, export.config)
-    model = BlockModel(Corrected(export, factors) if factors else export)
+    model = BlockModel(CorrectedModel(export, factors) if factors else export)
     hidden = model.start(ids())
     for _, block in model.blocks():
         hidden = model.run(block, hidden)
@@ -102,7 +102,7 @@ def test_transformers_computes_what_verify_does(target: str, rank: int, make: Ca
 @pytest.mark.parametrize("by", [native_decode.by_torch, native_decode.by_numba])
 def test_decodes_as_the_format_does(name: str, by: Callable[..., torch.Tensor]) -> None:
     """Odd numbers of columns too, where the last byte of a row is not full."""
-    kind = codec(name)
+    kind = codec_named(name)
     for columns in {kind.block * 2, kind.block * 2 + (13 if kind.block == 1 else 0)}:
         weights = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
         grid = minmax(kind, weights)
@@ -215,7 +215,7 @@ def test_a_bias_and_the_kernels_path(kernels_on: Callable[..., str], monkeypatch
     kernels_on("plain", {cuda_multiply.SOURCE: [product]})
     linear = PackedLinear("native:affine-4-g64", 6, 256, rank=4, bias=True)
     weights = torch.randn(6, 256)
-    kind = codec(linear.codec_name)
+    kind = codec_named(linear.codec_name)
     grid = minmax(kind, weights)
     for plane, array in kind.encode(grid.numpy(), grid.nearest(weights).numpy()).items():
         linear.planes()[plane].copy_(torch.from_numpy(array))

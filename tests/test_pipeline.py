@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 
 from lqexport.errors import UserError
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.source import open_source
 from lqexport.pipeline import job
 from lqexport.pipeline import solve_model as solving
@@ -52,7 +52,7 @@ def test_every_tensor_is_stored_near_its_source(recipe: Recipe, target: str, met
     for name in stored.manifest():
         tensor = stored.read(name)
         weight = source.read(name).float()
-        values = codec(tensor.codec).decode(tensor.planes, weight.shape[-1]).reshape(weight.shape)
+        values = codec_named(tensor.codec_name).decode(tensor.planes, weight.shape[-1]).reshape(weight.shape)
         error = float(((torch.from_numpy(values) - weight) ** 2).sum() / (weight**2).sum())
         assert error < 0.35 if "proj" in name else error < 1e-3, name
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
@@ -149,7 +149,7 @@ def test_biases_are_kept(recipe: Recipe, tmp_path: Path) -> None:
     AutoTokenizer.from_pretrained(recipe.source).save_pretrained(tmp_path / "biased")
     quantize(changed(recipe, source=str(tmp_path / "biased"), tune=0), tmp_path / "out")
     stored = Artifact(tmp_path / "out").read("model.layers.0.self_attn.q_proj.bias")
-    values = codec(stored.codec).decode(stored.planes, stored.shape[0]).ravel()
+    values = codec_named(stored.codec_name).decode(stored.planes, stored.shape[0]).ravel()
     expected = biased.state_dict()["model.layers.0.self_attn.q_proj.bias"].float().numpy()
     np.testing.assert_array_equal(values, expected)
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from lqexport.converters.exl2 import writer as exl2
 from lqexport.converters.gguf import writer as gguf
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids import fit_sections
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import minmax_sections
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared
 from lqexport.pipeline import exl2_mixes as choose
 from lqexport.pipeline.quantize import quantize
-from lqexport.planning.memory import Budget
+from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.solver import cholesky as factor
 from lqexport.solver import feedback as solve
@@ -156,8 +156,8 @@ def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
     weights, inputs = torch.randn(2, 256, device=CUDA), torch.randn(300, 256, device=CUDA)
     hessian = inputs.T @ inputs
     factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
-    assert minmax(codec(name), weights).levels.device.type == "cuda"
-    grid = fit(codec(name), weights, hessian.diagonal())
+    assert minmax(codec_named(name), weights).levels.device.type == "cuda"
+    grid = fit(codec_named(name), weights, hessian.diagonal())
     codes = solve.feedback(weights, grid, factor)
     before = solve.layer_loss(grid.values(codes) - weights, matrix)
     grid, codes = solve.refine(weights, matrix, grid, codes, sweeps=1, refit=True)
@@ -166,7 +166,9 @@ def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
 
 
 def test_exl2s_range(pretended: Any) -> None:
-    grid = minmax_sections(codec("exl2:8g32x1+3g32x1"), torch.randn(32, 64, device=CUDA), torch.arange(64).to(CUDA))
+    grid = minmax_sections(
+        codec_named("exl2:8g32x1+3g32x1"), torch.randn(32, 64, device=CUDA), torch.arange(64).to(CUDA)
+    )
     assert {part.maxima.device.type for part in grid.sections} == {"cuda"}
 
 
@@ -259,8 +261,8 @@ def test_the_same_bytes_where_the_device_keeps_nothing(
     monkeypatch.setattr(factor, "PANEL", 48)
     recipe = changed(recipe, tune=1)
     names = []
-    for name, budget in (("much", Budget()), ("little", Budget(1, host))):
-        quantize(recipe, tmp_path / name, device="cuda", budget=budget)
+    for name, memory_limits in (("much", MemoryLimits()), ("little", MemoryLimits(1, host))):
+        quantize(recipe, tmp_path / name, device="cuda", memory_limits=memory_limits)
         names.append({entry["name"]: entry["sha256"] for entry in Artifact(tmp_path / name).manifest().values()})
     assert names[0] == names[1]
 

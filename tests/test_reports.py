@@ -94,12 +94,17 @@ def test_the_worst_tokens_are_those_of_the_largest_divergence(found: Verificatio
 
 
 def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_model: Path, text: str) -> None:
-    assert found.portrait is not None
+    assert found.matrix_view is not None
     errors = {tensor.name: tensor.weight_error or 0 for tensor in found.tensors if len(tensor.shape) == 2}
-    assert found.portrait.name == max(errors, key=lambda name: errors[name])
-    shown = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).portrait
+    assert found.matrix_view.name == max(errors, key=lambda name: errors[name])
+    shown = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).matrix_view
     assert shown is not None
-    assert (shown.name, shown.codec, sum(shown.source), sum(shown.file)) == (DOWN, "gguf:Q4_0", 256 * 512, 256 * 512)
+    assert (shown.name, shown.codec_name, sum(shown.source), sum(shown.file)) == (
+        DOWN,
+        "gguf:Q4_0",
+        256 * 512,
+        256 * 512,
+    )
     row = decoded(lossy.read(DOWN))[shown.row]
     assert shown.levels == sorted(set(row.tolist()))
     with pytest.raises(UserError, match="no matrix nothing"):

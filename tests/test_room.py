@@ -17,10 +17,10 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.planning import memory
 from lqexport.planning.cost import Work
 from lqexport.planning.forecast import forecast
-from lqexport.planning.memory import Budget
+from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.runtime import tiles
-from lqexport.runtime.placement import mapped, places
+from lqexport.runtime.placement import locations, mapped
 from lqexport.runtime.progress import Callback
 from lqexport.solver import cholesky as factor
 from lqexport.solver import feedback as solve
@@ -77,9 +77,9 @@ def test_the_same_bytes_in_no_room(
         str(experts_model if name == "experts" else tiny_model), calibration=str(text), **SMALL | RECIPES[name]
     )
     said: list[str] = []
-    quantize(recipe, tmp_path / "much", device="cpu", budget=Budget())
+    quantize(recipe, tmp_path / "much", device="cpu", memory_limits=MemoryLimits())
     listener = Callback(lambda *_: None, said.append)
-    quantize(recipe, tmp_path / "little", device="cpu", budget=Budget(host=1), listener=listener)
+    quantize(recipe, tmp_path / "little", device="cpu", memory_limits=MemoryLimits(host=1), listener=listener)
     assert "Second moments are kept on the disk, factors on the disk, and up to 64 rows" in said[0]
     assert ("experts are solved in 5 parts" in said[0]) == (name == "experts")
     assert contents(tmp_path / "much") == contents(tmp_path / "little")
@@ -136,7 +136,7 @@ def test_less_than_a_tile_is_refused(hessian: Tensor, monkeypatch: pytest.Monkey
 
 
 def test_what_a_device_has_no_room_for_goes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, tensor = places(torch.device("meta"), tmp_path)[0], torch.randn(4, 4)
+    place, tensor = locations(torch.device("meta"), tmp_path)[0], torch.randn(4, 4)
     move = Tensor.to
 
     def full(self: Tensor, where: Any) -> Tensor:
@@ -155,46 +155,46 @@ def work_of(name: str, **options: Any) -> Work:
 
 def test_less_memory_keeps_more_elsewhere() -> None:
     """Each way takes no more of the device than those before it that do as many rows at once."""
-    ways = list(memory.rooms(work_of("llama-3.1-70b"), torch.device("cuda"), Path()))
-    kept = [(room.moments.name, room.factors.name) for room in ways if room.rows == tiles.ROW_TILE]
+    ways = list(memory.placements(work_of("llama-3.1-70b"), torch.device("cuda"), Path()))
+    kept = [(placement.moments.name, placement.factors.name) for placement in ways if placement.rows == tiles.ROW_TILE]
     assert kept == [("device", "device"), ("host", "device"), ("host", "host"), ("disk", "host"), ("disk", "disk")]
-    needed = [memory.memory(work_of("llama-3.1-70b"), room)[memory.SOLVING] for room in ways]
-    least = [stage for stage, room in zip(needed, ways, strict=True) if room.rows == tiles.ROW_TILE]
+    needed = [memory.memory(work_of("llama-3.1-70b"), placement)[memory.SOLVING] for placement in ways]
+    least = [stage for stage, placement in zip(needed, ways, strict=True) if placement.rows == tiles.ROW_TILE]
     assert [stage.device for stage in least] == sorted((stage.device for stage in least), reverse=True)
     assert least[-1].host < least[2].host
 
 
 def test_the_first_way_that_fits_is_taken() -> None:
     work, gpu = work_of("llama-3.1-70b"), torch.device("cuda")
-    ways = list(memory.rooms(work, gpu, Path()))
-    assert memory.choose_room(work, gpu, Path(), Budget()) == ways[0]
+    ways = list(memory.placements(work, gpu, Path()))
+    assert memory.choose_placement(work, gpu, Path(), MemoryLimits()) == ways[0]
     for index in (3, len(ways) - 1):
         stages = memory.memory(work, ways[index])
         most = memory.peak({name: stages[name] for name in (memory.PASSING, memory.SOLVING)})
-        assert ways.index(memory.choose_room(work, gpu, Path(), Budget(most.device, most.host))) <= index
-    assert memory.choose_room(work, gpu, Path(), Budget(1, 1)) == ways[-1]
+        assert ways.index(memory.choose_placement(work, gpu, Path(), MemoryLimits(most.device, most.host))) <= index
+    assert memory.choose_placement(work, gpu, Path(), MemoryLimits(1, 1)) == ways[-1]
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b"])
 def test_a_gpus_run_keeps_what_there_is_room_for(name: str) -> None:
     """Hidden states in memory, tensors unpacked: within the budget, and all of it where that has no end."""
     work, gpu = work_of(name, prefix="full"), torch.device("cuda")
-    endless = memory.choose_room(work, gpu, Path(), Budget())
+    endless = memory.choose_placement(work, gpu, Path(), MemoryLimits())
     assert endless.states
     weights = sum(tensor.weights for tensor in work.linears)
     most = memory.peak(memory.memory(work, endless))
     assert most.device > weights
-    budget = Budget(24 * 10**9, most.host // 2)
-    limited = memory.choose_room(work, gpu, Path(), budget)
+    memory_limits = MemoryLimits(24 * 10**9, most.host // 2)
+    limited = memory.choose_placement(work, gpu, Path(), memory_limits)
     assert (endless.hidden.name, limited.hidden.name) == ("device", "device")
-    first = memory.memory(work, next(memory.rooms(work, gpu, Path())))
+    first = memory.memory(work, next(memory.placements(work, gpu, Path())))
     just_enough = max(first[name].device for name in (memory.PASSING, memory.SOLVING))
-    assert memory.choose_room(work, gpu, Path(), Budget(just_enough)).hidden.name == "host"
-    assert 0 < sum(limited.unpacked) < budget.device + budget.host
+    assert memory.choose_placement(work, gpu, Path(), MemoryLimits(just_enough)).hidden.name == "host"
+    assert 0 < sum(limited.unpacked) < memory_limits.device + memory_limits.host
     for stage in memory.memory(work, limited).values():
-        assert not budget.excess(stage, gpu)
-    assert not memory.choose_room(work, gpu, Path(), Budget(24 * 10**9, memory.PROCESS_BYTES)).states
-    assert memory.choose_room(work, torch.device("cpu"), Path(), Budget()).unpacked == (0, 0)
+        assert not memory_limits.excess(stage, gpu)
+    assert not memory.choose_placement(work, gpu, Path(), MemoryLimits(24 * 10**9, memory.PROCESS_BYTES)).states
+    assert memory.choose_placement(work, torch.device("cpu"), Path(), MemoryLimits()).unpacked == (0, 0)
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

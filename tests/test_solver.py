@@ -12,7 +12,7 @@ import torch
 
 from lqexport.calibration.moments import SecondMoments, importance
 from lqexport.errors import UserError
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 from lqexport.grids import fit as fitting
 from lqexport.grids.fit import fit, minmax, store
 from lqexport.grids.grid import Numbers, TensorGrid
@@ -20,7 +20,7 @@ from lqexport.solver import feedback as solve
 from lqexport.solver import solve_cpu, solve_torch
 from lqexport.solver.cholesky import SHARE_OF_MEDIAN, factorize
 
-GRIDS = [name for name in names() if hasattr(codec(name), "levels")]
+GRIDS = [name for name in names() if hasattr(codec_named(name), "levels")]
 FEW = [
     "gguf:Q2_K",
     "gguf:Q3_K",
@@ -48,7 +48,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorGrid, torch.Tensor]:
-    grid = fit(codec(name), weights, hessian.diagonal())
+    grid = fit(codec_named(name), weights, hessian.diagonal())
     return grid, solve.feedback(weights, grid, factorize(hessian.double(), 0.01, True))
 
 
@@ -59,11 +59,11 @@ def loss(grid: TensorGrid, codes: torch.Tensor, weights: torch.Tensor, hessian: 
 @pytest.mark.parametrize("name", GRIDS)
 def test_tensor_grid_is_the_formats_grid(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, _ = problem
-    grid = fit(codec(name), weights, torch.ones(512))
+    grid = fit(codec_named(name), weights, torch.ones(512))
     codes = grid.nearest(weights)
     stored = grid.numpy()
     np.testing.assert_array_equal(grid.values(codes).numpy(), stored.values(codes.numpy()))
-    decoded = codec(name).decode(codec(name).encode(stored, codes.numpy()), 512)
+    decoded = codec_named(name).decode(codec_named(name).encode(stored, codes.numpy()), 512)
     np.testing.assert_array_equal(decoded.view(np.uint32), stored.values(codes.numpy()).view(np.uint32))
 
 
@@ -75,7 +75,7 @@ def test_fit_is_no_worse_than_the_range(name: str, problem: tuple[torch.Tensor, 
     def error(grid: TensorGrid) -> float:
         return float(((grid.values(grid.nearest(weights)) - weights).square() * weight).sum())
 
-    assert error(fit(codec(name), weights, weight)) <= error(minmax(codec(name), weights)) * (1 + 1e-5)
+    assert error(fit(codec_named(name), weights, weight)) <= error(minmax(codec_named(name), weights)) * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -89,7 +89,7 @@ def test_feedback_loss_is_the_sum_of_the_steps(problem: tuple[torch.Tensor, torc
     """sum_i ((w_i - q_i) / U_ii)^2 over the steps equals d (H + damping) d^T: the identity that GPTQ rests on."""
     weights, hessian = problem
     factor = factorize(hessian.double(), 0.01, False)
-    grid = fit(codec("gguf:Q4_0"), weights, hessian.diagonal())
+    grid = fit(codec_named("gguf:Q4_0"), weights, hessian.diagonal())
     scale, offset = (part.repeat_interleave(32, 1) for part in grid.per_group(len(weights)))
     upper = factor.rows(slice(0, len(factor.order)))
     codes, errors = solve_cpu.feedback_block(weights.clone(), upper, scale, offset, grid.levels, grid.uniform, False)
@@ -110,7 +110,7 @@ def test_refinement_never_raises_the_loss(name: str, refit: bool, problem: tuple
         losses.append(loss(grid, codes, weights, damped))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.995 * losses[0]
-    codec(name).encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
+    codec_named(name).encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -134,7 +134,7 @@ def test_torch_path_equals_the_kernels(
 @pytest.mark.parametrize("name", ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_NL", "native:affine-3-g64"])
 def test_torch_fit_equals_the_kernel(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    chosen = codec(name)
+    chosen = codec_named(name)
     levels, uniform = fitting.shared_levels(chosen, weights.device)
     importances = fitting.normalized(hessian.diagonal().unflatten(0, (-1, chosen.scale.group)))
     ours = fitting._fit_cpu(weights, importances, levels, uniform, chosen.offset)
@@ -162,14 +162,14 @@ def test_affine_fit_does_not_lose_to_the_papers_search(
 
 
 def test_store_rounds_to_what_the_file_holds() -> None:
-    form = codec("gguf:Q2_K").scale
+    form = codec_named("gguf:Q2_K").scale
     numbers = store(torch.tensor([[0.14, 0.3, 0.02] + [0.0] * 13]), form)
     assert numbers.supers.item() == np.float32(np.float16(0.02))
     assert numbers.subs[0, :3].tolist() == [7, 15, 1]
 
 
 def test_store_weighs_what_it_rounds() -> None:
-    form = codec("gguf:Q2_K").scale
+    form = codec_named("gguf:Q2_K").scale
     values = torch.rand(50, 16, generator=torch.Generator().manual_seed(0))
     weight = torch.tensor([100.0] + [1.0] * 15)
 
@@ -240,7 +240,7 @@ def test_zero_inputs_and_zero_weights_survive() -> None:
     weights = torch.zeros(4, 256)
     weights[1, :] = 1e-9
     for name in FEW:
-        grid = fit(codec(name), weights, torch.zeros(256))
+        grid = fit(codec_named(name), weights, torch.zeros(256))
         codes = solve.feedback(weights, grid, factorize(torch.zeros(256, 256, dtype=torch.float64), 0.01, True))
         grid, codes = solve.refine(weights, torch.eye(256), grid, codes, sweeps=1, refit=True)
         assert float((grid.values(codes) - weights).abs().max()) <= 1e-6

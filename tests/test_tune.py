@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from lqexport.formats.codec import GridCodec
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit_sections import fit_sections
 from lqexport.grids.sections import TensorSections
 from lqexport.models.blocks import BlockModel
@@ -66,10 +66,10 @@ def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: 
     """Values are the file's, bit for bit, also of numbers that are not rounded yet; derivatives are the product's."""
     draw = torch.Generator().manual_seed(1)
     weights, order = torch.randn(32, 256, generator=draw) * size, torch.randperm(256, generator=draw)
-    fitted = fit_sections(codec(name), weights, torch.ones(256), order)
+    fitted = fit_sections(codec_named(name), weights, torch.ones(256), order)
     codes, stored = fitted.nearest(weights), fitted.numpy()
     grid = TensorSections.of(stored, torch.device("cpu"))
-    assert codec(name).encode(grid.numpy(), codes.numpy()).keys() == codec(name).layout(32, 256).keys()
+    assert codec_named(name).encode(grid.numpy(), codes.numpy()).keys() == codec_named(name).layout(32, 256).keys()
     numbers = grid.numbers().requires_grad_()
     values = tuned_values(grid, codes, {"sections": numbers})
     assert np.array_equal(values.detach().numpy(), stored.values(codes.numpy()))
@@ -84,23 +84,26 @@ def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: 
     assert float((numbers.grad * numbers.detach()).sum()) == pytest.approx(total, rel=1e-3)
 
 
-def tuner_of(folder: Path, source: Path, room: tuple[int, int] = (0, 0)) -> Tuner:
+def tuner_of(folder: Path, source: Path, cache_bytes: tuple[int, int] = (0, 0)) -> Tuner:
     """For eight steps on random tokens, changing a finished artifact."""
     artifact, model = Artifact(folder), open_source(str(source))
     solved = SolvedModel(artifact, model.config, list(artifact.manifest()))
     tokens = torch.randint(0, 512, (8 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
-    return Tuner(artifact, BlockModel(solved), BlockModel(model), tokens, 0.03, folder / "work", Silent(), room)
+    return Tuner(artifact, BlockModel(solved), BlockModel(model), tokens, 0.03, folder / "work", Silent(), cache_bytes)
 
 
-@pytest.mark.parametrize("room", [(1 << 62, 0), (0, 1 << 62), (100_000, 100_000)])
+@pytest.mark.parametrize("cache_bytes", [(1 << 62, 0), (0, 1 << 62), (100_000, 100_000)])
 @pytest.mark.parametrize("target", ["gguf:Q4_K", "exl2"])
 def test_what_is_kept_unpacked_changes_nothing(
-    tiny_model: Path, target: str, room: tuple[int, int], tmp_path: Path
+    tiny_model: Path, target: str, cache_bytes: tuple[int, int], tmp_path: Path
 ) -> None:
     recipe = Recipe(str(tiny_model), target, bits=2.3 if target == "exl2" else None, method="rtn")
     quantize(recipe, tmp_path / "anew")
     shutil.copytree(tmp_path / "anew", tmp_path / "kept")
-    anew, kept = (tuner_of(tmp_path / name, tiny_model, room) for name, room in (("anew", (0, 0)), ("kept", room)))
+    anew, kept = (
+        tuner_of(tmp_path / name, tiny_model, cache_bytes)
+        for name, cache_bytes in (("anew", (0, 0)), ("kept", cache_bytes))
+    )
     assert anew.run() == kept.run()
     assert not anew.shelf._made
     assert kept.shelf._made or kept.shelf._parts
@@ -153,8 +156,8 @@ def test_tuning_moves_only_what_is_stored_as_floats(tiny_model: Path, target: st
     before, after = Artifact(tmp_path / "before"), Artifact(tmp_path / "after")
     for name in before.manifest():
         old, new = before.read(name), after.read(name)
-        kind = codec(old.codec)
-        assert new.codec == old.codec
+        kind = codec_named(old.codec_name)
+        assert new.codec_name == old.codec_name
         assert {k: (v.dtype, v.shape) for k, v in new.planes.items()} == {
             k: (v.dtype, v.shape) for k, v in old.planes.items()
         }

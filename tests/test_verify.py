@@ -53,7 +53,7 @@ def test_a_lossy_file_is_measured(found: Verification, tiny_model: Path) -> None
     assert 0 < found.evaluations[0].kl < 1
     errors = {tensor.name: tensor for tensor in found.tensors}
     assert 0.001 < errors[DOWN].weight_error < 0.02
-    assert (errors[DOWN].codec, errors[DOWN].output_error, errors[DOWN].same_bytes) == ("gguf:Q4_0", 0.25, True)
+    assert (errors[DOWN].codec_name, errors[DOWN].output_error, errors[DOWN].same_bytes) == ("gguf:Q4_0", 0.25, True)
     assert errors["model.norm.weight"].output_error is None
     assert set(errors) == set(open_source(str(tiny_model)).names())
 

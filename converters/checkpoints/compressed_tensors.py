@@ -15,14 +15,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lqexport.converters.checkpoints.layout import FLOATS, Codes, Layout, size_name, streams
+from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout, Codes, size_name, streams
 from lqexport.errors import UserError
 from lqexport.formats.moves import AffineGrid
 
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 
 
-class CompressedTensors(Layout):
+class CompressedTensors(CheckpointLayout):
     """compressed-tensors: packed integers of 1 to 8 bits, or bytes."""
 
     container = "compressed-tensors folder"

@@ -9,16 +9,23 @@ from typing import Any
 from lqexport.converters.checkpoints.compressed_tensors import CompressedTensors
 from lqexport.converters.checkpoints.fp8 import Fp8
 from lqexport.converters.checkpoints.gptq import Awq, Gptq
-from lqexport.converters.checkpoints.layout import Layout, Stored
+from lqexport.converters.checkpoints.layout import CheckpointLayout, StoredByName
 from lqexport.converters.checkpoints.leanquant import LeanQuant
 from lqexport.errors import UserError
 from lqexport.storage.files import read_json
 
-LAYOUTS: dict[str, type[Layout]] = {"gptq": Gptq, "awq": Awq, "compressed-tensors": CompressedTensors, "fp8": Fp8}
+LAYOUTS: dict[str, type[CheckpointLayout]] = {
+    "gptq": Gptq,
+    "awq": Awq,
+    "compressed-tensors": CompressedTensors,
+    "fp8": Fp8,
+}
 """By `quant_method`. LeanQuant's checkpoints have no config.json of their own."""
 
 
-def layout_of(folder: Path, config: dict[str, Any], names: Collection[str], stored: Stored) -> Layout | None:
+def layout_of(
+    folder: Path, config: dict[str, Any], names: Collection[str], stored: StoredByName
+) -> CheckpointLayout | None:
     """How the tensors of a folder, called `names`, are quantized; None where they are not.
 
     Raises UserError for what is not read, naming what is.

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lqexport.converters.checkpoints.layout import FLOATS, Layout
+from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout
 from lqexport.errors import UserError
 
 BLOCK = [128, 128]
 """Where config.json names no size."""
 
 
-class Fp8(Layout):
+class Fp8(CheckpointLayout):
     """Floating-point numbers of 8 bits with a scale for each block. No grid holds them, so they are solved again."""
 
     container = "FP8 folder"

@@ -13,14 +13,14 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.checkpoints.layout import FLOATS, Codes, Layout, size_name, streams
+from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout, Codes, size_name, streams
 from lqexport.errors import UserError
 from lqexport.formats.moves import AffineGrid
 
 AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-class _Transposed(Layout):
+class _Transposed(CheckpointLayout):
     """What the two have in common: columns and groups come first."""
 
     mark = "qweight"

@@ -19,7 +19,7 @@ Codes = NDArray[np.uint8]
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-class Stored(Protocol):
+class StoredByName(Protocol):
     """A checkpoint's tensors by the names that its files give them. Both raise UserError where there is none."""
 
     def stored_shape(self, name: str) -> tuple[int, ...]: ...
@@ -27,7 +27,7 @@ class Stored(Protocol):
     def stored_tensor(self, name: str) -> Tensor: ...
 
 
-class Layout:
+class CheckpointLayout:
     """How a tool stores the weight of a module X that it has quantized: as several tensors X.part.
 
     container   what to call such a folder
@@ -41,7 +41,7 @@ class Layout:
     mark: str
     parts: tuple[str, ...]
 
-    def __init__(self, stored: Stored, names: Iterable[str], quantization: dict[str, Any]) -> None:
+    def __init__(self, stored: StoredByName, names: Iterable[str], quantization: dict[str, Any]) -> None:
         self.stored, self.names, self.quantization = stored, set(names), quantization
         self.check()
 

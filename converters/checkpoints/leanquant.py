@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lqexport.converters.checkpoints.layout import FLOATS, Codes, Layout
+from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout, Codes
 from lqexport.errors import UserError
 from lqexport.formats.moves import TableGrid
 
 
-class LeanQuant(Layout):
+class LeanQuant(CheckpointLayout):
     """Tables are read as float16, which LeanQuant's own loader rounds them to unless told otherwise."""
 
     container = "LeanQuant folder"

@@ -11,12 +11,12 @@ import numpy as np
 from lqexport.converters.exl2.config import check_supported, exl2_config
 from lqexport.converters.exl2.names import pieces
 from lqexport.converters.exl2.plan import keeps_order
-from lqexport.converters.folders.packed import Entry, Layout, OnTensor, entries_of, write_folder
+from lqexport.converters.folders.packed import FolderEntry, FolderLayout, OnTensor, entries_of, write_folder
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.plan import PLAIN
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact
 
 
@@ -28,8 +28,8 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
     """
     entries = entries_of(artifact, "exl2", "an EXL2 folder", "Quantize again with the target exl2.")
     config = normalized(artifact.config())
-    layout = Layout(
-        forms=lambda name, shape: codec(name).layout(*shape),
+    layout = FolderLayout(
+        forms=lambda name, shape: codec_named(name).layout(*shape),
         planes=lambda tensor: tensor.planes,
         pieces=functools.partial(pieces, architecture_of(config), config),
         cut=cut,
@@ -45,7 +45,7 @@ def cut(planes: Planes, rows: tuple[int, int]) -> Planes:
     return planes | parts
 
 
-def _config(artifact: Artifact, config: dict[str, Any], entries: list[Entry]) -> dict[str, Any]:
+def _config(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntry]) -> dict[str, Any]:
     """The source's config.json with what ExLlamaV2's converter adds. Raises UserError where ExLlamaV2 cannot load the
     model from the folder."""
     if len(config.get("architectures") or []) != 1:
@@ -71,10 +71,10 @@ def _config(artifact: Artifact, config: dict[str, Any], entries: list[Entry]) ->
     return config
 
 
-def _check_orders(artifact: Artifact, config: dict[str, Any], entries: list[Entry]) -> None:
+def _check_orders(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntry]) -> None:
     architecture = architecture_of(config)
     for entry in entries:
-        if keeps_order(architecture, config, entry.name) and entry.codec != PLAIN:
+        if keeps_order(architecture, config, entry.name) and entry.codec_name != PLAIN:
             inverse = artifact.read(entry.name).planes["q_invperm"]
             if not np.array_equal(inverse, np.arange(len(inverse))):
                 raise UserError(

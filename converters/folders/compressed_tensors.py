@@ -20,7 +20,7 @@ import numpy as np
 
 from lqexport.converters.folders.folder_model import FolderModel
 from lqexport.converters.folders.gptq import HINT, ONES, codec_of_model, half_precision
-from lqexport.converters.folders.packed import Forms, Layout, OnTensor, entries_of, write_folder
+from lqexport.converters.folders.packed import FolderLayout, Forms, OnTensor, entries_of, write_folder
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.gptq import BITS, GPTQ, Gptq
@@ -44,7 +44,7 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
             f"Quantize again with the target {kind.name.removesuffix('-act')}, or take to-gptq."
         )
     config = half_precision(artifact.config()) | {"quantization_config": quantization(kind)}
-    layout = Layout(_forms, _planes)
+    layout = FolderLayout(_forms, _planes)
     write_folder(artifact, folder, entries, layout, {"config.json": config}, on_tensor)
 
 

@@ -15,7 +15,7 @@ from lqexport.converters.models.tensor_names import gguf_names, needed_names
 from lqexport.converters.plan import PLAIN
 from lqexport.errors import MALFORMED, UserError, well_formed
 from lqexport.formats.codec import Planes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import read_json
 
@@ -78,7 +78,7 @@ class FolderModel:
             shapes = [self.packed_shape(key) for key in self._keys(name)]
         return sum(rows for rows, _ in shapes), shapes[0][1]
 
-    def codec(self, name: str) -> str:
+    def codec_name(self, name: str) -> str:
         """The name of the codec that a tensor is stored in. Raises UserError where readers would not decode it
         rightly."""
         if not self._is_packed(name):
@@ -93,7 +93,7 @@ class FolderModel:
         if self._is_packed(name):
             with well_formed(f"{self.folder}: {name}"):
                 planes = self.joined([self.packed_planes(key) for key in self._keys(name)])
-                return self.codec(name), planes, self.shape(name)
+                return self.codec_name(name), planes, self.shape(name)
         plain = np.ascontiguousarray(self.stored[self.stored_names(name)[0]])
         if plain.dtype != np.float16:
             raise UserError(f"{self.folder}: {name} is {plain.dtype}, not float16.")
@@ -104,7 +104,7 @@ class FolderModel:
         """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
         kind, planes, shape = self.planes(name)
         try:
-            weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
+            weights = codec_named(kind).decode(planes, shape[-1]).reshape(shape)
         except MALFORMED as error:
             raise UserError(f"{self.folder}: {name} is damaged: {error}") from error
         if not np.isfinite(weights).all():

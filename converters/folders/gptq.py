@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lqexport.converters.folders.folder_model import FolderModel
-from lqexport.converters.folders.packed import Layout, OnTensor, entries_of, write_folder
+from lqexport.converters.folders.packed import FolderLayout, OnTensor, entries_of, write_folder
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_linear
 from lqexport.converters.plan import PLAIN, PlannedTensor
@@ -22,7 +22,7 @@ from lqexport.converters.targets import Shapes, model_tensors
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.gptq import BITS, GPTQ, UNIT, Gptq
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 
 PLANES = ("qweight", "qzeros", "scales", "g_idx")
@@ -76,7 +76,7 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None, *, v2: b
     where the disk is too small.
     """
     entries = entries_of(artifact, "gptq", "a GPTQ folder", HINT)
-    layout = Layout(lambda name, shape: codec(name).layout(*shape), _as_v2 if v2 else _as_stored)
+    layout = FolderLayout(lambda name, shape: codec_named(name).layout(*shape), _as_v2 if v2 else _as_stored)
     quantization = _quantization(artifact, codec_of_model(artifact), v2)
     config = half_precision(artifact.config()) | {"quantization_config": quantization}
     # quantize_config.json is where AutoGPTQ's readers look.

@@ -32,7 +32,7 @@ from lqexport.converters.folders.folder_model import method_of
 from lqexport.converters.folders.shards import Part, new_folder, write_shards
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, decoded
 from lqexport.storage.files import copy_files, write_json
 
@@ -46,7 +46,7 @@ LOW_RANK = {"A": ".low_rank_A", "B": ".low_rank_B"}
 
 def stored_names(kind: str, module: str) -> dict[str, str]:
     """Plane -> name in the file, of a linear packed in the codec `kind`; the shape does not matter."""
-    planes = codec(kind).layout(1, codec(kind).block)
+    planes = codec_named(kind).layout(1, codec_named(kind).block)
     return {plane: f"{module}.{'weight' if plane == 'codes' else plane}" for plane in planes}
 
 
@@ -124,7 +124,7 @@ def _part(name: str, entry: dict[str, Any], manifest: dict[str, dict[str, Any]])
             "or F32. Quantize again without a type for it."
         )
     names = stored_names(kind, name.removesuffix(".weight"))
-    planes = codec(kind).layout(*shape).items()
+    planes = codec_named(kind).layout(*shape).items()
     flat = {plane: (dtype, (int(np.prod(form)),) if plane == "codes" else form) for plane, (dtype, form) in planes}
     return Part(name, {names[plane]: form for plane, form in flat.items()})
 
@@ -133,7 +133,7 @@ def _arrays(artifact: Artifact, part: Part, entry: dict[str, Any]) -> list[np.nd
     """What the folder stores of a tensor, after its digest was checked."""
     tensor = artifact.read_listed(part.name, entry["codec"], tuple(entry["shape"]), entry["sha256"])
     if is_packed(entry) and not is_factor(part.name):
-        return [tensor.planes[plane] for plane in codec(tensor.codec).layout(*tensor.shape)]
+        return [tensor.planes[plane] for plane in codec_named(tensor.codec_name).layout(*tensor.shape)]
     ((dtype, _),) = part.stored.values()
     return [decoded(tensor).astype(dtype)]
 

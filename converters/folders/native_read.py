@@ -69,7 +69,7 @@ class NativeModel:
         stored = self._factors.get(name, name)
         return self._tensors.shape(stored)
 
-    def codec(self, name: str) -> str:
+    def codec_name(self, name: str) -> str:
         """The name of the codec that a tensor is stored in."""
         return self._packed[name]["codec"] if name in self._packed else self.planes(name)[0]
 

@@ -29,7 +29,7 @@ OnTensor = Callable[[str, int], None] | None
 
 
 @dataclass(frozen=True)
-class Layout:
+class FolderLayout:
     """How a target's folder stores what the solver worked on; all else is one float16 tensor of its own name.
 
     forms    codec name and shape to what is stored, by the last part of its name
@@ -46,35 +46,39 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Entry:
+class FolderEntry:
     """A tensor of the model, as the manifest lists it."""
 
     name: str
-    codec: str
+    codec_name: str
     shape: tuple[int, ...]
     sha256: str
 
-    def part(self, layout: Layout) -> Part:
+    def part(self, layout: FolderLayout) -> Part:
         """What the folder stores of it."""
         pieces = layout.pieces(self.name, self.shape[0])
-        if self.codec == PLAIN:
+        if self.codec_name == PLAIN:
             return Part(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), self.shape)))
-        forms = {name: layout.forms(self.codec, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()}
+        forms = {
+            name: layout.forms(self.codec_name, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()
+        }
         named = {name.removesuffix(".weight"): of_piece for name, of_piece in forms.items()}
         return Part(self.name, {f"{key}.{plane}": form for key, of in named.items() for plane, form in of.items()})
 
 
-def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[Entry]:
+def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[FolderEntry]:
     """The tensors of a finished artifact, factors of corrections left out. Raises UserError where it was not quantized
     into codecs of `family`, saying that it cannot become `what`, with a `hint` at what to do."""
     entries = [
-        Entry(name, facts["codec"], tuple(facts["shape"]), facts["sha256"])
+        FolderEntry(name, facts["codec"], tuple(facts["shape"]), facts["sha256"])
         for name, facts in artifact.manifest().items()
         if not is_factor(name)
     ]
-    foreign = [entry for entry in entries if entry.codec != PLAIN and not entry.codec.startswith(f"{family}:")]
-    if foreign or all(entry.codec == PLAIN for entry in entries):
-        (usual, _), *_ = Counter(entry.codec for entry in foreign or entries).most_common(1)
+    foreign = [
+        entry for entry in entries if entry.codec_name != PLAIN and not entry.codec_name.startswith(f"{family}:")
+    ]
+    if foreign or all(entry.codec_name == PLAIN for entry in entries):
+        (usual, _), *_ = Counter(entry.codec_name for entry in foreign or entries).most_common(1)
         raise UserError(
             f"{artifact.folder} cannot become {what} by moving bytes: it was quantized for another format, most of it "
             f"{usual}. {hint}"
@@ -83,7 +87,12 @@ def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[En
 
 
 def write_folder(
-    artifact: Artifact, folder: Path, entries: list[Entry], layout: Layout, files: dict[str, Any], on_tensor: OnTensor
+    artifact: Artifact,
+    folder: Path,
+    entries: list[FolderEntry],
+    layout: FolderLayout,
+    files: dict[str, Any],
+    on_tensor: OnTensor,
 ) -> None:
     """Write the new folder `folder`; `files` are its JSON files, config.json among them. Equal artifacts give equal
     bytes.
@@ -104,11 +113,11 @@ def write_folder(
         write_shards(partial, parts, read, on_tensor)
 
 
-def _planes(artifact: Artifact, entry: Entry, layout: Layout) -> list[np.ndarray]:
+def _planes(artifact: Artifact, entry: FolderEntry, layout: FolderLayout) -> list[np.ndarray]:
     """What the folder stores of a tensor, in the order of its `part`, after its digest was checked."""
-    tensor = artifact.read_listed(entry.name, entry.codec, entry.shape, entry.sha256)
-    if entry.codec == PLAIN:
+    tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
+    if entry.codec_name == PLAIN:
         return [tensor.planes["blocks"].view(np.float16).reshape(entry.shape)]
     planes = layout.planes(tensor)
     cuts = [layout.cut(planes, rows) for rows in layout.pieces(entry.name, entry.shape[0]).values()]
-    return [cut[plane] for cut in cuts for plane in layout.forms(entry.codec, entry.shape)]
+    return [cut[plane] for cut in cuts for plane in layout.forms(entry.codec_name, entry.shape)]

@@ -22,7 +22,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import block_module
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import read_json, write_json, written_whole
 from lqexport.storage.tensor_files import open_tensors
@@ -41,8 +41,8 @@ def write(artifact: Artifact, folder: Path) -> None:
     tensors, ranks = {}, {}
     for name in filter(is_factor, artifact.manifest()):
         stored = artifact.read(name)
-        values = codec(stored.codec).decode(stored.planes, stored.shape[1])
-        tensors[PREFIX + name] = values.astype(np.float16) if stored.codec == "gguf:F16" else values
+        values = codec_named(stored.codec_name).decode(stored.planes, stored.shape[1])
+        tensors[PREFIX + name] = values.astype(np.float16) if stored.codec_name == "gguf:F16" else values
         if name.endswith(A):
             ranks[corrected_linear(name).removesuffix(".weight")] = stored.shape[0]
     folder.mkdir(parents=True, exist_ok=True)
@@ -93,6 +93,6 @@ class PeftAdapter:
         """Codec name, planes and shape of a factor."""
         values: NDArray[Any] = self._tensors[name]
         kind = {"float16": "gguf:F16", "float32": "gguf:F32"}[values.dtype.name]
-        found = codec(kind)
+        found = codec_named(kind)
         assert isinstance(found, PlainCodec)
         return kind, found.encode_values(values.astype(np.float32)), values.shape

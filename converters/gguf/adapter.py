@@ -25,7 +25,7 @@ from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 from lqexport.storage.artifact import Artifact
 
 SUFFIXES = (".lora_a", ".lora_b")
@@ -122,7 +122,7 @@ class GGUFAdapter:
         kind = f"gguf:{tensor.kind}"
         if kind not in names("gguf") or len(tensor.shape) != 2:
             raise UserError(f"{self.path}: {name} is of the type {kind} {list(tensor.shape)}, which is not supported.")
-        ((plane, (dtype, stored)),) = codec(kind).layout(*tensor.shape).items()
+        ((plane, (dtype, stored)),) = codec_named(kind).layout(*tensor.shape).items()
         rows = tensor.data.view(dtype).reshape(stored)
         order = _order(self._config, name, len(rows))
         return kind, {plane: rows if order is None else rows[order.argsort()]}, tensor.shape

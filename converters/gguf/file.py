@@ -22,13 +22,13 @@ from lqexport.converters.gguf.split import ALIGNMENT, in_files, split_paths
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import check_space, written_whole
 
 
 @dataclass(frozen=True)
-class Entry:
+class GGUFEntry:
     """A tensor of the file: its names, its type, and what the manifest says of it.
 
     order   the row of Hugging Face that each row of GGUF holds; None where they are the same
@@ -36,7 +36,7 @@ class Entry:
 
     name: str
     gguf_name: str
-    codec: str
+    codec_name: str
     shape: tuple[int, ...]
     sha256: str
     order: Order | None
@@ -44,12 +44,12 @@ class Entry:
     @property
     def nbytes(self) -> int:
         rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        return nbytes(codec(self.codec), rows, columns)
+        return nbytes(codec_named(self.codec_name), rows, columns)
 
 
-def file_entry(name: str, gguf_name: str, facts: dict[str, Any], order: Order | None) -> Entry:
+def file_entry(name: str, gguf_name: str, facts: dict[str, Any], order: Order | None) -> GGUFEntry:
     """From what the manifest says of a tensor."""
-    return Entry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], order)
+    return GGUFEntry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], order)
 
 
 def type_of(codec_name: str) -> str:
@@ -57,13 +57,13 @@ def type_of(codec_name: str) -> str:
     return codec_name.rpartition(":")[2]
 
 
-def check_types(entries: list[Entry], folder: Path, advice: str) -> None:
+def check_types(entries: list[GGUFEntry], folder: Path, advice: str) -> None:
     """Raises UserError, with `advice` at its end, where a tensor is not stored in a GGUF type."""
-    foreign = [entry for entry in entries if not entry.codec.startswith(("gguf:", "gguf-norm:"))]
+    foreign = [entry for entry in entries if not entry.codec_name.startswith(("gguf:", "gguf-norm:"))]
     if foreign:
         raise UserError(
             f"{folder} cannot become a GGUF file by moving bytes: {len(foreign)} of its tensors are not "
-            f"stored in a GGUF type (such as {foreign[0].name} in {foreign[0].codec}). {advice}"
+            f"stored in a GGUF type (such as {foreign[0].name} in {foreign[0].codec_name}). {advice}"
         )
 
 
@@ -73,8 +73,8 @@ class _Tensor:
 
     name: str
     shape: tuple[int, ...]
-    codec: str
-    entries: list[Entry]
+    codec_name: str
+    entries: list[GGUFEntry]
     values: np.ndarray | None = None
 
     @property
@@ -86,7 +86,7 @@ def write_tensors(
     artifact: Artifact,
     path: Path,
     writer: GGUFWriter,
-    entries: list[Entry],
+    entries: list[GGUFEntry],
     on_tensor: Callable[[str, int], None] | None,
     computed: dict[str, np.ndarray] | None = None,
     split_max_size: int | None = None,
@@ -99,7 +99,7 @@ def write_tensors(
     Returns the files. Raises UserError where a tensor is not the manifest's, and where the disk is too small.
     """
     stacks = [list(stack) for _, stack in groupby(entries, key=lambda entry: entry.gguf_name)]
-    tensors = [_Tensor(stack[0].gguf_name, _shape(stack), stack[0].codec, stack) for stack in stacks]
+    tensors = [_Tensor(stack[0].gguf_name, _shape(stack), stack[0].codec_name, stack) for stack in stacks]
     tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
     split = in_files(tensors, split_max_size)
     paths = split_paths(path, len(split))
@@ -124,15 +124,15 @@ def _write_tensor(
     file.write(bytes(-tensor.nbytes % ALIGNMENT))
 
 
-def _shape(stack: list[Entry]) -> tuple[int, ...]:
+def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
     """Shape of a tensor of the file: a matrix, or the experts of a block. Raises UserError where experts differ."""
     first = stack[0]
     if expert_number(first.name) is None:
         return first.shape
-    if different := [entry for entry in stack if (entry.codec, entry.shape) != (first.codec, first.shape)]:
+    if different := [entry for entry in stack if (entry.codec_name, entry.shape) != (first.codec_name, first.shape)]:
         raise UserError(
-            f"llama.cpp stores the experts of a block in one type: {first.name} is in {first.codec}, and "
-            f"{different[0].name} in {different[0].codec}."
+            f"llama.cpp stores the experts of a block in one type: {first.name} is in {first.codec_name}, and "
+            f"{different[0].name} in {different[0].codec_name}."
         )
     return (len(stack), *first.shape)
 
@@ -143,7 +143,7 @@ def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_
     for share in split:
         writer.tensors.append({})
         for tensor in share:
-            kind = GGMLQuantizationType[type_of(tensor.codec)]
+            kind = GGMLQuantizationType[type_of(tensor.codec_name)]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
     writer.fout, writer.state = files, WriterState.EMPTY  # type: ignore[assignment]  # it only writes to them
     writer.write_header_to_file()
@@ -158,9 +158,9 @@ def _write_blob(file: BinaryIO, blob: np.ndarray) -> None:
     file.write(np.ascontiguousarray(blob).data)
 
 
-def _blob(artifact: Artifact, entry: Entry) -> np.ndarray:
+def _blob(artifact: Artifact, entry: GGUFEntry) -> np.ndarray:
     """The tensor's bytes in the file's row order, after the digest was checked."""
-    tensor = artifact.read_listed(entry.name, entry.codec, entry.shape, entry.sha256)
+    tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
     return _permuted(tensor, entry.order)
 
 

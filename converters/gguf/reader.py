@@ -19,7 +19,7 @@ from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FA
 from lqexport.converters.models.tensor_names import expert_number, gguf_names, is_norm, needed_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
-from lqexport.formats.registry import codec, names
+from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING = "expert_count", "leading_dense_block_count"
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
@@ -98,7 +98,7 @@ class GGUFModel:
         shape = self._tensor(name).shape
         return shape if expert_number(name) is None else shape[1:]
 
-    def codec(self, name: str) -> str:
+    def codec_name(self, name: str) -> str:
         """The name of the codec that a tensor is stored in. Raises UserError for a type that is not known here."""
         kind = f"gguf:{self._tensor(name).kind}"
         if self._architecture.norm_plus and is_norm(name):
@@ -111,10 +111,10 @@ class GGUFModel:
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """Codec name, packed planes and shape of a tensor, its rows back in the order of Hugging Face."""
-        kind, shape = self.codec(name), self.shape(name)
-        if len(shape) == 1 and not isinstance(codec(kind), PlainCodec):
+        kind, shape = self.codec_name(name), self.shape(name)
+        if len(shape) == 1 and not isinstance(codec_named(kind), PlainCodec):
             raise UserError(f"{self.path}: {name} is a vector, and of the type {kind}, which only matrices have.")
-        layout = codec(kind).layout(*_matrix(shape))
+        layout = codec_named(kind).layout(*_matrix(shape))
         ((plane, (dtype, stored)),) = layout.items()
         rows = self._data(name).view(dtype).reshape(shape[0], -1)
         order = row_order(self._architecture, self.config, name, shape[0])
@@ -126,7 +126,7 @@ class GGUFModel:
         """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
         kind, planes, shape = self.planes(name)
         with np.errstate(invalid="ignore", over="ignore"):  # said below in a sentence
-            weights = codec(kind).decode(planes, shape[-1]).reshape(shape)
+            weights = codec_named(kind).decode(planes, shape[-1]).reshape(shape)
         if not np.isfinite(weights).all():
             raise UserError(f"{self.path}: {name} holds weights that are infinite or not a number.")
         return weights

@@ -10,7 +10,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lqexport.converters.factors import is_factor
-from lqexport.converters.gguf.file import Entry, check_types, file_entry, type_of, write_tensors
+from lqexport.converters.gguf.file import GGUFEntry, check_types, file_entry, type_of, write_tensors
 from lqexport.converters.gguf.metadata import add_model, add_provenance
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
@@ -51,16 +51,16 @@ def write(
     return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
 
 
-def _most_weights(entries: list[Entry]) -> str:
+def _most_weights(entries: list[GGUFEntry]) -> str:
     """The type that holds most bytes of the blocks' matrices."""
     total: Counter[str] = Counter()
     for entry in entries:
         if len(entry.shape) == 2 and entry.gguf_name.startswith("blk."):
-            total[type_of(entry.codec)] += entry.nbytes
+            total[type_of(entry.codec_name)] += entry.nbytes
     return total.most_common(1)[0][0]
 
 
-def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> list[Entry]:
+def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> list[GGUFEntry]:
     known = gguf_names(architecture, config["num_hidden_layers"])
     entries = []
     for name, facts in artifact.manifest().items():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lqexport.recipe import Moments
-from lqexport.runtime.placement import Room
+from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import ALONE, Processes
 from lqexport.solver.cholesky import factorize, runs
 
@@ -41,8 +41,8 @@ class CrossMoments:
     Tokens come in shards, as in `moments.SecondMoments`. The room says where totals and factors are.
     """
 
-    def __init__(self, columns: int, kind: Moments, room: Room, rows: int = 0) -> None:
-        self.kind, self._room = kind, room
+    def __init__(self, columns: int, kind: Moments, placement: Placement, rows: int = 0) -> None:
+        self.kind, self._room = kind, placement
         self._shapes = {"own": (2, columns, columns), "drift": (2, columns, columns), "tokens": (1,)}
         if rows and kind != "plain":
             self._shapes["lag"] = (2, rows, columns)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lqexport.recipe import ImportanceBase, Moments
 from lqexport.runtime.processes import ALONE, Processes
-from lqexport.solver.cholesky import Factor, Keep, in_place
+from lqexport.solver.cholesky import CholeskyFactor, Keep, in_place
 
 Group = tuple[str, ...]
 """Names of linears in a block that share their second moments."""
@@ -176,7 +176,7 @@ class TokenWeights:
         return (raised * (raw.sum() / raised.sum().clamp_min(1e-300))).float()
 
 
-def importance(hessian: Tensor, factor: Factor, base: ImportanceBase, exponent: float) -> Tensor:
+def importance(hessian: Tensor, factor: CholeskyFactor, base: ImportanceBase, exponent: float) -> Tensor:
     """What an error of each input column weighs when a grid is fitted: float32 [C].
 
     diagonal   H_ii^p, the energy of the input (AWQ's and llama.cpp's importance at p = 1)

@@ -26,8 +26,8 @@ from lqexport.runtime.progress import terminal_listener
 if TYPE_CHECKING:
     from lqexport.exporting import Format
     from lqexport.planning.dryrun import Preview
-    from lqexport.planning.memory import Budget
-    from lqexport.runtime.placement import Room
+    from lqexport.planning.memory import MemoryLimits
+    from lqexport.runtime.placement import Placement
     from lqexport.runtime.progress import Listener
     from lqexport.verification.result import Verification
 
@@ -127,7 +127,7 @@ def quantize(
     tune_rate: option.TuneRate = None,
     rank: option.Rank = None,
     scaling: option.Scaling = None,
-    factors: option.Factors = None,
+    factors: option.LowRankFactors = None,
     factor_bytes: option.FactorBytes = None,
     rounds: option.Rounds = None,
     merge: option.Merge = None,
@@ -191,28 +191,28 @@ class _Run:
     host_memory: str | None
 
     @functools.cached_property
-    def budget(self) -> Budget:
+    def limits(self) -> MemoryLimits:
         """What is given, else what is free: asked once, so that the run has what was shown."""
-        from lqexport.planning.memory import Budget, available
+        from lqexport.planning.memory import MemoryLimits, available
         from lqexport.runtime.environment import choose_device
         from lqexport.sizes import memory_size
 
         free = available(choose_device(self.device))
         given = [memory_size(size) if size else None for size in (self.device_memory, self.host_memory)]
-        return Budget(given[0] or free.device, given[1] or free.host)
+        return MemoryLimits(given[0] or free.device, given[1] or free.host)
 
     def quantize(self, listener: Listener | None = None) -> dict[str, Any]:
         from lqexport.pipeline.quantize import quantize as run
 
         return run(self.recipe, self.out, device=self.device, cache=self.cache, listener=listener,
-                   budget=self.budget)  # fmt: skip
+                   limits=self.limits)  # fmt: skip
 
 
 def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
     """Show the plan; then, unless it is a dry run, check the disk and run."""
     from lqexport.planning.dryrun import as_json as preview_json
     from lqexport.planning.dryrun import preview
-    from lqexport.planning.memory import choose_room
+    from lqexport.planning.memory import choose_placement
     from lqexport.runtime.environment import choose_device
 
     if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, the first one talks
@@ -221,12 +221,12 @@ def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> N
         return
     recipe, out, device = run.recipe, run.out, choose_device(run.device)
     shown = preview(recipe, out)
-    room = choose_room(shown.work, device, out, run.budget)
+    placement = choose_placement(shown.work, device, out, run.limits)
     if not as_json:
-        _show(shown, room, verbose, dry_run)
+        _show(shown, placement, verbose, dry_run)
     if dry_run:
         if as_json:
-            print(json.dumps(preview_json(shown, room), indent=1))
+            print(json.dumps(preview_json(shown, placement), indent=1))
         return
     shown.check_disk()
     with terminal_listener() as listener:
@@ -251,26 +251,26 @@ def run_quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> N
     print(f"Wrote {out}. Next: {shlex.join(['lqexport', f'to-{family}', str(out), *written])}")
 
 
-def _show_budget(recipe: Recipe, out: Path, budget: dict[str, Any]) -> None:
+def _show_budget(recipe: Recipe, out: Path, limits: dict[str, Any]) -> None:
     """The types that were chosen; and the curve that the choice lies on as OUT/budget.svg, where matplotlib is."""
     from lqexport.planning.dryrun import preview, show_plan
 
     show_plan(preview(recipe, out), output())
-    print(f"Predicted KL: {budget['predicted_kl']:.4f}, at most {budget['predicted_kl_gap']:.1e} above the best choice")
+    print(f"Predicted KL: {limits['predicted_kl']:.4f}, at most {limits['predicted_kl_gap']:.1e} above the best choice")
     if importlib.util.find_spec("matplotlib"):
         from lqexport.verification.report import save_budget_plot
 
-        save_budget_plot(budget, out / "budget.svg")
+        save_budget_plot(limits, out / "budget.svg")
         print(f"Loss against bytes: {out / 'budget.svg'}")
 
 
-def _show(shown: Preview, room: Room, verbose: bool, estimates: bool) -> None:
+def _show(shown: Preview, placement: Placement, verbose: bool, estimates: bool) -> None:
     from lqexport.planning.dryrun import show_estimates, show_plan
 
     console = output()
     show_plan(shown, console, verbose)
     if estimates:
-        show_estimates(shown, console, room)
+        show_estimates(shown, console, placement)
 
 
 @app.command()

@@ -107,7 +107,7 @@ Rank = Annotated[int | None, _option("rank", "Rank of the low-rank correction of
 Scaling = Annotated[
     str | None, _option("scaling", "What the correction weighs errors by: lqer, l2qer, qera-diag or qera.")
 ]
-Factors = Annotated[
+LowRankFactors = Annotated[
     str | None, _option("factors", "Type of the correction's factors: F16, BF16, F32, Q8_0, native:mxint-8-g16.")
 ]
 FactorBytes = Annotated[

@@ -13,7 +13,7 @@ from torch import Tensor
 from lqexport.converters.factors import block_codec
 from lqexport.errors import UserError
 from lqexport.formats.codec import GridCodec
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
 
 
@@ -22,7 +22,7 @@ def rounding(kind: str) -> Callable[[Tensor], Tensor]:
 
     Raises UserError for a type without a grid per block of columns.
     """
-    found = codec(block_codec(kind, "activations"))
+    found = codec_named(block_codec(kind, "activations"))
     if not isinstance(found, GridCodec):
         raise UserError(f"activations: {found.name} has no grid; give a type such as native:mxint-8-g16.")
 

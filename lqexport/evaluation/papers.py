@@ -26,7 +26,7 @@ from lqexport.calibration.texts import documents, read_text
 from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, perplexity_and_error, tokenize
-from lqexport.models.adapters import Corrected, open_factors
+from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.models.written import open_export
@@ -103,7 +103,7 @@ def perplexity(
     tokenizer, export = tokenizer_of(path), open_export(path)
     cuts = {text: _windows(text, PROTOCOLS[protocol], tokenizer, windows) for text in texts}
     factors = open_factors(path, None, export.config)
-    model = BlockModel(Corrected(export, factors) if factors else export, choose_device(device))
+    model = BlockModel(CorrectedModel(export, factors) if factors else export, choose_device(device))
     return [_measured(model, text, *cuts[text], listener) for text in cuts]
 
 

@@ -15,7 +15,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
 from lqexport.evaluation.evaluate import check_predicts
 from lqexport.integration.loading import load
-from lqexport.models.adapters import Corrected, open_factors
+from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.interface import Weights
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.models.written import NativeFolder, open_export
@@ -111,7 +111,7 @@ def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrained
     if isinstance(export, NativeFolder):
         return load(path, dtype=dtype, device_map={"": device})
     factors = open_factors(path, None, export.config)
-    return dense(Corrected(export, factors) if factors else export, device, dtype)
+    return dense(CorrectedModel(export, factors) if factors else export, device, dtype)
 
 
 def dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -63,9 +63,9 @@ class LeanQuantModelForCausalLM:
 
 
 def _check_bits(model: PreTrainedModel, bits: int | None) -> None:
-    from lqexport.formats.registry import codec
+    from lqexport.formats.registry import codec_named
 
     modules = model.config.quantization_config.modules.values()
-    found = {int(codec(entry["codec"]).bits) for entry in modules}  # type: ignore[union-attr]  # native ones have it
+    found = {int(codec_named(entry["codec"]).bits) for entry in modules}  # type: ignore[union-attr]  # native ones have it
     if bits is not None and bits not in found:
         raise UserError(f"The model is packed in {', '.join(map(str, sorted(found)))} bits, not {bits}.")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lqexport.converters.folders.native import LOW_RANK
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.kernels import cuda, cuda_decode, native_decode
 from lqexport.kernels.cuda_multiply import LowRank, multiply
 
@@ -31,13 +31,13 @@ class PackedLinear(nn.Linear):
     ) -> None:  # fmt: skip
         nn.Module.__init__(self)
         self.codec_name, self.in_features, self.out_features, self.rank = codec_name, columns, rows, rank
-        for plane, (dtype, shape) in codec(codec_name).layout(rows, columns).items():
+        for plane, (dtype, shape) in codec_named(codec_name).layout(rows, columns).items():
             empty = torch.empty(shape, dtype=getattr(torch, dtype.name))
             if plane == "codes":
                 self.weight = nn.Parameter(empty.view(-1), requires_grad=False)
             else:
                 self.register_buffer(plane, empty)
-        self._planes = [plane for plane in codec(codec_name).layout(rows, columns) if plane != "codes"]
+        self._planes = [plane for plane in codec_named(codec_name).layout(rows, columns) if plane != "codes"]
         if rank:
             self.register_buffer(LEFT, torch.empty(rows, rank, dtype=low_rank_dtype))
             self.register_buffer(RIGHT, torch.empty(rank, columns, dtype=low_rank_dtype))

@@ -20,7 +20,7 @@ from lqexport.solver.corrected_linear import values_of
 from lqexport.storage.artifact import Artifact, StoredTensor
 
 
-class Factors(Protocol):
+class LowRankFactors(Protocol):
     """Factors of corrections, by their names in `converters.factors`."""
 
     def names(self) -> list[str]: ...
@@ -29,7 +29,7 @@ class Factors(Protocol):
         """A factor's codec, planes and shape, rows in the order of the Hugging Face model."""
 
 
-class NativeFactors:
+class NativeFolderFactors:
     """Those of a folder of the native format."""
 
     def __init__(self, model: NativeModel) -> None:
@@ -47,10 +47,10 @@ class ArtifactFactors:
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         tensor = self._artifact.read(name)
-        return tensor.codec, tensor.planes, tensor.shape
+        return tensor.codec_name, tensor.planes, tensor.shape
 
 
-def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Factors | None:
+def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> LowRankFactors | None:
     """The corrections of a written model: the file `adapter`, or those that a folder of ours holds; None for none.
 
     config   of the model. Raises UserError where the adapter is not one for it, and for one beside an artifact folder.
@@ -60,18 +60,18 @@ def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Fa
         raise UserError(f"{file} is an artifact folder, which holds its own factors: leave out the adapter.")
     if adapter is not None:
         return PeftAdapter(adapter) if adapter.is_dir() else GGUFAdapter(adapter, config)
-    factors: Factors | None = None
+    factors: LowRankFactors | None = None
     if artifact:
         factors = ArtifactFactors(Artifact(file))
     elif is_native_folder(file):
-        factors = NativeFactors(NativeModel(file))
+        factors = NativeFolderFactors(NativeModel(file))
     return factors if factors and factors.names() else None
 
 
-class Corrected:
+class CorrectedModel:
     """A written model with its corrections added to the weights: the same function as the base beside its adapter."""
 
-    def __init__(self, base: Weights, factors: Factors) -> None:
+    def __init__(self, base: Weights, factors: LowRankFactors) -> None:
         self.config, self._base, self._factors = base.config, base, factors
         self._corrected = set(factors.names())
 
@@ -90,7 +90,7 @@ class Corrected:
         return values_of(StoredTensor(name, kind, shape, planes))
 
 
-def misfits(base: Weights, factors: Factors) -> list[str]:
+def misfits(base: Weights, factors: LowRankFactors) -> list[str]:
     """A sentence for each correction that lacks a factor, or whose shape is not that of a weight of the model."""
     present, shapes = set(base.names()), {name: factors.planes(name)[2] for name in factors.names()}
     sentences = []

@@ -19,14 +19,14 @@ from lqexport.converters.folders.native_read import NativeModel
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.source import HuggingFaceSource
 from lqexport.sizes import human_bytes
 from lqexport.storage.artifact import Artifact
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorInfo:
     """One tensor: its Hugging Face name, shape, the type it is stored in, and the bytes of its data."""
 
     name: str
@@ -55,7 +55,7 @@ class Inspection:
 
     path: str
     container: str
-    entries: list[Entry]
+    entries: list[TensorInfo]
 
     def as_json(self) -> dict[str, Any]:
         """Everything, for `--json`."""
@@ -69,31 +69,31 @@ class Inspection:
         }
 
 
-def weights(entries: Iterable[Entry]) -> int:
+def weights(entries: Iterable[TensorInfo]) -> int:
     """Weights of the model; factors of corrections add bytes, not weights."""
     return sum(entry.weights for entry in entries if not is_factor(entry.name))
 
 
-def size(entries: Iterable[Entry]) -> int:
+def size(entries: Iterable[TensorInfo]) -> int:
     """Bytes."""
     return sum(entry.nbytes for entry in entries)
 
 
-def bits(entries: list[Entry]) -> float:
+def bits(entries: list[TensorInfo]) -> float:
     """Effective bits per weight: 8 times all bytes over all weights; scales, tables and factors included. Of factors
     alone: bits per number."""
     return 8 * size(entries) / max(1, weights(entries) or sum(entry.weights for entry in entries))
 
 
-def grouped(entries: Iterable[Entry]) -> dict[tuple[str, str], list[Entry]]:
+def grouped(entries: Iterable[TensorInfo]) -> dict[tuple[str, str], list[TensorInfo]]:
     """Entries by kind and sort of type, in the order in which they first come."""
-    groups: dict[tuple[str, str], list[Entry]] = {}
+    groups: dict[tuple[str, str], list[TensorInfo]] = {}
     for entry in entries:
         groups.setdefault((entry.kind, entry.sort), []).append(entry)
     return groups
 
 
-def table(entries: list[Entry], every: bool = False) -> Table:
+def table(entries: list[TensorInfo], every: bool = False) -> Table:
     """One line per kind and type, or per tensor, and the sum."""
     groups = [(entry.name, [entry]) for entry in entries] if every else [
         (kind, group) for (kind, _), group in grouped(entries).items()
@@ -135,20 +135,20 @@ def inspect(path: Path) -> Inspection:
     return Inspection(str(path), container, [_source_entry(source, name) for name in source.names()])
 
 
-def _artifact_entries(artifact: Artifact) -> list[Entry]:
+def _artifact_entries(artifact: Artifact) -> list[TensorInfo]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[Entry]:
+def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[TensorInfo]:
     names = [*model.names(), *(model.factors() if isinstance(model, NativeModel) else [])]
-    return [_coded(name, model.shape(name), model.codec(name)) for name in names]
+    return [_coded(name, model.shape(name), model.codec_name(name)) for name in names]
 
 
-def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> Entry:
+def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> TensorInfo:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    return Entry(name, shape, codec_name, nbytes(codec(codec_name), rows, columns))
+    return TensorInfo(name, shape, codec_name, nbytes(codec_named(codec_name), rows, columns))
 
 
-def _source_entry(source: HuggingFaceSource, name: str) -> Entry:
+def _source_entry(source: HuggingFaceSource, name: str) -> TensorInfo:
     """From the headers of the safetensors files; of a quantized weight also the groups of its columns are read."""
-    return Entry(name, source.shape(name), source.dtype(name), source.nbytes(name))
+    return TensorInfo(name, source.shape(name), source.dtype(name), source.nbytes(name))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 
 
-class Shapes(Protocol):
+class ModelShapes(Protocol):
     """Names and shapes of a model's tensors, by their Hugging Face names, and its config.
 
     Tied embeddings: `lm_head.weight` is absent and `config["tie_word_embeddings"]` is true.
@@ -24,7 +24,7 @@ class Shapes(Protocol):
         """A tensor's shape, without reading its data."""
 
 
-class Weights(Shapes, Protocol):
+class Weights(ModelShapes, Protocol):
     """A model's tensors."""
 
     def read(self, name: str) -> torch.Tensor:

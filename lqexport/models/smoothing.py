@@ -21,7 +21,7 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
-from lqexport.storage.background import Place, Placed
+from lqexport.storage.background import FileSpan, KnowsItsFiles
 
 POWER = 0.2
 """Of the input's size."""
@@ -121,8 +121,8 @@ class Smoothed:
             values = (values.float() + plus) / (scale if values.ndim == 1 else scale[:, None]) - plus
         return values.float() * self._columns[name] if name in self._columns else values
 
-    def places(self, name: str) -> list[Place]:
-        return self._source.places(name) if isinstance(self._source, Placed) else []
+    def file_spans(self, name: str) -> list[FileSpan]:
+        return self._source.file_spans(name) if isinstance(self._source, KnowsItsFiles) else []
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._source.tokenizer()

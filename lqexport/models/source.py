@@ -15,14 +15,14 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lqexport.converters.checkpoints.detect import layout_of
-from lqexport.converters.checkpoints.layout import Layout
+from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.architecture import FIRST, MEAN
 from lqexport.converters.models.architectures import find_architecture, normalized
 from lqexport.converters.models.tensor_names import block_module
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
-from lqexport.storage.background import Place
+from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json, written_whole
 from lqexport.storage.tensor_files import open_tensors, spans
@@ -84,7 +84,7 @@ class HuggingFaceSource:
             self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
         with well_formed(f"quantization_config of {folder}"):
-            self.layout: Layout | None = layout_of(folder, self.config, self._files, self)
+            self.layout: CheckpointLayout | None = layout_of(folder, self.config, self._files, self)
         self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
         self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
@@ -134,10 +134,10 @@ class HuggingFaceSource:
         module = self.module(name)
         return self.layout.parts_of(module) if self.layout and module else [self._stored_name(name)]
 
-    def places(self, name: str) -> list[Place]:
+    def file_spans(self, name: str) -> list[FileSpan]:
         """Where on disk a tensor's parts are."""
         parts = [(self._files[stored], stored) for stored in self._parts(name)]
-        return [Place(path, *self._spans(path)[stored]) for path, stored in parts]
+        return [FileSpan(path, *self._spans(path)[stored]) for path, stored in parts]
 
     @functools.cache  # noqa: B019 (a source lives as long as its run)
     def _spans(self, path: Path) -> dict[str, tuple[int, int]]:

@@ -12,8 +12,8 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import PlainCodec, nbytes
 from lqexport.formats.moves import AffineGrid, TableGrid, move
-from lqexport.formats.registry import codec, names
-from lqexport.models.interface import Shapes
+from lqexport.formats.registry import codec_named, names
+from lqexport.models.interface import ModelShapes
 from lqexport.models.source import HuggingFaceSource, Source
 from lqexport.storage.artifact import StoredTensor
 
@@ -21,7 +21,7 @@ KEPT = "kept"
 """`source_grid` of a tensor that was moved."""
 
 
-def outer_types(source: Shapes, target: str) -> tuple[str | None, str | None]:
+def outer_types(source: ModelShapes, target: str) -> tuple[str | None, str | None]:
     """What embedding and output are stored as unless the recipe says so: for one GGUF type, what a quantized checkpoint
     has them in, since it left them as they were; None for the target's own choice."""
     if not isinstance(source, HuggingFaceSource) or source.layout is None or target not in names("gguf"):
@@ -37,7 +37,7 @@ def _stored_type(source: HuggingFaceSource, name: str) -> str | None:
     return kind if kind in names("gguf") else None
 
 
-def with_moves(source: Shapes, planned: list[PlannedTensor]) -> list[PlannedTensor]:
+def with_moves(source: ModelShapes, planned: list[PlannedTensor]) -> list[PlannedTensor]:
     """The plan, with what becomes of each quantized weight's grid; the solver does not work on those that move."""
     if not isinstance(source, HuggingFaceSource) or source.layout is None:
         return planned
@@ -46,16 +46,16 @@ def with_moves(source: Shapes, planned: list[PlannedTensor]) -> list[PlannedTens
 
 def _judged(source: HuggingFaceSource, tensor: PlannedTensor) -> PlannedTensor:
     module = source.module(tensor.name)
-    if module is None or isinstance(codec(tensor.codec), PlainCodec):
+    if module is None or isinstance(codec_named(tensor.codec_name), PlainCodec):
         return tensor
     grid = source.layout.grid(module) if source.layout else None
-    reason = _misfit(grid, tensor.codec)
+    reason = _misfit(grid, tensor.codec_name)
     if reason is None:
         return replace(tensor, linear=False, source_grid=KEPT)
-    family = names(tensor.codec.partition(":")[0])
-    possible = [name for name in family if tensor.matrix[1] % codec(name).block == 0]
+    family = names(tensor.codec_name.partition(":")[0])
+    possible = [name for name in family if tensor.matrix[1] % codec_named(name).block == 0]
     # Smallest first, so that few are tried: each try computes the grid of the whole matrix.
-    by_size = sorted(possible, key=lambda name: nbytes(codec(name), *tensor.matrix))
+    by_size = sorted(possible, key=lambda name: nbytes(codec_named(name), *tensor.matrix))
     smallest = next((name for name in by_size if _misfit(grid, name) is None), None)
     return replace(tensor, source_grid=f"{reason}; {smallest} would hold it" if smallest else reason)
 
@@ -65,7 +65,7 @@ def _misfit(grid: AffineGrid | TableGrid | None, name: str) -> str | None:
     if grid is None:
         return "its codes are floating-point numbers"
     try:
-        move(grid, codec(name))
+        move(grid, codec_named(name))
     except ValueError as error:
         return str(error)
     return None
@@ -76,7 +76,7 @@ def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
     the sign of zeros; those of GPTQ's layout are rounded to float16, as its readers compute."""
     assert isinstance(source, HuggingFaceSource)  # no other has such weights
     assert source.layout is not None
-    kind, module = codec(tensor.codec), source.module(tensor.name)
+    kind, module = codec_named(tensor.codec_name), source.module(tensor.name)
     assert not isinstance(kind, PlainCodec)
     assert module is not None
     found, stored = source.layout.grid(module), source.layout.codes(module)
@@ -88,12 +88,12 @@ def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
         values = values.astype(np.float16).astype(np.float32)
     if not np.array_equal(kind.decode(planes, tensor.shape[1]), values):
         raise AssertionError(f"{tensor.name}: {kind.name} decodes to other values than the checkpoint. This is a bug.")
-    return StoredTensor(tensor.name, tensor.codec, tensor.shape, planes, {"source_grid": KEPT})
+    return StoredTensor(tensor.name, tensor.codec_name, tensor.shape, planes, {"source_grid": KEPT})
 
 
 def sentences(planned: list[PlannedTensor]) -> list[str]:
     """What becomes of the checkpoint's grids, for the terminal; nothing for a source that has none."""
-    found = Counter((tensor.source_grid, tensor.codec) for tensor in planned if tensor.source_grid)
+    found = Counter((tensor.source_grid, tensor.codec_name) for tensor in planned if tensor.source_grid)
     return [
         f"{count} tensors move to {kind} as they are: grid, codes, every value."
         if grid == KEPT

@@ -46,7 +46,7 @@ class ArtifactModel:
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         tensor = self._artifact.read(name)
-        return tensor.codec, tensor.planes, tensor.shape
+        return tensor.codec_name, tensor.planes, tensor.shape
 
     def read(self, name: str) -> torch.Tensor:
         return torch.from_numpy(decoded(stored(self, name)))

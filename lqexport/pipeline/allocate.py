@@ -53,8 +53,8 @@ def reachable(tensors: Mapping[str, Sequence[Option]]) -> tuple[int, int]:
     return sum(map(min, sizes)), sum(map(max, sizes))
 
 
-def allocate(tensors: Mapping[str, Sequence[Option]], budget: int) -> Allocation:
-    """The option of every tensor that makes the sum of losses least within `budget` bytes.
+def allocate(tensors: Mapping[str, Sequence[Option]], limit_bytes: int) -> Allocation:
+    """The option of every tensor that makes the sum of losses least within `limit_bytes` bytes.
 
     Raises UserError where even the smallest options take more, naming the reachable sizes, and ValueError for an option
     whose loss is negative or not finite.
@@ -63,10 +63,10 @@ def allocate(tensors: Mapping[str, Sequence[Option]], budget: int) -> Allocation
         if wrong := [option for option in options if not 0 <= option.loss < np.inf]:
             raise ValueError(f"{name}: the predicted loss of {wrong[0].name} is {wrong[0].loss}, not a finite number.")
     least, most = reachable(tensors)
-    if budget < least:
-        raise UserError(f"No choice of types fits in {budget} bytes: from {least} to {most} bytes can be reached.")
+    if limit_bytes < least:
+        raise UserError(f"No choice of types fits in {limit_bytes} bytes: from {least} to {most} bytes can be reached.")
     useful = [_undominated(options) for options in tensors.values()]
-    picked, bound = _search(useful, budget)
+    picked, bound = _search(useful, limit_bytes)
     chosen = {name: options[index] for name, options, index in zip(tensors, useful, picked, strict=True)}
     loss = sum(option.loss for option in chosen.values())
     return Allocation(chosen, sum(option.nbytes for option in chosen.values()), loss, max(0.0, loss - bound))
@@ -92,9 +92,9 @@ class _Steps:
     tensor: NDArray[np.int64]
     index: NDArray[np.int64]
 
-    def bound(self, budget: Floats) -> Floats:
+    def bound(self, limit_bytes: Floats) -> Floats:
         """The least loss of these tensors within each budget; infinite where none fits."""
-        return np.where(budget < self.bytes_used[0], np.inf, np.interp(budget, self.bytes_used, self.loss))
+        return np.where(limit_bytes < self.bytes_used[0], np.inf, np.interp(limit_bytes, self.bytes_used, self.loss))
 
 
 def _steps(tensors: list[list[Option]], first: int) -> _Steps:
@@ -127,10 +127,10 @@ def _above(left: Option, middle: Option, right: Option) -> bool:
     return across >= (right.loss - left.loss) * (middle.nbytes - left.nbytes)
 
 
-def _complete(tensors: list[list[Option]], steps: _Steps, picked: list[int], budget: int) -> tuple[float, list[int]]:
+def _complete(tensors: list[list[Option]], steps: _Steps, picked: list[int], limit_bytes: int) -> tuple[float, list[int]]:
     """Loss and choice where the tensors after those `picked` take every step of the relaxation that still fits."""
     choice = picked + [0] * (len(tensors) - len(picked))
-    left = budget - sum(options[index].nbytes for options, index in zip(tensors, choice, strict=True))
+    left = limit_bytes - sum(options[index].nbytes for options, index in zip(tensors, choice, strict=True))
     for number, index in zip(steps.tensor.tolist(), steps.index.tolist(), strict=True):
         size = tensors[number][index].nbytes - tensors[number][choice[number]].nbytes
         if size <= left:
@@ -139,9 +139,9 @@ def _complete(tensors: list[list[Option]], steps: _Steps, picked: list[int], bud
     return sum(options[index].loss for options, index in zip(tensors, choice, strict=True)), choice
 
 
-def _search(tensors: list[list[Option]], budget: int) -> tuple[list[int], float]:
+def _search(tensors: list[list[Option]], limit_bytes: int) -> tuple[list[int], float]:
     """The option's index of every tensor, and a lower bound on the loss of any choice."""
-    best, choice = _complete(tensors, _steps(tensors, 0), [], budget)
+    best, choice = _complete(tensors, _steps(tensors, 0), [], limit_bytes)
     nbytes, loss, history = np.zeros(1), np.zeros(1), np.zeros((1, 0), np.uint8)
     dropped = np.inf
     for number, options in enumerate(tensors):
@@ -150,9 +150,9 @@ def _search(tensors: list[list[Option]], budget: int) -> tuple[list[int], float]
         last = np.tile(np.arange(len(options), dtype=np.uint8), len(history))[:, None]
         history = np.hstack([np.repeat(history, len(options), axis=0), last])
         steps = _steps(tensors, number + 1)
-        bound = loss + steps.bound(budget - nbytes)
+        bound = loss + steps.bound(limit_bytes - nbytes)
         lowest = int(bound.argmin())
-        best, choice = min((best, choice), _complete(tensors, steps, history[lowest].tolist(), budget))
+        best, choice = min((best, choice), _complete(tensors, steps, history[lowest].tolist(), limit_bytes))
         kept, lost = _promising(nbytes, loss, bound, best)
         dropped = min(dropped, lost)
         nbytes, loss, history = nbytes[kept], loss[kept], history[kept]

@@ -24,7 +24,7 @@ from lqexport.pipeline.allocate import Allocation, allocate
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.measured_losses import Losses
 from lqexport.recipe import Recipe
-from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import feedback, layer_loss
 from lqexport.storage.files import read_json, write_json
 
@@ -48,7 +48,7 @@ def choose_mixes(job: Job) -> Allocation | None:
     with well_formed(path, AGAIN):
         allocation = chosen_mixes(read_json(path, f"{path} is gone."), shapes, job.recipe.bits)
     chosen = {name: option.name for name, option in allocation.chosen.items()}
-    job.take_plan([replace(tensor, codec=chosen.get(tensor.name, tensor.codec)) for tensor in job.planned])
+    job.take_plan([replace(tensor, codec_name=chosen.get(tensor.name, tensor.codec_name)) for tensor in job.planned])
     return allocation
 
 
@@ -100,7 +100,7 @@ def _assembled(runs: tuple[Run, ...], pure: dict[int, TensorSections]) -> Tensor
     return replace(pure[runs[0].bits], sections=tuple(parts))
 
 
-def _mixes(hessian: Tensor, factor: Factor) -> list[tuple[Run, ...]]:
+def _mixes(hessian: Tensor, factor: CholeskyFactor) -> list[tuple[Run, ...]]:
     """Pure widths, and mixes that give more bits to the units of 32 stored columns whose errors weigh more.
 
     What the error of a column weighs is H_ii where nothing makes up for it, and U_ii^-2 where the columns after it make

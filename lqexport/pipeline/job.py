@@ -26,19 +26,19 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
-from lqexport.models.interface import Shapes, Weights
+from lqexport.models.interface import ModelShapes, Weights
 from lqexport.models.smoothing import SEQUENCES, Smoothed, column_scales, pairs
 from lqexport.models.source import Source, open_source
 from lqexport.models.source_grids import KEPT, outer_types, with_moves
 from lqexport.pipeline.measured_losses import Measured
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
-from lqexport.planning.memory import Budget, choose_room, rooms, told
+from lqexport.planning.memory import MemoryLimits, choose_placement, placements, told
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
-from lqexport.runtime.placement import Room
+from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import ALONE, Processes
 from lqexport.runtime.progress import Listener
 from lqexport.solver.solve_exact import check_exact
@@ -49,7 +49,7 @@ MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_
 """Options that decide the predicted loss of a type or mix, besides those that decide the second moments."""
 
 
-def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
+def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
     """What every tensor of the source will be stored as; `chosen` are codecs found for a size. Raises UserError where
     the target cannot hold the model, or the solver is not for it."""
     planned = _planned(source, recipe, chosen)
@@ -59,7 +59,7 @@ def plan_recipe(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None = 
     return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
 
 
-def _planned(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:
+def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:
     shapes = {name: source.shape(name) for name in source.names()}
     if recipe.target.startswith("gptq:"):
         return plan_gptq(recipe.target, source.config, shapes)
@@ -73,7 +73,7 @@ def _planned(source: Shapes, recipe: Recipe, chosen: dict[str, str] | None) -> l
                 output_type=recipe.output_type or output, types=types, fallback=recipe.fallback)  # fmt: skip
 
 
-def plan_factors(source: Shapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
+def plan_factors(source: ModelShapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
     """The factors that a run of `recipe` stores beside the linears of the decoder blocks."""
     if not recipe.rank or recipe.merge:
         return []
@@ -90,12 +90,12 @@ class Job:
     linears   those of the decoder blocks that the solver works on, by name;  head   the output, where it works on that
     factors   of the linears' low-rank corrections
     work      a folder of the artifact for what a stopped run goes on from
-    room      where things are kept, within `budget`
+    room      where things are kept, within `limits`
     """
 
     def __init__(
         self, recipe: Recipe, out: Path, device: torch.device, cache: Path | None, listener: Listener,
-        processes: Processes = ALONE, budget: Budget | None = None,
+        processes: Processes = ALONE, limits: MemoryLimits | None = None,
     ) -> None:  # fmt: skip
         self.device, self.listener, self.processes = device, listener, processes
         self.source: Source = open_source(recipe.source)
@@ -117,21 +117,21 @@ class Job:
         cache = cache or (self.work / "moments" if recipe.chooses else None)
         self._cache = MomentsCache(cache, self._moments_facts()) if cache and self.calibration else None
         self._weights = (cache or self.work) / "weights"
-        self.room = self._room(budget or Budget())
+        self.placement = self._room(limits or MemoryLimits())
         if self._cache and processes.first:
             self._cache.write_facts()
         if recipe.smooth and self.calibration and not processes.agreed(self.artifact.complete):
             self._smooth()
 
-    def _room(self, budget: Budget) -> Room:
+    def _room(self, limits: MemoryLimits) -> Placement:
         """Where things are kept; said where that is not simply the device."""
         work = Work(self.recipe, self.source.config, self.planned)
-        room = choose_room(work, self.device, self.work, budget)
+        placement = choose_placement(work, self.device, self.work, limits)
         # What is kept for other runs is kept whole.
-        room = replace(room, parts=1 if self._cache else max(self.processes.everyones(room.parts)))
-        if room != next(rooms(work, self.device, self.work)):
-            self.listener.message(f"To save memory: {told(room)}")
-        return room
+        placement = replace(placement, parts=1 if self._cache else max(self.processes.everyones(placement.parts)))
+        if placement != next(placements(work, self.device, self.work)):
+            self.listener.message(f"To save memory: {told(placement)}")
+        return placement
 
     def _begin(self) -> None:
         """Claim the output folder, by one process; the others find it claimed for the very same run."""
@@ -181,7 +181,7 @@ class Job:
     def _calibration(self) -> Calibration | None:
         """None where nothing is solved: rounding needs no calibration, and plain types have no grid. A correction
         needs it whatever the method."""
-        solved = any(not isinstance(codec(tensor.codec), PlainCodec) for tensor in self.linears.values())
+        solved = any(not isinstance(codec_named(tensor.codec_name), PlainCodec) for tensor in self.linears.values())
         if (self.recipe.method == "rtn" and not self.recipe.rank) or not solved:
             return None
         recipe, positions = self.recipe, int(self.source.config.get("max_position_embeddings") or 0)
@@ -259,7 +259,7 @@ class Job:
         return self._cache.fill(self._collect(model, lambda *_: True))
 
     def _collect(self, model: BlockModel, wanted: Callable[[int, Group], bool]) -> Iterator[BlockMoments]:
-        recipe, keep, parts = self.recipe, self.room.moments.keep, self.room.parts
+        recipe, keep, parts = self.recipe, self.placement.moments.keep, self.placement.parts
         if recipe.moments == "guided":
             # Where they are measured first, asymmetric calibration takes its weights of the tokens from the same pass.
             weights = self._kept_weights().write if recipe.asymmetric else None
@@ -268,7 +268,7 @@ class Job:
         groups = model.architecture.linears_of
         last = max(index for index in range(len(model)) for group in groups(index) if wanted(index, group))
         return forward_moments(model, self.sequences, self.kind, wanted, last, self.processes, keep, parts,
-                               self.room.hidden.keep)  # fmt: skip
+                               self.placement.hidden.keep)  # fmt: skip
 
     def token_weights(self, model: BlockModel) -> dict[str, Tensor]:
         """Each linear's guided weights of the tokens, float32 [tokens], by the weight's name; kept with the second
@@ -289,7 +289,7 @@ class Job:
 
     def _held(self) -> bool:
         """Whether the guided pass keeps its states in memory."""
-        return self.room.states and self.processes.count == 1
+        return self.placement.states and self.processes.count == 1
 
     def unfinished(self, model: BlockModel, index: int, group: Group) -> list[str]:
         """Names of a group's linears that are still to be solved."""

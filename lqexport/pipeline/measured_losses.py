@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lqexport.calibration.collect import begin_with_first, by_weight
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.pipeline.allocate import Option
 from lqexport.storage.files import read_json, write_json
 
@@ -55,4 +55,4 @@ def measure_linears(
 
 def options(losses: dict[str, float], shape: tuple[int, int]) -> list[Option]:
     """The options of a tensor of shape [rows, columns], from the losses of its codecs."""
-    return [Option(kind, nbytes(codec(kind), *shape), loss) for kind, loss in losses.items()]
+    return [Option(kind, nbytes(codec_named(kind), *shape), loss) for kind, loss in losses.items()]

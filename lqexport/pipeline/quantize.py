@@ -24,7 +24,7 @@ from lqexport.pipeline.job import Job
 from lqexport.pipeline.ranks import at_ranks, share, summary
 from lqexport.pipeline.solve_model import solve
 from lqexport.pipeline.types_by_size import choose_types
-from lqexport.planning.memory import Budget, available
+from lqexport.planning.memory import MemoryLimits, available
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import choose_device, full_float32, peak_memory, steady_threads
 from lqexport.runtime.processes import joined
@@ -43,7 +43,7 @@ OUT_OF_MEMORY = (
 @files_at_hand()
 def quantize(
     recipe: Recipe, out: str | Path, *, device: str = "auto", cache: Path | None = None,
-    listener: Listener | None = None, budget: Budget | None = None,
+    listener: Listener | None = None, limits: MemoryLimits | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Quantize `recipe.source` into the artifact folder `out`, or finish what an interrupted run began there.
 
@@ -56,8 +56,8 @@ def quantize(
     full_float32()
     where = choose_device(device)
     with joined(where) as processes, torch.no_grad(), claimed(Path(out)) if processes.first else nullcontext():
-        budget = (budget or available(where)).shared(processes.count)
-        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes, budget)
+        limits = (limits or available(where)).shared(processes.count)
+        job = Job(recipe, Path(out), where, cache, listener or Silent(), processes, limits)
         if not processes.agreed(job.artifact.complete):
             try:
                 _run(job)
@@ -70,13 +70,13 @@ def quantize(
 
 def _run(job: Job) -> None:
     """All stages, from wherever an earlier run stopped."""
-    budget, allocation = choose_types(job), choose_mixes(job)
+    limits, allocation = choose_types(job), choose_mixes(job)
     _round_others(job)
     solve(job)
     job.processes.wait()
     if job.processes.first:
         ranks = share(job.artifact, list(job.linears.values()), job.recipe) if job.recipe.rank else {}
-        _finish(job, _Found(budget, allocation, ranks, _tune(job)))
+        _finish(job, _Found(limits, allocation, ranks, _tune(job)))
     job.processes.wait()
 
 
@@ -84,7 +84,7 @@ def _run(job: Job) -> None:
 class _Found:
     """What the stages found out, for the report; None or empty where the recipe did not ask for it."""
 
-    budget: dict[str, Any] | None
+    limits: dict[str, Any] | None
     allocation: Allocation | None
     ranks: dict[str, int]
     outcome: Outcome | None
@@ -104,7 +104,7 @@ def _round_others(job: Job) -> None:
 def _stored(job: Job, tensor: PlannedTensor) -> StoredTensor:
     if tensor.source_grid == KEPT:
         return moved(job.source, tensor)
-    return round_tensor(tensor.name, job.source.read(tensor.name).to(job.device), tensor.codec)
+    return round_tensor(tensor.name, job.source.read(tensor.name).to(job.device), tensor.codec_name)
 
 
 def _tune(job: Job) -> Outcome | None:
@@ -115,8 +115,8 @@ def _tune(job: Job) -> Outcome | None:
     solved = SolvedModel(job.artifact, job.source.config, [tensor.name for tensor in job.planned])
     tokens = torch.cat([job.calibration.tokens[:count], job.calibration.tokens[-HELD_OUT:]])
     models = job.model_of(solved), job.model()
-    rate, room = job.recipe.tune_rate, job.room.unpacked
-    outcome = Tuner(job.artifact, *models, tokens, rate, job.work, job.listener, room).run()
+    rate, placement = job.recipe.tune_rate, job.placement.unpacked
+    outcome = Tuner(job.artifact, *models, tokens, rate, job.work, job.listener, placement).run()
     if not outcome.kept:
         job.listener.message("Tuning did not help on the held-out sequences: the model stays as it was solved.")
     return outcome
@@ -135,8 +135,8 @@ def _finish(job: Job, found: _Found) -> None:
         report["correction"] = summary(tensors, job.planned, factors, job.recipe.merge)
     if found.outcome:
         report["tuning"] = found.outcome.facts()
-    if found.budget:
-        report["budget"] = found.budget
+    if found.limits:
+        report["budget"] = found.limits
     if job.recipe.bits is not None:
         report["linears_bits_per_weight"] = _bits_per_weight(list(job.linears.values()), [])
     if found.allocation:
@@ -147,7 +147,7 @@ def _finish(job: Job, found: _Found) -> None:
 
 def _entry(job: Job, tensor: PlannedTensor, found: _Found) -> dict[str, Any]:
     """A tensor in the report."""
-    entry: dict[str, Any] = {"name": tensor.name, "codec": tensor.codec, "shape": list(tensor.shape)}
+    entry: dict[str, Any] = {"name": tensor.name, "codec": tensor.codec_name, "shape": list(tensor.shape)}
     entry["bytes"] = tensor.nbytes
     if tensor.reason:
         entry |= {"wanted": tensor.wanted, "reason": tensor.reason}

@@ -14,7 +14,7 @@ from typing import Any
 from lqexport.converters.factors import A, block_codec, corrected_linear, factor_names
 from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import Planes, nbytes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.recipe import Recipe
 from lqexport.sizes import human_bytes
 from lqexport.storage.artifact import Artifact, StoredTensor
@@ -32,8 +32,8 @@ class Candidate:
         return (self.losses[steps] - self.losses[steps + 1]) / self.nbytes if steps + 1 < len(self.losses) else 0.0
 
 
-def allocate(candidates: dict[str, Candidate], budget: int) -> dict[str, int]:
-    """Steps of rank for each candidate, together at most `budget` bytes.
+def allocate(candidates: dict[str, Candidate], limit_bytes: int) -> dict[str, int]:
+    """Steps of rank for each candidate, together at most `limit_bytes` bytes.
 
     The step with the largest gain per byte that still fits comes first. Each linear's gains fall from step to step
     (they are its squared singular values), so no other choice of as many bytes leaves less loss, but for less than one
@@ -44,9 +44,9 @@ def allocate(candidates: dict[str, Candidate], budget: int) -> dict[str, int]:
     heapq.heapify(queue)
     while queue:
         gain, name = heapq.heappop(queue)
-        if gain >= 0 or candidates[name].nbytes > budget:
+        if gain >= 0 or candidates[name].nbytes > limit_bytes:
             continue
-        budget -= candidates[name].nbytes
+        limit_bytes -= candidates[name].nbytes
         chosen[name] += 1
         heapq.heappush(queue, (-candidates[name].gain(chosen[name]), name))
     return chosen
@@ -70,7 +70,7 @@ def share(artifact: Artifact, linears: list[PlannedTensor], recipe: Recipe) -> d
 
 def _candidate(tensor: PlannedTensor, facts: dict[str, Any], recipe: Recipe) -> Candidate:
     scale = 1.0 if recipe.moments == "guided" else facts["energy"]
-    kind, (rows, columns), step = codec(block_codec(recipe.factors, "factors")), tensor.matrix, facts["step"]
+    kind, (rows, columns), step = codec_named(block_codec(recipe.factors, "factors")), tensor.matrix, facts["step"]
     size = nbytes(kind, step, columns) + nbytes(kind, rows, step)
     return Candidate([loss / scale for loss in facts["losses"]], size)
 
@@ -86,7 +86,7 @@ def _cut_factors(artifact: Artifact, tensor: PlannedTensor, rank: int) -> None:
 
 def cut(tensor: StoredTensor, shape: tuple[int, int]) -> StoredTensor:
     """The first rows and columns of a stored factor, `shape` of them: whole blocks, so that no value changes."""
-    layout = codec(tensor.codec).layout(*shape)
+    layout = codec_named(tensor.codec_name).layout(*shape)
     planes: Planes = {name: tensor.planes[name][: size[0], : size[1]] for name, (_, size) in layout.items()}
     return replace(tensor, shape=shape, planes=planes)
 

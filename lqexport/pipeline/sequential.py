@@ -54,7 +54,7 @@ class Sequential:
         numbered = list(enumerate(batch for shard in shards for batch in shard))
         ends = list(accumulate(map(len, shards), initial=0))
         self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.mine(range(len(shards)))]
-        self.keep = job.room.hidden.keep
+        self.keep = job.placement.hidden.keep
         self.inputs = {number: self.keep(model.start(ids)) for shard in self.shards for number, ids in shard}
         self.full = dict(self.inputs)
         model.let_go()
@@ -108,7 +108,7 @@ class Sequential:
     def _dealt(self, names: list[str]) -> tuple[list[tuple[str, slice | None]], float]:
         """What this process gets of these linears, whole ones or some rows, and its share of all their weights."""
         linears = [self.job.linears[name] for name in names]
-        whole = [bool(self.recipe.rank) or not rows_are_apart(linear.codec) for linear in linears]
+        whole = [bool(self.recipe.rank) or not rows_are_apart(linear.codec_name) for linear in linears]
         rows = [1 if alone else linear.matrix[0] for linear, alone in zip(linears, whole, strict=True)]
         mine = dealt(rows, self.processes.count)[self.processes.rank]
         weights = sum(linears[i].weights * (run.stop - run.start) / rows[i] for i, run in mine)
@@ -116,7 +116,7 @@ class Sequential:
         return parts, weights / sum(linear.weights for linear in linears)
 
     def _moments(self, group: Group, block: nn.Module) -> Tensor:
-        columns, keep = linear_of(block, group[0]).in_features, self.job.room.moments.keep
+        columns, keep = linear_of(block, group[0]).in_features, self.job.placement.moments.keep
         moments = SecondMoments(columns, self.job.kind, self.job.device, keep=keep)
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():
@@ -135,7 +135,7 @@ class Sequential:
         linear = linear_of(block, group[0])
         rows = linear.out_features if group[0] in (self.first, self.last) else 0
         apart = names if self.weights else names[:1]
-        found = {name: CrossMoments(linear.in_features, self.job.kind, self.job.room, rows) for name in apart}
+        found = {name: CrossMoments(linear.in_features, self.job.kind, self.job.placement, rows) for name in apart}
         parts = {name: self.weights[name].split(self.lengths) for name in apart} if self.weights else {}
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():

@@ -70,7 +70,7 @@ class _Solving:
     def _solve_head(self, head: PlannedTensor) -> None:
         """The output, on inputs from the full-precision model."""
         kind: Moments = "normalized" if self.job.kind == "guided" else self.job.kind
-        moments = SecondMoments(head.matrix[1], kind, self.device, keep=self.job.room.moments.keep)
+        moments = SecondMoments(head.matrix[1], kind, self.device, keep=self.job.placement.moments.keep)
         if calibrated := self.job.calibration is not None:
             add_outputs(moments, self.job.model(), self.job.sequences, self.processes)
         if self.processes.first:
@@ -106,7 +106,7 @@ class _Solving:
     def _solve_part(self, problem: Problem, rows: slice) -> _Part:
         name, began = problem.name, time.perf_counter()
         tensor, recipe = self.job.linears[name], self.job.recipe_of(name)
-        solved = solve_rows(name, problem.weight[rows], problem.hessian, tensor.codec, recipe, self.job.room)
+        solved = solve_rows(name, problem.weight[rows], problem.hessian, tensor.codec_name, recipe, self.job.placement)
         part = _Part(name, rows.start, list(solved), problem.facts, time.perf_counter() - began)
         self.job.listener.advance(round(tensor.matrix[1] * (rows.stop - rows.start) / problem.share))
         return part
@@ -118,7 +118,7 @@ class _Solving:
             if first.start == 0:
                 parts = sorted((part for part in found if part.name == first.name), key=attrgetter("start"))
                 rows = [run for part in parts for run in part.rows]
-                solved = assembled(first.name, self.job.linears[first.name].codec, rows)
+                solved = assembled(first.name, self.job.linears[first.name].codec_name, rows)
                 self._write([replace(solved, facts=solved.facts | first.facts)], first.seconds)
 
     def _solve(
@@ -127,7 +127,7 @@ class _Solving:
     ) -> None:  # fmt: skip
         """`share` is that of this process in what all solve at the same time."""
         name, began = tensor.name, time.perf_counter()
-        *factors, solved = self._solved(name, weight, hessian, tensor.codec)
+        *factors, solved = self._solved(name, weight, hessian, tensor.codec_name)
         solved.facts.update(facts or {})
         self._write([*factors, solved], time.perf_counter() - began)
         self.job.listener.advance(round(tensor.weights / share))
@@ -141,6 +141,6 @@ class _Solving:
     def _solved(self, name: str, weight: Tensor, hessian: Tensor | None, kind: str) -> list[StoredTensor]:
         recipe = self.job.recipe_of(name)
         if hessian is None or not recipe.rank or name not in self.job.linears:
-            return [solve_linear(name, weight, hessian, kind, recipe, self.job.room)]
+            return [solve_linear(name, weight, hessian, kind, recipe, self.job.placement)]
         hessian = hessian.to(self.device)
         return solve_corrected(name, weight.to(self.device).float(), hessian, self.magnitudes.get(name), kind, recipe)

@@ -95,10 +95,10 @@ def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
 def options(tensor: PlannedTensor) -> tuple[str, ...]:
     """Codecs that may hold a tensor; its own alone where there is nothing to choose."""
     if len(tensor.shape) == 1:
-        return (tensor.codec,)
+        return (tensor.codec_name,)
     columns = tensor.shape[1]
     if columns % 32:
-        return (tensor.codec,)
+        return (tensor.codec_name,)
     if columns % 256:
         return BLOCKS if tensor.linear else ("gguf:Q8_0",)
     return SUPERBLOCKS if tensor.linear else OUTER
@@ -171,7 +171,7 @@ def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str,
 
     Raises UserError where no choice fits, with the reachable sizes."""
     # A tensor that was not measured keeps the codec of its plan.
-    known = {tensor.name: losses.get(tensor.name, {tensor.codec: 0.0}) for tensor in planned}
+    known = {tensor.name: losses.get(tensor.name, {tensor.codec_name: 0.0}) for tensor in planned}
     tensors = {tensor.name: measured.options(known[tensor.name], tensor.matrix) for tensor in planned}
     best = allocate(tensors, limit)
     least, most = reachable(tensors)

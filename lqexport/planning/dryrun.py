@@ -15,7 +15,7 @@ from rich.console import Console
 
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
-from lqexport.models.inspect import Entry, bits, size, table
+from lqexport.models.inspect import TensorInfo, bits, size, table
 from lqexport.models.source import open_source
 from lqexport.models.source_grids import sentences
 from lqexport.pipeline.job import plan_factors, plan_recipe
@@ -24,7 +24,7 @@ from lqexport.planning.cost import Rates, Work, seconds_estimate
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import memory_estimate, told
 from lqexport.recipe import Recipe
-from lqexport.runtime.placement import Room
+from lqexport.runtime.placement import Placement
 from lqexport.sizes import human_bytes
 from lqexport.storage.artifact import Artifact
 
@@ -46,8 +46,8 @@ class Preview:
     free: int
 
     @property
-    def entries(self) -> list[Entry]:
-        return [Entry(tensor.name, tensor.shape, tensor.codec, tensor.nbytes) for tensor in self.tensors]
+    def entries(self) -> list[TensorInfo]:
+        return [TensorInfo(tensor.name, tensor.shape, tensor.codec_name, tensor.nbytes) for tensor in self.tensors]
 
     @property
     def work(self) -> Work:
@@ -82,7 +82,7 @@ def preview(recipe: Recipe, out: Path) -> Preview:
 
 def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
     """One sentence per sort of fallback."""
-    sorts = Counter((tensor.wanted, tensor.codec, tensor.reason) for tensor in tensors if tensor.reason)
+    sorts = Counter((tensor.wanted, tensor.codec_name, tensor.reason) for tensor in tensors if tensor.reason)
     return [
         f"{count} tensors take {codec} instead of {wanted}: {reason}"
         for (wanted, codec, reason), count in sorts.items()
@@ -108,29 +108,29 @@ def measured_rates(device: str, recipe: Recipe) -> Rates:
     return Rates(*(measured_rate(device, dtype) for dtype in dtypes))
 
 
-def _seconds_here(shown: Preview, room: Room) -> float:
-    rates = measured_rates(str(room.device), shown.recipe)
-    return seconds_estimate(shown.work, rates, torch.get_num_threads(), room.parts)
+def _seconds_here(shown: Preview, placement: Placement) -> float:
+    rates = measured_rates(str(placement.device), shown.recipe)
+    return seconds_estimate(shown.work, rates, torch.get_num_threads(), placement.parts)
 
 
-def as_json(shown: Preview, room: Room) -> dict[str, Any]:
+def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
     """Everything that a dry run says."""
     return {
         "target": shown.recipe.target,
         "bits_per_weight": bits(shown.entries),
         "tensor_bytes": size(shown.entries),
-        "estimated_memory_bytes": memory_estimate(shown.work, room),
+        "estimated_memory_bytes": memory_estimate(shown.work, placement),
         "memory_choices": {
-            "moments": room.moments.name,
-            "factors": room.factors.name,
-            "rows": room.rows,
-            "parts": room.parts,
+            "moments": placement.moments.name,
+            "factors": placement.factors.name,
+            "rows": placement.rows,
+            "parts": placement.parts,
         },
-        "estimated_seconds": _seconds_here(shown, room),
+        "estimated_seconds": _seconds_here(shown, placement),
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,
         "fallbacks": fallbacks(shown.tensors),
-        "tensors": [vars(tensor) | {"nbytes": tensor.nbytes} for tensor in shown.tensors],
+        "tensors": [tensor.as_json() for tensor in shown.tensors],
     }
 
 
@@ -147,14 +147,14 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
         console.print(f"Fallback: {sentence}", markup=False, highlight=False)
 
 
-def show_estimates(shown: Preview, console: Console, room: Room) -> None:
+def show_estimates(shown: Preview, console: Console, placement: Placement) -> None:
     """Print what the run would cost, and what the disk has."""
-    minutes = _seconds_here(shown, room) / 60
+    minutes = _seconds_here(shown, placement) / 60
     lines = (
         f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
-        f"Peak memory: about {human_bytes(memory_estimate(shown.work, room))} (estimate)",
-        told(room),
-        f"Time on {room.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
+        f"Peak memory: about {human_bytes(memory_estimate(shown.work, placement))} (estimate)",
+        told(placement),
+        f"Time on {placement.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
         f"Disk: needs {human_bytes(shown.missing_bytes)}, has {human_bytes(shown.free)} free",
     )
     for line in lines:

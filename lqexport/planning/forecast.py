@@ -16,9 +16,9 @@ from lqexport.pipeline.job import plan_factors, plan_recipe
 from lqexport.planning.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.planning.defaults import settled
 from lqexport.planning.dryrun import measured_rates
-from lqexport.planning.memory import Budget, Memory, choose_room, memory, peak, told
+from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, memory, peak, told
 from lqexport.recipe import Recipe
-from lqexport.runtime.placement import Room
+from lqexport.runtime.placement import Placement
 from lqexport.sizes import human_bytes, memory_size
 from lqexport.storage.config_check import read_config
 
@@ -55,18 +55,18 @@ class Forecast:
         return torch.device("cpu" if self.gpu is None else "cuda")
 
     @property
-    def budget(self) -> Budget:
-        return Budget(self.gpu, self.host)
+    def limits(self) -> MemoryLimits:
+        return MemoryLimits(self.gpu, self.host)
 
     @cached_property
-    def room(self) -> Room:
+    def placement(self) -> Placement:
         """Where things would be kept to fit."""
-        return choose_room(self.work, self.device, Path(), self.budget)
+        return choose_placement(self.work, self.device, Path(), self.limits)
 
     @property
     def stages(self) -> dict[str, Memory]:
         """What each needs; without a GPU all of it on the host."""
-        stages = memory(self.work, self.room)
+        stages = memory(self.work, self.placement)
         if self.gpu is not None:
             return stages
         return {name: Memory(0, stage.device + stage.host) for name, stage in stages.items()}
@@ -77,7 +77,7 @@ class Forecast:
         return [
             f"{name} takes {human_bytes(takes)} of the {place}'s {human_bytes(there)}"
             for name, stage in self.stages.items()
-            for place, takes, there in self.budget.excess(stage, self.device)
+            for place, takes, there in self.limits.excess(stage, self.device)
         ]
 
     def rates(self) -> Rates:
@@ -96,12 +96,12 @@ class Forecast:
             "bits_per_weight": 8 * nbytes / weights,
             "memory": {name: asdict(stage) for name, stage in self.stages.items()},
             "peak": asdict(peak(self.stages)),
-            "choices": told(self.room),
+            "choices": told(self.placement),
             "too_large": self.too_large,
-            "disk": asdict(disk(work, self.room.parts)),
-            "operations": asdict(operations_estimate(work, self.room.parts)),
+            "disk": asdict(disk(work, self.placement.parts)),
+            "operations": asdict(operations_estimate(work, self.placement.parts)),
             "rates": asdict(rates) | {"measured": self.gpu is None},
-            "hours": seconds_estimate(work, rates, threads, self.room.parts) / 3600,
+            "hours": seconds_estimate(work, rates, threads, self.placement.parts) / 3600,
         }
 
 

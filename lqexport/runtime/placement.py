@@ -20,7 +20,7 @@ HOST = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """The first of these that has room is where tensors are put: a device, or a folder for files.
 
     name   as the user is told
@@ -63,7 +63,7 @@ def mapped(tensor: Tensor, folder: Path) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Room:
+class Placement:
     """What memory decides.
 
     device    what computes
@@ -77,24 +77,24 @@ class Room:
     """
 
     device: torch.device
-    moments: Place
-    factors: Place
+    moments: Location
+    factors: Location
     rows: int
     parts: int
-    hidden: Place = field(compare=False)
+    hidden: Location = field(compare=False)
     states: bool = field(default=False, compare=False)
     unpacked: tuple[int, int] = field(default=(0, 0), compare=False)
 
 
-def places(device: torch.device, folder: Path) -> list[Place]:
+def locations(device: torch.device, folder: Path) -> list[Location]:
     """From the fastest: the device, the host's memory, and files in `folder`; where each is full, those that follow."""
     found: list[tuple[str, torch.device | Path]] = [("host", HOST), ("disk", folder)]
     if device.type != "cpu":
         found.insert(0, ("device", device))
-    return [Place(name, tuple(choice for _, choice in found[i:])) for i, (name, _) in enumerate(found)]
+    return [Location(name, tuple(choice for _, choice in found[i:])) for i, (name, _) in enumerate(found)]
 
 
-def plenty(device: torch.device) -> Room:
+def all_on_device(device: torch.device) -> Placement:
     """Everything on the device and at once."""
-    here = Place("device", (device,))
-    return Room(device, here, here, 1 << 62, 1, here)
+    here = Location("device", (device,))
+    return Placement(device, here, here, 1 << 62, 1, here)

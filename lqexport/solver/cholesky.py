@@ -27,7 +27,7 @@ Keep = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Factor:
+class CholeskyFactor:
     """U of a damped Hessian in solve order.
 
     panels      float64 [stop, at most PANEL]: columns of U, without the zeros below the triangle
@@ -78,7 +78,7 @@ def usual_dampening(diagonal: Tensor) -> float:
     return SHARE_OF_MEDIAN * float(used.median() / diagonal.mean()) if len(used) else 0.0
 
 
-def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: Keep = in_place) -> Factor:
+def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: Keep = in_place) -> CholeskyFactor:
     """U with (damped H)^-1 = U^T U for a symmetric `hessian` [C, C], columns in act-order (descending diagonal) where
     asked; `keep` puts each panel where it stays. `dampening` is over the diagonal's mean (None: `usual_dampening`).
 
@@ -95,7 +95,7 @@ def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: K
         except torch.linalg.LinAlgError:
             level *= 10
             continue
-        return Factor(_inverted(root, hessian.device, keep), order, level)
+        return CholeskyFactor(_inverted(root, hessian.device, keep), order, level)
     raise UserError("The Hessian cannot be factorized even with dampening 10: are the activations finite?")
 
 

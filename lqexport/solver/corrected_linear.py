@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lqexport.converters.factors import block_codec, factor_names
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.recipe import Recipe
 from lqexport.solver.feedback import layer_loss
 from lqexport.solver.linear import round_tensor, solve_linear
@@ -51,7 +51,7 @@ def solve_corrected(
     factors = [round_tensor(name, part, kind) for name, part in zip(factor_names(name), (down, up), strict=True)]
     losses = _losses(error, groups, *map(values_of, factors))
     facts = base.facts | _facts(error, weight, groups)
-    step, energy = codec(kind).block, max(_loss(weight, groups), 1e-30)
+    step, energy = codec_named(kind).block, max(_loss(weight, groups), 1e-30)
     facts["correction"] = {"step": step, "losses": losses[::step].tolist(), "energy": energy}
     base = replace(base, facts=facts)
     return [_merged(base, weight, factors, hessian, recipe)] if recipe.merge else [*factors, base]
@@ -82,7 +82,7 @@ def _merged(
     """The corrected weights solved into the format again; what that costs is the difference of the facts' losses."""
     down, up = (values_of(factor) for factor in factors)
     corrected = (values_of(base) + up @ down).to(weight.device)
-    again = solve_linear(base.name, corrected, hessian, base.codec, recipe)
+    again = solve_linear(base.name, corrected, hessian, base.codec_name, recipe)
     groups = hessian.reshape(-1, weight.shape[1], weight.shape[1])
     facts = _facts(values_of(again).to(weight.device) - weight, weight, groups)
     return replace(again, facts=base.facts | facts)

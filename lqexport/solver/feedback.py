@@ -23,7 +23,7 @@ from lqexport.grids.sections import TensorSections
 from lqexport.kernels import cuda
 from lqexport.runtime.tiles import product, tiles
 from lqexport.solver import solve_cpu, solve_cuda, solve_torch
-from lqexport.solver.cholesky import Factor
+from lqexport.solver.cholesky import CholeskyFactor
 
 FEEDBACK_BLOCK = 128
 REFINE_BLOCK = 256
@@ -45,7 +45,7 @@ def layer_loss(difference: Tensor, hessian: Tensor) -> float:
     return sum(float(((tile @ hessian) * tile).sum()) for tile in tiles(difference))
 
 
-def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Factor) -> Tensor:
+def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: CholeskyFactor) -> Tensor:
     """Codes uint8 [R, C] by error feedback through float32 weights [R, C] in the factor's order."""
     remaining = weights[:, factor.order].contiguous()
     ordered = torch.empty_like(remaining, dtype=torch.uint8)

@@ -13,15 +13,15 @@ from torch import Tensor
 from lqexport.calibration.moments import importance
 from lqexport.errors import UserError
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
-from lqexport.formats.registry import codec as codec_named
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
 from lqexport.recipe import Recipe
-from lqexport.runtime.placement import Room, plenty
+from lqexport.runtime.placement import Placement, all_on_device
 from lqexport.runtime.tiles import in_chunks, tiles
-from lqexport.solver.cholesky import Factor, factorize
+from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import damped, feedback, layer_loss, refine
 from lqexport.solver.solve_exact import in_own_order
 from lqexport.solver.solve_sections import refine_sections
@@ -72,10 +72,15 @@ def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> 
 
 
 def solve_linear(
-    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, room: Room | None = None
+    name: str,
+    weight: Tensor,
+    hessian: Tensor | None,
+    codec_name: str,
+    recipe: Recipe,
+    placement: Placement | None = None,
 ) -> StoredTensor:
     """Quantize `weight` [R, C], of any float dtype, for inputs with second moments `hessian` (None: method rtn):
-    float32 [C, C], or [G, C, C], one for each of G equal runs of rows. `room` says what computes, and how much of it at
+    float32 [C, C], or [G, C, C], one for each of G equal runs of rows. `placement` says what computes, and how much of it at
     once (None: all, where the weight is); both may be elsewhere.
 
     The facts of the result: `loss` (summed squared output error per token), `relative_error` (to the output's energy),
@@ -84,13 +89,13 @@ def solve_linear(
     check_finite(name, weight)
     if isinstance(codec_named(codec_name), PlainCodec):
         return round_tensor(name, weight, codec_name)
-    room = room or plenty(weight.device)
+    placement = placement or all_on_device(weight.device)
     if not rows_are_apart(codec_name):
-        room = replace(room, rows=len(weight))
+        placement = replace(placement, rows=len(weight))
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
     assert len(hessians) == 1 or rows_are_apart(codec_name)
     runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
-    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, recipe, room)]
+    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, recipe, placement)]
     return assembled(name, codec_name, parts)
 
 
@@ -108,31 +113,31 @@ def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> Stored
 
 
 def solve_rows(
-    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, room: Room
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, placement: Placement
 ) -> Iterator[SolvedRows]:
     """Rows of a linear, as many at a time as the room says: `weight` [R, C] has whole tiles of them, but for the last
     ones, and one matrix of second moments [C, C]."""
     codec = codec_named(codec_name)
     assert not isinstance(codec, PlainCodec)
-    hessian = None if hessian is None else hessian.to(room.device)
+    hessian = None if hessian is None else hessian.to(placement.device)
     factor = None
     if hessian is not None and recipe.method != "rtn":
-        factor = factorize(hessian, recipe.dampening, recipe.act_order, room.factors.keep)
+        factor = factorize(hessian, recipe.dampening, recipe.act_order, placement.factors.keep)
 
     def work(rows: slice) -> SolvedRows:
-        chunk = weight[rows].to(room.device).float()
+        chunk = weight[rows].to(placement.device).float()
         if hessian is None or factor is None:
             grid, codes = _round_to_nearest(codec, chunk)
         else:
             grid, codes = _solve(codec, chunk, hessian, factor, recipe)
         planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
-        sums = _sums(torch.from_numpy(values).to(room.device), chunk, hessian, factor)
+        sums = _sums(torch.from_numpy(values).to(placement.device), chunk, hessian, factor)
         return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
 
-    yield from in_chunks(work, len(weight), room.rows)
+    yield from in_chunks(work, len(weight), placement.rows)
 
 
-def _sums(values: Tensor, weight: Tensor, hessian: Tensor | None, factor: Factor | None) -> list[Sums]:
+def _sums(values: Tensor, weight: Tensor, hessian: Tensor | None, factor: CholeskyFactor | None) -> list[Sums]:
     """What the facts are made from, of each tile."""
     found = []
     for stored, exact in zip(tiles(values), tiles(weight), strict=True):
@@ -163,7 +168,7 @@ def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tupl
 
 
 def _solve(
-    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, factor: CholeskyFactor, recipe: Recipe
 ) -> tuple[TensorGrid | TensorSections, Tensor]:
     """Grid and codes."""
     if isinstance(codec, GridCodec):
@@ -172,7 +177,7 @@ def _solve(
 
 
 def _solve_grid(
-    codec: GridCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+    codec: GridCodec, weight: Tensor, hessian: Tensor, factor: CholeskyFactor, recipe: Recipe
 ) -> tuple[TensorGrid, Tensor]:
     if recipe.method == "gptq":
         grid = minmax(codec, weight)
@@ -185,7 +190,7 @@ def _solve_grid(
 
 
 def _solve_sections(
-    codec: SectionedCodec, weight: Tensor, hessian: Tensor, factor: Factor, recipe: Recipe
+    codec: SectionedCodec, weight: Tensor, hessian: Tensor, factor: CholeskyFactor, recipe: Recipe
 ) -> tuple[TensorSections, Tensor]:
     """The same where columns may be stored in the order in which they are solved."""
     order = factor.order if codec.reorders else torch.arange(weight.shape[1], device=weight.device)

@@ -15,14 +15,14 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.grids.grid import TensorGrid
 from lqexport.kernels.exact import solve_rows
-from lqexport.solver.cholesky import Factor
+from lqexport.solver.cholesky import CholeskyFactor
 
 SECONDS = 3e-11
 """Per row and cube of its columns on one core: measured at 384 and 1536 columns, 2.6e-11 and 1.9e-11."""
 MOST_HOURS = 24
 
 
-def in_own_order(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
+def in_own_order(weights: Tensor, grid: TensorGrid, factor: CholeskyFactor) -> Tensor:
     """Codes uint8 [R, C] for float32 weights [R, C] on a table per row, each row in its own order. Computed on the CPU,
     on whatever device the tensors are."""
     codes = torch.zeros_like(weights, dtype=torch.uint8, device="cpu")
@@ -33,7 +33,7 @@ def in_own_order(weights: Tensor, grid: TensorGrid, factor: Factor) -> Tensor:
     return codes.to(weights.device)
 
 
-def _inverse(factor: Factor) -> Tensor:
+def _inverse(factor: CholeskyFactor) -> Tensor:
     """The inverse of the damped second moments, float32 [C, C], columns in their own order."""
     columns = len(factor.order)
     padded = [torch.nn.functional.pad(panel.to(factor.order.device), (0, 0, 0, columns - len(panel)))
@@ -48,9 +48,9 @@ def check_exact(linears: Iterable[PlannedTensor]) -> None:
     """Raises UserError where a linear has no table per row, or where solving all of them would take too long."""
     hours = 0.0
     for tensor in linears:
-        if not tensor.codec.startswith("native:table-"):
+        if not tensor.codec_name.startswith("native:table-"):
             raise UserError(
-                f"The solver exact needs a table per row, and {tensor.name} is to be in {tensor.codec}: take a target "
+                f"The solver exact needs a table per row, and {tensor.name} is to be in {tensor.codec_name}: take a target "
                 "such as native:table-4, or --solver blocked."
             )
         rows, columns = tensor.matrix

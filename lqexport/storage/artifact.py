@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.formats.codec import Planes
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.background import OneBehind
 from lqexport.storage.config_check import check_config
 from lqexport.storage.files import (
@@ -66,7 +66,7 @@ class StoredTensor:
     (losses, dampening: whatever the solver recorded, JSON values only)."""
 
     name: str
-    codec: str
+    codec_name: str
     shape: tuple[int, ...]
     planes: Planes
     facts: dict[str, Any] = field(default_factory=dict)
@@ -75,9 +75,9 @@ class StoredTensor:
 def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
     """A stored tensor's values, float32 in its own shape. Raises UserError where the planes do not fit the codec."""
     try:
-        return codec(tensor.codec).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
+        return codec_named(tensor.codec_name).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec}: {error}.") from error
+        raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec_name}: {error}.") from error
 
 
 class Artifact:
@@ -156,7 +156,7 @@ class Artifact:
     def write(self, tensor: StoredTensor) -> None:
         """Store one finished tensor, whole or not at all. Equal input gives equal bytes."""
         # One metadata key: safetensors writes several in an order that changes from run to run.
-        facts = {"codec": tensor.codec, "shape": list(tensor.shape), "facts": tensor.facts, "sha256": SEAL}
+        facts = {"codec": tensor.codec_name, "shape": list(tensor.shape), "facts": tensor.facts, "sha256": SEAL}
         contiguous = {name: np.ascontiguousarray(plane) for name, plane in tensor.planes.items()}
         content = safetensors.numpy.save(contiguous, {"lqexport": json.dumps(facts, sort_keys=True)})
         write_sealed(self._path(tensor.name), content)
@@ -183,7 +183,7 @@ class Artifact:
     def read_listed(self, name: str, codec: str, shape: tuple[int, ...], sha256: str) -> StoredTensor:
         """A tensor as the manifest lists it. Raises UserError where it is another, or missing or damaged."""
         tensor = self.read(name)
-        if (tensor.codec, tensor.shape, digest(tensor.planes)) != (codec, shape, sha256):
+        if (tensor.codec_name, tensor.shape, digest(tensor.planes)) != (codec, shape, sha256):
             raise UserError(
                 f"Tensor {name} in {self.folder} is not the one that its manifest lists: the artifact is damaged. "
                 f"{ANEW}"
@@ -207,7 +207,12 @@ class Artifact:
         entries = []
         for name in names:
             tensor = self.read(name)
-            entry = {"name": name, "codec": tensor.codec, "shape": list(tensor.shape), "sha256": digest(tensor.planes)}
+            entry = {
+                "name": name,
+                "codec": tensor.codec_name,
+                "shape": list(tensor.shape),
+                "sha256": digest(tensor.planes),
+            }
             entries.append(entry)
         write_json(self.folder / "report.json", report)
         files = {path: file_digest(self.folder / path) for path in self._files(names)}
@@ -259,7 +264,7 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
     rows, columns = entry["shape"] if len(entry["shape"]) == 2 else (1, *entry["shape"])
     if not (isinstance(rows, int) and isinstance(columns, int)):
         raise ValueError(f"{entry['shape']} is no shape")
-    codec(entry["codec"]).layout(rows, columns)
+    codec_named(entry["codec"]).layout(rows, columns)
     return entry
 
 

@@ -14,7 +14,7 @@ CHUNK = 1 << 23
 """Bytes read at once."""
 
 
-class Place(NamedTuple):
+class FileSpan(NamedTuple):
     """Where a tensor's bytes are."""
 
     path: Path
@@ -23,10 +23,10 @@ class Place(NamedTuple):
 
 
 @runtime_checkable
-class Placed(Protocol):
+class KnowsItsFiles(Protocol):
     """Weights that know where they are on disk."""
 
-    def places(self, name: str) -> list[Place]:
+    def file_spans(self, name: str) -> list[FileSpan]:
         """Of a tensor's parts."""
 
 
@@ -51,15 +51,15 @@ class OneBehind:
 
 def read_ahead(weights: object, names: Iterable[str]) -> None:
     """Have tensors read into the system's cache, where it is known where they are. Nothing waits for it."""
-    if isinstance(weights, Placed):
-        places = [place for name in names for place in weights.places(name)]
-        Thread(target=_read, args=(places,), daemon=True).start()
+    if isinstance(weights, KnowsItsFiles):
+        file_spans = [span for name in names for span in weights.file_spans(name)]
+        Thread(target=_read, args=(file_spans,), daemon=True).start()
 
 
-def _read(places: list[Place]) -> None:
+def _read(file_spans: list[FileSpan]) -> None:
     buffer = bytearray(CHUNK)
     with suppress(OSError):  # whoever needs the bytes will say what is wrong
-        for path, start, nbytes in places:
+        for path, start, nbytes in file_spans:
             with path.open("rb", buffering=0) as file:
                 for at in range(start, start + nbytes, CHUNK):
                     os.preadv(file.fileno(), [memoryview(buffer)[: min(CHUNK, start + nbytes - at)]], at)

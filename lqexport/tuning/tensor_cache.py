@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import Grid, PlainCodec, Sections
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
 from lqexport.models.source_grids import KEPT
@@ -40,7 +40,7 @@ def unpack(tensor: StoredTensor, device: torch.device) -> Unpacked:
 
 
 def _parts(tensor: StoredTensor) -> Parts:
-    kind = codec(tensor.codec)
+    kind = codec_named(tensor.codec_name)
     if isinstance(kind, PlainCodec) or tensor.facts.get("source_grid") == KEPT:
         return None, torch.from_numpy(decoded(tensor))
     grid, codes = kind.unpack(tensor.planes, tensor.shape[1])
@@ -57,12 +57,12 @@ def _on(device: torch.device, parts: Parts) -> Unpacked:
 class Shelf:
     """An artifact's tensors by name, unpacked. They are kept on the device as far as there is room, then on the host.
 
-    room   bytes on the device and on the host
+    cache_bytes   bytes on the device and on the host
     """
 
-    def __init__(self, artifact: Artifact, device: torch.device, room: tuple[int, int]) -> None:
+    def __init__(self, artifact: Artifact, device: torch.device, cache_bytes: tuple[int, int]) -> None:
         self._artifact, self._device = artifact, device
-        self._device_room, self._host_room = room
+        self._device_room, self._host_room = cache_bytes
         self._made: dict[str, Unpacked] = {}
         self._parts: dict[str, Parts] = {}
 

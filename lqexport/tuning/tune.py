@@ -31,7 +31,7 @@ from torch.nn.functional import kl_div, log_softmax
 from lqexport.calibration.collect import embed_batches, final_states
 from lqexport.errors import AGAIN
 from lqexport.formats.codec import Grid, PlainCodec, Sections
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.grid import TensorGrid, round_half
 from lqexport.grids.sections import TensorSections
 from lqexport.models.blocks import BlockModel
@@ -136,16 +136,16 @@ class Tuner:
     source    the full-precision model
     tokens    int64 [sequences + HELD_OUT, length]; those held out come last
     folder    for what a stopped run goes on from
-    room      bytes on the device and on the host in which to keep tensors unpacked
+    cache_bytes   bytes on the device and on the host in which to keep tensors unpacked
     """
 
     def __init__(
         self, artifact: Artifact, solved: BlockModel, source: BlockModel, tokens: Tensor, rate: float,
-        folder: Path, listener: Listener, room: tuple[int, int] = (0, 0),
+        folder: Path, listener: Listener, cache_bytes: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
         self.artifact, self.solved, self.source, self.folder, self.listener = artifact, solved, source, folder, listener
         self.tokens, self.rate = tokens, rate
-        self.shelf = Shelf(artifact, solved.device, room)
+        self.shelf = Shelf(artifact, solved.device, cache_bytes)
         self.steps = len(tokens) - HELD_OUT
         self.blocks = [solved.names(index) for index in range(len(solved))]
         self.encoder = solved.architecture.encoder
@@ -323,7 +323,7 @@ class Tuner:
     def _store(self, name: str, new: State) -> None:
         """Write a tensor again, with new numbers. Writing it twice does no harm: nothing is relative to the old."""
         tensor = self.artifact.read(name)
-        kind = codec(tensor.codec)
+        kind = codec_named(tensor.codec_name)
         if isinstance(kind, PlainCodec):
             planes = kind.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
         else:

@@ -18,7 +18,7 @@ from lqexport.calibration.texts import read_text
 from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import BlockLogits, Evaluation
-from lqexport.models.adapters import Factors, open_factors
+from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import bits, inspect, size
 from lqexport.models.source import Source, open_source
@@ -107,7 +107,7 @@ def compare(
 class _Opened:
     head: Verification
     export: Export
-    factors: Factors | None
+    factors: LowRankFactors | None
 
 
 def _opened(head: Verification, source: Source) -> _Opened:

@@ -21,7 +21,7 @@ class CrossCheck:
 
     def add(self, tensor: StoredTensor, values: NDArray[np.float32]) -> None:
         """Compare the kernels' values of a tensor with those of `formats`, bit by bit, a NaN equal to any other."""
-        if not (cuda_decode.decodes(tensor.codec) and cuda.usable(self.device)):
+        if not (cuda_decode.decodes(tensor.codec_name) and cuda.usable(self.device)):
             return
         self.compared += 1
         ours = decoded_on(tensor, self.device).cpu().numpy()
@@ -42,4 +42,4 @@ class CrossCheck:
 def decoded_on(tensor: StoredTensor, device: torch.device) -> torch.Tensor:
     """A stored tensor's values by the kernels, float32 in its own shape, on the device."""
     planes = {name: torch.from_numpy(np.array(plane)).to(device) for name, plane in tensor.planes.items()}
-    return cuda_decode.decode(tensor.codec, planes, tensor.shape[-1]).reshape(tensor.shape)
+    return cuda_decode.decode(tensor.codec_name, planes, tensor.shape[-1]).reshape(tensor.shape)

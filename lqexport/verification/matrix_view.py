@@ -18,7 +18,7 @@ CONTEXT = 24
 
 
 @dataclass(frozen=True)
-class Portrait:
+class MatrixView:
     """A matrix in the source and in the file.
 
     edges          of the histogram's bins
@@ -46,7 +46,7 @@ class InContext:
     kl: float
 
 
-def portrait(export: Weights, source: Weights, name: str | None, codec: str) -> Portrait | None:
+def matrix_view(export: Weights, source: Weights, name: str | None, codec: str) -> MatrixView | None:
     """The portrait of the matrix `name`, in the middle row of which levels are shown; None where there is no name.
 
     Raises UserError where the file or the source has no such matrix.
@@ -59,7 +59,7 @@ def portrait(export: Weights, source: Weights, name: str | None, codec: str) -> 
     edges = np.histogram_bin_edges(original, BINS)
     counts = [np.histogram(values.clip(edges[0], edges[-1]), edges)[0].tolist() for values in (original, written)]
     row = len(written) // 2
-    return Portrait(name, codec, edges.tolist(), counts[0], counts[1], row, np.unique(written[row]).tolist())
+    return MatrixView(name, codec, edges.tolist(), counts[0], counts[1], row, np.unique(written[row]).tolist())
 
 
 def in_context(worst: list[Worst], windows: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> list[InContext]:

@@ -22,7 +22,7 @@ from lqexport.evaluation.embeddings import NEIGHBOURS
 from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification.limits import LIMITS
-from lqexport.verification.matrix_view import Portrait
+from lqexport.verification.matrix_view import MatrixView
 from lqexport.verification.result import TensorCheck, Verification
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def plots(result: Verification) -> list[tuple[str, str, str]]:
         found.append(("KL divergence along the text", note, svg(lambda axes: _draw_windows(axes, result))))
         note = "Mean over all windows by the position of the token in its window."
         found.append(("KL divergence within a window", note, svg(lambda axes: _draw_positions(axes, result))))
-    if (shown := result.portrait) is not None:
+    if (shown := result.matrix_view) is not None:
         note = (
             f"{shown.codec}. All weights of the source and of the file, and below the axis the values that row "
             f"{shown.row} of the file uses."
@@ -293,7 +293,7 @@ def _draw_by_block(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> Non
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
 
 
-def _draw_portrait(axes: Axes, shown: Portrait) -> None:
+def _draw_portrait(axes: Axes, shown: MatrixView) -> None:
     axes.stairs(shown.source, shown.edges, fill=True, color="#bbccdd", label="source")
     axes.stairs(shown.file, shown.edges, color="#cc3311", label="file")
     axes.plot(shown.levels, [-0.04 * max(shown.source)] * len(shown.levels), "|", color="#333", label="a row's values")

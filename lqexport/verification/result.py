@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lqexport.converters.factors import is_factor
 from lqexport.evaluation.embeddings import Similarity
 from lqexport.evaluation.evaluate import Evaluation
-from lqexport.verification.matrix_view import InContext, Portrait
+from lqexport.verification.matrix_view import InContext, MatrixView
 
 Engine = Literal["lqexport", "llama.cpp"]
 
@@ -75,7 +75,7 @@ class Verification:
     tensors: list[TensorCheck] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     worst: list[InContext] = field(default_factory=list)
-    portrait: Portrait | None = None
+    matrix_view: MatrixView | None = None
     base_evaluations: list[Evaluation] = field(default_factory=list)
     similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)

@@ -18,7 +18,7 @@ from lqexport.evaluation import evaluate, llamacpp
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.evaluate import PROTOCOLS
-from lqexport.models.adapters import Corrected, Factors
+from lqexport.models.adapters import CorrectedModel, LowRankFactors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
@@ -32,7 +32,7 @@ TOKENIZER_LIMIT = 0.01
 
 
 def compare_predictions(
-    result: Verification, export: Weights, factors: Factors | None, source: Source, text: Text,
+    result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, text: Text,
     protocols: tuple[str, ...], windows: int | None, listener: Listener,
 ) -> None:  # fmt: skip
     """Compare the file with its source on a text, by every protocol, or an encoder on at most so many sentences; where
@@ -61,7 +61,7 @@ def cut_text(
 def logits_of_file(
     result: Verification,
     export: Weights,
-    factors: Factors | None,
+    factors: LowRankFactors | None,
     windows: NDArray[np.int64],
     protocol: evaluate.Protocol,
     listener: Listener,
@@ -76,16 +76,16 @@ def logits_of_file(
         yield evaluate.block_logits(_model_of_file(result, export, factors), windows, protocol, listener, label)
 
 
-def _model_of_file(result: Verification, export: Weights, factors: Factors | None) -> BlockModel:
+def _model_of_file(result: Verification, export: Weights, factors: LowRankFactors | None) -> BlockModel:
     """The file's model by this program's own decoding, with its adapter where `factors` are given."""
-    weights = Corrected(export, factors) if factors else export
+    weights = CorrectedModel(export, factors) if factors else export
     return BlockModel(weights, result.device, rounding=rounding(result.activations) if result.activations else None)
 
 
 def evaluate_file(
     result: Verification,
     export: Weights,
-    factors: Factors | None,
+    factors: LowRankFactors | None,
     source: Weights,
     windows: dict[evaluate.Protocol, NDArray[np.int64]],
     listener: Listener,
@@ -106,7 +106,7 @@ def evaluate_file(
 def compare_embeddings(
     result: Verification,
     export: Weights,
-    factors: Factors | None,
+    factors: LowRankFactors | None,
     source: Weights,
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,

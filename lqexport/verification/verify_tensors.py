@@ -14,7 +14,7 @@ from lqexport.converters.factors import is_factor
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_tied
 from lqexport.errors import ANEW, well_formed
-from lqexport.models.adapters import Factors, misfits
+from lqexport.models.adapters import LowRankFactors, misfits
 from lqexport.models.interface import Weights
 from lqexport.models.modules import expected_shapes
 from lqexport.models.written import Export, Packed, stored
@@ -29,7 +29,7 @@ ROWS = 1024
 """Rows of a tensor that are compared with the source's at once."""
 
 
-def check_structure(result: Verification, export: Weights, factors: Factors | None, source: Weights) -> bool:
+def check_structure(result: Verification, export: Weights, factors: LowRankFactors | None, source: Weights) -> bool:
     """Whether the file has every tensor of the source's architecture in its shape, and its corrections fit them; says
     what is wrong in `failed`."""
     expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
@@ -67,7 +67,7 @@ def check_files(result: Verification, artifact: Artifact | None) -> None:
 def check_tensors(
     result: Verification,
     export: Export,
-    factors: Factors | None,
+    factors: LowRankFactors | None,
     source: Weights,
     artifact: Artifact | None,
     listener: Listener,
@@ -107,9 +107,9 @@ def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | N
     """Whether a tensor is the manifest's; None for factors in PEFT and native folders, which hold the values of those
     that are not float16."""
     entry = manifest.get(tensor.name, {})
-    if is_factor(tensor.name) and tensor.codec == "gguf:F32" != entry.get("codec"):
+    if is_factor(tensor.name) and tensor.codec_name == "gguf:F32" != entry.get("codec"):
         return None
-    return (entry.get("codec"), entry.get("sha256")) == (tensor.codec, digest(tensor.planes))
+    return (entry.get("codec"), entry.get("sha256")) == (tensor.codec_name, digest(tensor.planes))
 
 
 def _recorded_errors(artifact: Artifact) -> dict[str, float]:
@@ -131,7 +131,7 @@ def _check(
     nbytes = sum(plane.nbytes for plane in tensor.planes.values())
     error = None if original is None or original.shape != values.shape else relative_error(values, original)
     finite = bool(np.isfinite(values).all())
-    return TensorCheck(tensor.name, tensor.codec, tensor.shape, nbytes, error, output_error, finite, same)
+    return TensorCheck(tensor.name, tensor.codec_name, tensor.shape, nbytes, error, output_error, finite, same)
 
 
 def relative_error(values: NDArray[np.float32], original: Tensor) -> float:

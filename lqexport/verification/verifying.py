@@ -28,7 +28,7 @@ from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import file_digest
 from lqexport.verification.limits import check_limits, limits_for
-from lqexport.verification.matrix_view import Portrait, portrait
+from lqexport.verification.matrix_view import MatrixView, matrix_view
 from lqexport.verification.result import PACKAGES, Engine, Verification
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
@@ -94,7 +94,7 @@ def verify(
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
         compare_predictions(result, export, factors, source, evaluation_text, protocols, windows, listener)
-        result.portrait = _portrait(result, export, alike, linear)
+        result.matrix_view = _portrait(result, export, alike, linear)
         check_limits(result)
     return result
 
@@ -156,10 +156,10 @@ def _digest_of(path: Path) -> str:
     return file_digest(*parts)
 
 
-def _portrait(result: Verification, export: Weights, source: Weights, linear: str | None) -> Portrait | None:
+def _portrait(result: Verification, export: Weights, source: Weights, linear: str | None) -> MatrixView | None:
     name = linear or lossiest(result.tensors)
     codecs = {tensor.name: tensor.codec for tensor in result.tensors}
-    return portrait(export, source, name, codecs.get(name or "", ""))
+    return matrix_view(export, source, name, codecs.get(name or "", ""))
 
 
 def check_overlap(result: Verification, text: Text) -> None:

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.targets import plan
 from lqexport.formats.codec import Grid, ScaleFormat, Scales
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import write_json
 
@@ -73,7 +73,7 @@ def make_model(**options: Any) -> LlamaForCausalLM:
 
 def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
     """A grid of the codec with random stored numbers, and random codes."""
-    kind, random = codec(name), np.random.default_rng(rows * columns)
+    kind, random = codec_named(name), np.random.default_rng(rows * columns)
 
     def scales(form: ScaleFormat | None, size: float) -> Scales | None:
         if form is None:
@@ -104,12 +104,12 @@ def make_artifact(folder: Path, model: LlamaForCausalLM, target: str, tokenizer:
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     planned = plan(target, artifact.config(), {name: tuple(tensor.shape) for name, tensor in weights.items()})
     for tensor in planned:
-        kind = codec(tensor.codec)
+        kind = codec_named(tensor.codec_name)
         if hasattr(kind, "encode_values"):
             planes = kind.encode_values(weights[tensor.name].reshape(tensor.matrix))
         else:
-            planes = kind.encode(*random_grid(tensor.codec, *tensor.matrix))
-        artifact.write(StoredTensor(tensor.name, tensor.codec, tensor.shape, planes))
+            planes = kind.encode(*random_grid(tensor.codec_name, *tensor.matrix))
+        artifact.write(StoredTensor(tensor.name, tensor.codec_name, tensor.shape, planes))
     artifact.finish([tensor.name for tensor in planned], {})
     return artifact
 

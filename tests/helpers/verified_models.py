@@ -16,7 +16,7 @@ from lqexport.calibration.texts import read_text
 from lqexport.converters.gguf.writer import write
 from lqexport.converters.targets import plan
 from lqexport.evaluation.evaluate import Evaluation
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.source import open_source
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.verification.result import Verification
@@ -27,7 +27,7 @@ DOWN = "model.layers.1.mlp.down_proj.weight"
 
 def packed(weights: np.ndarray, name: str) -> dict[str, np.ndarray]:
     """Planes of a matrix by gguf-py's own rounding, or of a plain type by ours."""
-    kind = codec(name)
+    kind = codec_named(name)
     if hasattr(kind, "encode_values"):
         return kind.encode_values(weights)
     ((plane, (dtype, shape)),) = kind.layout(*weights.shape).items()
@@ -43,7 +43,7 @@ def make_artifact(model: Path, folder: Path, target: str, run: dict[str, Any] | 
     planned = plan(target, source.config, {name: source.shape(name) for name in source.names()})
     for tensor in planned:
         weights = source.read(tensor.name).float().numpy().reshape(tensor.matrix)
-        artifact.write(StoredTensor(tensor.name, tensor.codec, tensor.shape, packed(weights, tensor.codec)))
+        artifact.write(StoredTensor(tensor.name, tensor.codec_name, tensor.shape, packed(weights, tensor.codec_name)))
     entries = [{"name": tensor.name, "relative_error": 0.25} for tensor in planned if tensor.linear]
     artifact.finish([tensor.name for tensor in planned], {"tensors": entries})
     return artifact
