@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lqexport.calibration.asymmetric import CrossMoments, Entering
 from lqexport.formats.codec import GridCodec
-from lqexport.formats.registry import codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import STRETCHES, store
 from lqexport.grids.grid import TensorGrid, round_half, shared_levels
 from lqexport.grids.sections import SquaredSection, squared_scale, storable
@@ -97,7 +97,7 @@ def test_exl2_scales(root: Path) -> None:
 
 def test_superblock_of_q4_k(root: Path) -> None:
     page = shown(root, "a superblock of Q4_K")
-    found = codec("gguf:Q4_K")
+    found = codec_named("gguf:Q4_K")
     assert isinstance(found, GridCodec)
     assert found.scale is not None
     assert found.offset is not None

@@ -17,7 +17,7 @@ float32, and as much again for a shard of the sequences."""
 
 def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     """The recipe for a model of this config.json, with nothing left open. Asymmetric calibration keeps the most
-    (docs/quality.md), so it is what one gets where it works: models that predict tokens, without experts, whose
+    (docs/experiments.md), so it is what one gets where it works: models that predict tokens, without experts, whose
     second moments fit. Choosing types or mixes needs guided moments."""
     asymmetric, prefix, moments = recipe.asymmetric, recipe.prefix, recipe.moments
     if asymmetric is None:

@@ -8,22 +8,19 @@ The arithmetic is the same wherever that is, on contiguous copies on the device,
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lqexport.errors import UserError
+from lqexport.runtime.placement import Keep, in_place
 
 PANEL = 2048
 """Columns in a panel. The last bits of a factor depend on it, so it never depends on how much memory there is."""
 
 SHARE_OF_MEDIAN = 0.5
 """What is added to the diagonal, where nothing is asked for, over its median."""
-
-Keep = Callable[[Tensor], Tensor]
-"""Puts a tensor where it is to be kept, and returns it there."""
 
 
 @dataclass(frozen=True)
@@ -64,16 +61,11 @@ def runs(columns: int) -> list[slice]:
     return [slice(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
 
 
-def in_place(tensor: Tensor) -> Tensor:
-    """Keeps a tensor where it was computed."""
-    return tensor
-
-
 def usual_dampening(diagonal: Tensor) -> float:
     """What is added to a diagonal over its mean, so that it is a share of the median of the columns with any input.
     Where a few columns rule the mean, as before queries and keys, a share of that is too much for the others; where
     none does, the usual 0.05 or less is too little: what the solver gains on its own tokens it loses on others
-    (docs/quality.md)."""
+    (docs/experiments.md)."""
     used = diagonal[diagonal > 0]
     return SHARE_OF_MEDIAN * float(used.median() / diagonal.mean()) if len(used) else 0.0
 
