@@ -43,8 +43,8 @@ from lqexport.models.inspect import inspect
 from lqexport.models.modules import meta_model
 from lqexport.models.source import load_tokenizer, open_source
 from lqexport.models.written import open_export
-from lqexport.pipeline.job import plan_recipe
 from lqexport.pipeline.quantize import quantize
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe, load_recipe
 from lqexport.runtime.progress import Callback
 from lqexport.storage.artifact import manifest_bytes

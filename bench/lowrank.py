@@ -26,13 +26,12 @@ from lqexport.converters.gguf import adapter as gguf_adapter
 from lqexport.converters.gguf import writer as gguf
 from lqexport.evaluation.evaluate import Evaluation
 from lqexport.models.source import open_source
-from lqexport.pipeline.job import plan_recipe
 from lqexport.pipeline.quantize import quantize
 from lqexport.pipeline.ranks import cut, share
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
-from lqexport.solver.corrected_linear import values_of
 from lqexport.solver.linear import round_tensor
-from lqexport.storage.artifact import Artifact
+from lqexport.storage.artifact import Artifact, values_of
 
 LARGEST = 96
 VARIANTS = [(16, "F16"), (32, "F16"), (64, "F16"), (32, "Q8_0"), (64, "Q8_0")]

@@ -22,7 +22,7 @@ from judging import windows_of
 from sklearn.cluster import KMeans
 from transformers import AutoModelForCausalLM
 
-from lqexport.calibration.moments import SecondMoments, importance
+from lqexport.calibration.moments import SecondMoments
 from lqexport.calibration.sequences import load_calibration
 from lqexport.evaluation import evaluate
 from lqexport.formats.registry import codec_named
@@ -30,6 +30,7 @@ from lqexport.kernels.kmeans import weighted_kmeans
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
 from lqexport.solver.cholesky import factorize
+from lqexport.solver.importance import importance
 from lqexport.solver.linear import solve_linear
 
 METHODS = {

@@ -13,8 +13,8 @@ from lqexport.converters.gguf.writer import write
 from lqexport.errors import UserError
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
-from lqexport.pipeline.job import plan_recipe
 from lqexport.pipeline.quantize import quantize
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.sizes import model_size
 from lqexport.storage.artifact import Artifact

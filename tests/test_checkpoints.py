@@ -43,8 +43,8 @@ from lqexport.formats.registry import codec_named
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.models.written import open_export
-from lqexport.pipeline.job import plan_recipe
 from lqexport.pipeline.quantize import quantize
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 from lqexport.verification.verifying import verify

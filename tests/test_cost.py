@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.errors import UserError
-from lqexport.pipeline.job import plan_recipe
 from lqexport.planning.cost import Work, operations_estimate
 from lqexport.planning.forecast import ConfigModel, Forecast, forecast
 from lqexport.planning.memory import PROCESS_BYTES, memory_estimate, tuned_numbers
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.sizes import memory_size
 

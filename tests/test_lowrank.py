@@ -24,9 +24,9 @@ from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
 from lqexport.pipeline.ranks import Candidate, allocate
 from lqexport.recipe import Recipe
-from lqexport.solver.corrected_linear import solve_corrected, values_of
+from lqexport.solver.corrected_linear import solve_corrected
 from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
-from lqexport.storage.artifact import Artifact
+from lqexport.storage.artifact import Artifact, values_of
 
 SCALINGS = ("lqer", "l2qer", "qera-diag", "qera")
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lqexport.calibration.moments import SecondMoments, importance
+from lqexport.calibration.moments import SecondMoments
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named, names
 from lqexport.grids import fit as fitting
@@ -19,6 +19,7 @@ from lqexport.grids.grid import Numbers, TensorGrid
 from lqexport.solver import feedback as solve
 from lqexport.solver import solve_cpu, solve_torch
 from lqexport.solver.cholesky import SHARE_OF_MEDIAN, factorize
+from lqexport.solver.importance import importance
 
 GRIDS = [name for name in names() if hasattr(codec_named(name), "levels")]
 FEW = [

@@ -21,9 +21,9 @@ from lqexport.calibration.block_collector import BlockCollector, BlockMoments
 from lqexport.calibration.moments import Group, SecondMoments
 from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.recipe import Moments
+from lqexport.runtime.placement import Keep, in_place
 from lqexport.runtime.processes import ALONE, Processes
 from lqexport.runtime.progress import Listener, Silent
-from lqexport.solver.cholesky import Keep, in_place
 
 BATCH_TOKENS = 1024
 """Tokens in one forward pass. The last bits of a pass depend on it, so it does not depend on the memory that there is.

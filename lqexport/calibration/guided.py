@@ -20,9 +20,9 @@ from lqexport.calibration.collect import embed_batches, run_through, sharded, wi
 from lqexport.calibration.moments import SecondMoments, TokenWeights
 from lqexport.errors import AGAIN
 from lqexport.models.blocks import BlockModel
+from lqexport.runtime.placement import Keep, in_place
 from lqexport.runtime.processes import ALONE, Processes
 from lqexport.runtime.progress import Listener
-from lqexport.solver.cholesky import Keep, in_place
 from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
 
 

@@ -21,13 +21,12 @@ from rich.table import Table
 
 from lqexport.errors import UserError
 from lqexport.evaluation.chat import Question, answer, read_questions
+from lqexport.evaluation.figures import finite_or_null, with_error
 from lqexport.evaluation.zero_shot_tasks import dense, runnable
 from lqexport.models.source import open_source
 from lqexport.models.tokenizers import tokenizer_of
-from lqexport.runtime.environment import choose_device, versions
+from lqexport.runtime.environment import PACKAGES, choose_device, versions
 from lqexport.runtime.progress import Listener, Silent
-from lqexport.verification.report import with_error
-from lqexport.verification.result import PACKAGES, finite_or_null
 
 MISSING = "The judge needs the package openai: pip install 'lqexport[judge]'"
 CRITERIA = "Weigh whether what it says is correct, to the point, complete and clear. Length alone is no merit."

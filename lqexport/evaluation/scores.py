@@ -10,11 +10,10 @@ from typing import Any
 from rich.table import Table
 
 from lqexport.evaluation import zero_shot_tasks
+from lqexport.evaluation.figures import finite_or_null, with_error
 from lqexport.evaluation.papers import Perplexity, perplexity
-from lqexport.runtime.environment import choose_device, versions
+from lqexport.runtime.environment import PACKAGES, choose_device, versions
 from lqexport.runtime.progress import Listener
-from lqexport.verification.report import with_error
-from lqexport.verification.result import PACKAGES, finite_or_null
 
 
 @dataclass(frozen=True)

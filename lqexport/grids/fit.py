@@ -1,7 +1,7 @@
 """Choosing a format's scales and offsets for a matrix: the grid, before any code is solved.
 
 Every fit minimises `sum_i importance_i (w_i - value_i)^2` per group of columns; which importance is the caller's choice
-(`lqexport.calibration.moments.importance`). Real-valued scales and offsets come from a search over ranges, each followed
+(`lqexport.solver.importance`). Real-valued scales and offsets come from a search over ranges, each followed
 by weighted least-squares refits; then they are rounded as the file stores them. A table per row is exact k-means.
 """
 

@@ -16,8 +16,7 @@ from lqexport.converters.gguf.adapter import GGUFAdapter
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.models.interface import Weights
-from lqexport.solver.corrected_linear import values_of
-from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.storage.artifact import Artifact, StoredTensor, values_of
 
 
 class LowRankFactors(Protocol):

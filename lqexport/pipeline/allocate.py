@@ -127,7 +127,9 @@ def _above(left: Option, middle: Option, right: Option) -> bool:
     return across >= (right.loss - left.loss) * (middle.nbytes - left.nbytes)
 
 
-def _complete(tensors: list[list[Option]], steps: _Steps, picked: list[int], limit_bytes: int) -> tuple[float, list[int]]:
+def _complete(
+    tensors: list[list[Option]], steps: _Steps, picked: list[int], limit_bytes: int
+) -> tuple[float, list[int]]:
     """Loss and choice where the tensors after those `picked` take every step of the relaxation that still fits."""
     choice = picked + [0] * (len(tensors) - len(picked))
     left = limit_bytes - sum(options[index].nbytes for options, index in zip(tensors, choice, strict=True))

@@ -12,7 +12,6 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor
 
-from lqexport.calibration.moments import importance
 from lqexport.converters.exl2.plan import filled_runs
 from lqexport.errors import AGAIN, well_formed
 from lqexport.formats.codec import Run
@@ -26,6 +25,7 @@ from lqexport.pipeline.measured_losses import Losses
 from lqexport.recipe import Recipe
 from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import feedback, layer_loss
+from lqexport.solver.importance import importance
 from lqexport.storage.files import read_json, write_json
 
 AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0)

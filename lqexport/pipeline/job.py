@@ -17,69 +17,32 @@ from lqexport.calibration.guided import guided_moments, guided_pass
 from lqexport.calibration.moments import Group, TokenWeights
 from lqexport.calibration.moments_cache import MomentsCache
 from lqexport.calibration.sequences import Calibration, load_calibration
-from lqexport.converters.exl2.plan import check_corrections, keeps_order, plan_exl2
-from lqexport.converters.factors import planned_factors
-from lqexport.converters.folders.gptq import plan_gptq
+from lqexport.converters.exl2.plan import keeps_order
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.converters.models.tensor_names import is_linear
 from lqexport.converters.plan import PlannedTensor
-from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
-from lqexport.models.interface import ModelShapes, Weights
+from lqexport.models.interface import Weights
 from lqexport.models.smoothing import SEQUENCES, Smoothed, column_scales, pairs
 from lqexport.models.source import Source, open_source
-from lqexport.models.source_grids import KEPT, outer_types, with_moves
+from lqexport.models.source_grids import KEPT
 from lqexport.pipeline.measured_losses import Measured
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placements, told
+from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import ALONE, Processes
 from lqexport.runtime.progress import Listener
-from lqexport.solver.solve_exact import check_exact
 from lqexport.storage.artifact import Artifact
 from lqexport.tuning.tune import HELD_OUT
 
 MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_order")
 """Options that decide the predicted loss of a type or mix, besides those that decide the second moments."""
-
-
-def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
-    """What every tensor of the source will be stored as; `chosen` are codecs found for a size. Raises UserError where
-    the target cannot hold the model, or the solver is not for it."""
-    planned = _planned(source, recipe, chosen)
-    if recipe.solver == "exact":
-        check_exact(tensor for tensor in planned if tensor.linear)
-    # A correction, or a choice of types, measures what solving loses.
-    return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
-
-
-def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:
-    shapes = {name: source.shape(name) for name in source.names()}
-    if recipe.target.startswith("gptq:"):
-        return plan_gptq(recipe.target, source.config, shapes)
-    if recipe.bits is not None:
-        if recipe.rank and not recipe.merge:
-            check_corrections(source.config)
-        return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
-    types = (chosen or {}) | recipe.chosen_types()
-    embedding, output = outer_types(source, recipe.target)
-    return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
-                output_type=recipe.output_type or output, types=types, fallback=recipe.fallback)  # fmt: skip
-
-
-def plan_factors(source: ModelShapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
-    """The factors that a run of `recipe` stores beside the linears of the decoder blocks."""
-    if not recipe.rank or recipe.merge:
-        return []
-    architecture = architecture_of(source.config)
-    linears = [tensor for tensor in planned if is_linear(architecture, tensor.name)]
-    return planned_factors(linears, recipe.rank, recipe.factors)
 
 
 class Job:

@@ -18,8 +18,9 @@ from lqexport.calibration.moments import Group, SecondMoments
 from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.pipeline.job import Job
 from lqexport.runtime.tiles import dealt
-from lqexport.solver.corrected_linear import stored_correction, values_of
+from lqexport.solver.corrected_linear import stored_correction
 from lqexport.solver.linear import check_finite, rows_are_apart
+from lqexport.storage.artifact import values_of
 
 
 @dataclass(frozen=True)

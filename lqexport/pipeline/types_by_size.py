@@ -23,13 +23,14 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.pipeline import measured_losses as measured
 from lqexport.pipeline.allocate import allocate, reachable
-from lqexport.pipeline.job import Job, plan_recipe
+from lqexport.pipeline.job import Job
 from lqexport.pipeline.measured_losses import Losses, Measured
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import Listener
 from lqexport.sizes import model_size
 from lqexport.solver.linear import round_tensor, solve_linear
-from lqexport.storage.artifact import Artifact, StoredTensor, decoded
+from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.files import read_json, write_json
 
 SUPERBLOCKS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
@@ -157,13 +158,6 @@ def measure_outer(
 def _kl(theirs: Tensor, ours: Tensor) -> float:
     p, q = log_softmax(theirs.double(), -1), log_softmax(ours.double(), -1)
     return float(kl_div(q, p, reduction="batchmean", log_target=True))
-
-
-def chosen_types(artifact: Artifact) -> dict[str, str]:
-    """Tensor -> codec as an earlier search for this artifact found them; empty where there was none."""
-    path = artifact.folder / "budget.json"
-    with well_formed(path, AGAIN):
-        return dict(read_json(path, "")["chosen"]) if path.is_file() else {}
 
 
 def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str, Any]:

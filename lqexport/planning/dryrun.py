@@ -18,11 +18,10 @@ from lqexport.errors import UserError
 from lqexport.models.inspect import TensorInfo, bits, size, table
 from lqexport.models.source import open_source
 from lqexport.models.source_grids import sentences
-from lqexport.pipeline.job import plan_factors, plan_recipe
-from lqexport.pipeline.types_by_size import chosen_types
 from lqexport.planning.cost import Rates, Work, seconds_estimate
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import memory_estimate, told
+from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.sizes import human_bytes
@@ -73,7 +72,7 @@ def preview(recipe: Recipe, out: Path) -> Preview:
     source = open_source(recipe.source)
     recipe = settled(recipe, source.config)
     artifact = Artifact(out)
-    tensors = plan_recipe(source, recipe, chosen_types(artifact))
+    tensors = plan_recipe(source, recipe, artifact.chosen_types())
     tensors += plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
@@ -137,7 +136,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
 def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
     """Print the types, the fallbacks and the size."""
     console.print(table(shown.entries, every))
-    if shown.recipe.size and not chosen_types(Artifact(shown.out)):
+    if shown.recipe.size and not Artifact(shown.out).chosen_types():
         console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
     if shown.recipe.bits is not None and shown.recipe.method != "rtn":
         console.print("Widths: even here; the run measures what each mix costs and takes the best of this size.")

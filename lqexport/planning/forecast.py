@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from lqexport.models.modules import expected_shapes
-from lqexport.pipeline.job import plan_factors, plan_recipe
 from lqexport.planning.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.planning.defaults import settled
 from lqexport.planning.dryrun import measured_rates
 from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, memory, peak, told
+from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.sizes import human_bytes, memory_size

@@ -14,6 +14,9 @@ import torch
 from lqexport.errors import UserError
 from lqexport.kernels.threads import start_pool
 
+PACKAGES = ("lqexport", "torch", "transformers", "numpy", "gguf")
+"""The packages whose versions a measurement is reported with."""
+
 
 def choose_device(name: str) -> torch.device:
     """The device for `auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError where it is unknown or not there.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,14 @@ from torch import Tensor
 from lqexport.errors import UserError
 
 HOST = torch.device("cpu")
+
+Keep = Callable[[Tensor], Tensor]
+"""Puts a tensor where it is to be kept, and returns it there."""
+
+
+def in_place(tensor: Tensor) -> Tensor:
+    """Keeps a tensor where it was computed."""
+    return tensor
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,7 @@ from lqexport.recipe import Recipe
 from lqexport.solver.feedback import layer_loss
 from lqexport.solver.linear import round_tensor, solve_linear
 from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
-from lqexport.storage.artifact import Artifact, StoredTensor, decoded
-
-
-def values_of(tensor: StoredTensor) -> Tensor:
-    """What a stored matrix decodes to, float32 [R, C]."""
-    return torch.from_numpy(decoded(tensor))
+from lqexport.storage.artifact import Artifact, StoredTensor, values_of
 
 
 def stored_correction(artifact: Artifact, name: str) -> Tensor | None:

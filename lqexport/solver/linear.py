@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.calibration.moments import importance
 from lqexport.errors import UserError
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
 from lqexport.formats.registry import codec_named
@@ -23,6 +22,7 @@ from lqexport.runtime.placement import Placement, all_on_device
 from lqexport.runtime.tiles import in_chunks, tiles
 from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import damped, feedback, layer_loss, refine
+from lqexport.solver.importance import importance
 from lqexport.solver.solve_exact import in_own_order
 from lqexport.solver.solve_sections import refine_sections
 from lqexport.storage.artifact import StoredTensor

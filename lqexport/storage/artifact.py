@@ -28,6 +28,7 @@ import numpy as np
 import safetensors.numpy
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.formats.codec import Planes
@@ -78,6 +79,11 @@ def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
         return codec_named(tensor.codec_name).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec_name}: {error}.") from error
+
+
+def values_of(tensor: StoredTensor) -> Tensor:
+    """What a stored matrix decodes to, float32 [R, C]."""
+    return torch.from_numpy(decoded(tensor))
 
 
 class Artifact:
@@ -189,6 +195,15 @@ class Artifact:
                 f"{ANEW}"
             )
         return tensor
+
+    def chosen_types(self) -> dict[str, str]:
+        """Tensor name to codec name, as an earlier choice of types by size for this artifact found them.
+
+        Empty where there was none. Raises UserError where budget.json is damaged.
+        """
+        path = self.folder / "budget.json"
+        with well_formed(path, AGAIN):
+            return dict(read_json(path, "")["chosen"]) if path.is_file() else {}
 
     def facts(self, name: str) -> dict[str, Any]:
         """The facts of a stored tensor alone, without reading its planes. Raises UserError as `read`."""

@@ -18,6 +18,7 @@ from lqexport.calibration.texts import read_text
 from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import BlockLogits, Evaluation
+from lqexport.evaluation.figures import figure, finite_or_null, share, with_error
 from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import bits, inspect, size
@@ -27,8 +28,8 @@ from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
-from lqexport.verification.report import figure, share, svg, with_error
-from lqexport.verification.result import Engine, Verification, finite_or_null
+from lqexport.verification.report import svg
+from lqexport.verification.result import Engine, Verification
 from lqexport.verification.verify_predictions import cut_text, logits_of_file
 from lqexport.verification.verify_tensors import check_structure
 from lqexport.verification.verifying import begun, check_options

@@ -19,6 +19,7 @@ from rich.text import Text
 from lqexport.converters.factors import is_factor
 from lqexport.errors import UserError
 from lqexport.evaluation.embeddings import NEIGHBOURS
+from lqexport.evaluation.figures import figure, share, with_error
 from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification.limits import LIMITS
@@ -71,25 +72,6 @@ def kinds(tensors: Iterable[TensorCheck]) -> list[Kind]:
         for name, group in groups.items()
     ]
     return sorted(found, key=lambda kind: -kind.nbytes)
-
-
-# How the terminal and the page show numbers.
-
-
-def with_error(value: float, error: float, digits: int = 4) -> str:
-    """`18.5523 ± 0.3712`; no error where there is none."""
-    if not math.isfinite(value):
-        return "not finite"
-    return f"{value:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{value:.{digits}f}"
-
-
-def figure(value: float) -> str:
-    """Four significant digits."""
-    return f"{value:.4g}" if math.isfinite(value) else "not finite"
-
-
-def share(value: float) -> str:
-    return f"{100 * value:.2f} %"
 
 
 ROWS: dict[str, Callable[[Any], str]] = {

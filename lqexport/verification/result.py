@@ -11,11 +11,10 @@ from typing import Any, Literal
 from lqexport.converters.factors import is_factor
 from lqexport.evaluation.embeddings import Similarity
 from lqexport.evaluation.evaluate import Evaluation
+from lqexport.evaluation.figures import finite_or_null
 from lqexport.verification.matrix_view import InContext, MatrixView
 
 Engine = Literal["lqexport", "llama.cpp"]
-
-PACKAGES = ("lqexport", "torch", "transformers", "numpy", "gguf")
 
 
 @dataclass(frozen=True)
@@ -107,12 +106,3 @@ class Verification:
             for entry, evaluation in zip(content[name], getattr(self, name), strict=True):
                 entry["perplexity_ratio"] = evaluation.perplexity_ratio
         return finite_or_null(content)
-
-
-def finite_or_null(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
-    if isinstance(value, dict):
-        return {key: finite_or_null(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite_or_null(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

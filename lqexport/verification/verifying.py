@@ -23,13 +23,13 @@ from lqexport.models.interface import Weights
 from lqexport.models.smoothing import Smoothed, scales_between
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import open_export
-from lqexport.runtime.environment import choose_device, full_float32, versions
+from lqexport.runtime.environment import PACKAGES, choose_device, full_float32, versions
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import file_digest
 from lqexport.verification.limits import check_limits, limits_for
 from lqexport.verification.matrix_view import MatrixView, matrix_view
-from lqexport.verification.result import PACKAGES, Engine, Verification
+from lqexport.verification.result import Engine, Verification
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 

@@ -1,0 +1,31 @@
+"""Measured numbers as the terminal, the report page and JSON show them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+
+def with_error(value: float, error: float, digits: int = 4) -> str:
+    """`18.5523 ± 0.3712`; no error where there is none."""
+    if not math.isfinite(value):
+        return "not finite"
+    return f"{value:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{value:.{digits}f}"
+
+
+def figure(value: float) -> str:
+    """Four significant digits."""
+    return f"{value:.4g}" if math.isfinite(value) else "not finite"
+
+
+def share(value: float) -> str:
+    return f"{100 * value:.2f} %"
+
+
+def finite_or_null(value: Any) -> Any:
+    """JSON has no NaN and no infinity."""
+    if isinstance(value, dict):
+        return {key: finite_or_null(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,48 @@
+"""The plan of a recipe: the codec that will store every tensor of the source."""
+
+from __future__ import annotations
+
+from lqexport.converters.exl2.plan import check_corrections, plan_exl2
+from lqexport.converters.factors import planned_factors
+from lqexport.converters.folders.gptq import plan_gptq
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import is_linear
+from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.targets import plan
+from lqexport.models.interface import ModelShapes
+from lqexport.models.source_grids import outer_types, with_moves
+from lqexport.recipe import Recipe
+from lqexport.solver.solve_exact import check_exact
+
+
+def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
+    """What every tensor of the source will be stored as; `chosen` are codecs found for a size. Raises UserError where
+    the target cannot hold the model, or the solver is not for it."""
+    planned = _planned(source, recipe, chosen)
+    if recipe.solver == "exact":
+        check_exact(tensor for tensor in planned if tensor.linear)
+    # A correction, or a choice of types, measures what solving loses.
+    return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
+
+
+def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:
+    shapes = {name: source.shape(name) for name in source.names()}
+    if recipe.target.startswith("gptq:"):
+        return plan_gptq(recipe.target, source.config, shapes)
+    if recipe.bits is not None:
+        if recipe.rank and not recipe.merge:
+            check_corrections(source.config)
+        return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
+    types = (chosen or {}) | recipe.chosen_types()
+    embedding, output = outer_types(source, recipe.target)
+    return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
+                output_type=recipe.output_type or output, types=types, fallback=recipe.fallback)  # fmt: skip
+
+
+def plan_factors(source: ModelShapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
+    """The factors that a run of `recipe` stores beside the linears of the decoder blocks."""
+    if not recipe.rank or recipe.merge:
+        return []
+    architecture = architecture_of(source.config)
+    linears = [tensor for tensor in planned if is_linear(architecture, tensor.name)]
+    return planned_factors(linears, recipe.rank, recipe.factors)
