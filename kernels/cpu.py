@@ -21,7 +21,7 @@ TILE_ROWS, TILE_COLUMNS = 8, 512
 """Of `table_products`."""
 
 
-class KernelScales(NamedTuple):
+class Stored(NamedTuple):
     """A block's scales or offsets as the file stores them (see `formats.codec.ScaleFormat`), changed in place.
 
     supers float32 [R, G / span], each value a float16;  subs int16 [R, G];  absent where the format has no such number
@@ -197,7 +197,7 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
     raises the loss. All arrays are this block's part, changed in place:
 
     values    [R, B] decoded weights Q;  gradient [R, B] (Q - W) H;  hessian [B, B];  codes uint8 [R, B]
-    scale, offset   `KernelScales`, one number per `group` columns;  half   whether values are rounded to float16
+    scale, offset   `Stored`, one number per `group` columns;  half   whether values are rounded to float16
     """
     rows, width = values.shape
     for r in prange(rows):

@@ -20,7 +20,7 @@ MOST_COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class KernelScales:
+class Stored:
     """A block's scales or offsets as the file stores them: supers [R, G / span], subs int16 [R, G], changed in place.
 
     `supers` is None where the format has no such number; see `formats.codec.ScaleFormat` for the rest.
@@ -56,7 +56,7 @@ def feedback_block(
 
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor, uniform: bool, group: int,
-    scale: KernelScales, offset: KernelScales, refit: bool, half: bool,
+    scale: Stored, offset: Stored, refit: bool, half: bool,
 ) -> None:  # fmt: skip
     """One sweep of coordinate descent over one block, in place; see `cpu.refine_block`."""
     rows, width = values.shape

@@ -447,8 +447,14 @@ def make_models(folder: Path) -> None:
     """Write the random models of all recipes, always the same: a Llama, a DeepSeek-V2 with experts, and a BERT."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
     import torch
-    from transformers import BertConfig, BertModel, DeepseekV2Config, DeepseekV2ForCausalLM
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import (
+        BertConfig,
+        BertModel,
+        DeepseekV2Config,
+        DeepseekV2ForCausalLM,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()

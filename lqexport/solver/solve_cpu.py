@@ -39,14 +39,12 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
     return products
 
 
-def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.KernelScales:
+def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
     """The block's stored numbers, as views of the grid's."""
     if numbers is None:
-        return cpu.KernelScales(
-            False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), False
-        )
+        return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), False)
     form = numbers.format
     first, last = block.start // grid.group, block.stop // grid.group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    return cpu.KernelScales(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), form.power)
+    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), form.power)

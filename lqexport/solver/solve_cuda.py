@@ -43,9 +43,9 @@ def _parts(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, sli
     return slice(first // numbers.format.span, last // numbers.format.span), slice(first, last)
 
 
-def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.KernelScales:
+def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.Stored:
     if numbers is None:
-        return cuda_solve.KernelScales()
+        return cuda_solve.Stored()
     form, (supers, subs) = numbers.format, _parts(numbers, grid, block)
     parts = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
-    return cuda_solve.KernelScales(*parts, form.span, form.low, form.high, form.sign, form.power)
+    return cuda_solve.Stored(*parts, form.span, form.low, form.high, form.sign, form.power)
