@@ -1,4 +1,8 @@
-"""A linear with its low-rank correction: solved in turn, the factors stored as tensors of their own."""
+"""Solves a linear together with its low-rank correction B A.
+
+The low-rank factors A and B are stored as tensors of their own, named by `lqexport.converters.factors`. In this module
+`down` is A [k, C] and `up` is B [R, k].
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ from lqexport.storage.artifact import Artifact, StoredTensor, values_of
 
 
 def stored_correction(artifact: Artifact, name: str) -> Tensor | None:
-    """B A of a linear, float32 [R, C], as the artifact's factors hold it; None where it has none."""
+    """Returns the stored correction B A of a linear, float32 [R, C]; None if the artifact has none."""
     down, up = factor_names(name)
     return values_of(artifact.read(up)) @ values_of(artifact.read(down)) if down in artifact else None
 
@@ -25,14 +29,20 @@ def stored_correction(artifact: Artifact, name: str) -> Tensor | None:
 def solve_corrected(
     name: str, weight: Tensor, hessian: Tensor, magnitudes: Tensor | None, codec_name: str, recipe: Recipe
 ) -> list[StoredTensor]:
-    """The factors A and B, then the linear itself, for float32 `weight` [R, C]; with `recipe.merge` the linear alone.
+    """Returns the low-rank factors A and B, and then the linear; with `recipe.merge` the corrected linear alone.
 
+    weight       float32 [R, C]
     hessian      second moments [C, C], or [G, C, C] for G equal runs of rows: the factors then take their mean
-    magnitudes   for the scaling l2qer (see `lowrank.column_weighting`)
+    magnitudes   float32 [C], needed for the scaling l2qer alone (see `lowrank.column_weighting`)
+    codec_name   the codec of the linear; the factors have `recipe.factors`
 
-    Each of `recipe.rounds` solves the codes for the weights less the correction so far, then the correction for what
-    those codes leave. Facts of the linear, besides those of `solve_linear`: `correction`, with the `energy` of the
-    output and the `losses` that the stored factors leave, from none of them to all, in steps of `step` ranks.
+    Each of `recipe.rounds` rounds solves the codes for the weights minus the correction so far. It then computes the
+    correction of the error that those codes leave.
+
+    The linear has the facts of `solve_linear` and the fact `correction`. `energy` is the output's energy. `losses` are
+    the losses that remain with the first 0, `step`, 2 `step` ... ranks of the stored factors, up to all of them.
+
+    Raises UserError as `solve_linear` does, and if `recipe.factors` names no codec that can hold factors.
     """
     groups = hessian.reshape(-1, weight.shape[1], weight.shape[1])
     weighting = column_weighting(recipe.scaling, groups.mean(0), magnitudes)
@@ -42,30 +52,32 @@ def solve_corrected(
         error = weight - values_of(base).to(weight.device)
         up, down = correction(error, weighting, recipe.rank)
         target = weight - up @ down
-    kind = block_codec(recipe.factors, "factors")
-    factors = [round_tensor(name, part, kind) for name, part in zip(factor_names(name), (down, up), strict=True)]
+    factor_codec = block_codec(recipe.factors, "factors")
+    factors = [
+        round_tensor(name, matrix, factor_codec) for name, matrix in zip(factor_names(name), (down, up), strict=True)
+    ]
     losses = _losses(error, groups, *map(values_of, factors))
     facts = base.facts | _facts(error, weight, groups)
-    step, energy = codec_named(kind).block, max(_loss(weight, groups), 1e-30)
+    step, energy = codec_named(factor_codec).block, max(_loss(weight, groups), 1e-30)
     facts["correction"] = {"step": step, "losses": losses[::step].tolist(), "energy": energy}
     base = replace(base, facts=facts)
     return [_merged(base, weight, factors, hessian, recipe)] if recipe.merge else [*factors, base]
 
 
 def _loss(difference: Tensor, groups: Tensor) -> float:
-    """Loss of a difference [R, C], each of G equal runs of rows by its own second moments [G, C, C]."""
+    """Returns the loss of a difference [R, C]; `groups` [G, C, C] has the Hessian of each of G equal runs of rows."""
     return sum(layer_loss(*pair) for pair in zip(difference.chunk(len(groups)), groups, strict=True))
 
 
 def _losses(error: Tensor, groups: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Losses with the first 0, 1 ... ranks of the factors."""
+    """Returns the losses that remain with the first 0, 1 ... k ranks of the factors, float64 [k + 1]."""
     down, up = down.to(error.device), up.to(error.device)
     rows = zip(error.chunk(len(groups)), groups, up.chunk(len(groups)), strict=True)
-    return torch.stack([loss_by_rank(part, group, left, down) for part, group, left in rows]).sum(0)
+    return torch.stack([loss_by_rank(part, group, up_rows, down) for part, group, up_rows in rows]).sum(0)
 
 
 def _facts(difference: Tensor, weight: Tensor, groups: Tensor) -> dict[str, float]:
-    """What `solve_linear` records, of another solution."""
+    """Returns the facts of `solve_linear`, without the dampening, for weights that are off by `difference`."""
     loss, energy = _loss(difference, groups), max(_loss(weight, groups), 1e-30)
     share = float(difference.square().sum() / weight.square().sum().clamp_min(1e-30))
     return {"weight_error": share, "loss": loss, "relative_error": loss / energy}
@@ -74,7 +86,10 @@ def _facts(difference: Tensor, weight: Tensor, groups: Tensor) -> dict[str, floa
 def _merged(
     base: StoredTensor, weight: Tensor, factors: list[StoredTensor], hessian: Tensor, recipe: Recipe
 ) -> StoredTensor:
-    """The corrected weights solved into the format again; what that costs is the difference of the facts' losses."""
+    """Returns the corrected weights, quantized once more in the linear's codec.
+
+    The loss that merging adds is the fact `loss` minus the last of the losses in the fact `correction`.
+    """
     down, up = (values_of(factor) for factor in factors)
     corrected = (values_of(base) + up @ down).to(weight.device)
     again = solve_linear(base.name, corrected, hessian, base.codec_name, recipe)

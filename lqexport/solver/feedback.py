@@ -45,16 +45,16 @@ def layer_loss(difference: Tensor, hessian: Tensor) -> float:
     return sum(float(((tile @ hessian) * tile).sum()) for tile in tiles(difference))
 
 
-def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: CholeskyFactor) -> Tensor:
+def feedback(weights: Tensor, grid: TensorGrid | TensorSections, cholesky: CholeskyFactor) -> Tensor:
     """Codes uint8 [R, C] by error feedback through float32 weights [R, C] in the factor's order."""
-    remaining = weights[:, factor.order].contiguous()
+    remaining = weights[:, cholesky.order].contiguous()
     ordered = torch.empty_like(remaining, dtype=torch.uint8)
-    for run, columns, part in grid.runs(factor.order):
+    for run, columns, part in grid.runs(cholesky.order):
         scale, offset = part.per_group(len(weights))
         for start in range(run.start, run.stop, FEEDBACK_BLOCK):
             block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
             spread = columns[block.start - run.start : block.stop - run.start] // part.group
-            upper = factor.rows(block)
+            upper = cholesky.rows(block)
             width = len(upper)
             ordered[:, block], errors = backend(weights).feedback_block(
                 remaining[:, block].contiguous(), upper[:, :width].contiguous(), scale[:, spread].contiguous(),
@@ -62,7 +62,7 @@ def feedback(weights: Tensor, grid: TensorGrid | TensorSections, factor: Cholesk
             )  # fmt: skip
             remaining[:, block.stop :] -= product(errors, upper[:, width:])
     codes = torch.empty_like(ordered)
-    codes[:, factor.order] = ordered
+    codes[:, cholesky.order] = ordered
     return codes
 
 

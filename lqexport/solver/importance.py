@@ -9,7 +9,7 @@ from lqexport.recipe import ImportanceBase
 from lqexport.solver.cholesky import CholeskyFactor
 
 
-def importance(hessian: Tensor, factor: CholeskyFactor, base: ImportanceBase, exponent: float) -> Tensor:
+def importance(hessian: Tensor, cholesky: CholeskyFactor, base: ImportanceBase, exponent: float) -> Tensor:
     """What an error of each input column weighs when a grid is fitted: float32 [C].
 
     diagonal   H_ii^p, the energy of the input (AWQ's and llama.cpp's importance at p = 1)
@@ -18,8 +18,8 @@ def importance(hessian: Tensor, factor: CholeskyFactor, base: ImportanceBase, ex
     """
     if base == "diagonal":
         return hessian.diagonal().double().clamp_min(0).pow(exponent).float()
-    spread = factor.diagonal() if base == "cholesky" else factor.inverse_diagonal()
+    spread = cholesky.diagonal() if base == "cholesky" else cholesky.inverse_diagonal()
     natural = torch.empty_like(spread)
-    natural[factor.order] = spread.pow(-exponent)
+    natural[cholesky.order] = spread.pow(-exponent)
     # Only ratios matter, and float32 must hold them: see weakness 16 of the original, where U^-p overflows.
     return (natural / natural.max()).float()

@@ -1,4 +1,7 @@
-"""One linear from its weight and its Hessian to packed planes, by the recipe's method."""
+"""Quantizes one linear: from its weights and its Hessian to packed planes, by the recipe's method.
+
+A Hessian in this package is the second moments of a linear's inputs (`lqexport.calibration.moments`).
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,17 @@ from lqexport.solver.solve_sections import refine_sections
 from lqexport.storage.artifact import StoredTensor
 
 Sums = dict[str, float]
-"""Over some rows, by name."""
+"""Sums over a tile of rows, by name: of squared weights and errors, and of losses; and the dampening."""
 
 
 @dataclass(frozen=True)
 class SolvedRows:
-    """Some rows of a linear [R, C]: their planes, and for each tile of them the sums from which facts are made."""
+    """Some rows of a linear, solved and packed.
+
+    shape    R and C of these rows
+    planes   their packed bytes
+    sums     for each tile of the rows, the sums from which the linear's facts are computed
+    """
 
     shape: tuple[int, int]
     planes: Planes
@@ -41,11 +49,11 @@ class SolvedRows:
 
 
 ROUND_CHUNK = 1 << 24
-"""Weights rounded at once, so that a large embedding needs little memory."""
+"""Number of weights that are rounded at once. It bounds the memory that a large embedding needs."""
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raises UserError where a weight is NaN or infinite."""
+    """Raises UserError if any weight is NaN or infinite."""
     if not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
         raise UserError(
@@ -54,7 +62,11 @@ def check_finite(name: str, weight: Tensor) -> None:
 
 
 def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
-    """A tensor that no solver works on (embeddings, norms, biases), each weight rounded to its format."""
+    """Returns a tensor with every weight rounded by itself to a value of the codec.
+
+    It is for tensors that no solver works on: embeddings, norms, biases. `weight` has one or two dimensions and any
+    float dtype. Raises UserError if a weight is NaN or infinite.
+    """
     check_finite(name, weight)
     codec = codec_named(codec_name)
     matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
@@ -79,12 +91,19 @@ def solve_linear(
     recipe: Recipe,
     placement: Placement | None = None,
 ) -> StoredTensor:
-    """Quantize `weight` [R, C], of any float dtype, for inputs with second moments `hessian` (None: method rtn):
-    float32 [C, C], or [G, C, C], one for each of G equal runs of rows. `placement` says what computes, and how much of it at
-    once (None: all, where the weight is); both may be elsewhere.
+    """Returns a linear quantized by the recipe's method.
 
-    The facts of the result: `loss` (summed squared output error per token), `relative_error` (to the output's energy),
-    `weight_error` (relative, squared), and the dampening that the factorization took.
+    weight       [R, C], any float dtype, on any device
+    hessian      float32 second moments [C, C], or [G, C, C] with one matrix for each of G equal runs of rows; on any
+                 device; None for the method rtn
+    codec_name   the codec of the result
+    placement    the device that computes, and how many rows it takes at once (None: all rows, on the weight's device)
+
+    The facts of the result: `loss` is the squared output error per token, summed over the outputs. `relative_error` is
+    the loss over the output's energy. `weight_error` is the squared error of the weights over their squared sum.
+    `dampening` is the dampening that the Cholesky factorization took.
+
+    Raises UserError if a weight is NaN or infinite, or if the Hessian cannot be factorized.
     """
     check_finite(name, weight)
     if isinstance(codec_named(codec_name), PlainCodec):
@@ -100,13 +119,15 @@ def solve_linear(
 
 
 def rows_are_apart(codec_name: str) -> bool:
-    """Whether rows are stored by themselves: in EXL2 and GPTQ's layout they share numbers, and planes have them
-    last."""
+    """Returns whether the codec stores each row by itself.
+
+    EXL2 and GPTQ's layout do not: in EXL2 rows share maxima, and in both rows are the last axis of the planes.
+    """
     return isinstance(codec_named(codec_name), GridCodec)
 
 
 def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> StoredTensor:
-    """A linear from all its rows."""
+    """Returns a linear that is put together from the solved runs of its rows."""
     planes = {plane: np.concatenate([part.planes[plane] for part in parts]) for plane in parts[0].planes}
     facts = _summed_facts([tile for part in parts for tile in part.sums])
     return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
@@ -115,40 +136,43 @@ def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> Stored
 def solve_rows(
     name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, placement: Placement
 ) -> Iterator[SolvedRows]:
-    """Rows of a linear, as many at a time as the room says: `weight` [R, C] has whole tiles of them, but for the last
-    ones, and one matrix of second moments [C, C]."""
+    """Yields the solved rows of a linear, `placement.rows` at a time.
+
+    weight    [R, C], a linear or a run of its rows that begins at a tile; only the linear's last tile may be short
+    hessian   float32 second moments [C, C] for all of these rows; None for the method rtn
+    """
     codec = codec_named(codec_name)
     assert not isinstance(codec, PlainCodec)
     hessian = None if hessian is None else hessian.to(placement.device)
-    factor = None
+    cholesky = None
     if hessian is not None and recipe.method != "rtn":
-        factor = factorize(hessian, recipe.dampening, recipe.act_order, placement.factors.keep)
+        cholesky = factorize(hessian, recipe.dampening, recipe.act_order, placement.factors.keep)
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()
-        if hessian is None or factor is None:
+        if hessian is None or cholesky is None:
             grid, codes = _round_to_nearest(codec, chunk)
         else:
-            grid, codes = _solve(codec, chunk, hessian, factor, recipe)
+            grid, codes = _solve(codec, chunk, hessian, cholesky, recipe)
         planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
-        sums = _sums(torch.from_numpy(values).to(placement.device), chunk, hessian, factor)
+        sums = _sums(torch.from_numpy(values).to(placement.device), chunk, hessian, cholesky)
         return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
 
     yield from in_chunks(work, len(weight), placement.rows)
 
 
-def _sums(values: Tensor, weight: Tensor, hessian: Tensor | None, factor: CholeskyFactor | None) -> list[Sums]:
-    """What the facts are made from, of each tile."""
-    found = []
+def _sums(values: Tensor, weight: Tensor, hessian: Tensor | None, cholesky: CholeskyFactor | None) -> list[Sums]:
+    """Returns for each tile the sums from which facts are computed."""
+    tile_sums = []
     for stored, exact in zip(tiles(values), tiles(weight), strict=True):
         difference = stored - exact
         sums = {"weight_error": float(difference.square().sum()), "weight": float(exact.square().sum())}
         if hessian is not None:
             sums |= {"loss": layer_loss(difference, hessian), "energy": layer_loss(exact, hessian)}
-        if factor is not None:
-            sums["dampening"] = factor.dampening
-        found.append(sums)
-    return found
+        if cholesky is not None:
+            sums["dampening"] = cholesky.dampening
+        tile_sums.append(sums)
+    return tile_sums
 
 
 def _summed_facts(runs: list[Sums]) -> dict[str, Any]:
@@ -168,47 +192,50 @@ def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tupl
 
 
 def _solve(
-    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, factor: CholeskyFactor, recipe: Recipe
+    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, recipe: Recipe
 ) -> tuple[TensorGrid | TensorSections, Tensor]:
-    """Grid and codes."""
+    """Returns the grid and the codes uint8 [R, C]."""
     if isinstance(codec, GridCodec):
-        return _solve_grid(codec, weight, hessian, factor, recipe)
-    return _solve_sections(codec, weight, hessian, factor, recipe)
+        return _solve_grid(codec, weight, hessian, cholesky, recipe)
+    return _solve_sections(codec, weight, hessian, cholesky, recipe)
 
 
 def _solve_grid(
-    codec: GridCodec, weight: Tensor, hessian: Tensor, factor: CholeskyFactor, recipe: Recipe
+    codec: GridCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, recipe: Recipe
 ) -> tuple[TensorGrid, Tensor]:
     if recipe.method == "gptq":
         grid = minmax(codec, weight)
     else:
-        grid = fit(codec, weight, importance(hessian, factor, recipe.importance, recipe.exponent))
-    codes = (in_own_order if recipe.solver == "exact" else feedback)(weight, grid, factor)
+        grid = fit(codec, weight, importance(hessian, cholesky, recipe.importance, recipe.exponent))
+    codes = (in_own_order if recipe.solver == "exact" else feedback)(weight, grid, cholesky)
     if recipe.method == "lean" and recipe.descent:
-        return refine(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True)
+        return refine(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.descent, refit=True)
     return grid, codes
 
 
 def _solve_sections(
-    codec: SectionedCodec, weight: Tensor, hessian: Tensor, factor: CholeskyFactor, recipe: Recipe
+    codec: SectionedCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, recipe: Recipe
 ) -> tuple[TensorSections, Tensor]:
-    """The same where columns may be stored in the order in which they are solved."""
-    order = factor.order if codec.reorders else torch.arange(weight.shape[1], device=weight.device)
+    """Returns grid and codes for a codec that may store columns in the order in which they are solved."""
+    order = cholesky.order if codec.reorders else torch.arange(weight.shape[1], device=weight.device)
     if recipe.method == "gptq":
         grid = minmax_sections(codec, weight, order)
     else:
-        weights = importance(hessian, factor, recipe.importance, recipe.exponent)
+        weights = importance(hessian, cholesky, recipe.importance, recipe.exponent)
         grid = fit_sections(codec, weight, weights, order)
-    codes = feedback(weight, grid, factor)
+    codes = feedback(weight, grid, cholesky)
     if recipe.method == "lean" and recipe.descent:
-        return refine_sections(weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent)
+        return refine_sections(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.descent)
     return grid, codes
 
 
 def _pack(
     codec: GridCodec | SectionedCodec, grid: Grid | Sections, codes: np.ndarray, name: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Planes and the values that they decode to, which must be the grid's own, bit for bit."""
+    """Returns planes and the values that they decode to.
+
+    Raises AssertionError if those are not the grid's values, bit for bit.
+    """
     planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
     values = codec.decode(planes, grid.columns)
     if not np.array_equal(values.view(np.uint32), grid.values(codes).view(np.uint32)):

@@ -22,25 +22,25 @@ SECONDS = 3e-11
 MOST_HOURS = 24
 
 
-def in_own_order(weights: Tensor, grid: TensorGrid, factor: CholeskyFactor) -> Tensor:
+def in_own_order(weights: Tensor, grid: TensorGrid, cholesky: CholeskyFactor) -> Tensor:
     """Codes uint8 [R, C] for float32 weights [R, C] on a table per row, each row in its own order. Computed on the CPU,
     on whatever device the tensors are."""
     codes = torch.zeros_like(weights, dtype=torch.uint8, device="cpu")
     solve_rows(
-        weights.cpu().numpy().copy(), _inverse(factor).cpu().numpy(), grid.levels.cpu().numpy(), codes.numpy(),
+        weights.cpu().numpy().copy(), _inverse(cholesky).cpu().numpy(), grid.levels.cpu().numpy(), codes.numpy(),
         numba.get_num_threads(),
     )  # fmt: skip
     return codes.to(weights.device)
 
 
-def _inverse(factor: CholeskyFactor) -> Tensor:
+def _inverse(cholesky: CholeskyFactor) -> Tensor:
     """The inverse of the damped second moments, float32 [C, C], columns in their own order."""
-    columns = len(factor.order)
-    padded = [torch.nn.functional.pad(panel.to(factor.order.device), (0, 0, 0, columns - len(panel)))
-              for panel in factor.panels]  # fmt: skip
+    columns = len(cholesky.order)
+    padded = [torch.nn.functional.pad(panel.to(cholesky.order.device), (0, 0, 0, columns - len(panel)))
+              for panel in cholesky.panels]  # fmt: skip
     upper = torch.cat(padded, dim=1)
     inverse = torch.empty_like(upper, dtype=torch.float32)
-    inverse[factor.order[:, None], factor.order] = (upper.T @ upper).float()
+    inverse[cholesky.order[:, None], cholesky.order] = (upper.T @ upper).float()
     return inverse
 
 
@@ -50,8 +50,8 @@ def check_exact(linears: Iterable[PlannedTensor]) -> None:
     for tensor in linears:
         if not tensor.codec_name.startswith("native:table-"):
             raise UserError(
-                f"The solver exact needs a table per row, and {tensor.name} is to be in {tensor.codec_name}: take a target "
-                "such as native:table-4, or --solver blocked."
+                f"The solver exact needs a table per row, and {tensor.name} is to be in {tensor.codec_name}: take a "
+                "target such as native:table-4, or --solver blocked."
             )
         rows, columns = tensor.matrix
         hours += SECONDS * rows * columns**3 / numba.get_num_threads() / 3600
