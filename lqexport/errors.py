@@ -1,4 +1,4 @@
-"""The one error that users see: a sentence that says what is wrong, where, and what to do."""
+"""UserError, the only error that users see: a sentence that says what is wrong, where, and what to do."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import contextlib
 from collections.abc import Iterator
 
 LONGEST = 1500
-"""Characters of a sentence that are shown: parts of it may come from a file, and be of any length."""
+"""The most characters of a message that are shown. Parts of it may come from a file and be of any length."""
 MALFORMED = (
     ArithmeticError, AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError,
 )  # fmt: skip
-"""What reading raises where a file's content is of another form than it should be."""
+"""The exceptions that code raises when it reads a file whose content does not have the expected form."""
 
 ANEW = "Copy the artifact again, or quantize again into another folder."
-"""What helps against damage to a finished artifact, which `quantize` takes as it is."""
+"""Advice if a finished artifact is damaged: `quantize` would not repair it, since it takes the artifact as finished."""
 AGAIN = "Delete it and run the same command again."
-"""What helps against damage to what a stopped run left."""
+"""Advice if a file that a stopped run left is damaged."""
 
 
 class UserError(Exception):
-    """Bad input or a bad place to write. The command line prints the message alone and exits with status 2."""
+    """An error that the user can fix, such as bad input or a path that cannot be written.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(message))
 
 
 def printable(text: str) -> str:
-    """A text that may hold parts of a file, for a terminal: control characters, which a terminal would obey, as their
-    escapes, and the middle of a very long text left out."""
+    """Returns a text that is safe to print on a terminal, also if parts of it come from a file.
+
+    Control characters, which a terminal would obey, become escapes. The middle of a text of more than LONGEST
+    characters is left out.
+    """
     shown = "".join(
         letter if letter.isprintable() or letter == "\n" else letter.encode("unicode_escape").decode()
         for letter in text
@@ -36,22 +42,25 @@ def printable(text: str) -> str:
 
 
 @contextlib.contextmanager
-def well_formed(what: object, advice: str = "") -> Iterator[None]:
-    """Within, the content of a file is taken apart: where it is of another form, a UserError names the file, `what`,
-    and ends with `advice`.
+def well_formed(content: object, advice: str = "") -> Iterator[None]:
+    """Turns exceptions about malformed content into a UserError, in a context that parses a file.
 
-    Files come from others, and JSON may hold any type in any place: one check here instead of one at every use.
+    content   the file or the part of it that is parsed, as the message names it
+    advice    the end of the message: what the user can do
+
+    Files come from others, and JSON may hold any type anywhere. One check here replaces a check at every use. Raises
+    UserError for the exceptions in MALFORMED.
     """
     try:
         yield
     except MALFORMED as error:
-        sentence = f"{what} is damaged, or of another form than expected ({type(error).__name__}: {error})."
+        sentence = f"{content} is damaged, or of another form than expected ({type(error).__name__}: {error})."
         raise UserError(f"{sentence} {advice}".strip()) from error
 
 
 @contextlib.contextmanager
 def files_at_hand() -> Iterator[None]:
-    """Within, a file that cannot be read or written for whatever reason of the system is a UserError that names it."""
+    """Turns an OSError of the context, such as a file that cannot be read, into a UserError that names the file."""
     try:
         yield
     except OSError as error:

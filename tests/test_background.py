@@ -16,12 +16,12 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage import background
 from lqexport.storage.artifact import Artifact, StoredTensor
-from lqexport.storage.background import FileSpan, OneBehind, read_ahead
+from lqexport.storage.background import BackgroundWorker, FileSpan, read_ahead
 from lqexport.storage.tensor_files import spans
 
 
 def test_one_thing_at_a_time_in_order() -> None:
-    behind, gate, done = OneBehind(), threading.Event(), []
+    behind, gate, done = BackgroundWorker(), threading.Event(), []
     behind.start(lambda: (gate.wait(), done.append("first"))[1])
     assert done == []
     gate.set()

@@ -21,7 +21,7 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
-from lqexport.storage.background import FileSpan, KnowsItsFiles
+from lqexport.storage.background import FileSpan, HasFileSpans
 
 POWER = 0.2
 """Of the input's size."""
@@ -122,7 +122,7 @@ class Smoothed:
         return values.float() * self._columns[name] if name in self._columns else values
 
     def file_spans(self, name: str) -> list[FileSpan]:
-        return self._source.file_spans(name) if isinstance(self._source, KnowsItsFiles) else []
+        return self._source.file_spans(name) if isinstance(self._source, HasFileSpans) else []
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return self._source.tokenizer()

@@ -1,4 +1,4 @@
-"""What a run computes on and with: the device, and the versions of packages."""
+"""The environment of a run: device, thread and float32 settings, peak memory, and versions of packages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from lqexport.errors import UserError
 from lqexport.kernels.threads import start_pool
 
 PACKAGES = ("lqexport", "torch", "transformers", "numpy", "gguf")
-"""The packages whose versions a measurement is reported with."""
+"""The packages whose versions are reported with every measurement."""
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu`, `cuda` or `cuda:1`. Raises UserError where it is unknown or not there.
+    """Returns the device for a name: `auto`, `cpu`, `cuda` or `cuda:1`.
 
-    Of several processes that torchrun starts, each gets a GPU of its own."""
+    If torchrun starts several processes, `cuda` gives each of them its own GPU. Raises UserError if the name is unknown
+    or torch sees no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
@@ -35,10 +37,11 @@ def choose_device(name: str) -> torch.device:
 
 
 def steady_threads() -> None:
-    """Keep torch's number of threads as it is for the whole process.
+    """Fixes torch's number of threads for the whole process.
 
-    When numba starts its OpenMP threads, the number of those becomes torch's too; and the last bits of torch's products
-    depend on it. A resumed run would then differ from a whole one by what came before its first compiled loop.
+    When numba starts its OpenMP threads, their number becomes torch's too, and the last bits of torch's products depend
+    on it. Products before and after the first compiled loop would then differ, and so would a resumed run and an
+    uninterrupted one.
     """
     threads = torch.get_num_threads()
     start_pool()
@@ -46,28 +49,30 @@ def steady_threads() -> None:
 
 
 def full_float32() -> None:
-    """Multiply float32 matrices in float32 for the whole process: on a GPU by cuBLAS without TF32, whose factors have
-    11 bits. Second moments and the solver need all 24, and a user's settings may say otherwise.
+    """Makes torch multiply float32 matrices in full float32 for the whole process, on a GPU without TF32.
+
+    TF32 rounds the operands to 11 significant bits. Hessians and the solver need all 24, and the user's settings may
+    allow TF32.
     """
     torch.set_float32_matmul_precision("highest")
 
 
 def peak_memory() -> int:
-    """Bytes of this process that were resident at its peak.
+    """Returns the peak resident memory of this process, in bytes.
 
-    Not `ru_maxrss` where the kernel tells better: on Linux that begins with the peak of the process that started this
-    one (exec keeps it), be it larger than all that this one takes.
+    On Linux this is VmHWM of /proc/self/status. `ru_maxrss` would be wrong there: it starts with the peak of the parent
+    process, because exec keeps it, and that may be larger than this process's own. Elsewhere `ru_maxrss` is used.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
     except OSError:
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    found = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
-    assert found is not None
-    return int(found[1]) * 1024
+    match = re.search(r"^VmHWM:\s*(\d+) kB$", status, re.MULTILINE)
+    assert match is not None
+    return int(match[1]) * 1024
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Package name to installed version."""
+    """Returns the installed version of each package by its name."""
     return {package: importlib.metadata.version(package) for package in packages}

@@ -1,7 +1,8 @@
-"""Where a run keeps what is large, and how much it does at once: what memory decides, and results do not depend on.
+"""Where a run keeps its large tensors, and how many rows and experts it processes at once.
 
-All arithmetic is done on the device, in steps of fixed sizes. What is kept between the steps may be elsewhere: on the
-host, or in a file, mapped into memory, that the operating system writes out where memory is short.
+The choice follows from the memory limits; results do not depend on it. All arithmetic is done on the device, in steps
+of fixed sizes. Tensors that are kept between steps may be on the device, in the host's memory, or in a file that is
+mapped into memory, which the operating system writes to disk when memory is short.
 """
 
 from __future__ import annotations
@@ -20,30 +21,37 @@ from lqexport.errors import UserError
 HOST = torch.device("cpu")
 
 Keep = Callable[[Tensor], Tensor]
-"""Puts a tensor where it is to be kept, and returns it there."""
+"""A function that moves a tensor to where it is kept, and returns the moved tensor."""
 
 
 def in_place(tensor: Tensor) -> Tensor:
-    """Keeps a tensor where it was computed."""
+    """Returns the tensor itself: the `Keep` that leaves a tensor where it was computed."""
     return tensor
 
 
 @dataclass(frozen=True)
 class Location:
-    """The first of these that has room is where tensors are put: a device, or a folder for files.
+    """A place for tensors: a device, the host's memory, or files in a folder.
 
-    name   as the user is told
+    name      what users are shown: device, host or disk
+    choices   devices and folders in the order of preference; a tensor goes to the first that has room
     """
 
     name: str
     choices: tuple[torch.device | Path, ...]
 
     def holds(self, device: torch.device) -> bool:
-        """Whether what is here can be computed with on the device as it is: also a file mapped into a CPU's memory."""
+        """Whether tensors kept here can be used on `device` without a copy.
+
+        A CPU can also use files, since they are mapped into its memory.
+        """
         return self.name == "device" or device.type == "cpu"
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """The tensor there: itself where it is there already."""
+        """Returns the tensor at this location; the tensor itself if it is already on the chosen device.
+
+        Raises torch.OutOfMemoryError, or UserError for a full disk, if the last choice has no room.
+        """
         for choice in self.choices[:-1]:
             try:
                 return _put(tensor, choice)
@@ -57,8 +65,10 @@ def _put(tensor: Tensor, choice: torch.device | Path) -> Tensor:
 
 
 def mapped(tensor: Tensor, folder: Path) -> Tensor:
-    """A copy on the CPU whose memory is a file in `folder`, without a name, which is gone with the tensor. Raises
-    UserError where the disk is full."""
+    """Returns a copy of the tensor on the CPU whose memory is an unnamed file in `folder`.
+
+    The file disappears with the tensor. Raises UserError if the disk has no room.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
         try:
@@ -73,16 +83,19 @@ def mapped(tensor: Tensor, folder: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """What memory decides.
+    """Where each group of large tensors is kept, and how much is processed at once.
 
-    device    what computes
-    moments   where the second moments of a block are, but for the one matrix that is worked on
-    factors   where the panels of a factor are
-    rows      of a linear that are solved at once: whole tiles
-    parts     in which the second moments of a block with experts are collected and solved, one after the other
-    hidden    where the hidden states are that a forward pass goes on with, of all sequences
-    states    whether the guided pass keeps hidden states in the host's memory; else in files, so that it resumes
-    unpacked  bytes on the device and on the host in which tuning may keep tensors unpacked; else it unpacks them anew
+    device    the device that computes
+    moments   where the Hessians of a block are kept, except the one that is in use
+    factors   where the panels of a Cholesky factor are kept
+    rows      how many rows of a linear are solved at once, in whole tiles
+    parts     the number of groups into which a block's experts are divided; Hessians are collected and solved for one
+              group after the other
+    hidden    where a forward pass keeps the hidden states of all sequences between blocks
+    states    whether the guided pass keeps hidden states in the host's memory; if not, they are in files, and the pass
+              can resume
+    unpacked  bytes on the device and on the host for unpacked tensors during tuning; tensors beyond that are unpacked
+              again at each use
     """
 
     device: torch.device
@@ -96,14 +109,17 @@ class Placement:
 
 
 def locations(device: torch.device, folder: Path) -> list[Location]:
-    """From the fastest: the device, the host's memory, and files in `folder`; where each is full, those that follow."""
-    found: list[tuple[str, torch.device | Path]] = [("host", HOST), ("disk", folder)]
+    """Returns the possible locations, fastest first: the device, the host's memory, files in `folder`.
+
+    Each falls back to the slower ones when it is full. A CPU has no location of its own besides the host's memory.
+    """
+    ordered: list[tuple[str, torch.device | Path]] = [("host", HOST), ("disk", folder)]
     if device.type != "cpu":
-        found.insert(0, ("device", device))
-    return [Location(name, tuple(choice for _, choice in found[i:])) for i, (name, _) in enumerate(found)]
+        ordered.insert(0, ("device", device))
+    return [Location(name, tuple(choice for _, choice in ordered[i:])) for i, (name, _) in enumerate(ordered)]
 
 
 def all_on_device(device: torch.device) -> Placement:
-    """Everything on the device and at once."""
-    here = Location("device", (device,))
-    return Placement(device, here, here, 1 << 62, 1, here)
+    """Returns the placement that keeps everything on the device and processes all rows and experts at once."""
+    on_device = Location("device", (device,))
+    return Placement(device, on_device, on_device, 1 << 62, 1, on_device)

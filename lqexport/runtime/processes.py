@@ -1,7 +1,8 @@
-"""The processes that share a run, as torchrun starts them: who does what, and how they exchange (torch.distributed).
+"""The processes that share a run (torchrun): how they divide the work, and how they exchange data (torch.distributed).
 
-All processes make the same calls in the same order, and all write into one artifact folder. What a run computes does
-not depend on their number: second moments are sums of fixed shards of the sequences, added in the order of the shards.
+All processes make the same calls in the same order, and all write into one artifact folder. The result of a run does
+not depend on their number: Hessians are sums over fixed shards of the calibration sequences, added in the order of the
+shards.
 """
 
 from __future__ import annotations
@@ -19,39 +20,48 @@ from torch import Tensor, distributed
 T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
-"""How long a process waits for another: tuning is the work of one. A process that died ends the wait, by torchrun."""
+"""How long a process waits for another before it gives up.
+
+It is long because one process alone does the tuning. If a process dies, torchrun ends the others.
+"""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's number among `count`; alone, every call gives back what it was given, and nothing waits."""
+    """This process among all that share the run. With one process, every exchange returns its argument at once.
+
+    rank    this process's number, from 0
+    count   the number of processes
+    """
 
     rank: int = 0
     count: int = 1
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that does what only one may."""
+        """Whether this is process 0, which does the work that only one process may do."""
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> list[T]:
-        """This process's share of some items: every `count`-th."""
+        """Returns this process's share of the items: every `count`-th, starting at its rank."""
         return list(items[self.rank :: self.count])
 
     def rounds(self, shards: int) -> Iterator[tuple[int | None, int]]:
-        """Turns in which the processes work through so many shards in their order, one each: this process's shard, None
-        where the last turn has none for it, and how many processes have one."""
+        """Yields the rounds in which the processes work through `shards` shards in order, one shard each.
+
+        A round is this process's shard (None if the last round has none for it) and how many processes have one.
+        """
         for start in range(0, shards, self.count):
             busy = min(self.count, shards - start)
             yield start + self.rank if self.rank < busy else None, busy
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Waits until all processes have made this call."""
         if self.count > 1:
             distributed.barrier()
 
     def agreed(self, value: T) -> T:
-        """What the first process found."""
+        """Returns the first process's `value` on all processes. The value is pickled."""
         if self.count == 1:
             return value
         shared = [value]
@@ -59,34 +69,37 @@ class Processes:
         return shared[0]
 
     def collected(self, tensor: Tensor, owner: int, senders: int) -> Iterator[Tensor]:
-        """At process `owner`, the tensors of the first `senders` processes, in their order; at others nothing. All must
-        go through to the end."""
+        """Yields, on process `owner`, the tensors of the first `senders` processes in the order of their ranks.
+
+        Other processes yield nothing. Every process must run the iterator to its end, since that is what sends its
+        tensor.
+        """
         if self.rank != owner:
             if self.rank < senders:
                 distributed.send(tensor, owner)
             return
         for rank in range(senders):
-            part = tensor
+            received = tensor
             if rank != owner:
-                distributed.recv(part := torch.empty_like(tensor), rank)
-            yield part
+                distributed.recv(received := torch.empty_like(tensor), rank)
+            yield received
 
     def given(self, tensor: Tensor) -> Tensor:
-        """The first process's tensor, in the place of each one's own."""
+        """Overwrites `tensor` on every process with the first process's, and returns it."""
         if self.count > 1:
             distributed.broadcast(tensor, 0)
         return tensor
 
     def everyones(self, value: T) -> list[T]:
-        """What each process has, in their order."""
+        """Returns the values of all processes, in the order of their ranks. The values are pickled."""
         if self.count == 1:
             return [value]
-        found: list[T | None] = [None] * self.count
-        distributed.all_gather_object(found, value)
-        return cast(list[T], found)
+        values: list[T | None] = [None] * self.count
+        distributed.all_gather_object(values, value)
+        return cast(list[T], values)
 
     def largest(self, tensor: Tensor) -> Tensor:
-        """The elementwise maximum over all processes, in the place of each one's own."""
+        """Overwrites `tensor` on every process with the elementwise maximum over all processes, and returns it."""
         if self.count > 1:
             distributed.all_reduce(tensor, distributed.ReduceOp.MAX)
         return tensor
@@ -97,7 +110,10 @@ ALONE = Processes()
 
 @contextlib.contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """The processes that torchrun started, or whose group the caller has begun; over NCCL for a GPU, else over Gloo."""
+    """Joins the processes that torchrun started, over NCCL for a GPU and else over Gloo, and leaves them at the end.
+
+    Uses the process group that the caller has initialized, if there is one. Gives ALONE without torchrun.
+    """
     if distributed.is_initialized():
         yield Processes(distributed.get_rank(), distributed.get_world_size())
         return

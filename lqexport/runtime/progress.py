@@ -1,4 +1,4 @@
-"""How long work tells what it is doing, without knowing who listens."""
+"""Progress reports of long operations: the interface of a listener, and listeners for terminals, logs and callbacks."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 
 class Listener(Protocol):
-    """What the pipeline and the verifier report to. One stage runs at a time; a new one ends the one before."""
+    """The receiver of progress reports. One stage runs at a time; a new stage ends the one before."""
 
     def stage(self, description: str, total: float) -> None:
-        """A stage begins; `total` is its amount of work in any unit that `advance` shares."""
+        """Reports that a stage begins. `total` is its amount of work, in the unit that `advance` uses."""
 
     def advance(self, amount: float) -> None:
-        """`amount` of the stage's work is done."""
+        """Reports that another `amount` of the stage's work is done."""
 
     def message(self, text: str) -> None:
-        """A line that the user should see and keep, such as a warning."""
+        """Reports a line that the user should see and that should stay visible, such as a warning."""
 
 
 class Silent:
-    """A listener that keeps quiet: the default of every function that takes one."""
+    """A listener that ignores every report: the default of every function that takes a listener."""
 
     def stage(self, description: str, total: float) -> None: ...
 
@@ -38,12 +38,12 @@ class Silent:
 
 
 class Callback:
-    """A listener that calls a function.
+    """A listener that calls functions of the caller.
 
     on_progress   called with a stage's description and the share of it that is done, 0 to 1
     on_message    called with each line that the user should see
 
-    Whatever the functions raise stops the work, which goes on where it was when the same call is made again.
+    An exception that a function raises stops the operation. The same call made again resumes where it stopped.
     """
 
     def __init__(
@@ -66,16 +66,16 @@ class Callback:
 
 
 class Interruptible:
-    """Stops the work at its next advance after a first Ctrl-C, and at once after a second.
+    """Stops the operation at its next report after a first Ctrl-C, and immediately after a second.
 
-    Raising at once would lose the interrupt where it arrives inside a C callback, as while numba compiles: Python
-    prints such an exception, with its traceback, and goes on.
+    An exception raised immediately would be lost inside a C callback, for example while numba compiles: Python prints
+    such an exception with its traceback and continues.
     """
 
     interrupted = False
 
     def interrupt(self, *_: object) -> None:
-        """A handler of SIGINT."""
+        """Handles SIGINT. Raises KeyboardInterrupt at the second signal."""
         if self.interrupted:
             raise KeyboardInterrupt
         self.interrupted = True
@@ -86,49 +86,54 @@ class Interruptible:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt where there was a first Ctrl-C."""
+        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
         if self.interrupted:
             raise KeyboardInterrupt
 
 
 class Lines(Interruptible):
-    """A listener for logs and pipes: one line when a stage begins, at most one every `interval` seconds while it
-    runs and one when it ends, on standard error. So a killed run leaves a line that says how far it was."""
+    """A listener for logs and pipes, which prints lines.
+
+    It prints one line when a stage begins, at most one every `interval` seconds while the stage runs, and one when it
+    ends. So the log of a killed run shows how far the run came.
+    """
 
     def __init__(self, console: Console, interval: float = 30.0) -> None:
         self.console = console
         self.interval = interval
         self.description = ""
         self.total = self.done = 0.0
-        self.began = self.told = 0.0
+        self.started = self.reported = 0.0
 
     def __enter__(self) -> Lines:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.description:
-            self._tell("done" if error is None else "stopped")
+            self._print_state("done" if error is None else "stopped")
 
     def stage(self, description: str, total: float) -> None:
         self.check()
         if self.description:
-            self._tell("done")
+            self._print_state("done")
         self.description, self.total, self.done = description, total, 0.0
-        self.began = self.told = time.monotonic()
+        self.started = self.reported = time.monotonic()
         self.console.print(description, markup=False, highlight=False)
 
     def advance(self, amount: float) -> None:
         self.check()
         self.done += amount
-        if time.monotonic() - self.told >= self.interval:
-            self._tell("running")
+        if time.monotonic() - self.reported >= self.interval:
+            self._print_state("running")
 
     def message(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
 
-    def _tell(self, state: str) -> None:
-        self.told = time.monotonic()
-        seconds = self.told - self.began
+    def _print_state(self, state: str) -> None:
+        self.reported = time.monotonic()
+        seconds = self.reported - self.started
         share = min(1.0, self.done / self.total) if self.total else 1.0
         left = f", about {seconds / share - seconds:.0f} s left" if state == "running" and share > 0 else ""
         text = f"{self.description}: {state}, {share:.0%} in {seconds:.0f} s{left}"
@@ -136,7 +141,7 @@ class Lines(Interruptible):
 
 
 class Bars(Interruptible):
-    """A listener for terminals: one bar per stage with the time left, on standard error."""
+    """A listener for terminals, which shows a bar with the time left for each stage."""
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"))
@@ -149,7 +154,9 @@ class Bars(Interruptible):
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+    def __exit__(
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if error is None:
             self._end_stage()
         self.progress.stop()
@@ -168,14 +175,17 @@ class Bars(Interruptible):
         self.progress.console.print(text, markup=False, highlight=False)
 
     def _end_stage(self) -> None:
-        """Fill the bar: a stage may do less work than it announced, as a resumed run does."""
+        """Fills the bar, since a stage may do less work than it announced, for example in a resumed run."""
         if self.task is not None:
             self.progress.update(self.task, completed=self.progress.tasks[self.task].total)
 
 
 @contextlib.contextmanager
 def terminal_listener() -> Iterator[Bars | Lines]:
-    """A listener on standard error: bars on a terminal, lines elsewhere. While it is open, Ctrl-C is theirs."""
+    """Opens a listener on standard error: bars on a terminal, lines elsewhere.
+
+    While it is open, it handles Ctrl-C (see `Interruptible`).
+    """
     console = Console(stderr=True)
     listener = Bars(console) if sys.stderr.isatty() else Lines(console)
     before = signal.signal(signal.SIGINT, listener.interrupt)

@@ -1,8 +1,7 @@
-"""Rows of a linear in tiles: what of it is computed at once does not change its bits.
+"""Divides the rows of a linear into tiles, so that results do not depend on how many rows are solved at once.
 
-Rows are independent given the second moments, so that as many are solved at once as there is memory for. But the last
-bits of a matrix product depend on how many rows it has. So products have ROW_TILE rows, and what is solved at once is
-whole tiles.
+Rows are independent given the Hessian, so as many rows are solved at once as memory allows. But the last bits of a
+matrix product depend on its number of rows. So every product has ROW_TILE rows, and whole tiles are solved at once.
 """
 
 from __future__ import annotations
@@ -18,48 +17,58 @@ from torch import Tensor
 from lqexport.errors import UserError
 
 ROW_TILE = 2048
-"""Rows of a product. Fixed: the last bits depend on it."""
+"""The number of rows of a product. It never changes, since the last bits of results depend on it."""
 
 T = TypeVar("T")
 
 
 def tiles(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Views of ROW_TILE rows each; the last may have fewer."""
+    """Returns views of ROW_TILE rows each; the last may have fewer."""
     return matrix.split(ROW_TILE)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, tile by tile."""
-    parts = [tile @ right for tile in tiles(left)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Returns left @ right, computed one tile of `left` at a time."""
+    products = [tile @ right for tile in tiles(left)]
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def whole_tiles(rows: int) -> int:
-    """As many rows as fit in `rows` in whole tiles, one tile at least."""
+    """Returns `rows` rounded down to whole tiles, and at least one tile."""
     return max(ROW_TILE, rows // ROW_TILE * ROW_TILE)
 
 
 def dealt(rows: Sequence[int], count: int) -> list[list[tuple[int, slice]]]:
-    """Matrices of so many rows, dealt out to `count` processes tile by tile, in their order: for each process numbers
-    of matrices, and the rows that it gets of them."""
-    units = [(number, start) for number, each in enumerate(rows) for start in range(0, each, ROW_TILE)]
-    ends = [-(-len(units) * process // count) for process in range(count + 1)]
-    found = []
+    """Divides the tiles of some matrices among `count` processes, in order and as evenly as possible.
+
+    rows   the number of rows of each matrix
+
+    Returns for each process a list of (index of a matrix, its rows for this process).
+    """
+    all_tiles = [(number, start) for number, row_count in enumerate(rows) for start in range(0, row_count, ROW_TILE)]
+    ends = [-(-len(all_tiles) * process // count) for process in range(count + 1)]
+    shares = []
     for first, end in pairwise(ends):
-        runs = groupby(units[first:end], key=itemgetter(0))
+        runs = groupby(all_tiles[first:end], key=itemgetter(0))
         starts = [(number, [start for _, start in run]) for number, run in runs]
-        found.append([(number, slice(some[0], min(some[-1] + ROW_TILE, rows[number]))) for number, some in starts])
-    return found
+        shares.append([(number, slice(each[0], min(each[-1] + ROW_TILE, rows[number]))) for number, each in starts])
+    return shares
 
 
 def in_chunks(work: Callable[[slice], T], count: int, rows: int) -> Iterator[T]:
-    """What `work` returns for `rows` of `count` rows at once, whole tiles. Where memory runs out, half as many at once
-    from there on; raises UserError where that is less than a tile."""
+    """Yields the results of `work` for `count` rows, `rows` of them at a time.
+
+    work   takes the slice of rows to process
+    rows   a multiple of ROW_TILE
+
+    If the device runs out of memory, the rows are tried again, half as many at a time from then on, in whole tiles.
+    Raises UserError if one tile is already too much.
+    """
     start = 0
     while start < count:
         chunk = slice(start, min(start + rows, count))
         try:
-            done = work(chunk)
+            result = work(chunk)
         except torch.OutOfMemoryError as error:
             if rows <= ROW_TILE:
                 raise UserError(
@@ -68,7 +77,7 @@ def in_chunks(work: Callable[[slice], T], count: int, rows: int) -> Iterator[T]:
                 ) from error
             rows = whole_tiles(min(rows, count) // 2)
         else:
-            yield done
+            yield result
             start = chunk.stop
             continue
-        torch.cuda.empty_cache()  # outside of the handler, whose traceback holds what `work` had made
+        torch.cuda.empty_cache()  # after the handler, whose traceback keeps the tensors of `work` alive

@@ -1,16 +1,17 @@
-"""The folder that `quantize` writes and every converter reads.
+"""The artifact: the folder that `quantize` writes and every converter reads.
 
-    OUT/run.json           what makes the run this run: recipe, source, calibration, versions. Written first.
+    OUT/run.json           what identifies the run: recipe, source, calibration, versions. Written first.
     OUT/model/             config.json, tokenizer and other small files of the source
     OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
-    OUT/mixes.json         EXL2: what each mix of widths would cost each linear
-    OUT/budget.json        with a size: what each type would cost each tensor, and the types that were chosen
-    OUT/report.json        what the solver saw per tensor
-    OUT/manifest.json      every tensor with its codec, shape and digest, the digest of every file and its own. Written
-                           last: it says the artifact is whole.
-    OUT/log.jsonl          times, memory; the one file that differs between two runs of the same recipe
+    OUT/mixes.json         EXL2 only: the loss of each linear at each mix of widths
+    OUT/budget.json        if a size was asked for: the loss of each tensor at each type, and the types that were chosen
+    OUT/report.json        what the solver recorded for each tensor
+    OUT/manifest.json      every tensor with its codec, shape and digest, the digest of every file, and a digest of
+                           the manifest itself. Written last: an artifact with a manifest is complete.
+    OUT/log.jsonl          times and memory; the only file that differs between two runs of the same recipe
 
-A file appears under its final name only when it is whole and on disk, so a killed run resumes from what is there.
+A file appears under its final name only when it is complete and synced to disk, so a killed run resumes from the files
+that exist.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import Tensor
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec_named
-from lqexport.storage.background import OneBehind
+from lqexport.storage.background import BackgroundWorker
 from lqexport.storage.config_check import check_config
 from lqexport.storage.files import (
     cannot_write,
@@ -48,11 +49,11 @@ from lqexport.storage.files import (
 from lqexport.storage.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
 
 LONGEST_NAME = 200
-"""Characters of a tensor's name; file systems have names of 255 bytes."""
+"""The most characters that a tensor's name may have. File systems allow 255 bytes for a file name."""
 
 
 def digest(planes: Planes) -> str:
-    """sha256 over the planes' names, dtypes, shapes and bytes, in the order of their names."""
+    """Returns the sha256 (hex) over the planes' names, dtypes, shapes and bytes, in the order of the names."""
     hasher = hashlib.sha256()
     for name in sorted(planes):
         plane = planes[name]
@@ -63,8 +64,14 @@ def digest(planes: Planes) -> str:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as stored: its Hugging Face name, codec name, shape [rows, columns] or [n], planes, and facts
-    (losses, dampening: whatever the solver recorded, JSON values only)."""
+    """One tensor as an artifact stores it.
+
+    name         its Hugging Face name
+    codec_name   the codec that decodes the planes
+    shape        [rows, columns] or [n]
+    planes       the packed bytes
+    facts        what the solver recorded, such as losses and dampening; JSON values only
+    """
 
     name: str
     codec_name: str
@@ -74,7 +81,10 @@ class StoredTensor:
 
 
 def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
-    """A stored tensor's values, float32 in its own shape. Raises UserError where the planes do not fit the codec."""
+    """Returns a stored tensor's values, float32 in the tensor's shape.
+
+    Raises UserError if the planes do not fit the codec.
+    """
     try:
         return codec_named(tensor.codec_name).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
     except (ValueError, KeyError, IndexError) as error:
@@ -82,36 +92,40 @@ def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
 
 
 def values_of(tensor: StoredTensor) -> Tensor:
-    """What a stored matrix decodes to, float32 [R, C]."""
+    """Returns the decoded values of a stored matrix as a torch tensor, float32 [rows, columns]."""
     return torch.from_numpy(decoded(tensor))
 
 
 class Artifact:
-    """An artifact folder, complete or in the making."""
+    """An artifact folder, complete or still being written."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._behind = OneBehind()
+        self._writer = BackgroundWorker()
 
     @property
     def model_folder(self) -> Path:
-        """config.json, tokenizer files and the like."""
+        """The folder of config.json, the tokenizer and other small files."""
         return self.folder / "model"
 
     def model_files(self) -> list[Path]:
-        """All files of the model folder."""
+        """Returns the paths of all files in the model folder, sorted."""
         return sorted(path for path in self.model_folder.rglob("*") if path.is_file())
 
     @property
     def complete(self) -> bool:
+        """Whether the manifest is written, which is the last step of a run."""
         return (self.folder / "manifest.json").is_file()
 
     def run(self) -> dict[str, Any]:
-        """The content of run.json. Raises UserError where the folder is not an artifact."""
+        """Returns the content of run.json. Raises UserError if the folder is not an artifact."""
         return self._json("run.json")
 
     def manifest(self) -> dict[str, dict[str, Any]]:
-        """Per tensor, in model order: codec, shape, sha256. Raises UserError where the run is not finished."""
+        """Returns each tensor's entry (codec, shape, sha256) by its name, in model order.
+
+        Raises UserError if the run is not finished, or if the manifest is damaged.
+        """
         with well_formed(self.folder / "manifest.json", ANEW):
             return {self._checked_name(entry["name"]): _checked(entry) for entry in self._manifest()["tensors"]}
 
@@ -125,9 +139,13 @@ class Artifact:
             )
         return content
 
-    def damaged(self, among: tuple[str, ...] | None = None) -> list[str]:
-        """Files of a finished artifact, all or these, that are gone or not as they were written. Raises UserError as
-        `manifest`."""
+    def damaged(self, paths: tuple[str, ...] | None = None) -> list[str]:
+        """Returns those files of a finished artifact that are missing or no longer have the digest in the manifest.
+
+        paths   the files to check, relative to the folder; None for all
+
+        Raises UserError as `manifest` does.
+        """
 
         def is_whole(name: str, expected: str) -> bool:
             path = inside(self.folder, self.folder / name)
@@ -135,14 +153,14 @@ class Artifact:
 
         with well_formed(self.folder / "manifest.json", ANEW):
             files = self._manifest()["files"]
-            return [name for name in among or files if not is_whole(name, files[name])]
+            return [name for name in paths or files if not is_whole(name, files[name])]
 
     def report(self) -> dict[str, Any]:
-        """The content of report.json. Raises UserError where the run is not finished."""
+        """Returns the content of report.json. Raises UserError if the run is not finished."""
         return self._json("report.json")
 
     def config(self) -> dict[str, Any]:
-        """The model's config.json."""
+        """Returns the model's config.json. Raises UserError if it is missing or has values that no model can have."""
         return check_config(self._json("model/config.json"), self.folder / "model/config.json")
 
     def _json(self, name: str) -> dict[str, Any]:
@@ -160,34 +178,43 @@ class Artifact:
         return self._path(name).is_file()
 
     def write(self, tensor: StoredTensor) -> None:
-        """Store one finished tensor, whole or not at all. Equal input gives equal bytes."""
-        # One metadata key: safetensors writes several in an order that changes from run to run.
+        """Stores one finished tensor; its file appears complete or not at all. Equal input gives equal bytes.
+
+        Raises UserError if the file cannot be written.
+        """
+        # All facts are in one metadata key, because safetensors writes several keys in an order that changes from run
+        # to run.
         facts = {"codec": tensor.codec_name, "shape": list(tensor.shape), "facts": tensor.facts, "sha256": SEAL}
         contiguous = {name: np.ascontiguousarray(plane) for name, plane in tensor.planes.items()}
         content = safetensors.numpy.save(contiguous, {"lqexport": json.dumps(facts, sort_keys=True)})
         write_sealed(self._path(tensor.name), content)
 
     def write_behind(self, tensor: StoredTensor) -> None:
-        """`write` in the background, after whatever was to be written before. What goes wrong is raised by the next
-        call, or by `settle`."""
-        self._behind.start(lambda: self.write(tensor))
+        """Stores one finished tensor in the background, after the tensors given before it.
+
+        An error of `write` is raised by the next call, or by `settle`.
+        """
+        self._writer.start(lambda: self.write(tensor))
 
     def settle(self) -> None:
-        """Wait until all is written."""
-        self._behind.wait()
+        """Waits until every tensor given to `write_behind` is written. Raises the error of the last write."""
+        self._writer.wait()
 
     def remove(self, name: str) -> None:
-        """Drop a stored tensor; nothing happens where there is none."""
+        """Deletes a stored tensor, if it exists."""
         self._path(name).unlink(missing_ok=True)
 
     def read(self, name: str) -> StoredTensor:
-        """One stored tensor. Raises UserError where the file is missing or damaged."""
+        """Returns one stored tensor. Raises UserError if its file is missing or damaged."""
         with self._open(name) as (file, header):
             planes = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             return StoredTensor(name, header["codec"], tuple(header["shape"]), planes, header["facts"])
 
     def read_listed(self, name: str, codec: str, shape: tuple[int, ...], sha256: str) -> StoredTensor:
-        """A tensor as the manifest lists it. Raises UserError where it is another, or missing or damaged."""
+        """Returns a tensor after comparing it with its entry in the manifest.
+
+        Raises UserError if the file is missing or damaged, or if codec, shape or digest are not those of the entry.
+        """
         tensor = self.read(name)
         if (tensor.codec_name, tensor.shape, digest(tensor.planes)) != (codec, shape, sha256):
             raise UserError(
@@ -197,28 +224,28 @@ class Artifact:
         return tensor
 
     def chosen_types(self) -> dict[str, str]:
-        """Tensor name to codec name, as an earlier choice of types by size for this artifact found them.
+        """Returns the codec name of each tensor, as an earlier choice of types by size for this artifact fixed it.
 
-        Empty where there was none. Raises UserError where budget.json is damaged.
+        Empty if no such choice was made. Raises UserError if budget.json is damaged.
         """
         path = self.folder / "budget.json"
         with well_formed(path, AGAIN):
             return dict(read_json(path, "")["chosen"]) if path.is_file() else {}
 
     def facts(self, name: str) -> dict[str, Any]:
-        """The facts of a stored tensor alone, without reading its planes. Raises UserError as `read`."""
+        """Returns the facts of a stored tensor without reading its planes. Raises UserError as `read` does."""
         with self._open(name) as (_, header):
             return dict(header["facts"])
 
     @contextlib.contextmanager
     def _open(self, name: str) -> Iterator[tuple[Any, dict[str, Any]]]:
-        """A tensor's safetensors file and what its metadata says."""
+        """Opens a tensor's safetensors file; gives it together with its metadata, which is checked."""
         advice = ANEW if self.complete else AGAIN
         with open_tensors(self._path(name), "np", advice) as file:
             yield file, _checked(json.loads(file.metadata()["lqexport"]))
 
     def finish(self, names: list[str], report: dict[str, Any]) -> None:
-        """Write the report and then the manifest of all `names`, which says that the artifact is whole."""
+        """Writes report.json and then the manifest of the tensors `names`, which completes the artifact."""
         entries = []
         for name in names:
             tensor = self.read(name)
@@ -235,20 +262,20 @@ class Artifact:
             file.write(manifest_bytes({"tensors": entries, "files": files}))
 
     def _files(self, names: list[str]) -> list[str]:
-        """Paths in the folder of what a finished artifact of these tensors holds, besides the manifest and the log."""
-        others = ("run.json", "report.json", "budget.json", "mixes.json", "model/**/*")
-        paths = [path for pattern in others for path in self.folder.glob(pattern) if path.is_file()]
+        """Returns the relative paths of all files of a finished artifact except the manifest and the log."""
+        patterns = ("run.json", "report.json", "budget.json", "mixes.json", "model/**/*")
+        paths = [path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()]
         return sorted(path.relative_to(self.folder).as_posix() for path in [*paths, *map(self._path, names)])
 
     def check_written(self) -> None:
-        """Raises UserError where a tensor that a stopped run left, or what it would go on from, has been damaged."""
+        """Raises UserError if a safetensors file that a stopped run left, and would resume from, is damaged."""
         for path in sorted(self.folder.rglob("[!.]*.safetensors")):
             check_sealed(path)
 
     def begin(self, run: dict[str, Any]) -> None:
-        """Claim the folder for `run`, or check that it already belongs to the very same run.
+        """Writes run.json into a new folder, or checks that the folder already belongs to the same run.
 
-        Raises UserError where the folder holds another run or anything else.
+        Raises UserError if the folder holds another run or anything else.
         """
         if (self.folder / "run.json").is_file():
             old = self.run()
@@ -259,13 +286,13 @@ class Artifact:
                     "Choose another output folder, or delete this one."
                 )
             return
-        ours = {unfinished(self.folder / "run.json")}
-        if self.folder.exists() and (not self.folder.is_dir() or set(self.folder.iterdir()) - ours):
+        leftovers = {unfinished(self.folder / "run.json")}
+        if self.folder.exists() and (not self.folder.is_dir() or set(self.folder.iterdir()) - leftovers):
             raise UserError(f"{self.folder} exists and is not an lqexport artifact. Choose another output folder.")
         write_json(self.folder / "run.json", run)
 
     def log(self, entry: dict[str, Any]) -> None:
-        """Append one line to log.jsonl."""
+        """Appends one line to log.jsonl. Raises UserError if it cannot be written."""
         path = self.folder / "log.jsonl"
         try:
             with path.open("a", encoding="utf-8") as file:
@@ -275,7 +302,7 @@ class Artifact:
 
 
 def _checked(entry: dict[str, Any]) -> dict[str, Any]:
-    """What a manifest or a tensor's own file says of it. Raises ValueError where no tensor can be such."""
+    """Returns a tensor's entry of the manifest or of its own file. Raises ValueError if its shape is impossible."""
     rows, columns = entry["shape"] if len(entry["shape"]) == 2 else (1, *entry["shape"])
     if not (isinstance(rows, int) and isinstance(columns, int)):
         raise ValueError(f"{entry['shape']} is no shape")
@@ -284,13 +311,16 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:
-    """The file of a manifest, with the sha256 of the rest of it."""
+    """Returns the bytes of manifest.json: the manifest, and the sha256 of its other keys under the key `sha256`."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return json_bytes(rest | {"sha256": hashlib.sha256(json_bytes(rest)).hexdigest()})
 
 
 class SolvedModel:
-    """The tensors that an artifact holds so far, as a model's weights (see `lqexport.models.interface`), read one at a time."""
+    """The tensors that an artifact holds so far, as a model's `Weights` (`lqexport.models.interface`).
+
+    Tensors are read and decoded one at a time.
+    """
 
     def __init__(self, artifact: Artifact, config: dict[str, Any], names: list[str]) -> None:
         self._artifact, self.config, self._names = artifact, config, names

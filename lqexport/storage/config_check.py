@@ -1,4 +1,4 @@
-"""What config.json must be before anything is computed from it: right types, and sizes that a model can have."""
+"""Checks config.json before anything is computed from it: values of the right type, and sizes that a model can have."""
 
 from __future__ import annotations
 
@@ -15,28 +15,44 @@ COUNTS = (
     "num_experts", "num_experts_per_tok", "original_max_position_embeddings", "ffn_dim", "n_embd", "n_head", "n_inner",
     "n_positions", "word_embed_proj_dim", "sliding_window_pattern",
 )  # fmt: skip
-"""Whole numbers above 0 where they are given; GGUF holds them in 32 bits."""
+"""Keys whose value, if given, is a whole number from 0 to 2^31 - 1: GGUF holds them in 32 bits."""
 LAYERS = ("num_hidden_layers", "n_layer")
+"""Keys that hold the number of decoder blocks."""
 MOST_LAYERS = 1024
 MOST_EXPERTS = 2**17
-"""Of all layers together. The largest models have some 30000; every one costs time before any weight is read."""
+"""The most experts of all layers together.
+
+The largest models have some 30000. Every expert costs time before any weight is read.
+"""
 SETTINGS = ("rope_parameters", "rope_scaling")
+"""Keys whose value is an object of settings (see `_is_settings`)."""
 NUMBERS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps",
            "layer_norm_epsilon", "norm_epsilon", "rotary_pct", "query_pre_attn_scalar")  # fmt: skip
-PLAIN: dict[str, type] = {"model_type": str, "text_config": dict, "quantization_config": dict}
+"""Keys whose value is a finite number."""
+TYPES: dict[str, type] = {"model_type": str, "text_config": dict, "quantization_config": dict}
+"""Keys whose value must have this type; its content is not checked."""
 LISTS = {"architectures": str, "layer_types": str, "no_rope_layers": int}
+"""Keys whose value is a list, with the type of its items."""
 
 
 def read_config(path: Path, missing: str) -> dict[str, Any]:
-    """A config.json. Raises UserError as `read_json`, and where it cannot be that of a model."""
+    """Returns the content of the config.json at `path`, checked by `check_config`.
+
+    missing   the error message if there is no file
+
+    Raises UserError as `read_json` and `check_config` do.
+    """
     return check_config(read_json(path, missing), path)
 
 
 def check_config(config: dict[str, Any], source: object) -> dict[str, Any]:
-    """`config`, which was read from `source`. Raises UserError where a value that we use cannot be that of a model."""
+    """Returns `config` unchanged. Raises UserError if a value that we use cannot be that of a model.
+
+    source   the file that it was read from, as the message names it
+    """
     for name, value in config.items():
-        if (wanted := _wanted(name, value)) is not None:
-            raise UserError(f"{source}: {name} must be {wanted}, not {value!r}.")
+        if (requirement := _unmet_requirement(name, value)) is not None:
+            raise UserError(f"{source}: {name} must be {requirement}, not {value!r}.")
     layers = next((config[name] for name in LAYERS if config.get(name)), 1)
     experts = max(config.get(name) or 0 for name in ("num_local_experts", "num_experts"))
     if layers * experts > MOST_EXPERTS:
@@ -46,8 +62,8 @@ def check_config(config: dict[str, Any], source: object) -> dict[str, Any]:
     return config
 
 
-def _wanted(name: str, value: Any) -> str | None:
-    """What the value of a key should be, None where it is that, is not given or is not ours to check."""
+def _unmet_requirement(name: str, value: Any) -> str | None:
+    """Returns what the value of the key `name` should be; None if it is that, is not given, or is not checked here."""
     if value is None:
         return None
     if name in COUNTS:
@@ -58,11 +74,11 @@ def _wanted(name: str, value: Any) -> str | None:
         return None if _is_number(value) else "a finite number"
     if name in SETTINGS:
         return None if _is_settings(value) else "an object of finite numbers, lists of them and texts"
-    if (plain := PLAIN.get(name)) is not None:
-        return None if isinstance(value, plain) else "a text" if plain is str else "an object"
-    if (kind := LISTS.get(name)) is not None:
-        fits = isinstance(value, list) and all(isinstance(item, kind) for item in value)
-        return None if fits else f"a list of {'texts' if kind is str else 'whole numbers'}"
+    if (value_type := TYPES.get(name)) is not None:
+        return None if isinstance(value, value_type) else "a text" if value_type is str else "an object"
+    if (item_type := LISTS.get(name)) is not None:
+        fits = isinstance(value, list) and all(isinstance(item, item_type) for item in value)
+        return None if fits else f"a list of {'texts' if item_type is str else 'whole numbers'}"
     return None
 
 
@@ -71,12 +87,12 @@ def _is_whole(value: Any, most: int) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    # Beyond 32 bits there is no setting, and GGUF would not hold it.
+    # No setting is larger than 32 bits, and GGUF could not hold one.
     return isinstance(value, int | float) and math.isfinite(value) and abs(value) < 2**31
 
 
 def _is_settings(value: Any) -> bool:
-    """Whether a value is an object of texts, numbers, lists of numbers and such objects."""
+    """Whether a value is an object that holds only texts, numbers, nulls, lists of numbers and further such objects."""
     return isinstance(value, dict) and all(map(_is_setting, value.values()))
 
 

@@ -1,4 +1,4 @@
-"""Files of any kind: written whole or not at all, by one process at a time, and read without trust in what they say."""
+"""Reads and writes files: complete or not at all, by one process at a time, and without trust in their content."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lqexport.errors import UserError
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` whole or not at all: written beside it, synced, then renamed.
+    """Opens a binary file that appears at `path` complete or not at all: written beside it, synced, then renamed.
 
-    Raises UserError where the disk is full or the place cannot be written, and where another process is writing the
-    same file; the half-written file is removed.
+    Raises UserError if the disk is full, if the path cannot be written, or if another process is writing the same
+    file. The half-written file is removed.
     """
     temporary = unfinished(path)
     try:
@@ -42,30 +42,32 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def unfinished(path: Path) -> Path:
-    """Where a file is while it is being written, and stays if the process is killed."""
+    """Returns the path of a file while it is being written; it stays there if the process is killed."""
     return path.with_name(f".{path.name}.part")
 
 
 def _without_truncating(path: str, flags: int) -> int:
-    """Opens a file that another process may be writing, and leaves it as it is."""
+    """Opens a file without truncating it, since another process may be writing it."""
     return os.open(path, flags & ~os.O_TRUNC, 0o666)
 
 
 def _lock(descriptor: int, path: Path) -> None:
-    """Keeps other processes from the open file or folder `path` until it is closed, however this process ends. Raises
-    UserError where another one holds it, or has just put it in its place."""
+    """Locks the open file or folder `path` against other processes until it is closed, however this process ends.
+
+    Raises UserError if another process holds the lock, or has just renamed its finished file away from `path`.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"Another process is writing {path}. Wait for it, or write somewhere else.") from None
     except OSError:
-        return  # a file system without locks
+        return  # this file system has no locks
     if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
         raise UserError(f"Another process has just written what {path} was for. Run the same command again.")
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the names of its files on the disk: a rename may be lost otherwise, and a later one kept."""
+    """Syncs a folder's file names to disk. Otherwise a crash may lose one rename and keep a later one."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -74,7 +76,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """What a user is told of an error of the file system."""
+    """Returns the UserError for a file system error that was raised while `path` was written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return UserError(f"The disk is full: cannot write {path}. Free some space and run the same command again.")
     return UserError(f"Cannot write {path}: {error.strerror or error}.")
@@ -82,11 +84,12 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 @contextlib.contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """While open, `folder` is this process's alone. It is made where it is missing, and then removed if it stays empty.
+    """Reserves `folder` for this process while the context is open.
 
-    Raises UserError where another process has claimed it, and where it cannot be made.
+    The folder is created if it is missing, and then removed at the end if it is still empty. Raises UserError if
+    another process has claimed it, or if it cannot be created.
     """
-    made = not folder.exists()
+    created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -96,24 +99,26 @@ def claimed(folder: Path) -> Iterator[None]:
         _lock(descriptor, folder)
         yield
     finally:
-        if made:
+        if created:
             with contextlib.suppress(OSError):
                 folder.rmdir()
         os.close(descriptor)
 
 
 def copy_files(folder: Path, paths: Iterable[Path], to: Path) -> None:
-    """Copy files of `folder`, each whole or not at all, to the same places in the folder `to`. Raises UserError for a
-    link out of `folder`: what it leads to might be nothing to publish."""
+    """Copies files of `folder` to the same relative paths in the folder `to`, each completely or not at all.
+
+    Raises UserError for a link that leads out of `folder`, since its content may not be meant for publication.
+    """
     for path in paths:
         with inside(folder, path).open("rb") as original, written_whole(to / path.relative_to(folder)) as copy:
             shutil.copyfileobj(original, copy)
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """`path`, which lies in `folder` also when links are followed. Raises UserError where it leads out of it.
+    """Returns `path` unchanged if it lies in `folder` after links are followed. Raises UserError if it does not.
 
-    The hub's cache has links from each snapshot to the blobs that stand beside all of them.
+    In the hub's cache, files of a snapshot are links to blobs in a folder beside all snapshots; these are allowed.
     """
     root = folder.resolve()
     root = root.parent.parent if root.parent.name == "snapshots" else root
@@ -123,30 +128,40 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def check_space(path: Path, size: int) -> None:
-    """Raises UserError where the disk of a new file or folder has no room for `size` bytes of tensors and as much
-    metadata as any model has."""
-    place = next(parent for parent in path.absolute().parents if parent.is_dir())
-    needed, free = size + 2**25, shutil.disk_usage(place).free
+    """Raises UserError if the disk of a new file or folder `path` lacks room for `size` bytes of tensors.
+
+    32 MiB are added for metadata, which is enough for any model.
+    """
+    parent_folder = next(parent for parent in path.absolute().parents if parent.is_dir())
+    needed, free = size + 2**25, shutil.disk_usage(parent_folder).free
     if free < needed:
         raise UserError(
-            f"{path} needs {needed / 1e9:.2f} GB, but {place} has {free / 1e9:.2f} GB free. "
+            f"{path} needs {needed / 1e9:.2f} GB, but {parent_folder} has {free / 1e9:.2f} GB free. "
             "Free some space or write to another disk."
         )
 
 
 def write_json(path: Path, content: Any) -> None:
-    """JSON with sorted keys, so that equal content is equal bytes."""
+    """Writes `content` as JSON with sorted keys, so that equal content gives equal bytes.
+
+    Raises UserError as `written_whole` does.
+    """
     with written_whole(path) as file:
         file.write(json_bytes(content))
 
 
 def json_bytes(content: Any) -> bytes:
-    """The bytes that `write_json` writes."""
+    """Returns the bytes that `write_json` writes."""
     return (json.dumps(content, indent=1, sort_keys=True) + "\n").encode()
 
 
 def read_json(path: Path, missing: str) -> dict[str, Any]:
-    """The JSON object in a file. Raises UserError: `missing` where there is no file, else what is wrong with it."""
+    """Returns the JSON object in a file.
+
+    missing   the error message if there is no file
+
+    Raises UserError if the file is missing, cannot be read as JSON, or does not hold an object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -159,7 +174,7 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
 
 
 def file_digest(*paths: Path) -> str:
-    """sha256 of the bytes of some files, one after the other."""
+    """Returns the sha256 (hex) of the concatenated bytes of the files."""
     hasher = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Safetensors files: opened with an error that helps, and sealed with a digest of their own."""
+"""Safetensors files: opening them with a helpful error, and sealing them with a digest of their content."""
 
 from __future__ import annotations
 
@@ -16,13 +16,17 @@ from lqexport.errors import AGAIN, MALFORMED, UserError
 from lqexport.storage.files import written_whole
 
 SEAL = "0" * 64
-"""Stands in the metadata of a safetensors file for the sha256 of the file, while that is computed."""
+"""The placeholder in a safetensors file's metadata while the sha256 of the file is computed, which then replaces it."""
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device: str = "cpu") -> Iterator[Any]:
-    """A safetensors file, as `safe_open` gives it. Raises UserError, which ends with `advice`, where it is missing, cut
-    short or damaged, or does not hold what is asked of it within."""
+    """Opens a safetensors file, as `safe_open` does.
+
+    advice   the end of the error message: what the user can do
+
+    Raises UserError if the file is missing, cut short or damaged, or if it lacks a tensor that is read in the context.
+    """
     try:
         with safe_open(path, framework, device) as file:
             yield file
@@ -33,7 +37,10 @@ def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device
 
 
 def spans(path: Path) -> dict[str, tuple[int, int]]:
-    """First byte and number of bytes of each tensor in a safetensors file that `open_tensors` can open."""
+    """Returns the offset of the first byte and the number of bytes of each tensor in a safetensors file.
+
+    `open_tensors` must be able to open the file; nothing is checked here.
+    """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -43,22 +50,27 @@ def spans(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def write_sealed(path: Path, content: bytes) -> None:
-    """Write a safetensors file, whole or not at all. Its metadata must hold `"sha256": SEAL`, as JSON in a value or by
-    itself; the digest of the content takes its place. Equal content gives equal bytes."""
-    place, digest = content.index(SEAL.encode()), hashlib.sha256(content).hexdigest()
+    """Writes a safetensors file that carries its own digest, completely or not at all.
+
+    content   the file; its metadata must hold `"sha256": SEAL`, as an entry or within the JSON text of an entry. The
+              sha256 of `content` replaces SEAL. Equal content gives equal bytes
+
+    Raises UserError as `written_whole` does.
+    """
+    seal_start, digest = content.index(SEAL.encode()), hashlib.sha256(content).hexdigest()
     with written_whole(path) as file:
-        file.write(content[:place])
+        file.write(content[:seal_start])
         file.write(digest.encode())
-        file.write(memoryview(content)[place + len(SEAL) :])
+        file.write(memoryview(content)[seal_start + len(SEAL) :])
 
 
 def check_sealed(path: Path) -> None:
-    """Raises UserError where a file is not as `write_sealed` wrote it."""
+    """Raises UserError if a file no longer has the digest that `write_sealed` stored in it."""
     with path.open("rb") as file:
         length = file.read(8)
         header = file.read(min(int.from_bytes(length, "little"), 2**27))
-        found = re.search(rb'sha256\\?": ?\\?"([0-9a-f]{64})', header)
-        seal = found[1] if found else b""
+        match = re.search(rb'sha256\\?": ?\\?"([0-9a-f]{64})', header)
+        seal = match[1] if match else b""
         hasher = hashlib.sha256(length + header.replace(seal, SEAL.encode(), 1))
         while chunk := file.read(1 << 22):
             hasher.update(chunk)
