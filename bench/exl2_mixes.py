@@ -19,7 +19,7 @@ from lqexport.pipeline import measured_losses as measured
 from lqexport.pipeline.allocate import Option, allocate
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import read_json
-from lqexport.verification.report import kind_of
+from lqexport.verification.report import role_of
 
 WIDTHS = (2, 3, 4, 5, 6)
 
@@ -40,13 +40,13 @@ def main() -> None:
     artifact = Artifact(parser.parse_args().artifact)
     losses = read_json(artifact.folder / "mixes.json", f"{artifact.folder} is not an artifact for EXL2.")
     options = {name: measured.options(found, artifact.read(name).shape) for name, found in losses.items()}
-    kinds: dict[str, list[list[Option]]] = {}
+    roles: dict[str, list[list[Option]]] = {}
     for name, tried in options.items():
-        kinds.setdefault(kind_of(name), []).append(tried)
+        roles.setdefault(role_of(name), []).append(tried)
     print(f"| linear | {' | '.join(f'{bits} bits' for bits in WIDTHS)} |\n|---|{'---|' * len(WIDTHS)}")
-    for kind, members in kinds.items():
+    for role, members in roles.items():
         ratios = [np.exp(np.mean([np.log(saved(tried, bits)) for tried in members])) for bits in WIDTHS]
-        print(f"| {kind} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
+        print(f"| {role} | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |")
     print("\n| bytes of | even | allocated, pure widths | allocated, all mixes |\n|---|---|---|---|")
     for bits in WIDTHS:
         even = [pure(tried, bits) for tried in options.values()]

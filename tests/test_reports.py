@@ -94,12 +94,12 @@ def test_the_worst_tokens_are_those_of_the_largest_divergence(found: Verificatio
 
 
 def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_model: Path, text: str) -> None:
-    assert found.matrix_view is not None
+    assert found.portrait is not None
     errors = {tensor.name: tensor.weight_error or 0 for tensor in found.tensors if len(tensor.shape) == 2}
-    assert found.matrix_view.name == max(errors, key=lambda name: errors[name])
-    shown = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).matrix_view
+    assert found.portrait.name == max(errors, key=lambda name: errors[name])
+    shown = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).portrait
     assert shown is not None
-    assert (shown.name, shown.codec_name, sum(shown.source), sum(shown.file)) == (
+    assert (shown.name, shown.codec, sum(shown.source), sum(shown.file)) == (
         DOWN,
         "gguf:Q4_0",
         256 * 512,
@@ -213,10 +213,10 @@ def test_missing_packages_name_the_extra(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_kinds_sum_up_all_tensors(found: Verification) -> None:
-    kinds = report.kinds(found.tensors)
-    assert sum(kind.nbytes for kind in kinds) == found.nbytes
-    assert sum(kind.count for kind in kinds) == len(found.tensors)
-    by_name = {kind.name: kind for kind in kinds}
+def test_roles_sum_up_all_tensors(found: Verification) -> None:
+    roles = report.roles(found.tensors)
+    assert sum(role.nbytes for role in roles) == found.nbytes
+    assert sum(role.count for role in roles) == len(found.tensors)
+    by_name = {role.name: role for role in roles}
     assert (by_name["mlp.down_proj"].count, by_name["mlp.down_proj"].types) == (2, ("gguf:Q4_0",))
     assert by_name["norms and biases"].count == 5

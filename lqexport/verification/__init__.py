@@ -1,1 +1,1 @@
-"""Checks of a written file against its source, and the reports, cards and uploads made from them."""
+"""Checks a written file against its source, and makes reports, model cards and uploads of the results."""

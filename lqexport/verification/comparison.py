@@ -1,4 +1,4 @@
-"""`compare`: several written models against one source, in one table and one plot. The source runs once."""
+"""`compare`: measures several written models against one source, and makes a table and a plot. The source runs once."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from lqexport.verification.report import svg
 from lqexport.verification.result import Engine, Verification
 from lqexport.verification.verify_predictions import cut_text, logits_of_file
 from lqexport.verification.verify_tensors import check_structure
-from lqexport.verification.verifying import begun, check_options
+from lqexport.verification.verifying import check_options, empty_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compared:
-    """One file. Bytes and bits per weight count scales, tables and factors.
+    """The measurements of one file. Bytes and bits per weight include scales, tables and low-rank factors.
 
-    tokens_per_second   tokens of the windows over the time that the engine took for them; ours reads and decodes the
-                        file's tensors in it
+    tokens_per_second   number of tokens in the windows, divided by the seconds that the engine took for them. The time
+                        of this program's own engine includes reading and decoding the file's tensors.
     """
 
     file: str
@@ -56,7 +56,7 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All files, in the order in which they were given, on the same windows of the same text."""
+    """The measurements of all files, in the order given, on the same windows of the same text."""
 
     against: str
     text: str
@@ -67,7 +67,7 @@ class Comparison:
     files: list[Compared] = field(default_factory=list)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values; what is not finite becomes null."""
+        """Returns all fields as JSON values; numbers that are not finite become null."""
         return finite_or_null(asdict(self))
 
 
@@ -82,30 +82,31 @@ def compare(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Comparison:
-    """Measure .gguf files, native folders, folders of ExLlamaV2 and artifacts against one source; see
-    `verifying.verify` for the options.
+    """Measures .gguf files, native folders, ExLlamaV2 folders and artifacts against one source.
 
-    Raises UserError where a file cannot be read, lacks tensors of the source's architecture or has them in another
-    shape; that is known before anything runs.
+    The options are those of `verifying.verify`. Raises UserError if a file cannot be read, lacks tensors of the
+    source's architecture or has them in another shape. All files are checked for this before any model runs.
     """
     listener, paths = listener or Silent(), [Path(file) for file in files]
     if not paths:
         raise UserError("Give at least one file to compare.")
     for path in paths:
         check_options(path, (protocol,), windows, engine)
-    source, evaluated = open_source(against), read_text(text)
+    source, evaluation_text = open_source(against), read_text(text)
     device = str(choose_device(device))
-    opened = [_opened(begun(path, source, None, evaluated, engine, device), source) for path in paths]
-    ((chosen, cut),) = cut_text(source.tokenizer(), evaluated, (protocol,), windows).items()
+    opened = [_opened(empty_result(path, source, None, evaluation_text, engine, device), source) for path in paths]
+    ((chosen, cut),) = cut_text(source.tokenizer(), evaluation_text, (protocol,), windows).items()
     model = BlockModel(source, device)
     reference = evaluate.block_logits(model, cut, chosen, listener, f"Run the source, {protocol}")
-    found = Comparison(source.name, evaluated.name, evaluated.sha256, protocol, engine, device)
-    found.files.extend(_compared(each, reference, cut, chosen, listener) for each in opened)
-    return found
+    comparison = Comparison(source.name, evaluation_text.name, evaluation_text.sha256, protocol, engine, device)
+    comparison.files.extend(_compared(file, reference, cut, chosen, listener) for file in opened)
+    return comparison
 
 
 @dataclass(frozen=True)
 class _Opened:
+    """A file to measure, its result so far, and its low-rank factors if it has any."""
+
     head: Verification
     export: Export
     factors: LowRankFactors | None
@@ -129,7 +130,7 @@ def _compared(
     head, clock = opened.head, _Clock()
     began = time.perf_counter()
     with logits_of_file(head, opened.export, opened.factors, windows, protocol, listener) as test:
-        if head.engine == "lqexport":  # which has run by now; llama.cpp has only loaded the file
+        if head.engine == "lqexport":  # has run the file by now; llama.cpp has only loaded it
             clock.seconds += time.perf_counter() - began
         evaluation = evaluate.compare(reference, clock.timed(test), windows, protocol, listener)
     entries = inspect(Path(head.file)).entries
@@ -138,7 +139,7 @@ def _compared(
 
 
 class _Clock:
-    """Sums up the time that an iterator takes for its items."""
+    """Sums up the seconds that iterators take to yield their items."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -154,43 +155,45 @@ class _Clock:
             yield item
 
 
-def table(found: Comparison) -> Table:
-    """What `lqexport compare` prints."""
+def table(comparison: Comparison) -> Table:
+    """Returns the table that `lqexport compare` prints."""
     result = Table(box=None, pad_edge=False)
     result.add_column("file", overflow="fold")
     for title in ("size", "bits", "perplexity", "ln(ratio)", "KL divergence", "same top", "tokens/s"):
         result.add_column(title, justify="right", no_wrap=True)
-    first = found.files[0].evaluation
+    first = comparison.files[0].evaluation
     reference = with_error(first.reference_perplexity, first.reference_perplexity_error, 3)
-    result.add_row(f"{found.against} (source)", "", "", reference, "", "", "", "")
-    for file in found.files:
-        each = file.evaluation
+    result.add_row(f"{comparison.against} (source)", "", "", reference, "", "", "", "")
+    for file in comparison.files:
+        evaluation = file.evaluation
         result.add_row(
             file.file,
             human_bytes(file.nbytes),
             f"{file.bits_per_weight:.3f}",
-            with_error(each.perplexity, each.perplexity_error, 3),
-            with_error(each.ln_ratio, each.ln_ratio_error),
-            with_error(each.kl, each.kl_error),
-            share(each.top1),
+            with_error(evaluation.perplexity, evaluation.perplexity_error, 3),
+            with_error(evaluation.ln_ratio, evaluation.ln_ratio_error),
+            with_error(evaluation.kl, evaluation.kl_error),
+            share(evaluation.top1),
             figure(file.tokens_per_second),
         )
     return result
 
 
-def save_plot(found: Comparison, path: Path) -> None:
-    """KL divergence over bits per weight, as an SVG file."""
-    content = svg(lambda axes: _draw(axes, found)).encode()
+def save_plot(comparison: Comparison, path: Path) -> None:
+    """Writes a plot of KL divergence over bits per weight as an SVG file."""
+    content = svg(lambda axes: _draw(axes, comparison)).encode()
     with written_whole(path) as file:
         file.write(content)
 
 
-def _draw(axes: Axes, found: Comparison) -> None:
-    for file, marker in zip(found.files, "osD^v<>ph*" * len(found.files), strict=False):
-        each = file.evaluation
-        if math.isfinite(each.kl):
+def _draw(axes: Axes, comparison: Comparison) -> None:
+    for file, marker in zip(comparison.files, "osD^v<>ph*" * len(comparison.files), strict=False):
+        evaluation = file.evaluation
+        if math.isfinite(evaluation.kl):
             label = f"{Path(file.file).name}, {human_bytes(file.nbytes)}"
-            axes.errorbar(file.bits_per_weight, each.kl, each.kl_error, marker=marker, linestyle="", label=label)
+            axes.errorbar(
+                file.bits_per_weight, evaluation.kl, evaluation.kl_error, marker=marker, linestyle="", label=label
+            )
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("mean KL, nats")

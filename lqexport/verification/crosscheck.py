@@ -1,5 +1,7 @@
-"""A written file decoded by the CUDA kernels too: verification compares each tensor's values with NumPy's, bit by bit.
-Where the kernels cannot run, it says why."""
+"""Decodes a written file by the CUDA kernels too, and compares each tensor's values with NumPy's, bit by bit.
+
+Where the kernels cannot run, the report says why.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,11 @@ from lqexport.storage.artifact import StoredTensor
 
 
 class CrossCheck:
-    """Counts the tensors that the kernels decoded, and names those that they decoded to other values than NumPy."""
+    """Compares tensors decoded by the CUDA kernels with the values that NumPy decodes.
+
+    compared    number of tensors that the kernels have decoded
+    different   names of the tensors that the kernels decoded to other values
+    """
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
@@ -20,7 +26,8 @@ class CrossCheck:
         self.different: list[str] = []
 
     def add(self, tensor: StoredTensor, values: NDArray[np.float32]) -> None:
-        """Compare the kernels' values of a tensor with those of `formats`, bit by bit, a NaN equal to any other."""
+        """Compares the kernels' values of a tensor with `values`, which `formats` decoded, bit by bit. Any two NaNs are
+        equal. Does nothing where the kernels cannot decode the tensor."""
         if not (cuda_decode.decodes(tensor.codec_name) and cuda.usable(self.device)):
             return
         self.compared += 1
@@ -29,7 +36,7 @@ class CrossCheck:
             self.different.append(tensor.name)
 
     def sentence(self, total: int) -> str:
-        """By which path the file's tensors were decoded."""
+        """Returns the sentence that says by which path the `total` tensors of the file were decoded."""
         if self.compared:
             same = self.compared - len(self.different)
             return f"NumPy and the CUDA kernels, the same bits in {same} of {total} tensors"
@@ -40,6 +47,6 @@ class CrossCheck:
 
 
 def decoded_on(tensor: StoredTensor, device: torch.device) -> torch.Tensor:
-    """A stored tensor's values by the kernels, float32 in its own shape, on the device."""
+    """Returns a stored tensor decoded by the CUDA kernels, as float32 in the tensor's shape, on `device`."""
     planes = {name: torch.from_numpy(np.array(plane)).to(device) for name, plane in tensor.planes.items()}
     return cuda_decode.decode(tensor.codec_name, planes, tensor.shape[-1]).reshape(tensor.shape)

@@ -1,4 +1,4 @@
-"""What a verified file may lose at most."""
+"""The limits on what a file may lose: which apply to a model, and whether a verified file keeps them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ LIMITS = {
     "max_perplexity_ratio": "perplexity relative to the source",
     "min_cosine": "mean cosine of embeddings",
 }
-"""What each limit is on, in words."""
+"""Name of a limit -> the measured quantity, in words."""
 
 
 def limits_for(limits: dict[str, float | None], source: Weights) -> dict[str, float]:
-    """Those that were given and can be measured. Raises UserError for one that cannot."""
+    """Returns the given limits (not None) that apply to the model.
+
+    Raises UserError for a limit that cannot be measured: min_cosine for a model that predicts tokens, max_kl for an
+    encoder.
+    """
     given = {name: limit for name, limit in limits.items() if limit is not None}
     name = architecture_of(source.config).classes[0]
     if not architecture_of(source.config).encoder:
@@ -27,23 +31,28 @@ def limits_for(limits: dict[str, float | None], source: Weights) -> dict[str, fl
         return given
     if "max_kl" in given:
         raise UserError(f"{name} is an encoder, which predicts no tokens: take min_cosine in the place of max_kl.")
-    # The command line has a limit on the perplexity by default.
+    # max_perplexity_ratio is dropped without an error, since the command line sets it by default.
     return {limit: value for limit, value in given.items() if limit == "min_cosine"}
 
 
 def check_limits(result: Verification) -> None:
-    """Say which limits are not kept. A number that is not finite keeps none, and fails without any limit."""
-    if near := result.similarity:
+    """Adds a sentence to `result.failed` for every limit that is not kept.
+
+    A number that is not finite fails even without a limit.
+    """
+    if similarity := result.similarity:
         least = result.limits.get("min_cosine", -math.inf)
-        if not math.isfinite(near.cosine):
+        if not math.isfinite(similarity.cosine):
             result.failed.append("The model's embeddings are not finite.")
-        elif near.cosine < least:
-            result.failed.append(f"{LIMITS['min_cosine']} is {near.cosine:.4g}, below the limit of {least:g}.")
-    for found in result.evaluations:
-        if not math.isfinite(found.kl) or not math.isfinite(found.perplexity):
-            result.failed.append(f"{found.protocol}: the model's predictions are not finite.")
-        for name, value in {"max_kl": found.kl, "max_perplexity_ratio": found.perplexity_ratio}.items():
+        elif similarity.cosine < least:
+            result.failed.append(f"{LIMITS['min_cosine']} is {similarity.cosine:.4g}, below the limit of {least:g}.")
+    for evaluation in result.evaluations:
+        if not math.isfinite(evaluation.kl) or not math.isfinite(evaluation.perplexity):
+            result.failed.append(f"{evaluation.protocol}: the model's predictions are not finite.")
+        for name, value in {"max_kl": evaluation.kl, "max_perplexity_ratio": evaluation.perplexity_ratio}.items():
             limit = result.limits.get(name)
             # Not `value > limit`, which NaN would pass.
             if limit is not None and not value <= limit:
-                result.failed.append(f"{found.protocol}: {LIMITS[name]} is {value:.4g}, above the limit of {limit:g}.")
+                result.failed.append(
+                    f"{evaluation.protocol}: {LIMITS[name]} is {value:.4g}, above the limit of {limit:g}."
+                )

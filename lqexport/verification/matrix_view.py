@@ -1,4 +1,4 @@
-"""What a report shows beside sums: one matrix's weights and grid, and single tokens in their context."""
+"""Details that a report shows: one matrix's weights and grid, and single tokens with the text before them."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from lqexport.evaluation.evaluate import Worst
 from lqexport.models.interface import Weights
 
 BINS = 80
+"""Bins of the histogram of a matrix's weights."""
 CONTEXT = 24
-"""Tokens before one that are shown."""
+"""How many tokens before a token are shown."""
 
 
 @dataclass(frozen=True)
 class MatrixView:
-    """A matrix in the source and in the file.
+    """Histograms of one matrix's weights in the source and in the file, and the grid of one of its rows.
 
-    edges          of the histogram's bins
-    source, file   weights in each
-    row, levels    a row of the file, and the values in it
+    codec          name of the codec that stores the matrix
+    edges          edges of the histogram's bins, one more than there are bins
+    source, file   number of the source's and of the file's weights in each bin
+    row, levels    index of a row of the file, and the distinct values in it, ascending
     """
 
     name: str
@@ -37,7 +39,14 @@ class MatrixView:
 
 @dataclass(frozen=True)
 class InContext:
-    """A token that came, the text before it, what both models put first, and KL(source || file) in nats."""
+    """One token of the evaluation text, and what both models predicted in its place.
+
+    before        the text before the token
+    came          the token that follows in the text
+    source_says   the token that the source predicts
+    file_says     the token that the file predicts
+    kl            KL(source || file) in nats
+    """
 
     before: str
     came: str
@@ -46,10 +55,11 @@ class InContext:
     kl: float
 
 
-def matrix_view(export: Weights, source: Weights, name: str | None, codec: str) -> MatrixView | None:
-    """The portrait of the matrix `name`, in the middle row of which levels are shown; None where there is no name.
+def matrix_view(export: Weights, source: Weights, name: str | None, codec_name: str) -> MatrixView | None:
+    """Returns the histograms of the matrix `name` and the levels of its middle row; None if `name` is None.
 
-    Raises UserError where the file or the source has no such matrix.
+    Weights of the file beyond the source's range count in the outermost bins. Raises UserError if the file or the
+    source has no such matrix.
     """
     if name is None:
         return None
@@ -59,19 +69,19 @@ def matrix_view(export: Weights, source: Weights, name: str | None, codec: str) 
     edges = np.histogram_bin_edges(original, BINS)
     counts = [np.histogram(values.clip(edges[0], edges[-1]), edges)[0].tolist() for values in (original, written)]
     row = len(written) // 2
-    return MatrixView(name, codec, edges.tolist(), counts[0], counts[1], row, np.unique(written[row]).tolist())
+    return MatrixView(name, codec_name, edges.tolist(), counts[0], counts[1], row, np.unique(written[row]).tolist())
 
 
 def in_context(worst: list[Worst], windows: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase) -> list[InContext]:
-    """Tokens of `windows` as text."""
+    """Returns the tokens that `worst` names, which lie in `windows`, as text with their context."""
 
     def text(ids: list[int]) -> str:
         return str(tokenizer.decode(ids))
 
-    found = []
+    shown = []
     for token in worst:
         window = windows[token.window].tolist()
         before = text(window[max(0, token.position - CONTEXT) : token.position])
         came = text([window[token.position]])
-        found.append(InContext(before, came, text([token.reference_top]), text([token.top]), token.kl))
-    return found
+        shown.append(InContext(before, came, text([token.reference_top]), text([token.top]), token.kl))
+    return shown

@@ -1,4 +1,4 @@
-"""`push-to-hub`: a written model on the Hugging Face hub, beside the record of its verification."""
+"""`push-to-hub`: uploads a written model to the Hugging Face hub, with the record of its verification."""
 
 from __future__ import annotations
 
@@ -14,14 +14,16 @@ from lqexport.verification.report import save_html
 from lqexport.verification.result import Verification
 
 RESULT = "verification.json"
+"""The file of a record that holds the verification's numbers and the digests of the verified files."""
 REMEDY = "`lqexport verify ... --record FOLDER` makes one; --unverified uploads all the same."
 
 
 def save_record(result: Verification, folder: str | Path) -> None:
-    """Write what should stand beside a verified file: README.md, the model card; report.html, the page, where its
-    packages are installed; verification.json, every number, and the digest of every file that was verified.
+    """Writes the record of a verification into `folder`.
 
-    Raises UserError where a file cannot be written.
+    README.md is the model card. verification.json holds every number, and the digest of every verified file.
+    report.html is the report page; it is left out if its packages are not installed. Raises UserError if a file cannot
+    be written.
     """
     folder = Path(folder)
     digests = {name: file_digest(path) for name, path in model_files(result.file, result.adapter).items()}
@@ -32,7 +34,8 @@ def save_record(result: Verification, folder: str | Path) -> None:
 
 
 def model_files(file: str | Path, adapter: str | None = None) -> dict[str, Path]:
-    """Path in a repository -> file: those of a written model, and of its adapter, a folder of which stays one."""
+    """Returns path in a repository -> file, for all files of a written model and of its adapter. An adapter's folder
+    becomes a folder of the repository."""
     files = _files(Path(file), "")
     if adapter and Path(adapter) != Path(file):
         files |= _files(Path(adapter), f"{Path(adapter).name}/")
@@ -40,15 +43,18 @@ def model_files(file: str | Path, adapter: str | None = None) -> dict[str, Path]
 
 
 def _files(path: Path, prefix: str) -> dict[str, Path]:
+    """Returns name -> file, for all parts of a file or all files of a folder that are not hidden. A folder's names
+    begin with `prefix`."""
     if path.is_file():
         return {part.name: part for part in (read_split(path)[2] if path.suffix == ".gguf" else [path])}
-    inside = {found.relative_to(path): found for found in sorted(path.rglob("*")) if found.is_file()}
-    shown = {name: found for name, found in inside.items() if not any(part.startswith(".") for part in name.parts)}
-    return {f"{prefix}{name.as_posix()}": found for name, found in shown.items()}
+    inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
+    visible = {name: file for name, file in inside.items() if not any(part.startswith(".") for part in name.parts)}
+    return {f"{prefix}{name.as_posix()}": file for name, file in visible.items()}
 
 
 def upload_list(file: str | Path, *, record: str | Path | None = None, unverified: bool = False) -> dict[str, Path]:
-    """Path in the repository -> file: what `push_to_hub` would upload. Raises UserError as it does."""
+    """Returns path in the repository -> file, for all files that `push_to_hub` would upload. Raises UserError if the
+    record does not say that exactly these files passed."""
     if not Path(file).exists() or (Path(file) / "run.json").is_file():
         raise UserError(f"{file} is no written model: the to-... commands of lqexport write such files and folders.")
     if record is None:
@@ -57,7 +63,7 @@ def upload_list(file: str | Path, *, record: str | Path | None = None, unverifie
         return model_files(file)
     result = read_json(Path(record) / RESULT, f"{record} is no record of a verification: it has no {RESULT}. {REMEDY}")
     with well_formed(Path(record) / RESULT, REMEDY):
-        # An adapter is a path that the record names: it is read where its digest is known, and not otherwise.
+        # The record names the adapter's path. It is read only if its digest will be checked.
         files = model_files(file, None if unverified else result["adapter"])
         if not unverified:
             _check_passed(result, record, files)
@@ -65,7 +71,7 @@ def upload_list(file: str | Path, *, record: str | Path | None = None, unverifie
 
 
 def _check_passed(result: dict[str, Any], record: str | Path, files: dict[str, Path]) -> None:
-    """Raises UserError where a record says that its file failed, or is not of exactly these files."""
+    """Raises UserError if a record says that its file failed, or if it is not the record of exactly these files."""
     if result["passed"] is not True:
         raise UserError(f"{record} says that the file failed its verification: {' '.join(result['failed'])}")
     recorded = result["files"]
@@ -82,16 +88,16 @@ def push_to_hub(
     public: bool = False,
     unverified: bool = False,
 ) -> str:
-    """Upload a written model in one commit to a repository of the hub, which is made where there is none.
+    """Uploads a written model to a repository of the Hugging Face hub, in one commit; creates the repository if needed.
 
     file        a .gguf file, or a folder that a to-... command wrote
-    repository  its id, such as me/model-gguf
-    record      the folder that `save_record` or `verify --record` wrote for this file, uploaded too
-    public      whether the repository may be seen by all; an existing public one is refused without it
-    unverified  upload without a record, or against what it says
+    repository  the repository's id, such as me/model-gguf
+    record      the folder that `save_record` or `verify --record` wrote for this file; it is uploaded too
+    public      whether all may see the repository; without it, an existing public repository is refused
+    unverified  upload without a record, or though the record says that the file failed
 
-    The token is huggingface_hub's: `hf auth login`, or HF_TOKEN. Returns the commit's address. Raises UserError where
-    the record does not say that exactly these files passed, and where the hub refuses or is out of reach.
+    The token is huggingface_hub's: `hf auth login`, or HF_TOKEN. Returns the commit's URL. Raises UserError if the
+    record does not say that exactly these files passed, or if the hub refuses or cannot be reached.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 

@@ -1,4 +1,4 @@
-"""A verification as a table for the terminal, as JSON, and as one HTML page that needs no network."""
+"""Shows a verification as a table for the terminal and as one HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ if TYPE_CHECKING:
 MISSING = "The HTML report needs jinja2 and matplotlib: pip install 'lqexport[report]'"
 TEMPLATE = Path(__file__).with_name("report.html")
 BLOCK = re.compile(r"\.(\d+)\.")
+"""Matches the index of the decoder block in a tensor's name."""
 
 
-def kind_of(name: str) -> str:
-    """What a tensor does, whichever block it is in: `model.layers.3.mlp.up_proj.weight` -> `mlp.up_proj`."""
+def role_of(name: str) -> str:
+    """Returns a tensor's role: its name without the block, so `mlp.up_proj` for `model.layers.3.mlp.up_proj.weight`."""
     inside = name[match.end() :] if (match := BLOCK.search(name)) else name.removeprefix("model.")
     return inside.removesuffix(".weight")
 
 
 def block_of(name: str) -> int | None:
-    """Index of the decoder block that a tensor is in."""
+    """Returns the index of the decoder block that a tensor is in; None outside the blocks."""
     return int(match[1]) if (match := BLOCK.search(name)) else None
 
 
 @dataclass(frozen=True)
-class Kind:
-    """All tensors of one kind: how many, in which types, their weights and bytes."""
+class Role:
+    """All tensors of one role: their number, their types, and the sums of their weights and bytes."""
 
     name: str
     count: int
@@ -56,13 +57,13 @@ class Kind:
     nbytes: int
 
 
-def kinds(tensors: Iterable[TensorCheck]) -> list[Kind]:
-    """Tensors by kind, the largest first; vectors (norms, biases) are one kind."""
+def roles(tensors: Iterable[TensorCheck]) -> list[Role]:
+    """Groups tensors by role, the largest role first. Vectors (norms, biases) are one role."""
     groups: dict[str, list[TensorCheck]] = {}
     for tensor in tensors:
-        groups.setdefault("norms and biases" if len(tensor.shape) == 1 else kind_of(tensor.name), []).append(tensor)
-    found = [
-        Kind(
+        groups.setdefault("norms and biases" if len(tensor.shape) == 1 else role_of(tensor.name), []).append(tensor)
+    grouped = [
+        Role(
             name,
             len(group),
             tuple(dict.fromkeys(tensor.codec for tensor in group)),
@@ -71,40 +72,44 @@ def kinds(tensors: Iterable[TensorCheck]) -> list[Kind]:
         )
         for name, group in groups.items()
     ]
-    return sorted(found, key=lambda kind: -kind.nbytes)
+    return sorted(grouped, key=lambda role: -role.nbytes)
 
 
 ROWS: dict[str, Callable[[Any], str]] = {
-    "windows (scored tokens)": lambda found: f"{found.windows} ({found.tokens})",
-    "perplexity of the source": lambda found: with_error(found.reference_perplexity, found.reference_perplexity_error),
-    "perplexity of the file": lambda found: with_error(found.perplexity, found.perplexity_error),
-    "ratio": lambda found: with_error(found.perplexity_ratio, found.perplexity_ratio * found.ln_ratio_error),
-    "ln(ratio)": lambda found: with_error(found.ln_ratio, found.ln_ratio_error),
-    "mean KL divergence": lambda found: with_error(found.kl, found.kl_error, 5),
-    "KL divergence, 99 % of tokens below": lambda found: figure(found.kl_99),
-    "KL divergence, largest": lambda found: figure(found.kl_max),
-    "same top token": lambda found: share(found.top1),
+    "windows (scored tokens)": lambda result: f"{result.windows} ({result.tokens})",
+    "perplexity of the source": lambda result: with_error(
+        result.reference_perplexity, result.reference_perplexity_error
+    ),
+    "perplexity of the file": lambda result: with_error(result.perplexity, result.perplexity_error),
+    "ratio": lambda result: with_error(result.perplexity_ratio, result.perplexity_ratio * result.ln_ratio_error),
+    "ln(ratio)": lambda result: with_error(result.ln_ratio, result.ln_ratio_error),
+    "mean KL divergence": lambda result: with_error(result.kl, result.kl_error, 5),
+    "KL divergence, 99 % of tokens below": lambda result: figure(result.kl_99),
+    "KL divergence, largest": lambda result: figure(result.kl_max),
+    "same top token": lambda result: share(result.top1),
 }
+"""Label -> the text shown for an `Evaluation`."""
 
 
 ENCODER_ROWS: dict[str, Callable[[Any], str]] = {
-    "sentences": lambda found: str(found.sentences),
-    "mean cosine to the source's embedding": lambda found: with_error(found.cosine, found.cosine_error),
-    "least cosine": lambda found: figure(found.cosine_least),
-    f"of the {NEIGHBOURS} nearest, the same": lambda found: with_error(found.recall, found.recall_error),
-    "same nearest": lambda found: share(found.top1),
-    f"Kendall's tau of the {NEIGHBOURS} nearest": lambda found: with_error(found.kendall, found.kendall_error),
+    "sentences": lambda result: str(result.sentences),
+    "mean cosine to the source's embedding": lambda result: with_error(result.cosine, result.cosine_error),
+    "least cosine": lambda result: figure(result.cosine_least),
+    f"of the {NEIGHBOURS} nearest, the same": lambda result: with_error(result.recall, result.recall_error),
+    "same nearest": lambda result: share(result.top1),
+    f"Kendall's tau of the {NEIGHBOURS} nearest": lambda result: with_error(result.kendall, result.kendall_error),
 }
+"""Label -> the text shown for an encoder's `Similarity`."""
 
 
 def measures(result: Verification) -> list[tuple[str, list[str]]]:
-    """Label, and the value in each of the result's columns."""
+    """Returns (label, the text shown in each of the result's columns) for every row of the table of measurements."""
     rows = ENCODER_ROWS if result.similarity else ROWS
-    return [(label, [show(found) for _, found in result.columns]) for label, show in rows.items()]
+    return [(label, [show(column) for _, column in result.columns]) for label, show in rows.items()]
 
 
 def checks(result: Verification) -> list[tuple[str, str]]:
-    """What was read from the file, in words."""
+    """Returns (label, text) for the checks of the file's tensors: number, size, finite values, digests."""
     compared = [tensor for tensor in result.tensors if tensor.same_bytes is not None]
     same = sum(tensor.same_bytes is True for tensor in compared)
     digests = f"{same} of {len(compared)} tensors are the artifact's" if compared else "no artifact given"
@@ -118,21 +123,22 @@ def checks(result: Verification) -> list[tuple[str, str]]:
 
 
 def verdict(result: Verification) -> str:
+    """Returns whether the file passed, in words."""
     if result.failed:
         return "FAILED"
     return "passed" if result.limits else "no fault found; no limit was set"
 
 
 def for_terminal(result: Verification) -> RenderableType:
-    """What `lqexport verify` prints."""
+    """Returns what `lqexport verify` prints."""
     head = Table(box=None, show_header=False, pad_edge=False)
-    where = [("file", result.file), ("against", result.against), ("engine", result.engine), ("text", result.text)]
+    facts = [("file", result.file), ("against", result.against), ("engine", result.engine), ("text", result.text)]
     if result.adapter:
-        where.insert(1, ("adapter", result.adapter))
+        facts.insert(1, ("adapter", result.adapter))
     if result.activations:
-        where.append(("activations", f"{result.activations}, emulated"))
-    where.append(("decoded by", result.decoding))
-    for label, value in [*where, *checks(result)]:
+        facts.append(("activations", f"{result.activations}, emulated"))
+    facts.append(("decoded by", result.decoding))
+    for label, value in [*facts, *checks(result)]:
         head.add_row(Text(label), Text(value))
     table = Table(box=None, pad_edge=False)
     table.add_column("")
@@ -148,14 +154,17 @@ def for_terminal(result: Verification) -> RenderableType:
 
 
 def save_html(result: Verification, path: Path) -> None:
-    """The page, whole or not at all. Raises UserError where the extra `report` is missing."""
+    """Writes the HTML page to `path`, whole or not at all. Raises UserError if the extra `report` is not installed."""
     content = as_html(result).encode()
     with written_whole(path) as file:
         file.write(content)
 
 
 def save_budget_plot(budget: dict[str, Any], path: Path) -> None:
-    """Least predicted KL over bytes, and the choice that was made, as an SVG file; `budget` as in budget.json."""
+    """Writes a plot of the least predicted KL over bytes, with the choice that was made, as an SVG file.
+
+    `budget` is the content of budget.json.
+    """
     content = svg(lambda axes: _draw_budget(axes, budget)).encode()
     with written_whole(path) as file:
         file.write(content)
@@ -172,13 +181,16 @@ def _draw_budget(axes: Axes, budget: dict[str, Any]) -> None:
 
 
 def check_installed() -> None:
-    """Raises UserError where the page's packages are missing, so that this is known before long work."""
+    """Raises UserError if a package that the page needs is not installed. Callers check before long work."""
     if any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib")):
         raise UserError(MISSING)
 
 
 def as_html(result: Verification) -> str:
-    """One page with its plots inside, no script, and nothing fetched from anywhere."""
+    """Returns the HTML page. Its plots are inside it; it has no script and fetches nothing.
+
+    Raises UserError if the extra `report` is not installed.
+    """
     check_installed()
     import jinja2
 
@@ -190,15 +202,15 @@ def as_html(result: Verification) -> str:
         limit_names=LIMITS,
         measures=measures(result),
         checks=checks(result),
-        kinds=kinds(result.tensors),
-        # Markup that we made; everything else on the page is escaped.
+        roles=roles(result.tensors),
+        # The plots' SVG is ours, so it is not escaped. Everything else on the page is.
         plots=[(title, note, jinja2.utils.markupsafe.Markup(svg)) for title, note, svg in plots(result)],
         facts=[*flat(result.run), *((f"version of {name}", version) for name, version in result.versions.items())],
     )
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested dict as lines of `outer.inner`, value."""
+    """Returns a nested dict as a list of (`outer.inner`, value as text)."""
     lines: list[tuple[str, str]] = []
     for key, item in value.items():
         lines += flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", str(item))]
@@ -206,8 +218,8 @@ def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
 
 
 def plots(result: Verification) -> list[tuple[str, str, str]]:
-    """Title, a sentence, and SVG of every plot that there is something to show in."""
-    found: list[tuple[str, str, str]] = []
+    """Returns (title, explanation, SVG) for every plot that has something to show."""
+    drawn: list[tuple[str, str, str]] = []
     for title, note, attribute in (
         ("Output error by block", "Energy of each linear's output error relative to its output, on the calibration "
          "tokens, as the run recorded it.", "output_error"),
@@ -216,40 +228,47 @@ def plots(result: Verification) -> list[tuple[str, str, str]]:
     ):  # fmt: skip
         lines = by_block(result.tensors, attribute)
         if any(value > 0 for points in lines.values() for _, value in points):
-            found.append((title, note, svg(partial(_draw_by_block, lines=lines))))
+            drawn.append((title, note, svg(partial(_draw_by_block, lines=lines))))
     if result.tensors:
         note = "All tensors of a kind together, with their types."
-        found.append(("Bytes by kind of tensor", note, svg(lambda axes: _draw_kinds(axes, kinds(result.tensors)))))
+        drawn.append(("Bytes by kind of tensor", note, svg(lambda axes: _draw_roles(axes, roles(result.tensors)))))
     if any(finite(evaluation.kl_by_window) for evaluation in result.evaluations):
         note = "Mean over the scored tokens of each window, in the order of the text."
-        found.append(("KL divergence along the text", note, svg(lambda axes: _draw_windows(axes, result))))
+        drawn.append(("KL divergence along the text", note, svg(lambda axes: _draw_windows(axes, result))))
         note = "Mean over all windows by the position of the token in its window."
-        found.append(("KL divergence within a window", note, svg(lambda axes: _draw_positions(axes, result))))
-    if (shown := result.matrix_view) is not None:
+        drawn.append(("KL divergence within a window", note, svg(lambda axes: _draw_positions(axes, result))))
+    if (matrix := result.portrait) is not None:
         note = (
-            f"{shown.codec}. All weights of the source and of the file, and below the axis the values that row "
-            f"{shown.row} of the file uses."
+            f"{matrix.codec}. All weights of the source and of the file, and below the axis the values that row "
+            f"{matrix.row} of the file uses."
         )
-        found.append((f"Weights of {shown.name}", note, svg(lambda axes: _draw_portrait(axes, shown))))
-    return found
+        drawn.append((f"Weights of {matrix.name}", note, svg(lambda axes: _draw_matrix(axes, matrix))))
+    return drawn
 
 
 def finite(values: list[float]) -> bool:
+    """Returns whether there are values and all of them are finite."""
     return bool(values) and all(map(math.isfinite, values))
 
 
 def by_block(tensors: list[TensorCheck], attribute: str) -> dict[str, list[tuple[int, float]]]:
-    """Kind of matrix -> (block, error) of those that have a positive, finite one; log scales hold no others."""
+    """Returns a matrix's role -> (block, error) for the matrices whose `attribute` (the error) is positive and finite.
+
+    A logarithmic axis shows no other values.
+    """
     lines: dict[str, list[tuple[int, float]]] = {}
     for tensor in tensors:
         block, value = block_of(tensor.name), getattr(tensor, attribute)
         if block is not None and len(tensor.shape) == 2 and value is not None and 0 < value < math.inf:
-            lines.setdefault(kind_of(tensor.name), []).append((block, value))
+            lines.setdefault(role_of(tensor.name), []).append((block, value))
     return lines
 
 
 def svg(draw: Callable[[Axes], None]) -> str:
-    """A plot as an <svg> element: text stays text, ids depend on the content alone."""
+    """Returns a plot as an <svg> element.
+
+    Text stays text. Ids depend on the content only, so equal plots have equal bytes.
+    """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -260,7 +279,7 @@ def svg(draw: Callable[[Axes], None]) -> str:
         file = io.StringIO()
         drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     content = file.getvalue()
-    # Without the XML prologue, which has no place inside a page, and the metadata, which names web addresses.
+    # The XML prologue may not stand inside a page, and the metadata names web addresses.
     return re.sub(r"<metadata>.*?</metadata>", "", content[content.index("<svg") :], flags=re.DOTALL)
 
 
@@ -275,19 +294,21 @@ def _draw_by_block(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> Non
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
 
 
-def _draw_portrait(axes: Axes, shown: MatrixView) -> None:
-    axes.stairs(shown.source, shown.edges, fill=True, color="#bbccdd", label="source")
-    axes.stairs(shown.file, shown.edges, color="#cc3311", label="file")
-    axes.plot(shown.levels, [-0.04 * max(shown.source)] * len(shown.levels), "|", color="#333", label="a row's values")
+def _draw_matrix(axes: Axes, matrix: MatrixView) -> None:
+    axes.stairs(matrix.source, matrix.edges, fill=True, color="#bbccdd", label="source")
+    axes.stairs(matrix.file, matrix.edges, color="#cc3311", label="file")
+    axes.plot(
+        matrix.levels, [-0.04 * max(matrix.source)] * len(matrix.levels), "|", color="#333", label="a row's values"
+    )
     axes.set_xlabel("weight")
     axes.set_ylabel("weights")
     axes.legend(frameon=False, fontsize=8)
 
 
-def _draw_kinds(axes: Axes, all_kinds: list[Kind]) -> None:
-    names = [kind.name for kind in all_kinds][::-1]
-    bars = axes.barh(names, [kind.nbytes / 1e6 for kind in all_kinds][::-1], color="#4477aa")
-    labels = [", ".join(name.removeprefix("gguf:") for name in kind.types) for kind in all_kinds][::-1]
+def _draw_roles(axes: Axes, all_roles: list[Role]) -> None:
+    names = [role.name for role in all_roles][::-1]
+    bars = axes.barh(names, [role.nbytes / 1e6 for role in all_roles][::-1], color="#4477aa")
+    labels = [", ".join(name.removeprefix("gguf:") for name in role.types) for role in all_roles][::-1]
     axes.bar_label(bars, labels, padding=3, fontsize=8)
     axes.set_xlabel("MB")
     axes.margins(x=0.2)

@@ -1,4 +1,4 @@
-"""What a verification found, and what of it can be asked."""
+"""The result of a verification: its fields, and what is computed from them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ Engine = Literal["lqexport", "llama.cpp"]
 
 @dataclass(frozen=True)
 class TensorCheck:
-    """One tensor as read from the file.
+    """The checks of one tensor, as read from the file.
 
-    weight_error   energy of (file - source) relative to that of the source's weights; None where the source lacks it
-    output_error   energy of the output error relative to the output's, as the run recorded it on its calibration
-                   tokens; None where no artifact is at hand. The one number here that is not computed from the file.
-    finite         whether all decoded values are
-    same_bytes     whether the digest is the artifact's; None where no artifact is at hand
+    codec          name of the codec that stores the tensor
+    nbytes         bytes of its packed planes
+    weight_error   sum of squares of (file - source), relative to that of the source's weights; None if the source has
+                   no such tensor
+    output_error   energy of the linear's output error relative to the energy of its output, as the run recorded it on
+                   its calibration tokens; None without an artifact. The only number here that is not computed from
+                   the file.
+    finite         whether all decoded values are finite
+    same_bytes     whether the digest of the planes is the artifact's; None without an artifact
     """
 
     name: str
@@ -44,16 +48,21 @@ class TensorCheck:
 
 @dataclass
 class Verification:
-    """What was found. `failed` holds one sentence per reason why the file does not pass; empty means that it does.
+    """The result of a verification. The file passes if `failed` is empty.
 
-    adapter            the file of low-rank corrections, or the artifact folder that holds them; None without any
-    activations        the type that inputs of linears were rounded to, emulated; None where they were not
-    smoothed           norms and linears whose scales are others than the source's (`lqexport.models.smoothing`)
-    evaluations        of the file, with its adapter where there is one: what the limits are on
-    worst              the first evaluation's tokens of the largest KL divergence, with the text before them
+    adapter            file of low-rank corrections, or the artifact folder that holds them; None without corrections
+    activations        type that the inputs of linears were rounded to (emulated); None if they were not rounded
+    decoding           sentence that says by which path the tensors were decoded
+    smoothed           number of norms and linears whose scales differ from the source's (`lqexport.models.smoothing`)
+    limits             the limits that were checked
+    run                content of the artifact's run.json; empty without an artifact
+    evaluations        one for each protocol, of the file with its adapter if it has one; limits are checked on these
+    worst              tokens of the largest KL divergence in the first evaluation, with the text before them
     portrait           one linear's weights and grid
-    base_evaluations   of the file without its adapter
-    similarity         of an encoder's embeddings, in the place of evaluations
+    base_evaluations   one for each protocol, of the file without its adapter
+    similarity         of an encoder's embeddings; an encoder has this instead of evaluations
+    warnings           one sentence for each doubt that does not fail the file
+    failed             one sentence for each reason why the file does not pass
     """
 
     file: str
@@ -74,7 +83,7 @@ class Verification:
     tensors: list[TensorCheck] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
     worst: list[InContext] = field(default_factory=list)
-    matrix_view: MatrixView | None = None
+    portrait: MatrixView | None = None
     base_evaluations: list[Evaluation] = field(default_factory=list)
     similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)
@@ -82,24 +91,24 @@ class Verification:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors' data."""
+        """Bytes of the data of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def bits_per_weight(self) -> float:
-        """Effective, over all tensors, scales, tables and factors included."""
+        """Bits of all tensors' data, with scales, tables and low-rank factors, per weight of the model."""
         return 8 * self.nbytes / max(1, sum(tensor.weights for tensor in self.tensors if not is_factor(tensor.name)))
 
     @property
     def columns(self) -> Sequence[tuple[str, Evaluation | Similarity]]:
-        """Every evaluation with its title."""
+        """Returns (title, measurements) for every column of the table of measurements."""
         if self.similarity:
             return [("embeddings", self.similarity)]
-        base = [(f"{found.protocol}, base alone", found) for found in self.base_evaluations]
-        return [(found.protocol, found) for found in self.evaluations] + base
+        base = [(f"{evaluation.protocol}, base alone", evaluation) for evaluation in self.base_evaluations]
+        return [(evaluation.protocol, evaluation) for evaluation in self.evaluations] + base
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values; what is not finite becomes null."""
+        """Returns all fields as JSON values; numbers that are not finite become null."""
         content = dataclasses.asdict(self) | {"nbytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
         content["passed"] = not self.failed
         for name in ("evaluations", "base_evaluations"):

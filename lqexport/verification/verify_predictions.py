@@ -1,4 +1,7 @@
-"""What a written model predicts, beside its source: logits on windows of a text, embeddings of an encoder, tokens."""
+"""Compares a written model's predictions with its source's: logits on windows of a text, or an encoder's embeddings.
+
+Where llama.cpp runs the file, its tokenizer is compared too.
+"""
 
 from __future__ import annotations
 
@@ -27,16 +30,20 @@ from lqexport.verification.matrix_view import in_context
 from lqexport.verification.result import Verification
 
 TOKENIZER_LINES = 1000
+"""How many lines of the text are compared."""
 TOKENIZER_LIMIT = 0.01
-"""llama.cpp must split all but this share of the text's first lines as the source's tokenizer does."""
+"""Largest share of these lines that llama.cpp may split into other tokens than the source's tokenizer."""
 
 
 def compare_predictions(
     result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, text: Text,
     protocols: tuple[str, ...], windows: int | None, listener: Listener,
 ) -> None:  # fmt: skip
-    """Compare the file with its source on a text, by every protocol, or an encoder on at most so many sentences; where
-    llama.cpp runs the file, its tokens too."""
+    """Compares the file with its source on a text by every protocol, and stores the results in `result`.
+
+    `windows` is the largest number of windows per protocol, or of sentences for an encoder. Where llama.cpp runs the
+    file, its tokenizer is compared too.
+    """
     tokenizer = source.tokenizer()
     if result.engine == "llama.cpp":
         check_tokenizer(result, tokenizer, text)
@@ -51,7 +58,8 @@ def compare_predictions(
 def cut_text(
     tokenizer: PreTrainedTokenizerBase, text: Text, protocols: tuple[str, ...], limit: int | None
 ) -> dict[evaluate.Protocol, NDArray[np.int64]]:
-    """The text's windows by each protocol. Raises UserError where it is too short for one."""
+    """Returns protocol -> the text's windows, token ids [windows, window length]. Raises UserError if the text is too
+    short for a window."""
     tokens = evaluate.tokenize(tokenizer, text.content)
     bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
     return {PROTOCOLS[name]: evaluate.cut(tokens, PROTOCOLS[name], bos, limit) for name in protocols}
@@ -66,7 +74,7 @@ def logits_of_file(
     protocol: evaluate.Protocol,
     listener: Listener,
 ) -> Iterator[Iterable[torch.Tensor]]:
-    """The file's logits, by the engine that `result` names; with its adapter where `factors` are given."""
+    """Yields the file's logits, computed by the engine that `result` names, with the adapter if `factors` are given."""
     label = f"Run the file{' with its adapter' if factors else ''}, {protocol.name}"
     if result.engine == "llama.cpp":
         adapter = Path(str(result.adapter)) if factors else None
@@ -77,7 +85,7 @@ def logits_of_file(
 
 
 def _model_of_file(result: Verification, export: Weights, factors: LowRankFactors | None) -> BlockModel:
-    """The file's model by this program's own decoding, with its adapter where `factors` are given."""
+    """Returns the file's model by this program's own decoding, with the adapter if `factors` are given."""
     weights = CorrectedModel(export, factors) if factors else export
     return BlockModel(weights, result.device, rounding=rounding(result.activations) if result.activations else None)
 
@@ -90,10 +98,12 @@ def evaluate_file(
     windows: dict[evaluate.Protocol, NDArray[np.int64]],
     listener: Listener,
 ) -> None:
-    """Evaluate by every protocol, with and without the adapter where there is one; the source in float32 by this
-    program's own decoding."""
+    """Evaluates the file by every protocol, with and without its adapter if it has one.
+
+    The source runs in float32, by this program's own decoding.
+    """
     for protocol, cut in windows.items():
-        # The file first: where it does not load, that is known before the source has run.
+        # The file runs first, so that a file that does not load is known before the source has run.
         with logits_of_file(result, export, factors, cut, protocol, listener) as test:
             model = BlockModel(source, result.device)
             reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
@@ -112,7 +122,10 @@ def compare_embeddings(
     tokenizer: PreTrainedTokenizerBase,
     listener: Listener,
 ) -> None:
-    """An encoder's embeddings of some sentences against its source's; the source by this program's own decoding."""
+    """Compares an encoder's embeddings of the sentences `texts` with its source's.
+
+    The source runs by this program's own decoding.
+    """
     ids = token_ids(tokenizer, texts, source.config["max_position_embeddings"])
     if result.engine == "llama.cpp":
         embedded = engine_embeddings(Path(result.file), ids, listener)
@@ -123,8 +136,9 @@ def compare_embeddings(
 
 
 def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
-    """Compare how llama.cpp and the source split the first lines of the text: a wrong pre-tokenizer ruins a good file.
+    """Compares how llama.cpp and the source's tokenizer split the first lines of the text.
 
+    A wrong pre-tokenizer ruins a good file.
     A few lines may differ: llama.cpp's splitters disagree with the original on rare characters such as fractions.
     """
     lines = [line for line in text.content.split("\n") if line.strip()][:TOKENIZER_LINES]

@@ -1,5 +1,8 @@
-"""What a written model holds, read from the file alone: its structure against the source's architecture, every tensor
-against the source's weights and the artifact's digests."""
+"""Checks the tensors of a written model, read from the file alone.
+
+The structure is compared with the source's architecture, and every tensor with the source's weights and the artifact's
+digests.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,16 @@ from lqexport.verification.crosscheck import CrossCheck
 from lqexport.verification.result import TensorCheck, Verification
 
 READ = ("run.json", "report.json")
-"""What is read, besides the manifest, of the artifact that a file was made from."""
+"""Files, besides the manifest, that are read from the artifact that a file was made from."""
 ROWS = 1024
-"""Rows of a tensor that are compared with the source's at once."""
+"""How many rows of a tensor are compared with the source's at once."""
 
 
 def check_structure(result: Verification, export: Weights, factors: LowRankFactors | None, source: Weights) -> bool:
-    """Whether the file has every tensor of the source's architecture in its shape, and its corrections fit them; says
-    what is wrong in `failed`."""
+    """Returns whether the file has every tensor of the source's architecture, in its shape, and corrections that fit.
+
+    Adds a sentence to `result.failed` for everything that is wrong.
+    """
     expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
     missing = [name for name in expected if name not in present]
     wrong = [
@@ -43,7 +48,7 @@ def check_structure(result: Verification, export: Weights, factors: LowRankFacto
         result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}.")
     if wrong:
         result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
-    # ExLlamaV2's folders have an output of their own where it shares the embedding's weights.
+    # ExLlamaV2's folders hold a separate output where the source's output shares the embedding's weights.
     separate = architecture_of(source.config).output if is_tied(source.config) else None
     if unknown := [name for name in present if name not in expected and name != separate]:
         result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
@@ -53,12 +58,15 @@ def check_structure(result: Verification, export: Weights, factors: LowRankFacto
 
 
 def check_files(result: Verification, artifact: Artifact | None) -> None:
-    """Files of an artifact against its manifest's digests: all of one that is verified itself; of one that the file was
-    made from, or of its copy in a native folder, those in READ."""
+    """Compares files of an artifact with the digests in its manifest, and reports differences in `failed`.
+
+    If the artifact itself is verified, all its files are compared. If the file was made from the artifact, or is a
+    native folder with its record, only the files in READ are compared.
+    """
     if artifact is None:
         return
-    itself = artifact.folder.samefile(result.file)
-    if damaged := artifact.damaged(None if itself else READ):
+    is_verified = artifact.folder.samefile(result.file)
+    if damaged := artifact.damaged(None if is_verified else READ):
         result.failed.append(
             f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
         )
@@ -72,7 +80,10 @@ def check_tensors(
     artifact: Artifact | None,
     listener: Listener,
 ) -> None:
-    """Read every tensor of the file and its adapter: digest, finiteness, distance to the source."""
+    """Reads every tensor of the file and its adapter: checks its digest, finite values and error against the source.
+
+    Adds a `TensorCheck` for each to `result.tensors`, and sentences to `failed` and `warnings`.
+    """
     manifest, kernels = artifact.manifest() if artifact else None, CrossCheck(result.device)
     output_errors = _recorded_errors(artifact) if artifact else {}
     holders: dict[str, Packed] = dict.fromkeys(export.names(), export)
@@ -83,8 +94,8 @@ def check_tensors(
     for name, holder in holders.items():
         tensor = stored(holder, name)
         original = source.read(name) if name in known else None
-        same = None if manifest is None else _same(tensor, manifest)
-        result.tensors.append(_check(tensor, original, output_errors.get(name), same, kernels))
+        same_bytes = None if manifest is None else _same_bytes(tensor, manifest)
+        result.tensors.append(_check(tensor, original, output_errors.get(name), same_bytes, kernels))
         listener.advance(1)
     result.decoding = kernels.sentence(len(names))
     if kernels.different:
@@ -103,9 +114,12 @@ def check_tensors(
         result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
 
 
-def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
-    """Whether a tensor is the manifest's; None for factors in PEFT and native folders, which hold the values of those
-    that are not float16."""
+def _same_bytes(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
+    """Returns whether a tensor has the codec and digest that the manifest gives.
+
+    Returns None for low-rank factors that the artifact stores in another type than float16 or float32: PEFT and native
+    folders hold their values in float32, so the digests differ.
+    """
     entry = manifest.get(tensor.name, {})
     if is_factor(tensor.name) and tensor.codec_name == "gguf:F32" != entry.get("codec"):
         return None
@@ -113,7 +127,7 @@ def _same(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | N
 
 
 def _recorded_errors(artifact: Artifact) -> dict[str, float]:
-    """Relative output error per solved tensor, as the run wrote it into report.json."""
+    """Returns name -> relative output error for every solved tensor, as the run wrote it into report.json."""
     entries = artifact.report().get("tensors", [])
     with well_formed(artifact.folder / "report.json", ANEW):
         return {entry["name"]: entry["relative_error"] for entry in entries if entry.get("relative_error") is not None}
@@ -123,7 +137,7 @@ def _check(
     tensor: StoredTensor,
     original: Tensor | None,
     output_error: float | None,
-    same: bool | None,
+    same_bytes: bool | None,
     kernels: CrossCheck,
 ) -> TensorCheck:
     values = decoded(tensor)
@@ -131,12 +145,15 @@ def _check(
     nbytes = sum(plane.nbytes for plane in tensor.planes.values())
     error = None if original is None or original.shape != values.shape else relative_error(values, original)
     finite = bool(np.isfinite(values).all())
-    return TensorCheck(tensor.name, tensor.codec_name, tensor.shape, nbytes, error, output_error, finite, same)
+    return TensorCheck(tensor.name, tensor.codec_name, tensor.shape, nbytes, error, output_error, finite, same_bytes)
 
 
 def relative_error(values: NDArray[np.float32], original: Tensor) -> float:
-    """Sum of squares of (values - original), of any float dtype, relative to that of the original; 0 for nothing
-    relative to nothing. Some rows at a time: an embedding is large enough without copies in float32."""
+    """Returns the sum of squares of (values - original), relative to the sum of squares of the original.
+
+    The original may have any float dtype. Returns 0 if both sums are 0, infinity if only the original's is. Computes
+    ROWS rows at a time, since an embedding is large even without float32 copies.
+    """
     error = energy = 0.0
     for start in range(0, len(values), ROWS):
         reference = original[start : start + ROWS].float().numpy()
@@ -149,7 +166,7 @@ def relative_error(values: NDArray[np.float32], original: Tensor) -> float:
 
 
 def lossiest(tensors: list[TensorCheck]) -> str | None:
-    """The matrix of largest relative error of its weights; None where none has any."""
+    """Returns the name of the matrix whose weights have the largest relative error; None if no matrix has an error."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2 and (tensor.weight_error or 0) > 0]
     return max(matrices, key=lambda tensor: tensor.weight_error or 0).name if matrices else None
 

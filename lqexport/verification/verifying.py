@@ -1,8 +1,8 @@
-"""Proof from the written file: it is opened again, compared with its source, and nothing the run said is trusted.
+"""`verify`: opens a written file again and compares it with its source. Nothing that the run reported is trusted.
 
-Checked are the structure (every tensor of the architecture, in the right shape), the digest of every tensor against
-the artifact where that is at hand, that every decoded value is finite, and how far the model's predictions are from
-the source's. Limits decide whether the file passes.
+The checks are: the structure (every tensor of the architecture, in the right shape); the digest of every tensor against
+the artifact, if one is given; that every decoded value is finite; and how far the model's predictions are from the
+source's. Limits decide whether the file passes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 
 OVERLAP_WARNING = 0.01
-"""Share of the evaluation text that may stand in the calibration text before it is said."""
+"""Largest share of the evaluation text that may also be in the calibration text without a warning."""
 
 
 @files_at_hand()
@@ -56,22 +56,26 @@ def verify(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
-    """Check a .gguf file, a written folder or an artifact folder against the model that it was made from.
+    """Checks a .gguf file, a written folder or an artifact folder against the model that it was made from.
 
-    against      the source: folder, hub id or .gguf file
-    text         name or file for `texts.read_text`; not what was calibrated on
+    against      the source: a folder, a hub id or a .gguf file
+    text         the evaluation text, a name or file for `texts.read_text`; must not be the calibration text
     protocols    names in `evaluate.PROTOCOLS`
-    windows      at most so many per protocol; None for the whole text. Of an encoder: sentences
-    engine       what runs the file: this program's own decoding, or llama.cpp. The source always runs in ours, float32.
-    artifact     the folder that the file was made from, for digests; an artifact folder is checked against itself, a
-                 native folder against the manifest in it
-    adapter      low-rank corrections to run the file with, a GGUF LoRA adapter or a PEFT folder (an artifact folder has
-                 its own): evaluated with and without
+    windows      largest number of windows per protocol (of sentences for an encoder); None for the whole text
+    engine       what runs the file: this program's own decoding ("lqexport"), or "llama.cpp". The source always runs by
+                 this program's own decoding, in float32.
+    artifact     the artifact folder that the file was made from, to compare digests. By default an artifact folder is
+                 checked against itself, and a native folder against the manifest in it.
+    adapter      low-rank corrections to run the file with: a GGUF LoRA adapter or a PEFT folder (an artifact folder
+                 holds its own). The file is evaluated with and without them.
     activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
-    max_kl, max_perplexity_ratio   limits, for each protocol;  min_cosine   of an encoder, in their place
-    linear       the matrix to make a portrait of; None: the one whose weights lost most
+    max_kl, max_perplexity_ratio   limits on each protocol's results
+    min_cosine   limit on the result of an encoder, which takes no other limit
+    linear       name of the matrix whose weights and grid the report shows; None for the one with the largest relative
+                 error of its weights
 
-    Raises UserError where something cannot be read or asked; what is read and found wrong is in `failed`.
+    Raises UserError if something cannot be read, or if an option does not fit the file. What is read and wrong is
+    reported in `failed` instead.
     """
     file = Path(file)
     check_options(file, protocols, windows, engine)
@@ -79,9 +83,9 @@ def verify(
     full_float32()
     listener = listener or Silent()
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
-    made_from = Artifact(artifact) if artifact else _own_record(file)
+    made_from = Artifact(artifact) if artifact else _record_in(file)
     factors = open_factors(file, adapter, source.config)
-    result = begun(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
+    result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
     limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio, "min_cosine": min_cosine}
@@ -89,24 +93,29 @@ def verify(
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
     scales = scales_between(source, export)
-    alike, result.smoothed = Smoothed(source, scales), len(scales)
-    check_tensors(result, export, factors, alike, made_from, listener)
+    smoothed, result.smoothed = Smoothed(source, scales), len(scales)
+    check_tensors(result, export, factors, smoothed, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
         compare_predictions(result, export, factors, source, evaluation_text, protocols, windows, listener)
-        result.matrix_view = _portrait(result, export, alike, linear)
+        result.portrait = _matrix_view(result, export, smoothed, linear)
         check_limits(result)
     return result
 
 
-def _own_record(file: Path) -> Artifact | None:
-    """What an artifact or a native folder says of itself: manifest, report, run. Only these are read of it."""
-    found = [Artifact(place) for place in (file, file / RECORD) if (place / "manifest.json").is_file()]
-    return found[0] if found else None
+def _record_in(file: Path) -> Artifact | None:
+    """Returns the artifact whose manifest is in an artifact folder or a native folder; None if there is no manifest.
+
+    Of a native folder's record, only the manifest, the report and the run are read.
+    """
+    artifacts = [Artifact(folder) for folder in (file, file / RECORD) if (folder / "manifest.json").is_file()]
+    return artifacts[0] if artifacts else None
 
 
-def begun(file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str) -> Verification:
-    """What is verified, with nothing found yet."""
+def empty_result(
+    file: Path, source: Source, artifact: Artifact | None, text: Text, engine: str, device: str
+) -> Verification:
+    """Returns a result that names what is verified, before any check."""
     return Verification(
         file=str(file),
         sha256=_digest_of(file),
@@ -122,6 +131,7 @@ def begun(file: Path, source: Source, artifact: Artifact | None, text: Text, eng
 
 
 def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, engine: str) -> None:
+    """Raises UserError if an option is unknown or out of range, or if the engine cannot run the file."""
     if unknown := [name for name in protocols if name not in PROTOCOLS]:
         raise UserError(f"Unknown protocol {unknown[0]!r}. Known: {', '.join(PROTOCOLS)}.")
     if not protocols:
@@ -137,7 +147,8 @@ def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, e
 
 
 def _check_engine(engine: str, adapter: Path | None, activations: str | None) -> None:
-    """What llama.cpp cannot run."""
+    """Raises UserError if the engine llama.cpp cannot run the adapter or emulate the activations, or if their type is
+    unknown."""
     if activations is not None:
         rounding(activations)
         if engine == "llama.cpp":
@@ -147,23 +158,25 @@ def _check_engine(engine: str, adapter: Path | None, activations: str | None) ->
 
 
 def _digest_of(path: Path) -> str:
-    """sha256 of the file or files, of all shards of a folder, or of an artifact's manifest, which holds the digest of
-    every file."""
+    """Returns the sha256 of a file (all parts of a split one), of an artifact's manifest, or of a folder's shards.
+
+    A manifest holds the digest of every file of its artifact.
+    """
     if path.is_file():
         return file_digest(*read_split(path)[2])
     manifest = path / "manifest.json"
-    parts = [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
-    return file_digest(*parts)
+    files = [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
+    return file_digest(*files)
 
 
-def _portrait(result: Verification, export: Weights, source: Weights, linear: str | None) -> MatrixView | None:
+def _matrix_view(result: Verification, export: Weights, source: Weights, linear: str | None) -> MatrixView | None:
     name = linear or lossiest(result.tensors)
-    codecs = {tensor.name: tensor.codec for tensor in result.tensors}
-    return matrix_view(export, source, name, codecs.get(name or "", ""))
+    codec_names = {tensor.name: tensor.codec for tensor in result.tensors}
+    return matrix_view(export, source, name, codec_names.get(name or "", ""))
 
 
 def check_overlap(result: Verification, text: Text) -> None:
-    """Warn where the text was calibrated on, or where that cannot be known."""
+    """Adds a warning if the evaluation text overlaps the calibration text, or if that cannot be known."""
     calibration = result.run.get("calibration")
     if not calibration:
         return
