@@ -1,1 +1,1 @@
-"""What bytes mean: codecs in NumPy, one file per format family."""
+"""The codecs: NumPy code that packs and decodes the bytes of each format. One file per format family."""

@@ -1,4 +1,4 @@
-"""What every codec checks before it packs or unpacks; each failure is a ValueError with one sentence."""
+"""Checks that every codec makes before it packs or unpacks. Each failure is a ValueError of one sentence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lqexport.formats.codec import Codec, Grid, GridCodec, GroupNumbers, Planes,
 
 
 def check_shape(codec: Codec, rows: int, columns: int) -> None:
-    """Raises ValueError where `codec` cannot hold a matrix [rows, columns]."""
+    """Raises ValueError if `codec` cannot hold a matrix [rows, columns]."""
     if rows < 1 or columns < 1:
         raise ValueError(f"{codec.name} cannot hold an empty matrix, shape [{rows}, {columns}].")
     if columns % codec.block:
@@ -17,14 +17,14 @@ def check_shape(codec: Codec, rows: int, columns: int) -> None:
 
 
 def check_planes(codec: Codec, planes: Planes, columns: int) -> int:
-    """The rows that `planes` hold. Raises ValueError where they are not those of a matrix of `columns`."""
+    """Returns the number of rows in `planes`. Raises ValueError if they do not hold a matrix of `columns` columns."""
     rows = len(next(iter(planes.values()), ()))
     check_layout(codec, planes, rows, columns)
     return rows
 
 
 def check_layout(codec: Codec, planes: Planes, rows: int, columns: int) -> None:
-    """Raises ValueError where the planes are not those of a matrix [rows, columns]."""
+    """Raises ValueError if the planes' names, dtypes or shapes are not those of a matrix [rows, columns]."""
     expected = codec.layout(rows, columns)
     if sorted(expected) != sorted(planes):
         raise ValueError(f"{codec.name} has the planes {', '.join(expected)}, not {', '.join(planes) or 'none'}.")
@@ -38,7 +38,7 @@ def check_layout(codec: Codec, planes: Planes, rows: int, columns: int) -> None:
 
 
 def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
-    """Raises ValueError where `codec` cannot store `grid` and `codes` exactly as they are."""
+    """Raises ValueError if `codec` cannot store `grid` and `codes` exactly."""
     if codes.dtype != np.uint8 or codes.ndim != 2:
         raise ValueError(f"{codec.name} packs codes that are uint8 [rows, columns], not {codes.dtype} {codes.shape}.")
     rows, columns = codes.shape
@@ -72,27 +72,28 @@ def _check_levels(codec: GridCodec, levels: NDArray[np.float32], rows: int) -> N
 
 
 def _check_scales(
-    codec: GridCodec, what: str, expected: ScaleFormat | None, scales: GroupNumbers | None, shape: tuple[int, ...]
+    codec: GridCodec, number: str, expected: ScaleFormat | None, scales: GroupNumbers | None, shape: tuple[int, ...]
 ) -> None:
-    """Check a grid's scale or offset (`what`) against the codec's, for a matrix of `shape`."""
+    """Checks a grid's scales or offsets against the codec's format. `number` is "scale" or "offset"; `shape` is the
+    matrix's."""
     if scales is None and expected is None:
         return
     if not isinstance(scales, Scales) or expected is None or scales.format != expected:
-        raise ValueError(f"The grid is not one of {codec.name}: it has another {what} format.")
+        raise ValueError(f"The grid is not one of {codec.name}: it has another {number} format.")
     rows, groups = shape[0], expected.groups(shape[1])
     arrays = {
         "supers": (scales.supers, np.float16, (rows, groups // expected.span)),
         "subs": (scales.subs, np.int16, (rows, groups)),
     }
-    for name, (array, dtype, wanted) in arrays.items():
-        if array.dtype != dtype or array.shape != wanted:
+    for name, (array, dtype, expected_shape) in arrays.items():
+        if array.dtype != dtype or array.shape != expected_shape:
             raise ValueError(
-                f"The {what} {name} of {codec.name} must be {np.dtype(dtype)} {list(wanted)}, "
+                f"The {number} {name} of {codec.name} must be {np.dtype(dtype)} {list(expected_shape)}, "
                 f"not {array.dtype} {list(array.shape)}."
             )
     if not np.isfinite(scales.supers).all():
-        raise ValueError(f"A {what} of {codec.name} is infinite or not a number.")
+        raise ValueError(f"A {number} of {codec.name} is infinite or not a number.")
     if expected.power and np.any(np.frexp(scales.supers)[0] != 0.5):
-        raise ValueError(f"A {what} of {codec.name} is not a power of two.")
+        raise ValueError(f"A {number} of {codec.name} is not a power of two.")
     if scales.subs.min() < expected.low or scales.subs.max() > expected.high:
-        raise ValueError(f"The {what} subs of {codec.name} must lie in {expected.low}..{expected.high}.")
+        raise ValueError(f"The {number} subs of {codec.name} must lie in {expected.low}..{expected.high}.")

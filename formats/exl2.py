@@ -1,21 +1,24 @@
-"""EXL2, the format of ExLlamaV2: a matrix whose input columns are reordered and fall into runs of groups of 2, 3, 4, 5,
-6 or 8 bits.
+"""EXL2, the format of ExLlamaV2. It reorders a matrix's input columns and divides them into groups of 2 to 8 bits.
 
-The file holds the transposed matrix. For K columns (inputs), N rows (outputs) and G groups, the planes are the file's:
+A code has 2, 3, 4, 5, 6 or 8 bits. The file holds the transposed matrix. For K columns (inputs), N rows (outputs) and G
+groups, the planes are the file's arrays:
 
     q_weight     int32 [sum over groups of columns * bits / 32, N]   codes
-    q_scale      int32 [G, N / 8]      4-bit scale codes s, that of row 8w + j in bits 4j..4j+3 of word w
-    q_scale_max  float16 [G]           M, shared by all rows
-    q_groups     int16 [2 G]           per group its bits and its first line in q_weight
-    q_invperm    int32 [K]             position of each column among the stored ones
+    q_scale      int32 [G, N / 8]      4-bit scale codes s; row 8w + j is in bits 4j..4j+3 of word w
+    q_scale_max  float16 [G]           M, the group's maximum, shared by all rows
+    q_groups     int16 [2 G]           each group's bits and its first line in q_weight
+    q_invperm    int32 [K]             the position at which each column is stored
 
-A group's codes of one row are a bit stream, least significant bit first, that runs down its column of q_weight. With
-all operations rounded to float16, as ExLlamaV2's kernels round them,
+The codes of one row in one group are a bit stream, least significant bit first. It runs down the row's column of
+q_weight. The value of a code is
 
     value = (code - 2^(bits-1)) * ((s + 1)^2 * (M / 256))
 
-What ExLlamaV2 loads without complaint and computes wrongly is refused: groups whose bits rise, groups or matrices that
-are not a multiple of 32, more lines than int16 or more columns than uint16 can count.
+Every operation is rounded to float16, as ExLlamaV2's kernels do.
+
+ExLlamaV2 loads some files without complaint and decodes them wrongly. This codec refuses them: groups whose bits rise,
+groups or matrices that are not a multiple of 32, more lines than int16 can count, and more columns than uint16 can
+count.
 """
 
 from __future__ import annotations
@@ -33,15 +36,17 @@ from lqexport.formats.native import pack_bits, unpack_bits
 
 BITS = (2, 3, 4, 5, 6, 8)
 UNIT = 32
-"""Columns of a group and rows of a matrix are multiples of this, as ExLlamaV2's kernels assume."""
+"""A group's columns and a matrix's rows are multiples of this, because ExLlamaV2's kernels assume so."""
 MOST_LINES = 2**15 - 1
+"""The most lines of q_weight: q_groups counts them in int16."""
 MOST_COLUMNS = 2**16 - 1
+"""The most columns of a matrix: ExLlamaV2 counts them in uint16."""
 STEPS = np.arange(1, 17, dtype=np.float32) ** 2
-"""(s + 1)^2, by which a row's scale code multiplies the group's maximum over 256."""
+"""(s + 1)^2 for each scale code s. A scale is this factor times the group's maximum / 256."""
 
 
 def levels(bits: int) -> NDArray[np.float32]:
-    """-2^(bits-1) .. 2^(bits-1) - 1."""
+    """Returns the integers -2^(bits-1) .. 2^(bits-1) - 1 as float32."""
     return np.arange(2**bits, dtype=np.float32) - 2 ** (bits - 1)
 
 
@@ -49,46 +54,51 @@ def levels(bits: int) -> NDArray[np.float32]:
 class SquaredScales:
     """Scales as EXL2 stores them.
 
-    maxima   float16 [groups], M, shared by all rows
-    subs     int16 [rows, groups], s in 0..15
+    maxima   float16 [groups], each group's maximum M, shared by all rows
+    subs     int16 [rows, groups], the scale codes s in 0..15
     """
 
     maxima: NDArray[np.float16]
     subs: NDArray[np.int16]
 
     def values(self) -> NDArray[np.float32]:
-        """float32 [rows, groups], each a float16: M / 256 is rounded, into the subnormals where M is below 2^-6."""
+        """Returns the scales, float32 [rows, groups], each a float16.
+
+        M / 256 is rounded to float16 first. It is subnormal if M is below 2^-6.
+        """
         small = (self.maxima.astype(np.float32) / 256).astype(np.float16).astype(np.float32)
-        with np.errstate(over="ignore"):  # an infinite M is refused where it matters
+        with np.errstate(over="ignore"):  # `_check_scale` refuses an infinite M
             return (STEPS[self.subs] * small).astype(np.float16).astype(np.float32)
 
 
 def name_of(runs: tuple[Run, ...]) -> str:
-    """For example `exl2:8g32x1+4g128x5`: a group of 32 columns at 8 bits, then five of 128 at 4 bits."""
+    """Returns the format's name. `exl2:8g32x1+4g128x5` has one group of 32 columns at 8 bits, then five groups of 128
+    columns at 4 bits."""
     return "exl2:" + "+".join(f"{run.bits}g{run.group}x{run.count}" for run in runs)
 
 
 def runs_named(name: str) -> tuple[Run, ...]:
-    """Undoes `name_of`. Raises ValueError for any other name."""
+    """Returns the runs that a name of `name_of` lists. Raises ValueError for any other name."""
     if not re.fullmatch(r"exl2:\d+g\d+x\d+(\+\d+g\d+x\d+)*", name):
         raise ValueError(f"{name!r} is not a format of EXL2; such as exl2:8g32x1+4g128x5 are.")
-    return tuple(Run(*map(int, re.split("[gx]", part))) for part in name.removeprefix("exl2:").split("+"))
+    return tuple(Run(*map(int, re.split("[gx]", run))) for run in name.removeprefix("exl2:").split("+"))
 
 
 def joined(runs: list[Run]) -> tuple[Run, ...]:
-    """Runs with neighbours of equal bits and group joined and empty ones left out, which makes their name unique."""
-    parts = groupby((run for run in runs if run.count), key=lambda run: (run.bits, run.group))
-    return tuple(Run(bits, group, sum(run.count for run in same)) for (bits, group), same in parts)
+    """Returns the runs without empty ones, and with neighbours of equal bits and group size joined. This makes their
+    name unique."""
+    equal_runs = groupby((run for run in runs if run.count), key=lambda run: (run.bits, run.group))
+    return tuple(Run(bits, group, sum(run.count for run in same)) for (bits, group), same in equal_runs)
 
 
 class Exl2(SectionedCodec):
-    """`exl2:BITSgGROUPxCOUNT+...`: the runs of groups of one matrix, so that the name says how many columns it has."""
+    """The codec `exl2:BITSgGROUPxCOUNT+...`. The name lists the runs of one matrix, so it fixes the columns."""
 
     block = UNIT
     reorders = True
 
     def __init__(self, runs: tuple[Run, ...]) -> None:
-        """Raises ValueError for runs that ExLlamaV2 would not decode rightly."""
+        """Raises ValueError for runs that ExLlamaV2 decodes wrongly."""
         _check_runs(runs)
         self.runs = runs
         self.name = name_of(runs)
@@ -96,7 +106,8 @@ class Exl2(SectionedCodec):
         self.groups = sum(run.count for run in runs)
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """See `codec.Codec`. Raises ValueError for rows that are not a multiple of 32 or other columns than its own."""
+        """See `codec.Codec`. Raises ValueError if the rows are not a multiple of 32 or the columns are not
+        the name's."""
         if rows < 1 or rows % UNIT:
             raise ValueError(f"EXL2 holds matrices of a multiple of {UNIT} rows (outputs), not {rows}.")
         if columns != self.columns:
@@ -110,8 +121,8 @@ class Exl2(SectionedCodec):
         }
 
     def encode(self, grid: Sections, codes: NDArray[np.uint8]) -> Planes:
-        """See `codec.SectionedCodec`. Raises ValueError for a grid of another format or one with values that float16
-        does not hold."""
+        """See `codec.SectionedCodec`. Raises ValueError for a grid of another format, and for one with values that are
+        not finite in float16."""
         self.layout(*codes.shape)
         _check_order(grid.order, self.columns)
         scales = _checked_scales(self, grid, codes)
@@ -129,15 +140,15 @@ class Exl2(SectionedCodec):
         }
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Sections, NDArray[np.uint8]]:
-        """See `codec.SectionedCodec`. Raises ValueError where the planes are not those of such a matrix."""
+        """See `codec.SectionedCodec`. Raises ValueError if the planes are not those of such a matrix."""
         rows = _check_planes(self, planes, columns)
         order = np.argsort(planes["q_invperm"], kind="stable").astype(np.int64)
         subs = unpack_bits(planes["q_scale"].view(np.uint8), 4, rows).T.astype(np.int16)
         codes, grids, line, group = np.empty((rows, columns), np.uint8), [], 0, 0
-        for run, where in zip(self.runs, np.split(order, np.cumsum([run.columns for run in self.runs])), strict=False):
+        for run, places in zip(self.runs, np.split(order, np.cumsum([run.columns for run in self.runs])), strict=False):
             lines, groups = run.columns * run.bits // 32, slice(group, group + run.count)
             stream = np.ascontiguousarray(planes["q_weight"][line : line + lines].T).view(np.uint8)
-            codes[:, where] = unpack_bits(stream, run.bits, run.columns)
+            codes[:, places] = unpack_bits(stream, run.bits, run.columns)
             scale = SquaredScales(planes["q_scale_max"][groups], subs[:, groups])
             grids.append(Grid(run.columns, levels(run.bits), scale, half=True))
             line, group = line + lines, group + run.count
@@ -150,16 +161,16 @@ class Exl2(SectionedCodec):
 
 
 def of_planes(planes: Planes) -> Exl2:
-    """The codec that a file's planes are of. Raises ValueError where `q_groups` is not one that ExLlamaV2 decodes."""
+    """Returns the codec of a file's planes. Raises ValueError if ExLlamaV2 would decode `q_groups` wrongly."""
     table = planes["q_groups"].astype(np.int64).reshape(-1, 2)
     ends = np.append(table[1:, 1], len(planes["q_weight"]))
     if len(table) == 0 or table[0, 1] != 0 or np.any(ends <= table[:, 1]):
         raise ValueError("q_groups must begin at line 0 and list groups one after the other.")
-    if wrong := sorted(set(table[:, 0].tolist()) - set(BITS)):
-        raise ValueError(f"q_groups holds groups of {wrong[0]} bits; EXL2 has {', '.join(map(str, BITS))}.")
-    columns, rest = np.divmod((ends - table[:, 1]) * 32, table[:, 0])
-    if rest.any():
-        raise ValueError(f"Group {int(rest.argmax())} of q_groups ends within a column.")
+    if unknown_bits := sorted(set(table[:, 0].tolist()) - set(BITS)):
+        raise ValueError(f"q_groups holds groups of {unknown_bits[0]} bits; EXL2 has {', '.join(map(str, BITS))}.")
+    columns, remainder = np.divmod((ends - table[:, 1]) * 32, table[:, 0])
+    if remainder.any():
+        raise ValueError(f"Group {int(remainder.argmax())} of q_groups ends within a column.")
     runs = [Run(bits, width, 1) for bits, width in zip(table[:, 0].tolist(), columns.tolist(), strict=True)]
     return Exl2(joined(runs))
 
@@ -173,8 +184,8 @@ def _group_table(runs: tuple[Run, ...]) -> NDArray[np.int16]:
 def _check_runs(runs: tuple[Run, ...]) -> None:
     if not runs or any(run.count < 1 or run.group < UNIT or run.group % UNIT for run in runs):
         raise ValueError(f"The groups of {name_of(runs)} must be of {UNIT} columns or a multiple of it.")
-    if wrong := [run.bits for run in runs if run.bits not in BITS]:
-        raise ValueError(f"EXL2 has no codes of {wrong[0]} bits, only of {', '.join(map(str, BITS))}.")
+    if unknown_bits := [run.bits for run in runs if run.bits not in BITS]:
+        raise ValueError(f"EXL2 has no codes of {unknown_bits[0]} bits, only of {', '.join(map(str, BITS))}.")
     if any(before.bits < after.bits for before, after in pairwise(runs)):
         raise ValueError(f"{name_of(runs)}: ExLlamaV2 decodes groups of falling bits only, and here they rise.")
     if joined(list(runs)) != runs:
@@ -191,16 +202,16 @@ def _check_order(order: NDArray[np.int64], columns: int) -> None:
 
 
 def _checked_scales(codec: Exl2, grid: Sections, codes: NDArray[np.uint8]) -> list[SquaredScales]:
-    """The stored numbers of every run. Raises ValueError where the file cannot hold them, or codes beyond the bits."""
+    """Returns the scales of every run. Raises ValueError if the file cannot hold the grid or the codes."""
     if len(grid.grids) != len(codec.runs):
         raise ValueError(f"The grid is not one of {codec.name}: it has {len(grid.grids)} runs.")
     scales = []
-    for run, (columns, part) in zip(codec.runs, grid.runs(), strict=True):
-        scale = part.scale
+    for run, (columns, run_grid) in zip(codec.runs, grid.runs(), strict=True):
+        scale = run_grid.scale
         expected = (run.columns, levels(run.bits).tolist(), None, True)
         if (
             not isinstance(scale, SquaredScales)
-            or (part.columns, part.levels.tolist(), part.offset, part.half) != expected
+            or (run_grid.columns, run_grid.levels.tolist(), run_grid.offset, run_grid.half) != expected
         ):
             raise ValueError(f"The grid is not one of {codec.name}: it differs in its run of {run.bits} bits.")
         if int(codes[:, columns].max()) >= 2**run.bits:
@@ -217,14 +228,14 @@ def _check_scale(codec: Exl2, run: Run, scale: SquaredScales, rows: int) -> None
         raise ValueError(f"The scale codes of {codec.name} must be int16 [{rows}, {run.count}], one per row and group.")
     if scale.subs.min() < 0 or scale.subs.max() > 15:
         raise ValueError(f"The scale codes of {codec.name} must lie in 0..15.")
-    # The largest value is M * 2^(bits-1), and it must stay finite in float16.
+    # The largest magnitude is M * 2^(bits-1). It must be finite in float16.
     largest = np.finfo(np.float16).max / 2 ** (run.bits - 1)
     if not np.all((scale.maxima >= 0) & (scale.maxima.astype(np.float32) <= largest)):
         raise ValueError(f"A maximum of {codec.name} is negative, not a number, or too large for float16 weights.")
 
 
 def _check_planes(codec: Exl2, planes: Planes, columns: int) -> int:
-    """The rows that `planes` hold. Raises ValueError where they are not those of a matrix of `columns`."""
+    """Returns the number of rows in `planes`. Raises ValueError if they do not hold a matrix of `columns` columns."""
     rows = planes["q_weight"].shape[-1] if "q_weight" in planes else 0
     check_layout(codec, planes, rows, columns)
     if not np.array_equal(planes["q_groups"], _group_table(codec.runs)):

@@ -1,12 +1,12 @@
 """GGUF's block types, named and laid out as in llama.cpp (ggml-common.h, ggml-quants.c).
 
-A row is a run of blocks, and a block is a C struct without padding. `members` is that struct, with llama.cpp's names,
-so the one plane, `blocks` uint8 [rows, bytes of a row], is an array of structs [rows, blocks].
+A row is a sequence of blocks, and a block is a C struct without padding. `members` is that struct, with llama.cpp's
+names. So the only plane, `blocks` uint8 [rows, bytes of a row], is an array of structs [rows, blocks].
 
-Integers of less than a byte are packed in one way everywhere, which `Bits` describes: each `run` bytes hold
-8 / bits runs of `run` integers, the first run in the lowest bits of those bytes, the next run in the bits above.
+All types pack integers of less than a byte in the same way, which `Bits` describes: each `run` bytes hold 8 / bits runs
+of `run` integers. The first run is in the lowest bits of those bytes, and the next run is in the bits above.
 
-    Bits("qs", 4, 16), weights named w0 .. w31, the highest bit on the left (Q4_0):
+    Bits("qs", 4, 16) of Q4_0, for weights w0 .. w31, with the highest bit on the left:
     qs[0]   w16 w16 w16 w16  w0 w0 w0 w0
     qs[1]   w17 w17 w17 w17  w1 w1 w1 w1     and so on
 """
@@ -25,11 +25,11 @@ CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53
 """The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
 
 Subs = tuple[NDArray[np.int16], ...]
-"""Integers [rows, blocks, groups of a block] of the scale and, where the format has one, of the offset."""
+"""The stored integers of the scale and, if there is one, of the offset: each [rows, blocks, groups of a block]."""
 
 
 class Bits(NamedTuple):
-    """`bits` bits of every integer of a block: the struct's member that holds them and the length of a run."""
+    """A bit field of every integer of a block: the struct's member that holds it, its bits, and integers per run."""
 
     member: str
     bits: int
@@ -37,7 +37,7 @@ class Bits(NamedTuple):
 
 
 def spread(packed: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8]:
-    """Integers uint8 [..., n * 8 / bits] of bytes uint8 [..., n], in the order of `Bits`."""
+    """Unpacks bytes uint8 [..., n] to integers uint8 [..., n * 8 / bits]; `Bits` gives the order."""
     runs = packed.reshape(-1, run)
     integers = np.empty((len(runs), 8 // bits, run), dtype=np.uint8)
     for k in range(8 // bits):
@@ -47,7 +47,8 @@ def spread(packed: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8]:
 
 
 def gather(integers: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8]:
-    """Bytes uint8 [..., n] that hold the low `bits` of integers uint8 [..., n * 8 / bits]; undoes `spread`."""
+    """Packs the low `bits` of integers uint8 [..., n * 8 / bits] into bytes uint8 [..., n]. It is the inverse of
+    `spread`."""
     runs = integers.reshape(-1, 8 // bits, run)
     packed = np.zeros((len(runs), run), dtype=np.uint8)
     for k in range(8 // bits):
@@ -55,35 +56,35 @@ def gather(integers: NDArray[np.uint8], bits: int, run: int) -> NDArray[np.uint8
     return packed.reshape(*integers.shape[:-1], -1)
 
 
-def read_bits(blocks: np.ndarray, parts: tuple[Bits, ...]) -> NDArray[np.uint8]:
-    """Integers uint8 [rows, blocks, n] that lie in several members, their lowest bits in the first."""
-    first, *others = parts
+def read_bits(blocks: np.ndarray, fields: tuple[Bits, ...]) -> NDArray[np.uint8]:
+    """Reads integers, uint8 [rows, blocks, n], whose bits are in several members. The first has the lowest bits."""
+    first, *higher = fields
     integers, shift = spread(blocks[first.member], first.bits, first.run), first.bits
-    for part in others:
-        integers |= spread(blocks[part.member], part.bits, part.run) << np.uint8(shift)
-        shift += part.bits
+    for field in higher:
+        integers |= spread(blocks[field.member], field.bits, field.run) << np.uint8(shift)
+        shift += field.bits
     return integers
 
 
-def write_bits(blocks: np.ndarray, parts: tuple[Bits, ...], integers: NDArray[np.uint8]) -> None:
-    """Undoes `read_bits`."""
+def write_bits(blocks: np.ndarray, fields: tuple[Bits, ...], integers: NDArray[np.uint8]) -> None:
+    """Writes integers, uint8 [rows, blocks, n], into the members. It is the inverse of `read_bits`."""
     shift = 0
-    for part in parts:
-        blocks[part.member] = gather(integers >> np.uint8(shift), part.bits, part.run)
-        shift += part.bits
+    for field in fields:
+        blocks[field.member] = gather(integers >> np.uint8(shift), field.bits, field.run)
+        shift += field.bits
 
 
 def integer_levels(low: int, high: int) -> NDArray[np.float32]:
-    """low..high."""
+    """Returns the integers low .. high as float32."""
     return np.arange(low, high + 1, dtype=np.float32)
 
 
 class _BlockType(GridCodec):
-    """A block type; see `codec.GridCodec` for what it offers.
+    """A block type of GGUF; its interface is `codec.GridCodec`.
 
-    members     the struct
-    code_bits   where the codes lie
-    supers      members with the float16 of the scale and, where there is one, of the offset
+    members     the block's struct
+    code_bits   the bit fields that hold the codes
+    supers      the members with the float16 of the scale and, if there is one, of the offset
     """
 
     members: np.dtype
@@ -97,7 +98,8 @@ class _BlockType(GridCodec):
         self.level_count = len(self.levels)
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """`blocks`, uint8 [rows, bytes of a row]. Raises ValueError where the columns do not fill whole blocks."""
+        """See `codec.Codec`. The plane is `blocks`, uint8 [rows, bytes of a row]. Raises ValueError if the columns do
+        not fill whole blocks."""
         check_shape(self, rows, columns)
         return {"blocks": (np.dtype(np.uint8), (rows, columns // self.block * self.members.itemsize))}
 
@@ -114,13 +116,13 @@ class _BlockType(GridCodec):
         return {"blocks": blocks.view(np.uint8)}
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
-        """See `codec.GridCodec`. Raises ValueError where the plane is not that of such a matrix."""
+        """See `codec.GridCodec`. Raises ValueError if the plane is not that of such a matrix."""
         rows = check_planes(self, planes, columns)
         blocks = np.ascontiguousarray(planes["blocks"]).view(self.members)
-        formats = [form for form in (self.scale, self.offset) if form is not None]
+        formats = [scale_format for scale_format in (self.scale, self.offset) if scale_format is not None]
         scales = [
-            Scales(form, blocks[member].astype(np.float16), subs.reshape(rows, -1))
-            for form, member, subs in zip(formats, self.supers, self._read_subs(blocks), strict=True)
+            Scales(scale_format, blocks[member].astype(np.float16), subs.reshape(rows, -1))
+            for scale_format, member, subs in zip(formats, self.supers, self._read_subs(blocks), strict=True)
         ]
         return Grid(columns, self.levels, *scales), self._read_codes(blocks).reshape(rows, columns)
 
@@ -136,7 +138,7 @@ class _BlockType(GridCodec):
         write_bits(blocks, self.code_bits, codes)
 
     def _read_subs(self, blocks: np.ndarray) -> Subs:
-        """One float16 per group: nothing is stored beside it."""
+        """Returns ones: the float16 alone is a group's number, unless a subclass says otherwise."""
         return tuple(np.ones((*blocks.shape, 1), dtype=np.int16) for _ in self.supers)
 
     def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
@@ -168,7 +170,7 @@ class Q4_1(_BlockType):
 
 
 class Q5_0(_BlockType):
-    """32 weights, 22 bytes: d * q with q in -16..15, stored as q + 16, the fifth bits in qh."""
+    """32 weights, 22 bytes: d * q with q in -16..15, stored as q + 16. qh has the fifth bits."""
 
     name = "gguf:Q5_0"
     block = 32
@@ -179,7 +181,7 @@ class Q5_0(_BlockType):
 
 
 class Q5_1(_BlockType):
-    """32 weights, 24 bytes: d * q + m with q in 0..31, the fifth bits in qh."""
+    """32 weights, 24 bytes: d * q + m with q in 0..31. qh has the fifth bits."""
 
     name = "gguf:Q5_1"
     block = 32
@@ -219,9 +221,9 @@ class IQ4_NL(_BlockType):
 
 
 class IQ4_XS(_BlockType):
-    """256 weights, 136 bytes: d * s * CODEBOOK[q], s in -32..31 per 32 weights, stored as s + 32.
+    """256 weights, 136 bytes: d * s * CODEBOOK[q] with s in -32..31 per 32 weights, stored as s + 32.
 
-    The low 4 bits of s are in scales_l, the high 2 bits in scales_h (a little-endian uint16 in llama.cpp).
+    The low 4 bits of s + 32 are in scales_l, the high 2 bits in scales_h (a little-endian uint16 in llama.cpp).
     """
 
     name = "gguf:IQ4_XS"
@@ -266,8 +268,8 @@ class Q2_K(_BlockType):
 class Q3_K(_BlockType):
     """256 weights, 110 bytes: d * s * q with q in -4..3, s in -32..31 per 16 weights.
 
-    q + 4 has its low 2 bits in qs and its high bit in hmask; s + 32 has its low 4 bits in the first 8 bytes of
-    scales (llama.cpp's member of 12 bytes, here scales_l and scales_h) and its high 2 bits in the other 4.
+    The low 2 bits of q + 4 are in qs, and its high bit is in hmask. llama.cpp's member scales has 12 bytes, here
+    divided into scales_l (the first 8, with the low 4 bits of s + 32) and scales_h (the other 4, with its high 2 bits).
     """
 
     name = "gguf:Q3_K"
@@ -287,7 +289,7 @@ class Q3_K(_BlockType):
 class Q4_K(_BlockType):
     """256 weights, 144 bytes: d * s * q - dmin * m with q in 0..15, s and m in 0..63 per 32 weights.
 
-    Six bits of s[0..7] and m[0..7] in 12 bytes; for j in 0..3:
+    The six bits of each of s[0..7] and m[0..7] are in 12 bytes; for j in 0..3:
 
         scales[j]       s[j+4] bits 5 4   s[j] bits 5 4 3 2 1 0
         scales[j + 4]   m[j+4] bits 5 4   m[j] bits 5 4 3 2 1 0
@@ -318,7 +320,7 @@ class Q4_K(_BlockType):
 
 
 class Q5_K(Q4_K):
-    """256 weights, 176 bytes: as Q4_K with q in 0..31, the fifth bits in qh."""
+    """256 weights, 176 bytes: like Q4_K, but with q in 0..31. qh has the fifth bits."""
 
     name = "gguf:Q5_K"
     members = np.dtype([("d", "<f2"), ("dmin", "<f2"), ("scales", "u1", (3, 4)), ("qh", "u1", 32), ("qs", "u1", 128)])

@@ -1,19 +1,21 @@
-"""GPTQ's layout, as AutoGPTQ and GPTQModel write it and ExLlamaV2, vLLM and transformers read it: codes of 4 bits, and
-for each row and group of columns a float16 scale and a zero point, an integer.
+"""GPTQ's layout: 4-bit codes, and for each row and group of columns a float16 scale and an integer zero point.
 
-The file holds the transposed matrix. For K columns (inputs), N rows (outputs) and G groups, the planes are the file's:
+AutoGPTQ and GPTQModel write it; ExLlamaV2, vLLM and transformers read it. The file holds the transposed matrix. For K
+columns (inputs), N rows (outputs) and G groups, the planes are the file's arrays:
 
-    qweight  int32 [K / 8, N]      codes, that of column 8w + j in bits 4j..4j+3 of line w
-    qzeros   int32 [G, N / 8]      zero points less one, that of row 8w + j in bits 4j..4j+3 of word w
+    qweight  int32 [K / 8, N]      codes; column 8w + j is in bits 4j..4j+3 of line w
+    qzeros   int32 [G, N / 8]      zero points minus one; row 8w + j is in bits 4j..4j+3 of word w
     scales   float16 [G, N]
     g_idx    int32 [K]             the group of each column
 
-With the product rounded to float16, as readers that compute in float16 do,
+The value of a code is
 
     value = scale * (code - zero)
 
-Zero points are 1..15, since no reader agrees with another on 0 and 16: less one, they do not fit, and `gptq_v2`, which
-stores them as they are, cannot hold 16. Symmetric layouts have 8 everywhere.
+The product is rounded to float16, as readers that compute in float16 do.
+
+Zero points are 1..15, since readers disagree about 0 and 16. Minus one, 0 does not fit into the stored 4 bits; and
+`gptq_v2`, which stores zero points unchanged, cannot hold 16. Symmetric layouts have the zero point 8 everywhere.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ BITS = 4
 LEVELS = np.arange(2**BITS, dtype=np.float32)
 GROUPS = (32, 64, 128, 0)
 UNIT = 32
-"""Rows and columns of a matrix are multiples of this, as ExLlamaV2's kernels assume."""
+"""A matrix's rows and columns are multiples of this, because ExLlamaV2's kernels assume so."""
 MOST_SCALE = 65504 / 2**BITS
-"""No scale is larger, so that no value is infinite in float16."""
+"""The largest allowed magnitude of a scale. It keeps every value finite in float16."""
 
 
 class Gptq(SectionedCodec):
-    """`gptq:4-gN` (`gptq:4-row`: one group for the whole row), `-sym` where all zero points are 8, `-act` where a group
-    is not of consecutive columns but of those that the solver's act-order puts together."""
+    """The codec `gptq:4-gN`, or `gptq:4-row` with one group for the whole row.
+
+    The suffix `-sym` means that all zero points are 8. The suffix `-act` means that a group has the columns that are
+    neighbours in the solver's act-order, instead of consecutive columns.
+    """
 
     def __init__(self, group: int, symmetric: bool, reorders: bool) -> None:
-        """`group` is N, or 0 for the whole row."""
+        """Makes the codec of group size `group`; 0 is the whole row."""
         self.group, self.symmetric, self.reorders = group, symmetric, reorders
         size = f"g{group}" if group else "row"
         self.name = f"gptq:{BITS}-{size}{'-sym' * symmetric}{'-act' * reorders}"
@@ -47,10 +52,11 @@ class Gptq(SectionedCodec):
         low, high = (8, 8) if symmetric else (1, 15)
         self.scale = ScaleFormat(group)
         self.zero = ScaleFormat(group, low=low, high=high, sign=-1)
-        """What is added to scale * code: the zero point times the very same scale, subtracted."""
+        """The format of the offset -zero * scale: the same float16 as the scale's, times the zero point, subtracted."""
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """See `codec.Codec`. Raises ValueError for rows or columns that are not a multiple of 32 or of the group."""
+        """See `codec.Codec`. Raises ValueError if the rows are not a multiple of 32, or the columns not of the
+        group size (of 32 for a whole row)."""
         if rows < 1 or rows % UNIT or columns < 1 or columns % self.block:
             raise ValueError(
                 f"{self.name} holds matrices of a multiple of {UNIT} rows and of {self.block} columns, "
@@ -65,8 +71,8 @@ class Gptq(SectionedCodec):
         }
 
     def encode(self, grid: Sections, codes: NDArray[np.uint8]) -> Planes:
-        """See `codec.SectionedCodec`. Raises ValueError for a grid of another format or one with values that float16
-        does not hold."""
+        """See `codec.SectionedCodec`. Raises ValueError for a grid of another format, and for one with values that are
+        not finite in float16."""
         self.layout(*codes.shape)
         scales, zeros = self._checked(grid, codes)
         group_of = np.empty(grid.columns, np.int32)
@@ -82,8 +88,8 @@ class Gptq(SectionedCodec):
         }
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Sections, NDArray[np.uint8]]:
-        """See `codec.SectionedCodec`; columns of a group are in the matrix's order. Raises ValueError where the planes
-        are not those of such a matrix."""
+        """See `codec.SectionedCodec`. Within a group, the columns are in the matrix's order. Raises ValueError if the
+        planes are not those of such a matrix."""
         rows = planes["scales"].shape[-1] if "scales" in planes else 0
         check_layout(self, planes, rows, columns)
         self._check_groups(planes["g_idx"])
@@ -101,15 +107,15 @@ class Gptq(SectionedCodec):
         return grid.values(codes)
 
     def _checked(self, grid: Sections, codes: NDArray[np.uint8]) -> tuple[NDArray[np.float16], NDArray[np.int16]]:
-        """Scales and zero points [rows, groups]. Raises ValueError where the file cannot hold the grid or the codes."""
+        """Returns scales and zero points, [rows, groups]. Raises ValueError if the file cannot hold grid or codes."""
         columns = codes.shape[1]
         if len(grid.grids) != 1 or not np.array_equal(np.sort(grid.order), np.arange(columns)):
             raise ValueError(f"The grid is not one of {self.name}: it must be one grid for each of {columns} columns.")
-        part = grid.grids[0]
-        scale, offset = part.scale, part.offset
-        if not isinstance(scale, Scales) or not isinstance(offset, Scales) or not part.half:
+        only_grid = grid.grids[0]
+        scale, offset = only_grid.scale, only_grid.offset
+        if not isinstance(scale, Scales) or not isinstance(offset, Scales) or not only_grid.half:
             raise ValueError(f"The grid is not one of {self.name}: it has other scales.")
-        if (scale.format, offset.format, part.levels.tolist()) != (self.scale, self.zero, LEVELS.tolist()):
+        if (scale.format, offset.format, only_grid.levels.tolist()) != (self.scale, self.zero, LEVELS.tolist()):
             raise ValueError(f"The grid is not one of {self.name}: it has other scales or levels.")
         shape = (len(codes), self.scale.groups(columns))
         if scale.supers.shape != shape or offset.subs.shape != shape or scale.supers.dtype != np.float16:
@@ -136,12 +142,12 @@ class Gptq(SectionedCodec):
 
 
 GPTQ = {
-    made.name: made
-    for made in (
+    codec.name: codec
+    for codec in (
         Gptq(group, symmetric, reorders)
         for group in GROUPS
         for symmetric in (False, True)
         for reorders in (False, True)
-        if group or not reorders  # one group has no order
+        if group or not reorders  # a single group cannot be reordered
     )
 }

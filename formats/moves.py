@@ -1,12 +1,12 @@
-"""Moving a matrix that is quantized already to another format without changing a value, where its grid holds them all.
+"""Moves an already quantized matrix to another format without changing a value, if that format's grid can hold it.
 
-What checkpoints of others hold is wider than any codec here: scales of any dtype, zero points and codes of 1 to 8 bits.
-A value is `scale * (code - zero)`, or an entry of the row's table. On the other grid a code has `lift` added, and the
-offset, where there is one, makes up for it:
+Checkpoints of other projects hold more than any codec here: scales of any dtype, zero points, and codes of 1 to 8 bits.
+A value is `scale * (code - zero)`, or an entry of the row's table. `lift` is added to a code to get the code on the
+other grid, whose levels begin at `low`. The offset, if there is one, cancels the lift:
 
     scale * (low + code + lift) + offset,   offset = -scale * (zero + low + lift)
 
-All of it is exact: a scale of 11 bits times an integer of 9 fits in float32.
+All of it is exact, because float32 holds the product of an 11-bit scale and a 9-bit integer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,13 @@ from lqexport.formats.gptq import LEVELS, Gptq
 
 @dataclass(frozen=True)
 class AffineGrid:
-    """`bits` of every code; scale float32 [R, G], zero int16 [R, G], and the group of each column, int64 [C]."""
+    """The values `scale * (code - zero)` of a quantized matrix with R rows, C columns and G groups.
+
+    bits      bits of a code
+    scale     float32 [R, G]
+    zero      int16 [R, G]
+    group_of  int64 [C], the group of each column
+    """
 
     bits: int
     scale: NDArray[np.float32]
@@ -30,58 +36,74 @@ class AffineGrid:
     group_of: NDArray[np.int64]
 
     def values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """float32 [R, C] of codes uint8 [R, C]: the product, not rounded to what a reader may compute in."""
+        """Returns the float32 values [R, C] of codes uint8 [R, C]. They are not rounded to a reader's dtype."""
         return self.scale[:, self.group_of] * (codes - self.zero[:, self.group_of]).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class TableGrid:
-    """levels float32 [R, K], each a float16, ascending; `columns` of the matrix."""
+    """The values of a quantized matrix whose rows have a table each.
+
+    levels   float32 [R, K], each a float16, ascending
+    columns  number of columns of the matrix
+    """
 
     levels: NDArray[np.float32]
     columns: int
 
     def values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """float32 [R, C] of codes uint8 [R, C]."""
+        """Returns the float32 values [R, C] of codes uint8 [R, C]."""
         return np.take_along_axis(self.levels, codes, axis=1)
 
 
 @dataclass(frozen=True)
 class Move:
-    """A grid of another format that holds every value of a matrix, and what to add to the codes: int16 [R, C or 1]."""
+    """A grid of another format that holds every value of a matrix.
+
+    grid   the other format's grid
+    lift   int16 [R, C or 1], added to each code
+    """
 
     grid: Grid | Sections
     lift: NDArray[np.int16]
 
     def codes(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Codes on the grid, uint8 [R, C]."""
+        """Returns the codes on the grid, uint8 [R, C], for the source's codes uint8 [R, C]."""
         return (codes + self.lift).astype(np.uint8)
 
 
-def move(source: AffineGrid | TableGrid, kind: PlainCodec | GridCodec | SectionedCodec) -> Move:
-    """How `kind` holds whatever codes a matrix has on `source`. Raises ValueError, saying why, where it does not."""
+def move(source: AffineGrid | TableGrid, codec: PlainCodec | GridCodec | SectionedCodec) -> Move:
+    """Returns the grid of `codec` that holds all values of `source`, whatever the codes are.
+
+    Raises ValueError with the reason if `codec` cannot hold them.
+    """
     if isinstance(source, TableGrid):
-        return _move_table(source, kind)
-    if isinstance(kind, Gptq):
-        order = np.argsort(source.group_of, kind="stable") if kind.reorders else np.arange(len(source.group_of))
-        grid, lift = _move_affine(source, LEVELS, kind.scale, kind.zero, order)
+        return _move_table(source, codec)
+    if isinstance(codec, Gptq):
+        order = np.argsort(source.group_of, kind="stable") if codec.reorders else np.arange(len(source.group_of))
+        grid, lift = _move_affine(source, LEVELS, codec.scale, codec.zero, order)
         return Move(Sections(order, (Grid(len(order), LEVELS, *grid, half=True),)), lift)
-    if not isinstance(kind, GridCodec) or kind.levels is None or kind.scale is None or not _consecutive(kind.levels):
-        raise ValueError(f"{kind.name} has no scale times an integer")
-    natural = np.arange(len(source.group_of))
-    grid, lift = _move_affine(source, kind.levels, kind.scale, kind.offset, natural)
-    return Move(Grid(len(natural), kind.levels, *grid), lift)
+    if (
+        not isinstance(codec, GridCodec)
+        or codec.levels is None
+        or codec.scale is None
+        or not _consecutive(codec.levels)
+    ):
+        raise ValueError(f"{codec.name} has no scale times an integer")
+    matrix_order = np.arange(len(source.group_of))
+    grid, lift = _move_affine(source, codec.levels, codec.scale, codec.offset, matrix_order)
+    return Move(Grid(len(matrix_order), codec.levels, *grid), lift)
 
 
 def _consecutive(levels: NDArray[np.float32]) -> bool:
     return bool(np.all(np.diff(levels) == 1))
 
 
-def _move_table(source: TableGrid, kind: PlainCodec | GridCodec | SectionedCodec) -> Move:
+def _move_table(source: TableGrid, codec: PlainCodec | GridCodec | SectionedCodec) -> Move:
     rows, count = source.levels.shape
-    if not isinstance(kind, GridCodec) or kind.levels is not None or kind.level_count < count:
-        raise ValueError(f"{kind.name} has no table of {count} values per row")
-    levels = np.pad(source.levels, ((0, 0), (0, kind.level_count - count)), mode="edge")
+    if not isinstance(codec, GridCodec) or codec.levels is not None or codec.level_count < count:
+        raise ValueError(f"{codec.name} has no table of {count} values per row")
+    levels = np.pad(source.levels, ((0, 0), (0, codec.level_count - count)), mode="edge")
     return Move(Grid(source.columns, levels), np.zeros((rows, 1), np.int16))
 
 
@@ -89,7 +111,8 @@ def _move_affine(
     source: AffineGrid, levels: NDArray[np.float32], scale: ScaleFormat, offset: ScaleFormat | None,
     order: NDArray[np.int64],
 ) -> tuple[tuple[Scales, Scales | None], NDArray[np.int16]]:  # fmt: skip
-    """Scale and offset of columns stored in `order`, and the lift [R, C] of columns in the matrix's own."""
+    """Returns the scale and offset of columns stored in `order`, and the lift [R, C], whose columns have the matrix's
+    order."""
     base = _base(source, len(levels), offset)
     lift = base - source.zero - np.int16(levels[0])
     if lift.min() < 0 or 2**source.bits - 1 + lift.max() >= len(levels):
@@ -100,13 +123,13 @@ def _move_affine(
     if offset is None:
         return (stored, None), lift[:, source.group_of]
     base = base[:, groups]
-    if offset.sign < 0:  # an integer times the scale's own float16
+    if offset.sign < 0:  # the offset is an integer times the scale's float16
         return (stored, _scales(numbers, offset, base)), lift[:, source.group_of]
     return (stored, _scales(0 - numbers * base, offset, np.ones(base.shape, np.int16))), lift[:, source.group_of]
 
 
 def _base(source: AffineGrid, count: int, offset: ScaleFormat | None) -> NDArray[np.int16]:
-    """`zero + low + lift` [R, G]: how many scales the offset takes away, on a grid of `count` levels."""
+    """Returns `zero + low + lift`, [R, G], on a grid of `count` levels. The offset subtracts this many scales."""
     if offset is None:
         return np.zeros_like(source.zero)
     if offset.sign < 0:
@@ -114,13 +137,13 @@ def _base(source: AffineGrid, count: int, offset: ScaleFormat | None) -> NDArray
     exact = _is_half(source.scale * source.zero)
     if not exact.all() and 2 * 2**source.bits > count:
         raise ValueError("its mins, -scale * zero point, are not all float16 numbers")
-    # A power of two times a float16 is one; a wider type has levels to spare for it.
+    # A power of two times a float16 scale is a float16 again. A codec with twice the levels has room for that lift.
     return np.where(exact, source.zero, 2**source.bits).astype(np.int16)
 
 
-def _stored_groups(source: AffineGrid, form: ScaleFormat, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The group of the matrix that each stored group of columns is of. Raises ValueError where it is of several."""
-    size = form.group or len(order)
+def _stored_groups(source: AffineGrid, scale_format: ScaleFormat, order: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Returns the source's group that each stored group of columns belongs to. Raises ValueError if it is several."""
+    size = scale_format.group or len(order)
     runs = source.group_of[order].reshape(-1, size)
     if np.any(runs != runs[:, :1]):
         if np.any(np.diff(source.group_of) < 0):
@@ -129,14 +152,17 @@ def _stored_groups(source: AffineGrid, form: ScaleFormat, order: NDArray[np.int6
     return runs[:, 0]
 
 
-def _scales(numbers: NDArray[np.float32], form: ScaleFormat, subs: NDArray[np.int16]) -> Scales:
-    """The float16 of each superblock with integers `subs`. Raises ValueError where they do not hold the numbers."""
-    shared = numbers.reshape(len(numbers), -1, form.span)
-    if form.power or np.any(shared != shared[..., :1]):
-        raise ValueError(f"its groups have scales of their own, and here {form.span * form.group} columns share one")
+def _scales(numbers: NDArray[np.float32], scale_format: ScaleFormat, subs: NDArray[np.int16]) -> Scales:
+    """Returns scales that store `numbers` with the integers `subs`. Raises ValueError if `scale_format` cannot hold
+    the numbers."""
+    shared = numbers.reshape(len(numbers), -1, scale_format.span)
+    if scale_format.power or np.any(shared != shared[..., :1]):
+        raise ValueError(
+            f"its groups have scales of their own, and here {scale_format.span * scale_format.group} columns share one"
+        )
     if not _is_half(numbers).all():
         raise ValueError("its scales are not all float16 numbers")
-    return Scales(form, shared[..., 0].astype(np.float16), subs)
+    return Scales(scale_format, shared[..., 0].astype(np.float16), subs)
 
 
 def _is_half(numbers: NDArray[np.float32]) -> NDArray[np.bool_]:

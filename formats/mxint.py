@@ -1,8 +1,9 @@
 """MXINT as LQER uses it: signed integers that share a power of two per group of columns (block floating point).
 
-A weight of a group is m * 2^(e - (B - 1)) with an integer m of B bits, -(2^(B-1) - 1) .. 2^(B-1) - 1 (sign and
-magnitude in the original, so 2^B - 1 values), and one exponent e for the group. The original only emulates it; these
-bytes are ours, with the 8 bits of exponent that its code has: B + 8 / group bits per weight. (Its tables count 4.)
+A weight is m * 2^(e - (B - 1)). m is an integer of B bits in -(2^(B-1) - 1) .. 2^(B-1) - 1, and the group's columns
+share the exponent e. m has 2^B - 1 values, because LQER's code has a sign and a magnitude. That code only emulates
+MXINT, so the byte layout is this project's. It has the 8 bits of exponent of LQER's code, and so B + 8 / group bits per
+weight. (LQER's tables count 4 bits of exponent.)
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ BITS = (2, 3, 4, 6, 8)
 GROUPS = (16, 32)
 BIAS = 127
 LOWEST, HIGHEST = -24, 15
-"""Powers of two that a float16 holds, which is how `Scales` keeps a group's 2^(e - (B - 1))."""
+"""The lowest and highest power of two that a float16 holds: `Scales` keeps a group's 2^(e - (B - 1)) as a float16."""
 
 
 class MXInt(GridCodec):
-    """`native:mxint-B-gN`: B-bit integers, N to an exponent.
+    """The codec `native:mxint-B-gN`: B-bit integers, with one exponent for N columns.
 
     planes   codes      uint8 [rows, ceil(columns * B / 8)], m + 2^(B-1) - 1, the bit stream of `formats.native`
-             exponents  uint8 [rows, columns / N], e + 127; only those with 2^(e - (B - 1)) from 2^-24 to 2^15
+             exponents  uint8 [rows, columns / N], e + 127; 2^(e - (B - 1)) must be 2^-24 to 2^15
     decode   2^(e - (B - 1)) * m
     """
 
@@ -43,7 +44,7 @@ class MXInt(GridCodec):
         self.scale = ScaleFormat(group, power=True)
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """See `codec.Codec`. Raises ValueError where the columns are not a multiple of N."""
+        """See `codec.Codec`. Raises ValueError if the columns are not a multiple of N."""
         check_shape(self, rows, columns)
         byte = np.dtype(np.uint8)
         return {
@@ -55,13 +56,13 @@ class MXInt(GridCodec):
         """See `codec.GridCodec`. Raises ValueError for a grid of another format."""
         check_grid(self, grid, codes)
         assert isinstance(grid.scale, Scales)  # check_grid
-        _, power = np.frexp(grid.scale.supers)  # 2^k is 0.5 * 2^(k + 1)
+        _, power = np.frexp(grid.scale.supers)  # frexp writes 2^k as 0.5 * 2^(k + 1)
         exponents = power + (self.bits - 2) + BIAS
         return {"codes": pack_bits(codes, self.bits), "exponents": exponents.astype(np.uint8)}
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
-        """See `codec.GridCodec`. Raises ValueError where the planes are not those of such a matrix, for a code without
-        a value and for an exponent out of range."""
+        """See `codec.GridCodec`. Raises ValueError if the planes are not those of such a matrix, if a code has no
+        value, or if an exponent is out of range."""
         check_planes(self, planes, columns)
         power = planes["exponents"].astype(np.int16) - (BIAS + self.bits - 1)
         if power.min() < LOWEST or power.max() > HIGHEST:

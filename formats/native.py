@@ -1,9 +1,9 @@
-"""The project's own formats, for safetensors: LeanQuant's table per row, and affine codes per row or per group.
+"""The project's own formats, stored in safetensors: LeanQuant's table per row, and affine codes per row or per group.
 
-Codes are a bit stream per row: code j of a row of B-bit codes occupies bits B*j .. B*j + B-1, where bit i of a row is
-bit i % 8 (least significant first) of its byte i // 8. The last byte of a row is filled up with zeros.
+The codes of a row are a bit stream. Code j of B bits occupies bits B*j .. B*j + B-1 of the row. Bit i of the row is bit
+i % 8 (0 is the least significant) of the row's byte i // 8. Zeros fill up the last byte of a row.
 
-    3-bit codes a b c d e f g h, each bit named by its code, least significant bit on the right:
+    3-bit codes a b c d e f g h; each bit has the name of its code, and the least significant bit is on the right:
     byte 0  ccbbbaaa    byte 1  feeedddc    byte 2  hhhgggff
 """
 
@@ -21,14 +21,14 @@ AFFINE_GROUPS = (32, 64, 128, 0)
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row's bit stream."""
+    """Returns the number of bytes of a row's bit stream."""
     return (columns * bits + 7) // 8
 
 
 def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Bit streams uint8 [rows, row_bytes] of codes uint8 [rows, columns], each below 2^bits."""
+    """Packs codes uint8 [rows, columns], each below 2^bits, into bit streams uint8 [rows, row_bytes]."""
     rows, columns = codes.shape
-    # Eight codes make `bits` whole bytes: the low bytes of one little-endian word.
+    # Eight codes fill `bits` whole bytes, which are the low bytes of one little-endian 64-bit word.
     eights = np.pad(codes, ((0, 0), (0, -columns % 8))).reshape(rows, -1, 8)
     words = np.zeros(eights.shape[:2], dtype="<u8")
     for j in range(8):
@@ -38,11 +38,11 @@ def pack_bits(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
 
 
 def unpack_bits(stream: NDArray[np.uint8], bits: int, columns: int) -> NDArray[np.uint8]:
-    """Codes uint8 [rows, columns] of bit streams uint8 [rows, row_bytes]."""
+    """Unpacks bit streams uint8 [rows, row_bytes] to codes uint8 [rows, columns]."""
     rows, length = stream.shape
-    parts = np.pad(stream, ((0, 0), (0, -length % bits))).reshape(rows, -1, bits)
-    words = np.zeros(parts.shape[:2], dtype="<u8")
-    words[..., None].view(np.uint8)[..., :bits] = parts
+    eights = np.pad(stream, ((0, 0), (0, -length % bits))).reshape(rows, -1, bits)  # the bytes of eight codes
+    words = np.zeros(eights.shape[:2], dtype="<u8")
+    words[..., None].view(np.uint8)[..., :bits] = eights
     codes = np.empty((*words.shape, 8), dtype=np.uint8)
     for j in range(8):
         codes[..., j] = words >> np.uint64(bits * j)
@@ -51,7 +51,7 @@ def unpack_bits(stream: NDArray[np.uint8], bits: int, columns: int) -> NDArray[n
 
 
 class Table(GridCodec):
-    """`native:table-B`: the values of each row are its own ascending table of 2^B float16 numbers.
+    """The codec `native:table-B`: each row has an ascending table of 2^B float16 values.
 
     planes   codes  uint8 [rows, ceil(columns * B / 8)], the bit stream above
              table  float16 [rows, 2^B], ascending
@@ -82,7 +82,7 @@ class Table(GridCodec):
         return {"codes": pack_bits(codes, self.bits), "table": grid.levels.astype(np.float16)}
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
-        """See `codec.GridCodec`. Raises ValueError where the planes are not those of such a matrix."""
+        """See `codec.GridCodec`. Raises ValueError if the planes are not those of such a matrix."""
         check_planes(self, planes, columns)
         grid = Grid(columns, planes["table"].astype(np.float32))
         return grid, unpack_bits(planes["codes"], self.bits, columns)
@@ -94,7 +94,7 @@ class Table(GridCodec):
 
 
 class Affine(GridCodec):
-    """`native:affine-B-gN` and `native:affine-B-row`: unsigned B-bit codes with a float16 scale and offset.
+    """The codecs `native:affine-B-gN` and `native:affine-B-row`: unsigned B-bit codes, a float16 scale and offset.
 
     planes   codes   uint8 [rows, ceil(columns * B / 8)], the bit stream above
              scale   float16 [rows, columns / N], or [rows, 1] for a whole row
@@ -106,7 +106,7 @@ class Affine(GridCodec):
     offset: ScaleFormat
 
     def __init__(self, bits: int, group: int) -> None:
-        """`group` is N, or 0 for the whole row."""
+        """Makes the codec of group size `group`; 0 is the whole row."""
         self.bits = bits
         self.name = f"native:affine-{bits}-{f'g{group}' if group else 'row'}"
         self.block = group or 1
@@ -115,7 +115,7 @@ class Affine(GridCodec):
         self.scale = self.offset = ScaleFormat(group)
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """See `codec.Codec`. Raises ValueError where the columns are not a multiple of N."""
+        """See `codec.Codec`. Raises ValueError if the columns are not a multiple of N."""
         check_shape(self, rows, columns)
         numbers = (np.dtype(np.float16), (rows, self.scale.groups(columns)))
         stream = (np.dtype(np.uint8), (rows, row_bytes(columns, self.bits)))
@@ -130,7 +130,7 @@ class Affine(GridCodec):
         return {"codes": pack_bits(codes, self.bits), "scale": scale, "offset": offset}
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
-        """See `codec.GridCodec`. Raises ValueError where the planes are not those of such a matrix."""
+        """See `codec.GridCodec`. Raises ValueError if the planes are not those of such a matrix."""
         check_planes(self, planes, columns)
         scale, offset = (
             Scales(self.scale, planes[name], np.ones(planes[name].shape, dtype=np.int16))

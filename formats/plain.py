@@ -1,4 +1,4 @@
-"""GGUF's unquantized types: every weight by itself, little-endian, in one plane `blocks` of bytes."""
+"""GGUF's unquantized types. The plane `blocks` holds the bytes of each weight, little-endian."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from lqexport.formats.codec import PlainCodec, Planes
 
 
 class _Plain(PlainCodec):
-    """A type that stores each weight as one `stored` number.
+    """A type that stores each weight as one number.
 
-    stored   little-endian dtype of a weight in the file
+    stored   the number's little-endian dtype in the file
     """
 
     block = 1
     stored: np.dtype
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-        """`blocks`, uint8 [rows, bytes of a row]. Raises ValueError for an empty matrix."""
+        """See `codec.Codec`. The plane is `blocks`, uint8 [rows, bytes of a row]. Raises ValueError if the matrix is
+        empty."""
         check_shape(self, rows, columns)
         return {"blocks": (np.dtype(np.uint8), (rows, columns * self.stored.itemsize))}
 
     def encode_values(self, weights: NDArray[np.float32]) -> Planes:
-        """float32 [rows, columns], each rounded to nearest, ties to even.
+        """Packs weights float32 [rows, columns]. Each is rounded to nearest, ties to even.
 
-        Raises ValueError where a finite weight would become infinite, and for another dtype or shape.
+        Raises ValueError if a finite weight would become infinite, and for another dtype or number of dimensions.
         """
         if weights.dtype != np.float32 or weights.ndim != 2:
             raise ValueError(f"{self.name} stores float32 [rows, columns], not {weights.dtype} {list(weights.shape)}.")
@@ -38,12 +39,13 @@ class _Plain(PlainCodec):
         return planes
 
     def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:
-        """float32 [rows, columns], exact. Raises ValueError where the planes are not those of such a matrix."""
+        """Returns the stored weights exactly, float32 [rows, columns]. Raises ValueError if the planes are not those of
+        such a matrix."""
         check_planes(self, planes, columns)
         return self._widen(np.ascontiguousarray(planes["blocks"]).view(self.stored))
 
     def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
-        with np.errstate(over="ignore"):  # encode_values says it in a sentence
+        with np.errstate(over="ignore"):  # encode_values reports an overflow
             return weights.astype(self.stored)
 
     def _widen(self, stored: np.ndarray) -> NDArray[np.float32]:
@@ -63,8 +65,11 @@ class F32(_Plain):
 
 
 class NormPlusOne(F32):
-    """Single precision of the weight plus 1: llama.cpp multiplies by what Hugging Face's Gemma adds 1 to. Rounded once,
-    so a weight near 0 loses the bits that the sum has no room for."""
+    """The weight plus 1 in single precision, for the norms of Gemma.
+
+    Hugging Face's Gemma multiplies by the norm's weight plus 1; llama.cpp multiplies by the stored number. The sum is
+    rounded once, so a weight near 0 loses its lowest bits.
+    """
 
     name = "gguf-norm:F32"
 
@@ -91,7 +96,7 @@ class BF16(_Plain):
     def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
         bits = np.ascontiguousarray(weights).view(np.uint32)
         odd = (bits >> 16) & 1
-        # A NaN keeps its sign and its upper payload and becomes quiet, as in ggml; rounding could make it infinite.
+        # As in ggml, a NaN becomes quiet and keeps its sign and upper payload. Rounding could make it infinite.
         quiet = (bits >> 16) | 0x40
         return np.where(np.isnan(weights), quiet, (bits + (odd + 0x7FFF)) >> 16).astype(self.stored)
 

@@ -1,7 +1,8 @@
-"""Every codec by name. Adding a format is one file in this folder and one line here.
+"""Every codec by name. To add a format, write a file in this folder and add a line here.
 
-A format of EXL2 lists the groups of one matrix, so there are too many to list: `codec_named` makes them from their names.
-Those of GPTQ are of a whole model, never of one tensor, so `names` leaves them out too (see `formats.gptq.GPTQ`).
+`names` leaves out two families. The name of an EXL2 codec lists the groups of one matrix, so there are too many names;
+`codec_named` makes the codec from its name. GPTQ's codecs (`formats.gptq.GPTQ`) are chosen for a whole model, never for
+one tensor.
 """
 
 from __future__ import annotations
@@ -21,20 +22,25 @@ _CODECS = {codec.name: codec for codec in _ALL}
 
 
 def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
-    """The codec called `name`. Raises ValueError for an unknown name, listing those that are near."""
+    """Returns the codec called `name`. Raises ValueError for an unknown name; the message lists similar names."""
     if name in _CODECS:
         return _CODECS[name]
     if name.startswith("exl2:"):
         return Exl2(runs_named(name))
     if name in GPTQ:
         return GPTQ[name]
-    # Users forget the family and the case: compare what comes after the colon, in one case.
+    # Users forget the family and the case, so the names without the family are compared too, all in lower case.
     known = {full.lower(): full for full in _CODECS} | {full.split(":")[1].lower(): full for full in _CODECS}
     near = dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.7))
     hint = f"Near: {', '.join(near)}." if near else f"Known: {', '.join(_CODECS)}."
     raise ValueError(f"Unknown format {name!r}. {hint}")
 
 
+def family_of(name: str) -> str:
+    """Returns the family of the codec called `name`: `gguf` for `gguf:Q4_K`."""
+    return name.partition(":")[0]
+
+
 def names(family: str | None = None) -> list[str]:
-    """Names of all listed codecs, or of one family (`gguf`, `native`), in the order of their files."""
+    """Returns the names of all listed codecs, or of one family (`gguf`, `native`), in the order of their files."""
     return [name for name in _CODECS if family is None or name.startswith(f"{family}:")]
