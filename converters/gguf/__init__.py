@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp: writing and reading."""
+"""Writing and reading GGUF files for llama.cpp."""

@@ -1,10 +1,13 @@
-"""Low-rank corrections as a GGUF LoRA adapter, which llama.cpp loads beside the base: W x + B (A x) at run time.
+"""Writes and reads low-rank corrections as a GGUF LoRA adapter.
+
+llama.cpp loads the adapter beside the base model and computes W x + B (A x) at run time. The file holds:
 
     general.type "adapter", general.architecture of the base, adapter.type "lora", adapter.lora.alpha 0
     blk.0.attn_q.weight.lora_a   [k, columns]      blk.0.attn_q.weight.lora_b   [rows, k]
 
-llama.cpp multiplies by alpha / k, or by 1 where alpha is 0: so each linear may have a rank of its own, and B holds the
-whole scale. The rows of B are those of the base's linear, so q and k have them in llama.cpp's rope order.
+llama.cpp multiplies the correction by alpha / k, or by 1 where alpha is 0. With alpha 0, each linear can have another
+rank, and B holds the whole scale. The rows of B are in the order of the base linear's rows: for q and k, that is
+llama.cpp's rope order.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ SUFFIXES = (".lora_a", ".lora_b")
 
 
 def check_asked(artifact: Artifact, asked: bool) -> None:
-    """Raises UserError where an adapter is asked for and there is none to write, or the other way round."""
+    """Raises UserError if an adapter is asked for but the artifact has no corrections, or the other way round."""
     if asked:
         check_present(artifact)
     elif any(is_factor(name) for name in artifact.manifest()):
@@ -43,16 +46,16 @@ def check_asked(artifact: Artifact, asked: bool) -> None:
 
 
 def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] | None = None) -> None:
-    """Write the corrections of a finished artifact to `path`, whole or not at all.
+    """Writes the low-rank corrections of a finished artifact to `path`, whole or not at all.
 
     on_tensor   called with name and bytes after each tensor
 
-    Raises UserError where there are none, where a factor is not of a GGUF type, where the artifact is damaged, and
-    where the disk is too small.
+    Raises UserError if the artifact has no corrections or is damaged, if a low-rank factor is not in a GGUF type, if
+    the model has experts, or if the disk is too small.
     """
     config = normalized(artifact.config())
     architecture = architecture_of(config)
-    known = _adapter_names(gguf_names(architecture, config["num_hidden_layers"]))
+    adapter_names = _adapter_names(gguf_names(architecture, config["num_hidden_layers"]))
     factors = {name: facts for name, facts in artifact.manifest().items() if is_factor(name)}
     check_present(artifact)
     check_supported(architecture, config)
@@ -61,7 +64,8 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
             f"Adapters for the experts of {architecture.classes[0]} are not written. Quantize with --merge."
         )
     entries = [
-        file_entry(name, known[name], facts, _order(config, name, facts["shape"][0])) for name, facts in factors.items()
+        file_entry(name, adapter_names[name], facts, _order(config, name, facts["shape"][0]))
+        for name, facts in factors.items()
     ]
     check_types(entries, artifact.folder, "Quantize again with --factors F16 or Q8_0.")
     writer = GGUFWriter(None, str(architecture.gguf))
@@ -72,11 +76,11 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     write_tensors(artifact, path, writer, entries, on_tensor)
 
 
-def _adapter_names(known: dict[str, str]) -> dict[str, str]:
-    """Factor -> its GGUF name, for every tensor that could have one."""
+def _adapter_names(model_names: dict[str, str]) -> dict[str, str]:
+    """Returns Hugging Face name -> GGUF name for the low-rank factors of all weights of `model_names`."""
     return {
         factor: gguf_name + suffix
-        for name, gguf_name in known.items()
+        for name, gguf_name in model_names.items()
         if name.endswith(".weight")
         for factor, suffix in zip(factor_names(name), SUFFIXES, strict=True)
     }
@@ -87,9 +91,9 @@ def _order(config: dict[str, Any], factor: str, rows: int) -> Order | None:
 
 
 class GGUFAdapter:
-    """The factors in an adapter file, memory-mapped, by their Hugging Face names and in that row order.
+    """The low-rank factors of an adapter file, memory-mapped, with Hugging Face's names and order of rows.
 
-    Raises UserError where the file is missing, damaged, no LoRA adapter, or does not fit a model of `config`.
+    Raises UserError if the file is missing or damaged, is no LoRA adapter, or does not fit a model of `config`.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]) -> None:
@@ -102,9 +106,9 @@ class GGUFAdapter:
         self._names = self._known_names()
 
     def _known_names(self) -> dict[str, str]:
-        """Factor -> GGUF name of those in the file, in the order of the model."""
-        known = _adapter_names(gguf_names(architecture_of(self._config), self._config["num_hidden_layers"]))
-        present = {name: gguf_name for name, gguf_name in known.items() if gguf_name in self._tensors}
+        """Returns Hugging Face name -> GGUF name of the file's low-rank factors, in the order of the model."""
+        possible = _adapter_names(gguf_names(architecture_of(self._config), self._config["num_hidden_layers"]))
+        present = {name: gguf_name for name, gguf_name in possible.items() if gguf_name in self._tensors}
         if unknown := sorted(self._tensors.keys() - present.values()):
             raise UserError(f"{self.path} is for another model: it holds {unknown[0]}.")
         for name in present:
@@ -113,16 +117,21 @@ class GGUFAdapter:
         return present
 
     def names(self) -> list[str]:
-        """The factors' names, in the order of the model."""
+        """The names of the low-rank factors, in the order of the model."""
         return list(self._names)
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """Codec name, packed planes and shape of a factor, its rows in the order of Hugging Face."""
+        """Returns codec name, packed planes and shape of a low-rank factor, with its rows in Hugging Face's order.
+
+        Raises UserError if the factor is in an unsupported type or is no matrix.
+        """
         tensor = self._tensors[self._names[name]]
-        kind = f"gguf:{tensor.kind}"
-        if kind not in names("gguf") or len(tensor.shape) != 2:
-            raise UserError(f"{self.path}: {name} is of the type {kind} {list(tensor.shape)}, which is not supported.")
-        ((plane, (dtype, stored)),) = codec_named(kind).layout(*tensor.shape).items()
-        rows = tensor.data.view(dtype).reshape(stored)
+        codec_name = f"gguf:{tensor.tensor_type}"
+        if codec_name not in names("gguf") or len(tensor.shape) != 2:
+            raise UserError(
+                f"{self.path}: {name} is of the type {codec_name} {list(tensor.shape)}, which is not supported."
+            )
+        ((plane, (dtype, stored_shape)),) = codec_named(codec_name).layout(*tensor.shape).items()
+        rows = tensor.data.view(dtype).reshape(stored_shape)
         order = _order(self._config, name, len(rows))
-        return kind, {plane: rows if order is None else rows[order.argsort()]}, tensor.shape
+        return codec_name, {plane: rows if order is None else rows[order.argsort()]}, tensor.shape

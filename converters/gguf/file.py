@@ -1,7 +1,7 @@
-"""Putting an artifact's tensors into a GGUF file, a model's or an adapter's: only bytes move.
+"""Writes an artifact's tensors into a GGUF file, of a model or an adapter, without changing their bytes.
 
-Two passes, so that memory holds one tensor at a time: the manifest gives every name, type and size for the header, then
-tensors are read, checked against the manifest's digests and written one after the other.
+It takes two passes, so that memory holds one tensor at a time. First the header is written: the manifest gives every
+name, type and size. Then the tensors are read, checked against the manifest's digests and written one by one.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from lqexport.storage.files import check_space, written_whole
 
 @dataclass(frozen=True)
 class GGUFEntry:
-    """A tensor of the file: its names, its type, and what the manifest says of it.
+    """One tensor of the artifact and its place in the file: its names, its codec, and the manifest's shape and digest.
 
-    order   the row of Hugging Face that each row of GGUF holds; None where they are the same
+    order   the Hugging Face row that each GGUF row holds; None where both have the same order
     """
 
     name: str
@@ -48,17 +48,17 @@ class GGUFEntry:
 
 
 def file_entry(name: str, gguf_name: str, facts: dict[str, Any], order: Order | None) -> GGUFEntry:
-    """From what the manifest says of a tensor."""
+    """Returns the entry of a tensor from its `facts` in the manifest."""
     return GGUFEntry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], order)
 
 
 def type_of(codec_name: str) -> str:
-    """The GGUF type that a codec's bytes are of."""
+    """Returns the GGUF type of a codec's bytes: `Q4_K` for `gguf:Q4_K`, `F32` for `gguf-norm:F32`."""
     return codec_name.rpartition(":")[2]
 
 
 def check_types(entries: list[GGUFEntry], folder: Path, advice: str) -> None:
-    """Raises UserError, with `advice` at its end, where a tensor is not stored in a GGUF type."""
+    """Raises UserError, which ends with `advice`, if a tensor is not stored in a GGUF type."""
     foreign = [entry for entry in entries if not entry.codec_name.startswith(("gguf:", "gguf-norm:"))]
     if foreign:
         raise UserError(
@@ -69,7 +69,7 @@ def check_types(entries: list[GGUFEntry], folder: Path, advice: str) -> None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """A tensor of the file, made of an entry, of those of the experts of a block, or of computed float32 values."""
+    """One tensor of the file: an entry, the entries of a block's experts, or computed float32 values."""
 
     name: str
     shape: tuple[int, ...]
@@ -91,12 +91,12 @@ def write_tensors(
     computed: dict[str, np.ndarray] | None = None,
     split_max_size: int | None = None,
 ) -> list[Path]:
-    """Write the file, whole or not at all: the writer's metadata, then the entries, then `computed` float32 tensors.
+    """Writes the metadata of `writer`, the entries, then the `computed` float32 tensors, whole or not at all.
 
-    split_max_size   bytes of tensors from which on there are several files (`gguf_split`), which appear when all of
-                     them are whole
+    split_max_size   bytes of tensors that one file may hold; a larger model becomes several files (see `split.py`),
+                     which appear only when all of them are whole
 
-    Returns the files. Raises UserError where a tensor is not the manifest's, and where the disk is too small.
+    Returns the files. Raises UserError if a tensor does not match the manifest, or if the disk is too small.
     """
     stacks = [list(stack) for _, stack in groupby(entries, key=lambda entry: entry.gguf_name)]
     tensors = [_Tensor(stack[0].gguf_name, _shape(stack), stack[0].codec_name, stack) for stack in stacks]
@@ -104,10 +104,10 @@ def write_tensors(
     split = in_files(tensors, split_max_size)
     paths = split_paths(path, len(split))
     check_space(path, sum(tensor.nbytes for tensor in tensors))
-    with contextlib.ExitStack() as opened:  # which closes the first file last
-        files = [opened.enter_context(written_whole(place)) for place in paths]
+    with contextlib.ExitStack() as opened:  # it closes the first file last
+        files = [opened.enter_context(written_whole(file_path)) for file_path in paths]
         _write_headers(writer, files, split)
-        for file, tensor in ((file, tensor) for file, share in zip(files, split, strict=True) for tensor in share):
+        for file, tensor in ((file, tensor) for file, of_file in zip(files, split, strict=True) for tensor in of_file):
             _write_tensor(artifact, file, tensor, on_tensor)
     return paths
 
@@ -116,16 +116,19 @@ def _write_tensor(
     artifact: Artifact, file: BinaryIO, tensor: _Tensor, on_tensor: Callable[[str, int], None] | None
 ) -> None:
     for entry in tensor.entries:
-        _write_blob(file, _blob(artifact, entry))
+        _write_array(file, _file_bytes(artifact, entry))
         if on_tensor:
             on_tensor(entry.name, entry.nbytes)
     if tensor.values is not None:
-        _write_blob(file, tensor.values)
+        _write_array(file, tensor.values)
     file.write(bytes(-tensor.nbytes % ALIGNMENT))
 
 
 def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
-    """Shape of a tensor of the file: a matrix, or the experts of a block. Raises UserError where experts differ."""
+    """Returns the shape of a file's tensor: that of its one entry, or [experts, rows, columns].
+
+    Raises UserError if the experts of a block differ in shape or codec.
+    """
     first = stack[0]
     if expert_number(first.name) is None:
         return first.shape
@@ -138,13 +141,13 @@ def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
 
 
 def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_Tensor]]) -> None:
-    """Header, metadata and tensor infos by gguf-py, into files that are already open."""
+    """Writes header, metadata and tensor infos by gguf-py, into files that are already open."""
     writer.tensors = []
-    for share in split:
+    for of_file in split:
         writer.tensors.append({})
-        for tensor in share:
-            kind = GGMLQuantizationType[type_of(tensor.codec_name)]
-            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
+        for tensor in of_file:
+            ggml_type = GGMLQuantizationType[type_of(tensor.codec_name)]
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=ggml_type)
     writer.fout, writer.state = files, WriterState.EMPTY  # type: ignore[assignment]  # it only writes to them
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -153,19 +156,19 @@ def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_
         writer.write_padding(file, file.tell())
 
 
-def _write_blob(file: BinaryIO, blob: np.ndarray) -> None:
-    # Not gguf-py's write_tensor_data: numpy's tofile hides why a write failed, and a full disk should be named.
-    file.write(np.ascontiguousarray(blob).data)
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    # gguf-py's write_tensor_data calls numpy's tofile, which hides why a write failed. A full disk must be reported.
+    file.write(np.ascontiguousarray(array).data)
 
 
-def _blob(artifact: Artifact, entry: GGUFEntry) -> np.ndarray:
-    """The tensor's bytes in the file's row order, after the digest was checked."""
+def _file_bytes(artifact: Artifact, entry: GGUFEntry) -> np.ndarray:
+    """Returns the tensor's bytes with rows in the file's order, after its digest is checked."""
     tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
     return _permuted(tensor, entry.order)
 
 
 def _permuted(tensor: StoredTensor, order: Order | None) -> np.ndarray:
-    """The one plane of a GGUF tensor, uint8 [rows, bytes], its rows (of a bias: its elements) in llama.cpp's order."""
+    """Returns the one plane of a GGUF tensor [rows, bytes], with its rows (a bias: its elements) in `order`."""
     (plane,) = tensor.planes.values()
     rows = plane.reshape(tensor.shape[0], -1)
     return rows if order is None else rows[order]

@@ -1,12 +1,12 @@
-"""The header of a GGUF file: metadata and where each tensor lies. The tensors' bytes stay in the file.
+"""Reads the header of a GGUF file: its metadata, and where each tensor is. The tensors' bytes are not read.
 
-    magic "GGUF", u32 version (2 or 3), u64 tensors, u64 keys
-    per key       string name, u32 kind, value
+    magic "GGUF", u32 version (2 or 3), u64 number of tensors, u64 number of keys
+    per key       string name, u32 type of the value, value
     per tensor    string name, u32 dimensions, u64 sizes (fastest first), u32 type, u64 offset
-    padding to general.alignment, then the tensors, each at its offset from here
+    padding to general.alignment, then the tensors; the offsets count from the end of the padding
 
-A string is u64 length and UTF-8. Own code rather than gguf-py's reader, which makes an array of every token and takes
-seconds for a vocabulary.
+A string is a u64 length and UTF-8. gguf-py's reader is not used: it makes an array of every token, which takes seconds
+for a vocabulary.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from numpy.typing import NDArray
 
 from lqexport.errors import UserError
 
-# Kinds of values: numbers by their NumPy types, a string, an array.
+# GGUF's codes for the types of metadata values: numbers with their NumPy dtypes, a string, an array.
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
 
 
 @dataclass(frozen=True)
 class TensorData:
-    """A tensor of a file: its shape, rows first, the name of its type, and where its bytes are."""
+    """One tensor of a file: its shape (rows first), its GGUF type, and where its bytes are.
+
+    begin   offset of its first byte in the file
+    """
 
     shape: tuple[int, ...]
-    kind: str
+    tensor_type: str
     path: Path
     begin: int
     nbytes: int
 
     @property
     def data(self) -> NDArray[np.uint8]:
-        """Its bytes, mapped for as long as the array lives: a map of the whole file would stay, and count as memory."""
+        """The tensor's bytes, mapped only while the array lives; a map of the whole file would count as memory."""
         return np.memmap(self.path, np.uint8, "r", self.begin, (self.nbytes,))
 
 
 class _Cursor:
-    """Reads one thing after the other; raises ValueError at the end of the file."""
+    """Reads the values of a header one after the other. Raises ValueError at the end of the file."""
 
     def __init__(self, file: BinaryIO, size: int) -> None:
         self.file, self.size = file, size
@@ -66,24 +69,27 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.u64()).decode(errors="replace")
 
-    def numbers(self, kind: int, count: int) -> list[Any]:
-        if kind not in _NUMBERS:
-            raise ValueError(f"unknown kind of value {kind}")
-        dtype = np.dtype(_NUMBERS[kind])
+    def numbers(self, type_code: int, count: int) -> list[Any]:
+        if type_code not in _NUMBERS:
+            raise ValueError(f"unknown kind of value {type_code}")
+        dtype = np.dtype(_NUMBERS[type_code])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
     def value(self) -> Any:
-        kind = self.u32()
-        if kind == _STRING:
+        type_code = self.u32()
+        if type_code == _STRING:
             return self.string()
-        if kind != _ARRAY:
-            return self.numbers(kind, 1)[0]
-        kind, count = self.u32(), self.u64()
-        return [self.string() for _ in range(count)] if kind == _STRING else self.numbers(kind, count)
+        if type_code != _ARRAY:
+            return self.numbers(type_code, 1)[0]
+        type_code, count = self.u32(), self.u64()
+        return [self.string() for _ in range(count)] if type_code == _STRING else self.numbers(type_code, count)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorData]]:
-    """Metadata, and tensors by name. Raises UserError where the file is missing, truncated, damaged or not GGUF."""
+    """Returns the metadata, and the tensors by name.
+
+    Raises UserError if the file is missing, truncated, damaged or not GGUF.
+    """
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -111,17 +117,17 @@ def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"its alignment is {alignment}")
     begin = -(-cursor.position // alignment) * alignment
     tensors = {
-        name: TensorData(shape, kind.name, path, begin + offset, _size(name, shape, kind))
-        for name, shape, kind, offset in infos
+        name: TensorData(shape, ggml_type.name, path, begin + offset, _size(name, shape, ggml_type))
+        for name, shape, ggml_type, offset in infos
     }
     if len(tensors) != len(infos):
         raise ValueError("two of its tensors have the same name")
-    _check_places(tensors, cursor.size)
+    _check_offsets(tensors, cursor.size)
     return metadata, tensors
 
 
-def _check_places(tensors: dict[str, TensorData], size: int) -> None:
-    """Raises ValueError where tensors lie over each other, or behind the end of the file of so many bytes."""
+def _check_offsets(tensors: dict[str, TensorData], size: int) -> None:
+    """Raises ValueError if tensors overlap, or if one goes beyond the end of the file, which has `size` bytes."""
     end = 0
     for name, tensor in sorted(tensors.items(), key=lambda item: item[1].begin):
         if tensor.begin < end:
@@ -141,8 +147,8 @@ def _info(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantizationType, 
     return name, shape, GGMLQuantizationType(cursor.u32()), cursor.u64()
 
 
-def _size(name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    block, block_bytes = GGML_QUANT_SIZES[kind]
+def _size(name: str, shape: tuple[int, ...], ggml_type: GGMLQuantizationType) -> int:
+    block, block_bytes = GGML_QUANT_SIZES[ggml_type]
     if shape[-1] % block:
         raise ValueError(f"{shape[-1]} columns of tensor {name} are not a multiple of {block}")
     return math.prod(shape) // block * block_bytes

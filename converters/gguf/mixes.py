@@ -1,6 +1,6 @@
-"""Which GGUF type each tensor gets: pure types, llama.cpp's mixes, and its fallbacks for awkward shapes.
+"""llama.cpp's rules for the GGUF type of each tensor: its mixes, and its fallbacks for shapes that do not fit a type.
 
-The rules are those of llama.cpp's `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`); tests
+The rules are those of llama.cpp's `src/llama-quant.cpp` (`llama_tensor_get_type_impl`, `tensor_type_fallback`). Tests
 compare them with llama.cpp's own quantizer, for every architecture.
 """
 
@@ -23,8 +23,10 @@ MIXES = {
     "Q5_K_M": "Q5_K",
     "Q6_K_M": "Q6_K",
 }
-"""Mix -> the type of most of its tensors. Named as llama.cpp names them, except `Q2_K_M` and `Q6_K_M`: its mixes
-`Q2_K` and `Q6_K`, whose names are those of pure types here."""
+"""Mix -> the type of most of its tensors.
+
+The names are llama.cpp's, except for `Q2_K_M` and `Q6_K_M`: llama.cpp calls these mixes `Q2_K` and `Q6_K`, which are
+names of pure types here."""
 
 FALLBACKS = {
     "IQ4_XS": "IQ4_NL",
@@ -34,17 +36,17 @@ FALLBACKS = {
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-"""A type of blocks of 256 -> the type of blocks of 32 that llama.cpp takes where 256 does not divide the columns."""
+"""Type with blocks of 256 -> the type with blocks of 32 that llama.cpp takes if 256 does not divide the columns."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Where a tensor stands.
+    """The facts about a tensor's decoder block and model by which llama.cpp's rules choose its type.
 
-    architecture     llama.cpp's name of it
-    index, count     number of its decoder block, and how many there are
-    queries_per_key  query heads that share one key head
-    experts          of each block, 0 where there are none
+    architecture     llama.cpp's name of the architecture
+    index, count     number of the tensor's decoder block, and number of all blocks
+    queries_per_key  number of query heads that share one key head
+    experts          number of experts of a block, 0 where there are none
     """
 
     architecture: str
@@ -55,20 +57,22 @@ class Layer:
 
     @property
     def favoured(self) -> bool:
-        """llama.cpp's `use_more_bits`: the first and last eighth, and every third block between."""
+        """Whether the block is in the first or last eighth, or every third between: llama.cpp's `use_more_bits`."""
         eighth = self.count // 8
         return self.index < eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
 
     @property
     def large(self) -> bool:
-        """Whether llama.cpp takes the model for one of 70B, by its blocks: Llama 2 and 3 and Qwen. Their value
-        projections are an eighth of the query's, so more bits cost little."""
+        """Whether llama.cpp takes the model for a 70B one of Llama 2, Llama 3 or Qwen, because it has 80 blocks.
+
+        The value projections of these models are an eighth of the query projections, so more bits cost little.
+        """
         grouped = self.architecture == "llama" and self.queries_per_key > 1
         return self.count == 80 and (grouped or self.architecture == "qwen2")
 
 
 Rule = Callable[[Layer], str | None]
-"""The type of a tensor, None for the mix's most frequent one."""
+"""A function that returns the type of a tensor, or None for the mix's most frequent type."""
 
 _RULES: dict[str, dict[str, Rule]] = {
     "Q2_K_M": {
@@ -116,46 +120,52 @@ _FALCON: dict[str, dict[str, Rule]] = {
         "ffn_down": lambda layer: "Q6_K" if layer.index < layer.count // 16 else "Q5_K" if layer.favoured else None
     },
 }
-"""What is otherwise for Falcon."""
+"""The rules that are different for Falcon."""
 
 _ALIKE = {"attn_qkv": "attn_v", "attn_kv_b": "attn_v", "ffn_down_exps": "ffn_down", "ffn_down_shexp": "ffn_down"}
-"""Fused and stacked matrices -> those by whose rules they go."""
+"""Fused or stacked matrix -> the matrix whose rules it follows."""
 
 
 def mix_type(mix: str, module: str, layer: Layer) -> str:
-    """Type of a block's linear (by its GGUF module name) in one of `MIXES`, before any fallback."""
+    """Returns the type of a block's linear in one of `MIXES`, before any fallback.
+
+    module   GGUF name of the linear's module, such as `attn_v`
+    """
     module = _ALIKE.get(module, module)
     if layer.experts == 8 and module in ("attn_k", "attn_v", "attn_output"):
         return _beside_eight_experts(mix, module)
     rules = _RULES.get(mix, {}) | (_FALCON.get(mix, {}) if layer.architecture == "falcon" else {})
     rule = rules.get(module)
-    kind = (rule(layer) if rule else None) or MIXES[mix]
-    return "Q5_K" if module == "attn_v" and layer.large and kind in ("Q3_K", "Q4_K") else kind
+    gguf_type = (rule(layer) if rule else None) or MIXES[mix]
+    return "Q5_K" if module == "attn_v" and layer.large and gguf_type in ("Q3_K", "Q4_K") else gguf_type
 
 
 def _beside_eight_experts(mix: str, module: str) -> str:
-    """Attention is so small a part of such models that more bits cost little."""
+    """Returns the type of an attention linear in a model of eight experts, where attention is few of the weights."""
     if module == "attn_output":
         return "Q5_K" if mix in ("Q2_K_M", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else MIXES[mix]
     return "Q8_0"
 
 
 def mix_output(architecture: str, columns: int) -> str:
-    """Type of the output, and of an embedding tied to it, in every one of `MIXES`."""
+    """Returns the type of the output, or of an embedding tied to it, in all `MIXES`."""
     return "Q6_K" if columns % 256 == 0 and architecture != "falcon" else "Q8_0"
 
 
-def file_type(kind: str) -> int:
-    """`general.file_type` (llama_ftype) of a pure type or mix. A pure K type has its S mix's number, as
-    `llama-quantize --pure` writes it."""
+def file_type(name: str) -> int:
+    """Returns `general.file_type` (llama_ftype) of a pure type or mix.
+
+    A pure K type has the number of its S mix, as `llama-quantize --pure` writes it.
+    """
     renamed = {"F32": "ALL_F32", "Q2_K_M": "MOSTLY_Q2_K", "Q6_K_M": "MOSTLY_Q6_K"}
     renamed |= {pure: f"MOSTLY_{pure}_S" for pure in ("Q3_K", "Q4_K", "Q5_K")}
-    return int(LlamaFileType[renamed.get(kind, f"MOSTLY_{kind}")])
+    return int(LlamaFileType[renamed.get(name, f"MOSTLY_{name}")])
 
 
-def fallback_type(kind: str, columns: int) -> str:
-    """The type that holds `columns` in place of `kind`, whose blocks do not divide them.
+def fallback_type(gguf_type: str, columns: int) -> str:
+    """Returns the type that replaces `gguf_type`, whose blocks do not divide the number of columns.
 
-    llama.cpp stops where a type of blocks of 32 does not fit; F16 is what it takes where a fallback does not fit.
+    F16 is what llama.cpp takes if the fallback does not fit either. (If a type with blocks of 32 does not fit,
+    llama.cpp stops; here F16 replaces it too.)
     """
-    return FALLBACKS[kind] if kind in FALLBACKS and columns % 32 == 0 else "F16"
+    return FALLBACKS[gguf_type] if gguf_type in FALLBACKS and columns % 32 == 0 else "F16"

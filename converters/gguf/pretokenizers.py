@@ -1,8 +1,8 @@
-"""Which of llama.cpp's built-in word splitters a tokenizer.json asks for (`tokenizer.ggml.pre`).
+"""Finds llama.cpp's name (`tokenizer.ggml.pre`) for the word splitter of a tokenizer.json.
 
-A byte-level BPE tokenizer first cuts text into words by regular expressions. llama.cpp has those built in under names,
-so the name is found by the expressions themselves, and by `ignore_merges`, which the name implies as well. A test
-builds a tokenizer for every entry and compares its tokens with llama.cpp's.
+A byte-level BPE tokenizer first cuts text into words by regular expressions. llama.cpp has a set of built-in splitters,
+each with a name. The table here gives the name for the expressions and for `ignore_merges`, which the name implies
+too. A test builds a tokenizer for every entry and compares its tokens with llama.cpp's.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
     ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK), False): "deepseek-v3",
-    # llama.cpp leaves out the third; no token of such a tokenizer goes over what it would split.
+    # llama.cpp leaves out the third expression: no token of such a tokenizer crosses the splits that it would make.
     ((_PUNCTUATION, _GPT2, _DIGITS, "[0-9][0-9][0-9]"), False): "falcon",
 }
-"""(expressions one after the other, ignore_merges) -> llama.cpp's name."""
+"""(expressions in the order in which they split, ignore_merges) -> llama.cpp's name."""
 
 
 def pretokenizer_name(tokenizer: dict[str, Any]) -> str:
-    """llama.cpp's name for the splitter of a tokenizer.json.
+    """Returns llama.cpp's name for the word splitter of a tokenizer.json.
 
-    Raises UserError where llama.cpp has none that is known to be the same, saying what the user can do.
+    Raises UserError, with advice, if no splitter of llama.cpp is known to do the same.
     """
     expressions = _expressions(tokenizer.get("pre_tokenizer"))
     ignore_merges = bool(tokenizer["model"].get("ignore_merges", False))
@@ -69,21 +69,25 @@ def pretokenizer_name(tokenizer: dict[str, Any]) -> str:
 
 
 def _expressions(step: dict[str, Any] | None) -> tuple[str, ...]:
-    """The regular expressions by which a pre-tokenizer splits, in order; what is not one appears by its type."""
-    kind = (step or {}).get("type")
-    if step is None or kind is None:
+    """Returns the regular expressions by which a pre-tokenizer splits, in their order.
+
+    A step that does not split by a regular expression appears as its type in parentheses.
+    """
+    step_type = (step or {}).get("type")
+    if step is None or step_type is None:
         return ()
-    if kind == "Sequence":
-        return tuple(found for part in step["pretokenizers"] for found in _expressions(part))
-    if kind == "ByteLevel" and not step.get("add_prefix_space", True):
+    if step_type == "Sequence":
+        return tuple(expression for inner in step["pretokenizers"] for expression in _expressions(inner))
+    if step_type == "ByteLevel" and not step.get("add_prefix_space", True):
         return (_GPT2,) if step.get("use_regex", True) else ()
-    if kind == "Digits":
+    if step_type == "Digits":
         return (_DIGIT if step.get("individual_digits") else _DIGITS,)
-    if kind == "Punctuation" and step.get("behavior") == "Contiguous":
+    if step_type == "Punctuation" and step.get("behavior") == "Contiguous":
         return (_PUNCTUATION,)
     pattern = step.get("pattern") or {}
-    # Isolated keeps matches and what lies between; Removed and inverted keeps matches, and these match everything.
-    how = (step.get("behavior"), bool(step.get("invert", False)))
-    if kind == "Split" and "Regex" in pattern and how in (("Isolated", False), ("Removed", True)):
+    # "Isolated" keeps the matches and the text between them. "Removed" with invert keeps the matches alone, which is
+    # the same here, since these expressions match all of a text.
+    behavior = (step.get("behavior"), bool(step.get("invert", False)))
+    if step_type == "Split" and "Regex" in pattern and behavior in (("Isolated", False), ("Removed", True)):
         return (pattern["Regex"],)
-    return (f"({kind})",)
+    return (f"({step_type})",)

@@ -1,4 +1,4 @@
-"""Reading a GGUF file as a Hugging Face model: names, config, decoded weights. Trusts nothing in the file."""
+"""Reads a GGUF file as a Hugging Face model: names, config, decoded weights. What the file says is never trusted."""
 
 from __future__ import annotations
 
@@ -26,15 +26,17 @@ FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
 class GGUFModel:
-    """A GGUF file, or those of a split model by the first of them, memory-mapped, with `names`, `shape`, `read` and
-    `config` as in `lqexport.models.interface.Weights`.
+    """A model in a GGUF file, or in the files of a split model, memory-mapped.
 
-    paths      the files
+    It has `names`, `shape`, `read` and `config` as in `lqexport.models.interface.Weights`.
+
+    path       the file, or the first file of a split model
+    paths      all files
     metadata   every key of the (first) file, as Python values
     config     the model's config.json, rebuilt from the metadata
 
-    Raises UserError where the file is missing, truncated, not GGUF, or of an architecture or with tensors that are
-    not in the table.
+    Raises UserError if the file is missing, truncated or not GGUF, or if its architecture or one of its tensors is not
+    in the table of architectures.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,21 +47,23 @@ class GGUFModel:
         self._identify()
 
     def _candidates(self) -> list[Architecture]:
-        """Entries of the table that llama.cpp calls by the name in the file, for as many experts as it has."""
+        """Returns the entries of the table that have the file's architecture, expanded to its number of experts."""
         name = self.metadata.get("general.architecture")
         experts, leading = (self.metadata.get(f"{name}.{key}", 0) for key in (EXPERTS, LEADING))
-        alike = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
-        if not alike:
+        same_name = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
+        if not same_name:
             known = ", ".join(dict.fromkeys(entry.gguf for entry in ARCHITECTURES if entry.gguf))
             raise UserError(f"{self.path} holds a model of architecture {name!r}. Known: {known}.")
         if not isinstance(experts, int) or not 0 <= experts <= 4096:
             raise UserError(f"{self.path} is damaged: it says that it has {experts} experts.")
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
-        return [entry.expanded(experts, leading) for entry in alike if bool(entry.experts) == bool(experts)] or alike
+        return [
+            entry.expanded(experts, leading) for entry in same_name if bool(entry.experts) == bool(experts)
+        ] or same_name
 
     def _identify(self) -> None:
-        """The first candidate whose tensors the file has, all of them and no other."""
+        """Sets the architecture to the first candidate that has exactly the file's tensors."""
         for architecture in (candidates := self._candidates()):
             self._architecture = architecture
             self._keys = Metadata(str(self.path), architecture, self.metadata)
@@ -71,8 +75,8 @@ class GGUFModel:
                     raise
 
     def _known_names(self) -> dict[str, str]:
-        """Hugging Face name -> GGUF name of the file's tensors, in the order of the model."""
-        # A block holds more than one tensor; a damaged count must not make billions of names.
+        """Returns Hugging Face name -> GGUF name of the file's tensors, in the order of the model."""
+        # Each block has at least one tensor. Without this limit, a damaged count would make billions of names.
         layers = int(min(self._keys.number("block_count"), len(self._tensors)))
         known = gguf_names(self._architecture, layers)
         unknown = self._tensors.keys() - known.values() - set(FACTORS)
@@ -94,45 +98,51 @@ class GGUFModel:
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape as in a checkpoint, rows first."""
+        """Returns a tensor's shape as in a checkpoint, rows first."""
         shape = self._tensor(name).shape
         return shape if expert_number(name) is None else shape[1:]
 
     def codec_name(self, name: str) -> str:
-        """The name of the codec that a tensor is stored in. Raises UserError for a type that is not known here."""
-        kind = f"gguf:{self._tensor(name).kind}"
+        """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""
+        codec_name = f"gguf:{self._tensor(name).tensor_type}"
         if self._architecture.norm_plus and is_norm(name):
-            kind = kind.replace("gguf:", "gguf-norm:")
-        if kind not in names():
+            codec_name = codec_name.replace("gguf:", "gguf-norm:")
+        if codec_name not in names():
             raise UserError(
-                f"{self.path}: {name} is of the type {kind}, which is not supported. Known: {names('gguf')}."
+                f"{self.path}: {name} is of the type {codec_name}, which is not supported. Known: {names('gguf')}."
             )
-        return kind
+        return codec_name
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """Codec name, packed planes and shape of a tensor, its rows back in the order of Hugging Face."""
-        kind, shape = self.codec_name(name), self.shape(name)
-        if len(shape) == 1 and not isinstance(codec_named(kind), PlainCodec):
-            raise UserError(f"{self.path}: {name} is a vector, and of the type {kind}, which only matrices have.")
-        layout = codec_named(kind).layout(*_matrix(shape))
-        ((plane, (dtype, stored)),) = layout.items()
+        """Returns codec name, packed planes and shape of a tensor, with its rows in Hugging Face's order.
+
+        Raises UserError if the type is not supported, or does not fit the tensor.
+        """
+        codec_name, shape = self.codec_name(name), self.shape(name)
+        if len(shape) == 1 and not isinstance(codec_named(codec_name), PlainCodec):
+            raise UserError(f"{self.path}: {name} is a vector, and of the type {codec_name}, which only matrices have.")
+        layout = codec_named(codec_name).layout(*_matrix(shape))
+        ((plane, (dtype, stored_shape)),) = layout.items()
         rows = self._data(name).view(dtype).reshape(shape[0], -1)
         order = row_order(self._architecture, self.config, name, shape[0])
         if order is not None:
             rows = rows[np.argsort(order)]
-        return kind, {plane: rows.reshape(stored)}, shape
+        return codec_name, {plane: rows.reshape(stored_shape)}, shape
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
-        kind, planes, shape = self.planes(name)
-        with np.errstate(invalid="ignore", over="ignore"):  # said below in a sentence
-            weights = codec_named(kind).decode(planes, shape[-1]).reshape(shape)
+        """Returns a tensor's decoded weights, float32, in its shape.
+
+        Raises UserError as `planes`, and if a weight is infinite or not a number.
+        """
+        codec_name, planes, shape = self.planes(name)
+        with np.errstate(invalid="ignore", over="ignore"):  # reported below
+            weights = codec_named(codec_name).decode(planes, shape[-1]).reshape(shape)
         if not np.isfinite(weights).all():
             raise UserError(f"{self.path}: {name} holds weights that are infinite or not a number.")
         return weights
 
     def _data(self, name: str) -> NDArray[np.uint8]:
-        """A tensor's bytes; an expert's are its share of those of its block."""
+        """Returns a tensor's bytes; those of an expert are a slice of its block's stacked tensor."""
         tensor, expert = self._tensor(name), expert_number(name)
         if expert is None:
             return tensor.data
@@ -147,12 +157,12 @@ class GGUFModel:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """config.json of the model."""
+        """The content of the model's config.json, rebuilt from the metadata and the tensors."""
         factors = {name: self._tensors[name].data.view(np.float32) for name in FACTORS if name in self._tensors}
         vocabulary = self.shape(self._architecture.embedding)[0]
         return config_of(self._keys, vocabulary, set(self._names), factors)
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """[rows, columns]; a vector is one row."""
+    """Returns (rows, columns); a vector is one row."""
     return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])

@@ -1,1 +1,1 @@
-"""Families of models: their tensors' names, and how they compute."""
+"""The table of architectures: tensor names, settings of config.json, rotary embedding."""

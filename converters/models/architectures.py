@@ -1,8 +1,7 @@
-"""The table of architectures: one entry makes a family of models known to the whole program. The pipeline, the planner
-and the converters read only this.
+"""The table of architectures. One entry makes a family of models known to the pipeline, the planner and the converters.
 
-`tests/test_families.py` runs a small model of every entry in llama.cpp against transformers, and `docs/models.md` is
-made from here.
+`tests/test_families.py` runs a small model of every entry in llama.cpp and compares it with transformers.
+`tools/models_table.py` makes the table of `docs/models.md` from these entries.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ INTERLEAVED = {
 
 
 def _four_times(config: Config) -> Config:
-    """The width of the MLP where config.json does not say it."""
+    """Returns the width of the MLP, 4 x hidden_size, where config.json does not give it."""
     return {} if config.get("intermediate_size") else {"intermediate_size": 4 * config.get("hidden_size", 0)}
 
 
@@ -56,11 +55,11 @@ GEMMA3_SIZES = {
     "query_pre_attn_scalar": 256,
     "sliding_window": 4096,
 }
-"""What transformers takes where config.json gives no size, as those of models with images do."""
+"""transformers' defaults for the sizes that a config.json leaves out, as those of Gemma 3 models with images do."""
 
 
 def _gemma3_rope(config: Config) -> Config:
-    """Both kinds of blocks' rotations, where config.json is of before transformers 5."""
+    """Returns the rotary settings of both types of blocks, where config.json is older than transformers 5."""
     if config.get("rope_parameters"):
         return {}
     full = {"rope_type": "default", **(config.get("rope_scaling") or {}), "rope_theta": config.get("rope_theta", 1e6)}
@@ -107,7 +106,7 @@ QWEN3 = replace(
     classes=("Qwen3ForCausalLM",),
     model_type="qwen3",
     gguf="qwen3",
-    exl2=None,  # its norms of heads subtract the mean
+    exl2=None,  # ExLlamaV2's norms of heads subtract the mean
     gguf_block={
         "input_layernorm": "attn_norm",
         **ATTENTION,
@@ -128,7 +127,7 @@ GEMMA2 = replace(
     exl2=ExLlamaV2(),
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **GATED},
     norm_plus=1,
-    adds=False,  # their norms
+    adds=False,  # norms come between the outputs and the sum
     keys=(
         RMS_NORM,
         Key("attn_logit_softcapping", "attn_logit_softcapping", float, 50.0),
@@ -147,7 +146,7 @@ GEMMA3 = replace(
     classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
     model_type="gemma3_text",
     gguf="gemma3",
-    # It knows the model with images alone, which need not have any.
+    # ExLlamaV2 knows only the model with images; it also loads one without image tensors.
     exl2=ExLlamaV2(renamed={"^": "language_model."}, called="Gemma3ForConditionalGeneration"),
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **HEAD_NORMS, **GATED},
     renamed={r"^(model\.)?language_model\.(model\.)?": "model."},
@@ -265,12 +264,17 @@ DEEPSEEK_KEYS = (
     Key("expert_weights_scale", "routed_scaling_factor", float, 1.0),
 )
 SOFTMAX, SIGMOID = 1, 2
-"""What makes an expert's share of its score: llama.cpp's numbers, which config.json gets as `expert_gating_func`."""
+"""The function that turns the score of an expert into its weight.
+
+The numbers are llama.cpp's. A config.json that is rebuilt from GGUF has them as `expert_gating_func`."""
 
 
 def _latent(config: Config) -> Config:
-    """Each query head has a key of its own, whatever config.json gives as their number. Where experts of all groups may
-    be chosen there are no groups, and llama.cpp wants none."""
+    """Returns the number of key heads, and the groups of experts where they have no effect.
+
+    Each query head has its own key head, whatever number config.json gives. Where experts of all groups may be chosen,
+    groups change nothing, and llama.cpp wants none.
+    """
     groups, chosen = config.get("n_group") or 1, config.get("topk_group") or 1
     none = {"n_group": 1, "topk_group": 1} if chosen >= groups else {}
     return {"num_key_value_heads": config.get("num_attention_heads")} | none
@@ -304,7 +308,7 @@ DEEPSEEK_V3 = replace(
     experts="n_routed_experts",
     dense="first_k_dense_replace",
     rows={},
-    unused=(*LLAMA.unused, r"^model\.layers\.61\."),  # predicts the token after the next one
+    unused=(*LLAMA.unused, r"^model\.layers\.61\."),  # the extra block that predicts the token after the next one
     keys=(
         *DEEPSEEK_KEYS,
         Key("expert_group_count", "n_group", int, 1),
@@ -328,7 +332,7 @@ DEEPSEEK_V3 = replace(
 
 
 def _with_plain_queries(entry: Architecture, family: str) -> Architecture:
-    """The smaller models of a family, in which only keys and values are latent."""
+    """Returns the entry for a family's smaller models, in which only keys and values are latent."""
     modules = {name: gguf for name, gguf in entry.gguf_block.items() if name not in LATENT_QUERY}
     (_, _, *others), keys = entry.linears, tuple(key for key in entry.keys if key.config != "q_lora_rank")
     return replace(
@@ -399,9 +403,9 @@ GRANITE = replace(
     classes=("GraniteForCausalLM",),
     model_type="granite",
     gguf="granite",
-    # It multiplies scales by residual_multiplier and rounds them once more, to numbers that the solver did not see.
+    # ExLlamaV2 multiplies scales by residual_multiplier and rounds them again, to numbers that the solver did not see.
     exl2=None,
-    adds=False,  # residual_multiplier times them
+    adds=False,  # the outputs are multiplied by residual_multiplier first
     keys=(
         RMS_NORM,
         Key("attention.scale", "attention_multiplier", float, 1.0),
@@ -481,7 +485,7 @@ FALCON_7B = replace(
     when={"new_decoder_architecture": (False, None)},
     gguf_block={"input_layernorm": "attn_norm"}
     | {module: name for module, name in FALCON.gguf_block.items() if module not in ("ln_attn", "ln_mlp")},
-    # It has one key head, whatever its config.json gives as their number.
+    # The model has one key head, whatever number its config.json gives.
     derived=lambda config: _four_times(config) | {"num_key_value_heads": 1},
     fixed=FALCON.fixed | {"multi_query": (True,)},
 )
@@ -575,9 +579,9 @@ OPT = Architecture(
     classes=("OPTForCausalLM",),
     model_type="opt",
     gguf=None,
-    adds=False,  # norms follow in the one of 350 million weights
+    adds=False,  # in the model of 350 million weights, norms come after the sums
     linears=(QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-    # The order of the tensors; there are no such names in GGUF.
+    # llama.cpp does not run OPT. The GGUF names only give the modules' roles and the order of the tensors.
     gguf_block={
         "self_attn_layer_norm": "attn_norm",
         "self_attn.q_proj": "attn_q",
@@ -618,7 +622,7 @@ BERT = Architecture(
         ("intermediate.dense",),
         ("output.dense",),
     ),
-    # Each norm comes after the sum of what it names and its input.
+    # A norm follows the linear after which it is listed: it is applied to the linear's output plus the residual.
     gguf_block={
         "attention.self.query": "attn_q",
         "attention.self.key": "attn_k",
@@ -646,13 +650,13 @@ BERT = Architecture(
     ),
     defaults={"max_position_embeddings": 512, "type_vocab_size": 2},
     fixed={"hidden_act": ("gelu",), "is_decoder": (False,), "position_embedding_type": ("absolute",)},
-    # There is no output, so none is missing.
+    # There is no output layer; a tied output is the way to say that none is missing.
     derived=lambda config: {"tie_word_embeddings": True},
     rope_types=(),
     free_heads=False,
     blocks="encoder.layer",
     embedding="embeddings.word_embeddings.weight",
-    # After the last block, but embeddings do not go through it.
+    # The only module after the last block. The text's embedding does not go through it.
     final_norm="pooler.dense",
 )
 
@@ -683,15 +687,21 @@ ARCHITECTURES = (
 
 
 def find_architecture(config: Config) -> Architecture | None:
-    """The entry for a config.json, its experts still as `*`; None where it names an architecture without one."""
+    """Returns the entry for a config.json, with `*` still in the names of experts.
+
+    Returns None where config.json names an architecture that the table does not have.
+    """
     names = config.get("architectures") or []
     named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
     return next((entry for entry in named if all(config.get(key) in said for key, said in entry.when.items())), None)
 
 
 def architecture_of(config: Config) -> Architecture:
-    """The entry for a config.json, for as many experts as that says. Raises UserError where it names an architecture
-    that is not in the table, or gives no number of experts where there are some."""
+    """Returns the entry for a config.json, expanded to its number of experts.
+
+    Raises UserError if it names an architecture that is not in the table, or if the architecture has experts and
+    config.json does not give their number.
+    """
     if (architecture := find_architecture(config)) is None:
         names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
         known = ", ".join(name for entry in ARCHITECTURES for name in entry.classes)
@@ -707,13 +717,15 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def normalized(config: Config) -> Config:
-    """config.json with the usual names for what its architecture calls otherwise or leaves out; of a model with images,
-    that of its text part."""
+    """Returns config.json under the usual names of its keys, with the architecture's defaults filled in.
+
+    For a model with images, this is the config of its text part.
+    """
     if (architecture := find_architecture(config)) is None:
         return config
     if "text_config" in config:
         config = config["text_config"] | {"architectures": [architecture.classes[0]]}
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
-    found = architecture.defaults | usual | config
-    return found | architecture.derived(found)
+    complete = architecture.defaults | usual | config
+    return complete | architecture.derived(complete)

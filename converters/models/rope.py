@@ -1,4 +1,4 @@
-"""Rotary position embedding: the settings of config.json, and the factors that llama.cpp reads as tensors."""
+"""Rotary position embedding (rope): the settings of config.json, and the factors that llama.cpp reads as tensors."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from lqexport.errors import UserError
 ROPE_FACTORS = "rope_freqs.weight"
 """The GGUF tensor that holds `llama3_factors`."""
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
-"""Those that hold longrope's `long_factor` and `short_factor`."""
+"""The GGUF tensors that hold longrope's `long_factor` and `short_factor`."""
 
 
 def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """`rope_theta`, `rope_type` and what the type needs, from either spelling of config.json; where some blocks have
-    settings of their own, those of the blocks that attend to the whole context.
+    """Returns the rotary settings of config.json: `rope_theta`, `rope_type`, and the settings of that type.
 
-    transformers 5 writes `rope_parameters`, earlier versions `rope_theta` and `rope_scaling`, with `rope_type` or
-    `type` in it.
+    transformers 5 writes them as `rope_parameters`. Earlier versions write `rope_theta` and `rope_scaling`, with
+    `rope_type` or `type` in it. Where blocks with a sliding window have other settings, these are the settings of the
+    blocks that attend to the whole context.
     """
     scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     scaling = dict(scaling.get("full_attention") or scaling)
@@ -37,30 +37,32 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def window_theta(config: dict[str, Any]) -> float | None:
-    """`rope_theta` of the blocks that attend to a sliding window, None where they have none of their own."""
-    parts = config.get("rope_parameters") or {}
-    theta = (parts.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
+    """Returns `rope_theta` of the blocks that attend to a sliding window; None where it is that of all blocks."""
+    settings = config.get("rope_parameters") or {}
+    theta = (settings.get("sliding_attention") or {}).get("rope_theta", config.get("rope_local_base_freq"))
     return None if theta is None else float(theta)
 
 
 def head_dim(config: dict[str, Any]) -> int:
-    """Columns of a query's head; config.json need not say it."""
+    """Returns the number of columns of a query head; the default is hidden_size / heads."""
     if "qk_rope_head_dim" in config:
         return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
     return int(config.get("head_dim") or config["hidden_size"] // head_count(config))
 
 
 def rotary_dim(config: dict[str, Any]) -> int:
-    """How many of a head's columns are rotated."""
+    """Returns how many columns of a head are rotated."""
     if "qk_rope_head_dim" in config:
         return int(config["qk_rope_head_dim"])
-    part = rope_settings(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return int(head_dim(config) * part)
+    share = rope_settings(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    return int(head_dim(config) * share)
 
 
 def rope_factors(config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
-    """What llama.cpp divides the rotary frequencies by, float32 [rotary_dim / 2], by the GGUF names of those tensors;
-    {} where it needs none. Raises UserError where a setting is missing."""
+    """Returns the tensors by which llama.cpp divides the rotary frequencies: GGUF name -> float32 [rotary_dim / 2].
+
+    Returns {} for a rope type that needs none. Raises UserError if config.json lacks a setting of the type.
+    """
     settings = rope_settings(config)
     if settings["rope_type"] == "llama3":
         return {ROPE_FACTORS: llama3_factors(config)}
@@ -78,8 +80,11 @@ def _long_factors(settings: dict[str, Any], key: str, count: int) -> NDArray[np.
 
 
 def longrope_attention(config: dict[str, Any]) -> float:
-    """What longrope multiplies rotated queries and keys by: sqrt(1 + ln(factor) / ln(original context length)),
-    `_compute_longrope_parameters` of transformers. Raises UserError where a setting is missing."""
+    """Returns the factor by which longrope multiplies rotated queries and keys.
+
+    It is `attention_factor` where config.json gives it, else sqrt(1 + ln(factor) / ln(original context length)), as in
+    `_compute_longrope_parameters` of transformers. Raises UserError if the original context length is missing.
+    """
     settings = rope_settings(config)
     if settings.get("attention_factor"):
         return float(settings["attention_factor"])
@@ -91,11 +96,12 @@ def longrope_attention(config: dict[str, Any]) -> float:
 
 
 def llama3_factors(config: dict[str, Any]) -> NDArray[np.float32]:
-    """What llama.cpp divides each rotary frequency by, float32 [rotary_dim / 2], for rope_type `llama3`.
+    """Returns the divisors of the rotary frequencies for rope_type `llama3`, float32 [rotary_dim / 2].
 
-    1 for wavelengths below original / high_freq_factor, `factor` above original / low_freq_factor, and in between
-    1 / ((1 - s) / factor + s) with s falling linearly in the frequency (Llama 3.1, `_compute_llama3_parameters` of
-    transformers). Raises UserError where a setting is missing.
+    The divisor is 1 for wavelengths below original / high_freq_factor, and `factor` for wavelengths above
+    original / low_freq_factor. In between it is 1 / ((1 - s) / factor + s), with s linear in the frequency, from 0 at
+    the longest of these wavelengths to 1 at the shortest (Llama 3.1, `_compute_llama3_parameters` of transformers).
+    Raises UserError if a setting is missing.
     """
     settings = rope_settings(config)
     try:

@@ -1,4 +1,4 @@
-"""Tensor names: which tensors a model has, in the order in which data flows, and what GGUF calls them."""
+"""Tensor names: which tensors a model has, in the order in which data flows, and their names in GGUF."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
 
 def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
-    """Hugging Face name -> GGUF name of every tensor that the architecture may have, in the order of the model.
+    """Returns Hugging Face name -> GGUF name for every tensor that the architecture may have, in the model's order.
 
     Example: `model.layers.0.self_attn.q_proj.weight` -> `blk.0.attn_q.weight`. The experts of a block share one GGUF
-    tensor, in which they lie one after the other.
+    tensor, which holds them one after the other.
     """
-    embedding, *others = architecture.gguf_top.items()
+    embedding, *after_blocks = architecture.gguf_top.items()
     blocks = [
         (f"{architecture.blocks}.{layer}.{name}", f"blk.{layer}.{gguf}")
         for layer in range(layers)
-        for module, known in architecture.modules_of(layer).items()
-        for name, gguf in _tensors(module, known)
+        for module, gguf_module in architecture.modules_of(layer).items()
+        for name, gguf in _tensors(module, gguf_module)
     ]
-    return dict([embedding, *blocks, *others])
+    return dict([embedding, *blocks, *after_blocks])
 
 
 def _tensors(module: str, gguf: str) -> list[tuple[str, str]]:
-    """Those of a module, or the one that is named itself."""
-    kinds = ("weight", "bias")
-    return [(module, gguf)] if gguf.endswith(".bias") else [(f"{module}.{kind}", f"{gguf}.{kind}") for kind in kinds]
+    """Returns (Hugging Face name, GGUF name) of a module's weight and bias, or of a tensor that `gguf` names itself."""
+    ends = ("weight", "bias")
+    return [(module, gguf)] if gguf.endswith(".bias") else [(f"{module}.{end}", f"{gguf}.{end}") for end in ends]
 
 
 def needed_names(architecture: Architecture, layers: int) -> list[str]:
-    """The Hugging Face names of `gguf_names` that no model of the architecture lacks; the output is not among them."""
+    """Returns the Hugging Face names of the tensors that every model of the architecture has, the output aside."""
     names = [name for name in gguf_names(architecture, layers) if not name.endswith(".bias")]
     return [name for name in names if name != architecture.output]
 
 
 def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] | None:
-    """(layer, module, `weight` or `bias`) of a tensor of a decoder block, None for any other.
+    """Returns (layer, module, `weight` or `bias`) of a tensor of a decoder block, and None for any other tensor.
 
     Example: `model.layers.3.mlp.up_proj.weight` -> (3, "mlp.up_proj", "weight").
     """
@@ -50,18 +50,18 @@ def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] 
     layer, _, rest = name.removeprefix(prefix).partition(".")
     if not layer.isdecimal() or len(layer) > 9:
         return None
-    module, _, kind = rest.rpartition(".")
-    return int(layer), module, kind
+    module, _, end = rest.rpartition(".")
+    return int(layer), module, end
 
 
 def expert_number(name: str) -> int | None:
-    """Which of its block's experts a tensor belongs to, None where it is of none."""
-    found = _EXPERT.search(name)
-    return int(found[1]) if found else None
+    """Returns the number of the expert that a tensor belongs to; None for a tensor of no expert."""
+    match = _EXPERT.search(name)
+    return int(match[1]) if match else None
 
 
 def of_each_expert(name: str) -> str:
-    """A name with `*` for the number of the expert, where it has one."""
+    """Returns a tensor's name with `*` in place of an expert's number."""
     return _EXPERT.sub(f".experts.{EACH}.", name)
 
 
@@ -82,7 +82,10 @@ def is_tied(config: dict[str, Any]) -> bool:
 
 
 def head_count(config: dict[str, Any], key: str = "num_attention_heads") -> int:
-    """A head count of config.json; models without grouped queries need not give that of keys and values."""
+    """Returns a head count of config.json; the number of key and value heads is by default that of query heads.
+
+    Raises UserError if config.json gives no such number.
+    """
     count = config.get(key) or config.get("num_attention_heads")
     if not isinstance(count, int) or count < 1:
         raise UserError(f"config.json gives no {key}.")
