@@ -1,9 +1,9 @@
-"""The factor of a damped Hessian that error feedback goes by: U with H^-1 = U^T U, in panels of columns.
+"""Computes the Cholesky factor that error feedback needs: U with H^-1 = U^T U for a damped Hessian H.
 
-H and U are of 28672 columns in a model of 70 billion weights, and a float64 matrix of those is 6.6 GB. So neither H in
-float64 nor an inverse is ever whole: only panels of the triangle are, computed one by one (left-looking Cholesky, then
-the inverse in its place), and each goes to where panels are kept, on the device or elsewhere, while others are made.
-The arithmetic is the same wherever that is, on contiguous copies on the device, and so are the bits.
+In a model of 70 billion weights H and U have 28672 columns, and a float64 matrix of that size is 6.6 GB. So neither H
+in float64 nor its inverse is ever held whole. U is computed in panels of columns, one by one: a left-looking Cholesky
+factorization, then the inverse in its place. Finished panels are kept on the device or elsewhere while the next one is
+computed. The device always computes on contiguous copies, so the bits do not depend on where panels are kept.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from lqexport.errors import UserError
 from lqexport.runtime.placement import Keep, in_place
 
 PANEL = 2048
-"""Columns in a panel. The last bits of a factor depend on it, so it never depends on how much memory there is."""
+"""Columns in a panel. The last bits of U depend on it, so it must not depend on how much memory there is."""
 
 SHARE_OF_MEDIAN = 0.5
-"""What is added to the diagonal, where nothing is asked for, over its median."""
+"""The default dampening, over the median of the diagonal (see `usual_dampening`)."""
 
 
 @dataclass(frozen=True)
 class CholeskyFactor:
-    """U of a damped Hessian in solve order.
+    """The upper triangular U with H^-1 = U^T U, for a damped Hessian H whose columns are in solve order.
 
-    panels      float64 [stop, at most PANEL]: columns of U, without the zeros below the triangle
-    order       int64 [C], on the device that computes
-    dampening   what it took
+    panels      columns of U, float64 [stop, at most PANEL], without the rows below the panel, which are zero
+    order       the solve order, int64 [C], on the device that computes: column i of U is column order[i] of H
+    dampening   what was added to the diagonal of H, over the diagonal's mean
     """
 
     panels: list[Tensor]
@@ -37,45 +37,51 @@ class CholeskyFactor:
     dampening: float
 
     def rows(self, run: slice) -> Tensor:
-        """float32 U[run, run.start:] on the device that computes."""
+        """Returns U[run, run.start:], float32, on the device that computes."""
         parts = []
         for columns, panel in zip(runs(len(self.order)), self.panels, strict=True):
             if columns.stop > run.start:
                 part = panel[run, max(0, run.start - columns.start) :].to(self.order.device).float()
-                # A panel that ends within the run has no rows below its end: those are zeros.
+                # A panel that ends within the run does not store the zero rows below its end.
                 parts.append(torch.nn.functional.pad(part, (0, 0, 0, run.stop - run.start - len(part))))
         return torch.cat(parts, dim=1)
 
     def diagonal(self) -> Tensor:
-        """float64 U_ii [C]."""
+        """Returns U_ii in solve order, float64 [C]."""
         parts = [panel[-panel.shape[1] :].diagonal().to(self.order.device) for panel in self.panels]
         return torch.cat(parts)
 
     def inverse_diagonal(self) -> Tensor:
-        """float64 (H^-1)_ii [C], in solve order: the squared lengths of U's columns."""
+        """Returns (H^-1)_ii in solve order, float64 [C]: the squared lengths of U's columns."""
         return torch.cat([panel.square().sum(0).to(self.order.device) for panel in self.panels])
 
 
 def runs(columns: int) -> list[slice]:
-    """The columns of each panel."""
+    """Returns the slice of columns of each panel."""
     return [slice(start, min(start + PANEL, columns)) for start in range(0, columns, PANEL)]
 
 
 def usual_dampening(diagonal: Tensor) -> float:
-    """What is added to a diagonal over its mean, so that it is a share of the median of the columns with any input.
-    Where a few columns rule the mean, as before queries and keys, a share of that is too much for the others; where
-    none does, the usual 0.05 or less is too little: what the solver gains on its own tokens it loses on others
-    (docs/experiments.md)."""
+    """Returns the default dampening for a Hessian's diagonal [C], as a share of the diagonal's mean.
+
+    It amounts to `SHARE_OF_MEDIAN` times the median of the columns that have any input. A share of the mean is too much
+    where a few columns rule the mean, as before queries and keys. Where no column does, the usual share of 0.05 or less
+    is too little: what the solver gains on its calibration tokens it loses on other tokens (docs/experiments.md).
+    """
     used = diagonal[diagonal > 0]
     return SHARE_OF_MEDIAN * float(used.median() / diagonal.mean()) if len(used) else 0.0
 
 
 def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: Keep = in_place) -> CholeskyFactor:
-    """U with (damped H)^-1 = U^T U for a symmetric `hessian` [C, C], columns in act-order (descending diagonal) where
-    asked; `keep` puts each panel where it stays. `dampening` is over the diagonal's mean (None: `usual_dampening`).
+    """Returns the Cholesky factor of a damped Hessian.
 
-    Where the factorization fails, the dampening rises tenfold and again, up to 10; the result says what it took. Raises
-    UserError beyond that.
+    hessian     symmetric [C, C]
+    dampening   what is added to the diagonal, over the diagonal's mean (None: `usual_dampening`)
+    act_order   whether columns are solved by descending diagonal instead of from left to right
+    keep        puts each finished panel where it stays
+
+    If the factorization fails, the dampening rises tenfold, again and again, up to 10; the result records it. Raises
+    UserError if it fails at 10, too.
     """
     diagonal = hessian.diagonal()
     natural = torch.arange(len(diagonal), device=hessian.device)
@@ -92,9 +98,12 @@ def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: K
 
 
 def _root(hessian: Tensor, order: Tensor, dampening: float, keep: Keep) -> list[Tensor]:
-    """R upper triangular with damped H = R R^T, H in `order`, so that U = R^-1. The last panel comes first."""
+    """Returns the panels of R, upper triangular with damped H = R R^T and H in `order`. Then U = R^-1.
+
+    The last panel is computed first.
+    """
     mean = hessian.diagonal().double().mean()
-    extra = torch.where(mean > 0, dampening * mean, 1.0)  # as `solve.damped`
+    extra = torch.where(mean > 0, dampening * mean, 1.0)  # as `feedback.damped` does
     panels: dict[int, Tensor] = {}
     for run in reversed(runs(len(order))):
         panel = hessian[:, order[run]][order[: run.stop]].double()
@@ -103,7 +112,7 @@ def _root(hessian: Tensor, order: Tensor, dampening: float, keep: Keep) -> list[
         for kept in panels.values():
             later = kept.to(hessian.device)
             panel -= later[: run.stop] @ later[run].mT
-        # Cholesky of the reversed matrix, reversed
+        # torch's factor is lower triangular: reversing the matrix before and the factor after makes it upper.
         corner.copy_(torch.linalg.cholesky(corner.flip(0, 1)).flip(0, 1))
         above = panel[: run.start]
         above.copy_(torch.linalg.solve_triangular(corner.mT, above, upper=False, left=False))
@@ -112,7 +121,10 @@ def _root(hessian: Tensor, order: Tensor, dampening: float, keep: Keep) -> list[
 
 
 def _inverted(panels: list[Tensor], device: torch.device, keep: Keep) -> list[Tensor]:
-    """The panels of R^-1 in the place of those of R. The last needs all of R, the one before it all but the last."""
+    """Replaces the panels of R by those of R^-1, the last panel first.
+
+    A panel of R^-1 needs its own panel of R and those to the left of it, so it may overwrite its own.
+    """
     columns = runs(panels[-1].shape[0])
     for index in reversed(range(len(panels))):
         run = columns[index]

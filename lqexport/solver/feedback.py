@@ -1,13 +1,14 @@
-"""Finding the codes of one linear inside a fixed format: error feedback, then coordinate descent.
+"""Finds the codes of one linear on a given grid: error feedback, then coordinate descent.
 
-The loss of a row is (q - w) H (q - w)^T, H the second moments of the linear's inputs: the squared error of its output.
-Rows are independent. The solver sees a grid, never a format's bytes.
+The loss of a row is (q - w) H (q - w)^T, the squared error of its output; H is the second moments of the linear's
+inputs. Rows are independent of each other. The solver sees a grid, never a format's bytes.
 
-Error feedback is GPTQ's (Frantar et al. 2022, eq. 2 and 3): with H^-1 = U^T U, U upper triangular, column i is rounded
-to its nearest grid value and the error (w_i - q_i) / U_ii is spread over the columns that follow by U's row i.
+Error feedback is GPTQ's (Frantar et al. 2022, eq. 2 and 3), with H^-1 = U^T U and U upper triangular. Column i is
+rounded to its nearest grid value. Its error (w_i - q_i) / U_ii, times row i of U, is subtracted from the columns that
+follow.
 
-CPU tensors go through `lqexport.kernels.cpu`, those on a GPU through the CUDA kernels where CuPy is installed, all
-others through `lqexport.solver.solve_torch`. All do the same arithmetic.
+Tensors on the CPU go through `lqexport.kernels.cpu`, those on a GPU through the CUDA kernels if CuPy is installed, and
+all others through `lqexport.solver.solve_torch`. All three do the same arithmetic.
 """
 
 from __future__ import annotations
@@ -26,14 +27,19 @@ from lqexport.solver import solve_cpu, solve_cuda, solve_torch
 from lqexport.solver.cholesky import CholeskyFactor
 
 FEEDBACK_BLOCK = 128
+"""Columns that error feedback solves before it spreads their errors over all later columns."""
 REFINE_BLOCK = 256
+"""Columns that coordinate descent takes at once, about."""
 REFIT_ROWS = 64
-"""Rows whose tables are refitted at once; bounds the memory that takes."""
+"""Rows whose tables are refitted at once. It bounds the memory that the refit takes."""
 
 
 def damped(hessian: Tensor, dampening: float) -> Tensor:
-    """H plus `dampening` times its mean diagonal on the diagonal. Columns whose input is always zero get it too, so
-    they are rounded by themselves; a Hessian of zeros becomes the identity."""
+    """Returns H with `dampening` times the mean of its diagonal added to the diagonal.
+
+    Columns whose input is always zero get it too, so they are rounded by themselves. A Hessian of zeros becomes the
+    identity.
+    """
     mean = hessian.diagonal().mean()
     matrix = hessian.clone()
     matrix.diagonal().add_(torch.where(mean > 0, dampening * mean, 1.0))
@@ -41,24 +47,30 @@ def damped(hessian: Tensor, dampening: float) -> Tensor:
 
 
 def layer_loss(difference: Tensor, hessian: Tensor) -> float:
-    """Sum over rows of d H d^T for d [R, C] = Q - W: the summed squared error of the outputs, per unit of H."""
+    """Returns the sum over rows of d H d^T for `difference` [R, C], Q - W.
+
+    It is the squared error of the outputs, summed over them, in the unit of H (such as squared error per token).
+    """
     return sum(float(((tile @ hessian) * tile).sum()) for tile in tiles(difference))
 
 
 def feedback(weights: Tensor, grid: TensorGrid | TensorSections, cholesky: CholeskyFactor) -> Tensor:
-    """Codes uint8 [R, C] by error feedback through float32 weights [R, C] in the factor's order."""
+    """Returns codes uint8 [R, C] for float32 weights [R, C] by error feedback.
+
+    Columns are solved in the order of the Cholesky factor; the result has them in the order of the weight matrix.
+    """
     remaining = weights[:, cholesky.order].contiguous()
     ordered = torch.empty_like(remaining, dtype=torch.uint8)
-    for run, columns, part in grid.runs(cholesky.order):
-        scale, offset = part.per_group(len(weights))
+    for run, columns, run_grid in grid.runs(cholesky.order):
+        scale, offset = run_grid.per_group(len(weights))
         for start in range(run.start, run.stop, FEEDBACK_BLOCK):
             block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
-            spread = columns[block.start - run.start : block.stop - run.start] // part.group
+            group_of_column = columns[block.start - run.start : block.stop - run.start] // run_grid.group
             upper = cholesky.rows(block)
             width = len(upper)
             ordered[:, block], errors = backend(weights).feedback_block(
-                remaining[:, block].contiguous(), upper[:, :width].contiguous(), scale[:, spread].contiguous(),
-                offset[:, spread].contiguous(), part.levels, part.uniform, part.half,
+                remaining[:, block].contiguous(), upper[:, :width].contiguous(), scale[:, group_of_column].contiguous(),
+                offset[:, group_of_column].contiguous(), run_grid.levels, run_grid.uniform, run_grid.half,
             )  # fmt: skip
             remaining[:, block.stop :] -= product(errors, upper[:, width:])
     codes = torch.empty_like(ordered)
@@ -69,10 +81,13 @@ def feedback(weights: Tensor, grid: TensorGrid | TensorSections, cholesky: Chole
 def refine(
     weights: Tensor, hessian: Tensor, grid: TensorGrid, codes: Tensor, *, sweeps: int, refit: bool
 ) -> tuple[TensorGrid, Tensor]:
-    """Coordinate descent over codes, and over the stored scales and offsets or the tables where `refit`; never raises
-    the loss.
+    """Returns a new grid and new codes after coordinate descent, which never raises the loss.
 
-    weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]. Returns a new grid and new codes.
+    weights   float32 [R, C]
+    hessian   float32 [C, C], damped
+    codes     uint8 [R, C]
+    sweeps    how often every code is visited
+    refit     whether stored scales and offsets, or the tables, move too
     """
     codes = codes.clone()
     values = grid.values(codes)
@@ -84,27 +99,31 @@ def refine(
             values = grid.values(codes)
             gradient = product(values - weights, hessian)
         for block in _blocks(grid):
-            part = values[:, block].contiguous()
+            new = values[:, block].contiguous()
             backend(weights).refine_block(
-                part, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
+                new, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
             )
-            gradient += product(part - values[:, block], hessian[block])
-            values[:, block] = part
+            gradient += product(new - values[:, block], hessian[block])
+            values[:, block] = new
     return grid, codes
 
 
 def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Tensor) -> tuple[TensorGrid, Tensor]:
-    """The best table of each row for fixed codes, as float16: c - (P^T H P)^-1 P^T g for the table c, with P [C, K] the
-    row's codes as indicators and g [C] its gradient (LNQ's closed form: Kim et al. 2025, section 4). A row whose
-    rounded table would not lower the loss keeps its own. Codes follow where a table must be sorted anew.
+    """Returns the grid with the best table of each row for fixed codes, rounded to float16, and the codes.
+
+    The new table is c - (P^T H P)^-1 P^T g (LNQ's closed form: Kim et al. 2025, section 4). c [K] is the row's present
+    table, g [C] its row of `gradient`, which is (Q - W) H, and P [C, K] is 1 where a column has a code, else 0. A row
+    keeps its present table if the rounded new one does not lower the loss. If a new table has to be sorted, its codes
+    are renumbered. docs/solver.md has a worked example ("The refit of a table").
     """
     count = grid.levels.shape[1]
     parts = []
-    for levels, slope, code in zip(*(part.split(REFIT_ROWS) for part in (grid.levels, gradient, codes)), strict=True):
-        indicator = torch.nn.functional.one_hot(code.long(), count).to(slope.dtype)  # [r, C, K]
+    chunks = zip(*(rows.split(REFIT_ROWS) for rows in (grid.levels, gradient, codes)), strict=True)
+    for levels, slope, row_codes in chunks:
+        indicator = torch.nn.functional.one_hot(row_codes.long(), count).to(slope.dtype)  # [r, C, K]
         right = torch.einsum("rck,rc->rk", indicator, slope).double()
-        matrix = backend(levels).table_products(hessian, code, count)
-        # A level that no code uses has no row in the matrix: the ridge keeps it where it is.
+        matrix = backend(levels).table_products(hessian, row_codes, count)
+        # A level that no code uses has only zeros in the matrix: the ridge keeps that level where it is.
         ridge = 1e-7 * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
         step = torch.linalg.solve(matrix + ridge * torch.eye(count, device=matrix.device), -right)
         new = (levels + step).clamp(-65504, 65504).half().float()
@@ -115,14 +134,14 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
 
 
 def backend(tensor: Tensor) -> ModuleType:
-    """Where the solver's blocks run."""
+    """Returns the module whose inner loops run on the tensor's device."""
     if tensor.device.type == "cpu":
         return solve_cpu
     return solve_cuda if cuda.usable(tensor.device) else solve_torch
 
 
 def _blocks(grid: TensorGrid) -> list[slice]:
-    """Runs of columns that no scale crosses, about REFINE_BLOCK wide."""
+    """Returns slices of about REFINE_BLOCK columns that hold whole groups and whole superblocks."""
     spans = [numbers.format.span for numbers in (grid.scale, grid.offset) if numbers]
     unit = grid.group * max(spans, default=1) if spans else 1
     width = unit * max(1, REFINE_BLOCK // unit)

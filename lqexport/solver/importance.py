@@ -1,4 +1,4 @@
-"""Importance of input columns: how much an error of each weighs when a grid is fitted."""
+"""The importance of input columns: how much an error in each column counts when a grid is fitted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from lqexport.solver.cholesky import CholeskyFactor
 
 
 def importance(hessian: Tensor, cholesky: CholeskyFactor, base: ImportanceBase, exponent: float) -> Tensor:
-    """What an error of each input column weighs when a grid is fitted: float32 [C].
+    """Returns the importance of each input column, float32 [C], from its Hessian [C, C] and the exponent p.
+
+    `base` is one of
 
     diagonal   H_ii^p, the energy of the input (AWQ's and llama.cpp's importance at p = 1)
     cholesky   U_ii^-p with H^-1 = U^T U: LeanQuant's released code (its default exponent is 4)
@@ -21,5 +23,5 @@ def importance(hessian: Tensor, cholesky: CholeskyFactor, base: ImportanceBase, 
     spread = cholesky.diagonal() if base == "cholesky" else cholesky.inverse_diagonal()
     natural = torch.empty_like(spread)
     natural[cholesky.order] = spread.pow(-exponent)
-    # Only ratios matter, and float32 must hold them: see weakness 16 of the original, where U^-p overflows.
+    # Only ratios matter, and float32 must hold them: U^-p alone overflows, as it does in LeanQuant's released code.
     return (natural / natural.max()).float()

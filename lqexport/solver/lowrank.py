@@ -1,15 +1,20 @@
-"""Low-rank correction of what quantization left: W ~ Q + B A, with B [R, k] and A [k, C] (LQER, Zhang et al. 2024).
+"""Computes the low-rank correction of quantization error: W ~ Q + B A, B [R, k], A [k, C] (LQER, Zhang et al. 2024).
 
-For the error E = W - Q [R, C] and a weighting M [C, C] of its columns, the rank-k product that minimises
-tr((E - B A) M (E - B A)^T) is the projection of E onto the first k eigenvectors U of E M E^T: B A = U U^T E. (With
-M = S S^T and the SVD E S = U D V^T, LQER's own form is B A = U_k D_k V_k^T S^-1; V^T S^-1 = D^-1 U^T E, so nothing
-needs to be inverted, and no root of M to be taken.) The scalings differ in M alone:
+The error is E = W - Q [R, C], and M [C, C] is a weighting of its columns. The rank-k product that minimises
+tr((E - B A) M (E - B A)^T) is the projection of E onto the first k eigenvectors U of E M E^T: B A = U U^T E.
+
+LQER writes this as B A = U_k D_k V_k^T S^-1, with M = S S^T and the SVD E S = U D V^T. Since V^T S^-1 = D^-1 U^T E,
+both forms are equal, and the one used here needs neither an inverse nor a root of M.
+
+The scalings differ in M alone:
 
     lqer        the identity: plain SVD of the error
     l2qer       s_i^2 on the diagonal, s_i the largest mean |x_i| of any calibration sequence (L2QER as its authors
                 compute it, a sequence for a batch)
     qera-diag   the diagonal of the second moments (QERA-approx, Zhang et al. 2024)
-    qera        the second moments themselves (QERA-exact): the least output error that any rank-k correction leaves
+    qera        the second moments themselves (QERA-exact): no rank-k correction leaves a smaller output error
+
+In the code, `up` is B and `down` is A.
 """
 
 from __future__ import annotations
@@ -20,16 +25,17 @@ from torch import Tensor
 from lqexport.recipe import Scaling
 
 OVERSAMPLE = 32
+"""Vectors that the subspace iteration carries beside the wanted ones, so that those converge faster."""
 ITERATIONS = 12
-"""Of the subspace iteration. What it leaves of the loss is at most 0.1 % above what the full SVD leaves
+"""Steps of the subspace iteration. With them the loss that remains is at most 0.1 % above that of the full SVD
 (tests/test_lowrank.py)."""
 
 
 def column_weighting(scaling: Scaling, hessian: Tensor, magnitudes: Tensor | None) -> Tensor:
-    """M for `scaling`: float64 [C] where it is diagonal, else [C, C].
+    """Returns the weighting M of a scaling: float64 [C] if M is diagonal, else [C, C].
 
     hessian      second moments of the inputs [C, C]
-    magnitudes   largest mean |x_i| of any calibration sequence [C], which l2qer alone needs
+    magnitudes   largest mean |x_i| of any calibration sequence [C]; needed for l2qer alone
     """
     if scaling == "qera":
         return hessian.double()
@@ -42,10 +48,10 @@ def column_weighting(scaling: Scaling, hessian: Tensor, magnitudes: Tensor | Non
 
 
 def correction(error: Tensor, weighting: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """B [R, k] and A [k, C], float32, of the best correction of rank `rank` to float32 `error` [R, C].
+    """Returns B [R, k] and A [k, C], float32: the best correction of rank k = `rank` of float32 `error` [R, C].
 
-    Columns of B by falling share of the error that they take away, so that the first j columns of B and rows of A are
-    the best correction of rank j. Equal norms of B and A, so that both fit float16.
+    The columns of B are sorted by the share of the error that they remove, the largest first. So the first j columns of
+    B and rows of A are the best correction of rank j. B and A have equal norms, so that both fit float16.
     """
     error = error.double()
     basis, energies = leading_eigenvectors(error, weighting, rank)
@@ -56,9 +62,10 @@ def correction(error: Tensor, weighting: Tensor, rank: int) -> tuple[Tensor, Ten
 
 
 def leading_eigenvectors(error: Tensor, weighting: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first `rank` eigenvectors [R, k] and eigenvalues [k], falling, of E M E^T for float64 `error` [R, C].
+    """Returns the first k = `rank` eigenvectors [R, k] and eigenvalues [k] of E M E^T, the largest first.
 
-    By subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4), which needs only thin products.
+    `error` is E, float64 [R, C]. The method is subspace iteration (Halko, Martinsson and Tropp 2011, algorithm 4.4),
+    which needs only thin products.
     """
     width = min(rank + OVERSAMPLE, len(error))
     generator = torch.Generator().manual_seed(0)
@@ -72,15 +79,16 @@ def leading_eigenvectors(error: Tensor, weighting: Tensor, rank: int) -> tuple[T
 
 
 def _product(error: Tensor, weighting: Tensor, vectors: Tensor) -> Tensor:
-    """E M E^T times vectors [R, n]."""
+    """Returns E M E^T times vectors [R, n]."""
     inner = error.T @ vectors
     return error @ (weighting @ inner if weighting.ndim == 2 else weighting[:, None] * inner)
 
 
 def loss_by_rank(error: Tensor, hessian: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """tr(D H D^T) for D = E - B_j A_j, float64 [k + 1]: the loss with the first j = 0..k columns of B and rows of A.
+    """Returns the losses that remain with the first j = 0..k columns of B and rows of A, float64 [k + 1].
 
-    Exact for any B [R, k] and A [k, C], so also for factors as a file rounds them.
+    The loss is tr(D H D^T) for D = E - B_j A_j. It is exact for any B [R, k] and A [k, C], so also for low-rank factors
+    that a file has rounded.
     """
     error, hessian, up, down = (matrix.double() for matrix in (error, hessian, up, down))
     through = error @ hessian

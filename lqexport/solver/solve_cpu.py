@@ -1,4 +1,4 @@
-"""The solver's blocks on the CPU: tensors in, compiled kernels (`lqexport.kernels.cpu`), tensors out."""
+"""The solver's inner loops on the CPU: passes torch tensors to the compiled kernels of `lqexport.kernels.cpu`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from lqexport.kernels import cpu
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
+    """Returns codes uint8 [R, B] and errors float32 [R, B] of one block of columns, solved in turn.
+
+    The arguments are those of `kernels.cpu.feedback_block`; `upper` [B, B] is the block's part of U. `weights` change
+    in place.
+    """
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
-    cpu.feedback_block(weights.numpy(), factor.numpy(), scale.numpy(), offset.numpy(), levels.numpy(), uniform,
+    cpu.feedback_block(weights.numpy(), upper.numpy(), scale.numpy(), offset.numpy(), levels.numpy(), uniform,
                        half, codes.numpy(), errors.numpy())  # fmt: skip
     return codes, errors
 
@@ -23,24 +27,27 @@ def feedback_block(
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
 ) -> None:
-    """One sweep over the columns of `block`; values [R, B], codes [R, C] and the grid's numbers change in place."""
-    part = codes[:, block].contiguous()
+    """Makes one sweep of coordinate descent over the columns of `block`.
+
+    `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
+    """
+    block_codes = codes[:, block].contiguous()
     cpu.refine_block(
-        values.numpy(), gradient.numpy(), hessian.numpy(), part.numpy(), grid.levels.numpy(), grid.uniform, grid.group,
-        _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit, grid.half,
+        values.numpy(), gradient.numpy(), hessian.numpy(), block_codes.numpy(), grid.levels.numpy(), grid.uniform,
+        grid.group, _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit, grid.half,
     )  # fmt: skip
-    codes[:, block] = part
+    codes[:, block] = block_codes
 
 
 def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
-    """P^T H P of each row, float64 [R, K, K], with P [C, K] the row's codes as indicators."""
+    """Returns P^T H P for each row, float64 [R, K, K]; P [C, K] is 1 where a column has a code, else 0."""
     products = torch.zeros(len(codes), count, count, dtype=torch.float64)
     cpu.table_products(hessian.contiguous().numpy(), codes.contiguous().numpy(), products.numpy())
     return products
 
 
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
-    """The block's stored numbers, as views of the grid's."""
+    """Returns the block's stored numbers as views of the grid's arrays, which the kernel changes in place."""
     if numbers is None:
         return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), False)
     form = numbers.format

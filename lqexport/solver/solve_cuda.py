@@ -1,4 +1,7 @@
-"""The solver's blocks on a GPU: as `lqexport.solver.solve_cpu`, with the CUDA kernels (`lqexport.kernels.cuda_solve`)."""
+"""The solver's inner loops on a GPU, in the CUDA kernels of `lqexport.kernels.cuda_solve`.
+
+The functions are those of `lqexport.solver.solve_cpu`, with the same arguments and results.
+"""
 
 from __future__ import annotations
 
@@ -12,33 +15,40 @@ __all__ = ["feedback_block", "refine_block", "table_products"]
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
-    return cuda_solve.feedback_block(weights, factor, scale, offset, levels, uniform, half)
+    """Returns codes uint8 [R, B] and errors float32 [R, B] of one block of columns, solved in turn.
+
+    The arguments are those of `kernels.cpu.feedback_block`; `upper` [B, B] is the block's part of U. `weights` change
+    in place.
+    """
+    return cuda_solve.feedback_block(weights, upper, scale, offset, levels, uniform, half)
 
 
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
 ) -> None:
-    """One sweep over the columns of `block`; values [R, B], codes [R, C] and the grid's numbers change in place."""
-    part = codes[:, block].contiguous()
-    # The kernel wants contiguous rows, which the block's part of the grid's numbers is not.
+    """Makes one sweep of coordinate descent over the columns of `block`.
+
+    `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
+    """
+    block_codes = codes[:, block].contiguous()
+    # The kernel needs contiguous rows, and a slice of the grid's numbers has none: it works on copies.
     scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
-    group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block will do
+    group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block is right
     cuda_solve.refine_block(
-        values, gradient, hessian, part, grid.levels, grid.uniform, group, scale, offset, refit, grid.half
+        values, gradient, hessian, block_codes, grid.levels, grid.uniform, group, scale, offset, refit, grid.half
     )
-    codes[:, block] = part
+    codes[:, block] = block_codes
     for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):
         if numbers is not None and changed.supers is not None and changed.subs is not None:
-            supers, subs = _parts(numbers, grid, block)
+            supers, subs = _slices(numbers, grid, block)
             numbers.supers[:, supers] = changed.supers
             numbers.subs[:, subs] = changed.subs
 
 
-def _parts(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, slice]:
-    """Where the block's supers and subs stand in a row of the grid's."""
+def _slices(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, slice]:
+    """Returns the slices of the grid's supers and subs (their columns) that belong to a block of columns."""
     first, last = block.start // grid.group, block.stop // grid.group
     return slice(first // numbers.format.span, last // numbers.format.span), slice(first, last)
 
@@ -46,6 +56,6 @@ def _parts(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, sli
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.Stored:
     if numbers is None:
         return cuda_solve.Stored()
-    form, (supers, subs) = numbers.format, _parts(numbers, grid, block)
-    parts = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
-    return cuda_solve.Stored(*parts, form.span, form.low, form.high, form.sign, form.power)
+    form, (supers, subs) = numbers.format, _slices(numbers, grid, block)
+    copies = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
+    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.power)

@@ -1,8 +1,9 @@
-"""Coordinate descent for EXL2, whose maxima are shared by all rows of a matrix and whose scales round in their own way,
-and for GPTQ, whose zero points are multiples of the scale.
+"""Coordinate descent for EXL2 and for GPTQ's layout.
 
-The stored numbers are moved by their exact effect: the values that a reader would compute with the new number are
-formed and the change of the loss is evaluated, so no step raises it. Codes are refined as for any other grid.
+They need a module of their own. EXL2's maxima are shared by all rows of a matrix, and its scales are rounded in a way
+of their own; GPTQ's zero points are multiples of the scale. A stored number moves by its exact effect: the values that
+a reader would compute with the new number are formed, and the change of the loss is evaluated. So no step raises the
+loss. Codes are refined as for any other grid.
 """
 
 from __future__ import annotations
@@ -28,26 +29,29 @@ from lqexport.solver.feedback import REFINE_BLOCK, backend
 def refine_sections(
     weights: Tensor, hessian: Tensor, grid: TensorSections, codes: Tensor, *, sweeps: int
 ) -> tuple[TensorSections, Tensor]:
-    """As `solve.refine`: weights float32 [R, C], hessian float32 [C, C] (damped), codes uint8 [R, C]."""
+    """Returns new sections and new codes after coordinate descent, which never raises the loss.
+
+    weights float32 [R, C], hessian float32 [C, C] (damped) and codes uint8 [R, C] are as for `feedback.refine`.
+    """
     order, grid = grid.order, grid.clone()
     target, hessian, codes = weights[:, order], hessian[order][:, order], codes[:, order]
     values = grid.stored_values(codes)
     for _ in range(sweeps):
         gradient = (values - target) @ hessian
-        for run, part in zip(grid.slices(), grid.sections, strict=True):
-            for block in _blocks(part, run):
+        for run, section in zip(grid.slices(), grid.sections, strict=True):
+            for block in _blocks(section, run):
                 inside = slice(block.start - run.start, block.stop - run.start)
                 new = values[:, block].contiguous()
                 block_codes = codes[:, block].contiguous()
                 _refine_block(new, gradient[:, block].contiguous(), hessian[block, block].contiguous(), block_codes,
-                              part, inside)  # fmt: skip
+                              section, inside)  # fmt: skip
                 gradient += (new - values[:, block]) @ hessian[block]
                 values[:, block], codes[:, block] = new, block_codes
     return grid, codes[:, order.argsort()]
 
 
 def _blocks(section: Section, run: slice) -> list[slice]:
-    """Whole groups, about REFINE_BLOCK columns at once."""
+    """Returns slices of about REFINE_BLOCK columns that hold whole groups."""
     width = section.group * max(1, REFINE_BLOCK // section.group)
     return [slice(start, min(start + width, run.stop)) for start in range(run.start, run.stop, width)]
 
@@ -56,9 +60,10 @@ def _refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, section: Section,
     block: slice,
 ) -> None:  # fmt: skip
-    """One sweep over whole groups of one section: first each group's stored numbers, then each code.
+    """Makes one sweep over some whole groups of one section: first each group's stored numbers, then each code.
 
-    `values`, `codes` [R, B] and the section's numbers change in place."""
+    `values`, `gradient` and `codes` [R, B] and the section's numbers change in place.
+    """
     groups = slice(block.start // section.group, block.stop // section.group)
     for g in range(groups.start, groups.stop):
         where = slice((g - groups.start) * section.group, (g - groups.start + 1) * section.group)
@@ -73,7 +78,10 @@ def _refine_block(
 def _moves(
     section: Section, g: int, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Iterator[Tensor]:
-    """What each move of a stored number of group g changes [R, g]; whoever iterates applies one before the next."""
+    """Moves the stored numbers of group g one after the other, and yields by what each move changes the values [R, g].
+
+    The caller has to add a change to `values` and to update `gradient` before it asks for the next one.
+    """
     if isinstance(section, SquaredSection):
         levels = codes + section.levels[0, 0]
         yield _move_maximum(section, g, levels, values, gradient, hessian)
@@ -83,12 +91,15 @@ def _moves(
 
 
 def _loss_change(change: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
-    """What a change [R, g] of the values does to each row's loss, float64 [R]."""
+    """Returns by how much a change [R, g] of the values raises each row's loss, float64 [R]."""
     return ((2 * gradient + change @ hessian) * change).sum(1, dtype=torch.float64)
 
 
-def _best_factor(values: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and curvature [R] of each row's loss where all values of the group grow by a common share."""
+def _slope_and_curvature(values: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns slope and curvature [R] of each row's loss along a common growth of all values of the group.
+
+    The loss is least where the values grow by the share -slope / curvature.
+    """
     slope = (values * gradient).sum(1, dtype=torch.float64)
     return slope, ((values @ hessian) * values).sum(1, dtype=torch.float64)
 
@@ -96,8 +107,11 @@ def _best_factor(values: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Ten
 def _move_maximum(
     section: SquaredSection, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Tensor:
-    """Move M of one group to the best that the file can hold; what it changes [R, g], zero where that is not better."""
-    slope, curvature = (part.sum() for part in _best_factor(values, gradient, hessian))
+    """Moves the maximum M of group g to the best number that the file can hold.
+
+    Returns by how much the values change [R, g]: zero if that number is not better.
+    """
+    slope, curvature = (rows.sum() for rows in _slope_and_curvature(values, gradient, hessian))
     share = torch.where(curvature > 0, -slope / curvature, 0.0)
     bits = section.levels.shape[1].bit_length() - 1
     maximum = storable((section.maxima[g] * (1 + share)).float(), bits)
@@ -111,8 +125,11 @@ def _move_maximum(
 def _move_subs(
     section: SquaredSection, g: int, levels: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Tensor:
-    """The same for each row's scale code: the two around its best scale are tried."""
-    slope, curvature = _best_factor(values, gradient, hessian)
+    """Moves each row's scale code of group g to the better of the two around its best scale.
+
+    Returns by how much the values change [R, g]: zero in rows where neither is better.
+    """
+    slope, curvature = _slope_and_curvature(values, gradient, hessian)
     share = torch.where(curvature > 0, -slope / curvature, 0.0).float()
     maximum = section.maxima[g]
     wanted = squared_scale(maximum, section.subs[:, g]) * (1 + share)
@@ -134,9 +151,12 @@ def _move_subs(
 def _move_scales(
     section: ZeroSection, g: int, codes: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Tensor:
-    """Move the scale of each row's group to the best that the file can hold. Zero points stay: with the codes fixed,
-    another one shifts the whole group by a step."""
-    slope, curvature = _best_factor(values, gradient, hessian)
+    """Moves the scale of each row's group g to the best number that the file can hold.
+
+    Zero points stay: with the codes fixed, another zero point shifts the whole group by a step. Returns by how much the
+    values change [R, g]: zero in rows where that number is not better.
+    """
+    slope, curvature = _slope_and_curvature(values, gradient, hessian)
     share = torch.where(curvature > 0, -slope / curvature, 0.0).float()
     scale = storable_scales(section.scales[:, g] * (1 + share))
     change = half(scale[:, None] * (codes - section.zeros[:, g, None].float())) - values

@@ -1,5 +1,7 @@
-"""The solver's blocks in plain torch, for any device: all rows at once, columns in a loop. Same arithmetic as
-`lqexport.kernels.cpu`, to which a test holds it."""
+"""The solver's inner loops in plain torch, for any device: all rows at once, columns in a loop.
+
+The arithmetic is that of `lqexport.kernels.cpu`; a test checks that both give the same result.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,29 @@ from lqexport.runtime.tiles import product
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes and errors [R, B] of one block; arguments as in `cpu.feedback_block`, `weights` changed in place."""
+    """Returns codes uint8 [R, B] and errors float32 [R, B] of one block of columns, solved in turn.
+
+    The arguments are those of `kernels.cpu.feedback_block`; `upper` [B, B] is the block's part of U. `weights` change
+    in place.
+    """
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     for i in range(weights.shape[1]):
         codes[:, i], value = _round(weights[:, i], scale[:, i], offset[:, i], levels, uniform, half)
-        error = (weights[:, i] - value) / factor[i, i]
+        error = (weights[:, i] - value) / upper[i, i]
         errors[:, i] = error
-        weights[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
+        weights[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
     return codes, errors
 
 
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
 ) -> None:
-    """One sweep over the columns of `block`; values [R, B], codes [R, C] and the grid's numbers change in place."""
+    """Makes one sweep of coordinate descent over the columns of `block`.
+
+    `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
+    """
     rows = len(values)
     if refit and grid.offset:
         _refit(grid.offset, torch.ones_like(values), values, gradient, hessian, grid.group, block)
@@ -36,11 +45,11 @@ def refine_block(
     scale, offset = grid.per_group(rows)
     for i in range(values.shape[1]):
         column = block.start + i
-        s, o = scale[:, column // grid.group], offset[:, column // grid.group]
+        column_scale, column_offset = scale[:, column // grid.group], offset[:, column // grid.group]
         step = -gradient[:, i] / hessian[i, i]
-        code, value = _round(values[:, i] + step, s, o, grid.levels, grid.uniform, grid.half)
-        keep = (s == 0) | (code == codes[:, column])
-        if grid.half:  # of two rounded values, the farther
+        code, value = _round(values[:, i] + step, column_scale, column_offset, grid.levels, grid.uniform, grid.half)
+        keep = (column_scale == 0) | (code == codes[:, column])
+        if grid.half:  # values are rounded, so the nearest code may be farther from the minimum than the present one
             change = value - values[:, i]
             keep |= change * (change - 2 * step) >= 0
         codes[:, column] = torch.where(keep, codes[:, column], code)
@@ -50,9 +59,9 @@ def refine_block(
 
 
 def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
-    """P^T H P of each row, float64 [R, K, K], with P [C, K] the row's codes as indicators."""
+    """Returns P^T H P for each row, float64 [R, K, K]; P [C, K] is 1 where a column has a code, else 0."""
     indicator = torch.nn.functional.one_hot(codes.long(), count).to(hessian.dtype)  # [R, C, K]
-    # One wide product; a narrow one for each row takes several times as long.
+    # One wide product: a narrow product for each row takes several times as long.
     product = (hessian @ indicator.movedim(1, 0).flatten(1)).unflatten(1, (len(codes), count))  # [C, R, K]
     return torch.einsum("rck,crl->rkl", indicator, product).double()
 
@@ -60,7 +69,7 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
 def _round(
     target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Code and value [R] nearest to the target [R]."""
+    """Returns the code and the value [R] of the level nearest to each target [R]."""
     steps = (target - offset) / torch.where(scale == 0, torch.inf, scale)
     code = nearest_level(steps[:, None], levels, uniform)
     level = levels.expand(len(target), -1).gather(1, code.long())[:, 0]
@@ -71,7 +80,11 @@ def _round(
 def _refit(
     numbers: Numbers, basis: Tensor, values: Tensor, gradient: Tensor, hessian: Tensor, group: int, block: slice
 ) -> None:
-    """Move each float16 of the block, then each integer, to the best that the file can hold, where the loss falls."""
+    """Moves the block's stored scales or offsets, with the codes fixed, to the values of least loss.
+
+    First each float16, then each integer, moves to the number nearest to its minimum that the file can hold, if the
+    loss falls. A value changes by `basis` [R, B] when its scale or offset changes by 1.
+    """
     form = numbers.format
     first, last = block.start // group, block.stop // group
     supers = numbers.supers[:, first // form.span : last // form.span]
@@ -94,7 +107,7 @@ def _refit(
 
 
 def _best_step(direction: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
-    """The step [R] along each row's direction that minimises the loss: minus slope over curvature."""
+    """Returns the step [R] along each row's direction that minimises the loss: minus slope over curvature."""
     slope = (direction.double() * gradient).sum(1)
     curvature = (direction.double() * product(direction, hessian)).sum(1)
     return torch.where(curvature > 0, -slope / curvature, 0.0).float()
@@ -103,7 +116,7 @@ def _best_step(direction: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
 def _move(
     change: Tensor, step: Tensor, direction: Tensor, columns: slice, values: Tensor, gradient: Tensor, hessian: Tensor
 ) -> Tensor:
-    """Apply the change [R] along the direction where the loss falls; returns what was applied."""
+    """Applies the change [R] along the direction to rows whose loss falls. Returns the applied change, else 0."""
     change = torch.where(change * (change - 2 * step) < 0, change, 0.0)
     moved = change[:, None] * direction
     values[:, columns] += moved
