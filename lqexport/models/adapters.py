@@ -1,5 +1,8 @@
-"""Low-rank corrections as written (beside an artifact's linears, in a GGUF adapter, in a PEFT folder), and a model with
-them added."""
+"""Low-rank corrections of a written model, and the model with the corrections added to its weights.
+
+Corrections are read from an artifact or a native folder, which hold them beside the linears, from a GGUF adapter or
+from a PEFT folder.
+"""
 
 from __future__ import annotations
 
@@ -20,23 +23,23 @@ from lqexport.storage.artifact import Artifact, StoredTensor, values_of
 
 
 class LowRankFactors(Protocol):
-    """Factors of corrections, by their names in `converters.factors`."""
+    """The low-rank factors A and B of all corrected linears, by their names in `converters.factors`."""
 
     def names(self) -> list[str]: ...
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """A factor's codec, planes and shape, rows in the order of the Hugging Face model."""
+        """Returns a factor's codec name, planes and shape, with rows in the order of the Hugging Face model."""
 
 
 class NativeFolderFactors:
-    """Those of a folder of the native format."""
+    """The low-rank factors of a folder of the native format."""
 
     def __init__(self, model: NativeModel) -> None:
         self.names, self.planes = model.factors, model.planes
 
 
 class ArtifactFactors:
-    """Those of a finished artifact folder."""
+    """The low-rank factors of a finished artifact folder."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
@@ -50,9 +53,13 @@ class ArtifactFactors:
 
 
 def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> LowRankFactors | None:
-    """The corrections of a written model: the file `adapter`, or those that a folder of ours holds; None for none.
+    """Returns the low-rank factors of the written model `file`; None if it has none.
 
-    config   of the model. Raises UserError where the adapter is not one for it, and for one beside an artifact folder.
+    adapter   a GGUF adapter or a PEFT folder to read them from; None: the folder's own, if it is an artifact or a
+              native folder
+    config    the model's config
+
+    Raises UserError if the adapter does not fit the model, or if one is given for an artifact folder.
     """
     artifact = (file / "manifest.json").is_file()
     if adapter is not None and artifact:
@@ -68,7 +75,7 @@ def open_factors(file: Path, adapter: Path | None, config: dict[str, Any]) -> Lo
 
 
 class CorrectedModel:
-    """A written model with its corrections added to the weights: the same function as the base beside its adapter."""
+    """A written model whose weights are base + B A: the same function as the base model run with its adapter."""
 
     def __init__(self, base: Weights, factors: LowRankFactors) -> None:
         self.config, self._base, self._factors = base.config, base, factors
@@ -81,23 +88,26 @@ class CorrectedModel:
         return self._base.shape(name)
 
     def read(self, name: str) -> torch.Tensor:
-        weight, (down, up) = self._base.read(name), factor_names(name)
-        return weight.float() + self._factor(up) @ self._factor(down) if down in self._corrected else weight
+        weight, (name_a, name_b) = self._base.read(name), factor_names(name)
+        return weight.float() + self._factor(name_b) @ self._factor(name_a) if name_a in self._corrected else weight
 
     def _factor(self, name: str) -> torch.Tensor:
-        kind, planes, shape = self._factors.planes(name)
-        return values_of(StoredTensor(name, kind, shape, planes))
+        codec_name, planes, shape = self._factors.planes(name)
+        return values_of(StoredTensor(name, codec_name, shape, planes))
 
 
 def misfits(base: Weights, factors: LowRankFactors) -> list[str]:
-    """A sentence for each correction that lacks a factor, or whose shape is not that of a weight of the model."""
+    """Returns a sentence for each correction that lacks a factor or does not fit its weight's shape.
+
+    A factor of a tensor that the model does not have also gives a sentence, up to three of them.
+    """
     present, shapes = set(base.names()), {name: factors.planes(name)[2] for name in factors.names()}
     sentences = []
     for name in sorted(present):
-        down, up = factor_names(name)
-        if (down in shapes) != (up in shapes):
+        a, b = factor_names(name)
+        if (a in shapes) != (b in shapes):
             sentences.append(f"The correction of {name} has one of its two factors alone.")
-        elif down in shapes and (shapes[up][0], shapes[down][1], shapes[up][1]) != (*base.shape(name), shapes[down][0]):
-            sentences.append(f"The correction {shapes[up]} x {shapes[down]} does not fit {name} {base.shape(name)}.")
+        elif a in shapes and (shapes[b][0], shapes[a][1], shapes[b][1]) != (*base.shape(name), shapes[a][0]):
+            sentences.append(f"The correction {shapes[b]} x {shapes[a]} does not fit {name} {base.shape(name)}.")
     orphans = [name for name in shapes if corrected_linear(name) not in present]
     return sentences + [f"The factor {name} is of no tensor of the model." for name in orphans[:3]]

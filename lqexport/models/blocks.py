@@ -1,6 +1,7 @@
-"""A model run decoder block by decoder block, so that only one block's weights are in memory.
+"""Runs a model one decoder block at a time, so that only one block's weights are in memory.
 
-The modules are transformers' own, made without storage ("meta"); each block gets its weights when its turn comes.
+The modules are transformers' own, created without storage (on the "meta" device). Each block gets its weights when it
+is used.
 """
 
 from __future__ import annotations
@@ -24,34 +25,34 @@ from lqexport.storage.background import read_ahead
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class _Caught(Exception):
+class _LastBlockCalled(Exception):
     """Stops the model once the last block has been called."""
 
 
-class _Catcher(nn.Module):
-    """Stands where a decoder block is and keeps what that would have been called with beside the hidden states."""
+class _ArgumentRecorder(nn.Module):
+    """Replaces a decoder block, and records the hidden states and the other arguments that the block is called with."""
 
     def __init__(self, block: nn.Module, last: bool) -> None:
         super().__init__()
-        self._kept, self.last = [block], last  # in a list, so that it is no submodule
+        self._replaced, self.last = [block], last  # in a list, so that torch does not register it as a submodule
 
     def __getattr__(self, name: str) -> Any:
-        # Some models ask a block which mask it wants.
+        # Some models read attributes of a block, such as the type of mask that it takes.
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self._kept[0], name)
+            return getattr(self._replaced[0], name)
 
     def forward(self, hidden: Any, *positional: Any, **named: Any) -> tuple[Any]:
         self.hidden, self.arguments = hidden, (positional, named)
         if self.last:
-            raise _Caught
-        # Models that expect a tensor hand this tuple on to the next catcher.
+            raise _LastBlockCalled
+        # Models that expect a tensor pass this tuple on to the next recorder.
         return (hidden,)
 
 
-class _States(tuple[torch.Tensor]):
-    """What the part of a model below the output layer returns: hidden states, and nothing of what else it could."""
+class _BodyOutput(tuple[torch.Tensor]):
+    """The output of the modules below the output layer: hidden states; every optional output is None."""
 
     @property
     def last_hidden_state(self) -> torch.Tensor:
@@ -61,31 +62,31 @@ class _States(tuple[torch.Tensor]):
         return None
 
 
-class _Given(nn.Module):
-    """Stands where the part below the output layer is."""
+class _FixedBody(nn.Module):
+    """Replaces the modules below the output layer, and returns given hidden states for any input."""
 
     def __init__(self, states: torch.Tensor) -> None:
         super().__init__()
-        self._states = _States((states,))
+        self._output = _BodyOutput((states,))
 
-    def forward(self, *_: Any, **__: Any) -> _States:
-        return self._states
+    def forward(self, *_: Any, **__: Any) -> _BodyOutput:
+        return self._output
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
-    """The linear of that name in a decoder block."""
+    """Returns the linear `name` of a decoder block."""
     linear = block.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     return linear
 
 
 def _is_of(name: str, experts: Collection[int] | None) -> bool:
-    """Whether a tensor belongs to one of these experts, or to none."""
+    """Whether a tensor belongs to one of the given experts, or to no expert. None stands for all experts."""
     return experts is None or expert_number(name) in (None, *experts)
 
 
 def _empty(module: nn.Module) -> None:
-    """Drop a module's weights, whoever still holds it."""
+    """Drops a module's weights, even if the module itself is still referenced."""
     module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
 
 
@@ -97,11 +98,14 @@ def _rounded_by(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..
 
 
 class BlockModel:
-    """Embedding, decoder blocks and head of a model, each loaded when it is used.
+    """A model whose embedding, decoder blocks and output layer are each loaded when they are used.
 
-    rounding        what the inputs of the blocks' linears go through first; None to leave them as they are
-    compute_dtype   what the blocks' matrix products are computed in (autocast), if not in `dtype`, in which hidden
-                    states and all other weights stay. The linears' weights are kept in it, as autocast would make them
+    dtype           of the hidden states and of all weights that `compute_dtype` does not apply to
+    rounding        applied to the inputs of every linear of a block; None to leave them as they are
+    compute_dtype   of the blocks' matrix products (autocast); None: `dtype`. The weights of the linears are kept in it,
+                    since autocast would convert them to it
+
+    Raises UserError if the architecture is unknown or transformers makes no model of the config.
     """
 
     def __init__(
@@ -130,58 +134,73 @@ class BlockModel:
 
     @torch.no_grad()
     def start(self, ids: torch.Tensor) -> torch.Tensor:
-        """Hidden states [batch, length, hidden] that enter the first block, for token ids [batch, length]."""
+        """Returns the hidden states [batch, length, hidden] that enter the first block, for token ids [batch, length].
+
+        Also records, for this batch shape, the other arguments of every block (masks, positions), which `run` needs.
+        """
         for name in self._embeddings():
             self._loaded(name)
-        catchers = [_Catcher(block, index == len(self) - 1) for index, block in enumerate(self._blocks)]
-        self._model.set_submodule(self.architecture.blocks, nn.ModuleList(catchers))
-        with contextlib.suppress(_Caught):
+        recorders = [_ArgumentRecorder(block, index == len(self) - 1) for index, block in enumerate(self._blocks)]
+        self._model.set_submodule(self.architecture.blocks, nn.ModuleList(recorders))
+        with contextlib.suppress(_LastBlockCalled):
             self._model(ids.to(self.device), use_cache=False)
         self._model.set_submodule(self.architecture.blocks, self._blocks)
-        self._arguments[(ids.shape[0], ids.shape[1])] = [catcher.arguments for catcher in catchers]
-        return catchers[0].hidden
+        self._arguments[(ids.shape[0], ids.shape[1])] = [recorder.arguments for recorder in recorders]
+        return recorders[0].hidden
 
     def _embeddings(self) -> list[str]:
-        """Modules that the hidden states come from: of tokens, and of positions where they are learned."""
-        others = (self.architecture.final_norm, self.architecture.output)
-        names = [name for name in self.architecture.gguf_top if not name.startswith(others)]
+        """Returns the names of the modules before the first block: token embedding, and learned position embedding."""
+        after_blocks = (self.architecture.final_norm, self.architecture.output)
+        names = [name for name in self.architecture.gguf_top if not name.startswith(after_blocks)]
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
     def let_go(self) -> None:
-        """Drop the weights of the embedding and the output; they are read again when they are used."""
+        """Drops the weights of the embeddings and the output layer from memory. They are read again when needed."""
         output = [] if self.architecture.encoder else [self.architecture.output.removesuffix(".weight")]
         for name in [*self._embeddings(), *output]:
             _empty(self._model.get_submodule(name))
 
     def expect(self, index: int, experts: Collection[int] | None = None) -> None:
-        """Have block `index`, if there is one, read from disk in the background: it comes next."""
+        """Starts reading block `index` from disk in the background, since it is needed next.
+
+        experts   the numbers of the experts to read; None for all
+
+        Does nothing if there is no such block.
+        """
         if 0 <= index < len(self):
             read_ahead(self.weights, [name for name in self.names(index) if _is_of(name, experts)])
 
     def block(self, index: int, experts: Collection[int] | None = None) -> nn.Module:
-        """Decoder block `index` with its weights on the device; of its experts these alone, where they are given: no
-        others are read or run."""
+        """Returns decoder block `index` with its weights on the device.
+
+        experts   the numbers of the experts to read and run; None for all. The others have no weights and do not run
+
+        Raises UserError if a tensor is missing or does not fit.
+        """
         block = copy.deepcopy(self._blocks[index])
         prefix = f"{self.architecture.blocks}.{index}"
-        names = {own: f"{prefix}.{own}" for own in block.state_dict() if _is_of(own, experts)}
+        names = {parameter: f"{prefix}.{parameter}" for parameter in block.state_dict() if _is_of(parameter, experts)}
         self._fill(block, names, self.multiplied(index))
         if experts is not None:
             run_only(block, experts)
-        block.number = index  # type: ignore[assignment]  # by which `run` finds the other arguments
+        block.number = index  # type: ignore[assignment]  # `run` looks up the block's other arguments by it
         if self.rounding is not None:
             for name in self.linears(index):
                 block.get_submodule(name).register_forward_pre_hook(_rounded_by(self.rounding))
         return block
 
     def blocks(self) -> Iterator[tuple[int, nn.Module]]:
-        """Every block with its weights, one at a time: those of one are gone when the next is asked for."""
+        """Yields (index, block) for every block with its weights. A block's weights are dropped before the next one."""
         for index in range(len(self)):
             block = self.block(index)
             yield index, block
             _empty(block)
 
     def run(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states after `block`; `start` must have seen the same batch shape before."""
+        """Returns the hidden states [batch, length, hidden] after `block`.
+
+        `start` must have been called with the same batch shape before.
+        """
         positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][cast(int, block.number)]
         with self._autocast():
             output = block(hidden, *positional, **named)
@@ -193,70 +212,89 @@ class BlockModel:
         return torch.autocast(self.device.type, self._compute_dtype)
 
     def linears(self, index: int) -> list[str]:
-        """Names, within the block, of the linears of decoder block `index`."""
+        """Returns the names of the linears of decoder block `index`, relative to the block."""
         return [linear for group in self.architecture.linears_of(index) for linear in group]
 
     def multiplied(self, index: int) -> dict[str, torch.dtype]:
-        """The dtype that the weights of the linears of decoder block `index` are kept in, by their names within it."""
+        """Returns the dtype in which each weight of a linear of decoder block `index` is kept.
+
+        The keys are the weights' names relative to the block.
+        """
         return {f"{linear}.weight": self._compute_dtype for linear in self.linears(index)}
 
     def weight_name(self, index: int, linear: str) -> str:
-        """Name of the weight of a linear of decoder block `index`."""
+        """Returns the full name of the weight of the linear `linear` of decoder block `index`."""
         return f"{self.architecture.blocks}.{index}.{linear}.weight"
 
     def names(self, index: int) -> list[str]:
-        """Names of the tensors of decoder block `index`."""
+        """Returns the full names of all tensors of decoder block `index`."""
         return [f"{self.architecture.blocks}.{index}.{name}" for name in self._blocks[index].state_dict()]
 
     def run_as(self, index: int, state: dict[str, torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
-        """`run` of block `index` with the weights of `state`, by the names of its own parameters."""
+        """Returns the hidden states after block `index`, as `run` does, but with the weights in `state`.
+
+        The keys of `state` are parameter names relative to the block.
+        """
         positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
         with self._autocast():
             output = torch.func.functional_call(self._blocks[index], state, (hidden, *positional), named)
         return output[0] if isinstance(output, tuple) else output
 
     def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """What the output layer takes for hidden states [..., hidden] after the last block; with `norm_state`, by a
-        final norm of those weights."""
+        """Returns hidden states [..., hidden] after the final norm: the input of the output layer.
+
+        hidden       the hidden states after the last block
+        norm_state   weights that replace those of the final norm; None for the model's own
+        """
         norm = self._loaded(self.architecture.final_norm)
         return norm(hidden) if norm_state is None else torch.func.functional_call(norm, norm_state, (hidden,))
 
     def logits(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
-        """Logits [..., vocabulary] for the same."""
+        """Returns the logits [..., vocabulary] for hidden states after the last block; arguments as of `normed`."""
         tied = self.architecture.output not in self.weights.names()
         self._loaded(self.architecture.output.removesuffix(".weight"), self.architecture.embedding if tied else None)
         states = self.normed(hidden, norm_state)
-        # By the model itself, which may scale or cap them; it wants three dimensions.
-        self._model.set_submodule(self._body_name, _Given(states.reshape(1, -1, states.shape[-1])))
+        # The model itself computes the logits, since it may scale or cap them. It takes three dimensions.
+        self._model.set_submodule(self._body_name, _FixedBody(states.reshape(1, -1, states.shape[-1])))
         logits = self._model(input_ids=None).logits
         self._model.set_submodule(self._body_name, self._body)
         return logits.reshape(*states.shape[:-1], -1)
 
     def embedding(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What an encoder gives for hidden states [batch, length, hidden] after the last block: [batch, hidden], of
-        length 1."""
+        """Returns an encoder's embeddings [batch, hidden], normalized to length 1.
+
+        hidden   the hidden states [batch, length, hidden] after the last block
+        """
         pooled = hidden[:, 0] if self.weights.config.get("pooling_type") == FIRST else hidden.mean(1)
         return nn.functional.normalize(pooled, dim=1)
 
     def _loaded(self, name: str, weight: str | None = None) -> nn.Module:
-        """A module outside the blocks with its weights on the device; `weight` is the tensor where it is another's."""
+        """Returns a module outside the blocks with its weights on the device.
+
+        weight   the tensor to use if the module shares another module's weight (tied embeddings); None for its own
+        """
         module = self._model.get_submodule(name)
         if next(module.parameters()).is_meta:
-            own = {key: f"{name}.{key}" for key in module.state_dict()}
-            self._fill(module, own if weight is None else {"weight": weight}, {})
+            names = {parameter: f"{name}.{parameter}" for parameter in module.state_dict()}
+            self._fill(module, names if weight is None else {"weight": weight}, {})
         return module
 
     def _fill(self, module: nn.Module, names: dict[str, str], dtypes: dict[str, torch.dtype]) -> None:
-        """Give a module its weights: tensors by the names of its parameters, some in a dtype of their own; what is not
-        named stays without. Raises UserError where they do not fit."""
-        wanted = {own: dtypes.get(own, self.dtype) for own in names}
-        state = {own: self.weights.read(name).to(self.device, wanted[own]) for own, name in names.items()}
+        """Loads a module's weights. Parameters that are not in `names` stay without storage.
+
+        names    the name of the tensor of each parameter
+        dtypes   the dtypes of those parameters that are not kept in `self.dtype`
+
+        Raises UserError if a tensor's shape is not the parameter's.
+        """
+        all_dtypes = {parameter: dtypes.get(parameter, self.dtype) for parameter in names}
+        state = {key: self.weights.read(name).to(self.device, all_dtypes[key]) for key, name in names.items()}
         parameters = module.state_dict()
-        for own, tensor in state.items():
-            if tensor.shape != parameters[own].shape:
+        for key, tensor in state.items():
+            if tensor.shape != parameters[key].shape:
                 raise UserError(
-                    f"{names[own]} has the shape {list(tensor.shape)}, where by config.json it is "
-                    f"{list(parameters[own].shape)}. Copy or download the model again."
+                    f"{names[key]} has the shape {list(tensor.shape)}, where by config.json it is "
+                    f"{list(parameters[key].shape)}. Copy or download the model again."
                 )
         module.load_state_dict(state, assign=True, strict=False)
         module.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What is in a model: tensors, their types, sizes and effective bits per weight."""
+"""Lists a model's tensors with their types, sizes and effective bits per weight."""
 
 from __future__ import annotations
 
@@ -27,7 +27,13 @@ from lqexport.storage.artifact import Artifact
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor: its Hugging Face name, shape, the type it is stored in, and the bytes of its data."""
+    """One tensor of a model.
+
+    name     its Hugging Face name
+    shape    [rows, columns] or [n], for a source also of more dimensions
+    type     how it is stored: a codec name, or a source's dtype
+    nbytes   the bytes of its data
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -36,67 +42,76 @@ class TensorInfo:
 
     @property
     def weights(self) -> int:
+        """The number of weights."""
         return math.prod(self.shape)
 
     @property
-    def kind(self) -> str:
-        """What the tensor does, whichever block it is in: `layers.*.mlp.up_proj.weight`."""
+    def role(self) -> str:
+        """The name without the numbers of block and expert: `layers.*.mlp.up_proj.weight`."""
         return re.sub(r"\.\d+\.", ".*.", self.name).removeprefix("model.")
 
     @property
-    def sort(self) -> str:
-        """The type without what only this tensor has: EXL2's list of groups."""
+    def short_type(self) -> str:
+        """The type without the details that differ from tensor to tensor: EXL2's list of groups."""
         return "exl2" if self.type.startswith("exl2:") else self.type
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """A model's tensors, and what sort of file or folder it is."""
+    """A model's tensors.
+
+    path        the file or folder
+    container   what it is, such as `GGUF file`
+    entries     the tensors, in the order of the model
+    """
 
     path: str
     container: str
     entries: list[TensorInfo]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for `--json`."""
+        """Returns everything as JSON values, for `--json`."""
         sums = {"weights": weights(self.entries), "nbytes": size(self.entries), "bits_per_weight": bits(self.entries)}
-        kinds = [
-            {"kind": kind, "type": type_, "count": len(group), "nbytes": size(group), "bits_per_weight": bits(group)}
-            for (kind, type_), group in grouped(self.entries).items()
+        roles = [
+            {"kind": role, "type": type_, "count": len(group), "nbytes": size(group), "bits_per_weight": bits(group)}
+            for (role, type_), group in grouped(self.entries).items()
         ]
-        return {"path": self.path, "container": self.container, **sums, "kinds": kinds} | {
+        return {"path": self.path, "container": self.container, **sums, "kinds": roles} | {
             "tensors": [asdict(entry) for entry in self.entries]
         }
 
 
 def weights(entries: Iterable[TensorInfo]) -> int:
-    """Weights of the model; factors of corrections add bytes, not weights."""
+    """Returns the number of weights of the model. Low-rank factors are not counted: they add bytes, not weights."""
     return sum(entry.weights for entry in entries if not is_factor(entry.name))
 
 
 def size(entries: Iterable[TensorInfo]) -> int:
-    """Bytes."""
+    """Returns the bytes of all tensors together."""
     return sum(entry.nbytes for entry in entries)
 
 
 def bits(entries: list[TensorInfo]) -> float:
-    """Effective bits per weight: 8 times all bytes over all weights; scales, tables and factors included. Of factors
-    alone: bits per number."""
+    """Returns the effective bits per weight: 8 times all bytes, divided by the number of weights.
+
+    The bytes include scales, tables and low-rank factors. If all entries are low-rank factors, they are divided by the
+    factors' numbers instead.
+    """
     return 8 * size(entries) / max(1, weights(entries) or sum(entry.weights for entry in entries))
 
 
 def grouped(entries: Iterable[TensorInfo]) -> dict[tuple[str, str], list[TensorInfo]]:
-    """Entries by kind and sort of type, in the order in which they first come."""
+    """Returns the entries grouped by role and short type, in the order of each group's first entry."""
     groups: dict[tuple[str, str], list[TensorInfo]] = {}
     for entry in entries:
-        groups.setdefault((entry.kind, entry.sort), []).append(entry)
+        groups.setdefault((entry.role, entry.short_type), []).append(entry)
     return groups
 
 
 def table(entries: list[TensorInfo], every: bool = False) -> Table:
-    """One line per kind and type, or per tensor, and the sum."""
+    """Returns a table with one line per role and type, or per tensor (`every`), and a line with the sums."""
     groups = [(entry.name, [entry]) for entry in entries] if every else [
-        (kind, group) for (kind, _), group in grouped(entries).items()
+        (role, group) for (role, _), group in grouped(entries).items()
     ]  # fmt: skip
     result = Table(box=None, pad_edge=False, show_footer=True)
     result.add_column("tensor", "all", overflow="fold")
@@ -107,16 +122,17 @@ def table(entries: list[TensorInfo], every: bool = False) -> Table:
     result.add_column("size", human_bytes(size(entries)), justify="right", no_wrap=True)
     for label, group in groups:
         shapes = " or ".join(dict.fromkeys(" x ".join(map(str, entry.shape)) for entry in group))
-        type_ = group[0].type if every else group[0].sort
+        type_ = group[0].type if every else group[0].short_type
         row = (label, str(len(group)), shapes, type_, f"{bits(group):.3f}", human_bytes(size(group)))
         result.add_row(*row)
     return result
 
 
 def inspect(path: Path) -> Inspection:
-    """The tensors of a Hugging Face folder, of one that a command of ours wrote, or of a .gguf file.
+    """Returns the tensors of a .gguf file, of a Hugging Face folder, or of a folder that an lqexport command wrote.
 
-    Raises UserError for anything else."""
+    Raises UserError for anything else.
+    """
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is not a .gguf file.")
@@ -150,5 +166,8 @@ def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> TensorInfo:
 
 
 def _source_entry(source: HuggingFaceSource, name: str) -> TensorInfo:
-    """From the headers of the safetensors files; of a quantized weight also the groups of its columns are read."""
+    """Returns the entry of a tensor from the headers of the safetensors files.
+
+    For a quantized weight, the groups of its columns are read as well.
+    """
     return TensorInfo(name, source.shape(name), source.dtype(name), source.nbytes(name))

@@ -1,4 +1,4 @@
-"""What a source model and an export have in common: a config and named weights, read one tensor at a time."""
+"""The interface of source models and exports: a config, and named weights that are read one tensor at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class ModelShapes(Protocol):
-    """Names and shapes of a model's tensors, by their Hugging Face names, and its config.
+    """A model's config, and the Hugging Face names and shapes of its tensors.
 
     Tied embeddings: `lm_head.weight` is absent and `config["tie_word_embeddings"]` is true.
     """
@@ -18,17 +18,17 @@ class ModelShapes(Protocol):
         """The content of config.json."""
 
     def names(self) -> list[str]:
-        """Every tensor's name, in the order of the model."""
+        """Returns the names of all tensors, in the order of the model."""
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without reading its data."""
+        """Returns a tensor's shape without reading its data."""
 
 
 class Weights(ModelShapes, Protocol):
-    """A model's tensors."""
+    """A model's config and tensors."""
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, on the CPU, in the dtype it is stored in (packed tensors: float32).
+        """Returns one tensor on the CPU, in the dtype it is stored in; packed tensors are decoded to float32.
 
-        Raises UserError where the data is missing or damaged.
+        Raises UserError if the data is missing or damaged.
         """

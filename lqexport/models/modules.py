@@ -1,5 +1,8 @@
-"""transformers' model of a config.json, without storage ("meta"), with a linear for every matrix that is quantized:
-experts that share one tensor are taken apart, and transposed weights become linears."""
+"""Builds transformers' model of a config.json without storage, with a linear for every matrix that is quantized.
+
+transformers keeps the experts of a block in one stacked tensor, and some architectures keep transposed weights. Both
+are replaced by linears, so that each has a name and a weight [rows, columns] of its own.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from lqexport.errors import UserError
 
 
 class Expert(nn.Module):
-    """A gated MLP without biases."""
+    """One expert: a gated MLP without biases."""
 
     def __init__(self, hidden: int, inner: int, activation: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -31,10 +34,11 @@ class Expert(nn.Module):
 
 
 class Experts(nn.ModuleList):
-    """In the place of transformers' module with the weights of all experts [experts, 2 * inner, hidden] in one tensor:
-    each expert sees the tokens that are routed to it.
+    """The experts of a block as separate modules; each processes the tokens that are routed to it.
 
-    only   numbers of those that run, where the outputs of others are not wanted; None for all
+    Replaces transformers' module, which has the weights of all experts in one tensor [experts, 2 * inner, hidden].
+
+    only   the numbers of the experts that run; the outputs of the others are left out. None for all
     """
 
     only: Collection[int] | None = None
@@ -46,49 +50,55 @@ class Experts(nn.ModuleList):
         count, inner, hidden = weights.shape
         super().__init__(Expert(hidden, inner // 2, activation, weights.dtype) for _ in range(count))
 
-    def forward(self, hidden: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """hidden [tokens, hidden]; the chosen experts' numbers and their shares [tokens, chosen experts]."""
+    def forward(self, hidden: Tensor, chosen: Tensor, routing_weights: Tensor) -> Tensor:
+        """Returns the sum of the chosen experts' outputs, times their routing weights: [tokens, hidden].
+
+        hidden            the inputs [tokens, hidden]
+        chosen            the numbers of the chosen experts [tokens, chosen experts]
+        routing_weights   their weights, of the same shape
+        """
         total = torch.zeros_like(hidden)
         for number in range(len(self)) if self.only is None else self.only:
             tokens, places = torch.where(chosen == number)
             if len(tokens):
-                part = self[number](hidden[tokens]) * shares[tokens, places, None]
-                total = total.index_add(0, tokens, part.to(total.dtype))
+                output = self[number](hidden[tokens]) * routing_weights[tokens, places, None]
+                total = total.index_add(0, tokens, output.to(total.dtype))
         return total
 
 
 def run_only(block: nn.Module, experts: Collection[int]) -> None:
-    """Have the block run these of its experts alone."""
+    """Makes the block run only the given experts."""
     for module in block.modules():
         if isinstance(module, Experts):
             module.only = experts
 
 
 def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model, its parameters and buffers without storage; names as in the table of architectures.
+    """Returns transformers' model of a config, with parameters and buffers on the "meta" device.
 
-    Raises UserError where transformers makes no model of this config.json."""
+    Tensors are named as in the table of architectures. Raises UserError if transformers makes no model of the config.
+    """
     architecture = architecture_of(config)
     with torch.device("meta"):
         model = _made_by_transformers(config, AutoModel if architecture.encoder else AutoModelForCausalLM, dtype)
         for block in model.get_submodule(architecture.blocks).children():
-            _take_apart(block, architecture)
+            _replace_by_linears(block, architecture)
     return model
 
 
-def _made_by_transformers(config: dict[str, Any], maker: Any, dtype: torch.dtype) -> PreTrainedModel:
+def _made_by_transformers(config: dict[str, Any], auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
     options = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        known = AutoConfig.for_model(**options)
-        return maker.from_config(known, dtype=dtype, trust_remote_code=False).eval()
-    except Exception as error:  # each model's code refuses what it does not like in its own way
+        hf_config = AutoConfig.for_model(**options)
+        return auto_class.from_config(hf_config, dtype=dtype, trust_remote_code=False).eval()
+    except Exception as error:  # each model's code raises exceptions of its own for a config that it refuses
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"transformers can make no model of config.json ({type(error).__name__}: {reason}).") from error
 
 
-def _take_apart(block: nn.Module, architecture: Architecture) -> None:
+def _replace_by_linears(block: nn.Module, architecture: Architecture) -> None:
     if architecture.experts:
-        # `mlp.experts.*.gate_proj` -> `mlp.experts`, which the first blocks may lack
+        # `mlp.experts.*.gate_proj` -> `mlp.experts`. The first blocks may have no experts.
         name = architecture.linears[-1][0].split(".experts.")[0] + ".experts"
         if name in dict(block.named_modules()):
             block.set_submodule(name, Experts(block.get_submodule(name)))
@@ -100,7 +110,7 @@ def _take_apart(block: nn.Module, architecture: Architecture) -> None:
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Give storage to buffers that follow from the config and are in no checkpoint, such as rotary frequencies."""
+    """Allocates and computes the buffers that follow from the config and are in no checkpoint (rotary frequencies)."""
     for module in model.modules():
         buffers = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in buffers:
@@ -110,7 +120,10 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor that transformers' model of this config.json stores; a tied output is left out."""
+    """Returns the name and shape of every tensor that transformers' model of a config stores.
+
+    A tied output layer is left out. Raises UserError as `meta_model` does.
+    """
     model = meta_model(config)
     stored = model.state_dict().keys()
     tensors = chain(model.named_parameters(), model.named_buffers())

@@ -1,10 +1,13 @@
-"""Smoothing (SmoothQuant, Xiao et al. 2022; AWQ, Lin et al. 2023): the columns of linears times s, and what gives them
-their inputs over s, are the same model, and another one to quantize. Norms give inputs, and in a gated MLP the rows of
-up_proj give those of down_proj.
+"""Smoothing (SmoothQuant, Xiao et al. 2022; AWQ, Lin et al. 2023): scales columns of a linear before quantization.
 
-llama.cpp rounds what enters a linear to 8 bits, 256 numbers together with K-quants, so that one large input takes the
-bits of 255 others. So s is the input's size to a small power, which the weights hardly notice. It is rounded to a power
-of two: the model stays the same to the bit, and a file tells what it was smoothed by.
+The columns of a linear are multiplied by s, and the module that computes its inputs is divided by s. The model stays
+the same function, but its inputs round better. The inputs come from a norm; in a gated MLP, the inputs of down_proj
+come from the rows of up_proj.
+
+llama.cpp rounds the inputs of a linear to 8 bits, with K-quants 256 numbers together, so that one large input takes
+precision from 255 others. So s is the mean size of the input to a small power, which hardly changes how the weights
+round. It is rounded to a power of two: then the model is the same to the bit, and the scales can be found again in the
+written file.
 """
 
 from __future__ import annotations
@@ -24,57 +27,75 @@ from lqexport.models.source import Source
 from lqexport.storage.background import FileSpan, HasFileSpans
 
 POWER = 0.2
-"""Of the input's size."""
+"""The exponent of the mean input size in s."""
 SEQUENCES = 8
-"""Of the calibration's, from which the size of inputs is taken."""
+"""The number of calibration sequences from which the mean size of the inputs is computed."""
 TAKERS = {"attn_norm": ("attn_q", "attn_k", "attn_v", "attn_qkv"), "ffn_norm": ("ffn_gate", "ffn_up")}
-"""By their names in GGUF: which linears a norm gives the inputs of."""
+"""The linears whose inputs each norm computes, by their names in GGUF."""
 GATED = ("ffn_gate", "ffn_up", "ffn_down")
-"""A gated MLP: the last one's inputs are multiples of what the second gives."""
+"""The linears of a gated MLP, by their names in GGUF. The inputs of the third are multiples of the second's outputs."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A norm or linear of a block, as a module, and the weights of the linears that it alone gives the inputs of."""
+    """A module that is divided by s, and the linears whose columns are multiplied by s.
+
+    giver    the name of the module, a norm or a linear, that alone computes the takers' inputs
+    takers   the names of the linears' weights
+    """
 
     giver: str
     takers: tuple[str, ...]
 
 
 def pairs(architecture: Architecture, layers: int) -> list[Pair]:
-    """Those of all blocks. None where one norm serves attention and MLP, where there are experts, and of encoders,
-    whose norms give hidden states too."""
+    """Returns the pairs of all blocks.
+
+    layers   the number of blocks
+
+    The list is empty if one norm serves both attention and MLP, if the model has experts, and for encoders, whose
+    norms also compute hidden states.
+    """
     modules = {gguf: module for module, gguf in architecture.gguf_block.items()}
     shared = "ffn_norm" not in modules or "attn_norm_2" in modules
     if shared or architecture.experts or architecture.encoder:
         return []
-    found = []
+    result = []
     for block in (f"{architecture.blocks}.{layer}" for layer in range(layers)):
         for norm, takers in TAKERS.items():
             names = tuple(f"{block}.{modules[taker]}.weight" for taker in takers if taker in modules)
-            found.append(Pair(f"{block}.{modules[norm]}", names))
+            result.append(Pair(f"{block}.{modules[norm]}", names))
         if all(name in modules for name in GATED):
-            found.append(Pair(f"{block}.{modules['ffn_up']}", (f"{block}.{modules['ffn_down']}.weight",)))
-    return found
+            result.append(Pair(f"{block}.{modules['ffn_up']}", (f"{block}.{modules['ffn_down']}.weight",)))
+    return result
 
 
 def column_scales(magnitudes: Tensor, power: float = POWER) -> Tensor:
-    """s of every column, a power of two, float32 [C], for the mean |x_i| [C] of what enters; 1 where nothing does."""
-    wanted = power * magnitudes.double().cpu().log2()
-    used = wanted.isfinite()
-    return torch.where(used, wanted - wanted[used].mean(), 0.0).round().exp2().float()
+    """Returns s for every column, float32 [columns]: the mean input size to the power `power`, as a power of two.
+
+    magnitudes   the mean |x_i| of each input [columns]
+
+    The scales are normalized to a geometric mean of about 1. A column whose input is always zero gets 1.
+    """
+    exponents = power * magnitudes.double().cpu().log2()
+    used = exponents.isfinite()
+    return torch.where(used, exponents - exponents[used].mean(), 0.0).round().exp2().float()
 
 
 def scales_between(source: Weights, smoothed: Weights) -> dict[Pair, Tensor]:
-    """The scales by which a model was smoothed, from its norms, and where those tell of any from the sizes of rows.
-    What tuning and rounding move by less than a factor of 1.4 does not matter. Pairs with none but ones are left
-    out."""
+    """Returns the scales s by which a model was smoothed, float32 [columns] for each pair.
+
+    They are the ratios of the source's norm gains and the smoothed model's, rounded to powers of two. So changes by
+    tuning and rounding do not matter if they are below a factor of 1.4. If the norms show that the model was smoothed,
+    the scales of pairs whose giver is a linear are found from the sizes of its rows. Pairs whose scales are all 1 are
+    left out.
+    """
     architecture, known = architecture_of(source.config), set(source.names()) & set(smoothed.names())
-    found: dict[Pair, Tensor] = {}
+    result: dict[Pair, Tensor] = {}
     columns: dict[str, Tensor] = {}
     for pair in pairs(architecture, int(source.config["num_hidden_layers"])):
         name = f"{pair.giver}.weight"
-        if name not in known or source.shape(name) != smoothed.shape(name) or (_is_linear(source, name) and not found):
+        if name not in known or source.shape(name) != smoothed.shape(name) or (_is_linear(source, name) and not result):
             continue
         sizes = [
             _sizes(weights.read(name).float() * scale, architecture.norm_plus).log2()
@@ -82,9 +103,9 @@ def scales_between(source: Weights, smoothed: Weights) -> dict[Pair, Tensor]:
         ]
         scales = (sizes[0] - sizes[1]).round().nan_to_num(0, 0, 0).exp2().float()
         if bool((scales != 1).any()):
-            found[pair] = scales
+            result[pair] = scales
             columns |= dict.fromkeys(pair.takers, scales)
-    return found
+    return result
 
 
 def _is_linear(weights: Weights, name: str) -> bool:
@@ -92,20 +113,25 @@ def _is_linear(weights: Weights, name: str) -> bool:
 
 
 def _sizes(values: Tensor, plus: float) -> Tensor:
-    """Of a norm's gains, to which `plus` is added, or of a linear's rows: float64 [n]."""
+    """Returns the absolute gains of a norm, after `plus` is added, or the Euclidean norms of a linear's rows.
+
+    The result is float64 [n].
+    """
     return (values.double() + plus).abs() if values.ndim == 1 else values.norm(dim=1).double()
 
 
 class Smoothed:
-    """A model with the scales s [C] of some pairs moved from what gives inputs into the columns of what takes them.
-    What is changed is read as float32."""
+    """A source with some pairs smoothed by scales s [columns]. Changed tensors are read as float32.
+
+    The giver of a pair is divided by s, and the columns of its takers are multiplied by s.
+    """
 
     def __init__(self, source: Source, scales: Mapping[Pair, Tensor]) -> None:
         self._source, self.name, self.fingerprint, self.config = source, source.name, source.fingerprint, source.config
         self._plus = architecture_of(source.config).norm_plus
         self._columns = {taker: scale for pair, scale in scales.items() for taker in pair.takers}
-        kinds = ("weight", "bias")
-        self._given = {f"{pair.giver}.{kind}": scale for pair, scale in scales.items() for kind in kinds}
+        parameters = ("weight", "bias")
+        self._givers = {f"{pair.giver}.{name}": scale for pair, scale in scales.items() for name in parameters}
 
     def names(self) -> list[str]:
         return self._source.names()
@@ -115,9 +141,9 @@ class Smoothed:
 
     def read(self, name: str) -> Tensor:
         values = self._source.read(name)
-        if name in self._given:
+        if name in self._givers:
             plus = self._plus if values.ndim == 1 and name.endswith(".weight") else 0.0
-            scale = self._given[name]
+            scale = self._givers[name]
             values = (values.float() + plus) / (scale if values.ndim == 1 else scale[:, None]) - plus
         return values.float() * self._columns[name] if name in self._columns else values
 

@@ -1,4 +1,4 @@
-"""Reading the model to quantize: a Hugging Face folder, a hub id, or a .gguf file; one tensor at a time."""
+"""Reads the model to quantize, one tensor at a time: a Hugging Face folder, a hub id, or a .gguf file."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MODEL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     "additional_chat_templates/*.jinja",
-    # WordPiece, and what sentence-transformers reads beside the model.
+    # The vocabulary of WordPiece, and the files that sentence-transformers reads beside the model.
     "vocab.txt",
     "modules.json",
     "sentence_bert_config.json",
@@ -50,29 +50,33 @@ MODEL_FILES = (
 
 
 DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
-"""By safetensors' name, of those that are not one byte."""
+"""Bytes per value of each dtype by safetensors' name. Dtypes that are not listed have one byte."""
 
 
 class Source(Weights, Protocol):
-    """A model that can be quantized: weights, tokenizer, and what identifies it."""
+    """A model that can be quantized: weights, tokenizer, and a fingerprint that identifies it."""
 
     name: str
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the model's files do; two runs of the same fingerprint read the same model."""
+        """A hash (hex) that changes when the model's files change: equal fingerprints mean the same model."""
 
-    def tokenizer(self) -> PreTrainedTokenizerBase: ...
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Returns the model's tokenizer. Raises UserError if there is none or it cannot be read."""
 
     def copy_model_files(self, folder: Path) -> None:
-        """Write config.json, the tokenizer and other small files into `folder`."""
+        """Writes config.json, the tokenizer and other small files into `folder`."""
 
 
 class HuggingFaceSource:
-    """A folder with config.json and safetensors, in one file or in shards. Matrices that another tool has quantized are
-    read as the float32 values that they decode to.
+    """A folder with config.json and safetensors, in one file or in shards.
 
-    layout   how they are quantized; None where they are not
+    Matrices that another tool has quantized are decoded to float32 when they are read.
+
+    layout   how the matrices are quantized; None if they are not
+
+    Raises UserError if a file is missing or damaged, or if the method of quantization is unknown.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -85,7 +89,7 @@ class HuggingFaceSource:
         self._files = _tensor_files(folder)
         with well_formed(f"quantization_config of {folder}"):
             self.layout: CheckpointLayout | None = layout_of(folder, self.config, self._files, self)
-        self.config.pop("quantization_config", None)  # what is made of this source is not quantized so
+        self.config.pop("quantization_config", None)  # what is written from this source is not quantized in this way
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
         self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
 
@@ -100,7 +104,7 @@ class HuggingFaceSource:
         return hasher.hexdigest()
 
     def _renamed(self, name: str) -> str:
-        """A stored tensor's name in the model; checkpoints of some architectures use others."""
+        """Returns the name in the model of a stored tensor. Checkpoints of some architectures use other names."""
         for pattern, new in (self._architecture.renamed if self._architecture else {}).items():
             name = re.sub(pattern, new, name)
         return name
@@ -115,31 +119,34 @@ class HuggingFaceSource:
         return list(self._stored)
 
     def module(self, name: str) -> str | None:
-        """What `layout` calls the module of a quantized weight; None for any other tensor."""
-        module, _, kind = self._stored_name(name).rpartition(".")
-        return module if self.layout and kind == "weight" and self.layout.is_packed(module) else None
+        """Returns the name by which `layout` knows the module of a quantized weight; None for any other tensor."""
+        module, _, parameter = self._stored_name(name).rpartition(".")
+        return module if self.layout and parameter == "weight" and self.layout.is_packed(module) else None
 
     def dtype(self, name: str) -> str:
-        """A tensor's dtype as safetensors calls it, such as BF16; of a quantized weight, its method, bits and group."""
+        """Returns a tensor's dtype by safetensors' name, such as BF16.
+
+        For a quantized weight it returns the method, the bits and the group size.
+        """
         module = self.module(name)
         return self.layout.kind(module) if self.layout and module else self.stored_form(self._stored_name(name))[0]
 
     def nbytes(self, name: str) -> int:
-        """Bytes of the data that a tensor is stored as."""
+        """Returns the bytes of the stored tensors that a tensor is made of."""
         forms = map(self.stored_form, self._parts(name))
         return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
 
     def _parts(self, name: str) -> list[str]:
-        """The stored tensors that a tensor is made of."""
+        """Returns the names of the stored tensors that a tensor is made of."""
         module = self.module(name)
         return self.layout.parts_of(module) if self.layout and module else [self._stored_name(name)]
 
     def file_spans(self, name: str) -> list[FileSpan]:
-        """Where on disk a tensor's parts are."""
+        """Returns where on disk the stored tensors of a tensor are."""
         parts = [(self._files[stored], stored) for stored in self._parts(name)]
         return [FileSpan(path, *self._spans(path)[stored]) for path, stored in parts]
 
-    @functools.cache  # noqa: B019 (a source lives as long as its run)
+    @functools.cache  # noqa: B019 (a source is kept for the whole run anyway)
     def _spans(self, path: Path) -> dict[str, tuple[int, int]]:
         return spans(path)
 
@@ -156,17 +163,20 @@ class HuggingFaceSource:
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
 
     def stored_form(self, stored: str) -> tuple[str, tuple[int, ...]]:
-        """dtype, as safetensors calls it, and shape of a tensor by its name in the files."""
+        """Returns the dtype, by safetensors' name, and the shape of a stored tensor.
+
+        stored   its name in the files
+        """
         with self._opened(stored) as file:
-            part = file.get_slice(stored)
-            return str(part.get_dtype()), tuple(part.get_shape())
+            header = file.get_slice(stored)
+            return str(header.get_dtype()), tuple(header.get_shape())
 
     def stored_shape(self, stored: str) -> tuple[int, ...]:
-        """The shape alone."""
+        """Returns the shape of a stored tensor."""
         return self.stored_form(stored)[1]
 
     def stored_tensor(self, stored: str) -> torch.Tensor:
-        """A tensor by its name in the files."""
+        """Returns a stored tensor by its name in the files. Raises UserError if it is missing or damaged."""
         with self._opened(stored) as file:
             tensor: torch.Tensor = file.get_tensor(stored)
             return tensor
@@ -191,7 +201,7 @@ class HuggingFaceSource:
 
 
 class GGUFSource(GGUFModel):
-    """A .gguf file; packed tensors are read as the float32 values that they decode to."""
+    """A .gguf file as a source. Packed tensors are decoded to float32 when they are read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
@@ -211,24 +221,26 @@ class GGUFSource(GGUFModel):
         return torch.from_numpy(super().read(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.metadata.get("tokenizer.ggml.model") == "t5":  # transformers would take it for a BPE
+        if self.metadata.get("tokenizer.ggml.model") == "t5":  # transformers would read it as a BPE tokenizer
             raise UserError(f"The tokenizer in {self.path}, a unigram model, cannot be read from a GGUF file here.")
         return load_tokenizer(self.path.parent, gguf_file=self.path.name)
 
     def copy_model_files(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as made:
-            self.tokenizer().save_pretrained(made)
-            copy_files(Path(made), [path for path in Path(made).rglob("*") if path.is_file()], folder)
+        with tempfile.TemporaryDirectory() as temporary:
+            self.tokenizer().save_pretrained(temporary)
+            copy_files(Path(temporary), [path for path in Path(temporary).rglob("*") if path.is_file()], folder)
         with well_formed(f"{self.path}: tokenizer.chat_templates"):
-            for name in self.metadata.get("tokenizer.chat_templates", []):  # transformers reads the default alone
+            for name in self.metadata.get("tokenizer.chat_templates", []):  # transformers reads only the default
                 with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
                     file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
         write_json(folder / "config.json", self.config)
 
 
 def _pooling_type(folder: Path) -> int:
-    """How an encoder's hidden states become an embedding, by sentence-transformers' file: MEAN, also where there is
-    none, or FIRST. Raises UserError for any other way."""
+    """Returns how an encoder's hidden states become an embedding: MEAN or FIRST, by sentence-transformers' config.
+
+    MEAN if there is no such file. Raises UserError for any other pooling.
+    """
     path = folder / "1_Pooling" / "config.json"
     modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
     chosen = [
@@ -241,9 +253,9 @@ def _pooling_type(folder: Path) -> int:
 
 
 def open_source(name: str) -> Source:
-    """The model that `name` means: a folder, a .gguf file, or else a hub id, which is downloaded.
+    """Opens the model `name`: a folder, a .gguf file, or else a hub id, which is downloaded.
 
-    Raises UserError where there is no such model or it is incomplete.
+    Raises UserError if there is no such model or it is incomplete.
     """
     path = Path(name)
     if path.suffix == ".gguf":
@@ -276,7 +288,7 @@ def _missing(path: Path) -> str:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name to file, from the index where there is one, else from model.safetensors."""
+    """Returns the file of each tensor by the tensor's name, from the index if there is one, else from the only file."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         with well_formed(index, "Download it again."):
@@ -287,30 +299,33 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return files
     path = folder / "model.safetensors"
     if not path.is_file():
-        # AutoGPTQ called its file by bits and group.
-        found = list(folder.glob("*.safetensors"))
-        if len(found) != 1:
+        # AutoGPTQ put the bits and the group size into the file name.
+        candidates = list(folder.glob("*.safetensors"))
+        if len(candidates) != 1:
             pickled = " Files of pickled weights (.bin, .pt) are not read: they can run any code."
             raise UserError(
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json."
                 + pickled * _has_pickles(folder)
             )
-        (path,) = found
+        (path,) = candidates
     with _open(path) as file:
         return dict.fromkeys(file.keys(), path)
 
 
 def _check_shards(files: dict[str, Path]) -> None:
-    """What is missing, cut or in another file than the index says is said now, not hours later."""
+    """Raises UserError if a shard is missing or cut short, or lacks a tensor that the index says it has.
+
+    This is checked at the start, so that the run does not fail hours later.
+    """
     for path in sorted(set(files.values())):
         with _open(path) as file:
-            held = set(file.keys())
-        if missing := [name for name, where in files.items() if where == path and name not in held]:
+            present = set(file.keys())
+        if missing := [name for name, shard in files.items() if shard == path and name not in present]:
             raise UserError(f"{path} has no tensor {', '.join(missing[:5])}, which its index says it has.")
 
 
 def _beside(index: Path, name: str) -> Path:
-    """A file that an index names. Raises UserError where that is a path to elsewhere."""
+    """Returns the path of a file that an index names. Raises UserError if it is in another folder than the index."""
     if name != Path(name).name or name == "..":
         raise UserError(f"{index} names a file in another folder, {name}: shards lie beside their index.")
     return index.with_name(name)
@@ -325,7 +340,7 @@ def _open(path: Path) -> AbstractContextManager[Any]:
 
 
 def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
-    """The tokenizer in a folder. Raises UserError where there is none."""
+    """Returns the tokenizer in a folder. Raises UserError if there is none or it cannot be loaded."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:

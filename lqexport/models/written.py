@@ -1,4 +1,4 @@
-"""Opening what was written: .gguf files, folders and finished artifacts, all as `lqexport.models.interface.Weights`."""
+"""Opens written models: .gguf files, folders and finished artifacts, all as `lqexport.models.interface.Weights`."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from lqexport.storage.artifact import Artifact, StoredTensor, decoded
 
 
 class Packed(Protocol):
-    """Written tensors that can be had as they are stored."""
+    """A set of written tensors whose packed planes can be read."""
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """One tensor's codec, planes and shape, rows in the order of the Hugging Face model."""
+        """Returns one tensor's codec name, planes and shape, with rows in the order of the Hugging Face model."""
 
 
 class Export(Weights, Packed, Protocol):
-    """A written model."""
+    """A written model, whose tensors can be read decoded or packed."""
 
 
 class ArtifactModel:
@@ -53,9 +53,9 @@ class ArtifactModel:
 
 
 def stored(export: Packed, name: str) -> StoredTensor:
-    """One tensor of a written model, as it is stored."""
-    kind, planes, shape = export.planes(name)
-    return StoredTensor(name, kind, shape, planes)
+    """Returns one tensor of a written model in its packed form."""
+    codec_name, planes, shape = export.planes(name)
+    return StoredTensor(name, codec_name, shape, planes)
 
 
 class NativeFolder(NativeModel):
@@ -86,8 +86,10 @@ class PackedFolder:
 
 
 def open_export(path: Path) -> Export:
-    """A .gguf file, a folder that a command of ours wrote, or a finished artifact. Raises UserError for anything
-    else."""
+    """Opens a .gguf file, a folder that an lqexport command wrote, or a finished artifact.
+
+    Raises UserError for anything else.
+    """
     method = method_of(path)
     if method in MODELS:
         return PackedFolder(MODELS[method](path))
