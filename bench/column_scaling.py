@@ -51,7 +51,7 @@ def loss(name: str, weight: Tensor, hessian: Tensor, target: str, powers: tuple[
     importance, size = relative(hessian.diagonal().sqrt()), relative(weight.square().mean(0).sqrt())
     scale = importance.pow(powers[0]) * size.pow(powers[1])
     scaled = hessian / scale / scale[:, None]
-    solved = solve_linear(name, weight * scale, scaled, target, Recipe("", target, descent=1))
+    solved = solve_linear(name, weight * scale, scaled, target, Recipe("", target, descent=1).solver_settings)
     return float(solved.facts["loss"])
 
 

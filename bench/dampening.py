@@ -38,7 +38,7 @@ def moments(source: Source, text: str, samples: int, block: int) -> dict[str, Te
 
 def errors(weight: Tensor, hessian: Tensor, others: list[Tensor], recipe: Recipe) -> list[float]:
     """The output error under each of the others."""
-    solved = solve_linear("linear", weight, hessian, recipe.target, recipe)
+    solved = solve_linear("linear", weight, hessian, recipe.target, recipe.solver_settings)
     difference = torch.from_numpy(codec_named(solved.codec_name).decode(solved.planes, weight.shape[1])) - weight
     return [float((difference @ other * difference).sum()) for other in others]
 

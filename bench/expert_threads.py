@@ -37,7 +37,7 @@ def seconds(given: argparse.Namespace, at_once: int) -> float:
         numba.set_num_threads(int(os.environ["NUMBA_NUM_THREADS"]))
 
     def solve(index: int) -> None:
-        solve_linear("any", *problems[index], given.target, Recipe("none", given.target))
+        solve_linear("any", *problems[index], given.target, Recipe("none", given.target).solver_settings)
 
     solve(0)  # compiles
     with ThreadPoolExecutor(at_once, initializer=begin) as pool:

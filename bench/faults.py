@@ -67,12 +67,11 @@ def recipes(work: Path) -> dict[str, Recipe]:
     from fuzz import make_model
 
     from lqexport.calibration.texts import read_text
-    from lqexport.pipeline import job
-    from lqexport.pipeline import quantize as pipeline
+    from lqexport.pipeline import prepare, tune_model
     from lqexport.recipe import Recipe
     from lqexport.tuning import tune
 
-    for module in (job, pipeline, tune):
+    for module in (prepare, tune_model, tune):
         module.HELD_OUT = 1  # each sequence held out reads every tensor once more before tuning, and after
     text, model = work / "text.txt", str(make_model(work / "model"))
     text.write_text(read_text("python-docs").content[:20_000], encoding="utf-8")

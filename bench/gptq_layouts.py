@@ -44,7 +44,7 @@ def main() -> None:
             for name, hessian in by_weight(model, block).items():
                 for kind, method in errors:
                     recipe = Recipe(arguments.model, kind, method=method)
-                    solved = solve_linear(name, source.read(name).float(), hessian, kind, recipe)
+                    solved = solve_linear(name, source.read(name).float(), hessian, kind, recipe.solver_settings)
                     errors[kind, method].append(solved.facts["relative_error"])
     print(f"| {arguments.group} columns a group | bits | {' | '.join(METHODS)} |\n|---|---|---|---|")
     for name in names:

@@ -34,7 +34,7 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 def solved(weight: Tensor, hessian: Tensor, target: str, recipe: Recipe) -> tuple[float, float]:
     """Processor seconds and loss."""
     began = time.process_time()
-    tensor = solve_linear("linear", weight, hessian, target, recipe)
+    tensor = solve_linear("linear", weight, hessian, target, recipe.solver_settings)
     return time.process_time() - began, tensor.facts["loss"]
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     print("| type | one pass, s | default, s | ratio | loss |\n|---|---|---|---|---|")
     for name in arguments.targets:
         target = name.format(groups=arguments.columns // 32)
-        solve_linear("linear", weight[:32], hessian, target, recipe)  # compiles
+        solve_linear("linear", weight[:32], hessian, target, recipe.solver_settings)  # compiles
         (once, before), (refined, after) = (
             solved(weight, hessian, target, replace(recipe, descent=descent)) for descent in (0, recipe.descent)
         )

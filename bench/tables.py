@@ -65,7 +65,7 @@ def quantize_all(
     table = codec_named(f"native:table-{bits}")
     for name, weight in weights.items():
         hessian = None if recipe.method == "rtn" else moments[name][recipe.moments == "normalized"]
-        solved = solve_linear(name, weight, hessian, table.name, recipe)
+        solved = solve_linear(name, weight, hessian, table.name, recipe.solver_settings)
         model.get_submodule(name).weight.data = torch.from_numpy(table.decode(solved.planes, weight.shape[1]))
     return time.perf_counter() - began
 

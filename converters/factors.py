@@ -11,6 +11,7 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact
+from lqexport.target import full_name
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -43,7 +44,7 @@ def block_codec(kind: str, what: str) -> str:
     Raises UserError where there is no such type, or where some of its numbers are of a whole row: a correction of a
     smaller rank could then not be cut out of it, nor an input be rounded before all of it is known.
     """
-    name = kind if ":" in kind else f"gguf:{kind}"
+    name = full_name(kind)
     try:
         found = codec_named(name)
     except ValueError as error:

@@ -37,8 +37,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec_named, names
-
-AUTO = "gguf:auto"
+from lqexport.target import AUTO, Target, full_name
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,7 +48,7 @@ def targets() -> list[str]:
 
 
 def plan(
-    target: str,
+    target: Target,
     config: dict[str, Any],
     shapes: Shapes,
     *,
@@ -72,7 +71,7 @@ def plan(
     architecture = architecture_of(config)
     kept = model_tensors(architecture, config, shapes)
     _check_target(target)
-    if target.startswith("gguf:"):
+    if target.family == "gguf":
         check_supported(architecture, config)
     overrides = _overrides(architecture, config, embedding_type, output_type)
     _check_types(types, kept)
@@ -83,7 +82,7 @@ def plan(
         planned.append(_fitted(architecture, name, shape, wanted))
     if not fallback:
         _refuse_fallbacks(target, planned)
-    if target.startswith("gguf:"):
+    if target.family == "gguf":
         _check_experts(planned, gguf_names(architecture, _layers(config)))
     return planned
 
@@ -99,9 +98,9 @@ def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
             )
 
 
-def _check_target(target: str) -> None:
-    if target not in [*targets(), AUTO]:
-        raise UserError(f"Unknown target {target!r}. Known: {', '.join(targets())}, {AUTO}.")
+def _check_target(target: Target) -> None:
+    if str(target) not in [*targets(), str(AUTO)]:
+        raise UserError(f"Unknown target {str(target)!r}. Known: {', '.join(targets())}, {AUTO}.")
 
 
 def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
@@ -159,24 +158,25 @@ def _overrides(
     if is_tied(config):
         embedding_type, output_type = embedding_type or output_type, None
     chosen = {architecture.embedding: embedding_type, architecture.output: output_type}
-    full = {name: kind if ":" in kind else f"gguf:{kind}" for name, kind in chosen.items() if kind}
+    full = {name: full_name(type_name) for name, type_name in chosen.items() if type_name}
     for kind in full.values():
         if kind not in names():
             raise UserError(f"Unknown type {kind!r} for embedding or output. Known: {', '.join(names('gguf'))}.")
     return full
 
 
-def _wanted(target: str, architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> str:
+def _wanted(
+    target: Target, architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> str:
     """The codec that `target` asks for, whatever the shape."""
-    family, _, kind = target.partition(":")
     linear = is_linear(architecture, name)
     if not linear and name not in (architecture.embedding, architecture.output):
-        return "gguf-norm:F32" if family == "gguf" and architecture.norm_plus and is_norm(name) else "gguf:F32"
-    if family == "native":
-        return target if linear else "gguf:F16"
-    if kind in MIXES:
-        return f"gguf:{_mix(kind, architecture, config, name, shape[1])}"
-    return target if target != AUTO and (linear or _is_plain(target)) else "gguf:Q8_0"
+        return "gguf-norm:F32" if target.family == "gguf" and architecture.norm_plus and is_norm(name) else "gguf:F32"
+    if target.family == "native":
+        return str(target) if linear else "gguf:F16"
+    if target.type in MIXES:
+        return f"gguf:{_mix(target.type, architecture, config, name, shape[1])}"
+    return str(target) if not target.is_auto and (linear or _is_plain(str(target))) else "gguf:Q8_0"
 
 
 def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:
@@ -218,7 +218,7 @@ def _stand_in(wanted: str, columns: int) -> str:
     return max(fitting, key=lambda name: codec_named(name).block, default="gguf:F16")
 
 
-def _refuse_fallbacks(target: str, planned: list[PlannedTensor]) -> None:
+def _refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
     fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
     if fallen:
         raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {_listed(fallen)}.")

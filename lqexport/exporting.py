@@ -1,4 +1,4 @@
-"""`export`: an artifact as the file or folder that others load. Only bytes move."""
+"""`export` writes an artifact as the file or folder that runtimes load. It only moves packed bytes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from lqexport.models.inspect import inspect, size
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import split_size
 from lqexport.storage.artifact import Artifact
+from lqexport.target import Target
 
 Format = Literal["gguf", "exl2", "gptq", "gptq_v2", "compressed-tensors", "native", "peft"]
 FOLDERS: dict[str, Callable[..., None]] = {
@@ -37,19 +38,20 @@ def export(
     split_max_size: str | None = None,
     listener: Listener | None = None,
 ) -> Path:
-    """Write a finished artifact as `path`, whole or not at all, and return that, or the first of several files.
+    """Writes a finished artifact to `path`, completely or not at all.
 
     format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  gptq, gptq_v2, compressed-tensors: a folder
-              for vLLM and others (docs/gptq.md);  native: a folder for transformers with lqexport;  peft: the low-rank
-              corrections alone, a PEFT folder.  None: what the artifact was quantized for
-    adapter   gguf: write the low-rank corrections here, as a LoRA adapter for --lora
-    split_max_size   gguf: where the tensors take more than this (such as 2G), several files as llama.cpp names them,
-                     model-00001-of-00003.gguf and so on
+              for vLLM and others (docs/gptq.md);  native: a folder for transformers with lqexport;  peft: a PEFT folder
+              of the low-rank corrections alone.  None: the format that the artifact was quantized for
+    adapter   gguf: also write the low-rank corrections to this file, as a LoRA adapter for --lora
+    split_max_size   gguf: if the tensors take more than this (such as 2G), write several files, named as llama.cpp
+                     names them: model-00001-of-00003.gguf and so on
 
-    Raises UserError where the artifact is unfinished, damaged or was quantized for another format.
+    Returns `path`, or the first of several files. Raises UserError if the artifact is unfinished, damaged or was
+    quantized for another format.
     """
     stored, path, listener = Artifact(Path(artifact)), Path(path), listener or Silent()
-    # Bytes move, and nothing else is computed: what does not fit together is the artifact's.
+    # Only bytes move here, so any content that does not fit together is the artifact's fault.
     with well_formed(artifact, ANEW):
         return _export(stored, path, format or _made_for(stored), adapter, split_max_size, listener)
 
@@ -76,7 +78,7 @@ def _export(
 
 
 def _made_for(artifact: Artifact) -> str:
-    return str(artifact.run()["recipe"]["target"]).partition(":")[0]
+    return Target.parse(str(artifact.run()["recipe"]["target"])).family
 
 
 def _write_gguf(

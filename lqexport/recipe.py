@@ -1,14 +1,20 @@
-"""Everything that decides what `quantize` computes, in one place; the artifact stores it."""
+"""The recipe: all options that decide what `quantize` computes. The artifact stores it.
+
+Each option is declared once, as a field of `Recipe`: its name, type, default, help and panel. The command line and the
+TOML files are made from these fields (`lqexport.cli.options`, `load_recipe`).
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lqexport.errors import UserError
+from lqexport.target import AUTO, Target, full_name
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,65 +28,244 @@ Scaling = Literal["lqer", "l2qer", "qera-diag", "qera"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
-AUTO = "gguf:auto"
+
+CHOICES: dict[str, Any] = {
+    "method": Method, "solver": Solver, "moments": Moments, "scaling": Scaling, "compute_dtype": ComputeDtype,
+    "prefix": Prefix, "importance": ImportanceBase,
+}  # fmt: skip
 LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
 LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
+
+CALIBRATION, SOLVER, TYPES = "Calibration", "Solver", "Types of single tensors"
+TUNING, CORRECTION = "End-to-end tuning", "Low-rank correction"
+"""Panels of `quantize --help`; options without a panel are of the common path and come first."""
+
+
+def _help(text: str, panel: str | None = None, flags: str | None = None) -> dict[str, str | None]:
+    """What the command line says of an option, as the metadata of its field.
+
+    text    its help, to which the default is added if there is one
+    flags   its names on the command line, if they are not made from the field's name
+    """
+    return {"help": text, "panel": panel, "flags": flags}
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """What the solver of one linear needs of a recipe; the fields are `Recipe`'s."""
+
+    method: Method
+    solver: Solver
+    dampening: float | None
+    importance: ImportanceBase
+    exponent: float
+    act_order: bool
+    descent: int
+
+
+@dataclass(frozen=True)
+class CorrectionSettings:
+    """What the low-rank correction of one linear needs of a recipe; the fields are `Recipe`'s."""
+
+    rank: int
+    scaling: Scaling
+    factors: str
+    rounds: int
+    merge: bool
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of `lqexport quantize`; each is explained by its `--help`. Where moments, prefix, asymmetric and smooth
-    are None, `lqexport.planning.defaults` settles them by the model."""
+    """Options of `lqexport quantize`; its `--help` explains each.
+
+    `lqexport.planning.defaults` settles moments, prefix, asymmetric and smooth by the model where they are None.
+    Raises UserError for values that no option has and for options that exclude each other.
+    """
 
     source: str
-    target: str
-    method: Method = "lean"
-    solver: Solver = "blocked"
-    calibration: str = "python-docs"
-    samples: int = 64
-    sequence_length: int = 512
-    seed: int = 0
-    moments: Moments | None = None
-    output_groups: int = 1
-    guided_power: float = 0.5
-    prefix: Prefix | None = None
-    compute_dtype: ComputeDtype | None = None
-    asymmetric: bool | None = None
-    smooth: bool | None = None
-    dampening: float | None = None
-    importance: ImportanceBase = "diagonal"
-    exponent: float = 1.0
-    act_order: bool = True
-    descent: int = 4
-    tune: int | None = None
-    tune_rate: float = 0.0012
-    rank: int = 0
-    scaling: Scaling = "qera"
-    factors: str = "F16"
-    factor_bytes: int = 0
-    rounds: int = 1
-    merge: bool = False
-    embedding_type: str | None = None
-    output_type: str | None = None
-    fallback: bool = True
-    types: list[str] = field(default_factory=list)
-    size: str | None = None
-    bits: float | None = None
-    head_bits: int = 6
+    target: str = field(
+        default="",
+        metadata=_help(
+            "What to quantize into: a type of the linears or a mix of llama.cpp. gguf:Q4_K_M, "
+            "gguf:Q3_K, gguf:auto (with --size), native:table-3, gptq:4-g128, exl2 (with --bits)."
+        ),
+    )
+    size: str | None = field(
+        default=None,
+        metadata=_help(
+            "With --target gguf:auto: choose each tensor's type so that all tensors together take at "
+            "most 4.25bpw, 3.9GB, 700MiB, or what a target such as Q4_K_M takes, and the model loses "
+            "least."
+        ),
+    )
+    bits: float | None = field(
+        default=None, metadata=_help("Target exl2: bits per weight of the linears on average, such as 3.5.")
+    )
+    calibration: str = field(
+        default="python-docs",
+        metadata=_help("Text to calibrate on: python-docs, wikitext2, c4, ptb (any :split), or a .txt or .jsonl file."),
+    )
+    samples: int = field(default=64, metadata=_help("Calibration sequences."))
+
+    sequence_length: int = field(default=512, metadata=_help("Tokens in each calibration sequence.", CALIBRATION))
+    seed: int = field(default=0, metadata=_help("Draws the sequences from the text.", CALIBRATION))
+    moments: Moments | None = field(
+        default=None,
+        metadata=_help(
+            "Weight of a token in the second moments. plain: 1; normalized: 1 / its squared norm; "
+            "guided: the squared gradient of the loss. [default: normalized; guided where the prefix "
+            "is full or types are chosen]",
+            CALIBRATION,
+        ),
+    )
+    guided_power: float = field(
+        default=0.5,
+        metadata=_help(
+            "Power of a token's weight in guided moments: lower, fewer tokens rule. GuidedQuant: 1.", CALIBRATION
+        ),
+    )
+    output_groups: int = field(
+        default=1, metadata=_help("Runs of a linear's outputs that have guided moments of their own.", CALIBRATION)
+    )
+    prefix: Prefix | None = field(
+        default=None,
+        metadata=_help(
+            "Where the inputs of a block come from: the full or the quantized blocks before it. "
+            "[default: quantized; full for experts, encoders and linears of more than 16384 inputs]",
+            CALIBRATION,
+        ),
+    )
+    asymmetric: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Aim at the outputs and hidden states of the full-precision model, as far as held-out "
+            "sequences gain. [default: where the prefix is quantized]",
+            CALIBRATION,
+            "--asymmetric/--symmetric",
+        ),
+    )
+    smooth: bool | None = field(
+        default=None,
+        metadata=_help(
+            "Scale columns of linears, and the norms before them by the inverse, so that inputs round"
+            " better to 8 bits. LoRA adapters trained on the source do not fit such a file. [default:"
+            " for GGUF types of 4 bits or more]",
+            CALIBRATION,
+            "--smooth/--no-smooth",
+        ),
+    )
+    compute_dtype: ComputeDtype | None = field(
+        default=None,
+        metadata=_help(
+            "Dtype that calibration passes multiply in: float32, or bfloat16 where the hardware is "
+            "faster at it. [default: bfloat16 on a GPU, else float32]",
+            CALIBRATION,
+        ),
+    )
+
+    method: Method = field(
+        default="lean",
+        metadata=_help(
+            "lean: grids that are aware of the loss, error feedback, refinement; gptq: min-max grids,"
+            " error feedback; rtn: rounding to nearest.",
+            SOLVER,
+        ),
+    )
+    solver: Solver = field(
+        default="blocked",
+        metadata=_help(
+            "blocked: one order of columns for all rows; exact: each row in its own, for small models.", SOLVER
+        ),
+    )
+    dampening: float | None = field(
+        default=None,
+        metadata=_help(
+            "Share of the mean of the Hessian's diagonal that is added to the diagonal. [default: half of its median]",
+            SOLVER,
+        ),
+    )
+    importance: ImportanceBase = field(
+        default="diagonal", metadata=_help("What weighs errors: diagonal, cholesky or inverse.", SOLVER)
+    )
+    exponent: float = field(default=1.0, metadata=_help("Power of the importance.", SOLVER))
+    act_order: bool = field(
+        default=True, metadata=_help("Solve columns by falling activation.", SOLVER, "--act-order/--no-act-order")
+    )
+    descent: int = field(default=4, metadata=_help("Sweeps of coordinate descent after error feedback.", SOLVER))
+
+    types: list[str] = field(
+        default_factory=list,
+        metadata=_help(
+            "Type for the tensors whose names fit a pattern: '*.down_proj.weight=Q6_K'. May repeat.", TYPES, "--type"
+        ),
+    )
+    embedding_type: str | None = field(default=None, metadata=_help("Type of the embedding, such as Q6_K.", TYPES))
+    output_type: str | None = field(default=None, metadata=_help("Type of the output, such as Q6_K.", TYPES))
+    head_bits: int = field(default=6, metadata=_help("Target exl2: bits of the output's codes; 16 for float16.", TYPES))
+    fallback: bool = field(
+        default=True,
+        metadata=_help(
+            "Whether a tensor may take another type if its shape does not fit.", TYPES, "--fallback/--no-fallback"
+        ),
+    )
+
+    tune: int | None = field(
+        default=None,
+        metadata=_help("Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean]", TUNING),
+    )
+    tune_rate: float = field(
+        default=0.0012,
+        metadata=_help("Largest relative change of a tuned number in a step, where the KL is 1 nat.", TUNING),
+    )
+
+    rank: int = field(
+        default=0, metadata=_help("Rank of the low-rank correction of each linear; 0 for none.", CORRECTION)
+    )
+    scaling: Scaling = field(
+        default="qera",
+        metadata=_help("What the correction weighs errors by: lqer, l2qer, qera-diag or qera.", CORRECTION),
+    )
+    factors: str = field(
+        default="F16",
+        metadata=_help("Type of the low-rank factors: F16, BF16, F32, Q8_0, native:mxint-8-g16.", CORRECTION),
+    )
+    factor_bytes: int = field(
+        default=0,
+        metadata=_help(
+            "Bytes to share among the linears' factors, at most --rank each; 0: the same rank for all.", CORRECTION
+        ),
+    )
+    rounds: int = field(default=1, metadata=_help("How often codes and correction are solved for in turn.", CORRECTION))
+    merge: bool = field(
+        default=False,
+        metadata=_help(
+            "Solve the corrected weights into the format again, and store no factors.", CORRECTION, "--merge/--no-merge"
+        ),
+    )
 
     def __post_init__(self) -> None:
-        choices = {"method": Method, "moments": Moments, "prefix": Prefix, "importance": ImportanceBase}
-        choices |= {"scaling": Scaling, "compute_dtype": ComputeDtype, "solver": Solver}
-        for name, literal in choices.items():
+        if not self.target:
+            raise UserError("No target: give --target, such as gguf:Q4_K_M, or a --recipe file that has one.")
+        for name, literal in CHOICES.items():
             if (value := getattr(self, name)) is not None and value not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
         for name, least in LEAST.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}.")
-        if (self.size is not None) != (self.target == AUTO):
+        self._check_size()
+        self._check_moments()
+        self._check_method()
+        self._check_correction()
+        self._check_exl2()
+        self._check_fixed_types()
+
+    def _check_size(self) -> None:
+        if (self.size is not None) != self.parsed_target.is_auto:
             raise UserError(f"A size and the target {AUTO} go together: the types are then chosen to fit the size.")
         if self.size is not None and (self.moments not in (None, "guided") or self.method == "rtn"):
             raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
+
+    def _check_moments(self) -> None:
         if self.moments == "guided" and self.prefix == "quantized" and self.asymmetric is False:
             raise UserError(
                 "Guided second moments come from the full-precision model: with the quantized prefix, take "
@@ -92,15 +277,14 @@ class Recipe:
             raise UserError("Only guided second moments differ between output groups: set moments to 'guided'.")
         if not 0 < self.guided_power <= 1:
             raise UserError(f"guided_power must be above 0 and at most 1, not {self.guided_power}.")
+        if self.asymmetric and self.prefix == "full":
+            raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
+
+    def _check_method(self) -> None:
         if self.solver == "exact" and self.method == "rtn":
             raise UserError("Method rtn solves nothing: leave out the solver exact, or take method lean.")
         if self.smooth and self.method == "rtn":
             raise UserError("Smoothing takes the size of inputs from the calibration, and method rtn has none.")
-        if self.asymmetric and self.prefix == "full":
-            raise UserError("Asymmetric calibration corrects for quantized inputs: it needs prefix 'quantized'.")
-        self._check_correction()
-        self._check_exl2()
-        self._check_folder()
 
     def _check_correction(self) -> None:
         if not self.rank and (self.factor_bytes or self.merge or self.rounds > 1):
@@ -113,45 +297,72 @@ class Recipe:
             raise UserError("factor_bytes shares bytes among stored factors, and merge stores none: give one of them.")
 
     def _check_exl2(self) -> None:
-        if (self.target == "exl2") != (self.bits is not None):
+        if (self.parsed_target.family == "exl2") != (self.bits is not None):
             raise UserError("The target exl2, and no other, needs --bits: how many the linears may take per weight.")
-        if self.target == "exl2" and (self.embedding_type or self.output_type or self.types):
-            raise UserError("EXL2 keeps the embedding in float16 and chooses the rest; --head-bits sets the output.")
 
-    def _check_folder(self) -> None:
-        gptq = self.target.startswith("gptq:")
-        if gptq and (self.embedding_type or self.output_type or self.types):
+    def _check_fixed_types(self) -> None:
+        target = self.parsed_target
+        if target.has_fixed_types and (self.embedding_type or self.output_type or self.types):
+            if target.family == "exl2":
+                raise UserError(
+                    "EXL2 keeps the embedding in float16 and chooses the rest; --head-bits sets the output."
+                )
             raise UserError("GPTQ's layout has one type for all linears, and float16 for embedding and output.")
-        if (gptq or self.target == "exl2") and self.output_groups > 1:
+        if target.rows_share_numbers and self.output_groups > 1:
             raise UserError("EXL2 and GPTQ's layout have the outputs as columns: they take one output group.")
 
+    @cached_property
+    def parsed_target(self) -> Target:
+        """`target`, parsed."""
+        return Target.parse(self.target)
+
     @property
-    def chooses(self) -> bool:
-        """Whether types or mixes are chosen to fit a size."""
+    def solver_settings(self) -> SolverSettings:
+        """What the solver needs."""
+        return SolverSettings(**_same_fields(self, SolverSettings))
+
+    @property
+    def correction_settings(self) -> CorrectionSettings:
+        """What a low-rank correction needs."""
+        return CorrectionSettings(**_same_fields(self, CorrectionSettings))
+
+    @property
+    def chooses_types(self) -> bool:
+        """Whether types or mixes of widths are chosen to fit a size."""
         return self.size is not None or self.bits is not None
 
-    @property
-    def reorders(self) -> bool:
-        """Whether the target stores columns in act-order."""
-        return self.target == "exl2" or self.target.endswith("-act")
-
-    def chosen_types(self) -> dict[str, str]:
-        """Tensor name pattern -> codec, from `types`. Raises UserError where one is not PATTERN=TYPE."""
-        pairs = [entry.partition("=") for entry in self.types]
-        if wrong := [entry for entry, (_, _, kind) in zip(self.types, pairs, strict=True) if not kind]:
+    def types_by_pattern(self) -> dict[str, str]:
+        """Tensor name pattern to codec name, from `types`. Raises UserError if an entry is not PATTERN=TYPE."""
+        entries = [entry.partition("=") for entry in self.types]
+        if wrong := [entry for entry, (_, _, type_name) in zip(self.types, entries, strict=True) if not type_name]:
             raise UserError(f"A type for some tensors is like '*.down_proj.weight=Q6_K', not {wrong[0]!r}.")
-        return {pattern: kind if ":" in kind else f"gguf:{kind}" for pattern, _, kind in pairs}
+        return {pattern: full_name(type_name) for pattern, _, type_name in entries}
 
     @property
     def tuned_sequences(self) -> int:
-        """Sequences of end-to-end tuning: what `tune` says, or the default of the method."""
+        """Sequences of end-to-end tuning: `tune`, or the default of the method."""
         if self.tune is not None:
             return self.tune
         return 64 if self.method == "lean" else 0
 
-    def compute_dtype_on(self, device: str) -> ComputeDtype:
-        """What passes multiply in on a type of device: what `compute_dtype` says, or the default."""
-        return self.compute_dtype or ("bfloat16" if device == "cuda" else "float32")
+    def compute_dtype_on(self, device_type: str) -> ComputeDtype:
+        """Dtype of the passes on a type of device, `cpu` or `cuda`: `compute_dtype`, or the device's default."""
+        return self.compute_dtype or ("bfloat16" if device_type == "cuda" else "float32")
+
+
+def _same_fields(recipe: Recipe, settings: type) -> dict[str, Any]:
+    return {entry.name: getattr(recipe, entry.name) for entry in dataclasses.fields(settings)}
+
+
+def plain_type(option: dataclasses.Field[Any]) -> str:
+    """The type of an option's value, as TOML and the command line know it: str, int, float, bool or list[str]."""
+    name = str(option.type).split(" |")[0]
+    return name if name in _TOML_TYPES else "str"
+
+
+_TOML_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "list[str]": (list,),
+}  # fmt: skip
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -160,14 +371,19 @@ def load_recipe(path: Path) -> dict[str, Any]:
         options = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"Cannot read the recipe {path}: {error}.") from error
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    fields = {option.name: option for option in dataclasses.fields(Recipe)}
     for name, value in options.items():
         if name not in fields:
             raise UserError(f"{path}: unknown option {name!r}. Known: {', '.join(fields)}.")
-        kinds: dict[str, type | tuple[type, ...]] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-        kinds["list[str]"] = list
-        wanted = str(fields[name].type).split(" |")[0]
-        whole = all(isinstance(item, str) for item in value) if isinstance(value, list) else True
-        if not whole or not isinstance(value, kinds.get(wanted, str)) or (wanted != "bool" and isinstance(value, bool)):
-            raise UserError(f"{path}: {name} must be a {wanted if wanted in kinds else 'str'}, not {value!r}.")
+        wanted = plain_type(fields[name])
+        if not _is_of_type(value, wanted):
+            raise UserError(f"{path}: {name} must be a {wanted}, not {value!r}.")
     return options
+
+
+def _is_of_type(value: Any, wanted: str) -> bool:
+    if isinstance(value, bool):
+        return wanted == "bool"
+    if isinstance(value, list):
+        return wanted == "list[str]" and all(isinstance(item, str) for item in value)
+    return isinstance(value, _TOML_TYPES[wanted])

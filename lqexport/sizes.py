@@ -1,4 +1,4 @@
-"""Sizes as users write and read them: amounts of memory, of a model, of a file."""
+"""Parses and prints sizes as users write them: of memory, of a model, of a file."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable
 
 from lqexport.errors import UserError
+from lqexport.target import full_name
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 NUMBER = r"(\d+\.?\d*|\.\d+)\s*"
 
 
 def human_bytes(count: float) -> str:
-    """For example `98.4 MB`, in powers of 1000, as disks count."""
+    """Returns a number of bytes as text in powers of 1000, for example `98.4 MB`."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
@@ -21,34 +22,41 @@ def human_bytes(count: float) -> str:
 
 
 def memory_size(text: str) -> int:
-    """Bytes of an amount of memory such as 24GB or 64GiB. Raises UserError for anything else."""
-    found = _bytes(text)
-    if found is None:
+    """Returns the bytes of an amount of memory such as 24GB or 64GiB. Raises UserError for anything else."""
+    count = _bytes(text)
+    if count is None:
         raise UserError(f"An amount of memory is like 24GB or 64GiB, not {text!r}.")
-    return found
+    return count
 
 
 def model_size(text: str, weights: int, mix_bytes: Callable[[str], int]) -> int:
-    """Bytes of tensor data that a size means: `4.25bpw` (of all `weights`), `3.9GB`, `700MiB`, or a target such as
-    `Q4_K_M`, whose bytes `mix_bytes` knows. Raises UserError for anything else."""
+    """Returns the bytes of tensor data that a target size stands for. Raises UserError for any other text.
+
+    text        bits per weight (`4.25bpw`), bytes (`3.9GB`, `700MiB`), or a target whose size is meant (`Q4_K_M`)
+    weights     the number of weights of the model, for bits per weight
+    mix_bytes   returns the bytes of a target by its full name, such as `gguf:Q4_K_M`
+    """
     if bits := re.fullmatch(NUMBER + "bpw", text.strip(), re.IGNORECASE):
         return int(float(bits[1]) * weights / 8)
-    if (found := _bytes(text)) is not None:
-        return found
+    if (count := _bytes(text)) is not None:
+        return count
     if text[:1].isdigit():
         raise UserError(f"A size is like 4.25bpw, 3.9GB, 700MiB or Q4_K_M, not {text!r}.")
-    return mix_bytes(text if ":" in text else f"gguf:{text}")
+    return mix_bytes(full_name(text))
 
 
 def split_size(text: str) -> int:
-    """Bytes of a size such as `2G` or `500M`, powers of 1000 as in llama.cpp. Raises UserError for anything else."""
-    found = re.fullmatch(r"([1-9]\d*)([KMG])", text)
-    if found is None:
+    """Returns the bytes of a size such as `2G` or `500M`, in powers of 1000 as llama.cpp counts.
+
+    Raises UserError for anything else.
+    """
+    match = re.fullmatch(r"([1-9]\d*)([KMG])", text)
+    if match is None:
         raise UserError(f"The most that a file may hold is like 2G, 500M or 800K, not {text!r}.")
-    return int(found[1]) * UNITS[found[2]]
+    return int(match[1]) * UNITS[match[2]]
 
 
 def _bytes(text: str) -> int | None:
-    """Bytes of a number with a unit, in capitals or not; None for anything else."""
-    found = re.fullmatch(NUMBER + "([KMGT]I|[KMGT]|)B", text.strip(), re.IGNORECASE)
-    return int(float(found[1]) * UNITS[found[2].upper()]) if found else None
+    """Returns the bytes of a number with a unit such as GB or GiB, in any case; None for any other text."""
+    match = re.fullmatch(NUMBER + "([KMGT]I|[KMGT]|)B", text.strip(), re.IGNORECASE)
+    return int(float(match[1]) * UNITS[match[2].upper()]) if match else None

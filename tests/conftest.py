@@ -198,11 +198,12 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
         from lqexport.models.source import open_source
         from lqexport.solver.linear import round_tensor
         from lqexport.storage.artifact import Artifact, StoredTensor
+        from lqexport.target import Target
 
         source, artifact = open_source(str(tiny_model)), Artifact(folder)
         artifact.begin({"recipe": {"target": target}})
         source.copy_model_files(artifact.model_folder)
-        planned = plan(target, source.config, {name: source.shape(name) for name in source.names()})
+        planned = plan(Target.parse(target), source.config, {name: source.shape(name) for name in source.names()})
         factors = planned_factors(planned, rank, "F16") if rank else []
         draw = torch.Generator().manual_seed(0)
         for tensor in factors:

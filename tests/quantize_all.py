@@ -50,6 +50,6 @@ if __name__ == "__main__":
         distributed.init_process_group("gloo")
     with pretend() if there else nullcontext():
         for options, out in json.loads(Path(sys.argv[1]).read_text()):
-            quantize(Recipe(**options), Path(out), device="cuda" if there else "cpu", memory_limits=MemoryLimits(1, 1))
+            quantize(Recipe(**options), Path(out), device="cuda" if there else "cpu", limits=MemoryLimits(1, 1))
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -91,8 +91,8 @@ def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: p
     assert list((tmp_path / "out" / "work" / "moments").glob("*/types-*/*.json"))
     with monkeypatch.context() as patch:
         # All linears are measured; their moments are kept, and the tokens' weights, for the asymmetric calibration.
-        patch.setattr("lqexport.pipeline.job.guided_moments", None)
-        patch.setattr("lqexport.pipeline.job.guided_pass", None)
+        patch.setattr("lqexport.pipeline.second_moments.guided_moments", None)
+        patch.setattr("lqexport.pipeline.second_moments.guided_pass", None)
         assert quantize(recipe, tmp_path / "out") == expected
 
 

@@ -23,7 +23,7 @@ importance = normalized(hessian.diagonal().unflatten(0, (-1, 64)))
 scale, shift = _fit_cpu(weight, importance, torch.arange(8.0)[None], True, codec_named("native:affine-3-g64").offset)
 scales = torch.rand(5, 16, generator=draw).cumsum(1)
 errors, subs = _best_subs_cpu(weight[:, :64].contiguous(), importance[0], scales, 4)
-exact = solve_linear("any", weight, hessian, "native:table-3", Recipe("none", "native:table-3", solver="exact"))
+exact = solve_linear("any", weight, hessian, "native:table-3", Recipe("none", "native:table-3", solver="exact").solver_settings)
 for found in (scale.numpy(), shift.numpy(), errors.numpy(), subs.numpy(), *exact.planes.values()):
     print(hashlib.sha256(found.tobytes()).hexdigest())
 """

@@ -111,7 +111,7 @@ def test_the_solver_is_taken_and_descent_follows(problem: tuple[torch.Tensor, to
 
     def recorded(**options: object) -> float:
         recipe = Recipe("source", "native:table-2", **options)  # type: ignore[arg-type]
-        return float(solve_linear("x", weights, hessian, "native:table-2", recipe).facts["loss"])
+        return float(solve_linear("x", weights, hessian, "native:table-2", recipe.solver_settings).facts["loss"])
 
     blocked, alone = recorded(descent=0), recorded(solver="exact", descent=0)
     assert alone != blocked

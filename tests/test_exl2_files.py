@@ -29,7 +29,7 @@ from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.pipeline import exl2_mixes as choose
 from lqexport.pipeline import measured_losses as measured
-from lqexport.pipeline.measured_losses import Measured
+from lqexport.pipeline.measured_losses import MeasuredLosses
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact, StoredTensor
@@ -297,7 +297,7 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
     artifact: Artifact, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = contents(artifact.folder)
-    for owner, method, stop in ((Measured, "add", 1), (Artifact, "write", 12)):
+    for owner, method, stop in ((MeasuredLosses, "add", 1), (Artifact, "write", 12)):
         out, left, original = tmp_path / f"{method}{stop}", [stop], getattr(owner, method)
 
         def until(*arguments: object, left: list[int] = left, original: object = original) -> None:

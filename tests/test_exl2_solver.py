@@ -55,7 +55,7 @@ def test_tensor_grid_is_the_formats_grid(name: str, size: float, problem: tuple[
 @every_name
 def test_columns_are_stored_by_falling_activation(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    tensor = solve_linear("x", weights, hessian, name, Recipe("x", "exl2", bits=3))
+    tensor = solve_linear("x", weights, hessian, name, Recipe("x", "exl2", bits=3).solver_settings)
     order = np.argsort(tensor.planes["q_invperm"])
     assert np.all(np.diff(hessian.diagonal().numpy()[order]) <= 0)
 
@@ -153,13 +153,15 @@ def test_torch_path_equals_the_kernels(
 def test_every_method_solves_into_exl2(method: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
     recipe = Recipe("x", "exl2", method=method, bits=4)
-    tensor = solve_linear("x", weights, None if method == "rtn" else hessian, "exl2:4g32x8", recipe)
+    tensor = solve_linear("x", weights, None if method == "rtn" else hessian, "exl2:4g32x8", recipe.solver_settings)
     assert tensor.facts["weight_error"] < 0.03
 
 
 def test_inputs_and_weights_of_zero_survive() -> None:
     for name in NAMES:
-        tensor = solve_linear("x", torch.zeros(32, 256), torch.zeros(256, 256), name, Recipe("x", "exl2", bits=3))
+        tensor = solve_linear(
+            "x", torch.zeros(32, 256), torch.zeros(256, 256), name, Recipe("x", "exl2", bits=3).solver_settings
+        )
         assert not codec_named(name).decode(tensor.planes, 256).any()
 
 
@@ -167,7 +169,9 @@ def test_weights_beyond_float16_become_its_largest() -> None:
     weights = torch.full((32, 256), 1e6)
     weights[:, ::2] = -1e6
     for name in NAMES:
-        tensor = solve_linear("x", weights, torch.eye(256), name, Recipe("x", "exl2", bits=3, descent=1))
+        tensor = solve_linear(
+            "x", weights, torch.eye(256), name, Recipe("x", "exl2", bits=3, descent=1).solver_settings
+        )
         values = codec_named(name).decode(tensor.planes, 256)
         assert np.isfinite(values).all()
         assert values[0, 0] < -60000
@@ -179,7 +183,7 @@ def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) ->
     token = torch.randn(256, generator=torch.Generator().manual_seed(1)) * 1e4
     weights = torch.randn(32, 256, generator=torch.Generator().manual_seed(2))
     hessian = torch.outer(token, token) - 1e3 * torch.eye(256)  # not positive definite
-    tensor = solve_linear("x", weights, hessian, name, Recipe("x", "native:table-4", dampening=0))
+    tensor = solve_linear("x", weights, hessian, name, Recipe("x", "native:table-4", dampening=0).solver_settings)
     assert tensor.facts["dampening"] > 0
     assert np.isfinite(codec_named(name).decode(tensor.planes, 256)).all()
 
@@ -187,14 +191,16 @@ def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) ->
 def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
     recipe = Recipe("x", "exl2", bits=3, moments="normalized", descent=0)
-    tried = measured.options(mix_losses(weights, hessian, recipe), tuple(weights.shape))
+    tried = measured.options(
+        mix_losses(weights, hessian, recipe.solver_settings, guided=recipe.moments == "guided"), tuple(weights.shape)
+    )
     options = {option.name: option for option in tried}
     assert {"exl2:2g32x8", "exl2:8g32x8"} < options.keys()
     assert all(sum(run.columns for run in codec_named(name).runs) == 256 for name in options)
     pure = [options[f"exl2:{bits}g32x8"] for bits in (2, 3, 4, 5, 6, 8)]
     assert all(wider.loss < narrower.loss / 2 for narrower, wider in itertools.pairwise(pure))
     # What is predicted is what solving gives: here all 64 rows are measured.
-    solved = solve_linear("x", weights, hessian, "exl2:3g32x8", recipe)
+    solved = solve_linear("x", weights, hessian, "exl2:3g32x8", recipe.solver_settings)
     assert solved.facts["relative_error"] == pytest.approx(options["exl2:3g32x8"].loss, rel=1e-3)
     # Activations differ a lot here, so mixes beat the pure width of the same size.
     best = min(option.loss for option in options.values() if option.nbytes <= options["exl2:3g32x8"].nbytes)

@@ -124,7 +124,7 @@ def in_parts(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
     """As if memory asked for so many."""
     chosen = memory.choose_placement
     monkeypatch.setattr(
-        "lqexport.pipeline.job.choose_placement", lambda *arguments: replace(chosen(*arguments), parts=count)
+        "lqexport.pipeline.prepare.choose_placement", lambda *arguments: replace(chosen(*arguments), parts=count)
     )
 
 

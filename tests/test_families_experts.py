@@ -16,6 +16,7 @@ from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.target import Target
 
 
 def test_experts_that_no_token_reaches(tmp_path: Path, texts: tuple[str, str]) -> None:
@@ -48,7 +49,7 @@ def test_what_experts_do_not_allow_yet(tmp_path: Path, options: dict[str, Any]) 
 
 def test_experts_of_a_block_share_their_type() -> None:
     config, shapes = config_and_shapes("mixtral")
-    everything = plan("gguf:Q8_0", config, shapes, types={"*.experts.*.down_proj.weight": "gguf:Q4_0"})
+    everything = plan(Target.parse("gguf:Q8_0"), config, shapes, types={"*.experts.*.down_proj.weight": "gguf:Q4_0"})
     assert {tensor.codec_name for tensor in everything if "down_proj" in tensor.name} == {"gguf:Q4_0"}
     with pytest.raises(UserError, match="experts of a block in one type"):
-        plan("gguf:Q8_0", config, shapes, types={"*.experts.1.down_proj.weight": "gguf:Q4_0"})
+        plan(Target.parse("gguf:Q8_0"), config, shapes, types={"*.experts.1.down_proj.weight": "gguf:Q4_0"})

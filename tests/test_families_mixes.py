@@ -22,6 +22,7 @@ from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
 from lqexport.formats.registry import codec_named
 from lqexport.models.modules import expected_shapes
 from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.target import Target
 
 
 class Zeros(Artifact):
@@ -29,7 +30,7 @@ class Zeros(Artifact):
 
     def __init__(self, folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__(folder)
-        self._config, self._planned = config, plan("gguf:F16", config, shapes)
+        self._config, self._planned = config, plan(Target.parse("gguf:F16"), config, shapes)
 
     def config(self) -> dict[str, Any]:
         return self._config
@@ -91,7 +92,7 @@ def test_mix_of_qwen2_with_80_blocks_is_llamacpps(wide: Callable[..., tuple[Path
 
 def check_mix(source: Path, artifact: Zeros, tmp_path: Path, mix: str) -> None:
     shapes = {key: tuple(facts["shape"]) for key, facts in artifact.manifest().items()}
-    planned = plan(f"gguf:{mix}", artifact.config(), shapes)
+    planned = plan(Target.parse(f"gguf:{mix}"), artifact.config(), shapes)
     llamacpp_quantize(source, tmp_path / "theirs.gguf", {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix), threads=1)
     theirs = GGUFModel(tmp_path / "theirs.gguf")
     assert {tensor.name: tensor.codec_name for tensor in planned} == {

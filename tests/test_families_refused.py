@@ -23,6 +23,7 @@ from lqexport.errors import UserError
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
+from lqexport.target import Target
 from lqexport.verification.verifying import verify
 
 
@@ -63,10 +64,10 @@ def test_what_llamacpp_computes_otherwise_is_refused_before_any_work(
     name: str, change: dict[str, Any], said: str
 ) -> None:
     config, shapes = config_and_shapes(name)
-    plan("gguf:Q4_K", config, shapes)
+    plan(Target.parse("gguf:Q4_K"), config, shapes)
     with pytest.raises(UserError, match=said):
-        plan("gguf:Q4_K", config | change, shapes)
-    plan("native:table-4", config | change, shapes)
+        plan(Target.parse("gguf:Q4_K"), config | change, shapes)
+    plan(Target.parse("native:table-4"), config | change, shapes)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "granite", "falcon"])

@@ -18,6 +18,7 @@ from lqexport.converters.targets import plan, targets
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import quantize
 from lqexport.formats.registry import codec_named, names
+from lqexport.target import Target
 
 
 def make_config(hidden: int = 256, layers: int = 2, heads: int = 4, kv: int = 2, tied: bool = False) -> dict[str, Any]:
@@ -95,7 +96,9 @@ def types_by_llamacpp(folder: Path, config: dict[str, Any], mix: str) -> dict[st
 
 
 def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[str, str]:
-    return {tensor.name: tensor.codec_name for tensor in plan(target, config, make_shapes(config), **options)}
+    return {
+        tensor.name: tensor.codec_name for tensor in plan(Target.parse(target), config, make_shapes(config), **options)
+    }
 
 
 @pytest.mark.llamacpp
@@ -124,7 +127,7 @@ def test_mix_of_80_layers_is_llamacpps(tmp_path: Path, mix: str, kv: int) -> Non
 @pytest.mark.parametrize("target", targets())
 def test_every_target_plans_every_tensor_in_order(target: str) -> None:
     config = make_config()
-    planned = plan(target, config, make_shapes(config))
+    planned = plan(Target.parse(target), config, make_shapes(config))
     order = list(gguf_names(LLAMA, 2))
     assert [tensor.name for tensor in planned] == [name for name in order if name in make_shapes(config)]
     assert all(tensor.codec_name == "gguf:F32" and not tensor.linear for tensor in planned if len(tensor.shape) == 1)
@@ -134,7 +137,7 @@ def test_every_target_plans_every_tensor_in_order(target: str) -> None:
 
 @pytest.mark.parametrize("kind", [name.removeprefix("gguf:") for name in names("gguf")])
 def test_pure_type(kind: str) -> None:
-    planned = plan(f"gguf:{kind}", make_config(), make_shapes(make_config()))
+    planned = plan(Target.parse(f"gguf:{kind}"), make_config(), make_shapes(make_config()))
     plain = kind in ("F32", "F16", "BF16")
     linears = [tensor for tensor in planned if ".layers." in tensor.name and len(tensor.shape) == 2]
     assert {tensor.codec_name for tensor in linears} == {f"gguf:{kind}"}
@@ -163,7 +166,7 @@ def test_pure_type(kind: str) -> None:
 )
 def test_fallback(target: str, columns: int, expected: str) -> None:
     config = make_config(hidden=columns)
-    planned = {tensor.name: tensor for tensor in plan(target, config, make_shapes(config))}
+    planned = {tensor.name: tensor for tensor in plan(Target.parse(target), config, make_shapes(config))}
     tensor = planned["model.layers.1.self_attn.q_proj.weight"]
     assert tensor.codec_name == expected
     assert tensor.linear == (expected != "gguf:F16")
@@ -173,7 +176,7 @@ def test_fallback(target: str, columns: int, expected: str) -> None:
     assert tensor.wanted == target
     assert f"{columns} columns" in str(tensor.reason)
     with pytest.raises(UserError, match=r"cannot hold .*q_proj"):
-        plan(target, config, make_shapes(config), fallback=False)
+        plan(Target.parse(target), config, make_shapes(config), fallback=False)
 
 
 def test_no_fallback_is_fine_where_shapes_fit() -> None:
@@ -199,7 +202,9 @@ def test_options_fall_back_too() -> None:
 def test_tied_output_is_dropped_and_either_option_means_the_embedding() -> None:
     config = make_config(tied=True)
     shapes = make_shapes(config) | {"lm_head.weight": (32, 256)}
-    planned = {tensor.name: tensor.codec_name for tensor in plan("gguf:Q4_K", config, shapes, output_type="Q6_K")}
+    planned = {
+        tensor.name: tensor.codec_name for tensor in plan(Target.parse("gguf:Q4_K"), config, shapes, output_type="Q6_K")
+    }
     assert "lm_head.weight" not in planned
     assert planned["model.embed_tokens.weight"] == "gguf:Q6_K"
 
@@ -207,7 +212,7 @@ def test_tied_output_is_dropped_and_either_option_means_the_embedding() -> None:
 def test_rotary_frequencies_are_ignored() -> None:
     config = make_config()
     shapes = make_shapes(config) | {"model.layers.0.self_attn.rotary_emb.inv_freq": (32,)}
-    assert len(plan("gguf:F16", config, shapes)) == len(shapes) - 1
+    assert len(plan(Target.parse("gguf:F16"), config, shapes)) == len(shapes) - 1
 
 
 @pytest.mark.parametrize(
@@ -225,7 +230,7 @@ def test_rotary_frequencies_are_ignored() -> None:
 def test_errors(target: str, change: dict[str, Any], message: str) -> None:
     shapes = make_shapes(make_config())
     with pytest.raises(UserError, match=message):
-        plan(target, make_config() | change, shapes)
+        plan(Target.parse(target), make_config() | change, shapes)
 
 
 @pytest.mark.parametrize(
@@ -238,17 +243,17 @@ def test_errors(target: str, change: dict[str, Any], message: str) -> None:
 )
 def test_strange_tensors(change: dict[str, tuple[int, ...]], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        plan("gguf:Q4_K", make_config(), make_shapes(make_config()) | change)
+        plan(Target.parse("gguf:Q4_K"), make_config(), make_shapes(make_config()) | change)
 
 
 def test_missing_output_says_what_to_do() -> None:
     with pytest.raises(UserError, match="tie_word_embeddings"):
-        plan("gguf:Q4_K", make_config(), make_shapes(make_config(tied=True)))
+        plan(Target.parse("gguf:Q4_K"), make_config(), make_shapes(make_config(tied=True)))
 
 
 def test_unknown_embedding_type() -> None:
     with pytest.raises(UserError, match="Q7_K"):
-        plan("gguf:Q4_K", make_config(), make_shapes(make_config()), embedding_type="Q7_K")
+        plan(Target.parse("gguf:Q4_K"), make_config(), make_shapes(make_config()), embedding_type="Q7_K")
 
 
 def test_rope_order() -> None:
@@ -259,6 +264,6 @@ def test_rope_order() -> None:
 
 def test_planned_bytes_are_the_codecs() -> None:
     config = make_config()
-    (tensor, *_) = [t for t in plan("gguf:Q4_K", config, make_shapes(config)) if t.linear]
+    (tensor, *_) = [t for t in plan(Target.parse("gguf:Q4_K"), config, make_shapes(config)) if t.linear]
     assert tensor.nbytes == 256 * 144
     assert codec_named(tensor.codec_name).block == 256

@@ -24,6 +24,7 @@ from lqexport.models.written import Export, open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
+from lqexport.target import Target
 from lqexport.verification.verifying import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
@@ -210,15 +211,15 @@ def test_models_that_the_layout_cannot_hold_are_refused(tiny_model: Path) -> Non
     source = open_source(str(tiny_model))
     shapes = {name: source.shape(name) for name in source.names()}
     down = "model.layers.0.mlp.down_proj.weight"
-    planned = {tensor.name: tensor for tensor in plan_gptq("gptq:4-g128", source.config, shapes)}
+    planned = {tensor.name: tensor for tensor in plan_gptq(Target.parse("gptq:4-g128"), source.config, shapes)}
     assert (planned[down].codec_name, planned[down].linear) == ("gptq:4-g128", True)
     assert planned["model.embed_tokens.weight"].codec_name == planned["model.norm.weight"].codec_name == "gguf:F16"
     with pytest.raises(UserError, match=r"down_proj.weight, \[256, 576\].* Take gptq:4-g32 or gptq:4-g64 or"):
-        plan_gptq("gptq:4-g128", source.config, shapes | {down: (256, 576)})
+        plan_gptq(Target.parse("gptq:4-g128"), source.config, shapes | {down: (256, 576)})
     with pytest.raises(UserError, match=r"rows must be a multiple of 32 and columns of 128\.$"):
-        plan_gptq("gptq:4-g128", source.config, shapes | {down: (264, 512)})
+        plan_gptq(Target.parse("gptq:4-g128"), source.config, shapes | {down: (264, 512)})
     with pytest.raises(UserError, match="Unknown target 'gptq:3-g128'"):
-        plan_gptq("gptq:3-g128", source.config, shapes)
+        plan_gptq(Target.parse("gptq:3-g128"), source.config, shapes)
 
 
 def test_options_that_the_layout_has_no_place_for_are_refused() -> None:

@@ -214,21 +214,23 @@ def test_every_method_solves_into_the_layout(
     name: str, method: str, problem: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
     weights, hessian = problem
-    tensor = solve_linear("x", weights, None if method == "rtn" else hessian, name, Recipe("x", name, method=method))
+    tensor = solve_linear(
+        "x", weights, None if method == "rtn" else hessian, name, Recipe("x", name, method=method).solver_settings
+    )
     assert tensor.facts["weight_error"] < 0.08
     codec_named(name).decode(tensor.planes, 256)
 
 
 def test_groups_in_act_order_are_of_like_activations(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    tensor = solve_linear("x", weights, hessian, "gptq:4-g32-act", Recipe("x", "gptq:4-g32-act"))
+    tensor = solve_linear("x", weights, hessian, "gptq:4-g32-act", Recipe("x", "gptq:4-g32-act").solver_settings)
     energies = [hessian.diagonal().numpy()[tensor.planes["g_idx"] == group] for group in range(8)]
     assert all(after.max() <= before.min() for before, after in itertools.pairwise(energies))
 
 
 def test_inputs_and_weights_of_zero_survive() -> None:
     for name in GPTQ:
-        tensor = solve_linear("x", torch.zeros(32, 128), torch.zeros(128, 128), name, Recipe("x", name))
+        tensor = solve_linear("x", torch.zeros(32, 128), torch.zeros(128, 128), name, Recipe("x", name).solver_settings)
         assert not codec_named(name).decode(tensor.planes, 128).any()
 
 
@@ -236,7 +238,7 @@ def test_weights_beyond_float16_become_large_and_finite() -> None:
     weights = torch.full((32, 128), 1e6)
     weights[:, ::2] = -1e6
     for name in GPTQ:
-        tensor = solve_linear("x", weights, torch.eye(128), name, Recipe("x", name, descent=1))
+        tensor = solve_linear("x", weights, torch.eye(128), name, Recipe("x", name, descent=1).solver_settings)
         values = codec_named(name).decode(tensor.planes, 128)
         assert np.isfinite(values).all()
         assert values[0, 0] < -25000

@@ -22,7 +22,7 @@ from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
-from lqexport.pipeline.ranks import Candidate, allocate
+from lqexport.pipeline.ranks import Candidate, allocate_steps
 from lqexport.recipe import Recipe
 from lqexport.solver.corrected_linear import solve_corrected
 from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
@@ -119,7 +119,7 @@ def test_no_other_choice_of_the_budget_gains_more(seed: int, largest: int) -> No
         used = sum(steps[name] * one.nbytes for name, one in candidates.items())
         return used, sum(one.losses[steps[name]] for name, one in candidates.items())
 
-    used, loss = total(allocate(candidates, budget))
+    used, loss = total(allocate_steps(candidates, budget))
     assert used <= budget
     every = (total(dict(zip("abcd", steps, strict=True))) for steps in itertools.product(range(5), repeat=4))
     best = min(other for other_used, other in every if other_used <= budget)
@@ -128,7 +128,7 @@ def test_no_other_choice_of_the_budget_gains_more(seed: int, largest: int) -> No
 
 
 def test_a_step_that_gains_nothing_is_not_taken() -> None:
-    assert allocate({"a": Candidate([1.0, 0.5, 0.5], 1), "b": Candidate([1.0, 1.0], 1)}, 10) == {"a": 1, "b": 0}
+    assert allocate_steps({"a": Candidate([1.0, 0.5, 0.5], 1), "b": Candidate([1.0, 1.0], 1)}, 10) == {"a": 1, "b": 0}
 
 
 # In a run.
@@ -202,7 +202,9 @@ def test_rounds_make_room_for_the_correction() -> None:
     losses = {}
     for rounds in (1, 3):
         recipe = Recipe("", "gguf:Q2_K", rank=8, rounds=rounds)
-        *_, solved = solve_corrected("w.weight", weight, hessian, None, "gguf:Q2_K", recipe)
+        *_, solved = solve_corrected(
+            "w.weight", weight, hessian, None, "gguf:Q2_K", recipe.solver_settings, recipe.correction_settings
+        )
         losses[rounds] = solved.facts["correction"]["losses"]
     assert losses[3][-1] < 0.97 * losses[1][-1]
     assert losses[3][0] > losses[1][0], "the codes alone are no longer the best"
@@ -214,7 +216,9 @@ def test_output_groups_have_losses_of_their_own() -> None:
     inputs[1] *= torch.rand(256, generator=draw).pow(2)
     hessians = inputs.mT @ inputs / 900
     recipe = Recipe("", "gguf:Q3_K", method="gptq", rank=8, factors="F32")
-    down, up, solved = solve_corrected("w.weight", weight, hessians, None, "gguf:Q3_K", recipe)
+    down, up, solved = solve_corrected(
+        "w.weight", weight, hessians, None, "gguf:Q3_K", recipe.solver_settings, recipe.correction_settings
+    )
     left = weight - values_of(solved) - values_of(up) @ values_of(down)
     expected = sum(float(((part @ h) * part).sum()) for part, h in zip(left.chunk(2), hessians, strict=True))
     assert solved.facts["correction"]["losses"][-1] == pytest.approx(expected, rel=1e-4)

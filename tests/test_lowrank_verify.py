@@ -87,7 +87,7 @@ def test_mxint_rounds_as_lqers_emulation(bits: int, group: int) -> None:
 def round_rtn(kind: str, weights: torch.Tensor) -> torch.Tensor:
     from lqexport.solver.linear import solve_linear
 
-    stored: StoredTensor = solve_linear("w", weights, None, kind, Recipe("", kind, method="rtn"))
+    stored: StoredTensor = solve_linear("w", weights, None, kind, Recipe("", kind, method="rtn").solver_settings)
     return torch.from_numpy(codec_named(kind).decode(stored.planes, weights.shape[1]))
 
 

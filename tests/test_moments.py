@@ -16,7 +16,7 @@ from lqexport.calibration.moments import SecondMoments, TokenWeights
 from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
-from lqexport.pipeline import job
+from lqexport.pipeline import second_moments
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
@@ -158,7 +158,7 @@ def recipe(tiny_model: Path, tmp_path: Path) -> Recipe:
 def test_a_cache_is_shared_by_targets(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quantize(recipe, tmp_path / "alone")
     quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
-    monkeypatch.setattr(job, "guided_moments", None)  # nothing is collected again
+    monkeypatch.setattr(second_moments, "guided_moments", None)  # nothing is collected again
     quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
     other = Recipe(**{**vars(recipe), "target": "native:table-3"})
     quantize(other, tmp_path / "other", cache=tmp_path / "cache")

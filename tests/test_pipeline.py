@@ -16,7 +16,7 @@ import torch
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
 from lqexport.models.source import open_source
-from lqexport.pipeline import job
+from lqexport.pipeline import prepare
 from lqexport.pipeline import solve_model as solving
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
@@ -223,7 +223,7 @@ def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypa
     recipe = changed(recipe, method="rtn")
     quantize(recipe, tmp_path / "out")
     assert Artifact(tmp_path / "out").run()["versions"]["numpy"] == np.__version__
-    monkeypatch.setattr(job, "versions", lambda *names: dict.fromkeys(names, "0"))
+    monkeypatch.setattr(prepare, "versions", lambda *names: dict.fromkeys(names, "0"))
     with pytest.raises(UserError, match=r"holds another run \(different: versions\)"):
         quantize(recipe, tmp_path / "out")
 

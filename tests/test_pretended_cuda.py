@@ -262,7 +262,7 @@ def test_the_same_bytes_where_the_device_keeps_nothing(
     recipe = changed(recipe, tune=1)
     names = []
     for name, memory_limits in (("much", MemoryLimits()), ("little", MemoryLimits(1, host))):
-        quantize(recipe, tmp_path / name, device="cuda", memory_limits=memory_limits)
+        quantize(recipe, tmp_path / name, device="cuda", limits=memory_limits)
         names.append({entry["name"]: entry["sha256"] for entry in Artifact(tmp_path / name).manifest().values()})
     assert names[0] == names[1]
 

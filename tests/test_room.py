@@ -77,9 +77,9 @@ def test_the_same_bytes_in_no_room(
         str(experts_model if name == "experts" else tiny_model), calibration=str(text), **SMALL | RECIPES[name]
     )
     said: list[str] = []
-    quantize(recipe, tmp_path / "much", device="cpu", memory_limits=MemoryLimits())
+    quantize(recipe, tmp_path / "much", device="cpu", limits=MemoryLimits())
     listener = Callback(lambda *_: None, said.append)
-    quantize(recipe, tmp_path / "little", device="cpu", memory_limits=MemoryLimits(host=1), listener=listener)
+    quantize(recipe, tmp_path / "little", device="cpu", limits=MemoryLimits(host=1), listener=listener)
     assert "Second moments are kept on the disk, factors on the disk, and up to 64 rows" in said[0]
     assert ("experts are solved in 5 parts" in said[0]) == (name == "experts")
     assert contents(tmp_path / "much") == contents(tmp_path / "little")
@@ -106,9 +106,9 @@ def test_where_memory_runs_out_fewer_rows_are_solved_at_once(
     name: str, failures: int, hessian: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weight, recipe = torch.randn(300, 256, generator=torch.Generator().manual_seed(1)), Recipe("", name, descent=1)
-    whole = solve_linear("x", weight, hessian[:256, :256], name, recipe)
+    whole = solve_linear("x", weight, hessian[:256, :256], name, recipe.solver_settings)
     tried = fail_first(monkeypatch, failures)
-    again = solve_linear("x", weight, hessian[:256, :256], name, recipe)
+    again = solve_linear("x", weight, hessian[:256, :256], name, recipe.solver_settings)
     assert tried == {1: [300, 128, 128, 44], 2: [300, 128, 64, 64, 64, 64, 44]}[failures]
     assert again.facts == whole.facts
     assert all((plane == again.planes[key]).all() for key, plane in whole.planes.items())
@@ -132,7 +132,7 @@ def fail_first(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
 def test_less_than_a_tile_is_refused(hessian: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     fail_first(monkeypatch, 100)
     with pytest.raises(UserError, match="64 rows of a linear, the fewest"):
-        solve_linear("x", torch.randn(300, 320), hessian, "gguf:Q4_0", Recipe("", "gguf:Q4_0"))
+        solve_linear("x", torch.randn(300, 320), hessian, "gguf:Q4_0", Recipe("", "gguf:Q4_0").solver_settings)
 
 
 def test_what_a_device_has_no_room_for_goes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from lqexport.formats.codec import Planes
 from lqexport.formats.gptq import BITS, GPTQ, UNIT, Gptq
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.target import Target
 
 PLANES = ("qweight", "qzeros", "scales", "g_idx")
 HINT = (
@@ -34,19 +35,20 @@ ONES = np.int32(0x11111111)
 """1 in each of the eight zero points of a word. None of ours overflows when it is added: they are 14 at most."""
 
 
-def plan_gptq(target: str, config: dict[str, Any], shapes: Shapes) -> list[PlannedTensor]:
+def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[PlannedTensor]:
     """Every tensor of a model in GPTQ's layout, in the order of the model. Raises UserError for an unknown target, for
     linears that it cannot hold, and as `targets.plan`."""
-    if target not in GPTQ:
-        raise UserError(f"Unknown target {target!r}. Known: {', '.join(GPTQ)}.")
+    codec_name = str(target)
+    if codec_name not in GPTQ:
+        raise UserError(f"Unknown target {codec_name!r}. Known: {', '.join(GPTQ)}.")
     architecture = architecture_of(config)
     if architecture.encoder:
         raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")
     kept = model_tensors(architecture, config, shapes)
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
-    _check_fits(GPTQ[target], linears)
+    _check_fits(GPTQ[codec_name], linears)
     return [
-        PlannedTensor(name, shape, target if name in linears else PLAIN, name in linears)
+        PlannedTensor(name, shape, codec_name if name in linears else PLAIN, name in linears)
         for name, shape in kept.items()
     ]
 

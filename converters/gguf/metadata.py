@@ -1,4 +1,4 @@
-"""Metadata of a GGUF file: what llama.cpp needs to know of the model, from config.json."""
+"""Writes the metadata of a GGUF file: what llama.cpp needs from config.json, and how the file was made."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from lqexport.converters.models.rope import head_dim, longrope_attention, rope_s
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 from lqexport.storage.files import read_json
+from lqexport.target import Target
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
 def optional_json(path: Path) -> dict[str, Any]:
-    """A JSON object of the model folder, {} where the file is missing. Raises UserError where it is damaged."""
+    """Returns the JSON object in a file, or {} if there is no file. Raises UserError if the file is damaged."""
     return read_json(path, f"{path} is gone.") if path.is_file() else {}
 
 
 def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vocabulary: int) -> None:
-    """Sizes, attention and rotary embedding of a model.
+    """Adds the sizes, attention settings and rotary embedding of a model to `writer`.
 
-    vocabulary   rows of the embedding
+    vocabulary   number of rows of the embedding
 
-    Raises UserError where config.json lacks a size or asks for what llama.cpp does not compute for this architecture.
+    Raises UserError if config.json lacks a size, or asks for what llama.cpp does not compute for this architecture.
     """
     check_supported(architecture, config)
     writer.add_block_count(_size(config, "num_hidden_layers"))
@@ -59,7 +60,10 @@ def _size(config: Config, key: str) -> int:
 
 
 def _context(architecture: Architecture, config: Config) -> int:
-    """The longest context that llama.cpp computes as config.json says."""
+    """Returns the longest context in which llama.cpp computes what config.json asks for.
+
+    Where llama.cpp ignores sliding windows, that is at most one window.
+    """
     longest = _size(config, "max_position_embeddings")
     narrow = window(config) if architecture.period is None else None
     return min(longest, narrow or longest)
@@ -69,8 +73,8 @@ def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
     value = config.get(key.config, key.default)
     if value is None:
         raise UserError(f"config.json gives no {key.config}.")
-    add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.kind]
-    add(f"{writer.arch}.{key.name}", key.kind(value))
+    add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.value_type]
+    add(f"{writer.arch}.{key.name}", key.value_type(value))
 
 
 def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) -> None:
@@ -85,34 +89,37 @@ def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) 
 
 def _add_rope(writer: GGUFWriter, config: Config) -> None:
     settings = rope_settings(config)
-    kind = settings["rope_type"]
+    rope_type = settings["rope_type"]
     writer.add_rope_dimension_count(rotary_dim(config))
     writer.add_rope_freq_base(float(settings["rope_theta"]))
-    # `dynamic` changes nothing within max_position_embeddings, which is the context length written above; `llama3`
-    # is the tensor rope_freqs.weight and no key.
-    if kind in ("linear", "yarn"):
-        writer.add_rope_scaling_type(RopeScalingType(kind))
+    # `dynamic` needs no key: it changes nothing within max_position_embeddings, which is the context length above.
+    # `llama3` needs none either: it is the tensor rope_freqs.weight.
+    if rope_type in ("linear", "yarn"):
+        writer.add_rope_scaling_type(RopeScalingType(rope_type))
         writer.add_rope_scaling_factor(float(settings["factor"]))
-    if kind in ("yarn", "longrope"):
+    if rope_type in ("yarn", "longrope"):
         original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(int(original))
-    if kind == "yarn" and settings.get("mscale_all_dim"):
+    if rope_type == "yarn" and settings.get("mscale_all_dim"):
         writer.add_rope_scaling_yarn_log_mul(0.1 * settings["mscale_all_dim"])
-    if kind == "longrope":
+    if rope_type == "longrope":
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         writer.add_rope_scaling_attn_factors(longrope_attention(config))
 
 
-def add_provenance(writer: GGUFWriter, run: dict[str, Any], most_weights: str) -> None:
-    """General keys, and how the file was made: `lqexport.*`, from an artifact's run.json. `most_weights` is
-    the type that holds most of them, by which a file of freely chosen types is named."""
+def add_provenance(writer: GGUFWriter, run: dict[str, Any], main_type: str) -> None:
+    """Adds the general keys to `writer`, and keys `lqexport.*` that say how the file was made.
+
+    run         content of the artifact's run.json
+    main_type   the type that holds most of the weights; `general.file_type` names it if types were chosen by size
+    """
     recipe = run.get("recipe") or {}
     writer.add_type("model")
     if name := str(recipe.get("source", "")).rstrip("/").rpartition("/")[2].removesuffix(".gguf"):
         writer.add_name(name)
-    family, _, kind = str(recipe.get("target", "")).partition(":")
-    if family == "gguf":
-        writer.add_file_type(file_type(most_weights if kind == "auto" else kind))
+    target = Target.parse(str(recipe.get("target", "")))
+    if target.family == "gguf":
+        writer.add_file_type(file_type(main_type if target.is_auto else target.type))
     writer.add_quantization_version(QUANTIZATION_VERSION)
     for key in ("recipe", "calibration", "versions"):
         if run.get(key):

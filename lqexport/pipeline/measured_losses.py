@@ -1,11 +1,11 @@
-"""What the options of tensors are predicted to cost: measured once, for every size, beside the second moments."""
+"""Predicted losses of the options of tensors: measured once for all sizes, and kept beside the second moments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,46 +13,66 @@ from lqexport.calibration.collect import begin_with_first, by_weight
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
 from lqexport.pipeline.allocate import Option
+from lqexport.pipeline.job import Job
+from lqexport.pipeline.second_moments import block_moments
+from lqexport.runtime.environment import versions
 from lqexport.storage.files import read_json, write_json
 
-if TYPE_CHECKING:
-    from lqexport.pipeline.job import Job
-
 Losses = dict[str, dict[str, float]]
-"""Tensor -> codec -> predicted loss."""
+"""Tensor name to codec name to predicted loss."""
+
+MEASURED_BY = ("method", "moments", "dampening", "importance", "exponent", "act_order")
+"""Options of a recipe that decide a predicted loss, besides those that decide the second moments."""
+
+SAMPLED_ROWS = 256
+"""Rows of a linear on which its options are measured."""
 
 
-class Measured:
-    """Losses found so far, kept on disk, each tensor's in a file of its own: several processes may write, and runs that
-    measure different tensors."""
+class MeasuredLosses:
+    """The losses measured so far, in a folder with one file a tensor, so that several processes and runs may write."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def losses(self) -> Losses:
-        """All of them, whoever found them."""
+        """All losses that any process or run has measured. Raises UserError if a file is damaged."""
         return {path.stem: read_json(path, f"{path} is gone.") for path in self._folder.glob("*.json")}
 
     def add(self, name: str, losses: dict[str, float]) -> None:
-        """Keep those of one more tensor."""
+        """Keeps the losses of one more tensor."""
         write_json(self._folder / f"{name}.json", losses)
 
 
+def measured_losses(job: Job, options: str) -> MeasuredLosses:
+    """Returns the losses under the job's second moments and solver; `options` names what is measured, such as types."""
+    assert job.moments_cache is not None
+    facts = {key: value for key, value in asdict(job.recipe).items() if key in MEASURED_BY}
+    return MeasuredLosses(job.moments_cache.measured(options, facts | {"versions": versions("numpy", "numba")}))
+
+
 def measure_linears(
-    job: Job, kept: Measured, names: Collection[str], stage: str,
+    job: Job, measured: MeasuredLosses, names: Collection[str], stage: str,
     losses_of: Callable[[str, Tensor, Tensor], dict[str, float]],
 ) -> None:  # fmt: skip
-    """Keep the losses of these linears as their blocks' second moments come: `losses_of` takes a name, the float32
-    weight [R, C] and the second moments as `SecondMoments.hessian` gives them, both on the device."""
+    """Measures and keeps the losses of the named linears, block by block as their second moments come.
+
+    losses_of   takes a name, the float32 weight [R, C] and the second moments as `SecondMoments.hessian` gives them,
+                both on the device
+    """
     model = job.model()
-    for block in begin_with_first(job.moments(model), partial(job.listener.stage, stage, len(names))):
+    for block in begin_with_first(block_moments(job, model), partial(job.listener.stage, stage, len(names))):
         hessians = by_weight(model, block)
         for name in sorted(hessians.keys() & set(names)):
             weight = job.source.read(name).to(job.device).float()
-            kept.add(name, losses_of(name, weight, hessians[name].to(job.device)))
+            measured.add(name, losses_of(name, weight, hessians[name].to(job.device)))
             job.listener.advance(job.processes.count)
 
 
+def sampled_rows(weight: Tensor) -> Tensor:
+    """Returns about SAMPLED_ROWS rows of a weight [R, C], evenly spread; all if it has fewer."""
+    return weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
+
+
 def options(losses: dict[str, float], shape: tuple[int, int]) -> list[Option]:
-    """The options of a tensor of shape [rows, columns], from the losses of its codecs."""
-    return [Option(kind, nbytes(codec_named(kind), *shape), loss) for kind, loss in losses.items()]
+    """Returns the options of a tensor of shape [rows, columns], from the losses of its codecs."""
+    return [Option(name, nbytes(codec_named(name), *shape), loss) for name, loss in losses.items()]

@@ -1,14 +1,14 @@
-"""A byte budget: the type of every tensor, chosen so that the whole model loses least at a given size.
+"""Types by size: the type of every tensor is chosen so that the whole model loses least at a given size.
 
-What each tensor costs in each type is measured once. Rows of a linear are solved (error feedback, no descent) under its
-guided second moments, whose loss estimates nats per token of the model (`lqexport.calibration.moments`). The embedding and the
-output are rounded, and the model's own KL divergence is measured with that tensor alone replaced. The costs are added
-up, and `lqexport.pipeline.allocate` finds the choice of least sum within the budget.
+The loss of each tensor in each type is measured once. Rows of a linear are solved (error feedback, no descent) under its
+guided second moments, whose loss estimates nats per token of the model (`lqexport.calibration.moments`). The embedding
+and the output are rounded, and the model's KL divergence is measured with that tensor alone replaced. The losses are
+added up, and `lqexport.pipeline.allocate` finds the choice of least sum within the size.
 """
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,12 +21,18 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import AGAIN, well_formed
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
-from lqexport.pipeline import measured_losses as measured
 from lqexport.pipeline.allocate import allocate, reachable
 from lqexport.pipeline.job import Job
-from lqexport.pipeline.measured_losses import Losses, Measured
+from lqexport.pipeline.measured_losses import (
+    Losses,
+    MeasuredLosses,
+    measure_linears,
+    measured_losses,
+    options,
+    sampled_rows,
+)
 from lqexport.planning.recipe_plan import plan_recipe
-from lqexport.recipe import Recipe
+from lqexport.recipe import Recipe, SolverSettings
 from lqexport.runtime.progress import Listener
 from lqexport.sizes import model_size
 from lqexport.solver.linear import round_tensor, solve_linear
@@ -35,66 +41,71 @@ from lqexport.storage.files import read_json, write_json
 
 SUPERBLOCKS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
 BLOCKS = ("gguf:Q4_0", "gguf:Q4_1", "gguf:Q5_0", "gguf:Q5_1", "gguf:Q8_0")
-"""The types to choose from, where 256 divides the columns and where only 32 does. Others of equal bytes lose more."""
+"""The types to choose from for columns that are a multiple of 256 (SUPERBLOCKS) or only of 32 (BLOCKS). Other types of
+equal bytes lose more."""
 OUTER = ("gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
-"""Those for the embedding and the output."""
+"""The types to choose from for the embedding and the output."""
 
 CURVE_POINTS = 16
 
-SAMPLED_ROWS = 256
-"""Rows of a linear, evenly spread, on which its types are measured."""
 SEQUENCES = 4
 """Calibration sequences on which the embedding and the output are measured."""
 
 
-def choose_types(job: Job) -> dict[str, Any] | None:
-    """Where the recipe gives a size: measure every tensor in every type, and plan the job anew with the best choice,
-    which is returned as budget.json keeps it."""
+def choose_types(job: Job) -> tuple[Job, dict[str, Any] | None]:
+    """Returns the job with the types that lose least within the recipe's size, and the choice as budget.json keeps it.
+
+    Every tensor is measured in every type first. Without a size the job stays as it is, and the choice is None. Raises
+    UserError if no choice of types fits into the size.
+    """
     if job.recipe.size is None:
-        return None
+        return job, None
     path = job.artifact.folder / "budget.json"
     if job.processes.agreed(not path.is_file()):
         choice = _measured_choice(job, job.recipe.size)
         if job.processes.first:
             write_json(path, choice)
         job.processes.wait()
-    budget: dict[str, Any] = read_json(path, f"{path} is gone.")
+    stored: dict[str, Any] = read_json(path, f"{path} is gone.")
     with well_formed(path, AGAIN):
-        job.take_plan(plan_recipe(job.source, job.recipe, budget["chosen"]))
-    return budget
+        return replace(job, planned=plan_recipe(job.source, job.recipe, stored["chosen"])), stored
 
 
-def _measured_choice(job: Job, wanted: str) -> dict[str, Any]:
+def _measured_choice(job: Job, size: str) -> dict[str, Any]:
+    """Measures the losses that are still unknown, and returns the best choice within a size."""
+
     def bytes_of(target: str) -> int:
-        same = dataclasses.replace(job.recipe, target=target, size=None, types=[])
-        return sum(tensor.nbytes for tensor in plan_recipe(job.source, same))
+        same_but_target = replace(job.recipe, target=target, size=None, types=[])
+        return sum(tensor.nbytes for tensor in plan_recipe(job.source, same_but_target))
 
-    limit = model_size(wanted, sum(tensor.weights for tensor in job.planned), bytes_of)
-    free = {tensor.name: options(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
-    kept = job.measured("types")
-    known = kept.losses()
-    missing = job.processes.agreed([name for name in free if name not in known])
+    limit_bytes = model_size(size, sum(tensor.weights for tensor in job.planned), bytes_of)
+    choices = {tensor.name: choices_of(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
+    measured = measured_losses(job, "types")
+    known = measured.losses()
+    missing = job.processes.agreed([name for name in choices if name not in known])
     if linears := [name for name in missing if name in job.linears]:
 
         def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
-            return type_losses(name, weight, hessian, free[name], job.recipe)
+            return type_losses(name, weight, hessian, choices[name], job.recipe.solver_settings)
 
-        measured.measure_linears(job, kept, linears, "Measuring types", losses_of)
-    outer = {name: free[name] for name in job.processes.mine([name for name in missing if name not in job.linears])}
+        measure_linears(job, measured, linears, "Measuring types", losses_of)
+    outer = job.processes.mine([name for name in missing if name not in job.linears])
     job.listener.stage("Measuring embedding and output", len(outer))
-    measure_outer(job.source, outer, job.sequences, job.device, kept, job.listener)
+    measure_outer(
+        job.source, {name: choices[name] for name in outer}, job.sequences, job.device, measured, job.listener
+    )
     job.processes.wait()
-    losses = kept.losses()
-    return found(job.planned, {name: losses[name] for name in free}, limit)
+    losses = measured.losses()
+    return best_choice(job.planned, {name: losses[name] for name in choices}, limit_bytes)
 
 
 def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
-    by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in recipe.chosen_types())
-    return by_hand or len(options(tensor)) == 1
+    by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in recipe.types_by_pattern())
+    return by_hand or len(choices_of(tensor)) == 1
 
 
-def options(tensor: PlannedTensor) -> tuple[str, ...]:
-    """Codecs that may hold a tensor; its own alone where there is nothing to choose."""
+def choices_of(tensor: PlannedTensor) -> tuple[str, ...]:
+    """Returns the names of the codecs that may hold a tensor; its own alone if there is nothing to choose."""
     if len(tensor.shape) == 1:
         return (tensor.codec_name,)
     columns = tensor.shape[1]
@@ -105,15 +116,20 @@ def options(tensor: PlannedTensor) -> tuple[str, ...]:
     return SUPERBLOCKS if tensor.linear else OUTER
 
 
-def type_losses(name: str, weight: Tensor, hessian: Tensor, kinds: tuple[str, ...], recipe: Recipe) -> dict[str, float]:
-    """The predicted loss of a linear in each codec: float32 weight [R, C], guided second moments [C, C] or, of each of
-    G output groups, [G, C, C]."""
-    quick = dataclasses.replace(recipe, descent=0)
-    sample = weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
+def type_losses(
+    name: str, weight: Tensor, hessian: Tensor, codec_names: tuple[str, ...], settings: SolverSettings
+) -> dict[str, float]:
+    """Returns the predicted loss of a linear in each codec, in nats per token of the model.
+
+    weight    float32 [R, C]
+    hessian   guided second moments [C, C], or [G, C, C] for G output groups, which are averaged
+    """
+    without_descent = replace(settings, descent=0)
+    sample = sampled_rows(weight)
     hessian = hessian.reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
-    solved = {kind: solve_linear(name, sample, hessian, kind, quick) for kind in kinds}
+    solved = {codec: solve_linear(name, sample, hessian, codec, without_descent) for codec in codec_names}
     per_loss = 0.5 * len(weight) / len(sample)
-    return {kind: per_loss * tensor.facts["loss"] for kind, tensor in solved.items()}
+    return {codec: per_loss * tensor.facts["loss"] for codec, tensor in solved.items()}
 
 
 class _Replaced:
@@ -134,24 +150,28 @@ class _Replaced:
 
 
 def measure_outer(
-    source: Weights, outer: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device, kept: Measured,
-    listener: Listener,
+    source: Weights, choices: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device,
+    measured: MeasuredLosses, listener: Listener,
 ) -> None:  # fmt: skip
-    """Mean KL when an embedding or output (name -> codecs) alone is rounded to each codec, on a few sequences."""
-    if not outer:
+    """Measures the mean KL divergence if the embedding or the output alone is rounded to each of its codecs.
+
+    choices   tensor name to codec names
+    tokens    int64 [samples, length], of which the first few are used
+    """
+    if not choices:
         return
     original, tokens = BlockModel(source, device), tokens[:SEQUENCES]
     states = final_states(original, tokens)
-    for name, kinds in outer.items():
+    for name, codec_names in choices.items():
         losses = {}
-        for kind in kinds:
-            changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), kind)), device)
-            # An output of its own comes after the states.
-            own = states if name == original.architecture.output else final_states(changed, tokens)
-            pairs = zip(states, own, strict=True)
+        for codec_name in codec_names:
+            changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), codec_name)), device)
+            # The states do not depend on an output that has weights of its own.
+            changed_states = states if name == original.architecture.output else final_states(changed, tokens)
+            pairs = zip(states, changed_states, strict=True)
             divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
-            losses[kind] = max(0.0, sum(divergences) / len(divergences))
-        kept.add(name, losses)
+            losses[codec_name] = max(0.0, sum(divergences) / len(divergences))
+        measured.add(name, losses)
         listener.advance(1)
 
 
@@ -160,18 +180,19 @@ def _kl(theirs: Tensor, ours: Tensor) -> float:
     return float(kl_div(q, p, reduction="batchmean", log_target=True))
 
 
-def found(planned: list[PlannedTensor], losses: Losses, limit: int) -> dict[str, Any]:
-    """The best choice within `limit` bytes, as JSON values, with all losses and the curve of loss over bytes.
+def best_choice(planned: list[PlannedTensor], losses: Losses, limit_bytes: int) -> dict[str, Any]:
+    """Returns the choice of least loss within a limit, with all losses and the curve of loss over bytes, as JSON values.
 
-    Raises UserError where no choice fits, with the reachable sizes."""
+    Raises UserError if no choice fits, naming the sizes that can be reached.
+    """
     # A tensor that was not measured keeps the codec of its plan.
     known = {tensor.name: losses.get(tensor.name, {tensor.codec_name: 0.0}) for tensor in planned}
-    tensors = {tensor.name: measured.options(known[tensor.name], tensor.matrix) for tensor in planned}
-    best = allocate(tensors, limit)
+    tensors = {tensor.name: options(known[tensor.name], tensor.matrix) for tensor in planned}
+    best = allocate(tensors, limit_bytes)
     least, most = reachable(tensors)
     sizes = [least + (most - least) * i // (CURVE_POINTS - 1) for i in range(CURVE_POINTS)]
     return {
-        "limit_bytes": limit,
+        "limit_bytes": limit_bytes,
         "tensor_bytes": best.nbytes,
         "predicted_kl": best.loss,
         "predicted_kl_gap": best.gap,

@@ -1,1 +1,1 @@
-"""What a run will do and cost, decided before any work."""
+"""Decides before any work what a run will do, and estimates what it will cost."""

@@ -1,7 +1,7 @@
-"""What a run costs, from shapes alone: disk, bytes moved, operations, seconds. Memory is in `lqexport.planning.memory`.
+"""Estimates what a run costs, from shapes alone: disk space, bytes moved, operations and seconds.
 
-Computed from what the code reads and multiplies, by counting. The seconds and the solver's share were measured on a
-CPU: no GPU has been timed.
+The estimates count what the code reads and multiplies. The constants for seconds and for the solver's rate were
+measured on a CPU; no GPU has been timed. Memory is estimated in `lqexport.planning.memory`.
 """
 
 from __future__ import annotations
@@ -25,19 +25,23 @@ from lqexport.recipe import Recipe
 from lqexport.tuning.tune import HELD_OUT
 
 FIT_SECONDS_PER_WEIGHT = 0.2e-6
-"""Fitting a grid, on one core: bound by memory and branches, not by the rate of matrix products."""
+"""Seconds to fit the grid of one weight on one core. The fit is bound by memory and branches, not by the rate of matrix
+products."""
 
 UNPACK_SECONDS_PER_WEIGHT = 2e-9
-"""Unpacking a stored weight on one core, which tuning does again at every step: 0.5 (Q4_K) to 2 (Q3_K) ns."""
+"""Seconds to unpack one stored weight on one core: 0.5 (Q4_K) to 2 (Q3_K) ns. Tuning unpacks again at every step."""
 
 SOLVER_SHARE = 0.22
-"""The rate of error feedback and descent, which go column by column, as a share of that of large matrix products: in
-blocks of 4096 x 14336 on one core (docs/scale.md)."""
+"""Rate of error feedback and descent, relative to that of large matrix products. Both go column by column. Measured on
+linears of 4096 x 14336 on one core (docs/scale.md)."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """A recipe for a model of this config.json, and every tensor that it stores."""
+    """What the estimates are computed from: a recipe, the model's config.json, and every tensor that will be stored.
+
+    `recipe` must have nothing left open (`defaults.settled`).
+    """
 
     recipe: Recipe
     config: dict[str, Any]
@@ -49,19 +53,19 @@ class Work:
 
     @cached_property
     def linears(self) -> list[PlannedTensor]:
-        """Those of the decoder blocks."""
+        """The linears of all decoder blocks."""
         prefix = f"{self.architecture.blocks}."
         return [tensor for tensor in self.tensors if tensor.linear and tensor.name.startswith(prefix)]
 
     @cached_property
     def block(self) -> list[PlannedTensor]:
-        """The matrices of the decoder block that has the most weights."""
+        """The linears of the decoder block that has the most weights."""
         prefix = self._largest_block
         return [tensor for tensor in self.linears if tensor.name.startswith(prefix)]
 
     @cached_property
     def _largest_block(self) -> str:
-        """What the names of its tensors begin with."""
+        """The prefix of the names of the tensors in that block."""
         weights: Counter[str] = Counter()
         for tensor in self.linears:
             index = tensor.name.removeprefix(f"{self.architecture.blocks}.").partition(".")[0]
@@ -69,38 +73,46 @@ class Work:
         return max(weights, key=weights.__getitem__, default=f"{self.architecture.blocks}.0.")
 
     def in_block(self, tensor: PlannedTensor) -> str:
-        """The name of a linear of `block` within it."""
+        """Returns the name that a linear of `block` has within the block, without `.weight`."""
         return tensor.name.removeprefix(self._largest_block).removesuffix(".weight")
 
     @property
     def blocks(self) -> int:
+        """Number of decoder blocks."""
         return int(self.config["num_hidden_layers"])
 
     @property
     def hidden(self) -> int:
+        """Width of the hidden states."""
         return int(self.config["hidden_size"])
 
     @property
     def tokens(self) -> int:
-        """Calibration tokens."""
+        """Number of calibration tokens."""
         return self.recipe.samples * self.recipe.sequence_length
 
     @property
     def outer(self) -> int:
-        """Weights of the embedding, or of the output."""
+        """Number of weights of the embedding; the output has as many."""
         return int(self.config["vocab_size"]) * self.hidden
 
     @property
     def calibrated(self) -> bool:
+        """Whether the run needs calibration sequences."""
         solved = any(tensor.linear for tensor in self.tensors)
         return solved and (self.recipe.method != "rtn" or bool(self.recipe.rank))
 
     @property
     def guided(self) -> bool:
+        """Whether the run collects guided second moments."""
         return self.recipe.moments == "guided"
 
     def inputs(self, tensors: Iterable[PlannedTensor]) -> list[PlannedTensor]:
-        """Those whose inputs' second moments are kept: guided ones are of each linear, not of each group."""
+        """Returns the linears for which a Hessian is kept.
+
+        Linears that share their inputs share a Hessian. Guided moments keep one for each linear and output group, so a
+        linear is in the list once for each output group.
+        """
         if self.guided:
             return list(tensors) * self.recipe.output_groups
         firsts = tuple(f".{group[0]}.weight" for group in self.architecture.linears)
@@ -108,23 +120,26 @@ class Work:
 
     @cached_property
     def groups(self) -> list[list[PlannedTensor]]:
-        """Those that share their inputs, in the order in which data flows."""
+        """The linears of `block`, grouped by the inputs that they share, in the order in which data flows."""
         named = {tensor.name: tensor for tensor in self.block}
         groups = ([f"{self._largest_block}{linear}.weight" for linear in group] for group in self.architecture.linears)
         return [[named[name] for name in group if name in named] for group in groups]
 
     def added(self, tensor: PlannedTensor) -> int:
-        """Rows whose outputs are added to hidden states, which asymmetric calibration makes up for."""
+        """Returns the number of the linear's rows whose outputs are added to the hidden states, else 0.
+
+        For these rows asymmetric calibration also corrects the hidden states. With plain moments it does not.
+        """
         ends = tuple(f".{linear}.weight" for linear in self.architecture.adders if linear)
         return tensor.matrix[0] if ends and tensor.name.endswith(ends) and self.recipe.moments != "plain" else 0
 
     def is_pooled(self, tensor: PlannedTensor) -> bool:
-        """Whether the second moments of a linear's inputs are also part of those that all experts see together."""
-        found = block_module(self.architecture, tensor.name)
-        return found is not None and sees_hidden_states(of_each_expert(found[1]), self.architecture)
+        """Returns whether a linear's Hessian is also added to the average over all experts."""
+        module = block_module(self.architecture, tensor.name)
+        return module is not None and sees_hidden_states(of_each_expert(module[1]), self.architecture)
 
     def share(self, tensor: PlannedTensor) -> float:
-        """Of the tokens, how many go through a linear: all, or those that are routed to an expert, on average."""
+        """Returns the share of tokens that go through a linear: 1, or for an expert the mean share routed to it."""
         return 1.0 if expert_number(tensor.name) is None else self._routed
 
     @cached_property
@@ -135,20 +150,21 @@ class Work:
 
 
 def cross_bytes(work: Work) -> int:
-    """The sums of asymmetric calibration for the group of linears that has the largest."""
-    own = [
+    """Returns the bytes of asymmetric calibration's sums, for the group of linears that has the largest."""
+    sums = [
         [4 * 2 * (2 * t.matrix[1] + work.added(t)) * t.matrix[1] for t in work.inputs(group)] for group in work.groups
     ]
-    return max(map(sum, own), default=0) if work.recipe.asymmetric else 0
+    return max(map(sum, sums), default=0) if work.recipe.asymmetric else 0
 
 
 def moments_bytes(work: Work) -> int:
-    """Second moments of a block."""
+    """Returns the bytes of the Hessians of the largest block, in float32."""
     return _squares(work.inputs(work.block))
 
 
 def largest_part_bytes(work: Work, count: int) -> int:
-    """Of the largest of so many parts (`experts.parts`), with those that all experts see together."""
+    """Returns the bytes of Hessians of the largest of `count` parts of a block (`experts.parts`), with the average ones
+    over all experts."""
     tensors = work.inputs(work.block)
     named: dict[Group, PlannedTensor] = {(work.in_block(tensor),): tensor for tensor in tensors}
     pools = [named[(first,)] for first, *_ in pooled(named, named, work.architecture).values()]
@@ -162,12 +178,12 @@ def _squares(tensors: Iterable[PlannedTensor]) -> int:
 
 @dataclass(frozen=True)
 class Disk:
-    """Bytes.
+    """Disk space and traffic of a run, in bytes.
 
-    artifact    what the run leaves
-    work        what it keeps beside that while it runs
-    read        of the source, of its own work and, tuning, of the artifact, once for each time it goes through them
-    written     artifact and work, once for each time they are written
+    artifact    bytes of the finished artifact
+    work        bytes of temporary files while the run goes on
+    read        bytes read of the source, of temporary files and, when tuning, of the artifact, counted at each reading
+    written     bytes written to the artifact and to temporary files, counted at each writing
     """
 
     artifact: int
@@ -177,7 +193,7 @@ class Disk:
 
 
 def disk(work: Work, parts: int = 1) -> Disk:
-    """What a run from nothing keeps, reads and writes, with experts' second moments in so many parts."""
+    """Returns what a run from the beginning keeps, reads and writes, with a block's experts in `parts` parts."""
     artifact, source = sum(tensor.nbytes for tensor in work.tensors), source_bytes(work)
     if not work.calibrated:
         return Disk(artifact, 0, source, artifact)
@@ -187,7 +203,7 @@ def disk(work: Work, parts: int = 1) -> Disk:
     tuned = work.recipe.tuned_sequences
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0
     targets = 4 * work.hidden * work.recipe.sequence_length * (tuned + HELD_OUT) if tuned else 0
-    # To solve it, and where there is a choice to measure, or tuning, once more for each.
+    # The source is read once more for each of: smoothing, solving, measuring types, tuning.
     again = _again(work, parts, [tensor.weights for tensor in work.linears])
     through = source_passes(work) + again + bool(work.recipe.smooth) + 1 + bool(measured) + bool(tuned)
     passed = (3 + 2 * again) * states if work.guided else 0
@@ -197,27 +213,30 @@ def disk(work: Work, parts: int = 1) -> Disk:
 
 
 def source_passes(work: Work) -> int:
-    """How often the passes go through the source: guided moments forward and backward, the quantized prefix once, or in
-    both models of asymmetric calibration."""
+    """Returns how often the passes of calibration read the source.
+
+    Guided moments read it forward and backward. A quantized prefix reads it once more, or twice where asymmetric
+    calibration runs two models.
+    """
     if work.recipe.prefix == "full":
         return 2 if work.guided else 1
     return 1 + bool(work.recipe.asymmetric) + 2 * work.guided
 
 
 def source_bytes(work: Work) -> int:
-    """Of the checkpoint, in the dtype that its config.json gives (float16 where none)."""
+    """Returns the bytes of the checkpoint, in the dtype that its config.json gives (float16 if it gives none)."""
     name = str(work.config.get("dtype") or work.config.get("torch_dtype") or "float16")
     return (4 if name == "float32" else 2) * sum(tensor.weights for tensor in work.tensors)
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Floating-point operations of a run.
+    """Number of floating-point operations of a run.
 
     passes    matrix products of the forward and backward passes, in the recipe's `compute_dtype`
-    moments   second moments, in float32
-    factors   their Cholesky factors and inverses, in float64
-    targets   the same and products with them, asymmetric, in float64
+    moments   Hessians, in float32
+    factors   Cholesky factors of the Hessians, and their inverses, in float64
+    targets   targets of asymmetric calibration: Cholesky factors, and products with them, in float64
     solver    error feedback and descent
     """
 
@@ -229,24 +248,25 @@ class Operations:
 
     @property
     def total(self) -> float:
+        """Sum of all operations."""
         return self.passes + self.moments + self.factors + self.targets + self.solver
 
 
 def operations_estimate(work: Work, parts: int = 1) -> Operations:
-    """What a run from nothing computes, with experts' second moments in so many parts."""
+    """Returns the operations of a run from the beginning, with a block's experts in `parts` parts."""
     recipe, linears = work.recipe, work.linears
     if not work.calibrated:
         return Operations()
     attention = 4 * recipe.sequence_length * work.hidden * work.blocks
     forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
-    # Of experts that see hidden states twice: each one's and all of them together.
+    # A Hessian of an expert that sees hidden states counts twice: for itself, and for the average over experts.
     counted = [tensor for tensor in work.inputs(linears) for _ in range(1 + work.is_pooled(tensor))]
     halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in counted)
-    moments = work.tokens * halves  # of one half of the matrix
+    moments = work.tokens * halves  # only one triangle of the symmetric matrix
     targets = 0.0
-    # Cholesky, and the inverse of the triangle
+    # The Cholesky factor and its inverse, C^3 / 3 operations each.
     factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in linears)
-    if recipe.asymmetric:  # two whole ones; then the target, by half of the batches and by all
+    if recipe.asymmetric:  # two whole matrices; then the target, once from half of the batches and once from all
         moments = 4 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
         products = sum(tensor.weights * tensor.matrix[1] for tensor in linears)
         moments, targets = moments + 6 * products, 2 * factors + 4 * products
@@ -258,14 +278,17 @@ def operations_estimate(work: Work, parts: int = 1) -> Operations:
 
 
 def _codes(recipe: Recipe, rows: int, columns: int) -> float:
-    """Operations of finding a linear's codes by error feedback, or by the exact solver."""
+    """Returns the operations that find a linear's codes by error feedback, or by the exact solver."""
     return rows * columns**3 / 3 if recipe.solver == "exact" else rows * columns**2
 
 
 def passes(work: Work, parts: int = 1) -> float:
-    """Forward passes over the calibration tokens, a backward pass by the inputs alone counted as one. A block with
-    experts is run again for each part. With the quantized prefix a block runs as far as each group of linears, and then
-    whole, in one model or two."""
+    """Returns the number of passes over the calibration tokens, in units of a forward pass.
+
+    A backward pass for the inputs' gradient alone counts as one forward pass. A block with experts runs again for each
+    part. With a quantized prefix a block runs up to each group of linears and then whole, in one model or, if
+    asymmetric, in two.
+    """
     if work.recipe.prefix == "full":
         again = _again(work, parts, [work.share(tensor) * tensor.weights for tensor in work.linears])
         return 1 + 2 * (1 + again) if work.guided else 1 + again
@@ -275,8 +298,11 @@ def passes(work: Work, parts: int = 1) -> float:
 
 
 def _again(work: Work, parts: int, weights: list[float]) -> float:
-    """How often all blocks are passed through again because their experts come in so many parts, by what the linears
-    weigh; guided, those of other parts are left out."""
+    """Returns how many passes through all blocks are added because experts are divided into `parts` parts.
+
+    `weights` are the costs of the linears in a pass. Guided passes leave out the experts of other parts. Leading blocks
+    have no experts.
+    """
     pairs = zip(weights, work.linears, strict=True)
     experts = sum(weight for weight, tensor in pairs if expert_number(tensor.name) is not None)
     share = experts / sum(weights) if work.guided and work.architecture.adds else 0.0
@@ -284,7 +310,11 @@ def _again(work: Work, parts: int, weights: list[float]) -> float:
 
 
 def _tuning(work: Work, forward: float) -> float:
-    """Operations of end-to-end tuning: for each token a pass of the source, and one forward, again, and backward."""
+    """Returns the operations of end-to-end tuning.
+
+    For each token these are a forward pass of the source, and a forward pass, its recomputation and a backward pass of
+    the quantized model.
+    """
     recipe = work.recipe
     if not recipe.tuned_sequences:
         return 0.0
@@ -294,7 +324,12 @@ def _tuning(work: Work, forward: float) -> float:
 
 @dataclass(frozen=True)
 class Rates:
-    """Floating-point operations per second of large matrix products: float32, those of passes, float64."""
+    """Floating-point operations per second of large matrix products, by dtype.
+
+    float32   in float32
+    passes    in the recipe's `compute_dtype`
+    float64   in float64
+    """
 
     float32: float
     passes: float
@@ -302,7 +337,10 @@ class Rates:
 
 
 def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1) -> float:
-    """Seconds of a run from nothing, the disk aside; `threads` fit grids and unpack weights on the host."""
+    """Returns the seconds of a run from the beginning, without waiting for the disk.
+
+    `threads` CPU threads fit grids and unpack weights.
+    """
     operations = operations_estimate(work, parts)
     weights = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 2)
     tuned = work.recipe.tuned_sequences if work.calibrated else 0

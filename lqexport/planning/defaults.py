@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     if prefix is None:
         prefix = "quantized" if asymmetric else "full"
     if moments is None:
-        moments = "guided" if prefix == "full" or (recipe.chooses and asymmetric) else "normalized"
+        moments = "guided" if prefix == "full" or (recipe.chooses_types and asymmetric) else "normalized"
     smooth = _smooth(recipe, config) if recipe.smooth is None else recipe.smooth
     return replace(recipe, asymmetric=asymmetric, prefix=prefix, moments=moments, smooth=smooth)
 
@@ -33,8 +32,11 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
 def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:
     """For GGUF types of 4 bits or more: what llama.cpp loses by rounding inputs is little beside what weights of 2 or 3
     bits lose."""
-    bits = re.match(r"gguf:I?Q([4-8])", recipe.target)
-    return bits is not None and recipe.method != "rtn" and bool(pairs(architecture_of(config), 1))
+    return (
+        (recipe.parsed_target.gguf_bits or 0) >= 4
+        and recipe.method != "rtn"
+        and bool(pairs(architecture_of(config), 1))
+    )
 
 
 def _works(recipe: Recipe, config: dict[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""`plan`: what quantizing a model would take, from its config.json alone."""
+"""`plan`: estimates what quantizing a model would take, from its config.json alone."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from lqexport.sizes import human_bytes, memory_size
 from lqexport.storage.config_check import read_config
 
 ASSUMED_GPU = Rates(float32=17.8e12, passes=35.5e12, float64=0.28e12)
-"""Half of what the data sheet of a card with 24 GB (RTX 3090) says. Nothing of it was measured."""
+"""Assumed rates of a GPU: half of the data sheet of a card with 24 GB (RTX 3090). They were not measured."""
 HOST_THREADS = 8
-"""Assumed beside a GPU."""
+"""Assumed number of CPU threads of a machine with a GPU."""
 
 
 class ConfigModel:
-    """Names and shapes of a model's tensors, from its config.json: there are no weights."""
+    """The names and shapes of a model's tensors, computed from its config.json. It has no weights."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = config
@@ -44,7 +44,11 @@ class ConfigModel:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would take; `gpu` and `host` are the bytes that there are, None where not said."""
+    """The estimates of a run.
+
+    gpu    bytes of the GPU's memory; None for a run on the CPU
+    host   bytes of the host's memory; None if not given
+    """
 
     work: Work
     gpu: int | None
@@ -60,12 +64,12 @@ class Forecast:
 
     @cached_property
     def placement(self) -> Placement:
-        """Where things would be kept to fit."""
+        """Where the run would keep its large tensors, to fit into the memory."""
         return choose_placement(self.work, self.device, Path(), self.limits)
 
     @property
     def stages(self) -> dict[str, Memory]:
-        """What each needs; without a GPU all of it on the host."""
+        """Stage -> memory that it needs. Without a GPU all of it is the host's."""
         stages = memory(self.work, self.placement)
         if self.gpu is not None:
             return stages
@@ -73,19 +77,19 @@ class Forecast:
 
     @property
     def too_large(self) -> list[str]:
-        """One sentence for each stage that does not fit."""
+        """One sentence for each stage that does not fit into the memory."""
         return [
-            f"{name} takes {human_bytes(takes)} of the {place}'s {human_bytes(there)}"
+            f"{name} takes {human_bytes(nbytes)} of the {location}'s {human_bytes(limit)}"
             for name, stage in self.stages.items()
-            for place, takes, there in self.limits.excess(stage, self.device)
+            for location, nbytes, limit in self.limits.excess(stage, self.device)
         ]
 
     def rates(self) -> Rates:
-        """Assumed of a GPU, measured of this machine's CPU."""
+        """Returns the assumed rates of a GPU, or the measured rates of this machine's CPU."""
         return measured_rates("cpu", self.work.recipe) if self.gpu is None else ASSUMED_GPU
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, in bytes, operations and hours."""
+        """Returns all estimates as JSON values, in bytes, operations and hours."""
         work, rates = self.work, self.rates()
         weights, nbytes = sum(t.weights for t in work.tensors), sum(t.nbytes for t in work.tensors)
         threads = torch.get_num_threads() if self.gpu is None else HOST_THREADS
@@ -106,7 +110,12 @@ class Forecast:
 
 
 def forecast(model: Path, recipe: Recipe, gpu: str | None, host: str | None) -> Forecast:
-    """Plan a run for a config.json, or the folder that holds one. Raises UserError as the planning does."""
+    """Plans a run for a config.json, or for the folder that holds one.
+
+    gpu, host   sizes of the memories as text, such as "24GB"; None if not given
+
+    Raises UserError if the config.json or a size cannot be read, or if the target cannot hold the model.
+    """
     path = model / "config.json" if model.is_dir() else model
     shapes = ConfigModel(read_config(path, f"There is no {path}: give a config.json, or a folder that holds one."))
     recipe = settled(recipe, shapes.config)
@@ -117,41 +126,41 @@ def forecast(model: Path, recipe: Recipe, gpu: str | None, host: str | None) -> 
     )
 
 
-def show(found: Forecast, console: Console) -> None:
-    """Print it, and what of it was measured."""
-    content = found.as_json()
+def show(estimate: Forecast, console: Console) -> None:
+    """Prints a forecast, and says which figures were measured."""
+    content = estimate.as_json()
     weights, size = f"{content['weights'] / 1e9:.2f} billion weights", human_bytes(content["tensor_bytes"])
     line = f"{weights} in {content['target']}: {size}, {content['bits_per_weight']:.3f} bits per weight"
     console.print(line, markup=False, highlight=False)
-    console.print(_table(found))
-    for sentence in _sentences(found, content):
+    console.print(_table(estimate))
+    for sentence in _sentences(estimate, content):
         console.print(sentence, markup=False, highlight=False)
 
 
-def _table(found: Forecast) -> Table:
+def _table(estimate: Forecast) -> Table:
     table = Table(box=None, pad_edge=False, show_footer=True)
-    most = peak(found.stages)
+    most = peak(estimate.stages)
     table.add_column("peak memory", "all")
-    if found.gpu is not None:
+    if estimate.gpu is not None:
         table.add_column("device", human_bytes(most.device), justify="right")
     table.add_column("host", human_bytes(most.host), justify="right")
-    for name, stage in found.stages.items():
-        device = [human_bytes(stage.device)] if found.gpu is not None else []
+    for name, stage in estimate.stages.items():
+        device = [human_bytes(stage.device)] if estimate.gpu is not None else []
         table.add_row(name, *device, human_bytes(stage.host))
     return table
 
 
-def _sentences(found: Forecast, content: dict[str, Any]) -> list[str]:
-    kept, operations = content["disk"], content["operations"]
+def _sentences(estimate: Forecast, content: dict[str, Any]) -> list[str]:
+    disk_bytes, operations = content["disk"], content["operations"]
     parts = ", ".join(f"{name} {count:.2g}" for name, count in operations.items())
     where = "this machine's CPU, by its measured matrix products"
-    if found.gpu is not None:
+    if estimate.gpu is not None:
         where = "one GPU at assumed rates (half of an RTX 3090's data sheet); no GPU has been timed"
     return [
         content["choices"],
-        *(f"Does not fit: {sentence}" for sentence in found.too_large),
-        f"Disk: {human_bytes(kept['artifact'])} stay, {human_bytes(kept['work'])} more while it runs",
-        f"Moved: {human_bytes(kept['read'])} read, {human_bytes(kept['written'])} written",
+        *(f"Does not fit: {sentence}" for sentence in estimate.too_large),
+        f"Disk: {human_bytes(disk_bytes['artifact'])} stay, {human_bytes(disk_bytes['work'])} more while it runs",
+        f"Moved: {human_bytes(disk_bytes['read'])} read, {human_bytes(disk_bytes['written'])} written",
         f"Operations: {sum(operations.values()):.3g} ({parts})",
         f"Time: about {content['hours']:.1f} hours on {where}",
         "All of it is computed from shapes. The memory formulas were compared with measured runs on a CPU alone.",

@@ -1,7 +1,7 @@
-"""What each stage of a run needs at its peak, from shapes alone, and the way to run that fits what there is.
+"""Estimates the peak memory of each stage of a run from shapes alone, and chooses the placement that fits.
 
-Computed from what the code allocates, by counting; `tests/test_cost.py` compares it with a measured run. Whatever is
-chosen, the same bytes come out: see `lqexport.runtime.placement`.
+The estimates count what the code allocates; `tests/test_cost.py` compares them with a measured run. The choice does not
+change the result of a run (`lqexport.runtime.placement`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ from lqexport.tuning.tensor_cache import NUMBERS
 from lqexport.tuning.tune import HELD_OUT, numbers
 
 PROCESS_BYTES = 700_000_000
-"""What Python with torch, transformers and numba takes before any model is read."""
+"""Bytes that Python with torch, transformers and numba takes before any model is read."""
 
 SOLVER_MATRICES = 8
-"""Float32 arrays of a linear's own shape that solving it holds at once."""
+"""Number of float32 arrays of a linear's shape that the solver holds at once."""
 FACTOR_PANELS = 3
-"""Float64 panels [C, PANEL] that the factorization of its second moments computes with, besides those that it keeps."""
+"""Number of float64 panels [C, PANEL] that the Cholesky factorization works on, besides the panels that it keeps."""
 
 HIDDEN_STATES, INNER_STATES = 14, 6
-"""Float32 numbers a token that a block's backward pass keeps: so many times the hidden and the MLP's width."""
+"""Float32 numbers that a block's backward pass keeps per token, in units of the hidden width and of the MLP's width."""
 TUNED_MATRICES = 5
-"""Float32 arrays of a tensor's shape between the gradient by its values and that by its numbers."""
+"""Number of float32 arrays of a tensor's shape that tuning holds while it computes the gradient of the tensor's grid from
+the gradient of its values."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes at the peak of a stage, on the device and on the host; a CPU run needs the sum."""
+    """Peak memory of a stage in bytes, on the device and on the host. A run on a CPU needs the sum."""
 
     device: int
     host: int
@@ -54,11 +55,11 @@ class Memory:
 
 PASSING, AIMING = "a pass through a block", "what the largest linear aims at"
 SOLVING = "solving the largest linear"
-"""Stages whose memory a run's room decides."""
+"""Names of the stages whose memory depends on the placement."""
 
 
 def memory(work: Work, placement: Placement) -> dict[str, Memory]:
-    """What each stage needs at its peak in a room."""
+    """Returns stage -> peak memory under a placement."""
     stages = {"rounding the embedding": Memory(2 * 4 * work.outer, 0)}
     if work.calibrated:
         stages[PASSING] = _passing(work, placement)
@@ -73,23 +74,27 @@ def memory(work: Work, placement: Placement) -> dict[str, Memory]:
 
 
 def peak(stages: dict[str, Memory]) -> Memory:
-    """The most that any stage needs."""
+    """Returns the largest memory that any stage needs, on the device and on the host."""
     return Memory(max(stage.device for stage in stages.values()), max(stage.host for stage in stages.values()))
 
 
 def memory_estimate(work: Work, placement: Placement) -> int:
-    """Bytes at the peak of a run on a CPU."""
+    """Returns the peak memory of a run on a CPU, in bytes."""
     return max(stage.device + stage.host for stage in memory(work, placement).values())
 
 
-def _kept(place: Location, count: int) -> Memory:
-    """So many bytes in a place. Those of a file take memory only where it is free."""
-    return Memory(count if place.name == "device" else 0, count if place.name == "host" else 0)
+def _kept(location: Location, nbytes: int) -> Memory:
+    """Returns the memory of `nbytes` at a location. Files count as none, since they use only memory that is free."""
+    return Memory(nbytes if location.name == "device" else 0, nbytes if location.name == "host" else 0)
 
 
 def _passing(work: Work, placement: Placement) -> Memory:
-    """A block, the sums of a shard's second moments, and what a batch leaves in the block; before that, the
-    embedding, and the output with a sequence's logits. Where they are kept, the totals and hidden states."""
+    """Returns the memory of a pass through a block.
+
+    On the device: the block, the Hessian sums of one shard and the activations of a batch; or, where that is more, the
+    embedding and the output with one sequence's logits, which are needed before. At their locations: the total Hessian
+    sums and the hidden states.
+    """
     batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
     activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
@@ -97,46 +102,53 @@ def _passing(work: Work, placement: Placement) -> Memory:
     block = _blocks_bytes(work, placement)
     outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
     sums = _sums_bytes(work, placement)
-    here = Memory(max(block + sums + activations, outer), _kept_states(work, placement))
-    return here + _kept(placement.moments, sums) + _states(work, placement)
+    working = Memory(max(block + sums + activations, outer), _kept_states(work, placement))
+    return working + _kept(placement.moments, sums) + _states(work, placement)
 
 
 def _aiming(work: Work, placement: Placement) -> Memory:
-    """When all shards of asymmetric calibration have been added up, what solves for the target: second moments, or two
-    halves of them and their sum, panels of their factor, and arrays of a linear's shape, four in float32 and three in
-    float64."""
+    """Returns the memory to compute the target of asymmetric calibration, after all shards have been added up.
+
+    The Hessian is needed once if it is kept on the device; otherwise its two halves and their sum are copied there.
+    Beside it: panels of its Cholesky factor, and arrays of a linear's shape, four in float32 and three in float64.
+    """
     largest = _largest(work)
     copies = 1 if placement.moments.holds(placement.device) else 3
     arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
-    kept = _kept(placement.moments, _sums_bytes(work, placement)) + _kept_factor(work, placement)
+    kept = _kept(placement.moments, _sums_bytes(work, placement)) + _kept_cholesky(work, placement)
     return Memory(_blocks_bytes(work, placement) + arrays, 0) + kept + _states(work, placement)
 
 
 def _sums_bytes(work: Work, placement: Placement) -> int:
-    """Totals over the sequences: second moments of a block or a part of it, or asymmetric those of a group of
-    linears."""
+    """Returns the bytes of the totals over all sequences.
+
+    These are the Hessians of a block or of a part of it; with asymmetric calibration, the sums of a group of linears.
+    """
     return cross_bytes(work) if work.recipe.asymmetric else largest_part_bytes(work, placement.parts)
 
 
 def _widest(work: Work) -> int:
+    """Returns the largest number of inputs of a linear."""
     return max((tensor.matrix[1] for tensor in work.block), default=0)
 
 
 def _largest(work: Work) -> int:
+    """Returns the number of weights of the largest linear."""
     return max((tensor.weights for tensor in work.block), default=0)
 
 
 def _panel_bytes(work: Work) -> int:
+    """Returns the bytes of one float64 panel of the widest linear's Cholesky factor."""
     return 8 * _widest(work) * min(PANEL, _widest(work))
 
 
-def _kept_factor(work: Work, placement: Placement) -> Memory:
-    """All panels of the largest, a triangle of float64."""
+def _kept_cholesky(work: Work, placement: Placement) -> Memory:
+    """Returns the memory of all panels of the largest Cholesky factor, a float64 triangle."""
     return _kept(placement.factors, 4 * _widest(work) ** 2 + _panel_bytes(work) // 2)
 
 
 def _blocks_bytes(work: Work, placement: Placement) -> int:
-    """A block, asymmetric of two models."""
+    """Returns the bytes of a block's linears in a pass; with asymmetric calibration, of both models' blocks."""
     return (
         _weight_bytes(work, placement)
         * sum(tensor.weights for tensor in work.block)
@@ -145,24 +157,28 @@ def _blocks_bytes(work: Work, placement: Placement) -> int:
 
 
 def _weight_bytes(work: Work, placement: Placement) -> int:
-    """Of a linear's weight in a pass."""
+    """Returns the bytes of one weight in a pass."""
     return 4 if work.recipe.compute_dtype_on(placement.device.type) == "float32" else 2
 
 
 def _states(work: Work, placement: Placement) -> Memory:
-    """Hidden states that a forward pass goes on with, of all sequences, asymmetric in two models; guided: on the host,
-    of a shard, with gradients."""
+    """Returns the memory of the hidden states that passes keep between blocks.
+
+    A forward pass keeps those of all sequences; asymmetric calibration keeps them for two models. A guided pass keeps
+    one shard's on the host, with gradients.
+    """
     if work.guided and work.recipe.prefix == "full":
         return Memory(0, 3 * 4 * work.hidden * -(-work.tokens // SHARDS))
     return _kept(placement.hidden, _states_bytes(work))
 
 
 def _states_bytes(work: Work) -> int:
+    """Returns the bytes of the hidden states of all sequences at one depth, in one model or, if asymmetric, in two."""
     return 4 * (1 + bool(work.recipe.asymmetric)) * work.hidden * work.tokens
 
 
 def _kept_states(work: Work, placement: Placement) -> int:
-    """Inputs of all blocks and the gradient by one's, where they are not in files."""
+    """Returns the bytes of all blocks' inputs and of one gradient, where a guided pass keeps them in memory; else 0."""
     return _all_states_bytes(work) if placement.states else 0
 
 
@@ -171,27 +187,30 @@ def _all_states_bytes(work: Work) -> int:
 
 
 def _solving(work: Work, placement: Placement) -> Memory:
-    """The block's second moments, those of one linear and, damped, for the descent, its factor, and the solver's
-    arrays; packed, what is being written and what comes after it."""
+    """Returns the memory to solve the largest linear.
+
+    It holds the block's Hessians; a copy of one linear's Hessian, and for the descent a damped one; its Cholesky factor;
+    and the solver's arrays. On the host: the packed tensor that is being written, and the next one.
+    """
     square = 4 * _widest(work) ** 2
     arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.descent) + _chunk_bytes(work, placement))
-    own = square if work.recipe.asymmetric or not placement.moments.holds(placement.device) else 0
-    here = Memory(own + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
-    if work.recipe.prefix == "quantized":  # what the passes go on with
-        here += Memory(_blocks_bytes(work, placement), 0)
+    copied = square if work.recipe.asymmetric or not placement.moments.holds(placement.device) else 0
+    working = Memory(copied + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
+    if work.recipe.prefix == "quantized":  # the passes go on with the block afterwards
+        working += Memory(_blocks_bytes(work, placement), 0)
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, placement)) if guided else _states(work, placement)
-    here += Memory(0, 2 * max((tensor.nbytes for tensor in work.block), default=0))
-    return here + states + _kept(placement.moments, _sums_bytes(work, placement)) + _kept_factor(work, placement)
+    working += Memory(0, 2 * max((tensor.nbytes for tensor in work.block), default=0))
+    return working + states + _kept(placement.moments, _sums_bytes(work, placement)) + _kept_cholesky(work, placement)
 
 
 def _is_whole(work: Work) -> bool:
-    """Whether linears are solved whole, and under second moments that are put in another order."""
+    """Returns whether all rows of a linear are solved at once, under a Hessian with reordered columns (EXL2, GPTQ)."""
     return any(isinstance(codec_named(tensor.codec_name), SectionedCodec) for tensor in work.block)
 
 
 def _chunk_bytes(work: Work, placement: Placement) -> int:
-    """The solver's arrays for as many rows as are solved at once."""
+    """Returns the bytes of the solver's arrays for the rows that are solved at once."""
     whole = _is_whole(work)
     rows = [(tensor.matrix[0] if whole else min(placement.rows, tensor.matrix[0])) for tensor in work.block]
     most = max((count * tensor.matrix[1] for count, tensor in zip(rows, work.block, strict=True)), default=0)
@@ -199,25 +218,28 @@ def _chunk_bytes(work: Work, placement: Placement) -> int:
 
 
 def _correction_bytes(work: Work) -> int:
-    """A low-rank correction's arrays in float64: the error twice, and what weighs its columns."""
+    """Returns the bytes of a low-rank correction's float64 arrays: the error twice, and the matrix that weighs its columns."""
     if not work.recipe.rank:
         return 0
     return max((8 * (2 * tensor.weights + tensor.matrix[1] ** 2) for tensor in work.block), default=0)
 
 
 def placements(work: Work, device: torch.device, folder: Path) -> Iterator[Placement]:
-    """Ways to keep less on the device, then on the host, the faster ones first."""
+    """Yields placements, faster ones first: each keeps less on the device, and then less on the host.
+
+    `folder` is for files, where the host has no room.
+    """
     kept = locations(device, folder)
     most = max((whole_tiles(tensor.matrix[0] + ROW_TILE - 1) for tensor in work.block), default=ROW_TILE)
     for moments in range(len(kept)):
-        hidden = kept[max(moments, len(kept) - 2)]  # on the host, unless even second moments have to be in files
+        hidden = kept[max(moments, len(kept) - 2)]  # on the host, unless even Hessians have to be in files
         for parts, factors in product(_parts(work), sorted({max(0, moments - 1), moments})):
             for rows in _chunks(most):
                 yield Placement(device, kept[moments], kept[factors], rows, parts, hidden)
 
 
 def _chunks(rows: int) -> Iterator[int]:
-    """Half as many rows, and again, down to a tile."""
+    """Yields numbers of rows, each half of the one before, down to one tile."""
     while rows > ROW_TILE:
         yield rows
         rows = whole_tiles(rows // 2)
@@ -225,8 +247,11 @@ def _chunks(rows: int) -> Iterator[int]:
 
 
 def _parts(work: Work) -> list[int]:
-    """In how many parts a block's second moments may be: a pass more for each costs less than keeping them elsewhere,
-    where all that passes share is full precision."""
+    """Returns the numbers of parts into which a block's experts may be divided.
+
+    Another pass for each part costs less than keeping Hessians at a slower location. It is possible only if the inputs
+    are those of the full-precision model.
+    """
     experts = len({number for tensor in work.block if (number := expert_number(tensor.name)) is not None})
     if work.recipe.prefix != "full" or experts < 2:
         return [1]
@@ -235,38 +260,41 @@ def _parts(work: Work) -> list[int]:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Bytes that a run may use of the device, where that is a GPU, and of the host; None for any number."""
+    """Bytes that a run may use on the device (if it is a GPU) and on the host. None means no limit."""
 
     device: int | None = None
     host: int | None = None
 
     def shared(self, processes: int) -> MemoryLimits:
-        """The share of each of several processes, which have a GPU each, or share the CPU."""
+        """Returns the limits of each of `processes` processes, which share the host's memory and have a GPU each."""
         return MemoryLimits(self.device, self.host and self.host // processes)
 
     def excess(self, stage: Memory, device: torch.device) -> list[tuple[str, int, int]]:
-        """Where a stage does not fit: `device` or `host`, what it takes, and what there is."""
+        """Returns (`device` or `host`, bytes needed, limit) for every limit that a stage exceeds."""
         if device.type == "cpu":
             pairs = [("host", stage.device + stage.host, self.host)]
         else:
             pairs = [("device", stage.device, self.device), ("host", stage.host, self.host)]
-        return [(name, takes, there) for name, takes, there in pairs if there is not None and takes > there]
+        return [(name, nbytes, limit) for name, nbytes, limit in pairs if limit is not None and nbytes > limit]
 
 
 def available(device: torch.device) -> MemoryLimits:
-    """What is free now."""
+    """Returns the memory that is free now."""
     return MemoryLimits(
         torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None, psutil.virtual_memory().available
     )
 
 
 def choose_placement(work: Work, device: torch.device, folder: Path, limits: MemoryLimits) -> Placement:
-    """The fastest way that fits; the smallest where none does. `folder` is for files, where the host has no room."""
+    """Returns the fastest placement that fits into the limits; the one that needs the least if none fits.
+
+    `folder` is for files, where the host has no room.
+    """
     for placement in placements(work, device, folder):
         stages = memory(work, placement)
         if not any(limits.excess(stages[name], device) for name in (PASSING, AIMING, SOLVING) if name in stages):
             break
-    if device.type == "cpu":  # where the passes take so long that what disk and codecs take does not matter
+    if device.type == "cpu":  # its passes take so long that the time for disk and codecs does not matter
         return placement
     passing, tuning = _passing(work, placement), _tuning_memory(work, placement)
     if _states_bytes(work) <= _half(limits.device, max(stage.device for stage in stages.values())):
@@ -277,20 +305,20 @@ def choose_placement(work: Work, device: torch.device, folder: Path, limits: Mem
     )
 
 
-def _half(there: int | None, taken: int) -> int:
-    """Half of what is left beside a stage and the process."""
-    return 1 << 62 if there is None else max(0, there - taken - PROCESS_BYTES) // 2
+def _half(limit: int | None, taken: int) -> int:
+    """Returns half of the bytes that a stage and the process leave free; a huge number if there is no limit."""
+    return 1 << 62 if limit is None else max(0, limit - taken - PROCESS_BYTES) // 2
 
 
 def _unpacked(work: Work, placement: Placement) -> Memory:
-    """What tuning keeps unpacked."""
+    """Returns the memory of the tensors that tuning keeps unpacked."""
     needed = int((1 + NUMBERS) * sum(tensor.weights for tensor in work.linears))
     device = min(needed, placement.unpacked[0])
     return Memory(device, min(needed - device, placement.unpacked[1]))
 
 
 def told(placement: Placement) -> str:
-    """What was chosen, in a sentence."""
+    """Returns a sentence that describes a placement."""
     parts = (
         f" A block's experts are solved in {placement.parts} parts, with a pass for each."
         if placement.parts > 1
@@ -303,9 +331,13 @@ def told(placement: Placement) -> str:
 
 
 def _tuning_memory(work: Work, placement: Placement) -> Memory:
-    """Both models' outputs, a block with its codes, and what the largest of its tensors leaves on the way back; before
-    that a sequence's logits. On the host, with the depth of the model, the tuned numbers, their gradients and Adam's
-    moments and a sequence's states; of every sequence, the first and the last states."""
+    """Returns the memory of end-to-end tuning, without the tensors that stay unpacked.
+
+    On the device: both models' output matrices; a block with its codes and the arrays of the backward pass through its
+    largest tensor, or, where that is more, one sequence's logits. On the host: the tuned numbers, their gradients and
+    Adam's two moments; one sequence's hidden states at every depth; and the first and last hidden states of every
+    sequence.
+    """
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
     block = (1 + _weight_bytes(work, placement)) * sum(tensor.weights for tensor in work.block)
     largest = _largest(work)
@@ -315,16 +347,16 @@ def _tuning_memory(work: Work, placement: Placement) -> Memory:
 
 
 def tuned_numbers(work: Work) -> int:
-    """How many stored floating-point numbers tuning moves."""
+    """Returns how many stored floating-point numbers tuning changes."""
     vectors = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 1)
     return vectors + sum(_grid_numbers(tensor.codec_name, *tensor.matrix) for tensor in work.linears)
 
 
 @lru_cache
-def _grid_numbers(name: str, rows: int, columns: int) -> int:
-    """Of one linear: those of one row's grid, for every row."""
-    kind = codec_named(name)
-    if not isinstance(kind, GridCodec):
+def _grid_numbers(codec_name: str, rows: int, columns: int) -> int:
+    """Returns the number of floating-point numbers that the grids of a linear's rows are made of."""
+    codec = codec_named(codec_name)
+    if not isinstance(codec, GridCodec):
         return 0
-    parts = numbers(minmax(kind, torch.ones(1, columns))).values()
-    return rows * sum(len(part.flatten()) for part in parts)
+    arrays = numbers(minmax(codec, torch.ones(1, columns))).values()
+    return rows * sum(len(array.flatten()) for array in arrays)

@@ -27,15 +27,16 @@ def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | No
 
 def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:
     shapes = {name: source.shape(name) for name in source.names()}
-    if recipe.target.startswith("gptq:"):
-        return plan_gptq(recipe.target, source.config, shapes)
+    target = recipe.parsed_target
+    if target.family == "gptq":
+        return plan_gptq(target, source.config, shapes)
     if recipe.bits is not None:
         if recipe.rank and not recipe.merge:
             check_corrections(source.config)
         return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
-    types = (chosen or {}) | recipe.chosen_types()
-    embedding, output = outer_types(source, recipe.target)
-    return plan(recipe.target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
+    types = (chosen or {}) | recipe.types_by_pattern()
+    embedding, output = outer_types(source, target)
+    return plan(target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
                 output_type=recipe.output_type or output, types=types, fallback=recipe.fallback)  # fmt: skip
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lqexport.converters.factors import block_codec, factor_names
 from lqexport.formats.registry import codec_named
-from lqexport.recipe import Recipe
+from lqexport.recipe import CorrectionSettings, SolverSettings
 from lqexport.solver.feedback import layer_loss
 from lqexport.solver.linear import round_tensor, solve_linear
 from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
@@ -27,32 +27,38 @@ def stored_correction(artifact: Artifact, name: str) -> Tensor | None:
 
 
 def solve_corrected(
-    name: str, weight: Tensor, hessian: Tensor, magnitudes: Tensor | None, codec_name: str, recipe: Recipe
+    name: str,
+    weight: Tensor,
+    hessian: Tensor,
+    magnitudes: Tensor | None,
+    codec_name: str,
+    settings: SolverSettings,
+    low_rank: CorrectionSettings,
 ) -> list[StoredTensor]:
-    """Returns the low-rank factors A and B, and then the linear; with `recipe.merge` the corrected linear alone.
+    """Returns the low-rank factors A and B, and then the linear; with `low_rank.merge` the corrected linear alone.
 
     weight       float32 [R, C]
     hessian      second moments [C, C], or [G, C, C] for G equal runs of rows: the factors then take their mean
     magnitudes   float32 [C], needed for the scaling l2qer alone (see `lowrank.column_weighting`)
-    codec_name   the codec of the linear; the factors have `recipe.factors`
+    codec_name   the codec of the linear; the factors have `low_rank.factors`
 
-    Each of `recipe.rounds` rounds solves the codes for the weights minus the correction so far. It then computes the
+    Each of `low_rank.rounds` rounds solves the codes for the weights minus the correction so far. It then computes the
     correction of the error that those codes leave.
 
     The linear has the facts of `solve_linear` and the fact `correction`. `energy` is the output's energy. `losses` are
     the losses that remain with the first 0, `step`, 2 `step` ... ranks of the stored factors, up to all of them.
 
-    Raises UserError as `solve_linear` does, and if `recipe.factors` names no codec that can hold factors.
+    Raises UserError as `solve_linear` does, and if `low_rank.factors` names no codec that can hold factors.
     """
     groups = hessian.reshape(-1, weight.shape[1], weight.shape[1])
-    weighting = column_weighting(recipe.scaling, groups.mean(0), magnitudes)
+    weighting = column_weighting(low_rank.scaling, groups.mean(0), magnitudes)
     target = weight
-    for _ in range(recipe.rounds):
-        base = solve_linear(name, target, hessian, codec_name, recipe)
+    for _ in range(low_rank.rounds):
+        base = solve_linear(name, target, hessian, codec_name, settings)
         error = weight - values_of(base).to(weight.device)
-        up, down = correction(error, weighting, recipe.rank)
+        up, down = correction(error, weighting, low_rank.rank)
         target = weight - up @ down
-    factor_codec = block_codec(recipe.factors, "factors")
+    factor_codec = block_codec(low_rank.factors, "factors")
     factors = [
         round_tensor(name, matrix, factor_codec) for name, matrix in zip(factor_names(name), (down, up), strict=True)
     ]
@@ -61,7 +67,7 @@ def solve_corrected(
     step, energy = codec_named(factor_codec).block, max(_loss(weight, groups), 1e-30)
     facts["correction"] = {"step": step, "losses": losses[::step].tolist(), "energy": energy}
     base = replace(base, facts=facts)
-    return [_merged(base, weight, factors, hessian, recipe)] if recipe.merge else [*factors, base]
+    return [_merged(base, weight, factors, hessian, settings)] if low_rank.merge else [*factors, base]
 
 
 def _loss(difference: Tensor, groups: Tensor) -> float:
@@ -84,7 +90,7 @@ def _facts(difference: Tensor, weight: Tensor, groups: Tensor) -> dict[str, floa
 
 
 def _merged(
-    base: StoredTensor, weight: Tensor, factors: list[StoredTensor], hessian: Tensor, recipe: Recipe
+    base: StoredTensor, weight: Tensor, factors: list[StoredTensor], hessian: Tensor, settings: SolverSettings
 ) -> StoredTensor:
     """Returns the corrected weights, quantized once more in the linear's codec.
 
@@ -92,7 +98,7 @@ def _merged(
     """
     down, up = (values_of(factor) for factor in factors)
     corrected = (values_of(base) + up @ down).to(weight.device)
-    again = solve_linear(base.name, corrected, hessian, base.codec_name, recipe)
+    again = solve_linear(base.name, corrected, hessian, base.codec_name, settings)
     groups = hessian.reshape(-1, weight.shape[1], weight.shape[1])
     facts = _facts(values_of(again).to(weight.device) - weight, weight, groups)
     return replace(again, facts=base.facts | facts)

@@ -1,4 +1,4 @@
-"""Quantizes one linear: from its weights and its Hessian to packed planes, by the recipe's method.
+"""Quantizes one linear: from its weights and its Hessian to packed planes, by the settings' method.
 
 A Hessian in this package is the second moments of a linear's inputs (`lqexport.calibration.moments`).
 """
@@ -20,7 +20,7 @@ from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
-from lqexport.recipe import Recipe
+from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import Placement, all_on_device
 from lqexport.runtime.tiles import in_chunks, tiles
 from lqexport.solver.cholesky import CholeskyFactor, factorize
@@ -88,10 +88,10 @@ def solve_linear(
     weight: Tensor,
     hessian: Tensor | None,
     codec_name: str,
-    recipe: Recipe,
+    settings: SolverSettings,
     placement: Placement | None = None,
 ) -> StoredTensor:
-    """Returns a linear quantized by the recipe's method.
+    """Returns a linear quantized by the settings' method.
 
     weight       [R, C], any float dtype, on any device
     hessian      float32 second moments [C, C], or [G, C, C] with one matrix for each of G equal runs of rows; on any
@@ -114,7 +114,7 @@ def solve_linear(
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
     assert len(hessians) == 1 or rows_are_apart(codec_name)
     runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
-    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, recipe, placement)]
+    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, settings, placement)]
     return assembled(name, codec_name, parts)
 
 
@@ -134,7 +134,7 @@ def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> Stored
 
 
 def solve_rows(
-    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, recipe: Recipe, placement: Placement
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, settings: SolverSettings, placement: Placement
 ) -> Iterator[SolvedRows]:
     """Yields the solved rows of a linear, `placement.rows` at a time.
 
@@ -145,15 +145,15 @@ def solve_rows(
     assert not isinstance(codec, PlainCodec)
     hessian = None if hessian is None else hessian.to(placement.device)
     cholesky = None
-    if hessian is not None and recipe.method != "rtn":
-        cholesky = factorize(hessian, recipe.dampening, recipe.act_order, placement.factors.keep)
+    if hessian is not None and settings.method != "rtn":
+        cholesky = factorize(hessian, settings.dampening, settings.act_order, placement.factors.keep)
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()
         if hessian is None or cholesky is None:
             grid, codes = _round_to_nearest(codec, chunk)
         else:
-            grid, codes = _solve(codec, chunk, hessian, cholesky, recipe)
+            grid, codes = _solve(codec, chunk, hessian, cholesky, settings)
         planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
         sums = _sums(torch.from_numpy(values).to(placement.device), chunk, hessian, cholesky)
         return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
@@ -192,40 +192,44 @@ def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tupl
 
 
 def _solve(
-    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, recipe: Recipe
+    codec: GridCodec | SectionedCodec,
+    weight: Tensor,
+    hessian: Tensor,
+    cholesky: CholeskyFactor,
+    settings: SolverSettings,
 ) -> tuple[TensorGrid | TensorSections, Tensor]:
     """Returns the grid and the codes uint8 [R, C]."""
     if isinstance(codec, GridCodec):
-        return _solve_grid(codec, weight, hessian, cholesky, recipe)
-    return _solve_sections(codec, weight, hessian, cholesky, recipe)
+        return _solve_grid(codec, weight, hessian, cholesky, settings)
+    return _solve_sections(codec, weight, hessian, cholesky, settings)
 
 
 def _solve_grid(
-    codec: GridCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, recipe: Recipe
+    codec: GridCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, settings: SolverSettings
 ) -> tuple[TensorGrid, Tensor]:
-    if recipe.method == "gptq":
+    if settings.method == "gptq":
         grid = minmax(codec, weight)
     else:
-        grid = fit(codec, weight, importance(hessian, cholesky, recipe.importance, recipe.exponent))
-    codes = (in_own_order if recipe.solver == "exact" else feedback)(weight, grid, cholesky)
-    if recipe.method == "lean" and recipe.descent:
-        return refine(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.descent, refit=True)
+        grid = fit(codec, weight, importance(hessian, cholesky, settings.importance, settings.exponent))
+    codes = (in_own_order if settings.solver == "exact" else feedback)(weight, grid, cholesky)
+    if settings.method == "lean" and settings.descent:
+        return refine(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=settings.descent, refit=True)
     return grid, codes
 
 
 def _solve_sections(
-    codec: SectionedCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, recipe: Recipe
+    codec: SectionedCodec, weight: Tensor, hessian: Tensor, cholesky: CholeskyFactor, settings: SolverSettings
 ) -> tuple[TensorSections, Tensor]:
     """Returns grid and codes for a codec that may store columns in the order in which they are solved."""
     order = cholesky.order if codec.reorders else torch.arange(weight.shape[1], device=weight.device)
-    if recipe.method == "gptq":
+    if settings.method == "gptq":
         grid = minmax_sections(codec, weight, order)
     else:
-        weights = importance(hessian, cholesky, recipe.importance, recipe.exponent)
+        weights = importance(hessian, cholesky, settings.importance, settings.exponent)
         grid = fit_sections(codec, weight, weights, order)
     codes = feedback(weight, grid, cholesky)
-    if recipe.method == "lean" and recipe.descent:
-        return refine_sections(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.descent)
+    if settings.method == "lean" and settings.descent:
+        return refine_sections(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=settings.descent)
     return grid, codes
 
 

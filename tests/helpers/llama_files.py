@@ -20,6 +20,7 @@ from lqexport.formats.codec import Grid, ScaleFormat, Scales
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import write_json
+from lqexport.target import Target
 
 STRINGS: list[str] = json.loads((Path(__file__).parent.parent / "tokenizer_texts.json").read_text(encoding="utf-8"))
 
@@ -102,7 +103,9 @@ def make_artifact(folder: Path, model: LlamaForCausalLM, target: str, tokenizer:
         write_json(folder / "model/tokenizer_config.json", {"bos_token": "<s>", "eos_token": {"content": "</s>"}})
         (folder / "model/chat_template.jinja").write_text("{{ messages }}")
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    planned = plan(target, artifact.config(), {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    planned = plan(
+        Target.parse(target), artifact.config(), {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    )
     for tensor in planned:
         kind = codec_named(tensor.codec_name)
         if hasattr(kind, "encode_values"):

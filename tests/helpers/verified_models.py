@@ -19,6 +19,7 @@ from lqexport.evaluation.evaluate import Evaluation
 from lqexport.formats.registry import codec_named
 from lqexport.models.source import open_source
 from lqexport.storage.artifact import Artifact, StoredTensor
+from lqexport.target import Target
 from lqexport.verification.result import Verification
 from lqexport.verification.verifying import verify
 
@@ -40,7 +41,7 @@ def make_artifact(model: Path, folder: Path, target: str, run: dict[str, Any] | 
     source, artifact = open_source(str(model)), Artifact(folder)
     artifact.begin({"recipe": {"target": target}} | (run or {}))
     source.copy_model_files(artifact.model_folder)
-    planned = plan(target, source.config, {name: source.shape(name) for name in source.names()})
+    planned = plan(Target.parse(target), source.config, {name: source.shape(name) for name in source.names()})
     for tensor in planned:
         weights = source.read(tensor.name).float().numpy().reshape(tensor.matrix)
         artifact.write(StoredTensor(tensor.name, tensor.codec_name, tensor.shape, packed(weights, tensor.codec_name)))

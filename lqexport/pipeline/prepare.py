@@ -1,0 +1,170 @@
+"""The first stage of a run: opens the source, plans, checks, calibrates, claims the folder, and chooses the placement."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lqexport.calibration.moments_cache import MomentsCache
+from lqexport.calibration.sequences import Calibration, load_calibration
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.plan import PlannedTensor
+from lqexport.errors import UserError
+from lqexport.formats.codec import PlainCodec
+from lqexport.formats.registry import codec_named
+from lqexport.models.source import Source, open_source
+from lqexport.pipeline.job import Job, work_folder
+from lqexport.planning.cost import Work
+from lqexport.planning.defaults import settled
+from lqexport.planning.memory import MemoryLimits, choose_placement, placements, told
+from lqexport.planning.recipe_plan import plan_factors, plan_recipe
+from lqexport.recipe import Recipe
+from lqexport.runtime.environment import versions
+from lqexport.runtime.placement import Placement
+from lqexport.runtime.processes import Processes
+from lqexport.runtime.progress import Listener
+from lqexport.storage.artifact import Artifact
+from lqexport.tuning.tune import HELD_OUT
+
+
+def prepare(
+    recipe: Recipe, out: Path, cache: Path | None, *, device: torch.device, processes: Processes, listener: Listener,
+    limits: MemoryLimits,
+) -> Job:  # fmt: skip
+    """Returns the job of a run, whose output folder it has claimed.
+
+    cache    a folder that keeps second moments for other runs; None for none
+    limits   the memory to fit into
+
+    Raises UserError for bad input: a source that cannot be read, a recipe that does not go with it, a folder that
+    holds something else.
+    """
+    source = open_source(recipe.source)
+    recipe = settled(recipe, source.config)
+    planned = plan_recipe(source, recipe)
+    factors = plan_factors(source, planned, recipe)
+    check_recipe(recipe, source.config, planned)
+    calibration = _calibration(recipe, source, planned, listener)
+    artifact = Artifact(out)
+    identity = _identity(recipe, source, calibration, device)
+    _claim(artifact, identity, source, processes)
+    if recipe.chooses_types and cache is None:  # the choice needs all second moments before solving does
+        cache = work_folder(artifact) / "moments"
+    moments_cache, token_weights_cache = None, None
+    if calibration is not None:
+        facts = _moments_facts(recipe, source, calibration, device)
+        moments_cache = MomentsCache(cache, facts) if cache else None
+        token_weights_cache = MomentsCache((cache or work_folder(artifact)) / "weights", facts)
+    placement = _placement(
+        Work(recipe, source.config, planned), artifact, device, processes, listener, limits,
+        whole_blocks=moments_cache is not None,
+    )  # fmt: skip
+    if moments_cache and processes.first:
+        moments_cache.write_facts()
+    return Job(
+        recipe=recipe, identity=identity, source=source, planned=planned, factors=factors, calibration=calibration,
+        artifact=artifact, moments_cache=moments_cache, token_weights_cache=token_weights_cache, placement=placement,
+        device=device, processes=processes, listener=listener,
+    )  # fmt: skip
+
+
+def check_recipe(recipe: Recipe, config: dict[str, Any], planned: list[PlannedTensor]) -> None:
+    """Raises UserError if the recipe does not go with the model of this config.json."""
+    architecture = architecture_of(config)
+    for tensor in planned:
+        if tensor.linear and tensor.name != architecture.output and tensor.shape[0] % recipe.output_groups:
+            raise UserError(
+                f"{tensor.name} has {tensor.shape[0]} outputs, which {recipe.output_groups} output groups do not "
+                "divide."
+            )
+    if architecture.experts:
+        _check_experts(recipe, architecture.classes[0])
+    if architecture.encoder and recipe.size is not None:
+        raise UserError("Types are chosen by size for models that predict tokens: give an encoder's target a type.")
+
+
+def _check_experts(recipe: Recipe, model_class: str) -> None:
+    """Raises UserError for options that experts do not have."""
+    options = {"size": recipe.size is not None, "asymmetric": recipe.asymmetric}
+    options |= {"scaling l2qer": bool(recipe.rank) and recipe.scaling == "l2qer"}
+    if given := [name for name, is_given in options.items() if is_given]:
+        raise UserError(f"{given[0]} cannot be used for experts ({model_class}) yet: leave it out.")
+
+
+def _calibration(
+    recipe: Recipe, source: Source, planned: list[PlannedTensor], listener: Listener
+) -> Calibration | None:
+    """Returns the calibration sequences; None if nothing is solved.
+
+    Rounding to nearest needs no calibration, and a plain type has no grid. A low-rank correction needs calibration
+    whatever the method.
+    """
+    architecture = architecture_of(source.config)
+    linears = [tensor for tensor in planned if tensor.linear and tensor.name != architecture.output]
+    solved = any(not isinstance(codec_named(tensor.codec_name), PlainCodec) for tensor in linears)
+    if (recipe.method == "rtn" and not recipe.rank) or not solved:
+        return None
+    positions = int(source.config.get("max_position_embeddings") or 0)
+    if architecture.encoder and recipe.sequence_length > positions:
+        raise UserError(f"The model has {positions} positions: take at most that as --sequence-length.")
+    needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
+    calibration = load_calibration(
+        recipe.calibration, source.tokenizer(), samples=needed, sequence_length=recipe.sequence_length, seed=recipe.seed
+    )
+    if calibration.repeats:
+        listener.message(f"The text {recipe.calibration} is too short for {needed} different sequences.")
+    return calibration
+
+
+def _identity(recipe: Recipe, source: Source, calibration: Calibration | None, device: torch.device) -> dict[str, Any]:
+    """Returns what two runs must have in common to write the same artifact, as JSON values."""
+    return {
+        "versions": versions("lqexport", "torch", "transformers", "numpy", "numba"),
+        "recipe": asdict(recipe),
+        "source_fingerprint": source.fingerprint,
+        "device": device.type,
+        "calibration": calibration.facts() if calibration else None,
+    }
+
+
+def _moments_facts(recipe: Recipe, source: Source, calibration: Calibration, device: torch.device) -> dict[str, Any]:
+    """Returns what second moments depend on, as JSON values."""
+    keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "guided_power", "smooth")
+    return {
+        "versions": versions("lqexport", "torch", "transformers"),
+        "source_fingerprint": source.fingerprint,
+        "device": device.type,
+        "calibration": {key: calibration.facts()[key] for key in ("sha256", "bos")},
+        "recipe": {key: getattr(recipe, key) for key in keys},
+        "compute_dtype": recipe.compute_dtype_on(device.type),
+    }
+
+
+def _claim(artifact: Artifact, identity: dict[str, Any], source: Source, processes: Processes) -> None:
+    """Claims the output folder in the first process; the others find it claimed for the very same run."""
+    if processes.first:
+        artifact.begin(identity)
+        if not artifact.complete:
+            artifact.check_written()
+            source.copy_model_files(artifact.model_folder)
+    processes.wait()
+    artifact.begin(identity)
+
+
+def _placement(
+    work: Work, artifact: Artifact, device: torch.device, processes: Processes, listener: Listener,
+    limits: MemoryLimits, *, whole_blocks: bool,
+) -> Placement:  # fmt: skip
+    """Returns where large tensors are kept, the same in all processes; says so if it is not simply the device.
+
+    whole_blocks   second moments of a block are kept for other runs, so its experts come in one part
+    """
+    folder = work_folder(artifact)
+    placement = choose_placement(work, device, folder, limits)
+    placement = replace(placement, parts=1 if whole_blocks else max(processes.everyones(placement.parts)))
+    if placement != next(placements(work, device, folder)):
+        listener.message(f"To save memory: {told(placement)}")
+    return placement
