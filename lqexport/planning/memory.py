@@ -38,8 +38,8 @@ FACTOR_PANELS = 3
 HIDDEN_STATES, INNER_STATES = 14, 6
 """Float32 numbers that a block's backward pass keeps per token, in units of the hidden width and of the MLP's width."""
 TUNED_MATRICES = 5
-"""Number of float32 arrays of a tensor's shape that tuning holds while it computes the gradient of the tensor's grid from
-the gradient of its values."""
+"""Number of float32 arrays of a tensor's shape that tuning holds while it computes the gradient of the grid's numbers
+from that of the values."""
 
 
 @dataclass(frozen=True)
@@ -189,8 +189,8 @@ def _all_states_bytes(work: Work) -> int:
 def _solving(work: Work, placement: Placement) -> Memory:
     """Returns the memory to solve the largest linear.
 
-    It holds the block's Hessians; a copy of one linear's Hessian, and for the descent a damped one; its Cholesky factor;
-    and the solver's arrays. On the host: the packed tensor that is being written, and the next one.
+    It holds the block's Hessians; a copy of one linear's Hessian, and for the descent a damped one; its Cholesky
+    factor; and the solver's arrays. On the host: the packed tensor that is being written, and the next one.
     """
     square = 4 * _widest(work) ** 2
     arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.descent) + _chunk_bytes(work, placement))
@@ -218,7 +218,7 @@ def _chunk_bytes(work: Work, placement: Placement) -> int:
 
 
 def _correction_bytes(work: Work) -> int:
-    """Returns the bytes of a low-rank correction's float64 arrays: the error twice, and the matrix that weighs its columns."""
+    """Returns the bytes of a low-rank correction's float64 arrays: twice the error, and the matrix that weighs columns."""
     if not work.recipe.rank:
         return 0
     return max((8 * (2 * tensor.weights + tensor.matrix[1] ** 2) for tensor in work.block), default=0)
