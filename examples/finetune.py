@@ -1,4 +1,4 @@
-"""Train a LoRA adapter on a text, on top of packed weights, which stay as they are.
+"""Trains a LoRA adapter on a text, on top of packed weights, which do not change.
 
 python examples/finetune.py ./SmolLM2-135M-3bit text.txt ./adapter
 """
@@ -16,10 +16,10 @@ import lqexport
 
 
 def run(folder: str | Path, text: str, out: str | Path, steps: int = 50, length: int = 256) -> list[float]:
-    """Train for `steps` sequences of `length` tokens, write the adapter, and return every step's loss."""
+    """Trains on `steps` sequences of `length` tokens, writes the adapter to `out`, and returns every step's loss."""
     model, tokenizer = lqexport.load(folder, device_map="auto"), AutoTokenizer.from_pretrained(folder)
     model = get_peft_model(model, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
-    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-3)
     ids = tokenizer(text, return_tensors="pt")["input_ids"][0]
     losses = []
     for step in range(steps):

@@ -1,4 +1,4 @@
-"""Write on from a prompt with a folder of the native format; its weights stay packed in memory.
+"""Continues a prompt with a model of the native format. Its weights stay packed in memory.
 
 python examples/generate.py ./SmolLM2-135M-3bit "The capital of France is"
 """
@@ -14,7 +14,7 @@ import lqexport
 
 
 def run(folder: str | Path, prompt: str, tokens: int = 32) -> str:
-    """The prompt with up to `tokens` more."""
+    """Returns the prompt with up to `tokens` more tokens."""
     model, tokenizer = lqexport.load(folder, device_map="auto"), AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     return tokenizer.decode(model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0])

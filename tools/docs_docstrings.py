@@ -1,5 +1,7 @@
-"""mkdocstrings calls this: our docstrings as Markdown. A line `name   what it is`, and those indented below it, become
-an item of a list."""
+"""A mkdocstrings extension that turns our docstrings into Markdown.
+
+A line `name   what it is`, with the lines indented below it, becomes a list item.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ class Docstrings(Extension):
 
 
 def markdown(docstring: str) -> str:
-    """A docstring with its aligned lists as lists of Markdown.
+    """Returns a docstring with its aligned lists as Markdown lists.
 
     >>> print(markdown("Say it.\\n\\nto    whom\\nwhat  a sentence,\\n      or two"))
     Say it.

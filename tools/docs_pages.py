@@ -1,4 +1,4 @@
-"""mkdocs calls this: the pages of the site that lie in no file of docs/ (mkdocs.yml, `make docs`)."""
+"""A mkdocs hook that generates the pages of the site that are no files of docs/ (mkdocs.yml, `make docs`)."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ ROOT = Path(__file__).parent.parent
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the made pages; mkdocs calls this with those of docs/."""
+    """Adds the generated pages to `files`, which are those of docs/. mkdocs calls this."""
     for name, content in {"index.md": first_page(), "reference.md": reference(), "commands.md": commands()}.items():
         files.append(File.generated(config, name, content=content))
     return files
 
 
 def first_page() -> str:
-    """README.md, with links as they are from docs/."""
+    """Returns README.md, with its links made relative to docs/."""
     return (ROOT / "README.md").read_text().replace("](docs/", "](")
 
 
 def reference() -> str:
-    """A section of docstring and signature for each public name."""
+    """Returns the page with a section (signature and docstring) for each public name."""
     block = "::: lqexport.{module}.{name}\n    options:\n      heading: lqexport.{name}"
     modules = sorted(lqexport._MODULES.items(), key=lambda entry: entry[0].lower())
     sections = [block.format(name=name, module=module) for name, module in modules]
@@ -35,9 +35,20 @@ def reference() -> str:
 
 
 def commands() -> str:
-    """What `--help` says of every command, as Typer writes it in Markdown."""
-    # `python -m typer` alone runs the module without importing it, which its dataclasses do not bear.
+    """Returns the help of every command, as Typer writes it in Markdown."""
+    # `python -m typer` runs the module without importing it, and dataclasses fail in a module that is not imported.
     run = "import lqexport.cli.app, runpy; runpy.run_module('typer', run_name='__main__')"
-    made = [sys.executable, "-c", run, "lqexport.cli.app", "utils", "docs", "--name", "lqexport", "--title", "Commands"]
-    # Not from the root, where lqexport/ would be found without the folders that are installed within it.
-    return subprocess.run(made, check=True, capture_output=True, text=True, cwd=ROOT / "docs").stdout
+    command = [
+        sys.executable,
+        "-c",
+        run,
+        "lqexport.cli.app",
+        "utils",
+        "docs",
+        "--name",
+        "lqexport",
+        "--title",
+        "Commands",
+    ]
+    # In the root, Python would import lqexport/ from there, without the folders that are installed within it.
+    return subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT / "docs").stdout

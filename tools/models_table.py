@@ -1,4 +1,4 @@
-"""Prints the table of docs/models.md: what the table of architectures says, and which tests hold it.
+"""Prints the table of docs/models.md, from the table of architectures and the test cases of each family.
 
 python tools/models_table.py
 """
@@ -17,21 +17,21 @@ COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "wind
 
 
 def tested() -> dict[str, list[str]]:
-    """Family -> names of its cases in tests/helpers/family_cases.py."""
+    """Returns family -> the names of its cases in tests/helpers/family_cases.py."""
     spec = importlib.util.spec_from_file_location("family_cases", ROOT / "tests" / "helpers" / "family_cases.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module.__name__] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
-    found: dict[str, list[str]] = {}
+    cases: dict[str, list[str]] = {}
     for name in module.CASES:
-        found.setdefault(module.of_case(name).family, []).append(name)
-    return found
+        cases.setdefault(module.of_case(name).family, []).append(name)
+    return cases
 
 
 def table(cases: dict[str, list[str]]) -> str:
-    """The table in Markdown; `cases` as `tested` gives them."""
+    """Returns the table in Markdown. `cases` is what `tested` returns."""
     rows = [
         COLUMNS,
         tuple("---" for _ in COLUMNS),
@@ -42,13 +42,13 @@ def table(cases: dict[str, list[str]]) -> str:
 
 def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
     classes = ", ".join(f"`{name}`" for name in entry.classes)
-    kinds = ", ".join(kind for kind in entry.rope_types if kind != "default") or "-"
+    rope_types = ", ".join(name for name in entry.rope_types if name != "default") or "-"
     if entry.gguf is None:
         return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2 is not None), "native"
     windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
     windows = windows if entry.period else "-" if entry.encoder else "context cut to one"
     tests = "test_encoders.py" if entry.encoder else ", ".join(cases)
-    return entry.family, classes, f"`{entry.gguf}`", kinds, windows, _yes(entry.exl2 is not None), tests
+    return entry.family, classes, f"`{entry.gguf}`", rope_types, windows, _yes(entry.exl2 is not None), tests
 
 
 def _yes(answer: bool) -> str:

@@ -1,4 +1,4 @@
-"""Run commands of lqexport one after the other, each in a fork of a process that has imported the large packages.
+"""Runs commands of lqexport one after the other, each in a fork of a process that has imported the large packages.
 
 tools/compare_checkouts.py starts this script. Every line of standard input is one command, as JSON:
 
@@ -23,15 +23,17 @@ from transformers import AutoTokenizer, BertModel, LlamaForCausalLM  # noqa: F40
 
 
 def redirect_output(log: str) -> None:
-    """Append standard output and standard error of this process to the file `log`."""
+    """Appends standard output and standard error of this process to the file `log`."""
     with open(log, "ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
 
 
 def read_commands() -> tuple[list[str], str, str] | None:
-    """Fork for every line of standard input. Returns the command in each fork, and None in the first process, at the
-    end of the input."""
+    """Forks for every line of standard input.
+
+    Returns the command in each fork, and None in the first process at the end of the input.
+    """
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
@@ -43,8 +45,8 @@ def read_commands() -> tuple[list[str], str, str] | None:
 
 
 if __name__ == "__main__":
-    here = str(Path(__file__).resolve().parent)
-    sys.path[:] = [entry for entry in sys.path if entry != here]
+    tools_folder = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if entry != tools_folder]
     if command := read_commands():
         arguments, folder, log = command
         redirect_output(log)

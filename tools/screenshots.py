@@ -1,9 +1,9 @@
-"""Take the pictures of a report page that the documentation shows.
+"""Takes the screenshots of a report page that the documentation shows.
 
     make demo
     python tools/screenshots.py demo/report.html docs/images
 
-Needs the extra `browser`, and Chromium: one on PATH, or what `playwright install chromium` fetches.
+Needs the extra `browser`, and Chromium: on PATH, or installed by `playwright install chromium`.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
 COLORS = 32
-"""A page of text and plots needs no more, and such a PNG is a third of the size."""
+"""Number of colours of a PNG. A page of text and plots needs no more, and the PNG is a third of the size."""
 
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
-    """A headless Chromium. Raises playwright's Error where there is none."""
+    """Yields a headless Chromium. Raises playwright's Error if none is installed."""
     names = ("chromium", "chromium-browser", "google-chrome")
-    found = next(filter(None, map(shutil.which, names)), None)
+    executable = next(filter(None, map(shutil.which, names)), None)
     with sync_playwright() as playwright, playwright.chromium.launch(
-        executable_path=found, args=["--no-sandbox"]
+        executable_path=executable, args=["--no-sandbox"]
     ) as browser:  # fmt: skip
         yield browser
 
 
 def save(picture: bytes, path: Path) -> None:
-    """A PNG with few colours."""
-    few = Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
-    few.save(path, optimize=True)
+    """Writes a picture as a PNG with COLORS colours."""
+    reduced = Image.open(io.BytesIO(picture)).convert("RGB").quantize(COLORS, dither=Image.Dither.NONE)
+    reduced.save(path, optimize=True)
 
 
 def take(page: Page, folder: Path) -> None:
-    """The top of the page, and single plots of it."""
+    """Writes screenshots of the top of the page and of two plots into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     save(page.screenshot(), folder / "report.png")
     for title, name in {"Output error by block": "report-errors", "Weights of": "report-grid"}.items():

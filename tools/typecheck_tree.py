@@ -1,4 +1,6 @@
-"""Link the packages into .typecheck/lqexport as they install, since type checkers do not follow package-dir mappings.
+"""Links the packages into .typecheck/lqexport as they are installed.
+
+Type checkers do not follow the package-dir mappings of pyproject.toml, so they check this folder.
 
 python tools/typecheck_tree.py && mypy
 """
@@ -13,7 +15,7 @@ SUBPACKAGES = ("formats", "converters", "kernels")
 
 
 def link(tree: Path) -> None:
-    """Make `tree` a package folder: a link to every file of lqexport/, and one to each folder that installs in it."""
+    """Makes `tree` the package's folder: links to every entry of lqexport/ and to the folders installed within it."""
     shutil.rmtree(tree, ignore_errors=True)
     tree.mkdir(parents=True)
     for path in (ROOT / "lqexport").iterdir():
