@@ -1,4 +1,4 @@
-"""The order in which llama.cpp wants a linear's rows. Moving rows moves whole blocks, so nothing is lost."""
+"""The order in which llama.cpp wants a linear's rows. Quantized blocks lie within rows, so reordering loses nothing."""
 
 from __future__ import annotations
 
@@ -15,27 +15,35 @@ Order = NDArray[np.int64]
 
 
 def row_order(architecture: Architecture, config: dict[str, Any], name: str, rows: int) -> Order | None:
-    """The row of Hugging Face that each row of GGUF holds: `gguf = hugging_face[order]`, for a weight or a bias; None
-    where they are the same. Raises UserError where config.json does not fit the number of rows."""
+    """Returns the Hugging Face row that each GGUF row of a weight or bias holds: `gguf = hugging_face[order]`.
+
+    Returns None where both have the same order. Raises UserError if config.json does not fit the number of rows.
+    """
     module = block_module(architecture, name)
-    kind, key = architecture.rows.get(module[1], (None, "")) if module else (None, "")
-    if kind is None:
+    layout, key = architecture.rows.get(module[1], (None, "")) if module else (None, "")
+    if layout is None:
         return None
     count = head_count(config, key)
-    return rope_order(rows, count) if kind == "rope" else qkv_order(rows, count, head_count(config))
+    return rope_order(rows, count) if layout == "rope" else qkv_order(rows, count, head_count(config))
 
 
 def rope_order(rows: int, heads: int) -> Order:
-    """Hugging Face rotates the first half of a head against the second, llama.cpp neighbours, so a head of rows
-    0 1 2 3 is stored as 0 2 1 3. Raises UserError where the rows are not pairs in every head."""
+    """Returns the order that interleaves the halves of each head: rows 0 1 2 3 of a head become 0 2 1 3.
+
+    Hugging Face rotates row i of the first half of a head together with row i of the second half; llama.cpp rotates
+    neighbouring rows. Raises UserError if the rows are not `heads` heads of an even size.
+    """
     if rows % (2 * heads):
         raise UserError(f"{rows} rows are not {heads} heads of an even size; config.json does not fit the weights.")
     return np.arange(rows).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
 
 
 def qkv_order(rows: int, groups: int, heads: int) -> Order:
-    """All queries, then all keys, then all values, where Hugging Face has `groups` runs of some queries with their key
-    and value. Raises UserError where the rows are not such groups of heads."""
+    """Returns the order that puts all queries first, then all keys, then all values.
+
+    Hugging Face has `groups` runs, each of some query heads with their key head and value head. Raises UserError if
+    the rows are not such groups of heads.
+    """
     if heads % groups or rows % (heads + 2 * groups):
         raise UserError(
             f"{rows} rows are not {heads} query heads in {groups} groups; config.json does not fit the weights."

@@ -1,6 +1,6 @@
-"""Reading tokenizer.model, SentencePiece's file: a protobuf message (sentencepiece_model.proto).
+"""Reads tokenizer.model, SentencePiece's file: a protobuf message (sentencepiece_model.proto).
 
-Only what an export needs is read, and without running the tokenizer:
+Only the fields that an export needs are read, and no tokenizer runs:
 
     ModelProto      1 pieces (repeated), 2 trainer_spec, 3 normalizer_spec
     SentencePiece   1 piece (text), 2 score (float), 3 type (number)
@@ -24,17 +24,25 @@ NORMAL = 1
 
 @dataclass(frozen=True)
 class Piece:
-    """`kind`: 1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; GGUF counts its token types alike."""
+    """One token of a SentencePiece model.
+
+    token_type   1 normal, 2 unknown, 3 control, 4 user-defined, 5 unused, 6 byte; GGUF has the same numbers
+    """
 
     text: str
     score: float
-    kind: int
+    token_type: int
 
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """See the fields above: `space_prefix` and `space_suffix` say where the dummy space goes, `merge_spaces` is
-    remove_extra_whitespaces, `charsmap` the precompiled one."""
+    """The content of a tokenizer.model.
+
+    space_prefix   whether a text gets a space before it (add_dummy_prefix)
+    space_suffix   whether that space goes behind the text instead (treat_whitespace_as_suffix)
+    merge_spaces   whether runs of spaces become one (remove_extra_whitespaces)
+    charsmap       precompiled_charsmap
+    """
 
     pieces: list[Piece]
     is_bpe: bool
@@ -45,7 +53,7 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """Raises UserError where the file is damaged or not a SentencePiece model."""
+    """Returns the content of a tokenizer.model. Raises UserError if it is damaged or no SentencePiece model."""
     try:
         message = list(_fields(path.read_bytes()))
         pieces = [_piece(value) for number, value in message if number == 1]
@@ -66,7 +74,7 @@ def _piece(content: int | bytes) -> Piece:
 
 
 def _message(message: list[tuple[int, int | bytes]], number: int) -> dict[int, int | bytes]:
-    """The fields of the sub-message with this number, {} where it is absent."""
+    """Returns the fields of the sub-message with this number, or {} if it is absent."""
     return next((dict(_fields(_bytes(value))) for key, value in message if key == number), {})
 
 
@@ -77,19 +85,19 @@ def _bytes(value: int | bytes) -> bytes:
 
 
 def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(field number, value) of a protobuf message; a value is a number (varint) or bytes."""
+    """Yields (field number, value) for each field of a protobuf message; a value is a number (varint) or bytes."""
     position = 0
     while position < len(content):
         key, position = _varint(content, position)
-        number, wire = key >> 3, key & 7
-        if wire == 0:
+        number, wire_type = key >> 3, key & 7
+        if wire_type == 0:
             value, position = _varint(content, position)
             yield number, value
             continue
-        if wire == 2:
+        if wire_type == 2:
             size, position = _varint(content, position)
-        elif wire in (1, 5):
-            size = 8 if wire == 1 else 4
+        elif wire_type in (1, 5):
+            size = 8 if wire_type == 1 else 4
         else:
             raise ValueError(f"unknown field at byte {position}")
         if position + size > len(content):
@@ -99,7 +107,7 @@ def _fields(content: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(content: bytes, position: int) -> tuple[int, int]:
-    """A number in groups of seven bits, the lowest first, and the position behind it."""
+    """Returns a varint (groups of seven bits, the lowest first) and the position behind it."""
     value = shift = 0
     while True:
         if shift > 63:

@@ -1,9 +1,12 @@
-"""What a tokenizer.json in SentencePiece's manner does with spaces before it looks for tokens, and whether llama.cpp
-can do the same. Letters are left alone there, except for a unigram model's precompiled replacements.
+"""Finds what a SentencePiece-like tokenizer.json does with spaces before it looks for tokens.
 
-Known differences, all of them at the ends of a piece of text between special tokens: llama.cpp puts the space before
-each of them where transformers may do so only before the first (`prepend_scheme` first) or where there is none yet
-(`Metaspace`); and a unigram model's text of nothing but spaces, where they are not merged, gets no space before it.
+llama.cpp can do some of it; anything else is refused. Such a tokenizer does not change letters, except by a unigram
+model's precompiled replacements.
+
+Known differences remain at the ends of the pieces of text between special tokens. llama.cpp puts a space before each
+piece; transformers may put one only before the first piece (`prepend_scheme` first), or only before a piece that does
+not begin with a space (`Metaspace`). And a piece of nothing but spaces gets no space before it in llama.cpp, if the
+model is a unigram model that does not merge spaces.
 """
 
 from __future__ import annotations
@@ -21,47 +24,51 @@ _FORMS = {
     ("prefix", "space"),
     ("strip", "merge", "metaspace"),
 }
-"""Steps, in their order, that llama.cpp does as well; `strip, merge` only for a unigram model."""
+"""The sequences of steps that llama.cpp can do; the one with `strip` and `merge` only for a unigram model."""
 
 _STEPS: dict[str, dict[str, Any]] = {
     "prefix": {"type": "Prepend", "prepend": SPACE},
     "space": {"type": "Replace", "pattern": {"String": " "}, "content": SPACE},
     "strip": {"type": "Strip", "strip_left": False, "strip_right": True},
     "merge": {"type": "Replace", "pattern": {"Regex": " {2,}"}},
-    # Words end where spaces begin, which no token of such a vocabulary goes over.
+    # This splits before spaces, and no token of such a vocabulary crosses from a letter to a space.
     "words": {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious"},
     "metaspace": {"type": "Metaspace", "replacement": SPACE},
 }
 
 
 def space_rules(tokenizer: dict[str, Any], *, unigram: bool) -> tuple[bool, bool]:
-    """Whether a text gets a space before it, and whether runs of spaces become one. Raises UserError where a
-    tokenizer.json changes or splits text otherwise than llama.cpp does."""
+    """Returns whether a text gets a space before it, and whether runs of spaces become one.
+
+    Raises UserError if tokenizer.json changes or splits text in a way that llama.cpp does not.
+    """
     steps = [step for part in ("normalizer", "pre_tokenizer") for step in flat_steps(tokenizer.get(part))]
     if unigram:
         steps = [step for step in steps if step.get("type") != "Precompiled"]
-    kinds = tuple(_kind(step) for step in steps)
-    merged = "merge" in kinds
-    if (kinds and kinds not in _FORMS) or (merged and not unigram):
+    step_names = tuple(_step_name(step) for step in steps)
+    merged = "merge" in step_names
+    if (step_names and step_names not in _FORMS) or (merged and not unigram):
         raise UserError(
             "tokenizer.json changes or splits text before it looks for tokens in a way that llama.cpp does not "
             f"({', '.join(str(step.get('type')) for step in steps)})."
         )
     spaced = [step for step in steps if step.get("type") == "Metaspace" and step.get("prepend_scheme") != "never"]
-    prefix = bool(spaced) or "prefix" in kinds
+    prefix = bool(spaced) or "prefix" in step_names
     if merged and not prefix:
         raise UserError("tokenizer.json merges spaces and puts none before a text; llama.cpp then puts one there.")
     return prefix, merged
 
 
 def flat_steps(step: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, one after the other. A sequence of none, as some versions of
-    transformers write, does nothing."""
+    """Returns the steps of a normalizer or pre-tokenizer, with nested sequences made flat.
+
+    An empty sequence, as some versions of transformers write it, has no steps.
+    """
     if not step:
         return []
-    parts = step.get("normalizers", step.get("pretokenizers"))
-    return [step] if parts is None else [found for part in parts for found in flat_steps(part)]
+    inner_steps = step.get("normalizers", step.get("pretokenizers"))
+    return [step] if inner_steps is None else [leaf for inner in inner_steps for leaf in flat_steps(inner)]
 
 
-def _kind(step: dict[str, Any]) -> str | None:
-    return next((kind for kind, form in _STEPS.items() if all(step.get(key) == form[key] for key in form)), None)
+def _step_name(step: dict[str, Any]) -> str | None:
+    return next((name for name, form in _STEPS.items() if all(step.get(key) == form[key] for key in form)), None)

@@ -1,10 +1,11 @@
-"""A GGUF model in several files, as llama.cpp's gguf-split writes them: each is a GGUF file of its own with some of the
-tensors, in their order, and three keys; the first has the rest of the metadata too. Whoever opens the first finds the
-others by their names.
+"""Splits a GGUF model into several files as llama.cpp's gguf-split does, and reads such files.
+
+Each file is a GGUF file with a run of the tensors and three keys. The first file also has the rest of the metadata. A
+reader opens the first file and finds the others by their names.
 
     split.no              u16, number of the file, from 0
-    split.count           u16, how many files there are
-    split.tensors.count   i32, tensors of all files together
+    split.count           u16, number of files
+    split.tensors.count   i32, number of tensors in all files
 """
 
 from __future__ import annotations
@@ -32,7 +33,10 @@ T = TypeVar("T", bound=Sized)
 
 
 def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:
-    """Tensors by file: each file takes, in order, what fits into `most` bytes of padded tensors, and at least one."""
+    """Returns the tensors of each file, in order.
+
+    A file takes tensors until their padded size would exceed `most` bytes, but at least one. None means one file.
+    """
     files: list[list[T]] = [[]]
     filled = 0
     for tensor in tensors:
@@ -46,7 +50,7 @@ def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:
 
 
 def split_paths(path: Path, count: int) -> list[Path]:
-    """The files of a model called `path`: that one, or for example model-00001-of-00003.gguf and so on."""
+    """Returns the paths of a model's files: `path` itself, or model-00001-of-00003.gguf and so on beside it."""
     if count == 1:
         return [path]
     stem = path.name.removesuffix(".gguf")
@@ -54,18 +58,18 @@ def split_paths(path: Path, count: int) -> list[Path]:
 
 
 def read_split(path: Path) -> tuple[dict[str, Any], dict[str, TensorData], list[Path]]:
-    """Metadata, tensors by name and files of a model, whole or split, by its first file.
+    """Returns metadata, tensors by name, and files of a model, by its only or its first file.
 
-    Raises UserError as `read_header`, where `path` is another file of a split model, and where the files do not belong
-    together.
+    Raises UserError as `read_header` does, if `path` is not the first file of a split model, or if the files do not
+    belong together.
     """
     metadata, tensors = read_header(path)
     count = metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
     if not isinstance(count, int) or count < 2:
         return metadata, tensors, [path]
-    paths = _beside(path, metadata, count)
-    for number, other in enumerate(paths[1:], 1):
-        tensors |= _part(other, number, count, tensors.keys())
+    paths = _split_files(path, metadata, count)
+    for number, next_path in enumerate(paths[1:], 1):
+        tensors |= _tensors_of_file(next_path, number, count, tensors.keys())
     if len(tensors) != metadata.get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT):
         raise UserError(
             f"{path} and the {count - 1} files beside it hold {len(tensors)} tensors, not the "
@@ -74,8 +78,8 @@ def read_split(path: Path) -> tuple[dict[str, Any], dict[str, TensorData], list[
     return metadata, tensors, paths
 
 
-def _beside(path: Path, metadata: dict[str, Any], count: int) -> list[Path]:
-    """The files of a split model, by the name of the first."""
+def _split_files(path: Path, metadata: dict[str, Any], count: int) -> list[Path]:
+    """Returns the files of a split model by its first file. Raises UserError if `path` is not the first file."""
     number = metadata.get(Keys.Split.LLM_KV_SPLIT_NO)
     if not isinstance(number, int) or not 0 <= number < count < 1 << 16:
         raise UserError(f"{path} is damaged: it says that it is number {number} of {count} files, counted from 0.")
@@ -91,10 +95,13 @@ def _beside(path: Path, metadata: dict[str, Any], count: int) -> list[Path]:
     return paths
 
 
-def _part(path: Path, number: int, count: int, known: Set[str]) -> dict[str, TensorData]:
-    """Tensors of another file than the first. Raises UserError where it is not of the same model."""
+def _tensors_of_file(path: Path, number: int, count: int, earlier: Set[str]) -> dict[str, TensorData]:
+    """Returns the tensors of a file behind the first. Raises UserError if it is of another model.
+
+    earlier   names of the tensors in the files before
+    """
     metadata, tensors = read_header(path)
-    said = (metadata.get(Keys.Split.LLM_KV_SPLIT_NO), metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT))
-    if said != (number, count) or tensors.keys() & known:
+    position = (metadata.get(Keys.Split.LLM_KV_SPLIT_NO), metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT))
+    if position != (number, count) or tensors.keys() & earlier:
         raise UserError(f"{path} is not file {number + 1} of {count} of this model. Copy or download it again.")
     return tensors

@@ -1,4 +1,4 @@
-"""What llama.cpp computes for an architecture, and what it does not: known from config.json, before any work."""
+"""Checks, before any work, that llama.cpp computes a model as its config.json says."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def check_supported(architecture: Architecture, config: Config) -> None:
-    """Raises UserError where llama.cpp lacks the architecture or computes it in another way than config.json asks."""
+    """Raises UserError if llama.cpp lacks the architecture, or computes it in another way than config.json says."""
     name = architecture.classes[0]
     if architecture.gguf is None:
         raise UserError(
@@ -26,7 +26,10 @@ def check_supported(architecture: Architecture, config: Config) -> None:
 
 
 def check_fixed(engine: str, architecture: Architecture, config: Config) -> None:
-    """Raises UserError where config.json asks for what the `engine` does not have."""
+    """Raises UserError if config.json has a value that is not among the architecture's `fixed` ones.
+
+    engine   name of the program that runs the model, for the message
+    """
     for key, allowed in architecture.fixed.items():
         if key in config and config[key] not in allowed:
             raise UserError(
@@ -41,23 +44,24 @@ def _listed(allowed: tuple[Any, ...]) -> str:
 
 def _check_rope(architecture: Architecture, config: Config) -> None:
     settings = rope_settings(config)
-    kind = settings["rope_type"]
-    if architecture.rope_types and kind not in architecture.rope_types:
-        raise UserError(f"llama.cpp has no rope scaling of type {kind!r} for {architecture.classes[0]}.")
-    if kind == "yarn":
+    rope_type = settings["rope_type"]
+    if architecture.rope_types and rope_type not in architecture.rope_types:
+        raise UserError(f"llama.cpp has no rope scaling of type {rope_type!r} for {architecture.classes[0]}.")
+    if rope_type == "yarn":
         _check_yarn(architecture, settings)
-    without = config.get("no_rope_layers")
-    if without and without != [int((layer + 1) % 4 != 0) for layer in range(len(without))]:
-        raise UserError(f"llama.cpp leaves out the rotation in every fourth block; no_rope_layers is {without}.")
+    rotated = config.get("no_rope_layers")  # 1 for a block with rotation, despite the name
+    if rotated and rotated != [int((layer + 1) % 4 != 0) for layer in range(len(rotated))]:
+        raise UserError(f"llama.cpp leaves out the rotation in every fourth block; no_rope_layers is {rotated}.")
 
 
 def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:
-    # There are keys for some of these, but llama.cpp does not read them for every architecture.
+    # GGUF has keys for some of these settings, but llama.cpp does not read them for every architecture.
     fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
     variable = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
     others = {key: value for key, value in settings.items() if key not in variable and value is not None}
     if architecture.latent and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
-        del others["mscale"], others["mscale_all_dim"]  # it scales the products of queries and keys, not their rotation
+        # Equal values scale the products of queries and keys, which llama.cpp does, and leave the rotation unchanged.
+        del others["mscale"], others["mscale_all_dim"]
     if strange := [key for key, value in others.items() if value != fixed.get(key)]:
         raise UserError(
             f"llama.cpp computes yarn for {architecture.classes[0]} without {', '.join(strange)} of config.json."
@@ -65,7 +69,7 @@ def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:
 
 
 def query_scalar(architecture: Architecture, config: Config) -> int:
-    """What llama.cpp divides queries by the square root of."""
+    """Returns the number by whose square root llama.cpp divides queries."""
     wide = config.get("num_hidden_layers") == architecture.wide_scale
     return int(config["hidden_size"]) // head_count(config) if wide else head_dim(config)
 
@@ -73,23 +77,26 @@ def query_scalar(architecture: Architecture, config: Config) -> int:
 def _check_scale(architecture: Architecture, config: Config) -> None:
     if architecture.wide_scale is None or "query_pre_attn_scalar" not in config:
         return
-    if (wanted := config["query_pre_attn_scalar"]) != (found := query_scalar(architecture, config)):
+    if (wanted := config["query_pre_attn_scalar"]) != (computed := query_scalar(architecture, config)):
         raise UserError(
-            f"llama.cpp computes {architecture.classes[0]} with query_pre_attn_scalar {found} for these sizes, and "
+            f"llama.cpp computes {architecture.classes[0]} with query_pre_attn_scalar {computed} for these sizes, and "
             f"config.json has {wanted}."
         )
 
 
 def window(config: Config) -> int | None:
-    """How many tokens the blocks that do not attend to the whole context see; None where all blocks do."""
+    """Returns the size of the sliding window in tokens; None where all blocks attend to the whole context."""
     if config.get("use_sliding_window") is False or SLIDING not in config.get("layer_types", [SLIDING]):
         return None
     return config.get("sliding_window")
 
 
 def window_period(architecture: Architecture, config: Config) -> int | None:
-    """Every so many blocks attend to the whole context, and the others to a window; None for an architecture where
-    llama.cpp knows no windows. Raises UserError where there is no such number."""
+    """Returns n where every n-th block attends to the whole context and the others to a sliding window.
+
+    Returns None for an architecture whose windows llama.cpp ignores. Raises UserError if the blocks of config.json do
+    not follow such a pattern.
+    """
     if architecture.period is None or window(config) is None:
         return architecture.period and 1
     types = config.get("layer_types")
@@ -102,5 +109,5 @@ def window_period(architecture: Architecture, config: Config) -> int | None:
 
 
 def layer_types(period: int, layers: int) -> list[str]:
-    """`layer_types` of config.json."""
+    """Returns `layer_types` of config.json where every `period`-th block attends to the whole context."""
     return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]

@@ -1,4 +1,7 @@
-"""The tokenizer and the chat templates of a model folder, as metadata of a GGUF file. Reads files only."""
+"""Writes the tokenizer and the chat templates of a model folder into the metadata of a GGUF file.
+
+It reads the folder's files and runs no tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "cls")
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
-    """Vocabulary, special tokens and chat templates from the files in `folder`.
+    """Adds the vocabulary, special tokens and chat templates of the files in `folder` to `writer`.
 
-    size   rows of the embedding: the file gets exactly as many tokens
+    size   number of rows of the embedding; the GGUF file gets exactly as many tokens
 
-    Raises UserError where a file is missing or damaged, or where llama.cpp has no such tokenizer.
+    Raises UserError if a file is missing or damaged, or if llama.cpp has no such tokenizer.
     """
     with well_formed(f"The tokenizer in {folder}", "Copy or download its files again."):
         _add_tokenizer(writer, folder, size)
@@ -39,7 +42,7 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
         writer.add_remove_extra_whitespaces(vocabulary.merge_spaces)
     if vocabulary.charsmap:
         writer.add_precompiled_charsmap(vocabulary.charsmap)
-    writer.add_token_types([int(token.kind) for token in tokens])
+    writer.add_token_types([int(token.token_type) for token in tokens])
     if vocabulary.merges:
         writer.add_token_merges(vocabulary.merges)
     writer.add_add_space_prefix(vocabulary.space_prefix)
@@ -48,9 +51,9 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
 
 
 def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary, size: int) -> None:
-    ids = {kind: number for kind, number in special_ids(folder, vocabulary).items() if number < size}
+    ids = {role: number for role, number in special_ids(folder, vocabulary).items() if number < size}
     first = ids.pop("cls", None)
-    if vocabulary.model == "bert" and first is not None:  # llama.cpp calls it BOS
+    if vocabulary.model == "bert" and first is not None:  # llama.cpp's BOS is BERT's CLS
         ids["bos"] = first
     add = {
         "bos": writer.add_bos_token_id,
@@ -60,47 +63,50 @@ def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary
         "pad": writer.add_pad_token_id,
         "mask": writer.add_mask_token_id,
     }
-    for kind, number in ids.items():
-        add[kind](number)
-    # Always written: some splitters' names imply a BOS.
+    for role, number in ids.items():
+        add[role](number)
+    # Written even if false: llama.cpp adds a BOS by default for some values of tokenizer.ggml.pre.
     bos, eos = added_ends(folder, vocabulary)
     writer.add_add_bos_token(bos and "bos" in ids)
     writer.add_add_eos_token(eos and "eos" in ids)
 
 
 def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
-    """bos, eos, unk, sep, pad, mask, cls -> token id: by the text that the tokenizer's files name, else by the number
-    in config.json or generation_config.json, else (unk) by the kind of token."""
+    """Returns role -> token id for the roles bos, eos, unk, sep, pad, mask and cls that the model has.
+
+    The id is that of the text in the tokenizer's files, else the number in config.json or generation_config.json, else
+    (for unk) the id of the token whose type is unknown.
+    """
     files = [optional_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     configs = [optional_json(folder / name) for name in ("config.json", "generation_config.json")]
-    found = {}
-    for kind in _SPECIAL:
-        texts = [_text(file.get(f"{kind}_token")) for file in files]
+    ids = {}
+    for role in _SPECIAL:
+        texts = [_text(file.get(f"{role}_token")) for file in files]
         by_text = [vocabulary.id_of(text) for text in texts if text]
-        by_number = [_first(config.get(f"{kind}_token_id")) for config in configs]
+        by_number = [_first(config.get(f"{role}_token_id")) for config in configs]
         if (number := next((i for i in (*by_text, *by_number) if i is not None), None)) is not None:
-            found[kind] = number
+            ids[role] = number
     if vocabulary.unknown is not None:
-        found.setdefault("unk", vocabulary.unknown)
-    return found
+        ids.setdefault("unk", vocabulary.unknown)
+    return ids
 
 
 def _text(token: Any) -> str | None:
-    """A token of the tokenizer's files: its text, or an object with the text as `content`."""
+    """Returns the text of a token of the tokenizer's files: a text, or an object with the text as `content`."""
     return token.get("content") if isinstance(token, dict) else token
 
 
 def _first(ids: Any) -> int | None:
-    """A token id of config.json: a number, or a list of them (end of text, end of turn)."""
+    """Returns the first token id of config.json's value: a number, or a list of them (end of text, end of turn)."""
     number = ids[0] if isinstance(ids, list) and ids else ids
     return number if isinstance(number, int) and number >= 0 else None
 
 
 def added_ends(folder: Path, vocabulary: Vocabulary) -> tuple[bool, bool]:
-    """Whether the tokenizer puts BOS before and EOS after every text.
+    """Returns whether the tokenizer puts BOS before every text, and whether it puts EOS after every text.
 
-    tokenizer_config.json decides where it says so, as in transformers, then the template in tokenizer.json, then
-    the default of SentencePiece models in Llama: BOS and no EOS.
+    tokenizer_config.json decides if it has the keys, as in transformers; else the template in tokenizer.json; else the
+    default of Llama's SentencePiece models: BOS and no EOS.
     """
     options, tokenizer = (
         optional_json(folder / "tokenizer_config.json"),
@@ -109,13 +115,13 @@ def added_ends(folder: Path, vocabulary: Vocabulary) -> tuple[bool, bool]:
     template = _template(tokenizer.get("post_processor") or {})
     default = (not tokenizer and vocabulary.model == "llama", False)
     by_template = ("SpecialToken" in template[0], "SpecialToken" in template[-1]) if template else default
-    said = (options.get("add_bos_token"), options.get("add_eos_token"))
-    bos, eos = (flag if isinstance(flag, bool) else found for flag, found in zip(said, by_template, strict=True))
+    flags = (options.get("add_bos_token"), options.get("add_eos_token"))
+    bos, eos = (flag if isinstance(flag, bool) else usual for flag, usual in zip(flags, by_template, strict=True))
     return bos, eos
 
 
 def _template(processor: dict[str, Any]) -> list[dict[str, Any]]:
-    """What is put around a single text, [] where nothing is: `[{"SpecialToken": ...}, {"Sequence": ...}]`."""
+    """Returns the template of a single text, such as `[{"SpecialToken": ...}, {"Sequence": ...}]`, or []."""
     for step in (processor, *processor.get("processors", ())):
         if step.get("type") == "TemplateProcessing":
             return list(step["single"])
@@ -123,8 +129,11 @@ def _template(processor: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def chat_templates(folder: Path) -> dict[str, str]:
-    """Name -> Jinja text, the default one under `default`, from the newest place that has any: chat_template.jinja
-    with additional_chat_templates/, chat_template.json, tokenizer_config.json. Raises UserError for another form."""
+    """Returns name -> Jinja text of the folder's chat templates; the default one is called `default`.
+
+    They are read from the first of these places that has any: chat_template.jinja with additional_chat_templates/,
+    chat_template.json, tokenizer_config.json. Raises UserError if an entry has no name or no template.
+    """
     files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
     if (default := folder / "chat_template.jinja").is_file():
         files = {"default": default} | files
@@ -140,8 +149,10 @@ def chat_templates(folder: Path) -> dict[str, str]:
 
 
 def _add_chat_templates(writer: GGUFWriter, templates: dict[str, str]) -> None:
-    """Not gguf-py's `add_chat_template`: it lists the names in an order that changes from run to run. As there, what is
-    no letter or digit of a name becomes `_`."""
+    """Adds the chat templates; in a name, everything but ASCII letters and digits becomes `_`, as gguf-py does it.
+
+    gguf-py's `add_chat_template` is not used: it lists the names in an order that changes from run to run.
+    """
     others = {re.sub(r"[^A-Za-z0-9]", "_", name): text for name, text in templates.items() if name != "default"}
     for name, text in others.items():
         writer.add_string(Keys.Tokenizer.CHAT_TEMPLATE_N.format(name=name), text)

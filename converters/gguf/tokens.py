@@ -1,4 +1,4 @@
-"""Tokens by id, and what llama.cpp must know to split text into them."""
+"""The record of a tokenizer's tokens, and of what llama.cpp needs to split text into them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ SPACE = "\u2581"  # SentencePiece's visible space
 @dataclass(frozen=True)
 class Token:
     text: str
-    kind: TokenType = TokenType.NORMAL
+    token_type: TokenType = TokenType.NORMAL
     score: float = 0.0
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A tokenizer.
+    """A tokenizer as GGUF stores it.
 
     model          `tokenizer.ggml.model`: gpt2, llama, t5 or bert
-    pre            `tokenizer.ggml.pre`, `default` where the tokenizer has no splitter
-    merges         gpt2: pairs of tokens as `left right`, the first merged first
+    pre            `tokenizer.ggml.pre`; `default` for a tokenizer without a word splitter
+    tokens         token id -> token
+    merges         gpt2: pairs of tokens as `left right`, in the order of their priority
     space_prefix   whether a text gets a space before it
-    merge_spaces   t5: whether runs of spaces become one, and none is left at the ends
+    merge_spaces   t5: whether runs of spaces become one, and spaces at the ends of a text are removed
     charsmap       t5: SentencePiece's precompiled replacements of characters
     """
 
@@ -37,27 +38,35 @@ class Vocabulary:
     charsmap: bytes = b""
 
     def id_of(self, text: str) -> int | None:
-        """The id of a token by its text."""
+        """Returns the id of the token with this text, or None."""
         return next((number for number, token in self.tokens.items() if token.text == text), None)
 
     @property
     def unknown(self) -> int | None:
-        """The id of the token for what no other token holds."""
-        return next((number for number, token in self.tokens.items() if token.kind == TokenType.UNKNOWN), None)
+        """The id of the unknown token, which stands for what no other token holds; None where there is none."""
+        return next((number for number, token in self.tokens.items() if token.token_type == TokenType.UNKNOWN), None)
 
     def padded(self, size: int) -> list[Token]:
-        """Exactly `size` tokens, one per row of the embedding: gaps are filled, and added tokens beyond the last row,
-        which the model cannot have learned, are left out."""
+        """Returns exactly `size` tokens, one per row of the embedding.
+
+        Ids without a token get a filler. Tokens beyond the last row, which the model cannot have learned, are left out.
+        """
         return [self.tokens.get(i) or Token(f"[PAD{i}]", TokenType.UNUSED, -1000.0) for i in range(size)]
 
 
-def visible(text: str, kind: int) -> str:
-    """The text of a SentencePiece token: user-defined ones are looked for before spaces are made visible."""
-    return text.replace(SPACE, " ") if kind == TokenType.USER_DEFINED else text
+def visible(text: str, token_type: int) -> str:
+    """Returns the text of a SentencePiece token as llama.cpp looks for it.
+
+    llama.cpp looks for user-defined tokens before it makes spaces visible, so these have plain spaces.
+    """
+    return text.replace(SPACE, " ") if token_type == TokenType.USER_DEFINED else text
 
 
-def text_kind(text: str, unknown: str | None) -> TokenType:
-    """The kind of a token of tokenizer.json, which has only texts."""
+def token_type_of(text: str, unknown: str | None) -> TokenType:
+    """Returns the type of a token by its text, since tokenizer.json does not give types.
+
+    unknown   text of the unknown token
+    """
     if text == unknown:
         return TokenType.UNKNOWN
     is_byte = len(text) == 6 and text.startswith("<0x") and text.endswith(">")

@@ -1,7 +1,7 @@
-"""SentencePiece's unigram model as GGUF stores it: `tokenizer.ggml.model` is t5, whatever the model's architecture.
+"""Reads SentencePiece's unigram models for GGUF, where `tokenizer.ggml.model` is t5 for every architecture.
 
-Of all ways to cut a text into tokens, the one of the highest sum of scores counts. Unlike SentencePiece, llama.cpp has
-no bytes for the characters that no token holds: they become the unknown token.
+A unigram model cuts a text into the tokens with the highest sum of scores. Characters that no token holds become the
+unknown token in llama.cpp; SentencePiece can make them bytes.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ from gguf import TokenType
 
 from lqexport.converters.gguf.sentencepiece_model import SentencePieceModel
 from lqexport.converters.gguf.spaces import flat_steps, space_rules
-from lqexport.converters.gguf.tokens import Token, Vocabulary, text_kind, visible
+from lqexport.converters.gguf.tokens import Token, Vocabulary, token_type_of, visible
 from lqexport.errors import UserError
 
 
-def of_sentencepiece(model: SentencePieceModel) -> Vocabulary:
-    """From tokenizer.model. Raises UserError where llama.cpp would split otherwise."""
+def from_sentencepiece(model: SentencePieceModel) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer.model. Raises UserError if llama.cpp would split text in another way."""
     if model.space_suffix or model.merge_spaces > model.space_prefix:
         raise UserError("tokenizer.model puts spaces where llama.cpp's unigram tokenizer does not.")
     tokens = {
-        number: Token(visible(piece.text, piece.kind), TokenType(piece.kind), piece.score)
+        number: Token(visible(piece.text, piece.token_type), TokenType(piece.token_type), piece.score)
         for number, piece in enumerate(model.pieces)
     }
     return _checked(Vocabulary("t5", "default", tokens, [], model.space_prefix, model.merge_spaces, model.charsmap))
 
 
-def of_tokenizer_json(tokenizer: dict[str, Any]) -> Vocabulary:
-    """From tokenizer.json. Raises UserError where llama.cpp would split otherwise."""
+def from_tokenizer_json(tokenizer: dict[str, Any]) -> Vocabulary:
+    """Returns the vocabulary of a tokenizer.json. Raises UserError if llama.cpp would split text in another way."""
     model = tokenizer["model"]
-    vocabulary, unknown = model["vocab"], model.get("unk_id")
-    name = vocabulary[unknown][0] if unknown is not None else None
-    tokens = {number: Token(text, text_kind(text, name), score) for number, (text, score) in enumerate(vocabulary)}
+    pieces, unknown_id = model["vocab"], model.get("unk_id")
+    unknown = pieces[unknown_id][0] if unknown_id is not None else None
+    tokens = {number: Token(text, token_type_of(text, unknown), score) for number, (text, score) in enumerate(pieces)}
     prefix, merged = space_rules(tokenizer, unigram=True)
     return _checked(Vocabulary("t5", "default", tokens, [], prefix, merged, _charsmap(tokenizer.get("normalizer"))))
 
 
 def _checked(vocabulary: Vocabulary) -> Vocabulary:
-    if any(token.kind == TokenType.BYTE for token in vocabulary.tokens.values()):
+    if any(token.token_type == TokenType.BYTE for token in vocabulary.tokens.values()):
         raise UserError("The tokenizer is a unigram model with tokens for bytes, which llama.cpp does not use for one.")
     if vocabulary.unknown is None:
         raise UserError("The tokenizer is a unigram model without an unknown token, which llama.cpp needs for one.")
@@ -48,7 +48,7 @@ def _checked(vocabulary: Vocabulary) -> Vocabulary:
 
 
 def _charsmap(normalizer: dict[str, Any] | None) -> bytes:
-    """SentencePiece's precompiled replacements, empty where there are none."""
+    """Returns SentencePiece's precompiled replacements, or no bytes if there are none."""
     maps = [step["precompiled_charsmap"] for step in flat_steps(normalizer) if step.get("type") == "Precompiled"]
     try:
         return base64.b64decode(maps[0], validate=True) if maps else b""

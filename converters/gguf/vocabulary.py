@@ -1,9 +1,11 @@
-"""A tokenizer's vocabulary as GGUF stores it, from tokenizer.json or tokenizer.model.
+"""Reads a tokenizer's vocabulary for GGUF from tokenizer.json or tokenizer.model.
 
-llama.cpp knows four tokenizers that models of the table use. `gpt2`: byte-level BPE, which needs its merges and the
-name of its word splitter. `llama`: SentencePiece's BPE, which has no merges; of two neighbours that form a token it
-joins those whose token has the highest score. `t5`: SentencePiece's unigram model (`gguf_unigram`). `bert`: WordPiece
-(`gguf_wordpiece`).
+llama.cpp has four tokenizers that the models of the table use:
+
+gpt2    byte-level BPE, which needs its merges and the name of its word splitter
+llama   SentencePiece's BPE, which has no merges: it joins the two neighbours whose joined token has the highest score
+t5      SentencePiece's unigram model (`unigram.py`)
+bert    WordPiece (`wordpiece.py`)
 """
 
 from __future__ import annotations
@@ -21,14 +23,15 @@ from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.pretokenizers import pretokenizer_name
 from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
 from lqexport.converters.gguf.spaces import flat_steps, space_rules
-from lqexport.converters.gguf.tokens import Token, Vocabulary, text_kind, visible
+from lqexport.converters.gguf.tokens import Token, Vocabulary, token_type_of, visible
 from lqexport.errors import UserError
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
-    """The vocabulary of a model folder: tokenizer.json if it is byte-level BPE, else tokenizer.model if there is one.
+    """Returns the vocabulary of a model folder.
 
-    Raises UserError where there is neither, one is damaged, or llama.cpp has no such tokenizer.
+    It is read from tokenizer.json if that holds byte-level BPE, else from tokenizer.model, else from tokenizer.json.
+    Raises UserError if there is neither file, if one is damaged, or if llama.cpp has no such tokenizer.
     """
     tokenizer, options = (
         optional_json(folder / "tokenizer.json"),
@@ -47,13 +50,13 @@ def read_vocabulary(folder: Path) -> Vocabulary:
 
 def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
     steps = [tokenizer.get("pre_tokenizer") or {}, tokenizer.get("decoder") or {}]
-    kinds = {part.get("type") for step in steps for part in (step, *step.get("pretokenizers", ()))}
-    return (tokenizer.get("model") or {}).get("type") == "BPE" and "ByteLevel" in kinds
+    step_types = {inner.get("type") for step in steps for inner in (step, *step.get("pretokenizers", ()))}
+    return (tokenizer.get("model") or {}).get("type") == "BPE" and "ByteLevel" in step_types
 
 
 def _byte_level(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabulary:
-    kinds = [str(step.get("type")) for step in flat_steps(tokenizer.get("normalizer"))]
-    if changes := [kind for kind in kinds if kind != "NFC"]:
+    step_types = [str(step.get("type")) for step in flat_steps(tokenizer.get("normalizer"))]
+    if changes := [step_type for step_type in step_types if step_type != "NFC"]:
         raise UserError(f"tokenizer.json changes text before splitting it ({', '.join(changes)}); llama.cpp does not.")
     pre = options.get("tokenizer.ggml.pre") or pretokenizer_name(tokenizer)
     tokens = {number: Token(text) for text, number in tokenizer["model"]["vocab"].items()}
@@ -62,24 +65,25 @@ def _byte_level(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabular
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[str]:
-    """Merges as `left right`; tokenizer.json writes them so, or as pairs."""
+    """Returns the merges as `left right`; tokenizer.json has them in this form or as pairs."""
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"].get("merges") or ()]
 
 
 def _with_added(vocabulary: Vocabulary, added: Iterable[dict[str, Any]]) -> Vocabulary:
-    """Added tokens take their ids; special ones become control tokens."""
+    """Returns the vocabulary with the added tokens at their ids; special ones become control tokens."""
     tokens = dict(vocabulary.tokens)
     for token in added:
         known = tokens.get(token["id"])
-        kept = known is not None and known.kind in (TokenType.UNKNOWN, TokenType.CONTROL)
-        kind = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
-        text = token["content"] if vocabulary.model == "gpt2" else visible(token["content"], kind)
-        tokens[token["id"]] = Token(text, known.kind if known and kept else kind, known.score if known else -1000.0)
+        kept = known is not None and known.token_type in (TokenType.UNKNOWN, TokenType.CONTROL)
+        added_type = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
+        text = token["content"] if vocabulary.model == "gpt2" else visible(token["content"], added_type)
+        token_type = known.token_type if known and kept else added_type
+        tokens[token["id"]] = Token(text, token_type, known.score if known else -1000.0)
     return replace(vocabulary, tokens=tokens)
 
 
 def _added_tokens(folder: Path, tokenizer: dict[str, Any], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Added tokens with id, content and special, from the first file that lists them."""
+    """Returns the added tokens, with id, content and special, from the first file that lists any."""
     if tokenizer.get("added_tokens"):
         return list(tokenizer["added_tokens"])
     if decoder := options.get("added_tokens_decoder"):
@@ -90,21 +94,21 @@ def _added_tokens(folder: Path, tokenizer: dict[str, Any], options: dict[str, An
 def _sentencepiece(path: Path) -> Vocabulary:
     model = read_sentencepiece(path)
     if not model.is_bpe:
-        return gguf_unigram.of_sentencepiece(model)
+        return gguf_unigram.from_sentencepiece(model)
     tokens = {
-        number: Token(visible(piece.text, piece.kind), TokenType(piece.kind), piece.score)
+        number: Token(visible(piece.text, piece.token_type), TokenType(piece.token_type), piece.score)
         for number, piece in enumerate(model.pieces)
     }
     return Vocabulary("llama", "default", tokens, space_prefix=model.space_prefix)
 
 
 def _sentencepiece_like(tokenizer: dict[str, Any]) -> Vocabulary:
-    """A SentencePiece model, or WordPiece, as tokenizer.json holds it."""
+    """Returns the vocabulary of a tokenizer.json that holds a SentencePiece model or WordPiece."""
     model = tokenizer.get("model") or {}
     if model.get("type") == "Unigram":
-        return gguf_unigram.of_tokenizer_json(tokenizer)
+        return gguf_unigram.from_tokenizer_json(tokenizer)
     if model.get("type") == "WordPiece":
-        return gguf_wordpiece.of_tokenizer_json(tokenizer)
+        return gguf_wordpiece.from_tokenizer_json(tokenizer)
     if model.get("type") != "BPE" or not model.get("byte_fallback"):
         raise UserError(
             f"tokenizer.json holds a tokenizer of type {model.get('type')!r} that llama.cpp does not have for this "
@@ -115,9 +119,10 @@ def _sentencepiece_like(tokenizer: dict[str, Any]) -> Vocabulary:
 
 
 def _with_scores(tokenizer: dict[str, Any], model: dict[str, Any]) -> Vocabulary:
-    """A SentencePiece BPE (Llama 2): merges and a vocabulary with visible spaces.
+    """Returns the vocabulary of a SentencePiece BPE (Llama 2), which tokenizer.json stores as tokens and merges.
 
-    Scores are not stored, but their order is that of the merges: a token's score is minus the rank of its first merge.
+    tokenizer.json has no scores, but the merges are in the order of the scores. So a token's score here is minus the
+    rank of the first merge that makes it.
     """
     ranks: dict[str, int] = {}
     merges = _merges(tokenizer)
@@ -127,7 +132,7 @@ def _with_scores(tokenizer: dict[str, Any], model: dict[str, Any]) -> Vocabulary
     _check_merges(model["vocab"].keys() - added, set(merges))
     unknown = model.get("unk_token")
     tokens = {
-        number: Token(text, text_kind(text, unknown), -float(ranks.get(text, len(ranks))))
+        number: Token(text, token_type_of(text, unknown), -float(ranks.get(text, len(ranks))))
         for text, number in model["vocab"].items()
     }
     prefix, _ = space_rules(tokenizer, unigram=False)
@@ -135,8 +140,11 @@ def _with_scores(tokenizer: dict[str, Any], model: dict[str, Any]) -> Vocabulary
 
 
 def _check_merges(texts: Set[str], merges: Set[str]) -> None:
-    """Raises UserError where neighbours that form a token are often no merge: SentencePiece, and so llama.cpp, joins
-    any such. (What transformers makes of a tokenizer.model leaves out a few at most.)"""
+    """Raises UserError if more than 1 % of the pairs of tokens that form a third token are no merge.
+
+    SentencePiece, and so llama.cpp, joins any two neighbours that form a token. (When transformers converts a
+    tokenizer.model, it leaves out a few merges at most.)
+    """
     pairs = [f"{text[:i]} {text[i:]}" for text in texts for i in range(1, len(text)) if {text[:i], text[i:]} <= texts]
     if sum(pair not in merges for pair in pairs) > len(pairs) / 100:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Writing an artifact as a GGUF file: planes are stored as they are, rows of rotated linears permuted."""
+"""Writes an artifact as a GGUF file. Planes are stored unchanged, but rows are put into llama.cpp's order."""
 
 from __future__ import annotations
 
@@ -29,30 +29,30 @@ def write(
     on_tensor: Callable[[str, int], None] | None = None,
     split_max_size: int | None = None,
 ) -> list[Path]:
-    """Write a finished artifact to `path`, whole or not at all. Equal artifacts give equal bytes. Factors of low-rank
-    corrections are left out; `gguf_adapter.write` writes them.
+    """Writes a finished artifact to `path`, whole or not at all. Equal artifacts give equal bytes.
+
+    Low-rank factors are left out; `converters.gguf.adapter.write` writes them.
 
     on_tensor        called with name and bytes after each tensor
-    split_max_size   bytes of tensors that one file may hold; more of them go into several files (`gguf_split`)
+    split_max_size   bytes of tensors that one file may hold; a larger model becomes several files (see `split.py`)
 
-    Returns the files; llama.cpp and our own reader open the first. Raises UserError where the artifact is unfinished,
-    damaged or not of GGUF codecs, where llama.cpp lacks what the model or its tokenizer needs, and where the disk is
-    too small.
+    Returns the files; llama.cpp and `GGUFModel` open the first. Raises UserError if the artifact is unfinished, damaged
+    or not in GGUF codecs, if llama.cpp lacks what the model or its tokenizer needs, or if the disk is too small.
     """
     config = normalized(artifact.config())
     architecture = architecture_of(config)
     check_supported(architecture, config)
     entries = _entries(artifact, architecture, config)
     writer = GGUFWriter(None, str(architecture.gguf))
-    add_provenance(writer, artifact.run(), _most_weights(entries))
+    add_provenance(writer, artifact.run(), _main_type(entries))
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, architecture, config, rows)
     add_tokenizer(writer, artifact.model_folder, rows)
     return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
 
 
-def _most_weights(entries: list[GGUFEntry]) -> str:
-    """The type that holds most bytes of the blocks' matrices."""
+def _main_type(entries: list[GGUFEntry]) -> str:
+    """Returns the type that holds most bytes of the blocks' matrices."""
     total: Counter[str] = Counter()
     for entry in entries:
         if len(entry.shape) == 2 and entry.gguf_name.startswith("blk."):
