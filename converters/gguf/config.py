@@ -1,4 +1,4 @@
-"""config.json of a model in a GGUF file, rebuilt from the metadata and the tensors by the table of architectures."""
+"""Rebuilds config.json of a model in a GGUF file from its metadata and tensors, by the table of architectures."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from lqexport.errors import UserError
 
 
 class Metadata:
-    """Keys of a file, with the sentences for what is missing or strange.
+    """The metadata of a GGUF file, with error messages for missing or invalid values.
 
-    source   the file, for those sentences
+    source   the file's name, for the messages
     """
 
     def __init__(self, source: str, architecture: Architecture, values: dict[str, Any]) -> None:
         self.source, self.architecture, self.values = source, architecture, values
 
     def get(self, key: str) -> Any:
-        """A key of the architecture's own, such as `block_count` for `llama.block_count`; None where it is absent."""
+        """Returns the value of an architecture's key, such as `block_count` for `llama.block_count`, or None."""
         return self.values.get(f"{self.architecture.gguf}.{key}")
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """A positive number. Raises UserError where there is none and no default."""
+        """Returns a positive number by its key. Raises UserError if the file has none and there is no default."""
         value = self.values.get(f"{self.architecture.gguf}.{key}", default)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source} gives no {self.architecture.gguf}.{key}.")
@@ -38,15 +38,17 @@ class Metadata:
 
 
 def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: Mapping[str, NDArray[Any]]) -> Config:
-    """config.json; a float32 of the file is given by its shortest decimal.
+    """Returns the content of config.json. A float32 of the file becomes the shortest decimal that rounds to it.
 
-    vocabulary   rows of the embedding
+    vocabulary   number of rows of the embedding
     present      Hugging Face names of the file's tensors
     factors      the tensors of rope factors, by their GGUF names
+
+    Raises UserError if the metadata lacks a value, or has one that config.json cannot express.
     """
     architecture = metadata.architecture
     config = {key: allowed[0] for key, allowed in architecture.fixed.items() if allowed[0] is not None}
-    config |= {key: said[0] for key, said in architecture.when.items()}
+    config |= {key: values[0] for key, values in architecture.when.items()}
     config |= _sizes(metadata) | _keys(metadata) | _special_tokens(metadata)
     config |= {
         "architectures": [architecture.classes[0]],
@@ -62,7 +64,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
         if config["pooling_type"] not in (MEAN, FIRST):
             raise UserError(f"{metadata.source} pools in another way than by the mean or the first token.")
     if architecture.latent:
-        config |= _parts_of_heads(metadata, config)
+        config |= _latent_head_sizes(metadata, config)
     if architecture.latent or not architecture.free_heads:
         del config["head_dim"]
     if architecture.rope_types:
@@ -87,7 +89,7 @@ def _sizes(metadata: Metadata) -> Config:
     }
 
 
-def _parts_of_heads(metadata: Metadata, config: Config) -> Config:
+def _latent_head_sizes(metadata: Metadata, config: Config) -> Config:
     rotated = metadata.number("rope.dimension_count")
     if not rotated < config["head_dim"]:
         raise UserError(f"{metadata.source} is damaged: no part of a head is not rotated.")
@@ -99,13 +101,13 @@ def _parts_of_heads(metadata: Metadata, config: Config) -> Config:
 
 
 def _keys(metadata: Metadata) -> Config:
-    found = {}
+    settings = {}
     for key in metadata.architecture.keys:
         value = metadata.values.get(f"{metadata.architecture.gguf}.{key.name}", key.default)
         if value is None or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.{key.name}.")
-        found[key.config] = _decimal(value) if key.kind is float else key.kind(value)
-    return found
+        settings[key.config] = _decimal(value) if key.value_type is float else key.value_type(value)
+    return settings
 
 
 def _special_tokens(metadata: Metadata) -> Config:
@@ -145,21 +147,21 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
 
 
 def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
-    kind = metadata.get("rope.scaling.type") or "none"
-    if kind == "none":
+    rope_type = metadata.get("rope.scaling.type") or "none"
+    if rope_type == "none":
         return {}
-    if kind not in ("linear", "yarn", "longrope"):
-        raise UserError(f"{metadata.source} has rope scaling of type {kind!r}, which is not supported.")
-    original = {"rope_type": kind}
-    if kind != "linear":
-        original["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
-    if kind != "longrope":
-        return original | {"factor": _decimal(metadata.number("rope.scaling.factor"))} | _mscale(metadata)
+    if rope_type not in ("linear", "yarn", "longrope"):
+        raise UserError(f"{metadata.source} has rope scaling of type {rope_type!r}, which is not supported.")
+    settings = {"rope_type": rope_type}
+    if rope_type != "linear":
+        settings["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
+    if rope_type != "longrope":
+        return settings | {"factor": _decimal(metadata.number("rope.scaling.factor"))} | _mscale(metadata)
     if missing := {LONG_FACTORS, SHORT_FACTORS} - factors.keys():
         raise UserError(f"{metadata.source} has no tensor {', '.join(sorted(missing))}.")
-    lists = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
-    long = {key: [_decimal(value) for value in factors[name]] for key, name in lists.items()}
-    return original | long | {"attention_factor": _decimal(metadata.number("rope.scaling.attn_factor", 1.0))}
+    tensors = {"long_factor": LONG_FACTORS, "short_factor": SHORT_FACTORS}
+    lists = {key: [_decimal(value) for value in factors[name]] for key, name in tensors.items()}
+    return settings | lists | {"attention_factor": _decimal(metadata.number("rope.scaling.attn_factor", 1.0))}
 
 
 def _mscale(metadata: Metadata) -> dict[str, Any]:
@@ -170,10 +172,11 @@ def _mscale(metadata: Metadata) -> dict[str, Any]:
 
 
 def _llama3(metadata: Metadata, config: Config, rope: dict[str, Any], factors: NDArray[Any]) -> dict[str, Any]:
-    """Settings of rope_type `llama3`, recognized by the factors that they give; the file stores only those.
+    """Returns the settings of rope_type `llama3` that give the file's factors; the file stores only the factors.
 
-    Only the ratios to the original context length show in the factors: the bounds are taken as those of every Llama 3,
-    and the length is 8192, as in those, or the power of two that gives the factors.
+    The factors depend only on the ratios of the original context length to high_freq_factor and low_freq_factor. So
+    these two are taken from Llama 3 (4 and 1). The original context length is 8192, as in Llama 3, or else the power
+    of two that gives the factors. Raises UserError if none does.
     """
     settings = {"rope_type": "llama3", "factor": _decimal(factors.max()), "low_freq_factor": 1.0}
     for original in (8192, *(2**power for power in range(4, 21))):
@@ -185,5 +188,5 @@ def _llama3(metadata: Metadata, config: Config, rope: dict[str, Any], factors: N
 
 
 def _decimal(value: float) -> float:
-    """The shortest decimal that rounds to the same float32: 1e-05, where the file's number is 9.999999747378752e-06."""
+    """Returns the shortest decimal that rounds to the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))

@@ -1,4 +1,4 @@
-"""What the program knows of a family of models. The entries, one per architecture, are in `architectures.py`."""
+"""The record of what the program knows about a family of models. `architectures.py` has one entry per architecture."""
 
 from __future__ import annotations
 
@@ -10,37 +10,40 @@ Config = dict[str, Any]
 """The content of config.json."""
 
 MEAN, FIRST = 1, 2
-"""What an encoder's embedding is made of, all tokens' hidden states or the first one's: llama.cpp's numbers, which
-config.json gets as `pooling_type`, too."""
+"""How an encoder pools: the mean of all tokens' hidden states, or the first token's hidden state.
+
+The numbers are llama.cpp's. A config.json that is rebuilt from GGUF has them as `pooling_type`."""
 EACH = "*"
-"""Stands for the number of an expert in the name of a module."""
+"""The placeholder for an expert's number in the name of a module."""
 GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
-"""A gated MLP: module -> its name in GGUF."""
+"""The modules of a gated MLP: Hugging Face module -> GGUF name."""
 
 
 @dataclass(frozen=True)
 class Key:
-    """A number that llama.cpp reads from the file's metadata as `ARCHITECTURE.name` and Hugging Face from config.json.
+    """A setting that llama.cpp reads from the GGUF metadata and Hugging Face from config.json.
 
-    kind      int, float or bool
-    default   what config.json means where it does not say; None: it must say
+    name         its GGUF key is `ARCHITECTURE.name`
+    config       its key in config.json
+    value_type   int, float or bool
+    default      the value where config.json does not have the key; None where it must have it
     """
 
     name: str
     config: str
-    kind: type = int
+    value_type: type = int
     default: Any = None
 
 
 @dataclass(frozen=True)
 class ExLlamaV2:
-    """What ExLlamaV2 0.3.2 (exllamav2/architecture.py) says of an architecture that it loads.
+    """The rules by which ExLlamaV2 0.3.2 loads an architecture (exllamav2/architecture.py).
 
     biased    linears to which it adds a bias, whatever config.json says
-    split     linear -> the linears as which it is stored, its rows one after the other
-    renamed   regular expressions that turn our names into those of its files
-    keys      key of config.json that it reads -> the usual one
-    called    what config.json must name in `architectures`, where that is another
+    split     fused linear -> the linears that its files hold instead; each holds a run of the fused linear's rows
+    renamed   regular expression -> replacement; together they turn our tensor names into those of its files
+    keys      key of config.json that it reads -> the usual key
+    called    the class name that config.json must have in `architectures`, where it is not the usual one
     """
 
     biased: tuple[str, ...] = ()
@@ -52,44 +55,47 @@ class ExLlamaV2:
 
 @dataclass(frozen=True)
 class Architecture:
-    """How a family's models are built, what their tensors are called, and what llama.cpp must be told of them.
+    """How a family's models are built, how their tensors are named, and which metadata llama.cpp needs.
 
-    family      what people call it
-    classes     names in `architectures` of config.json; the first one is that of a model read from GGUF
-    model_type  that of config.json
-    gguf        `general.architecture` of llama.cpp; None where it has none
-    exl2        what ExLlamaV2 says of it; None where it does not load it, or computes it wrongly
+    family      the family's usual name
+    classes     class names in `architectures` of config.json; a model that is read from GGUF gets the first one
+    model_type  `model_type` of config.json
+    gguf        `general.architecture` of llama.cpp; None where llama.cpp does not run the architecture
+    exl2        ExLlamaV2's rules; None where it does not load the architecture, or computes it wrongly
     linears     quantized linears of a block, in groups that share their input, in the order in which data flows
-    gguf_block  Hugging Face module of a block -> GGUF name of the same module; or of a tensor, with its `.bias`
+    gguf_block  Hugging Face module of a block -> GGUF name of that module; where the GGUF name ends in `.bias`, both
+                are names of tensors
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
-    when        key of config.json -> the values by which it is told from others of the same class
-    experts     key of config.json with the number of experts, by which `*` in names of modules is expanded
-    dense       key of config.json with the number of the first blocks that have a gated MLP in the place of experts;
-                None where all blocks are alike
+    when        key of config.json -> the values that tell this entry from others of the same class
+    experts     key of config.json with the number of experts; `*` in the names of modules is expanded by that number
+    dense       key of config.json with the number of leading blocks that have a gated MLP instead of experts; None
+                where all blocks are alike
     leading     that number, in an entry for a certain model
-    rows        linear -> how llama.cpp orders its rows, and the key of config.json with the number of groups: `rope`,
-                the halves of each head interleaved, or `qkv`, all queries, keys and values instead of a few of each
+    rows        linear -> the order in which llama.cpp wants its rows, and the key of config.json with the number of
+                groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all keys, then
+                all values
     transposed  linears that a checkpoint stores as [inputs, outputs]
-    renamed     regular expressions that turn names of a checkpoint's tensors into those of the modules
-    unused      regular expressions for tensors of a checkpoint that follow from config.json
-    norm_plus   what llama.cpp's norms hold more than Hugging Face's
-    keys        metadata beside the sizes, which every architecture has
-    aliases     other names of keys in config.json -> the usual ones
-    defaults    what config.json means where it does not say
-    derived     what the rest of config.json implies, whatever it says
-    fixed       key of config.json -> the values that llama.cpp computes with; any other is refused
+    renamed     regular expression -> replacement; together they turn a checkpoint's tensor names into the modules'
+    unused      regular expressions for tensors of a checkpoint that are ignored, such as tables that follow from
+                config.json
+    norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
+    keys        GGUF metadata beyond the sizes that every architecture has
+    aliases     this family's name of a key of config.json -> the usual name
+    defaults    values of keys that config.json leaves out
+    derived     returns values that follow from the rest of config.json; they replace what it says
+    fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
     flags       key of config.json -> the module whose bias shows that it is true
-    rope_types  the kinds of rope scaling that llama.cpp computes for it; () where positions are learned
-    period      by default every so many blocks attend to the whole context, and the others to `sliding_window` tokens;
-                None where llama.cpp ignores windows, so that the context may be no longer than one
+    rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
+    period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
+                tokens; None where llama.cpp ignores windows, so that the context may be no longer than one window
     free_heads  whether config.json may give heads another size than hidden_size / heads
-    latent      whether keys and values are made of one vector for all heads (multi-head latent attention), with parts
-                of a head that are rotated and others that are not
-    encoder     whether every token sees the whole text and there is no output layer: the model gives an embedding of
+    latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
+                only a part of each head is rotated
+    encoder     whether every token sees the whole text and there is no output layer: the model returns an embedding of
                 the text, made of the hidden states after the last block
-    adds        whether the outputs of attention and MLP are added to the hidden states as they are
-    wide_scale  number of blocks of the one model whose queries llama.cpp divides by the root of hidden_size / heads
-                instead of head_dim
+    adds        whether the outputs of attention and MLP are added to the hidden states unchanged
+    wide_scale  the number of blocks of the one model whose queries llama.cpp divides by the root of hidden_size / heads
+                instead of the root of head_dim
     """
 
     family: str
@@ -129,16 +135,16 @@ class Architecture:
 
     @property
     def adders(self) -> tuple[str | None, str | None]:
-        """The linears of attention and of the MLP whose outputs are added to the hidden states as they are."""
+        """The linears of attention and of the MLP whose outputs are added to the hidden states unchanged."""
         modules = {gguf: module for module, gguf in self.gguf_block.items()}
         return (modules["attn_output"], modules["ffn_down"]) if self.adds and not self.experts else (None, None)
 
     def modules_of(self, block: int) -> dict[str, str]:
-        """`gguf_block` of one block."""
+        """Returns the entries of `gguf_block` that the block with this number has."""
         return {module: gguf for module, gguf in self.gguf_block.items() if self._has(block, module)}
 
     def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
-        """`linears` of one block."""
+        """Returns the groups of `linears` that the block with this number has."""
         return tuple(group for group in self.linears if self._has(block, group[0]))
 
     def _has(self, block: int, module: str) -> bool:
@@ -147,7 +153,7 @@ class Architecture:
         return (module in GATED) == (block < self.leading)
 
     def expanded(self, count: int, leading: int = 0) -> Architecture:
-        """The same with `count` experts in the place of each `*`, from block `leading` on."""
+        """Returns the entry with `count` experts in place of each `*`, from block `leading` on."""
         modules = [
             (module.replace(EACH, str(number)), gguf)
             for module, gguf in self.gguf_block.items()
