@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import sys
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -311,7 +310,7 @@ class Recipe:
         if target.rows_share_numbers and self.output_groups > 1:
             raise UserError("EXL2 and GPTQ's layout have the outputs as columns: they take one output group.")
 
-    @cached_property
+    @property
     def parsed_target(self) -> Target:
         """`target`, parsed."""
         return Target.parse(self.target)

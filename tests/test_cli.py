@@ -23,7 +23,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from lqexport.cli.app import app, merged_recipe
+from lqexport.cli.app import app
+from lqexport.cli.options import merged_recipe
 from lqexport.converters.models.architectures import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.models import inspect as inspection

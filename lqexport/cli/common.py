@@ -1,0 +1,44 @@
+"""What several commands share: how they end, where they print, and options that they have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from lqexport.errors import UserError
+
+NOTHING_WRITTEN = "Stopped. Nothing was written under a final name; run the same command again."
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")]
+EvaluationText = Annotated[
+    str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
+]
+Windows = Annotated[int | None, typer.Option(help="Largest number of windows. [default: the whole text]")]
+
+
+@contextlib.contextmanager
+def plain_endings(stopped: str) -> Iterator[None]:
+    """Turns a UserError into one line and exit status 2, and Ctrl-C into `stopped` and exit status 130."""
+    errors = Console(stderr=True, soft_wrap=True)
+    try:
+        yield
+    except UserError as error:
+        errors.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt:
+        errors.print(stopped, markup=False, highlight=False)
+        raise typer.Exit(130) from None
+
+
+def output() -> Console:
+    """Returns standard output; wide if it is not a terminal, so that no table is folded in a log."""
+    return Console() if sys.stdout.isatty() else Console(width=120)

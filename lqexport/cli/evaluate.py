@@ -1,0 +1,97 @@
+"""The commands eval and judge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Windows, output, plain_endings
+from lqexport.errors import UserError
+from lqexport.runtime.progress import terminal_listener
+
+
+def evaluate(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Perplexity on wikitext2, c4, c4-new, ptb or ptb-new, as in the papers, or a text as in verify. "
+            "May repeat."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(help="Tasks of lm-evaluation-harness, with commas between; papers: those of the papers."),
+    ] = None,
+    include: Annotated[Path | None, typer.Option(help="Folder of task files of your own.")] = None,
+    shots: Annotated[int, typer.Option(min=0, help="Worked examples before each question of a task.")] = 0,
+    limit: Annotated[int | None, typer.Option(min=1, help="At most so many questions of a task.")] = None,
+    protocol: Annotated[
+        str, typer.Option(help="Of texts that are not the papers': hf-2048, llama.cpp-512.")
+    ] = "hf-2048",
+    windows: Windows = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Perplexity and zero-shot tasks of one file, by this program's own decoding.
+
+    Examples:
+
+        lqexport eval model.gguf --text wikitext2 --text c4
+        lqexport eval ./model-3bit --tasks arc_easy,piqa --limit 200
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.evaluation import scores
+
+        if not text and not tasks:
+            raise UserError("Say what to evaluate: --text wikitext2, or --tasks arc_easy,piqa.")
+        names = scores.task_names(tasks)
+        with terminal_listener() as listener:
+            found = scores.evaluate(
+                file, text or [], names, include=include, shots=shots, limit=limit, protocol=protocol, windows=windows,
+                device=device, listener=listener,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(scores.table(found))
+
+
+def judge(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible API, such as http://localhost:8000/v1.")],
+    model: Annotated[str, typer.Option(help="What the endpoint calls the model that judges.")],
+    against: Annotated[
+        str | None, typer.Option(help="The source, to compare answers with: a folder, hub id or .gguf file.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help='A .jsonl file, a line being {"id": "a", "turns": ["..."]}. [default: our own]')
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="At most so many tokens in an answer.")] = 256,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Have another model grade what FILE answers, and compare it with what its source answers.
+
+    Questions and answers go to the endpoint, and nowhere else. The key is that of OPENAI_API_KEY, where one is needed.
+
+    Examples:
+
+        lqexport judge model.gguf --endpoint http://localhost:8000/v1 --model judge --against ./model
+        lqexport judge ./model-3bit --endpoint https://api.openai.com/v1 --model NAME --questions mine.jsonl --json
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.evaluation import judging
+
+        with terminal_listener() as listener:
+            found = judging.judge(
+                file, endpoint, model, against=against, questions=questions, tokens=tokens, device=device,
+                listener=listener,
+            )  # fmt: skip
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(judging.table(found))

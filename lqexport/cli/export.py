@@ -1,0 +1,168 @@
+"""The commands that write an artifact as a file or folder: to-gguf, to-exl2, to-gptq and others. Only bytes move."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lqexport.cli.common import NOTHING_WRITTEN, NewFolder, plain_endings
+from lqexport.runtime.progress import terminal_listener
+
+if TYPE_CHECKING:
+    from lqexport.exporting import Format
+
+
+def to_gguf(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gguf:...")],
+    file: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="Write the low-rank corrections here, as a LoRA adapter for --lora.")
+    ] = None,
+    split_max_size: Annotated[
+        str | None,
+        typer.Option(help="Most bytes of tensors in a file, such as 2G: more go into FILE-00001-of-00003.gguf, ..."),
+    ] = None,
+) -> None:
+    """Write the artifact as a GGUF file for llama.cpp.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport to-gguf ./out model.gguf
+        lqexport to-gguf ./out model.gguf --adapter adapter.gguf
+        lqexport to-gguf ./out model.gguf --split-max-size 2G
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.converters.gguf.split import read_split
+        from lqexport.exporting import export
+        from lqexport.sizes import human_bytes
+
+        with terminal_listener() as listener:
+            first = export(
+                artifact, file, format="gguf", adapter=adapter, split_max_size=split_max_size, listener=listener
+            )
+        _, _, files = read_split(first)
+        written = f"{first}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
+        beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
+        print(f"Wrote {written}, {human_bytes(sum(file.stat().st_size for file in files))}{beside}.")
+        _say_verify(artifact, first, adapter)
+
+
+def to_peft(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote with --rank.")],
+    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
+) -> None:
+    """Write the artifact's low-rank corrections as a PEFT LoRA folder.
+
+    For transformers, vLLM and ExLlamaV2, beside the quantized base.
+
+    Examples:
+
+        lqexport to-peft ./out ./adapter
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.converters.folders.peft import write
+        from lqexport.storage.artifact import Artifact
+
+        write(Artifact(artifact), folder)
+        print(f"Wrote {folder}.")
+
+
+def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
+    """The command that comes after an export; of few windows, since a whole text takes hours of a large model."""
+    from lqexport.storage.artifact import Artifact
+
+    source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
+    more = ["--adapter", str(adapter)] if adapter else []
+    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more, '--windows', '16'])}")
+
+
+def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
+    from lqexport.converters.factors import is_factor
+    from lqexport.exporting import export
+    from lqexport.models.inspect import inspect, size
+    from lqexport.sizes import human_bytes
+
+    with terminal_listener() as listener:
+        export(artifact, folder, format=format, listener=listener)
+    written = human_bytes(size(inspect(folder).entries))
+    print(f"Wrote {folder}, {written}.")
+    adapter = format != "native" and any(is_factor(entry.name) for entry in inspect(artifact).entries)
+    if adapter:
+        print(f"It is the base of low-rank corrections: lqexport to-peft {artifact} ADAPTER writes them.")
+    _say_verify(artifact, folder, "ADAPTER" if adapter else None)
+
+
+def to_exl2(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with the target exl2.")],
+    folder: NewFolder,
+) -> None:
+    """Write the artifact as a folder that ExLlamaV2 loads.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target exl2 --bits 3.5
+        lqexport to-exl2 ./out ./model-exl2
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "exl2")
+
+
+def to_gptq(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gptq:...")],
+    folder: NewFolder,
+    v2: Annotated[
+        bool, typer.Option("--v2", help="checkpoint_format gptq_v2, which GPTQModel wants of asymmetric models.")
+    ] = False,
+) -> None:
+    """Write the artifact as a folder in GPTQ's layout, for vLLM, transformers and ExLlamaV2.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target gptq:4-g128-sym
+        lqexport to-gptq ./out ./model-gptq
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "gptq_v2" if v2 else "gptq")
+
+
+def to_compressed_tensors(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gptq:... but -act.")],
+    folder: NewFolder,
+) -> None:
+    """Write the artifact as a compressed-tensors folder, format pack-quantized, for vLLM and transformers.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target gptq:4-g128
+        lqexport to-compressed-tensors ./out ./model-ct
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "compressed-tensors")
+
+
+def to_native(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target native:...")],
+    folder: NewFolder,
+) -> None:
+    """Write the artifact as a folder that transformers loads, with `import lqexport`.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target native:table-3
+        lqexport to-native ./out ./model-3bit
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "native")

@@ -1,0 +1,214 @@
+"""The commands quantize and plan."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Verbose, output, plain_endings
+from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
+from lqexport.recipe import Recipe
+from lqexport.runtime.progress import terminal_listener
+
+if TYPE_CHECKING:
+    from lqexport.planning.dryrun import Preview
+    from lqexport.planning.memory import MemoryLimits
+    from lqexport.runtime.placement import Placement
+    from lqexport.runtime.progress import Listener
+
+RESUME = "Stopped. Run the same command again to go on from the last finished tensor."
+MACHINE = "Machine"
+
+
+@with_recipe_options
+def quantize(
+    source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")
+    ] = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+    device: Device = "auto",
+    device_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest use of a GPU's memory, such as 24GB. It does not change the result. [default: what is free]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    host_memory: Annotated[
+        str | None,
+        typer.Option(
+            help="Largest use of this machine's memory, such as 64GB. It does not change the result. [default: what is "
+            "free]",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that keeps second moments of the full prefix, for other runs over source and calibration.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+) -> None:
+    """Quantize SOURCE into the folder OUT.
+
+    A stopped run goes on when the same command is given again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target gguf:Q4_K_M --dry-run
+        lqexport quantize ./model ./out --target gguf:Q3_K --calibration wikitext2
+        lqexport quantize ./model ./out --target gguf:auto --size 4.25bpw
+        lqexport quantize model.gguf ./out --target native:table-3 --recipe recipe.toml
+    """
+    with plain_endings(RESUME):
+        recipe = merged_recipe(recipe_file, options | {"source": source})
+        run = _Run(recipe, out, device, cache, device_memory, host_memory)
+        _quantize(run, dry_run=dry_run, verbose=verbose, as_json=as_json)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """A call of `quantize`, as given on the command line."""
+
+    recipe: Recipe
+    out: Path
+    device: str
+    cache: Path | None
+    device_memory: str | None
+    host_memory: str | None
+
+    @functools.cached_property
+    def limits(self) -> MemoryLimits:
+        """The given limits, else what is free: asked once, so that the run has the limits that were shown."""
+        from lqexport.planning.memory import MemoryLimits, available
+        from lqexport.runtime.environment import choose_device
+        from lqexport.sizes import memory_size
+
+        free = available(choose_device(self.device))
+        given = [memory_size(size) if size else None for size in (self.device_memory, self.host_memory)]
+        return MemoryLimits(given[0] or free.device, given[1] or free.host)
+
+    def quantize(self, listener: Listener | None = None) -> dict[str, Any]:
+        """Runs, and returns the report."""
+        from lqexport.pipeline.quantize import quantize as run
+
+        return run(self.recipe, self.out, device=self.device, cache=self.cache, listener=listener, limits=self.limits)
+
+
+def _quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
+    """Shows the plan; then, unless it is a dry run, checks the disk and runs."""
+    from lqexport.planning.dryrun import as_json as preview_json
+    from lqexport.planning.dryrun import preview
+    from lqexport.planning.memory import choose_placement
+    from lqexport.runtime.environment import choose_device
+
+    if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, only the first one prints
+        if not dry_run:
+            run.quantize()
+        return
+    shown = preview(run.recipe, run.out)
+    placement = choose_placement(shown.work, choose_device(run.device), run.out, run.limits)
+    if not as_json:
+        _show_plan(shown, placement, verbose=verbose, estimates=dry_run)
+    if dry_run:
+        if as_json:
+            print(json.dumps(preview_json(shown, placement), indent=1))
+        return
+    shown.check_disk()
+    with terminal_listener() as listener:
+        report = run.quantize(listener)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        _show_report(run, report)
+
+
+def _show_plan(shown: Preview, placement: Placement, *, verbose: bool, estimates: bool) -> None:
+    from lqexport.planning.dryrun import show_estimates, show_plan
+
+    console = output()
+    show_plan(shown, console, verbose)
+    if estimates:
+        show_estimates(shown, console, placement)
+
+
+def _show_report(run: _Run, report: dict[str, Any]) -> None:
+    """Prints what the run found out, and the command that comes next."""
+    if "budget" in report:
+        _show_types(run, report["budget"])
+    if "tuning" in report:
+        _show_tuning(report["tuning"])
+    if "correction" in report:
+        from lqexport.pipeline.ranks import sentences
+
+        print("\n".join(sentences(report["correction"])))
+    adapter = ["--adapter", "adapter.gguf"] if report.get("correction", {}).get("factor_bytes") else []
+    family = run.recipe.parsed_target.family
+    written = ["model.gguf", *adapter] if family == "gguf" else ["FOLDER"]
+    print(f"Wrote {run.out}. Next: {shlex.join(['lqexport', f'to-{family}', str(run.out), *written])}")
+
+
+def _show_tuning(tuning: dict[str, Any]) -> None:
+    loss, name = ("kl", "KL") if "held_out_kl_after" in tuning else ("distance", "cosine distance")
+    before, after = (tuning[f"held_out_{loss}_{when}"] for when in ("before", "after"))
+    print(f"Tuning: {name} on held-out calibration sequences {before:.4f} before, {after:.4f} after")
+
+
+def _show_types(run: _Run, choice: dict[str, Any]) -> None:
+    """Prints the types that were chosen by size. Writes the curve of loss over bytes to OUT/budget.svg, if matplotlib
+    is installed."""
+    from lqexport.planning.dryrun import preview, show_plan
+
+    show_plan(preview(run.recipe, run.out), output())
+    print(f"Predicted KL: {choice['predicted_kl']:.4f}, at most {choice['predicted_kl_gap']:.1e} above the best choice")
+    if importlib.util.find_spec("matplotlib"):
+        from lqexport.verification.report import save_budget_plot
+
+        save_budget_plot(choice, run.out / "budget.svg")
+        print(f"Loss against bytes: {run.out / 'budget.svg'}")
+
+
+def plan(
+    model: Annotated[Path, typer.Argument(help="A config.json, or a folder that holds one; no weights are needed.")],
+    target: Annotated[
+        str | None, typer.Option(help="What to quantize into, as in quantize: gguf:Q4_K_M, native:table-3.")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 24GB. [default: no GPU]")] = None,
+    host: Annotated[str | None, typer.Option(help="Memory of the machine, such as 64GB.")] = None,
+    recipe_file: Annotated[Path | None, typer.Option("--recipe", help="TOML file of the options of quantize.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Memory, disk, operations and hours that quantizing would take, from a config.json alone.
+
+    Exit status 1 if it does not fit.
+
+    Examples:
+
+        lqexport plan ./config.json --target gguf:Q4_K_M --gpu 24GB --host 64GB
+        lqexport plan ./model --target native:table-3 --json
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.planning.forecast import forecast, show
+
+        recipe = merged_recipe(recipe_file, {"source": str(model), "target": target})
+        result = forecast(model, recipe, gpu, host)
+        if as_json:
+            print(json.dumps(result.as_json(), indent=1))
+        else:
+            show(result, output())
+    if result.too_large:
+        raise typer.Exit(1)

@@ -1,0 +1,196 @@
+"""The commands verify, compare and push-to-hub."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lqexport.cli.common import NOTHING_WRITTEN, Device, EvaluationText, Json, Windows, output, plain_endings
+from lqexport.runtime.progress import terminal_listener
+
+if TYPE_CHECKING:
+    from lqexport.verification.result import Verification
+
+Protocols = Annotated[
+    list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
+]
+MadeFrom = Annotated[
+    Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
+]
+MaxPerplexityRatio = Annotated[
+    float, typer.Option(min=0, help="Fail where the perplexity grew by more than this factor; 0: no such limit.")
+]
+
+
+def verify(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")],
+    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    text: EvaluationText = "python-heldout",
+    protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
+    windows: Windows = None,
+    engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
+    artifact: MadeFrom = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="The adapter with its low-rank corrections: measured with and without.")
+    ] = None,
+    activations: Annotated[
+        str | None, typer.Option(help="Emulate inputs of linears rounded to this type, such as native:mxint-8-g16.")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
+    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    min_cosine: Annotated[
+        float | None, typer.Option(help="Of an encoder: fail where the mean cosine of embeddings is below this.")
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
+    linear: Annotated[
+        str | None, typer.Option(help="The matrix whose weights and grid the page shows. [default: the lossiest]")
+    ] = None,
+    card: Annotated[Path | None, typer.Option(help="Write a model card here, in Markdown.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Folder for card, page and numbers: what push-to-hub wants beside the file.")
+    ] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Open the written file again and measure it against its source.
+
+    Checks its structure and, with --artifact, every tensor; then perplexity, KL divergence and top-1 agreement, or of
+    an encoder its embeddings of the text's sentences and how they rank each other.
+
+    Examples:
+
+        lqexport verify model.gguf --against ./model
+        lqexport verify model.gguf --against ./model --engine llama.cpp --text wikitext2:test --max-kl 0.05
+        lqexport verify model.gguf --against ./model --artifact ./out --html report.html
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.verification import report
+        from lqexport.verification.card import save_card
+        from lqexport.verification.publish import save_record
+        from lqexport.verification.verifying import verify as check
+
+        if html:
+            report.check_installed()
+        with terminal_listener() as listener:
+            result = check(
+                file,
+                against,
+                text=text,
+                protocols=tuple(protocol),
+                windows=windows,
+                engine=engine,  # type: ignore[arg-type]  # checked there
+                artifact=artifact,
+                adapter=adapter,
+                activations=activations,
+                max_kl=max_kl,
+                max_perplexity_ratio=max_perplexity_ratio or None,
+                min_cosine=min_cosine,
+                linear=linear,
+                device=device,
+                listener=listener,
+            )
+        tell_verification(result, html, as_json)
+        if card:
+            save_card(result, card)
+        if record:
+            save_record(result, record)
+        if not as_json:
+            _say_written(html, card, record)
+    if result.failed:
+        raise typer.Exit(1)
+
+
+def _say_written(html: Path | None, card: Path | None, record: Path | None) -> None:
+    """Where to find what `verify` wrote besides its table."""
+    for path in (html, card, record):
+        if path:
+            print(f"Wrote {path}.")
+
+
+def tell_verification(result: Verification, html: Path | None, as_json: bool) -> None:
+    """Print a verification, and write its page where one is asked for."""
+    from lqexport.verification.report import for_terminal, save_html
+
+    if html:
+        save_html(result, html)
+    if as_json:
+        print(json.dumps(result.as_json(), indent=1))
+    else:
+        output().print(for_terminal(result))
+
+
+def compare(
+    files: Annotated[
+        list[Path], typer.Argument(help=".gguf files, or folders that to-native, to-exl2 or quantize wrote.")
+    ],
+    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    text: EvaluationText = "python-heldout",
+    protocol: Annotated[str, typer.Option(help="llama.cpp-512 or hf-2048, as in verify.")] = "llama.cpp-512",
+    windows: Windows = None,
+    engine: Annotated[str, typer.Option(help="What runs the files: lqexport or llama.cpp.")] = "lqexport",
+    plot: Annotated[Path | None, typer.Option(help="Write KL divergence over bits per weight here, as SVG.")] = None,
+    as_json: Json = False,
+    device: Device = "auto",
+) -> None:
+    """Measure several files against one source, on the same windows of the same text.
+
+    Examples:
+
+        lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        from lqexport.verification import comparison, report
+
+        if plot:
+            report.check_installed()
+        with terminal_listener() as listener:
+            found = comparison.compare(
+                files, against, text=text, protocol=protocol, windows=windows,
+                engine=engine, device=device, listener=listener,  # type: ignore[arg-type]  # checked there
+            )  # fmt: skip
+        if plot:
+            comparison.save_plot(found, plot)
+        if as_json:
+            print(json.dumps(found.as_json(), indent=1))
+        else:
+            output().print(comparison.table(found))
+
+
+def push_to_hub(
+    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that a to-... command wrote.")],
+    repository: Annotated[str, typer.Argument(help="Its id on the hub, such as me/model-gguf; made if need be.")],
+    record: Annotated[
+        Path | None, typer.Option(help="What `verify --record` wrote for this file; uploaded with it.")
+    ] = None,
+    public: Annotated[bool, typer.Option("--public", help="For all to see. [default: private]")] = False,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="Upload without a record, or one of another or a failed file.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be uploaded, then stop.")] = False,
+) -> None:
+    """Upload a written model to the Hugging Face hub.
+
+    Refused where no record says that exactly these files passed their verification. The token is that of
+    `hf auth login`, or HF_TOKEN.
+
+    Examples:
+
+        lqexport verify model.gguf --against ./model --max-kl 0.05 --record ./record
+        lqexport push-to-hub model.gguf me/model-gguf --record ./record --dry-run
+        lqexport push-to-hub model.gguf me/model-gguf --record ./record --public
+    """
+    with plain_endings("Stopped. The hub takes all files in one commit or none; run the same command again."):
+        from lqexport.sizes import human_bytes
+        from lqexport.verification import publish
+
+        files = publish.upload_list(file, record=record, unverified=unverified)
+        for name, path in files.items():
+            print(f"{human_bytes(path.stat().st_size):>9}  {name}")
+        if dry_run:
+            print(f"{len(files)} files; nothing was uploaded.")
+            return
+        address = publish.push_to_hub(file, repository, record=record, public=public, unverified=unverified)
+        print(f"Uploaded: {address}")
