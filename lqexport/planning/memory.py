@@ -218,7 +218,7 @@ def _chunk_bytes(work: Work, placement: Placement) -> int:
 
 
 def _correction_bytes(work: Work) -> int:
-    """Returns the bytes of a low-rank correction's float64 arrays: two of the error, and one that weighs its columns."""
+    """Returns the bytes of a low-rank correction's float64 arrays: two of the error, one of its columns' weights."""
     if not work.recipe.rank:
         return 0
     return max((8 * (2 * tensor.weights + tensor.matrix[1] ** 2) for tensor in work.block), default=0)

@@ -1,12 +1,13 @@
-"""A CUDA device that is not there: tensors that say that they are on it, and are computed on by the CPU.
+"""A pretended CUDA device: its tensors say that they are on the device, and the CPU computes with them.
 
-Within `PretendedCuda`, whatever torch is asked to put on a CUDA device becomes a `There`, a tensor of the CPU with
-another name for its device. Its results are there too, and an operation that mixes it with tensors of the CPU, as a
-real device would not, raises. So a whole run, with real data, shows where a tensor is on the wrong device.
+Within `PretendedCuda`, everything that torch is asked to put on a CUDA device becomes a `PretendedTensor`, which is a
+CPU tensor that reports another device. Results computed from it are on the device too. An operation that mixes it with
+CPU tensors raises, as on a real device. So a whole run with real data shows whether a tensor is on the wrong device.
 
-torch sees one such device, with plenty of memory, and its autocast is the CPU's.
+torch sees one such device, with plenty of memory. Its autocast is the CPU's.
 
-What real devices take from the CPU is taken: numbers (tensors without axes), indices in brackets, and copies.
+Real devices accept some CPU tensors, and so does this one: numbers (tensors without axes), indices in brackets, and
+copies.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 
 
-class There(Tensor):
+class PretendedTensor(Tensor):
     """A tensor on the pretended device."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
@@ -34,14 +35,20 @@ class There(Tensor):
 
 
 MOVING = {Tensor.to, Tensor.cpu, Tensor.cuda}
+"""Functions that move a tensor between devices."""
 CROSSING = {Tensor.copy_, Tensor.__getitem__, torch.as_tensor, torch.tensor}
-"""What takes tensors of both devices."""
+"""Functions that accept tensors of both devices."""
 HOOKING = {Tensor.register_hook, Tensor.register_post_accumulate_grad_hook}
+"""Functions that give autograd a hook."""
 TO_NUMPY = {Tensor.numpy, Tensor.__array__}
+"""Functions that need a tensor on the CPU."""
 
 
 class PretendedCuda(TorchFunctionMode):
-    """See above. `products`: dtype and torch's precision of each product of matrices there."""
+    """The mode in which torch sees the pretended device.
+
+    products   dtype, and torch's setting of float32 precision, of each matrix product on the device
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,10 +57,10 @@ class PretendedCuda(TorchFunctionMode):
 
     def __enter__(self) -> PretendedCuda:
         replaced = ExitStack()
-        replaced.enter_context(patch.object(torch, "autocast", _autocast_there))
+        replaced.enter_context(patch.object(torch, "autocast", _autocast_on_cpu))
         replaced.enter_context(patch.object(torch.cuda, "device_count", lambda: 1))
         replaced.enter_context(patch.object(torch.cuda, "mem_get_info", lambda _: (1 << 40, 1 << 40)))
-        self._replaced.append(replaced)  # hooks enter the mode while it is entered
+        self._replaced.append(replaced)  # a stack, since hooks enter the mode again while it is active
         return super().__enter__()
 
     def __exit__(self, *raised: Any) -> None:
@@ -62,65 +69,71 @@ class PretendedCuda(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
-        there = any(type(tensor) is not Tensor and isinstance(tensor, There) for tensor in _tensors(args, kwargs))
-        if func in TO_NUMPY and there:
+        on_cuda = any(
+            type(tensor) is not Tensor and isinstance(tensor, PretendedTensor) for tensor in _tensors(args, kwargs)
+        )
+        if func in TO_NUMPY and on_cuda:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
         if func in MOVING:
             return _moved(func, *args, **kwargs)
-        if func in HOOKING and there:
+        if func in HOOKING and on_cuda:
             return func(args[0], self._hook(args[1]))
-        if func is torch._has_compatible_shallow_copy_type:  # asked where a module is moved
-            return isinstance(args[0], There) == isinstance(args[1], There)
-        if there and func not in CROSSING:
+        if func is torch._has_compatible_shallow_copy_type:  # torch asks this when it moves a module
+            return isinstance(args[0], PretendedTensor) == isinstance(args[1], PretendedTensor)
+        if on_cuda and func not in CROSSING:
             _check(func, _tensors(args, kwargs))
-        kwargs.pop("pin_memory", None)  # for which a CPU build of torch has no memory
+        kwargs.pop("pin_memory", None)  # a CPU build of torch has no pinned memory
         if kwargs.get("device") is not None:
             device = torch.device(kwargs["device"])
-            there, kwargs["device"] = device.type == "cuda", CPU if device.type == "cuda" else device
-        if there and func in {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.addmm_}:
+            on_cuda, kwargs["device"] = device.type == "cuda", CPU if device.type == "cuda" else device
+        if on_cuda and func in {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.addmm_}:
             self.products.append((args[0].dtype, torch.get_float32_matmul_precision()))
-        if there and func in {torch.as_tensor, torch.tensor}:
-            args = tree_map_only(There, _plain, args)
+        if on_cuda and func in {torch.as_tensor, torch.tensor}:
+            args = tree_map_only(PretendedTensor, _plain, args)
         result = func(*args, **kwargs)
-        return _all_there(result) if there else result
+        return _all_on_cuda(result) if on_cuda else result
 
     def _hook(self, hook: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
-        """Autograd calls it outside of the mode, with a tensor of the CPU."""
+        """Returns a hook that enters the mode and gets a pretended tensor.
+
+        Autograd calls hooks outside the mode, with a CPU tensor.
+        """
 
         def called(gradient: Tensor) -> Any:
             with self:
-                return hook(_put_there(gradient))
+                return hook(_on_cuda(gradient))
 
         return called
 
 
-class _autocast_there(torch.autocast):
-    """Of a CUDA device the CPU's, which computes."""
+class _autocast_on_cpu(torch.autocast):
+    """torch.autocast, with the CPU's in the place of a CUDA device's, since the CPU computes."""
 
     def __init__(self, device_type: str, *rest: Any, **options: Any) -> None:
         super().__init__("cpu" if device_type == "cuda" else device_type, *rest, **options)
 
 
 def _tensors(args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors among the arguments and in lists and tuples of them."""
-    found = []
+    """Returns the tensors among the arguments, and in lists and tuples among them."""
+    tensors = []
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
-            found.append(value)
+            tensors.append(value)
         elif isinstance(value, (list, tuple)):
-            found += _tensors(tuple(value), {})
-    return found
+            tensors += _tensors(tuple(value), {})
+    return tensors
 
 
 def _check(func: Callable, tensors: list[Tensor]) -> None:
-    """Raises RuntimeError where a tensor is not on the device, but for numbers."""
+    """Raises RuntimeError if a tensor with axes is not on the device."""
     for tensor in tensors:
-        if not isinstance(tensor, There) and tensor.ndim:
+        if not isinstance(tensor, PretendedTensor) and tensor.ndim:
             name = getattr(func, "__name__", str(func))
             raise RuntimeError(f"{name}: Expected all tensors to be on the same device, cuda:0, but one is on the cpu.")
 
 
 def _moved(func: Callable, tensor: Tensor, *arguments: Any, **options: Any) -> Tensor:
+    """Returns the result of a function of MOVING: the tensor on the device, and in the dtype, that is asked for."""
     if func is not Tensor.to:
         device, dtype = CPU if func is Tensor.cpu else CUDA, None
     elif arguments and isinstance(arguments[0], Tensor):
@@ -128,34 +141,36 @@ def _moved(func: Callable, tensor: Tensor, *arguments: Any, **options: Any) -> T
     else:
         options.pop("copy", None)
         device, dtype, *_ = torch._C._nn._parse_to(*arguments, **options)
-    there = isinstance(tensor, There)
-    wanted = there if device is None else device.type == "cuda"
+    on_cuda = isinstance(tensor, PretendedTensor)
+    to_cuda = on_cuda if device is None else device.type == "cuda"
     if device is not None and device.type not in ("cpu", "cuda"):  # meta
         return tensor.to(device, dtype)
     dtype = dtype or tensor.dtype
-    if wanted == there:
+    if to_cuda == on_cuda:
         result = tensor.to(dtype)
-        return _put_there(result) if there else result
+        return _on_cuda(result) if on_cuda else result
     result = tensor.to(dtype, copy=True)
-    return _put_there(result) if wanted else _plain(result)
+    return _on_cuda(result) if to_cuda else _plain(result)
 
 
-def _all_there(result: Any) -> Any:
-    return _put_there(result) if isinstance(result, Tensor) else tree_map_only(Tensor, _put_there, result)
+def _all_on_cuda(result: Any) -> Any:
+    """Puts a result, or all tensors in a nested result, on the pretended device."""
+    return _on_cuda(result) if isinstance(result, Tensor) else tree_map_only(Tensor, _on_cuda, result)
 
 
-def _put_there(tensor: Tensor) -> Tensor:
+def _on_cuda(tensor: Tensor) -> Tensor:
+    """Makes a CPU tensor a pretended one, in place, and returns it. Parameters stay as they are."""
     if type(tensor) is Tensor:
-        tensor.__class__ = There
+        tensor.__class__ = PretendedTensor
     return tensor
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """The same data as a tensor of the CPU."""
-    return tensor.detach().as_subclass(Tensor) if isinstance(tensor, There) else tensor
+    """Returns a CPU tensor on the same memory."""
+    return tensor.detach().as_subclass(Tensor) if isinstance(tensor, PretendedTensor) else tensor
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """The memory behind a tensor that is there, for what runs on the device."""
+    """Returns a CPU tensor on the memory of a pretended tensor, for kernels that run on the device."""
     with torch._C.DisableTorchFunction():
         return _plain(tensor)

@@ -1,7 +1,7 @@
-"""Runs the unmodified .cu files on the CPU: builds programs with g++, and launches as the GPU's launcher does.
+"""Runs the unmodified .cu files on the CPU: builds programs with g++, and launches them as the GPU's launcher does.
 
-A program is one .cu file with some of its kernels by name, in one of three builds. It runs one launch per process, so
-that a sanitizer that ends the process ends no test run.
+A program holds named kernels of one .cu file, in one of three builds. Each launch is a process of its own, so that a
+sanitizer that ends the process does not end the test run.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels"
-# As NVRTC compiles: IEEE arithmetic, and types read through pointers of other types.
+# NVRTC compiles so too: IEEE arithmetic, and values may be read through pointers of other types.
 COMMON = ("-std=c++17", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer", "-rdynamic")
 BUILDS = {
     "plain": ("-O2",),
@@ -33,20 +33,22 @@ BUILDS = {
     ),
     "thread": ("-O1", "-fsanitize=thread"),
 }  # fmt: skip
-"""Flags of each build. `address` finds accesses out of bounds and undefined behaviour, `thread` data races."""
+"""Name of a build -> compiler flags. `address` finds accesses out of bounds and undefined behaviour, `thread` finds
+data races."""
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+"""Settings of the sanitizers."""
 
 
 SECONDS = 120
-"""A launch that takes longer hangs."""
+"""Time limit of a launch. A launch that takes longer hangs."""
 
 
 class KernelError(Exception):
-    """What a launch did that it must not do, as the runtime or a sanitizer says it."""
+    """A launch broke a rule; the message is the runtime's or the sanitizer's."""
 
 
 def missing() -> str | None:
-    """Why programs cannot be built here, or None."""
+    """Returns why programs cannot be built on this machine; None if they can."""
     if platform.machine() != "x86_64":
         return f"the harness switches stacks on x86-64 only, not on {platform.machine()}"
     if shutil.which("g++") is None:
@@ -56,7 +58,7 @@ def missing() -> str | None:
 
 @cache
 def headers() -> Path | None:
-    """The folder with NVIDIA's cuda_fp16.h."""
+    """Returns the folder with NVIDIA's cuda_fp16.h; None if its package is not installed."""
     try:
         import nvidia
     except ModuleNotFoundError:
@@ -75,18 +77,23 @@ class Program:
         self, kernel: str, blocks: int, threads: int, arguments: Sequence[Tensor | int | float | None],
         shared_bytes: int = 0, seed: int = 1,
     ) -> None:  # fmt: skip
-        """Launch; tensors on the CPU are buffers, which change in place. Raises KernelError where a rule is broken."""
+        """Runs one launch. Tensors are CPU tensors; the kernel changes them in place.
+
+        `seed` orders the threads. Raises KernelError if the launch breaks a rule.
+        """
         lines = f"{kernel}\n{blocks} {threads} {shared_bytes} {seed} {len(arguments)}\n".encode()
         content = lines + b"".join(_packed(argument) for argument in arguments)
-        done = subprocess.run(
+        process = subprocess.run(
             [self.path], input=content, capture_output=True, env=os.environ | ENVIRONMENT, check=False, timeout=SECONDS
         )
-        if done.returncode:
-            raise KernelError(f"{kernel}: status {done.returncode}\n{done.stderr.decode(errors='replace')[:6000]}")
-        _copy_back(done.stdout, [argument for argument in arguments if isinstance(argument, Tensor)])
+        if process.returncode:
+            message = process.stderr.decode(errors="replace")[:6000]
+            raise KernelError(f"{kernel}: status {process.returncode}\n{message}")
+        _copy_back(process.stdout, [argument for argument in arguments if isinstance(argument, Tensor)])
 
 
 def _packed(argument: Tensor | int | float | None) -> bytes:
+    """Returns an argument in the form that runtime.cpp reads."""
     if argument is None:
         return b"n"
     if isinstance(argument, Tensor):
@@ -97,6 +104,7 @@ def _packed(argument: Tensor | int | float | None) -> bytes:
 
 
 def _copy_back(content: bytes, tensors: list[Tensor]) -> None:
+    """Writes the buffers that the program returned into the tensors."""
     start = 0
     for tensor in tensors:
         flat = tensor.view(-1).view(torch.uint8)
@@ -106,7 +114,10 @@ def _copy_back(content: bytes, tensors: list[Tensor]) -> None:
 
 
 def build(source: Path, kernels: Iterable[str], flavour: str, folder: Path) -> Program:
-    """The program of these kernels, such as `decode<Blocks<Q4_0>, float>`; built once per folder and content."""
+    """Returns the program of some kernels, such as `decode<Blocks<Q4_0>, float>`, in the build `flavour`.
+
+    It is built once per folder and content.
+    """
     text = f'#include "{source}"\n' + "".join(f"CUDACPU_KERNEL({kernel})\n" for kernel in kernels)
     parts = [text, flavour, *(path.read_text() for path in sorted([*source.parent.glob("*.cu*"), *HERE.glob("*.*")]))]
     path = folder / f"{source.stem}-{flavour}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
@@ -127,16 +138,19 @@ def _compile(text: str, flavour: str, path: Path) -> None:
 
 
 def _run(*command: object) -> None:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))}\n{done.stderr[-4000:]}")
+    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command))}\n{process.stderr[-4000:]}")
 
 
 @dataclass
 class HostGpu:
-    """Stands in for `kernels.cuda.launch`: the same launches on the CPU. Programs are built when first needed.
+    """A replacement of `kernels.cuda.launch` that runs the launches on the CPU. Programs are built when first needed.
 
-    kernels    of each source file, all that may be launched
+    flavour    name of the build, in BUILDS
+    folder     where programs are built
+    kernels    source file -> all its kernels that may be launched
+    seed       orders the threads
     """
 
     flavour: str
@@ -154,7 +168,7 @@ class HostGpu:
         arguments: Sequence[Tensor | int | float | None],
         shared_bytes: int = 0,
     ) -> None:
-        """See `kernels.cuda.launch`."""
+        """Runs one launch; its parameters are those of `kernels.cuda.launch`."""
         if source not in self._programs:
             self._programs[source] = build(KERNELS / source, self.kernels[source], self.flavour, self.folder)
         self._programs[source].run(kernel, blocks, threads, arguments, shared_bytes, self.seed)

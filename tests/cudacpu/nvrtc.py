@@ -1,4 +1,4 @@
-"""Compiles kernels with NVRTC as CuPy does, without a driver, and reads what ptxas says of registers and spills."""
+"""Compiles kernels with NVRTC as CuPy does, without a driver, and reads ptxas's report of registers and spills."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
+"""Compute capabilities, ten times the number."""
 CUPY_OPTIONS = ("-ftz=true", "--device-as-default-execution-space")
-"""What CuPy's RawModule adds to a caller's options."""
+"""Options that CuPy's RawModule adds to the caller's."""
 
 
 class Usage(NamedTuple):
-    """What one kernel takes: registers a thread, bytes of spills (stores and loads), of local memory (stack), and of
-    static shared memory a block."""
+    """The resources that one kernel takes.
+
+    registers   registers per thread
+    spills      bytes of spills, stores and loads together
+    stack       bytes of local memory
+    shared      bytes of static shared memory per block
+    """
 
     kernel: str
     registers: int
@@ -27,17 +33,20 @@ class Usage(NamedTuple):
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """libnvrtc of nvidia-cuda-nvrtc-cu12, or None where it is not installed."""
+    """Returns libnvrtc of nvidia-cuda-nvrtc-cu12; None if the package is not installed."""
     try:
         import nvidia
     except ModuleNotFoundError:
         return None
-    found = [path for entry in nvidia.__path__ for path in Path(entry).glob("cuda_nvrtc/lib/libnvrtc.so.*")]
-    return ctypes.CDLL(str(found[0])) if found else None
+    libraries = [path for entry in nvidia.__path__ for path in Path(entry).glob("cuda_nvrtc/lib/libnvrtc.so.*")]
+    return ctypes.CDLL(str(libraries[0])) if libraries else None
 
 
 def compile_kernels(source: Path, kernels: Sequence[str], architecture: int, options: Sequence[str]) -> list[Usage]:
-    """Compile one .cu file with these kernels to machine code. Raises RuntimeError with NVRTC's log where it fails."""
+    """Compiles some kernels of one .cu file to machine code, and returns what each takes.
+
+    `architecture` is one of ARCHITECTURES. Raises RuntimeError with NVRTC's log if compiling fails.
+    """
     nvrtc = library()
     assert nvrtc is not None
     flags = [*options, *CUPY_OPTIONS, f"-arch=sm_{architecture}", "--ptxas-options=-v"]
@@ -54,15 +63,17 @@ def compile_kernels(source: Path, kernels: Sequence[str], architecture: int, opt
     return [usage._replace(kernel=lowered[usage.kernel]) for usage in _usages(log)]
 
 
-def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> str:
+def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, name: str) -> str:
+    """Returns a text of a program, such as ProgramLog, by NVRTC's functions of that name."""
     size = ctypes.c_size_t()
-    getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+    getattr(nvrtc, f"nvrtcGet{name}Size")(program, ctypes.byref(size))
     text = ctypes.create_string_buffer(size.value)
-    getattr(nvrtc, f"nvrtcGet{what}")(program, text)
+    getattr(nvrtc, f"nvrtcGet{name}")(program, text)
     return text.value.decode()
 
 
 def _lowered(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, kernel: str) -> str:
+    """Returns the mangled name of a kernel."""
     name = ctypes.c_char_p()
     if nvrtc.nvrtcGetLoweredName(program, kernel.encode(), ctypes.byref(name)) or name.value is None:
         raise RuntimeError(f"NVRTC knows no kernel {kernel}")
@@ -70,12 +81,12 @@ def _lowered(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, kernel: str) -> str:
 
 
 def _usages(log: str) -> list[Usage]:
-    """ptxas's lines on each kernel; the log also speaks of functions that are no kernels."""
+    """Returns what ptxas reports of each kernel. Functions of the log that are no kernels are left out."""
     usages = []
     for entry in log.split("Compiling entry function '")[1:]:
         numbers = {
-            what: int(count)
-            for count, what in re.findall(r"(\d+) (bytes stack|bytes spill \w+|registers|bytes smem)", entry)
+            label: int(count)
+            for count, label in re.findall(r"(\d+) (bytes stack|bytes spill \w+|registers|bytes smem)", entry)
         }
         spills = numbers["bytes spill stores"] + numbers["bytes spill loads"]
         stack, shared = numbers["bytes stack"], numbers.get("bytes smem", 0)

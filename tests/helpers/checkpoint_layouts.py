@@ -1,4 +1,4 @@
-"""Checkpoints of the tiny model in the layouts of other tools, written by each layout's description."""
+"""Writes checkpoints of the tiny model in the layouts of other tools, as each layout is described."""
 
 from __future__ import annotations
 
@@ -22,7 +22,13 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Coded:
-    """A linear in integers: codes [R, C], zero [R, G], scale float16 [R, G], and the group of each column."""
+    """A linear quantized to integers.
+
+    codes      integers [R, C]
+    zero       zero points [R, G]
+    scale      scales, float16 [R, G]
+    group_of   group of each column [C]
+    """
 
     bits: int
     codes: NDArray[np.int64]
@@ -32,12 +38,16 @@ class Coded:
 
     @property
     def values(self) -> NDArray[np.float32]:
+        """The weights [R, C] that the integers stand for."""
         integers = (self.codes - self.zero[:, self.group_of]).astype(np.float32)
         return self.scale.astype(np.float32)[:, self.group_of] * integers
 
 
 def coded(weight: NDArray[np.float32], bits: int, group: int, symmetric: bool, act_order: bool = False) -> Coded:
-    """Rounded to nearest."""
+    """Returns the weights [R, C] rounded to nearest, in groups of `group` columns; 0 makes one group of all columns.
+
+    With `act_order` columns belong to the groups in a random order.
+    """
     columns = weight.shape[1]
     group = group or columns
     group_of = np.arange(columns) // group
@@ -53,12 +63,13 @@ def coded(weight: NDArray[np.float32], bits: int, group: int, symmetric: bool, a
 
 
 def words(integers: NDArray[np.int64], bits: int) -> NDArray[np.int32]:
-    """Lines of integers, each a stream of bits, the lowest first."""
+    """Returns each row of integers as a stream of bits, the lowest bit first, in words of 32 bits."""
     stream = (integers[..., None] >> np.arange(bits)) & 1
     return np.packbits(stream.reshape(len(integers), -1).astype(np.uint8), axis=1, bitorder="little").view("<i4")
 
 
 def gptq_tensors(name: str, linear: Coded, less: int = 1) -> Tensors:
+    """Returns a linear's tensors in GPTQ's layout, with zero points stored as the zero minus `less`."""
     stored = {
         "qweight": words(linear.codes, linear.bits).T,
         "qzeros": words(linear.zero.T - less, linear.bits),
@@ -69,6 +80,8 @@ def gptq_tensors(name: str, linear: Coded, less: int = 1) -> Tensors:
 
 
 def awq_tensors(name: str, linear: Coded) -> Tensors:
+    """Returns a linear's tensors in AWQ's layout (4 bits)."""
+
     def interleaved(lines: NDArray[np.int64]) -> NDArray[np.int32]:
         eights = lines.reshape(len(lines), -1, 8)
         return words(eights[:, :, [0, 2, 4, 6, 1, 3, 5, 7]].reshape(lines.shape), 4)
@@ -78,7 +91,7 @@ def awq_tensors(name: str, linear: Coded) -> Tensors:
 
 
 def leanquant_tensors(name: str, weight: NDArray[np.float32], bits: int, dtype: torch.dtype) -> tuple[Tensors, Any]:
-    """With the values that LeanQuant's loader makes of them."""
+    """Returns a linear's tensors in LeanQuant's layout, and the values that LeanQuant's loader makes of them."""
     draw = np.random.default_rng(len(name))
     grid = np.quantile(weight, (np.arange(2**bits) + 0.5) / 2**bits, axis=1).T.astype(np.float32)
     grid = torch.from_numpy(draw.permuted(grid, axis=1)).to(dtype)
@@ -91,19 +104,20 @@ def leanquant_tensors(name: str, weight: NDArray[np.float32], bits: int, dtype: 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A written folder, and every tensor as its values were meant."""
+    """A written folder, and the values that every tensor should decode to."""
 
     folder: Path
     values: dict[str, NDArray[np.float32]]
 
 
 Made = tuple[Tensors, NDArray[np.float32]]
+"""The stored tensors of a linear, and the values that they should decode to."""
 Make = Callable[..., Checkpoint]
 
 
 @pytest.fixture
 def make(tiny_model: Path, tmp_path: Path) -> Make:
-    """Writes the tiny model with every linear as a function says, and its config.json with a quantization_config."""
+    """Writes the tiny model with its linears stored by a function, and a quantization_config in config.json."""
 
     def made(tensors_of: Callable[[str, NDArray[np.float32]], Made], quantization: dict[str, Any] | None) -> Checkpoint:
         folder = tmp_path / "checkpoint"
@@ -128,6 +142,8 @@ def make(tiny_model: Path, tmp_path: Path) -> Make:
 
 @pytest.fixture
 def make_gptq(make: Make) -> Make:
+    """Writes the tiny model in GPTQ's layout."""
+
     def made(bits: int = 4, group: int = 128, symmetric: bool = False, act_order: bool = False, v2: bool = False):  # type: ignore[no-untyped-def]
         def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
             linear = coded(weight, bits, group, symmetric, act_order)
@@ -142,6 +158,8 @@ def make_gptq(make: Make) -> Make:
 
 @pytest.fixture
 def make_awq(make: Make) -> Make:
+    """Writes the tiny model in AWQ's layout."""
+
     def made(powers: bool = False) -> Checkpoint:
         def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
             linear = coded(weight, 4, 128, False)
@@ -155,11 +173,12 @@ def make_awq(make: Make) -> Make:
 
 
 def same_bits(a: NDArray[np.float32], b: NDArray[np.float32]) -> bool:
+    """Returns whether two arrays have the same bits, with -0 equal to 0."""
     return np.array_equal((a + 0.0).view(np.uint32), (b + np.float32(0)).view(np.uint32))
 
 
 def fp8_tensors(name: str, weight: NDArray[np.float32], high: int, wide: int) -> Made:
-    """Block by block."""
+    """Returns a linear in float8, one scale per block of `high` x `wide` weights, and the values that it stands for."""
     rows, columns = weight.shape
     codes = torch.empty(weight.shape, dtype=torch.float8_e4m3fn)
     scale = torch.empty(-(-rows // high), -(-columns // wide))

@@ -1,4 +1,4 @@
-"""One small random model and tokenizer of each architecture of the table, by case."""
+"""Small random models and tokenizers, at least one for each architecture of the table."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ DEEPSEEK = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "rope_parameters"
 DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 DEEPSEEK_V3 = DEEPSEEK | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1}
 DEEPSEEK_V2 = DEEPSEEK | {"n_shared_experts": 2, "routed_scaling_factor": 1.5}
-# llama.cpp knows these by their number of blocks. What is rounded may send a token to other experts in each of them.
+# llama.cpp recognizes these models by their number of blocks. In each block with experts, rounding errors may send a
+# token to other experts, so only the last block has experts.
 PLAIN_QUERIES = {"q_lora_rank": None, "num_hidden_layers": 26, "first_k_dense_replace": 25}
 PLAIN_QUERIES |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
 UNSMOOTHED = ("mixtral", "qwen3moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-lite")
 UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
-"""Cases without a norm that gives the inputs of some linears and nothing else, or with experts."""
+"""Cases that are not smoothed: models with experts, or without a norm whose output enters linears only."""
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -89,7 +90,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptneox-serial": ("GPTNeoXConfig", ONE_KEY_A_QUERY | {"use_parallel_residual": False}, "gpt-2"),
     "gpt2": ("GPT2Config", GPT2_SIZES, "gpt-2"),
 }
-"""Name -> transformers' config class, its options, and the kind of tokenizer."""
+"""Name -> name of transformers' config class, its options, and the tokenizer for `make_tokenizer`."""
 
 STRINGS = (
     "Hello world",
@@ -108,17 +109,20 @@ STRINGS = (
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """Random, with logits of unit scale; norms and biases are random too, so that a mix-up shows."""
+    """Returns the random model of a case, with logits of unit scale.
+
+    Norms and biases are random too, so that swapped tensors show.
+    """
     torch.manual_seed(0)
-    kind, options, _ = CASES[name]
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**options)).eval()
+    config_class, options, _ = CASES[name]
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options)).eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or ".ln_" in parameter_name:
             low = -0.5 if "gemma" in name or parameter_name.endswith("bias") else 0.5
             parameter.data.uniform_(low, low + 1)
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-    if model.config.num_hidden_layers > 10:  # so that what is rounded does not grow with depth
+    if model.config.num_hidden_layers > 10:  # so that rounding errors do not grow with depth
         for parameter_name, parameter in model.named_parameters():
             parameter.data *= 0.2 if parameter_name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")) else 1
     for buffer_name, buffer in model.named_buffers():
@@ -128,6 +132,7 @@ def make_model(name: str) -> PreTrainedModel:
 
 
 def corpus() -> list[str]:
+    """Returns lines of text to train tokenizers on."""
     return [*inspect.getsource(argparse).splitlines(keepends=True)[:600], *STRINGS * 3]
 
 
@@ -142,14 +147,14 @@ FALCON_SPLITTER = pre_tokenizers.Sequence(
 
 
 def isolating(expressions: tuple[str, ...]) -> pre_tokenizers.Sequence:
-    """Splits by one expression after the other."""
+    """Returns a pre-tokenizer that splits by one regular expression after the other."""
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def byte_level(splitter: str) -> Tokenizer:
-    """A byte-level BPE that splits words as llama.cpp's splitter of that name."""
-    (expressions, ignore_merges) = next(asked for asked, name in PRETOKENIZERS.items() if name == splitter)
+    """Returns a byte-level BPE that splits words as llama.cpp's pre-tokenizer `splitter`."""
+    (expressions, ignore_merges) = next(settings for settings, name in PRETOKENIZERS.items() if name == splitter)
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = FALCON_SPLITTER if splitter == "falcon" else isolating(expressions)
     tokenizer.normalizer = normalizers.NFC() if splitter == "qwen2" else None
@@ -166,7 +171,7 @@ def byte_level(splitter: str) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a SentencePiece BPE, prefix.model, and one that puts no space before a text, bare.model."""
+    """A folder with two SentencePiece BPE models: prefix.model puts a space before a text, bare.model does not."""
     folder = tmp_path_factory.mktemp("pieces")
     for name, prefix in (("prefix", True), ("bare", False)):
         sentencepiece.SentencePieceTrainer.train(
@@ -187,14 +192,14 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def of_pieces(path: Path, *, prefix: bool) -> Tokenizer:
-    """The tokenizer.json that transformers makes of a tokenizer.model: merges in the order of the scores."""
+    """Returns the tokenizer that transformers makes of a tokenizer.model, with merges in the order of the scores."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ids = {model.id_to_piece(i): i for i in range(len(model))}
     merges = []
     for piece in sorted(ids, key=lambda p: -model.get_score(ids[p])):
         halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        found = [(left, right) for left, right in halves if left in ids and right in ids]
-        merges += sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        known = [(left, right) for left, right in halves if left in ids and right in ids]
+        merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     spaces = normalizers.Replace(" ", "▁")
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -203,12 +208,16 @@ def of_pieces(path: Path, *, prefix: bool) -> Tokenizer:
     return tokenizer
 
 
-def make_tokenizer(kind: str, pieces: Path) -> PreTrainedTokenizerFast:
-    """Of the tokens <s>, </s>, <unk>, a user-defined <tool> and some 480 others; it begins a text with <s>."""
-    if kind.startswith("pieces"):
-        tokenizer = of_pieces(pieces / ("prefix.model" if kind == "pieces" else "bare.model"), prefix=kind == "pieces")
+def make_tokenizer(name: str, pieces: Path) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer of <s>, </s>, <unk>, a user-defined <tool> and about 480 other tokens.
+
+    It begins a text with <s>. `name` is "pieces", "pieces without prefix" or a pre-tokenizer of llama.cpp; `pieces` is
+    the folder with the SentencePiece models.
+    """
+    if name.startswith("pieces"):
+        tokenizer = of_pieces(pieces / ("prefix.model" if name == "pieces" else "bare.model"), prefix=name == "pieces")
     else:
-        tokenizer = byte_level(kind)
+        tokenizer = byte_level(name)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     number = tokenizer.token_to_id("<s>")
@@ -217,6 +226,7 @@ def make_tokenizer(kind: str, pieces: Path) -> PreTrainedTokenizerFast:
 
 
 def export(folder: Path, recipe: Recipe) -> Path:
+    """Runs a recipe and returns the GGUF file made from its artifact."""
     name = recipe.target.partition(":")[2]
     quantize(recipe, folder / f"artifact-{name}")
     gguf.write(Artifact(folder / f"artifact-{name}"), folder / f"{name}.gguf")
@@ -225,7 +235,7 @@ def export(folder: Path, recipe: Recipe) -> Path:
 
 @pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
-    """Files to calibrate and to evaluate on."""
+    """A file to calibrate on and a file to evaluate on."""
     folder, source = tmp_path_factory.mktemp("texts"), inspect.getsource(argparse)
     (folder / "calibration.txt").write_text(source[30000:45000])
     (folder / "evaluation.txt").write_text(source[50000:53000])
@@ -233,13 +243,15 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def config_and_shapes(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Returns the config.json of a case, and its tensors' names and shapes."""
     model = make_model(name)
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     return config, expected_shapes(config)
 
 
-def of_case(name: str) -> Architecture:
+def architecture_of_case(name: str) -> Architecture:
+    """Returns the entry of the table of architectures for a case."""
     config, _ = config_and_shapes(name)
-    found = find_architecture(config)
-    assert found is not None
-    return found
+    architecture = find_architecture(config)
+    assert architecture is not None
+    return architecture

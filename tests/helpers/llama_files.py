@@ -1,4 +1,4 @@
-"""Random Llama models, their artifacts and GGUF files, and small tokenizers for them."""
+"""Makes random Llama models, their artifacts and GGUF files, and small tokenizers for them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ STRINGS: list[str] = json.loads((Path(__file__).parent.parent / "tokenizer_texts
 
 
 def training_text() -> list[str]:
+    """Returns lines of text to train tokenizers on."""
     return [*inspect.getsource(argparse).splitlines(keepends=True), *STRINGS * 3]
 
 
 def byte_level_bpe(splitter: Any = None, *, ignore_merges: bool = False, bos: bool = True) -> Tokenizer:
-    """A byte-level BPE of about 500 tokens with <s>, </s>, <unk> and a user-defined <tool>."""
+    """Returns a byte-level BPE of about 500 tokens with <s>, </s>, <unk> and a user-defined <tool>."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer = splitter or pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -58,7 +59,7 @@ def tokenizer() -> Tokenizer:
 
 
 def make_model(**options: Any) -> LlamaForCausalLM:
-    """A random Llama with grouped queries; norms and biases are random too, so that a mix-up shows."""
+    """Returns a random Llama with grouped queries. Norms and biases are random too, so that swapped tensors show."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
@@ -73,25 +74,25 @@ def make_model(**options: Any) -> LlamaForCausalLM:
 
 
 def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
-    """A grid of the codec with random stored numbers, and random codes."""
-    kind, random = codec_named(name), np.random.default_rng(rows * columns)
+    """Returns a grid of the codec `name` with random stored numbers, and random codes."""
+    codec, random = codec_named(name), np.random.default_rng(rows * columns)
 
-    def scales(form: ScaleFormat | None, size: float) -> Scales | None:
-        if form is None:
+    def scales(scale_format: ScaleFormat | None, size: float) -> Scales | None:
+        if scale_format is None:
             return None
-        groups = form.groups(columns)
-        supers = size * random.uniform(0.5, 1, (rows, groups // form.span)) / max(abs(form.low), form.high)
-        subs = random.integers(form.low, form.high + 1, (rows, groups))
-        return Scales(form, supers.astype(np.float16), subs.astype(np.int16))
+        groups, most = scale_format.groups(columns), max(abs(scale_format.low), scale_format.high)
+        supers = size * random.uniform(0.5, 1, (rows, groups // scale_format.span)) / most
+        subs = random.integers(scale_format.low, scale_format.high + 1, (rows, groups))
+        return Scales(scale_format, supers.astype(np.float16), subs.astype(np.int16))
 
-    span = float(np.ptp(kind.levels))
-    offset = scales(kind.offset, -0.2 * (kind.offset.sign if kind.offset else 1))
-    grid = Grid(columns, kind.levels, scales(kind.scale, 0.6 / span), offset)
-    return grid, random.integers(0, kind.level_count, (rows, columns)).astype(np.uint8)
+    span = float(np.ptp(codec.levels))
+    offset = scales(codec.offset, -0.2 * (codec.offset.sign if codec.offset else 1))
+    grid = Grid(columns, codec.levels, scales(codec.scale, 0.6 / span), offset)
+    return grid, random.integers(0, codec.level_count, (rows, columns)).astype(np.uint8)
 
 
 def make_artifact(folder: Path, model: LlamaForCausalLM, target: str, tokenizer: Tokenizer | None) -> Artifact:
-    """The model in `target`: plain types hold its weights, block types random ones."""
+    """Writes the model as an artifact of `target`. Plain types hold its weights, block types random ones."""
     artifact = Artifact(folder)
     artifact.begin({"recipe": {"source": "some/tiny-llama", "target": target}, "calibration": {"name": "none"}})
     write_json(
@@ -107,22 +108,24 @@ def make_artifact(folder: Path, model: LlamaForCausalLM, target: str, tokenizer:
         Target.parse(target), artifact.config(), {name: tuple(tensor.shape) for name, tensor in weights.items()}
     )
     for tensor in planned:
-        kind = codec_named(tensor.codec_name)
-        if hasattr(kind, "encode_values"):
-            planes = kind.encode_values(weights[tensor.name].reshape(tensor.matrix))
+        codec = codec_named(tensor.codec_name)
+        if hasattr(codec, "encode_values"):
+            planes = codec.encode_values(weights[tensor.name].reshape(tensor.matrix))
         else:
-            planes = kind.encode(*random_grid(tensor.codec_name, *tensor.matrix))
+            planes = codec.encode(*random_grid(tensor.codec_name, *tensor.matrix))
         artifact.write(StoredTensor(tensor.name, tensor.codec_name, tensor.shape, planes))
     artifact.finish([tensor.name for tensor in planned], {})
     return artifact
 
 
 def export(folder: Path, model: LlamaForCausalLM, target: str, tokenizer: Tokenizer | None) -> Path:
+    """Writes the model as an artifact of `target`, and returns the GGUF file made from it."""
     gguf.write(make_artifact(folder / "artifact", model, target, tokenizer), folder / "model.gguf")
     return folder / "model.gguf"
 
 
 def reference_logits(model: LlamaForCausalLM, tokens: list[int]) -> np.ndarray:
+    """Returns transformers' logits of a sequence, [tokens, vocabulary]."""
     with torch.no_grad():
         return model(torch.tensor([tokens])).logits[0].numpy()
 
