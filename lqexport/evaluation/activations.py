@@ -1,7 +1,7 @@
-"""Activation quantization, emulated: what a runtime that rounds the inputs of linears would compute, in float32.
+"""Emulates activation quantization in float32: the results of a runtime that rounds the inputs of linears.
 
-LQER's W4A8 and W4A6 round the inputs of every linear (`native:mxint-8-g16`, `native:mxint-6-g16`). The inputs of its
-low-rank product and of the two products inside attention are rounded there too; here they are not.
+LQER's W4A8 and W4A6 round the inputs of every linear (`native:mxint-8-g16`, `native:mxint-6-g16`). They also round the
+inputs of the low-rank product and of the two products inside attention; this emulation does not.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
 
 
-def rounding(kind: str) -> Callable[[Tensor], Tensor]:
-    """Inputs [..., C] as the format `kind` holds them, scales from each group's own largest value.
+def rounding(codec_name: str) -> Callable[[Tensor], Tensor]:
+    """Returns a function that rounds inputs [..., columns] to the codec's grid, and keeps shape and dtype.
 
-    Raises UserError for a type without a grid per block of columns.
+    The scale of each group of columns comes from the group's largest value. Raises UserError for a codec without a
+    grid for each block of columns.
     """
-    found = codec_named(block_codec(kind, "activations"))
-    if not isinstance(found, GridCodec):
-        raise UserError(f"activations: {found.name} has no grid; give a type such as native:mxint-8-g16.")
+    codec = codec_named(block_codec(codec_name, "activations"))
+    if not isinstance(codec, GridCodec):
+        raise UserError(f"activations: {codec.name} has no grid; give a type such as native:mxint-8-g16.")
 
     def rounded(inputs: Tensor) -> Tensor:
         rows = inputs.reshape(-1, inputs.shape[-1]).float()
-        grid = minmax(found, rows)
+        grid = minmax(codec, rows)
         return grid.values(grid.nearest(rows)).reshape(inputs.shape).to(inputs.dtype)
 
     return rounded

@@ -1,4 +1,4 @@
-"""What a model answers to questions, turn by turn, always by its likeliest token."""
+"""Generates a model's answers to questions, turn by turn, by greedy decoding."""
 
 from __future__ import annotations
 
@@ -13,30 +13,33 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lqexport.errors import UserError
 
-OWN = Path(__file__).with_name("questions.jsonl")
+DEFAULT_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
 
 @dataclass(frozen=True)
 class Question:
-    """What a user says, turn by turn."""
+    """The turns of a user in one conversation."""
 
     id: str
     turns: tuple[str, ...]
 
 
 def read_questions(path: Path | None = None) -> list[Question]:
-    """The questions in a .jsonl file, or our own few. A line is `{"id": ..., "turns": ["...", ...]}`; `question_id`
-    means `id`, as in MT-Bench's file. Raises UserError where the file cannot be read or a line is no question."""
+    """Returns the questions in a .jsonl file; None: the few questions that come with lqexport.
+
+    A line is `{"id": ..., "turns": ["...", ...]}`. `question_id` may stand for `id`, as in MT-Bench's file. Raises
+    UserError if the file cannot be read, a line is not a question, or there is none.
+    """
     try:
-        lines = [line for line in (path or OWN).read_text(encoding="utf-8").splitlines() if line.strip()]
-        found = [_question(json.loads(line)) for line in lines]
+        lines = [line for line in (path or DEFAULT_QUESTIONS).read_text(encoding="utf-8").splitlines() if line.strip()]
+        questions = [_question(json.loads(line)) for line in lines]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{path} has a line that is no question such as {{"id": "a", "turns": ["..."]}}: {error}.'
         ) from error
-    if not found:
+    if not questions:
         raise UserError(f"{path} holds no question.")
-    return found
+    return questions
 
 
 def _question(entry: dict[str, Any]) -> Question:
@@ -47,25 +50,31 @@ def _question(entry: dict[str, Any]) -> Question:
 
 
 def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Sequence[str], tokens: int) -> list[str]:
-    """What the model says after each turn, at most `tokens` long."""
-    said: list[dict[str, str]] = []
+    """Returns the model's answer to each turn, at most `tokens` tokens each.
+
+    Every prompt holds the turns and answers before it.
+    """
+    messages: list[dict[str, str]] = []
     for turn in turns:
-        said.append({"role": "user", "content": turn})
-        prompt = torch.tensor([_prompt(tokenizer, said)], device=model.device)
+        messages.append({"role": "user", "content": turn})
+        prompt = torch.tensor([_prompt(tokenizer, messages)], device=model.device)
         with torch.no_grad():
-            written = model.generate(  # type: ignore[operator]  # transformers' mixin hides its type
+            generated = model.generate(  # type: ignore[operator]  # transformers' mixin hides its type
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
                 pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
             )  # fmt: skip
-        text = str(tokenizer.decode(written[0, prompt.shape[1] :], skip_special_tokens=True))
-        said.append({"role": "assistant", "content": text.strip()})
-    return [entry["content"] for entry in said[1::2]]
+        text = str(tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True))
+        messages.append({"role": "assistant", "content": text.strip()})
+    return [entry["content"] for entry in messages[1::2]]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, said: list[dict[str, str]]) -> list[int]:
-    """Tokens of a conversation that the model should go on with; by its chat template, where it has one."""
+def _prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    """Returns the token ids of a conversation, up to where the model's answer begins.
+
+    The text follows the tokenizer's chat template, if there is one.
+    """
     if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    text = "".join(f"{entry['role'].title()}: {entry['content']}\n\n" for entry in said)
+    text = "".join(f"{entry['role'].title()}: {entry['content']}\n\n" for entry in messages)
     return list(tokenizer(f"{text}Assistant:")["input_ids"])

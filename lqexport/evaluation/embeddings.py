@@ -1,6 +1,6 @@
-"""How far an encoder's embeddings of sentences are from its source's, and whether they still find the same neighbours.
+"""Compares an encoder's sentence embeddings with its source's: their cosine, and whether the nearest neighbours agree.
 
-Every sentence is embedded by itself, without padding, as the model's own pooling says.
+Every sentence is embedded without padding, with the model's own pooling.
 """
 
 from __future__ import annotations
@@ -21,22 +21,28 @@ from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener
 
 NEIGHBOURS = 10
+"""The number of nearest neighbours that are compared for each sentence."""
 SENTENCES = 1000
-"""At most so many of a text, where no number is given."""
+"""The most sentences of a text, unless another number is given."""
 SHORTEST, LONGEST = 30, 300
-"""Characters of a sentence."""
+"""The fewest and the most characters of a sentence that is used."""
 BATCH = 64
+"""The most sentences in a batch."""
 
 
 @dataclass(frozen=True)
 class Similarity:
-    """Every `_error` is one standard error over the sentences.
+    """Measures of how close an encoder's embeddings are to its source's.
 
-    cosine        mean of a sentence's embedding to the source's, and the least
-    recall        share of a sentence's NEIGHBOURS nearest others, by the source, that are among those by the file
-    top1          share of sentences whose nearest other is the same
-    kendall       mean of Kendall's tau: how the file ranks the source's NEIGHBOURS nearest, 1 in the same order, -1 in
-                  the opposite one
+    sentences     the number of sentences
+    cosine        the mean cosine of a sentence's embedding and the source's; cosine_least: the smallest
+    recall        the share of a sentence's NEIGHBOURS nearest neighbours in the source that are also among its
+                  NEIGHBOURS nearest in the file; mean over the sentences
+    top1          the share of sentences whose nearest neighbour is the same
+    kendall       the mean of Kendall's tau between the file's and the source's ranking of the source's NEIGHBOURS
+                  nearest neighbours: 1 for the same order, -1 for the opposite order
+
+    Every `_error` is one standard error over the sentences.
     """
 
     sentences: int
@@ -52,27 +58,34 @@ class Similarity:
 
 
 def sentences(text: str, most: int | None = None) -> list[str]:
-    """Different sentences of a text in its order, at most so many (SENTENCES), spread evenly over it. Raises UserError
-    where there are too few to rank."""
-    parts = (" ".join(part.split()) for part in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
-    found = list(dict.fromkeys(part for part in parts if SHORTEST <= len(part) <= LONGEST))
-    count = min(SENTENCES if most is None else most, len(found))
+    """Returns different sentences of a text, in the order of the text and spread evenly over it.
+
+    most   the most sentences; None: SENTENCES
+
+    Raises UserError if there are not more than NEIGHBOURS.
+    """
+    candidates = (" ".join(piece.split()) for piece in re.split(r"(?<=[.!?])\s+|\n\s*\n", text))
+    distinct = list(dict.fromkeys(sentence for sentence in candidates if SHORTEST <= len(sentence) <= LONGEST))
+    count = min(SENTENCES if most is None else most, len(distinct))
     if count <= NEIGHBOURS:
         raise UserError(
             f"The text gives {count} sentences of {SHORTEST} to {LONGEST} characters, and ranking needs more than "
             f"{NEIGHBOURS}. Give a longer text, or ask for more."
         )
-    return [found[index * len(found) // count] for index in range(count)]
+    return [distinct[index * len(distinct) // count] for index in range(count)]
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int) -> list[list[int]]:
-    """Token ids of each text, cut to so many, with the special tokens that the tokenizer adds."""
+    """Returns the token ids of each text with the tokenizer's special tokens, cut to at most `longest` tokens."""
     return [list(ids) for ids in tokenizer(texts, truncation=True, max_length=longest)["input_ids"]]
 
 
 @torch.no_grad()
 def embeddings(model: BlockModel, ids: list[list[int]], listener: Listener, description: str) -> Tensor:
-    """Of each sentence, float32 [sentences, hidden], of length 1; block by block, sentences of one length together."""
+    """Returns the embedding of each sentence, float32 [sentences, hidden], normalized to length 1, on the CPU.
+
+    The model runs block by block. A batch holds sentences of one number of tokens, so no padding is needed.
+    """
     by_length = sorted(range(len(ids)), key=lambda index: len(ids[index]))
     batches: list[list[int]] = []
     for index in by_length:
@@ -82,39 +95,48 @@ def embeddings(model: BlockModel, ids: list[list[int]], listener: Listener, desc
     listener.stage(description, len(model) * len(batches))
     hidden = [model.start(torch.tensor([ids[index] for index in batch])) for batch in batches]
     for _, block in model.blocks():
-        for place, states in enumerate(hidden):
-            hidden[place] = model.run(block, states)
+        for number, states in enumerate(hidden):
+            hidden[number] = model.run(block, states)
             listener.advance(1)
-    found = torch.cat([model.embedding(states) for states in hidden]).float().cpu()
+    by_batch = torch.cat([model.embedding(states) for states in hidden]).float().cpu()
     order = torch.tensor([index for batch in batches for index in batch])
-    return found[order.argsort()]
+    return by_batch[order.argsort()]
 
 
 def engine_embeddings(file: Path, ids: list[list[int]], listener: Listener) -> Tensor:
-    """The same of a .gguf file, computed by llama.cpp."""
+    """Returns the same embeddings as `embeddings` for a .gguf file, computed by llama.cpp.
+
+    Raises UserError as `LlamaCpp` does.
+    """
     listener.stage("Run the file in llama.cpp", len(ids))
-    found = []
+    rows = []
     with LlamaCpp(file, max(map(len, ids)), embeddings=True) as engine:
         for sentence in ids:
-            found.append(torch.from_numpy(engine.embedding(sentence)))
+            rows.append(torch.from_numpy(engine.embedding(sentence)))
             listener.advance(1)
-    return normalize(torch.stack(found), dim=1)
+    return normalize(torch.stack(rows), dim=1)
 
 
 def similarity(reference: Tensor, test: Tensor) -> Similarity:
-    """Of embeddings [sentences, hidden] of length 1, more than NEIGHBOURS, to the source's of the same sentences."""
+    """Returns how close the embeddings `test` are to the source's embeddings `reference` of the same sentences.
+
+    Both are [sentences, hidden], normalized to length 1, with more than NEIGHBOURS sentences.
+    """
     cosine = (reference.double() * test.double()).sum(1)
     scores = [_to_others(embedded) for embedded in (reference, test)]
     nearest = [score.topk(NEIGHBOURS).indices for score in scores]
     recall = (nearest[0][:, :, None] == nearest[1][:, None]).any(2).double().mean(1)
     top1 = (nearest[0][:, 0] == nearest[1][:, 0]).double()
-    ranked = scores[1].gather(1, nearest[0])  # by falling score of the source
+    ranked = scores[1].gather(1, nearest[0])  # the file's scores, in the order of the source's ranking
     first, second = torch.triu_indices(NEIGHBOURS, NEIGHBOURS, 1)
     kendall = (ranked[:, first] - ranked[:, second]).sign().double().mean(1)
-    parts = [mean_and_error(values.numpy()) for values in (cosine, recall, top1, kendall)]
-    return Similarity(len(reference), *parts[0], float(cosine.min()), *parts[1], *parts[2], *parts[3])
+    means = [mean_and_error(values.numpy()) for values in (cosine, recall, top1, kendall)]
+    return Similarity(len(reference), *means[0], float(cosine.min()), *means[1], *means[2], *means[3])
 
 
 def _to_others(embedded: Tensor) -> Tensor:
-    """Cosine of each sentence to every other [sentences, sentences], and less than any to itself."""
+    """Returns the cosine of each sentence with every other [sentences, sentences].
+
+    The diagonal is -2, which is below any cosine, so that no sentence is its own neighbour.
+    """
     return (embedded.double() @ embedded.double().T).fill_diagonal_(-2)

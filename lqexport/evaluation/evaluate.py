@@ -1,7 +1,7 @@
-"""Perplexity, KL divergence and top-1 agreement of a model against its source, by two named protocols.
+"""Computes perplexity, KL divergence and top-1 agreement of a model against its source, by two named protocols.
 
-Both models see the same windows of the same tokens. Each yields the logits of one window at a time, so a model larger
-than memory can be evaluated, and only a few numbers per scored token are kept.
+Both models run on the same windows of the same tokens. Each yields the logits of one window at a time, so a model
+larger than memory can be evaluated. Only a few numbers per scored token are kept.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from lqexport.runtime.progress import Listener, Silent
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a text is cut into windows and which tokens count. Numbers of different protocols do not compare.
+    """How a text is cut into windows, and which tokens are scored. Numbers of different protocols are not comparable.
 
-    window   tokens in a window; windows do not overlap, and what is left at the end is not used
-    first    the first token of a window that is scored (from 0); all after it are
-    bos      whether the first token of every window is replaced by the tokenizer's BOS, where it adds one
+    window   tokens in a window; windows do not overlap, and a remainder at the end of the text is not used
+    first    the first scored token of a window, counted from 0; all tokens after it are scored too
+    bos      whether the tokenizer's BOS replaces the first token of every window, if the tokenizer adds a BOS
     """
 
     name: str
@@ -38,31 +38,38 @@ class Protocol:
 
     @property
     def scored(self) -> int:
-        """Scored tokens per window."""
+        """The number of scored tokens per window."""
         return self.window - self.first
 
 
 HF_2048 = Protocol("hf-2048", window=2048, first=1, bos=False)
-"""As the GPTQ and LeanQuant papers: every token but the first of a window is scored."""
+"""The protocol of the GPTQ and LeanQuant papers: every token but the first of a window is scored."""
 
 LLAMACPP_512 = Protocol("llama.cpp-512", window=512, first=257, bos=True)
-"""As llama-perplexity with its default context: the second half is scored, so each token has 257 or more before it."""
+"""The protocol of llama-perplexity with its default context.
+
+The second half of a window is scored, so each scored token has 257 or more tokens before it.
+"""
 
 WORST = 12
-"""Tokens that an evaluation keeps of those whose predictions changed most."""
+"""The number of tokens that an evaluation lists as those whose predictions changed most."""
 
 PROTOCOLS = {protocol.name: protocol for protocol in (HF_2048, LLAMACPP_512)}
+"""The protocols by name."""
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:
-    """Token ids [n] of a text, with the special tokens that the tokenizer adds by itself."""
+    """Returns the token ids [n] of a text, with the special tokens that the tokenizer adds by default."""
     return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
 
 def cut(tokens: NDArray[np.int64], protocol: Protocol, bos: int | None, limit: int | None = None) -> NDArray[np.int64]:
-    """Windows [count, protocol.window] of a token stream, at most `limit`, or UserError where the text is too short.
+    """Returns the windows [count, protocol.window] of a token stream.
 
-    bos   the tokenizer's BOS where it begins a text with one, else None
+    bos     the tokenizer's BOS if it begins a text with one, else None
+    limit   the most windows; None for all
+
+    Raises UserError if the text is shorter than one window.
     """
     count = len(tokens) // protocol.window
     if count == 0:
@@ -78,7 +85,7 @@ def cut(tokens: NDArray[np.int64], protocol: Protocol, bos: int | None, limit: i
 
 
 def check_predicts(architecture: Architecture) -> None:
-    """Raises UserError for an encoder."""
+    """Raises UserError for an encoder, which predicts no tokens."""
     if architecture.encoder:
         raise UserError(
             f"{architecture.classes[0]} is an encoder, which predicts no tokens: `lqexport verify` compares its "
@@ -88,9 +95,9 @@ def check_predicts(architecture: Architecture) -> None:
 
 @dataclass(frozen=True)
 class BlockLogits:
-    """Logits [scored tokens, vocabulary] of a model, window by window, as often as they are iterated over.
+    """The logits [scored tokens, vocabulary] of a model, one window at a time. They can be iterated over repeatedly.
 
-    hidden   states [1, scored tokens, hidden] after the last block, one per window
+    hidden   the hidden states [1, scored tokens, hidden] after the last block, for each window
     """
 
     model: BlockModel
@@ -103,11 +110,11 @@ class BlockLogits:
 def block_logits(
     model: BlockModel, windows: NDArray[np.int64], protocol: Protocol, listener: Listener, description: str
 ) -> BlockLogits:
-    """Logits [protocol.scored, vocabulary] that predict the scored tokens, window by window.
+    """Returns the logits [protocol.scored, vocabulary] that predict the scored tokens, for each window.
 
     Every decoder block runs over all windows before the next one is loaded, so memory holds one block's weights and
-    one hidden state per token. That is done at the call; iterating only applies the head. Raises UserError for an
-    encoder.
+    one hidden state per token. The blocks run during this call; iterating over the result only applies the output
+    layer. Raises UserError for an encoder.
     """
     check_predicts(model.architecture)
     listener.stage(description, len(model) * len(windows))
@@ -122,19 +129,19 @@ def block_logits(
 
 
 def engine_logits(engine: LlamaCpp, windows: NDArray[np.int64], protocol: Protocol) -> Iterator[torch.Tensor]:
-    """The same, computed by llama.cpp as the iterator goes."""
+    """Yields the logits [protocol.scored, vocabulary] of each window, computed by llama.cpp when they are asked for."""
     for window in windows:
         yield torch.from_numpy(engine.logits(window.tolist(), protocol.first - 1)[:-1])
 
 
 @dataclass
 class TokenScores:
-    """What is kept per scored token: float64 [tokens] each, except `agrees`, which is bool.
+    """The numbers that are kept for each scored token, arrays of shape [tokens].
 
-    reference, test   negative log-likelihood in nats
-    divergence        KL(reference || test) of the predicted distributions, in nats
-    agrees            whether both put the same token first
-    reference_top, test_top   the token that each puts first, int64
+    reference, test   negative log-likelihood by the source and by the model, in nats, float64
+    divergence        KL(reference || test) of the predicted distributions, in nats, float64
+    agrees            whether both rank the same token first, bool
+    reference_top, test_top   the token that each ranks first, int64
     """
 
     reference: NDArray[np.float64]
@@ -146,9 +153,11 @@ class TokenScores:
 
 
 def score(reference: torch.Tensor, test: torch.Tensor, targets: torch.Tensor, rows: int = 128) -> TokenScores:
-    """Scores of logits [n, vocabulary] against token ids [n], in float64, `rows` positions at a time.
+    """Returns the scores of two models' logits [n, vocabulary] for the token ids `targets` [n], computed in float64.
 
-    Raises UserError where the two vocabularies differ.
+    rows   the number of positions that are processed at a time
+
+    Raises UserError if the vocabularies differ in size.
     """
     if reference.shape != test.shape:
         raise UserError(
@@ -165,20 +174,20 @@ def _score_rows(reference: torch.Tensor, test: torch.Tensor, targets: torch.Tens
     reference_top, test_top = reference.argmax(-1), test.to(reference.device).argmax(-1)
     p = torch.log_softmax(reference.double(), -1)
     q = torch.log_softmax(test.to(reference.device).double(), -1)
-    chosen = targets.to(reference.device)[:, None]
+    columns = targets.to(reference.device)[:, None]
     divergence = (p.exp() * (p - q)).sum(-1)
-    nll = (-p.gather(-1, chosen)[:, 0], -q.gather(-1, chosen)[:, 0])
+    nll = (-p.gather(-1, columns)[:, 0], -q.gather(-1, columns)[:, 0])
     return *nll, divergence, reference_top == test_top, reference_top, test_top
 
 
 @dataclass(frozen=True)
 class Worst:
-    """A token whose prediction the file changed most.
+    """One of the tokens whose predictions differ most between the model and its source.
 
-    window, position   which window of the text, and which token of the window is predicted
+    window, position   the window of the text, and the position in it of the predicted token
     kl                 KL(source || model) of the prediction, in nats
-    probability, reference_probability   of the token that came, by the model and by the source
-    top, reference_top   the token that each puts first
+    probability, reference_probability   the probability of the actual token by the model and by the source
+    top, reference_top   the token that the model and the source rank first
     """
 
     window: int
@@ -192,14 +201,18 @@ class Worst:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How far a model is from its source on one text, by one protocol. Every `_error` is one standard error.
+    """The difference between a model and its source on one text, by one protocol.
 
-    perplexity, reference_perplexity   exp of the mean negative log-likelihood
-    ln_ratio         ln(perplexity / reference_perplexity); its error uses that both saw the same tokens
+    protocol, windows, tokens   the protocol's name, and the numbers of windows and scored tokens
+    perplexity, reference_perplexity   exp of the mean negative log-likelihood, of the model and of the source
+    ln_ratio         ln(perplexity / reference_perplexity); its error is of the paired differences, since both models
+                     ran on the same tokens
     kl, kl_99, kl_max   mean, 99th percentile and maximum of KL(source || model) per token, in nats
-    top1             share of tokens where both put the same token first
-    kl_by_window, kl_by_position   means, for plots; positions in at most 64 bins
-    worst            the WORST tokens of the largest KL divergence, that first
+    top1             the share of tokens for which both rank the same token first
+    kl_by_window, kl_by_position   mean KL divergences, for plots; positions in at most 64 bins
+    worst            the WORST tokens with the largest KL divergence, largest first
+
+    Every `_error` is one standard error.
     """
 
     protocol: str
@@ -227,18 +240,24 @@ class Evaluation:
 
 
 class Accumulator:
-    """Collects the scores of windows, one at a time, and sums them up."""
+    """Collects the scores of windows, one window at a time, and computes the evaluation of all of them."""
 
     def __init__(self, protocol: Protocol) -> None:
         self.protocol = protocol
         self._windows: list[TokenScores] = []
 
     def add(self, reference: torch.Tensor, test: torch.Tensor, window: NDArray[np.int64]) -> None:
-        """Add one window: both models' logits [protocol.scored, vocabulary], and the window's tokens."""
+        """Adds one window.
+
+        reference, test   the logits [protocol.scored, vocabulary] of the source and of the model
+        window            the window's token ids [protocol.window]
+
+        Raises UserError as `score` does.
+        """
         self._windows.append(score(reference, test, torch.from_numpy(window[self.protocol.first :])))
 
     def result(self) -> Evaluation:
-        """Sums over all windows so far, at least one."""
+        """Returns the evaluation of all windows so far, of which there must be at least one."""
         reference, test, divergence, agrees = (
             np.stack([getattr(window, name) for window in self._windows])
             for name in ("reference", "test", "divergence", "agrees")
@@ -252,18 +271,18 @@ class Accumulator:
             self.protocol.name, len(self._windows), divergence.size,
             perplexity, perplexity_error, reference_perplexity, reference_error, ln_ratio, ln_ratio_error,
             kl, kl_error, float(np.percentile(divergence, 99)), float(divergence.max()), top1, top1_error,
-            divergence.mean(1).tolist(), [float(part.mean()) for part in _bins(divergence, 64)],
+            divergence.mean(1).tolist(), [float(columns.mean()) for columns in _bins(divergence, 64)],
             self._worst(divergence),
         )  # fmt: skip
 
     def _worst(self, divergence: NDArray[np.float64]) -> list[Worst]:
-        """divergence   [windows, scored tokens]"""
-        # What is not a number counts as least.
+        """Returns the WORST tokens with the largest divergence [windows, scored tokens], largest first."""
+        # NaN sorts last.
         order = np.argsort(-np.nan_to_num(divergence, nan=-1), axis=None, kind="stable")[:WORST]
-        found = []
+        worst = []
         for window, index in zip(*np.unravel_index(order, divergence.shape), strict=True):
             scores = self._windows[window]
-            found.append(
+            worst.append(
                 Worst(
                     int(window),
                     int(index) + self.protocol.first,
@@ -274,28 +293,35 @@ class Accumulator:
                     int(scores.reference_top[index]),
                 )
             )
-        return found
+        return worst
 
 
 def _bins(values: NDArray[np.float64], count: int) -> list[NDArray[np.float64]]:
-    """Columns of [windows, positions] in at most `count` bins of nearly equal width."""
+    """Returns the columns of `values` [windows, positions] in at most `count` bins of nearly equal width."""
     return np.array_split(values, min(count, values.shape[1]), axis=1)
 
 
 def mean_and_error(values: NDArray[np.float64]) -> tuple[float, float]:
-    """Mean, and its standard error sqrt(variance / (n - 1)) with the variance over n, as llama-perplexity has it."""
+    """Returns the mean of n values and its standard error, as llama-perplexity computes it.
+
+    The error is sqrt(variance / (n - 1)), where the variance is the mean of the squared deviations (divided by n). It
+    is NaN for one value.
+    """
     error = math.sqrt(values.var() / (values.size - 1)) if values.size > 1 else math.nan
     return float(values.mean()), error
 
 
 def perplexity_and_error(nll: NDArray[np.float64]) -> tuple[float, float]:
-    """exp(mean) of negative log-likelihoods, and its standard error to first order: perplexity times the mean's."""
+    """Returns the perplexity, exp of the mean negative log-likelihood, and its standard error.
+
+    The error is to first order: the perplexity times the standard error of the mean.
+    """
     mean, error = mean_and_error(nll)
     return _exp(mean), _exp(mean) * error
 
 
 def _exp(value: float) -> float:
-    """exp, infinite where it does not fit."""
+    """Returns exp(value), or infinity if it overflows."""
     try:
         return math.exp(value)
     except OverflowError:
@@ -309,11 +335,18 @@ def compare(
     protocol: Protocol,
     listener: Listener | None = None,
 ) -> Evaluation:
-    """Evaluate one stream of logits against another, window by window (see `block_logits`, `engine_logits`)."""
+    """Returns the evaluation of the logits `test` against the logits `reference`.
+
+    reference, test   the logits [protocol.scored, vocabulary] of each window, as `block_logits` and `engine_logits`
+                      give them
+    windows           the token ids [count, protocol.window]
+
+    Raises UserError as `score` does.
+    """
     listener = listener or Silent()
     accumulator = Accumulator(protocol)
     listener.stage(f"Compare, {protocol.name}", len(windows))
-    for ours, theirs, window in zip(reference, test, windows, strict=True):
-        accumulator.add(ours, theirs, window)
+    for reference_logits, test_logits, window in zip(reference, test, windows, strict=True):
+        accumulator.add(reference_logits, test_logits, window)
         listener.advance(1)
     return accumulator.result()

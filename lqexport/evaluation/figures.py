@@ -1,4 +1,4 @@
-"""Measured numbers as the terminal, the report page and JSON show them."""
+"""Formats measured numbers for the terminal, the report page and JSON."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from typing import Any
 
 
 def with_error(value: float, error: float, digits: int = 4) -> str:
-    """`18.5523 ± 0.3712`; no error where there is none."""
+    """Returns a value with its error, such as `18.5523 ± 0.3712`; without the error if that is not finite."""
     if not math.isfinite(value):
         return "not finite"
     return f"{value:.{digits}f} ± {error:.{digits}f}" if math.isfinite(error) else f"{value:.{digits}f}"
 
 
 def figure(value: float) -> str:
-    """Four significant digits."""
+    """Returns a value with four significant digits."""
     return f"{value:.4g}" if math.isfinite(value) else "not finite"
 
 
 def share(value: float) -> str:
+    """Returns a share from 0 to 1 in percent."""
     return f"{100 * value:.2f} %"
 
 
 def finite_or_null(value: Any) -> Any:
-    """JSON has no NaN and no infinity."""
+    """Returns a JSON value with null in the place of every NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite_or_null(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

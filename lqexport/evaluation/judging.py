@@ -1,7 +1,8 @@
-"""`lqexport judge`: another model, behind an OpenAI-compatible endpoint, grades what a written model answers.
+"""`lqexport judge`: another model, behind an OpenAI-compatible endpoint, grades the answers of a written model.
 
-After MT-Bench (Zheng et al. 2023): single-answer grading from 1 to 10, and pairwise comparison with the source's
-answers, in both orders, where only what holds in both counts. The whole conversation is judged at once.
+The method is that of MT-Bench (Zheng et al. 2023): single-answer grading from 1 to 10, and pairwise comparison with the
+source's answers in both orders, where only a verdict that holds in both orders counts. The whole conversation is judged
+at once.
 """
 
 from __future__ import annotations
@@ -44,17 +45,19 @@ one stands first. Reason in a few sentences, then end with [[A]], [[B]], or [[C]
 {{}}"""
 
 Ask = Callable[[str], str]
-"""Sends the judge a message and returns its reply."""
+"""A function that sends the judge a message and returns its reply."""
 Verdict = Literal["better", "worse", "same"]
+"""The judge's comparison of the file with the source."""
 
 
 @dataclass(frozen=True)
 class Judged:
-    """One question: what was answered, and what the judge made of it.
+    """The answers to one question, and the judge's grades and verdict.
 
-    grade, source_grade   1 to 10; None where the judge's reply holds none
-    verdict               of the file against the source; None without a source, or where a reply holds none
-    replies               the judge's, in the order in which they came
+    answers, source_answers   one per turn; source_answers is empty without a source
+    grade, source_grade   from 1 to 10; None if the judge's reply holds no grade
+    verdict               the file compared with the source; None without a source, or if a reply holds no verdict
+    replies               the judge's replies, in the order in which it was asked
     """
 
     question: Question
@@ -68,7 +71,13 @@ class Judged:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Of one file, with what it was made by. `against` is None where there was no source to compare with."""
+    """The judge's results for one file.
+
+    against    the source that the file was compared with; None if there was none
+    endpoint, model   the address of the judge's API, and the judge's name there
+    judged     the results, one per question
+    versions   of the packages that were used
+    """
 
     file: str
     against: str | None
@@ -79,18 +88,20 @@ class Judgement:
 
     @property
     def grades(self) -> list[float]:
+        """The file's grades, without the questions that have none."""
         return [each.grade for each in self.judged if each.grade is not None]
 
     @property
     def source_grades(self) -> list[float]:
+        """The source's grades, without the questions that have none."""
         return [each.source_grade for each in self.judged if each.source_grade is not None]
 
     def count(self, verdict: Verdict | None) -> int:
-        """Questions with this verdict."""
+        """Returns the number of questions with this verdict; None: without one."""
         return sum(each.verdict == verdict for each in self.judged)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Returns everything as JSON values; NaN and infinity become null."""
         return finite_or_null(asdict(self))
 
 
@@ -105,49 +116,51 @@ def judge(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Judgement:
-    """Have a written model answer questions, and another one judge the answers.
+    """Lets a written model answer questions, and another model judge the answers.
 
-    file       .gguf file, native or EXL2 folder, artifact, with its corrections
-    endpoint   address of an OpenAI-compatible API, such as http://localhost:8000/v1
-    model      what the endpoint calls the judge
-    against    the source: its answers are graded too, and compared pairwise
-    questions  a file for `answers.read_questions`; None: our own few
-    tokens     at most so many in an answer
+    file       a .gguf file, native or EXL2 folder, or artifact; its low-rank corrections are added
+    endpoint   the address of an OpenAI-compatible API, such as http://localhost:8000/v1
+    model      the judge's name at the endpoint
+    against    the source model: its answers are graded too, and compared with the file's
+    questions  a file as `chat.read_questions` reads it; None: the few questions that come with lqexport
+    tokens     the most tokens of an answer
 
-    The key is OPENAI_API_KEY's, where the endpoint wants one. Raises UserError where openai is missing, a model or the
-    questions cannot be read, or the endpoint does not answer.
+    The environment variable OPENAI_API_KEY holds the key, if the endpoint wants one. Raises UserError if the package
+    openai is missing, a model or the questions cannot be read, or the endpoint does not answer.
     """
-    ask, asked, listener = asking(endpoint, model), read_questions(questions), listener or Silent()
-    place = choose_device(device)
-    answers = _answers(partial(runnable, Path(file)), tokenizer_of(Path(file)), asked, tokens, place, listener)
-    others: list[list[str]] = [[] for _ in asked]
+    ask, question_list, listener = asking(endpoint, model), read_questions(questions), listener or Silent()
+    chosen = choose_device(device)
+    answers = _answers(partial(runnable, Path(file)), tokenizer_of(Path(file)), question_list, tokens, chosen, listener)
+    source_answers: list[list[str]] = [[] for _ in question_list]
     if against is not None:
         source = open_source(against)
-        others = _answers(partial(dense, source), source.tokenizer(), asked, tokens, place, listener)
-    listener.stage(f"Ask {model}", len(asked))
+        source_answers = _answers(partial(dense, source), source.tokenizer(), question_list, tokens, chosen, listener)
+    listener.stage(f"Ask {model}", len(question_list))
     judged = []
-    for entry in zip(asked, answers, others, strict=True):
+    for entry in zip(question_list, answers, source_answers, strict=True):
         judged.append(judged_answers(ask, *entry))
         listener.advance(1)
     return Judgement(str(file), against, endpoint, model, judged, versions(*PACKAGES, "openai"))
 
 
 def _answers(
-    load: Callable[[torch.device, torch.dtype], Any], tokenizer: Any, asked: Sequence[Question], tokens: int,
+    load: Callable[[torch.device, torch.dtype], Any], tokenizer: Any, questions: Sequence[Question], tokens: int,
     device: torch.device, listener: Listener,
 ) -> list[list[str]]:  # fmt: skip
-    """A model's answers to all questions, in float32. The model is gone afterwards."""
-    listener.stage("Answer the questions", len(asked))
-    model, found = load(device, torch.float32), []
-    for question in asked:
-        found.append(answer(model, tokenizer, question.turns, tokens))
+    """Returns a model's answers to all questions, computed in float32. The model is freed at the end."""
+    listener.stage("Answer the questions", len(questions))
+    model, answers = load(device, torch.float32), []
+    for question in questions:
+        answers.append(answer(model, tokenizer, question.turns, tokens))
         listener.advance(1)
-    return found
+    return answers
 
 
 def asking(endpoint: str, model: str) -> Ask:
-    """A function that asks the judge. Raises UserError where the package is missing, and when called, where no reply
-    comes."""
+    """Returns a function that asks the judge.
+
+    Raises UserError if the package openai is missing. The function raises UserError if the endpoint does not answer.
+    """
     if importlib.util.find_spec("openai") is None:
         raise UserError(MISSING)
     from openai import OpenAI, OpenAIError
@@ -166,17 +179,17 @@ def asking(endpoint: str, model: str) -> Ask:
     return ask
 
 
-def judged_answers(ask: Ask, question: Question, answers: list[str], others: list[str]) -> Judged:
-    """Grade one question's answers; with those of the source, if any, grade these and compare."""
-    mine, theirs = (_conversation(question, each) for each in (answers, others))
-    messages = [GRADE.format(mine)]
-    if others:
-        messages += [GRADE.format(theirs), COMPARE.format(mine, theirs), COMPARE.format(theirs, mine)]
+def judged_answers(ask: Ask, question: Question, answers: list[str], source_answers: list[str]) -> Judged:
+    """Asks the judge to grade the answers to one question, and to compare them with the source's answers, if any."""
+    own, source = (_conversation(question, each) for each in (answers, source_answers))
+    messages = [GRADE.format(own)]
+    if source_answers:
+        messages += [GRADE.format(source), COMPARE.format(own, source), COMPARE.format(source, own)]
     replies = [ask(message) for message in messages]
     grades = [grade(reply) for reply in replies[:2]]
     return Judged(
-        question, answers, others, grades[0], grades[1] if others else None,
-        verdict(*replies[2:]) if others else None, replies,
+        question, answers, source_answers, grades[0], grades[1] if source_answers else None,
+        verdict(*replies[2:]) if source_answers else None, replies,
     )  # fmt: skip
 
 
@@ -186,38 +199,42 @@ def _conversation(question: Question, answers: Sequence[str]) -> str:
 
 
 def grade(reply: str) -> float | None:
-    """The last grade in a judge's reply; None where there is none from 1 to 10."""
-    found = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", reply)
-    return float(found[-1]) if found and 1 <= float(found[-1]) <= 10 else None
+    """Returns the last grade in a judge's reply; None if there is none or it is not from 1 to 10."""
+    grades = re.findall(r"\[\[(\d+(?:\.\d+)?)\]\]", reply)
+    return float(grades[-1]) if grades and 1 <= float(grades[-1]) <= 10 else None
 
 
 def verdict(file_first: str, source_first: str) -> Verdict | None:
-    """What two replies say of the file, which is A in the first and B in the second: better or worse only where both
-    say so. None where one says nothing."""
-    found = [re.findall(r"\[\[([ABC])\]\]", reply) for reply in (file_first, source_first)]
-    if not all(found):
+    """Returns the verdict on the file from two replies of the judge.
+
+    file_first, source_first   the replies to the comparison in which the file is A, and to that in which it is B
+
+    The file is better or worse only if both replies say so, else the same. None if a reply holds no verdict.
+    """
+    letters = [re.findall(r"\[\[([ABC])\]\]", reply) for reply in (file_first, source_first)]
+    if not all(letters):
         return None
-    said = found[0][-1], found[1][-1]
-    return {("A", "B"): "better", ("B", "A"): "worse"}.get(said, "same")  # type: ignore[return-value]  # mypy widens
+    last = letters[0][-1], letters[1][-1]
+    return {("A", "B"): "better", ("B", "A"): "worse"}.get(last, "same")  # type: ignore[return-value]  # mypy widens
 
 
-def table(found: Judgement) -> Table:
-    """What `lqexport judge` prints."""
+def table(judgement: Judgement) -> Table:
+    """Returns the table that `lqexport judge` prints."""
     result = Table(box=None, pad_edge=False)
-    for title in ("", found.model):
+    for title in ("", judgement.model):
         result.add_column(title, justify="right" if title else "left")
-    result.add_row("questions", str(len(found.judged)))
-    result.add_row("grade of the file, 1 to 10", _mean(found.grades))
-    if found.against is not None:
-        result.add_row("grade of the source", _mean(found.source_grades))
-        shown = [f"{found.count('better')} / {found.count('same')} / {found.count('worse')}"]
+    result.add_row("questions", str(len(judgement.judged)))
+    result.add_row("grade of the file, 1 to 10", _mean(judgement.grades))
+    if judgement.against is not None:
+        result.add_row("grade of the source", _mean(judgement.source_grades))
+        shown = [f"{judgement.count('better')} / {judgement.count('same')} / {judgement.count('worse')}"]
         result.add_row("file better / same / worse", *shown)
-        result.add_row("no verdict", str(found.count(None)))
-    result.add_row("no grade", str(len(found.judged) - len(found.grades)))
+        result.add_row("no verdict", str(judgement.count(None)))
+    result.add_row("no grade", str(len(judgement.judged) - len(judgement.grades)))
     return result
 
 
 def _mean(grades: list[float]) -> str:
-    """With one standard error."""
+    """Returns the mean of the grades with one standard error, or `none` without grades."""
     error = float(np.std(grades, ddof=1)) / len(grades) ** 0.5 if len(grades) > 1 else float("nan")
     return with_error(float(np.mean(grades)), error, 2) if grades else "none"

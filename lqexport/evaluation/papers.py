@@ -1,12 +1,12 @@
-"""Perplexity as the papers on quantization report it: the texts of GPTQ's evaluation, cut into windows of 2048 tokens.
+"""Perplexity as papers on quantization report it: on the texts of GPTQ's evaluation, in windows of 2048 tokens.
 
     wikitext2   test split, lines joined by blank lines, all windows
     ptb         validation split, sentences joined by blank lines, all windows;  ptb-new: test split, joined by spaces
-    c4          256 windows, each from a random place of a random document that is long enough, seed 0, of the first
-                validation file;  c4-new: the first 1100 documents joined by spaces, 256 windows
+    c4          256 windows of the first validation file, each from a random position of a random document that is long
+                enough, seed 0;  c4-new: the file's first 1100 documents joined by spaces, 256 windows
 
-Every token of a window but its first is scored, and windows do not see each other (`evaluate.HF_2048`). These are the
-texts that GPTQ's published code (gptq/datautils.py) builds, which LeanQuant and most others took over.
+Every token of a window but its first is scored, and windows are independent (`evaluate.HF_2048`). GPTQ's published code
+(gptq/datautils.py) builds these texts; LeanQuant and most other papers use the same.
 """
 
 from __future__ import annotations
@@ -34,13 +34,20 @@ from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
 
 WINDOWS = 256
-"""Of c4 and c4-new."""
+"""The number of windows of c4 and c4-new."""
 Windows = NDArray[np.int64]
+"""Token ids [windows, tokens]."""
 
 
 @dataclass(frozen=True)
 class Perplexity:
-    """Perplexity on one text, with one standard error."""
+    """The perplexity on one text.
+
+    text, protocol    the text, and the protocol's name
+    windows, tokens   the numbers of windows and scored tokens
+    perplexity        exp of the mean negative log-likelihood
+    error             one standard error of it
+    """
 
     text: str
     protocol: str
@@ -58,26 +65,27 @@ def _joined(name: str, separator: str, most: int | None = None) -> Callable[[Pre
     return windows
 
 
-def _random_places(tokenizer: PreTrainedTokenizerBase) -> Windows:
+def _random_positions(tokenizer: PreTrainedTokenizerBase) -> Windows:
     texts, draw, length = documents("c4:validation", None), random.Random(0), HF_2048.window
-    found: list[NDArray[np.int64]] = []
+    windows: list[NDArray[np.int64]] = []
     if not any(len(text) > length for text in texts):
         raise UserError(f"No document of c4's validation file has more than {length} tokens.")
-    while len(found) < WINDOWS:
+    while len(windows) < WINDOWS:
         tokens = tokenize(tokenizer, texts[draw.randint(0, len(texts) - 1)])
         if len(tokens) > length:
             start = draw.randint(0, len(tokens) - length - 1)
-            found.append(tokens[start : start + length])
-    return np.stack(found)
+            windows.append(tokens[start : start + length])
+    return np.stack(windows)
 
 
 TEXTS: dict[str, Callable[[PreTrainedTokenizerBase], Windows]] = {
     "wikitext2": _joined("wikitext2:test", "\n\n"),
     "ptb": _joined("ptb:validation", "\n\n"),
     "ptb-new": _joined("ptb:test", " "),
-    "c4": _random_places,
+    "c4": _random_positions,
     "c4-new": _joined("c4:validation", " ", WINDOWS),
 }
+"""The function that makes the windows of each text of the papers."""
 
 
 def perplexity(
@@ -89,22 +97,24 @@ def perplexity(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> list[Perplexity]:
-    """Perplexity of a written model (.gguf file, native or EXL2 folder, artifact, with its corrections) on each text.
+    """Returns the perplexity of a written model on each text.
 
-    texts      names in TEXTS, or what `texts.read_text` knows: files, python-heldout
-    protocol   of texts that are not in TEXTS
-    windows    at most so many of each text
+    file       a .gguf file, native or EXL2 folder, or artifact; its low-rank corrections are added
+    texts      names in TEXTS, or texts that `texts.read_text` knows: files, python-heldout
+    protocol   the protocol for texts that are not in TEXTS
+    windows    the most windows of each text
 
-    The model runs block by block in float32, by this program's own decoding. Raises UserError for what cannot be read.
+    lqexport decodes the model itself and runs it block by block in float32. Raises UserError if the protocol is
+    unknown, or if the model or a text cannot be read.
     """
     path, listener = Path(file), listener or Silent()
     if protocol not in PROTOCOLS:
         raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
     tokenizer, export = tokenizer_of(path), open_export(path)
-    cuts = {text: _windows(text, PROTOCOLS[protocol], tokenizer, windows) for text in texts}
+    windows_of = {text: _windows(text, PROTOCOLS[protocol], tokenizer, windows) for text in texts}
     factors = open_factors(path, None, export.config)
     model = BlockModel(CorrectedModel(export, factors) if factors else export, choose_device(device))
-    return [_measured(model, text, *cuts[text], listener) for text in cuts]
+    return [_measured(model, text, *windows_of[text], listener) for text in windows_of]
 
 
 def _windows(

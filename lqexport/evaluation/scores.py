@@ -1,4 +1,4 @@
-"""What `lqexport eval` finds: perplexities and task scores of one file, as a table and as JSON."""
+"""The results of `lqexport eval`: perplexities and task scores of one file, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lqexport.runtime.progress import Listener
 
 @dataclass(frozen=True)
 class Scores:
-    """Of one file, with the versions of the packages that computed them."""
+    """The perplexities and task scores of one file, with the versions of the packages that computed them."""
 
     file: str
     device: str
@@ -27,12 +27,12 @@ class Scores:
     versions: dict[str, str]
 
     def as_json(self) -> dict[str, Any]:
-        """Everything as JSON values; what is not finite becomes null."""
+        """Returns everything as JSON values; NaN and infinity become null."""
         return finite_or_null(asdict(self))
 
 
 def task_names(given: str | None) -> list[str]:
-    """Names with commas between as a list; `papers` stands for those of the papers."""
+    """Returns a comma-separated list of task names as a list; `papers` stands for the tasks of the papers."""
     names = [name.strip() for name in (given or "").split(",") if name.strip()]
     return [task for name in names for task in (zero_shot_tasks.TASKS if name == "papers" else (name,))]
 
@@ -50,7 +50,10 @@ def evaluate(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Scores:
-    """`papers.perplexity` on the texts and `zero_shot_tasks.zero_shot` on the tasks; raises UserError as they do."""
+    """Returns the results of `papers.perplexity` on the texts and of `zero_shot_tasks.zero_shot` on the tasks.
+
+    Raises UserError as they do.
+    """
     if tasks:
         zero_shot_tasks.check_installed()
     options: dict[str, Any] = {"protocol": protocol, "windows": windows, "device": device, "listener": listener}
@@ -64,15 +67,15 @@ def evaluate(
     return Scores(str(file), str(choose_device(device)), perplexities, scored, versions(*packages))
 
 
-def table(found: Scores) -> Table:
-    """What `lqexport eval` prints."""
+def table(scores: Scores) -> Table:
+    """Returns the table that `lqexport eval` prints."""
     result = Table(box=None, pad_edge=False)
     for title in ("on", "measure", "value"):
         result.add_column(title, justify="right" if title == "value" else "left")
-    for each in found.perplexities:
+    for each in scores.perplexities:
         measure = f"perplexity, {each.protocol}, {each.windows} windows"
         result.add_row(each.text, measure, with_error(each.perplexity, each.error))
-    for score in found.tasks:
+    for score in scores.tasks:
         error = float("nan") if score.error is None else score.error
         result.add_row(score.task, score.metric, with_error(score.value, error))
     return result

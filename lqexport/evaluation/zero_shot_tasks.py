@@ -1,4 +1,4 @@
-"""Zero-shot tasks through EleutherAI's lm-evaluation-harness, on any file or folder that this program reads."""
+"""Runs zero-shot tasks with EleutherAI's lm-evaluation-harness, on any file or folder that lqexport reads."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ MISSING = "Tasks need lm-evaluation-harness: pip install 'lqexport[eval]'"
 TASKS = (
     "arc_easy", "arc_challenge", "lambada_openai", "hellaswag", "piqa", "winogrande", "boolq", "openbookqa", "mmlu",
 )  # fmt: skip
-"""Those of the papers."""
+"""The tasks of the papers on quantization."""
 
 
 @dataclass(frozen=True)
 class TaskScore:
-    """One metric of one task: `value` with one standard error, None where the harness gives none."""
+    """One metric of one task. `error` is one standard error; None if the harness gives none."""
 
     task: str
     metric: str
@@ -39,7 +39,7 @@ class TaskScore:
 
 
 def check_installed() -> None:
-    """Raises UserError where the harness is missing."""
+    """Raises UserError if the harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(MISSING)
 
@@ -55,14 +55,16 @@ def zero_shot(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> list[TaskScore]:
-    """Scores of a written model (.gguf file, native or EXL2 folder, artifact, with its corrections).
+    """Returns the scores of a written model on tasks of the harness.
 
-    include   a folder of task files of your own, in the harness's YAML
-    shots     worked examples before each question
-    limit     at most so many questions a task
-    dtype     to run in; a native folder's linears stay packed, all others are decoded into it
+    file      a .gguf file, native or EXL2 folder, or artifact; its low-rank corrections are added
+    tasks     names of tasks
+    include   a folder with your own task files, in the harness's YAML
+    shots     the number of worked examples before each question
+    limit     the most questions of a task
+    dtype     the dtype to run in; a native folder's linears stay packed, all others are decoded to it
 
-    Raises UserError where the harness is missing, a task is unknown or the model cannot be read.
+    Raises UserError if the harness is missing, a task is unknown or the model cannot be read.
     """
     check_installed()
     path = Path(file)
@@ -72,15 +74,18 @@ def zero_shot(
     manager = _manager(tasks, include)
     model = runnable(path, choose_device(device), dtype)
     harness = HFLM(pretrained=model, tokenizer=tokenizer_of(path), batch_size=batch_size)
-    found = simple_evaluate(
+    evaluation = simple_evaluate(
         model=harness, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
         bootstrap_iters=0,
     )  # fmt: skip
-    return [score for task, results in found["results"].items() for score in _scores(task, results)]
+    return [score for task, results in evaluation["results"].items() for score in _scores(task, results)]
 
 
 def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:
-    """The harness's list of tasks. Its own are thousands of files, read only where a task is not in `include`."""
+    """Returns the harness's task manager. Raises UserError if it does not know a task.
+
+    The harness has thousands of task files of its own. They are only read if a task is not in the folder `include`.
+    """
     from lm_eval.tasks import TaskManager
 
     unknown = list(tasks)
@@ -93,19 +98,21 @@ def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:
 
 
 def _scores(task: str, results: dict[str, Any]) -> list[TaskScore]:
-    """`acc,none` and `acc_stderr,none` of the harness as one score."""
+    """Returns a task's scores: the harness's `acc,none` and `acc_stderr,none` become one score."""
     scores = []
     for key, value in results.items():
-        metric, _, kind = key.partition(",")
+        metric, _, filter_name = key.partition(",")
         if isinstance(value, float) and not metric.endswith("_stderr"):
-            error = results.get(f"{metric}_stderr,{kind}")
+            error = results.get(f"{metric}_stderr,{filter_name}")
             scores.append(TaskScore(task, metric, value, error if isinstance(error, float) else None))
     return scores
 
 
 def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of transformers with the file's weights: packed for a native folder, else decoded, corrections added.
-    Raises UserError where the file cannot be read, and for an encoder."""
+    """Returns a transformers model with the file's weights, packed for a native folder and else decoded.
+
+    Low-rank corrections are added. Raises UserError if the file cannot be read, and for an encoder.
+    """
     export = open_export(path)
     check_predicts(architecture_of(export.config))
     if isinstance(export, NativeFolder):
@@ -115,13 +122,18 @@ def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrained
 
 
 def dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of transformers with `weights`, decoded. Raises UserError where it keeps a tensor in another form."""
+    """Returns a transformers model with the decoded `weights`.
+
+    Raises UserError if transformers stores a tensor under another name or in another form, such as stacked experts.
+    """
     options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype)
     names = set(weights.names())
-    if strange := [name for name, _ in model.named_parameters() if name not in names]:
-        raise UserError(f"transformers keeps {strange[0]} in another form than the file, so tasks cannot be run on it.")
+    if unmatched := [name for name, _ in model.named_parameters() if name not in names]:
+        raise UserError(
+            f"transformers keeps {unmatched[0]} in another form than the file, so tasks cannot be run on it."
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(name))

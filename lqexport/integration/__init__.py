@@ -1,1 +1,1 @@
-"""Loading native folders in transformers."""
+"""Loads native folders in transformers."""

@@ -1,4 +1,4 @@
-"""Native folders as transformers models."""
+"""Loads native folders as transformers models."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 SAFE = {"trust_remote_code": False, "use_safetensors": True}
-"""No code from the folder, and no pickled weights, which could hold some."""
+"""Options against code from the folder: no remote code, and no pickled weights, which could contain code."""
 
 
 def load(folder: str | Path, **options: Any) -> PreTrainedModel:
-    """The model of a native folder or hub id, its linears packed in memory as they are in the file.
+    """Loads the model of a native folder or hub id. Its linears stay packed in memory.
 
-    options   of transformers' `from_pretrained`, such as `device_map="auto"` and `dtype=torch.float16`
+    options   options of transformers' `from_pretrained`, such as `device_map="auto"` and `dtype=torch.float16`
 
-    Raises UserError where the folder is no native one, or is damaged.
+    Raises UserError if the folder is not of the native format, or is damaged.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -28,8 +28,8 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
 
     try:
         known = find_architecture(AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict())
-        kind = AutoModel if known and known.encoder else AutoModelForCausalLM
-        model = kind.from_pretrained(str(folder), **SAFE | options)
+        auto_class = AutoModel if known and known.encoder else AutoModelForCausalLM
+        model = auto_class.from_pretrained(str(folder), **SAFE | options)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder} cannot be loaded: {str(error).strip()}") from error
     if getattr(model, "quantization_method", None) != METHOD:
@@ -38,27 +38,29 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
 
 
 class LeanQuantModelForCausalLM:
-    """The loader of LeanQuant's own package by name and shape, for folders of the native format."""
+    """A loader of native folders with the name and the signature of the loader in LeanQuant's own package."""
 
     @staticmethod
     def from_pretrained(
         base: str | Path, folder: str | Path | None = None, bits: int | None = None, **options: Any
     ) -> PreTrainedModel:
-        """`load(folder)`, or `load(base)` where there is no folder: a native folder has the config of its base model.
+        """Returns `load(folder)`, or `load(base)` if no folder is given.
 
-        base   the model that was quantized; its config.json must be of the folder's architecture
-        bits   of the codes, checked where given
+        base     the model that was quantized, whose config.json must be of the folder's architecture; without a folder,
+                 the native folder itself, since it has the config of its base model
+        bits     the bits of the codes; checked if given
+        options  as of `load`
 
-        Raises UserError as `load`, and where `base` or `bits` are not the folder's.
+        Raises UserError as `load` does, and if `base` or `bits` do not match the folder.
         """
         model = load(base if folder is None else folder, **options)
         _check_bits(model, bits)
         if folder is not None:
             from transformers import AutoConfig
 
-            kind = AutoConfig.from_pretrained(str(base), trust_remote_code=False).model_type
-            if kind != model.config.model_type:
-                raise UserError(f"{folder} is a {model.config.model_type} model, and {base} a {kind} one.")
+            base_type = AutoConfig.from_pretrained(str(base), trust_remote_code=False).model_type
+            if base_type != model.config.model_type:
+                raise UserError(f"{folder} is a {model.config.model_type} model, and {base} a {base_type} one.")
         return model
 
 
@@ -66,6 +68,6 @@ def _check_bits(model: PreTrainedModel, bits: int | None) -> None:
     from lqexport.formats.registry import codec_named
 
     modules = model.config.quantization_config.modules.values()
-    found = {int(codec_named(entry["codec"]).bits) for entry in modules}  # type: ignore[union-attr]  # native ones have it
-    if bits is not None and bits not in found:
-        raise UserError(f"The model is packed in {', '.join(map(str, sorted(found)))} bits, not {bits}.")
+    widths = {int(codec_named(entry["codec"]).bits) for entry in modules}  # type: ignore[union-attr]  # native: has bits
+    if bits is not None and bits not in widths:
+        raise UserError(f"The model is packed in {', '.join(map(str, sorted(widths)))} bits, not {bits}.")

@@ -1,4 +1,4 @@
-"""A linear of torch that runs on packed weights: by the CUDA kernels where they can, else decoded on the way."""
+"""A torch linear with packed weights. It uses the CUDA kernels if possible, else it decodes the weights each time."""
 
 from __future__ import annotations
 
@@ -18,11 +18,15 @@ LEFT, RIGHT = (LOW_RANK[side].removeprefix(".") for side in "BA")
 
 
 class PackedLinear(nn.Linear):
-    """x W^T + bias for x [..., columns], float32, float16 or bfloat16, with W [rows, columns] packed in a native codec.
+    """Computes x W^T + bias with W [rows, columns] packed in a native codec.
 
-    Its tensors are those of `converters.folders.native`: `weight` holds the codes, uint8 [n]. It is an nn.Linear so that PEFT
-    and others take it as one. Gradients flow to x and the bias, not to W. Its tensors keep their dtype under `.half()`
-    and the like: rounding them would change W.
+    x is [..., columns], float32, float16 or bfloat16. The tensors are those of `converters.folders.native`: `weight`
+    holds the codes, uint8 [n]. The class is an nn.Linear so that PEFT and other libraries treat it as one. Gradients
+    flow to x and the bias, not to W. The tensors keep their dtype under `.half()` and similar calls, since rounding
+    them would change W.
+
+    rank             the rank of the low-rank correction; 0 for none
+    low_rank_dtype   the dtype of its factors
     """
 
     def __init__(
@@ -44,17 +48,17 @@ class PackedLinear(nn.Linear):
         self.register_parameter("bias", nn.Parameter(torch.empty(rows)) if bias else None)
 
     def planes(self) -> dict[str, Tensor]:
-        """The packed bytes, as `formats` has them."""
+        """Returns the packed planes, as the codec of `formats` defines them."""
         codes = self.weight.view(self.out_features, -1)
         return {"codes": codes} | {plane: getattr(self, plane) for plane in self._planes}
 
     def low_rank(self) -> LowRank | None:
-        """The correction."""
+        """Returns the low-rank correction; None if there is none."""
         return LowRank(getattr(self, LEFT), getattr(self, RIGHT)) if self.rank else None
 
     @torch.no_grad()
     def decoded(self) -> Tensor:
-        """W with its correction, float32 [rows, columns]."""
+        """Returns W with its low-rank correction, float32 [rows, columns]."""
         decode = cuda_decode.decode if cuda.usable(self.weight.device) else native_decode.decode
         weights = decode(self.codec_name, self.planes(), self.in_features)
         correction = self.low_rank()
@@ -69,7 +73,7 @@ class PackedLinear(nn.Linear):
         return f"{self.in_features}, {self.out_features}, {self.codec_name}{rank}, bias={self.bias is not None}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
-        """Moves tensors where `fn` moves them, without its change of dtype."""
+        """Moves tensors to the device that `fn` moves them to, without a change of dtype."""
         return super()._apply(lambda tensor: _moved(tensor, fn(tensor)), recurse)
 
 
@@ -78,7 +82,7 @@ def _moved(before: Tensor, after: Tensor) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """x W^T; the gradient decodes W again, so that a model in training holds no decoded weights."""
+    """Computes x W^T. The backward pass decodes W again, so that a model in training keeps no decoded weights."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, linear: PackedLinear) -> Tensor:

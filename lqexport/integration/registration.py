@@ -1,6 +1,7 @@
-"""Registers the native format with transformers, now or when it is imported, so that `import lqexport` stays quick.
+"""Registers the native format with transformers, at once if transformers is imported, else when it is imported.
 
-transformers looks for no plugins by itself, and importing it takes seconds, which `lqexport --help` should not.
+transformers does not look for plugins. Importing it takes seconds, so `import lqexport` and `lqexport --help` must not
+import it.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ MODULE = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Import the plugin if transformers' registry is there, else once it is."""
+    """Imports the plugin now if transformers' registry is imported, else directly after it is imported."""
     if MODULE in sys.modules:
         import lqexport.integration.transformers_plugin  # noqa: F401
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -24,7 +25,7 @@ def register() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds the registry as it would be found anyway, and has the plugin imported after it."""
+    """Finds transformers' registry in the usual way, and makes its loader import the plugin afterwards."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -39,6 +40,8 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 class _Loader(importlib.abc.Loader):
+    """Loads a module with its usual loader, then imports the plugin."""
+
     def __init__(self, loader: importlib.abc.Loader) -> None:
         self._loader = loader
 

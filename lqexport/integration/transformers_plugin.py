@@ -1,5 +1,8 @@
-"""What makes transformers load folders of the native format. Importing this registers it; `lqexport` does so by itself
-once transformers is there (see `lqexport.integration.registration`), so this must not import transformers' models."""
+"""The plugin with which transformers loads folders of the native format. Importing it registers it.
+
+`lqexport` imports it while transformers itself is being imported (see `lqexport.integration.registration`), so it must
+not import transformers' models.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ if TYPE_CHECKING:
 
 @register_quantization_config(METHOD)
 class LqexportConfig(QuantizationConfigMixin):
-    """quantization_config of a native folder.
+    """The quantization_config of a native folder.
 
-    modules          linear -> its codec, shape [rows, columns], and rank where it has a correction
-    low_rank_dtype   of the corrections' factors: float16 or float32
+    modules          for each packed linear its codec, shape [rows, columns], and rank if it has a low-rank correction
+    low_rank_dtype   the dtype of the low-rank factors: float16 or float32
+    version          of the native format
 
-    Raises ValueError for a version of the format that this program does not know.
+    Raises ValueError for a version that this lqexport does not know.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class LqexportConfig(QuantizationConfigMixin):
 
 @register_quantizer(METHOD)
 class LqexportQuantizer(HfQuantizer):
-    """Puts a `PackedLinear` in the place of every packed linear before weights are loaded."""
+    """Replaces every packed linear by a `PackedLinear` before the weights are loaded."""
 
     requires_calibration = True
     quantization_config: LqexportConfig
@@ -48,7 +52,7 @@ class LqexportQuantizer(HfQuantizer):
         dtype = getattr(torch, self.quantization_config.low_rank_dtype or "float16")
         for full_name, entry in self.quantization_config.modules.items():
             name = full_name
-            if not _has_module(model, name):  # a model without its head is called without its prefix
+            if not _has_module(model, name):  # a model without its head has names without the prefix
                 name = name.removeprefix(f"{model.base_model_prefix}.")
             linear = model.get_submodule(name)
             if not isinstance(linear, nn.Linear):
@@ -58,14 +62,14 @@ class LqexportQuantizer(HfQuantizer):
                     entry["codec"], linear.out_features, linear.in_features,
                     rank=entry.get("rank", 0), low_rank_dtype=dtype, bias=linear.bias is not None,
                 )  # fmt: skip
-            # No chance values for codes: what is missing is an error, see below.
+            # Keeps transformers from filling missing codes with random values: a missing tensor is an error, see below.
             packed._is_hf_initialized = True  # type: ignore[assignment]  # transformers' own mark
             model.set_submodule(name, packed)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
-        """Raises ValueError where the files lack a tensor: transformers warns, and leaves chance values there."""
+        """Raises ValueError if the files lack a tensor. transformers only warns, and leaves random values in it."""
         tensors = model.state_dict(keep_vars=True)
-        # What is on "meta" was loaded and is offloaded.
+        # Tensors on "meta" were loaded and are offloaded.
         lost = [
             name
             for name, tensor in tensors.items()
@@ -85,7 +89,7 @@ class LqexportQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Adapters on top are."""
+        """True, since adapters on top of the packed linears can be trained."""
         return True
 
 
@@ -98,7 +102,7 @@ def _has_module(model: nn.Module, name: str) -> bool:
 
 
 def _plain(packed: PackedLinear, dtype: torch.dtype) -> nn.Linear:
-    """The linear with decoded weights."""
+    """Returns an nn.Linear with the decoded weights of a packed linear."""
     with torch.device("meta"):
         linear = nn.Linear(packed.in_features, packed.out_features, packed.bias is not None)
     linear.weight = nn.Parameter(packed.decoded().to(dtype), requires_grad=False)
