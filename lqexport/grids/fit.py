@@ -1,8 +1,10 @@
-"""Choosing a format's scales and offsets for a matrix: the grid, before any code is solved.
+"""Chooses a format's scales and offsets, or tables, for a matrix: its grid, before any code is solved.
 
-Every fit minimises `sum_i importance_i (w_i - value_i)^2` per group of columns; which importance is the caller's choice
-(`lqexport.solver.importance`). Real-valued scales and offsets come from a search over ranges, each followed
-by weighted least-squares refits; then they are rounded as the file stores them. A table per row is exact k-means.
+Every fit minimises `sum_i importance_i (w_i - value_i)^2` in each group of columns. The caller chooses the importance
+(`lqexport.solver.importance`). Real-valued scales and offsets come from a search over ranges, with weighted
+least-squares refits after each. Then they are rounded as the file stores them. A table per row is exact k-means.
+
+Shapes: R rows, C columns, G groups of g columns each, K levels.
 """
 
 from __future__ import annotations
@@ -17,78 +19,91 @@ from lqexport.kernels import cpu, cuda, cuda_kmeans, cuda_solve
 from lqexport.kernels.kmeans import weighted_kmeans
 
 Cuts = tuple[tuple[float, float], ...]
+"""Ranges that a search tries: the shares of a group's range that it leaves out below and above.
+
+A negative share widens the range."""
 STEPS = (0.0, 0.08, 0.16, 0.24, 0.32, 0.4)
-"""Shares of a group's range that the search leaves out at each end; LeanQuant's goes up to 0.4 too, in 2048 steps of
-the range. The refits move a range on from where it starts, so few starts find what its thousands do
-(tests/test_solver.py)."""
+"""Shares of a group's range that the search leaves out at each end.
+
+LeanQuant's search goes up to 0.4, too, in 2048 steps of the range. Here the refits move a range on from where it
+starts, so a few starts find what its thousands find (tests/test_solver.py)."""
 TWO_SIDED: Cuts = tuple((low, high) for low in STEPS for high in STEPS)
+"""The coarse search where the format has offsets."""
 TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in (-0.04, 0, 0.04) if low or high)
+"""The fine search around the best of the coarse one, where the format has offsets."""
 ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
+"""The coarse search where the format has no offset: shares of the largest magnitude that are left out."""
 ONE_SIDED_FINE: Cuts = ((-0.025, -0.025), (0.025, 0.025))
-"""The same where there is no offset: shares of the largest magnitude."""
+"""The fine search where the format has no offset."""
 STRETCHES = (1.0, *(1 + step / 60 for step in range(-15, 16) if step))
-"""What a superblock's float16 is tried at, times the one that uses the whole range of its integers."""
+"""Multiples of a superblock's obvious float16, the one that uses the whole range of its integers. All are tried."""
 CHUNK = 1 << 24
-"""Weights fitted at once on a GPU; bounds the memory of the search."""
+"""Number of weights that are fitted at once on a GPU. It bounds the memory of the search."""
 
 
 def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
-    """The grid of `codec` for float32 weights [R, C] and importance [C], both on one device."""
+    """Returns the grid of `codec` for float32 weights [R, C] and importance [C], both on one device."""
     columns = weights.shape[1]
     if codec.scale is None:
         return TensorGrid(columns, _fit_table(weights, importance, codec.level_count), False)
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
-    weight = normalized(importance.unflatten(0, (-1, group)))
+    group_importance = normalized(importance.unflatten(0, (-1, group)))
     if codec.scale.power:
-        scale = _fit_powers(weights.unflatten(1, (-1, group)), weight, levels)
+        scale = _fit_powers(weights.unflatten(1, (-1, group)), group_importance, levels)
         offset = torch.zeros_like(scale)
     else:
-        scale, offset = search(weights, weight, levels, uniform, codec.offset)
+        scale, offset = search(weights, group_importance, levels, uniform, codec.offset)
     return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
 
 
 def search(
-    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+    weights: Tensor, importance: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
-    """Real-valued scale and offset [R, G] of least weighted squared error found: weights [R, C], weight [G, C / G] that
-    sums to 1 in a group, levels [1, K]; `offset` as in `GridCodec`."""
+    """Returns real-valued scales and offsets [R, G] with the least weighted squared error that the search finds.
+
+    weights      float32 [R, C]
+    importance   float32 [G, g], with sum 1 in each group (see `normalized`)
+    levels       float32 [1, K]; `uniform` says whether they are consecutive integers
+    offset       as in `GridCodec`; None if the format has no offset
+    """
     if weights.device.type == "cpu":
-        return _fit_cpu(weights, weight, levels, uniform, offset)
+        return _fit_cpu(weights, importance, levels, uniform, offset)
     if cuda.usable(weights.device):
-        return _fit_cuda(weights, weight, levels, uniform, offset)
-    chunks = [part.unflatten(1, weight.shape) for part in weights.split(max(1, CHUNK // weights.shape[1]))]
-    parts = [_fit_groups(chunk, weight, levels, uniform, offset) for chunk in chunks]
-    return torch.cat([s for s, _ in parts]), torch.cat([o for _, o in parts])
+        return _fit_cuda(weights, importance, levels, uniform, offset)
+    chunks = [rows.unflatten(1, importance.shape) for rows in weights.split(max(1, CHUNK // weights.shape[1]))]
+    fitted = [_fit_groups(chunk, importance, levels, uniform, offset) for chunk in chunks]
+    return torch.cat([scale for scale, _ in fitted]), torch.cat([shift for _, shift in fitted])
 
 
 def _fit_cpu(
-    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+    weights: Tensor, importance: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
-    """`_fit_groups` compiled: one parallel loop over rows instead of hundreds of passes over memory."""
-    scale, shift = torch.zeros(2, len(weights), len(weight))
+    """Does what `_fit_groups` does in one compiled loop over rows, instead of hundreds of passes over memory."""
+    scale, shift = torch.zeros(2, len(weights), len(importance))
     coarse, fine = (np.asarray(cuts, np.float32) for cuts in _cuts(offset))
     not_positive = offset is not None and offset.two_level
     cpu.fit_groups(
-        weights.contiguous().numpy(), weight.contiguous().numpy(), levels[0].numpy(), uniform, offset is not None,
+        weights.contiguous().numpy(), importance.contiguous().numpy(), levels[0].numpy(), uniform, offset is not None,
         not_positive, coarse, fine, scale.numpy(), shift.numpy(),
     )  # fmt: skip
     return scale, shift
 
 
 def _fit_cuda(
-    weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+    weights: Tensor, importance: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
-    """`_fit_groups` in one CUDA kernel."""
+    """Does what `_fit_groups` does in one CUDA kernel."""
     coarse, fine = (torch.tensor(cuts, device=weights.device) for cuts in _cuts(offset))
     not_positive = offset is not None and offset.two_level
     return cuda_solve.fit_groups(
-        weights.contiguous(), weight.contiguous(), levels[0], uniform, offset is not None, not_positive, coarse, fine
-    )
+        weights.contiguous(), importance.contiguous(), levels[0], uniform, offset is not None, not_positive,
+        coarse, fine,
+    )  # fmt: skip
 
 
 def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
-    """The grid that spans each group's range, as GPTQ's own quantizer and plain rounding take it."""
+    """Returns the grid that spans each group's range, for float32 weights [R, C], as GPTQ and plain rounding do."""
     columns = weights.shape[1]
     if codec.scale is None:
         low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
@@ -104,26 +119,28 @@ def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
     return _stored(codec, columns, levels, uniform, scale, offset)
 
 
-def store(values: Tensor, format: ScaleFormat, weight: Tensor | None = None) -> Numbers:
-    """Real numbers [R, G] rounded to what the file holds.
+def store(values: Tensor, format: ScaleFormat, importance: Tensor | None = None) -> Numbers:
+    """Returns real-valued scales or offsets [R, G] rounded to what the file can hold.
 
-    Two-level formats take, of some float16 around the one that puts a superblock's largest number on the end of the
-    integers' range, that with the least squared error of its numbers, weighted by `weight` [G] (all alike without).
+    In a two-level format a superblock's obvious float16 puts the superblock's largest number on the end of the
+    integers' range. That one and its multiples by `STRETCHES` are tried, and the one with the least squared error of
+    the numbers is kept. Errors are weighted by `importance` [G], the sum over a group's columns (None: all groups
+    alike). docs/solver.md has a worked example ("A superblock of Q4_K").
     """
     values = values * format.sign
     if not format.two_level:
         return Numbers(format, round_super(values, format), torch.ones_like(values, dtype=torch.int16))
     blocks = values.unflatten(1, (-1, format.span))
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
-    weight = torch.ones_like(values[0]) if weight is None else weight
-    weight = weight.unflatten(0, (-1, format.span))
+    importance = torch.ones_like(values[0]) if importance is None else importance
+    importance = importance.unflatten(0, (-1, format.span))
     least = torch.full_like(extreme, torch.inf)
     supers, subs = torch.zeros_like(extreme), torch.zeros_like(blocks)
     for stretch in STRETCHES:
         candidate = round_half(stretch * extreme / (format.low or format.high))
         step = torch.where(candidate == 0, torch.inf, candidate)[..., None]
         integers = (blocks / step).round().clamp(format.low, format.high)
-        error = (weight * (candidate[..., None] * integers - blocks).square()).sum(2)
+        error = (importance * (candidate[..., None] * integers - blocks).square()).sum(2)
         better = error < least
         least = torch.where(better, error, least)
         supers = torch.where(better, candidate, supers)
@@ -133,37 +150,41 @@ def store(values: Tensor, format: ScaleFormat, weight: Tensor | None = None) -> 
 
 def _stored(
     codec: GridCodec, columns: int, levels: Tensor, uniform: bool, scale: Tensor, offset: Tensor,
-    weight: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> TensorGrid:  # fmt: skip
     assert codec.scale is not None
-    shift = None if codec.offset is None else store(offset, codec.offset, weight)
-    return TensorGrid(columns, levels, uniform, store(scale, codec.scale, weight), shift)
+    shift = None if codec.offset is None else store(offset, codec.offset, importance)
+    return TensorGrid(columns, levels, uniform, store(scale, codec.scale, importance), shift)
 
 
 def normalized(importance: Tensor) -> Tensor:
-    """Importance [G, g] with sum 1 in each group; a group whose inputs are always zero is fitted evenly."""
+    """Returns importance [..., g] scaled to sum 1 in each group. A group whose inputs are always zero counts evenly."""
     total = importance.sum(-1, keepdim=True)
     return torch.where(total > 0, importance / total, 1 / importance.shape[-1])
 
 
 def _covering_power(groups: Tensor, levels: Tensor) -> Tensor:
-    """Steps [R, G] of groups [R, G, g] as LQER takes them: 2^(e - (B - 1)) with e = ceil(log2 max |w|), so that the
-    largest weight is at most one step beyond the last level 2^(B-1) - 1."""
+    """Returns LQER's steps [R, G] for groups [R, G, g]: 2^(e - (B - 1)) with e = ceil(log2 max |w|), for B bits.
+
+    The largest weight is then at most one step beyond the last level, 2^(B-1) - 1.
+    """
     least = (groups.abs().amax(2) / (levels[0, -1] + 1)).clamp(2.0**-24, 2.0**15)
     mantissa = least.frexp().mantissa
     return torch.where(mantissa == 0.5, least, least / mantissa)
 
 
-def _fit_powers(groups: Tensor, weight: Tensor, levels: Tensor) -> Tensor:
-    """The power of two [R, G] with the least weighted squared error for groups [R, G, g]: LQER's, twice that, or one of
-    three below; weight [G, g]."""
+def _fit_powers(groups: Tensor, importance: Tensor, levels: Tensor) -> Tensor:
+    """Returns the powers of two [R, G] with the least weighted squared error for groups [R, G, g].
+
+    LQER's power, the next above it and the three below it are tried. `importance` is [G, g].
+    """
     covering = _covering_power(groups, levels)
     best, error = covering, torch.full_like(covering, torch.inf)
-    for factor in (2.0, 1.0, 0.5, 0.25, 0.125):
-        step = (covering * factor).clamp(2.0**-24, 2.0**15)
+    for multiple in (2.0, 1.0, 0.5, 0.25, 0.125):
+        step = (covering * multiple).clamp(2.0**-24, 2.0**15)
         value = step[..., None] * (groups / step[..., None]).round().clamp(levels[0, 0], levels[0, -1])
-        found = (weight * (groups - value).square()).sum(-1)
-        best, error = torch.where(found < error, step, best), error.minimum(found)
+        step_error = (importance * (groups - value).square()).sum(-1)
+        best, error = torch.where(step_error < error, step, best), error.minimum(step_error)
     return best
 
 
@@ -172,14 +193,14 @@ def _cuts(offset: ScaleFormat | None) -> tuple[Cuts, Cuts]:
 
 
 def _span(groups: Tensor, levels: Tensor, offset: ScaleFormat | None, cut: Tensor) -> tuple[Tensor, Tensor]:
-    """Scale and offset [R, G] that map the levels onto the range of each group [R, G, g], less a share at each end."""
+    """Returns scale and offset [R, G] that map the levels onto the range of each group [R, G, g], cut at both ends."""
     first, last = levels[0, 0], levels[0, -1]
     if offset is None:
         extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True)).squeeze(2)
         scale = (1 - cut[0]) * extreme / first  # in every codebook the first level has the largest magnitude
         return scale, torch.zeros_like(scale)
     low, high = groups.amin(2), groups.amax(2)
-    if offset.two_level:  # what is stored is not negative and is subtracted
+    if offset.two_level:  # the stored number is not negative, and it is subtracted
         low, high = low.clamp(max=0), high.clamp(min=0)
     low, high = low + cut[0] * (high - low), high - cut[1] * (high - low)
     scale = (high - low) / (last - first)
@@ -187,11 +208,11 @@ def _span(groups: Tensor, levels: Tensor, offset: ScaleFormat | None, cut: Tenso
 
 
 def _fit_groups(
-    groups: Tensor, weight: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
+    groups: Tensor, importance: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
-    """Scale and offset [R, G] with the least weighted squared error found for groups [R, G, g]; weight [G, g]."""
+    """Returns scale and offset [R, G] of least weighted squared error for groups [R, G, g] and importance [G, g]."""
     shape = (5, *groups.shape[:2])
-    best = torch.zeros(shape, device=groups.device)  # error, scale, shift, cut below, cut above
+    best = torch.zeros(shape, device=groups.device)  # rows: error, scale, shift, cut below, cut above
     best[0] = torch.inf
     coarse, fine = _cuts(offset)
     for cuts in (coarse, fine):
@@ -201,15 +222,15 @@ def _fit_groups(
             scale, shift = _span(groups, levels, offset, moved)
             for _ in range(2):
                 chosen = _chosen(groups, scale, shift, levels, uniform)
-                scale, shift = _refit(groups, weight, chosen, offset, scale)
+                scale, shift = _refit(groups, importance, chosen, offset, scale)
             chosen = _chosen(groups, scale, shift, levels, uniform)
-            error = (weight * (groups - scale[..., None] * chosen - shift[..., None]).square()).sum(-1)
+            error = (importance * (groups - scale[..., None] * chosen - shift[..., None]).square()).sum(-1)
             best = torch.where(error < best[0], torch.stack((error, scale, shift, *moved)), best)
     return best[1], best[2]
 
 
 def _chosen(groups: Tensor, scale: Tensor, shift: Tensor, levels: Tensor, uniform: bool) -> Tensor:
-    """The level nearest to each weight [R, G, g]."""
+    """Returns the level nearest to each weight [R, G, g]."""
     target = (groups - shift[..., None]) / torch.where(scale == 0, torch.inf, scale)[..., None]
     if uniform:
         return target.round_().clamp_(levels[0, 0], levels[0, -1])
@@ -217,15 +238,15 @@ def _chosen(groups: Tensor, scale: Tensor, shift: Tensor, levels: Tensor, unifor
 
 
 def _refit(
-    groups: Tensor, weight: Tensor, chosen: Tensor, offset: ScaleFormat | None, old: Tensor
+    groups: Tensor, importance: Tensor, chosen: Tensor, offset: ScaleFormat | None, old: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Weighted least squares for scale and offset [R, G], the chosen levels fixed; `weight` sums to 1 in a group."""
-    weighted = weight * chosen
+    """Returns weighted least-squares scales and offsets [R, G] for fixed levels; `importance` sums to 1 in a group."""
+    weighted = importance * chosen
     square, cross = (weighted * chosen).sum(-1), (weighted * groups).sum(-1)
     alone = torch.where(square > 0, cross / square, old)
     if offset is None:
         return alone, torch.zeros_like(alone)
-    mean_level, mean = weighted.sum(-1), (weight * groups).sum(-1)
+    mean_level, mean = weighted.sum(-1), (importance * groups).sum(-1)
     variance = square - mean_level.square()
     scale = torch.where(variance > 1e-12, (cross - mean_level * mean) / variance, old)
     shift = mean - scale * mean_level

@@ -1,4 +1,8 @@
-"""A `formats.codec.Grid` as torch tensors, for the solver on any device. `numpy()` gives the format's own object."""
+"""Grids as torch tensors, for the solver on any device.
+
+`TensorGrid` is the counterpart of `formats.codec.Grid`, and `Numbers` that of `formats.codec.Scales`. The method `of`
+converts from the format's object, the method `numpy` back to it.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +17,19 @@ from lqexport.formats.codec import Grid, GridCodec, ScaleFormat, Scales
 
 @dataclass(frozen=True)
 class Numbers:
-    """Stored scales or offsets: supers float32 [R, G / span], each exactly a float16; subs int16 [R, G]."""
+    """Stored scales or offsets of a matrix with R rows and G groups of columns in a row.
+
+    format   how the file stores them
+    supers   float32 [R, G / span], each exactly a float16: one for each superblock
+    subs     int16 [R, G], one for each group
+    """
 
     format: ScaleFormat
     supers: Tensor
     subs: Tensor
 
     def values(self) -> Tensor:
-        """float32 [R, G]."""
+        """Returns the scales or offsets that the stored numbers stand for, float32 [R, G]."""
         return self.format.sign * self.supers.repeat_interleave(self.format.span, 1) * self.subs
 
     def clone(self) -> Numbers:
@@ -28,7 +37,7 @@ class Numbers:
 
     @staticmethod
     def of(scales: Scales, device: torch.device) -> Numbers:
-        """A format's own object on a device."""
+        """Returns the counterpart of the format's object, on a device."""
         supers = torch.from_numpy(scales.supers.astype(np.float32)).to(device)
         return Numbers(scales.format, supers, torch.from_numpy(scales.subs).to(device))
 
@@ -37,14 +46,21 @@ class Numbers:
 
 
 def half(values: Tensor) -> Tensor:
-    """float32 values rounded to the nearest float16, ties to even."""
+    """Returns float32 values rounded to the nearest float16, ties to even."""
     return values.half().float()
 
 
 @dataclass(frozen=True)
 class TensorGrid:
-    """levels float32 [1 or R, K]; `uniform`: consecutive integers; `group`: columns that share a scale; `half`: values
-    are rounded to float16."""
+    """The values that the codes of a matrix [R, C] stand for: scale * level[code] + offset.
+
+    columns   C
+    levels    float32 [1 or R, K], one table for all rows or one for each
+    uniform   whether the levels are consecutive integers
+    scale     None if each row has a table of its own
+    offset    None if the format has no offset
+    half      whether values are rounded to float16
+    """
 
     columns: int
     levels: Tensor
@@ -55,7 +71,7 @@ class TensorGrid:
 
     @staticmethod
     def of(grid: Grid, device: torch.device) -> TensorGrid:
-        """A format's own object on a device."""
+        """Returns the counterpart of the format's object, on a device."""
         levels = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(grid.levels), np.float32)).to(device)
         scale = Numbers.of(grid.scale, device) if isinstance(grid.scale, Scales) else None
         offset = Numbers.of(grid.offset, device) if isinstance(grid.offset, Scales) else None
@@ -63,16 +79,17 @@ class TensorGrid:
 
     @property
     def group(self) -> int:
+        """Columns that share a scale: all columns if each row has one scale or a table."""
         return (self.scale.format.group if self.scale else 0) or self.columns
 
     def per_group(self, rows: int) -> tuple[Tensor, Tensor]:
-        """Scales and offsets float32 [R, G]; ones and zeros where the format has none."""
+        """Returns scales and offsets float32 [R, G]: ones and zeros if the format has none."""
         like = torch.ones(rows, self.columns // self.group, device=self.levels.device)
         scale = self.scale.values() if self.scale else like
         return scale, self.offset.values() if self.offset else torch.zeros_like(like)
 
     def values(self, codes: Tensor) -> Tensor:
-        """Decoded weights float32 [R, C] for codes uint8 [R, C]."""
+        """Returns the decoded weights float32 [R, C] of codes uint8 [R, C]."""
         values = self._levels(codes)
         if self.scale:
             values = values.unflatten(1, (-1, self.group)) * self.scale.values()[..., None]
@@ -82,7 +99,7 @@ class TensorGrid:
         return half(values) if self.half else values
 
     def _levels(self, codes: Tensor) -> Tensor:
-        """The level of each code, float32 [R, C]."""
+        """Returns the level of each code, float32 [R, C]."""
         if self.uniform:  # several times faster than a lookup
             return codes.float() + self.levels[0, 0]
         if len(self.levels) == 1:
@@ -90,12 +107,12 @@ class TensorGrid:
         return self.levels.gather(1, codes.long())
 
     def nearest(self, weights: Tensor) -> Tensor:
-        """Codes uint8 [R, C] of the values nearest to float32 [R, C]."""
-        scale, offset = (part.repeat_interleave(self.group, 1) for part in self.per_group(len(weights)))
+        """Returns the codes uint8 [R, C] of the values nearest to float32 weights [R, C]."""
+        scale, offset = (values.repeat_interleave(self.group, 1) for values in self.per_group(len(weights)))
         return nearest_level((weights - offset) / torch.where(scale == 0, torch.inf, scale), self.levels, self.uniform)
 
     def ascending(self, codes: Tensor) -> tuple[TensorGrid, Tensor]:
-        """The same values, with every row's table in ascending order, as formats want it."""
+        """Returns a grid and codes of the same values, with every row's table in ascending order, as formats need."""
         if len(self.levels) == 1:
             return self, codes
         levels, order = self.levels.sort(1)
@@ -108,13 +125,15 @@ class TensorGrid:
         return Grid(self.columns, levels if scale is None else levels[0], scale, offset, half=self.half)
 
     def runs(self, order: Tensor) -> list[tuple[slice, Tensor, TensorGrid]]:
-        """Runs of columns in the order of solving, for `order` int64 [C]: where each run lies, its columns' places in a
-        grid, and that grid. Here one run, of the whole grid."""
+        """Returns runs of columns in the order of solving, for `order` int64 [C]; here one run of all columns.
+
+        Each run is the slice of `order` that it takes, the indices of its columns in a grid, int64, and that grid.
+        """
         return [(slice(0, self.columns), order, self)]
 
 
 def nearest_level(target: Tensor, levels: Tensor, uniform: bool) -> Tensor:
-    """Index uint8 of the level nearest to each target [R, N], for levels [1 or R, K]."""
+    """Returns the index uint8 [R, N] of the level nearest to each target [R, N], for levels [1 or R, K]."""
     if uniform:
         return (target.round() - levels[0, 0]).clamp(0, levels.shape[1] - 1).to(torch.uint8)
     middles = ((levels[:, 1:] + levels[:, :-1]) / 2).expand(len(target), -1).contiguous()
@@ -122,20 +141,20 @@ def nearest_level(target: Tensor, levels: Tensor, uniform: bool) -> Tensor:
 
 
 def shared_levels(codec: GridCodec, device: torch.device) -> tuple[Tensor, bool]:
-    """A format's levels [1, K], and whether they are consecutive integers."""
+    """Returns a format's levels float32 [1, K], and whether they are consecutive integers."""
     levels = np.asarray(codec.levels, np.float32)
     return torch.as_tensor(levels, device=device)[None], bool(np.all(np.diff(levels) == 1))
 
 
 def round_half(values: Tensor) -> Tensor:
-    """float32 values rounded to float16 ones; beyond its range, the largest."""
+    """Returns float32 values rounded to float16; values beyond its range become its largest number."""
     return values.clamp(-65504, 65504).half().float()
 
 
 def round_super(values: Tensor, format: ScaleFormat) -> Tensor:
-    """float32 values rounded to the nearest float16 that the format stores: any, or a power of two."""
+    """Returns float32 values rounded to the nearest float16 that the format stores: any, or only powers of two."""
     if not format.power:
         return round_half(values)
     values = values.clamp(2.0**-24, 2.0**15)
-    below = values / values.frexp().mantissa / 2  # not exp2 of log2, which some devices round
+    below = values / values.frexp().mantissa / 2  # not exp2(log2(x)), which some devices round
     return torch.where(values < 1.5 * below, below, 2 * below).clamp_max(2.0**15)
