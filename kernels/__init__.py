@@ -1,1 +1,1 @@
-"""Hot loops: the solver's, for the CPU (numba) and a GPU (CUDA through CuPy); decoding and products on a GPU."""
+"""Compiled inner loops: the solver's for the CPU (numba) and a GPU (CUDA through CuPy), and decoding and products."""

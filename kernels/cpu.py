@@ -1,10 +1,11 @@
-"""The solver's inner loops, compiled for the CPU with numba: parallel over rows, which are independent.
+"""The solver's inner loops, compiled for the CPU with numba. They run in parallel over rows, which are independent.
 
-`lqexport.solver.solve_cpu` calls these; `lqexport.solver.solve_torch` does the same on any device, and a test holds the two equal.
-All arrays are float32 and C-contiguous unless said otherwise. R rows, C columns, G groups, K levels.
+`lqexport.solver.solve_cpu` calls them. `lqexport.solver.solve_torch` does the same on any device, and a test checks
+that both give the same results. All arrays are float32 and C-contiguous unless stated otherwise. In the shapes, R is
+rows, C columns, G groups, B columns of a block, and K levels.
 
-None of the loops has numba's `fastmath`: how a sum is ordered would be the compiler's choice, which depends on what is
-inlined where, and on the processor. So what is summed fast is many sums side by side, not one in many parts.
+No loop has numba's `fastmath`. With it, the compiler would choose the order of a sum, and its choice depends on what is
+inlined and on the processor. To be fast without it, loops compute many sums side by side instead of one sum in parts.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from numpy.typing import NDArray
 ZERO, ONE = np.float32(0), np.float32(1)
 
 TILE_ROWS, TILE_COLUMNS = 8, 512
-"""Of `table_products`."""
+"""The tile size of `table_products`: rows, and columns of H."""
 
 
 class Stored(NamedTuple):
-    """A block's scales or offsets as the file stores them (see `formats.codec.ScaleFormat`), changed in place.
+    """A block's scales or offsets as the file stores them (see `formats.codec.ScaleFormat`). Kernels change them in
+    place.
 
-    supers float32 [R, G / span], each value a float16;  subs int16 [R, G];  absent where the format has no such number
+    present   whether the format has this number
+    supers    float32 [R, G / span], each value a float16
+    subs      int16 [R, G]
     """
 
     present: bool
@@ -38,7 +42,7 @@ class Stored(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What `fit_groups` fits to."""
+    """The properties of the format that `fit_groups` fits; see there."""
 
     levels: NDArray[np.float32]
     uniform: bool
@@ -47,8 +51,12 @@ class Form(NamedTuple):
 
 
 class Tries(NamedTuple):
-    """Scales and shifts of one group that are tried side by side, so that they are fast without `fastmath`, and work
-    space: float32 [N] each, sums [3, N]."""
+    """N scales and shifts of one group that are tried side by side, which is fast without `fastmath`.
+
+    scale, shift   float32 [N]
+    inverse, level   float32 [N], work space
+    sums   float32 [3, N], work space
+    """
 
     scale: NDArray[np.float32]
     shift: NDArray[np.float32]
@@ -59,7 +67,7 @@ class Tries(NamedTuple):
 
 @njit(cache=True, inline="always")
 def _nearest(target, levels, uniform):
-    """Code of the level nearest to `target`, which is a weight less its offset, over its scale."""
+    """Returns the code of the level nearest to `target`, which is (weight - offset) / scale."""
     count = levels.shape[0]
     if uniform:
         code = np.rint(target - levels[0])
@@ -72,8 +80,8 @@ def _nearest(target, levels, uniform):
 
 @njit(cache=True, inline="always")
 def _round_half(x):
-    """A float64 rounded to the nearest float16, ties to even, saturating at the largest."""
-    if abs(x) < 2.0**-14:  # subnormal halves are multiples of 2^-24
+    """Rounds a float64 to the nearest float16, ties to even. Values beyond the largest float16 become the largest."""
+    if abs(x) < 2.0**-14:  # subnormal float16 numbers are multiples of 2^-24
         return np.rint(x * 2.0**24) * 2.0**-24
     big = x * (2.0**42 + 1)  # Veltkamp's split: keeps 53 - 42 = 11 bits
     half = big - (big - x)
@@ -82,7 +90,7 @@ def _round_half(x):
 
 @njit(cache=True, inline="always")
 def _round_power(x):
-    """A float64 rounded to the nearest power of two that a float16 holds; below the smallest, that."""
+    """Rounds a float64 to the nearest power of two that a float16 holds, 2^-24 to 2^15."""
     if x <= 2.0**-24:
         return 2.0**-24
     below = 2.0 ** np.floor(np.log2(x))
@@ -91,59 +99,64 @@ def _round_power(x):
 
 @njit(cache=True, inline="always")
 def _value(scale, level, offset, half):
-    """The weight that the file's numbers mean; `half`: rounded to float16."""
+    """Returns the decoded weight scale * level + offset, rounded to float16 if `half`."""
     value = scale * level + offset
     return np.float32(_round_half(np.float64(value))) if half else value
 
 
 @njit(parallel=True, cache=True)
-def feedback_block(weights, factor, scale, offset, levels, uniform, half, codes, errors):
-    """Quantize the columns of one block in turn, spreading each error over the columns of the block that follow.
+def feedback_block(weights, upper, scale, offset, levels, uniform, half, codes, errors):
+    """Quantizes a block's columns one after the other and spreads each error over the block's later columns.
 
     weights   [R, B] in solve order, changed in place
-    factor    [B, B] the block's part of U, where H^-1 = U^T U
-    scale, offset   [R, B] of each column;  levels [1 or R, K];  half   whether values are rounded to float16
-    codes     uint8 [R, B], written;  errors [R, B] (w - q) / U_ii, written: the caller spreads them over later blocks
+    upper     [B, B], the block's part of U, where H^-1 = U^T U
+    scale, offset   [R, B], for every column
+    levels    [1 or R, K]
+    half      whether values are rounded to float16
+    codes     uint8 [R, B], written
+    errors    [R, B], written: (w - q) / U_ii, which the caller spreads over later blocks
     """
-    width = factor.shape[0]
+    width = upper.shape[0]
     for r in prange(weights.shape[0]):
         table = levels[r % levels.shape[0]]
         row = weights[r]
         for i in range(width):
             s, o = scale[r, i], offset[r, i]
             code = _nearest((row[i] - o) / s if s != 0 else np.float32(0), table, uniform)
-            error = (row[i] - _value(s, table[code], o, half)) / factor[i, i]
+            error = (row[i] - _value(s, table[code], o, half)) / upper[i, i]
             codes[r, i] = code
             errors[r, i] = error
             for j in range(i + 1, width):
-                row[j] -= error * factor[i, j]
+                row[j] -= error * upper[i, j]
 
 
 @njit(cache=True, inline="always")
 def _push(gradient, hessian, i, delta):
+    """Updates the gradient (Q - W) H after the value of column i changed by `delta`."""
     for j in range(gradient.shape[0]):
         gradient[j] += delta * hessian[i, j]
 
 
 @njit(cache=True)
-def _best_step(direction, room, gradient, hessian, first, last):
-    """The step along `direction` (columns first..last) that minimises the loss: minus slope over curvature."""
-    part, along = direction[first:last], room[first:last]
-    along[:] = 0
-    for i in range(part.shape[0]):
-        if part[i] != 0:
+def _best_step(direction, work, gradient, hessian, first, last):
+    """Returns the step along `direction` (columns first..last) that minimises the loss: minus slope over curvature."""
+    steps, products = direction[first:last], work[first:last]
+    products[:] = 0
+    for i in range(steps.shape[0]):
+        if steps[i] != 0:
             row = hessian[first + i, first:last]
-            for j in range(i):  # from 0: numba drops the check for negative indices, and it vectorises
-                along[j] += part[i] * row[j]
+            for j in range(i):  # a range from 0 needs no check for negative indices, so numba vectorises the loop
+                products[j] += steps[i] * row[j]
     slope, curvature = 0.0, 0.0
-    for i in range(part.shape[0]):
-        slope += part[i] * gradient[first + i]
-        curvature += part[i] * (2 * along[i] + part[i] * hessian[first + i, first + i])
+    for i in range(steps.shape[0]):
+        slope += steps[i] * gradient[first + i]
+        curvature += steps[i] * (2 * products[i] + steps[i] * hessian[first + i, first + i])
     return -slope / curvature if curvature > 0 else 0.0
 
 
 @njit(cache=True, inline="always")
 def _move(direction, amount, values, gradient, hessian, first, last):
+    """Moves the values of columns first..last by `amount` along `direction`, and updates the gradient."""
     for i in range(first, last):
         change = np.float32(amount * direction[i])
         if change != 0:
@@ -152,18 +165,19 @@ def _move(direction, amount, values, gradient, hessian, first, last):
 
 
 @njit(cache=True, inline="always")
-def _refit(stored, r, basis, values, gradient, hessian, group, direction, room):
-    """Move each float16 of row r, then, in two-level formats, each group's integer, to the best that the file can hold.
+def _refit(stored, r, basis, values, gradient, hessian, group, direction, work):
+    """Moves the stored numbers of row r to the best values that the file can hold.
 
-    `basis` is what the number multiplies: the levels for a scale, ones for an offset. Along one number the loss is a
-    quadratic, so its best stored value is the one nearest to the minimum; a move is taken only if it lowers the loss.
+    Moves each float16, and then, in two-level formats, each group's integer. The number multiplies `basis`: the levels
+    for a scale, ones for an offset. The loss is quadratic in one number, so the best stored value is the one nearest to
+    the minimum. A move is made only if it lowers the loss.
     """
     supers, subs = stored.supers[r], stored.subs[r]
     for k in range(supers.shape[0]):
         first, last = k * group * stored.span, (k + 1) * group * stored.span
         for i in range(first, last):
             direction[i] = stored.sign * subs[i // group] * basis[i]
-        step = _best_step(direction, room, gradient, hessian, first, last)
+        step = _best_step(direction, work, gradient, hessian, first, last)
         best = supers[k] + step
         change = (_round_power(best) if stored.power else _round_half(best)) - supers[k]
         if change * (change - 2 * step) < 0:  # the quadratic is lower at `change` than at 0
@@ -175,7 +189,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction, room):
         first, last = g * group, (g + 1) * group
         for i in range(first, last):
             direction[i] = stored.sign * supers[g // stored.span] * basis[i]
-        step = _best_step(direction, room, gradient, hessian, first, last)
+        step = _best_step(direction, work, gradient, hessian, first, last)
         change = min(max(np.rint(subs[g] + step), stored.low), stored.high) - subs[g]
         if change * (change - 2 * step) < 0:
             subs[g] += int(change)
@@ -184,6 +198,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction, room):
 
 @njit(cache=True, inline="always")
 def _number(stored, r, group, default):
+    """Returns the scale or offset of a row and group, or `default` if the format has no such number."""
     if not stored.present:
         return default
     return stored.sign * stored.supers[r, group // stored.span] * np.float32(stored.subs[r, group])
@@ -191,25 +206,31 @@ def _number(stored, r, group, default):
 
 @njit(parallel=True, cache=True)
 def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit, half):
-    """One sweep of coordinate descent over one block of columns, for the loss (Q - W) H (Q - W)^T of each row.
+    """Makes one sweep of coordinate descent over a block of columns. The loss of a row is (Q - W) H (Q - W)^T.
 
-    Where `refit`, first the block's stored scales and offsets with the codes fixed; then each code in turn. No step
-    raises the loss. All arrays are this block's part, changed in place:
+    If `refit`, the sweep first moves the block's stored scales and offsets with the codes fixed. Then it moves each
+    code in turn. No step raises the loss. All arrays are the block's part of the whole. The values, the gradient, the
+    codes and the stored numbers are changed in place.
 
-    values    [R, B] decoded weights Q;  gradient [R, B] (Q - W) H;  hessian [B, B];  codes uint8 [R, B]
-    scale, offset   `Stored`, one number per `group` columns;  half   whether values are rounded to float16
+    values    [R, B], the decoded weights Q
+    gradient  [R, B], (Q - W) H
+    hessian   [B, B]
+    codes     uint8 [R, B]
+    levels    [1 or R, K]
+    scale, offset   `Stored`, with one number per `group` columns
+    half      whether values are rounded to float16
     """
     rows, width = values.shape
     for r in prange(rows):
         table = levels[r % levels.shape[0]]
         q, g = values[r], gradient[r]
-        direction, room, basis = np.empty(width, np.float32), np.empty(width, np.float32), np.ones(width, np.float32)
+        direction, work, basis = np.empty(width, np.float32), np.empty(width, np.float32), np.ones(width, np.float32)
         if refit and offset.present:
-            _refit(offset, r, basis, q, g, hessian, group, direction, room)
+            _refit(offset, r, basis, q, g, hessian, group, direction, work)
         if refit and scale.present:
             for i in range(width):
                 basis[i] = table[codes[r, i]]
-            _refit(scale, r, basis, q, g, hessian, group, direction, room)
+            _refit(scale, r, basis, q, g, hessian, group, direction, work)
         for i in range(width):
             s = _number(scale, r, i // group, np.float32(1))
             o = _number(offset, r, i // group, np.float32(0))
@@ -218,7 +239,8 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
             code = _nearest((q[i] - g[i] / hessian[i, i] - o) / s, table, uniform)
             if code != codes[r, i]:
                 change = _value(s, table[code], o, half) - q[i]
-                if half and change * (change + 2 * g[i] / hessian[i, i]) >= 0:  # of two rounded values, the farther
+                # Rounding to float16 can make the nearest level's value farther than the old one.
+                if half and change * (change + 2 * g[i] / hessian[i, i]) >= 0:
                     continue
                 codes[r, i] = code
                 q[i] += change
@@ -227,7 +249,7 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
 
 @njit(cache=True, inline="always")
 def _span(low, high, form, cut_low, cut_high):
-    """Scale and shift that map the levels onto a group's range, less a share of it at each end."""
+    """Returns the scale and shift that map the levels onto a group's range, after cutting a share of it at each end."""
     first, last = form.levels[0], form.levels[form.levels.shape[0] - 1]
     if not form.has_offset:
         return (ONE - cut_low) * (low if -low >= high else high) / first, ZERO
@@ -240,13 +262,14 @@ def _span(low, high, form, cut_low, cut_high):
 
 @njit(cache=True, inline="always")
 def _set_inverse(tries):
+    """Sets `inverse` to 1 / scale, or to 0 if the scale is 0."""
     for n in range(tries.scale.shape[0]):
         tries.inverse[n] = ONE / tries.scale[n] if tries.scale[n] != 0 else ZERO
 
 
 @njit(cache=True, inline="always")
 def _set_level(x, form, tries):
-    """The level that is nearest to a weight in each try."""
+    """Sets `level` to the level nearest to weight `x` under each try's scale and shift."""
     levels, level, shift, inverse = form.levels, tries.level, tries.shift, tries.inverse
     for n in range(level.shape[0]):
         target = (x - shift[n]) * inverse[n]
@@ -258,7 +281,7 @@ def _set_level(x, form, tries):
 
 @njit(cache=True)
 def _refit_tries(x, weight, mean, form, tries):
-    """Weighted least squares for scale and shift, each weight's level the one nearest under the given ones."""
+    """Refits each try's scale and shift by weighted least squares, to the levels nearest under the old ones."""
     scale, shift, level = tries.scale, tries.shift, tries.level
     square, cross, mean_level = tries.sums[0], tries.sums[1], tries.sums[2]
     tries.sums[:] = 0
@@ -283,20 +306,24 @@ def _refit_tries(x, weight, mean, form, tries):
 
 @njit(cache=True)
 def _errors(x, weight, form, tries):
+    """Returns the weighted squared error of the group under each try."""
     scale, shift, level, error = tries.scale, tries.shift, tries.level, tries.sums[0]
     error[:] = 0
     _set_inverse(tries)
     for i in range(x.shape[0]):
         _set_level(x[i], form, tries)
         for n in range(level.shape[0]):
-            off = x[i] - scale[n] * level[n] - shift[n]
-            error[n] += weight[i] * off * off
+            difference = x[i] - scale[n] * level[n] - shift[n]
+            error[n] += weight[i] * difference * difference
     return error
 
 
 @njit(cache=True)
 def _search(x, weight, form, cuts, around, best, tries):
-    """Try every range; best = (error, scale, shift, cut_low, cut_high) is replaced where one is better."""
+    """Tries every range and returns the best: (error, scale, shift, cut_low, cut_high), or `best` if none is better.
+
+    The cuts that are tried are `around` plus `cuts`.
+    """
     low, high, mean = x[0], x[0], ZERO
     for i in range(x.shape[0]):
         low, high = min(low, x[i]), max(high, x[i])
@@ -314,6 +341,7 @@ def _search(x, weight, form, cuts, around, best, tries):
 
 @njit(cache=True, inline="always")
 def _room_for(cuts):
+    """Returns work space for as many tries as there are cuts."""
     count = cuts.shape[0]
     one, two = np.empty((2, count), np.float32), np.empty((2, count), np.float32)
     return Tries(one[0], one[1], two[0], two[1], np.empty((3, count), np.float32))
@@ -321,13 +349,18 @@ def _room_for(cuts):
 
 @njit(parallel=True, cache=True)
 def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, cuts, fine, scale, shift):
-    """Scale and shift of every group with the least weighted squared error found: a search over ranges, then another
-    around the best one, each range followed by two weighted least-squares refits.
+    """Searches every group's scale and shift for the least weighted squared error.
 
-    weights [R, C];  weight [G, C / G], sum 1 in a group;  levels [K]
-    has_offset   whether the format has one;  not_positive   whether it must not be above 0
-    cuts, fine [N, 2]   shares of the range to leave out below and above (without offset: of the largest magnitude)
-    scale, shift [R, G], written
+    It tries many ranges and then others around the best one. Two weighted least-squares refits follow each range.
+
+    weights   [R, C]
+    weight    [G, C / G], the importance of each column; it sums to 1 in a group
+    levels    [K]
+    uniform   whether the levels are consecutive integers
+    has_offset   whether the format has an offset
+    not_positive   whether the offset must not be above 0
+    cuts, fine   [N, 2], the shares of the range to cut below and above; without an offset, of the largest magnitude
+    scale, shift   [R, G], written
     """
     groups, width = weight.shape
     for r in prange(weights.shape[0]):
@@ -342,10 +375,14 @@ def fit_groups(weights, weight, levels, uniform, has_offset, not_positive, cuts,
 
 @njit(cache=True, parallel=True)
 def table_products(hessian, codes, products):
-    """P^T H P of each row, with P [C, K] the row's codes as indicators; added to float64 products [R, K, K].
+    """Adds P^T H P of each row to `products`. P [C, K] has a 1 at each column's code and zeros elsewhere.
 
-    codes uint8 [R, C]. A tile of H's columns is summed by code for a few rows together, so that H is read once for
-    them and the sums stay in the cache. What H has above a tile it has beside it, since it is symmetric.
+    A tile of H's columns is summed by code for several rows at once, so H is read once for all of them and the sums
+    stay in the cache. H is symmetric, so only the tile's diagonal block and the part below it are read.
+
+    hessian   [C, C]
+    codes     uint8 [R, C]
+    products  float64 [R, K, K], changed in place
     """
     rows, columns = codes.shape
     count = products.shape[1]

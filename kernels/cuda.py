@@ -1,7 +1,8 @@
 """Launches the CUDA kernels of this folder (.cu) through CuPy, which compiles each for the device at its first use.
 
-Nothing is copied: a kernel gets the tensors' addresses, and runs on torch's current stream, in whose order torch uses
-their memory again. The tests put their own `launch` in the place of this one, which runs the same launches on the CPU.
+Nothing is copied. A kernel gets the tensors' addresses and runs on torch's current stream; torch reuses memory in that
+stream's order, so no tensor's memory is reused too early. The tests replace `launch` by one that runs the same kernels
+on the CPU.
 """
 
 from __future__ import annotations
@@ -21,16 +22,16 @@ from lqexport.formats.codec import Codec
 FOLDER = Path(__file__).parent
 Argument = Tensor | int | float | None
 TYPES: Mapping[torch.dtype, str] = {torch.float32: "float", torch.float16: "__half", torch.bfloat16: "bf16"}
-"""The kernels' names of the types that weights and activations may have."""
+"""The C++ type of each dtype that weights and activations may have."""
 
 
 class KernelsMissingError(RuntimeError):
-    """The kernels cannot run here; the message is a sentence that says why."""
+    """The kernels cannot run on this machine. The message is a sentence with the reason."""
 
 
 @cache
 def missing() -> str | None:
-    """Why the kernels cannot run here, a sentence; None where they can."""
+    """Returns why the kernels cannot run on this machine, as a sentence, or None if they can."""
     try:
         import cupy
     except ImportError as error:
@@ -47,34 +48,38 @@ def missing() -> str | None:
 
 
 def usable(device: torch.device) -> bool:
-    """Whether the kernels can work on tensors of this device."""
+    """Returns whether the kernels can run on tensors of this device."""
     return device.type == "cuda" and missing() is None
 
 
 def options() -> tuple[str, ...]:
-    """What every kernel is compiled with, beside what CuPy adds. CuPy's cache does not look into headers, so their
-    digest is an option."""
+    """Returns the compiler options of every kernel, without those that CuPy adds.
+
+    One option is a digest of the headers, because CuPy's cache does not notice when a header changes.
+    """
     headers = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
     return ("-std=c++17", f"-I{FOLDER}", f"-DHEADERS=0x{hashlib.sha256(headers).hexdigest()[:8]}")
 
 
 def check_planes(codec: Codec, planes: Mapping[str, Tensor], rows: int, columns: int) -> None:
-    """Raises ValueError where the planes are not those of a matrix [rows, columns] of this format."""
+    """Raises ValueError if a plane's shape or item size is not that of a matrix [rows, columns] of this format."""
     for plane, (dtype, shape) in codec.layout(rows, columns).items():
         if tuple(planes[plane].shape) != shape or planes[plane].element_size() != dtype.itemsize:
-            found = list(planes[plane].shape)
-            raise ValueError(f"Plane {plane} of {codec.name} must be {dtype} {list(shape)}, not {found}.")
+            actual = list(planes[plane].shape)
+            raise ValueError(f"Plane {plane} of {codec.name} must be {dtype} {list(shape)}, not {actual}.")
 
 
 def launch(
     source: str, kernel: str, blocks: int, threads: int, arguments: Sequence[Argument], shared_bytes: int = 0
 ) -> None:
-    """Run `kernel`, a name such as `decode<Blocks<Q4_0>, float>`, of the file `source` on the tensors' device.
+    """Launches a kernel on the tensors' device, with `blocks` blocks of `threads` threads.
 
-    arguments      contiguous tensors on one CUDA device, int32 and float32 numbers; None is a null pointer
-    shared_bytes   dynamic shared memory of a block
+    source         file of this folder, such as `decode.cu`
+    kernel         name with its template arguments, such as `decode<Blocks<Q4_0>, float>`
+    arguments      contiguous tensors on one CUDA device; numbers, passed as int32 and float32; None, a null pointer
+    shared_bytes   bytes of a block's dynamic shared memory
 
-    Raises KernelsMissingError where CuPy, NVRTC or a device is missing.
+    Raises KernelsMissingError if CuPy, NVRTC or a device is missing.
     """
     if reason := missing():
         raise KernelsMissingError(reason)
@@ -83,14 +88,15 @@ def launch(
     device = next(argument.device for argument in arguments if isinstance(argument, Tensor))
     index = torch.cuda.current_device() if device.index is None else device.index
     stream = _Stream(torch.cuda.current_stream(device).cuda_stream)
-    values = tuple(_argument(each) for each in arguments)
+    values = tuple(_argument(argument) for argument in arguments)
     with cupy.cuda.Device(index):
         _function(source, kernel, index)((blocks,), (threads,), values, shared_mem=shared_bytes, stream=stream)
 
 
 @cache
 def _function(source: str, kernel: str, device: int) -> Any:
-    """The compiled kernel; a module of its own, so that only what is used is compiled. Device: the current one."""
+    """Returns the kernel, compiled for `device`, which must be the current one. Every kernel is a module, so that only
+    kernels that are used are compiled."""
     import cupy
 
     code = (FOLDER / source).read_text()
@@ -98,14 +104,16 @@ def _function(source: str, kernel: str, device: int) -> Any:
 
 
 class _Stream(NamedTuple):
-    """A stream of torch's, as far as CuPy's launches look at it. To make it CuPy's current one, or the tensors CuPy's
-    arrays, takes ten times as long as the launch."""
+    """A torch stream with the one attribute that CuPy's launches read.
+
+    Making it CuPy's current stream, or the tensors CuPy arrays, takes ten times as long as the launch.
+    """
 
     ptr: int
 
 
 def _argument(argument: Argument) -> np.generic:
-    """As CuPy hands a value on to a kernel: by its bytes."""
+    """Returns an argument as the NumPy scalar whose bytes CuPy passes to the kernel."""
     if isinstance(argument, float):
         return np.float32(argument)
     if isinstance(argument, int):

@@ -1,4 +1,4 @@
-"""Packed planes to a dense matrix on the device (decode.cu, exl2.cu), bit for bit as `formats` decodes them."""
+"""Decodes packed planes to a dense matrix on a GPU (decode.cu, exl2.cu), bit for bit as `formats` does."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ THREADS = 256
 
 
 class Reader(NamedTuple):
-    """A format in formats.cuh: its C++ type, and the planes that it reads, in order."""
+    """A format's reader in formats.cuh: its C++ type, and the planes that it reads, in order."""
 
     type: str
     planes: tuple[str, ...]
@@ -43,40 +43,40 @@ READERS: dict[str, Reader] = {
     **{codec.name: _native(codec) for codec in NATIVE},
     **{codec.name: Reader(f"MxInt<{codec.bits}>", ("codes", "exponents")) for codec in MXINT},
 }
-"""Codec name to what reads it. To add a format: a reader in formats.cuh and its entry here. EXL2, whose planes hold the
-transposed matrix in another order, has kernels of its own."""
+"""Codec name to its reader. To add a format, write a reader in formats.cuh and add an entry here. EXL2 has kernels of
+its own, because its planes hold the transposed matrix in another order."""
 
 
 def kernels() -> list[str]:
-    """Every kernel of decode.cu that `decode` may launch."""
+    """Returns the name of every kernel of decode.cu that `decode` may launch."""
     readers = dict.fromkeys(reader.type for reader in READERS.values())
-    return [f"decode<{reader}, {kind}>" for reader in readers for kind in cuda.TYPES.values()]
+    return [f"decode<{reader}, {cpp_type}>" for reader in readers for cpp_type in cuda.TYPES.values()]
 
 
 def decodes(name: str) -> bool:
-    """Whether a kernel decodes the format `name`."""
+    """Returns whether a kernel decodes the format `name`."""
     return name in READERS or isinstance(codec_named(name), Exl2)
 
 
 def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
-    """The first six arguments of a kernel that reads the format `name`, and the number of rows.
+    """Returns the first six arguments of a kernel that reads the format `name`, and the number of rows.
 
-    Raises ValueError where the planes are not those of a matrix of `columns`.
+    Raises ValueError if the planes are not those of a matrix of `columns` columns.
     """
-    chosen, reader = codec_named(name), READERS[name]
+    codec, reader = codec_named(name), READERS[name]
     rows = len(planes[reader.planes[0]])
-    cuda.check_planes(chosen, planes, rows, columns)
-    scale = getattr(chosen, "scale", None)
+    cuda.check_planes(codec, planes, rows, columns)
+    scale = getattr(codec, "scale", None)
     pointers: list[cuda.Argument] = [planes[plane].contiguous() for plane in reader.planes]
     pointers += [None] * (3 - len(pointers))
     return [*pointers, rows, columns, (scale.group if scale else 0) or columns], rows
 
 
 def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Weights [rows, columns] of the format `name` from its planes on a CUDA device; float16 and bfloat16 are the
-    float32 weights, rounded to nearest, ties to even.
+    """Decodes the planes of the format `name` on their CUDA device to weights [rows, columns] of `dtype`.
 
-    Raises ValueError where the planes are not those of such a matrix, KernelsMissingError where kernels cannot run.
+    Float16 and bfloat16 weights are the float32 weights rounded to nearest, ties to even. Raises ValueError if the
+    planes are not those of such a matrix, and KernelsMissingError if kernels cannot run.
     """
     if isinstance(codec_named(name), Exl2):
         return cuda_exl2.decode(name, planes, columns, dtype)

@@ -1,4 +1,4 @@
-"""EXL2 on the device (exl2.cu): planes to a dense matrix, bit for bit as `formats` decodes them, and products."""
+"""EXL2 on a GPU (exl2.cu): decodes planes to a dense matrix, bit for bit as `formats` does, and multiplies by them."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ SOURCE = "exl2.cu"
 DECODE_THREADS = 256
 MULTIPLY_THREADS = 512
 TILE = 32
-"""Rows that a block takes; of a decoding one, columns too."""
+"""Rows of a block of threads; in the decoding kernel also its columns."""
 TILES = (1, 8)
-"""Tokens that a block may take."""
+"""The numbers of tokens that a block of the product may have."""
 
 
 def kernels() -> list[str]:
-    """Every kernel of exl2.cu that may be launched."""
-    kinds = cuda.TYPES.values()
-    return [f"decode_exl2<{kind}>" for kind in kinds] + [f"multiply_exl2<{kind}, {n}>" for kind in kinds for n in TILES]
+    """Returns the name of every kernel of exl2.cu that may be launched."""
+    cpp_types = cuda.TYPES.values()
+    return [f"decode_exl2<{cpp_type}>" for cpp_type in cpp_types] + [
+        f"multiply_exl2<{cpp_type}, {n}>" for cpp_type in cpp_types for n in TILES
+    ]
 
 
 def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.dtype) -> Tensor:
@@ -38,7 +40,7 @@ def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.d
 
 
 def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], correction: list[cuda.Argument]) -> Tensor:
-    """See `cuda_multiply.multiply`; `correction`: the kernel's `left`, `reduced` and `rank`."""
+    """See `cuda_multiply.multiply`. `correction` is the kernel's arguments `left`, `reduced` and `rank`."""
     arguments, rows = _packed(name, planes, x.shape[1])
     stored = torch.empty_like(x, memory_format=torch.contiguous_format)
     stored.index_copy_(1, planes["q_invperm"].long(), x)
@@ -46,14 +48,14 @@ def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], correction: lis
     tile = TILES[0] if len(x) == 1 else TILES[1]
     blocks = rows // TILE * -(-len(x) // tile)
     kernel = f"multiply_exl2<{cuda.TYPES[x.dtype]}, {tile}>"
-    shared_bytes = 4 * (MULTIPLY_THREADS // 32) * TILE * tile  # a float32 of each warp, row and token
+    shared_bytes = 4 * (MULTIPLY_THREADS // 32) * TILE * tile  # a float32 for each warp, row and token
     arguments += [rows, x.shape[1], stored, len(x), *correction, y]
     cuda.launch(SOURCE, kernel, blocks, MULTIPLY_THREADS, arguments, shared_bytes)
     return y
 
 
 def _packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
-    """The first four arguments of the kernels, and the number of rows."""
+    """Returns the first four arguments of the kernels, and the number of rows."""
     codec, rows = Exl2(runs_named(name)), planes["q_weight"].shape[-1]
     cuda.check_planes(codec, planes, rows, columns)
     units = _units(codec.name, planes["q_weight"].device)
@@ -62,7 +64,7 @@ def _packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list
 
 @cache
 def _units(name: str, device: torch.device) -> Tensor:
-    """Bits, first line and group of every 32 stored columns, int32 [columns / 32, 3]."""
+    """Returns the bits, first line and group of every 32 stored columns, int32 [columns / 32, 3]."""
     units, line, group = [], 0, 0
     for run in runs_named(name):
         for k in range(run.columns // UNIT):

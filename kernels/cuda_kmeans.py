@@ -1,4 +1,4 @@
-"""Exact weighted k-means of every row on the device (kmeans.cu): as `kmeans`, with tensors for arrays."""
+"""Exact weighted k-means of every row on a GPU (kmeans.cu): what `kmeans` does, but for tensors."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from lqexport.kernels import cuda
 SOURCE, KERNEL = "kmeans.cu", "kmeans"
 THREADS = 256
 CHUNK = 1 << 21
-"""Values worked on at once; each takes about 150 bytes where there are 16 centers."""
+"""Values that are processed at once. Each takes about 150 bytes with 16 centers."""
 
 
 def weighted_kmeans(values: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Per row, the `count` centers that minimise sum_i weight_i (w_i - nearest center)^2, and that minimum.
+    """Finds the `count` centers of each row that minimise sum_i weight_i (w_i - nearest center)^2.
 
-    values [R, C]; weight [C] or [R, C], not negative. Returns float64 centers [R, count], ascending, and errors [R].
+    values [R, C]; weight [C] or [R, C], not negative. Returns the centers, float64 [R, count], ascending, and the
+    minima, float64 [R].
     """
     rows = max(1, CHUNK // values.shape[1])
-    parts = zip(values.split(rows), weight.expand_as(values).split(rows), strict=True)
-    found = [_centers(part.double(), own.double(), count) for part, own in parts]
-    return torch.cat([centers for centers, _ in found]), torch.cat([errors for _, errors in found])
+    chunks = zip(values.split(rows), weight.expand_as(values).split(rows), strict=True)
+    results = [_centers(chunk.double(), chunk_weight.double(), count) for chunk, chunk_weight in chunks]
+    return torch.cat([centers for centers, _ in results]), torch.cat([errors for _, errors in results])
 
 
 def _centers(values: Tensor, weight: Tensor, count: int) -> tuple[Tensor, Tensor]:
     rows, columns = values.shape
     ordered, order = values.sort(1)
-    shift = ordered[:, columns // 2, None].clone()  # sums around the middle lose fewer digits
+    shift = ordered[:, columns // 2, None].clone()  # sums of distances from the median lose fewer digits
     ordered -= shift
     weight = weight.gather(1, order)
     terms = torch.stack((weight, weight * ordered, weight * ordered * ordered))

@@ -1,5 +1,8 @@
-"""Activations times packed weights on the device: decoded on the way for a few tokens (multiply.cu, exl2.cu), or
-before."""
+"""Multiplies activations by packed weights on a GPU.
+
+For a few tokens, the kernel decodes weights while it multiplies (multiply.cu, exl2.cu). For more, they are decoded
+first.
+"""
 
 from __future__ import annotations
 
@@ -18,36 +21,44 @@ SOURCE = "multiply.cu"
 THREADS = 128
 ROWS = 2
 TILES = (1, 8)
-"""Tokens that a block may take."""
+"""The numbers of tokens that a block of threads may have."""
 MOST_TOKENS = 16
-"""Above it, decoding the matrix once and multiplying by cuBLAS moves fewer bytes per token."""
+"""The most tokens of a fused product. For more, decoding once and multiplying by cuBLAS moves fewer bytes per token."""
 FUSED = ("gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", *(codec.name for codec in NATIVE))
-"""Formats that are decoded on the way, with all of EXL2; others are always decoded first."""
+"""The formats, besides all of EXL2, whose kernels decode while they multiply. Others are always decoded first."""
 
 
 class LowRank(NamedTuple):
-    """A correction of the weights: left [rows, rank] float16 times right [rank, columns]."""
+    """A low-rank correction, left @ right, which is added to the weights.
+
+    left   [rows, rank]; the fused kernels round it to float16
+    right  [rank, columns]
+    """
 
     left: Tensor
     right: Tensor
 
 
 def kernels() -> list[str]:
-    """Every kernel of multiply.cu that `multiply` may launch."""
+    """Returns the name of every kernel of multiply.cu that `multiply` may launch."""
     readers = dict.fromkeys(cuda_decode.READERS[name].type for name in FUSED)
     return [
-        f"multiply<{reader}, {kind}, {tile}>" for reader in readers for kind in cuda.TYPES.values() for tile in TILES
+        f"multiply<{reader}, {cpp_type}, {tile}>"
+        for reader in readers
+        for cpp_type in cuda.TYPES.values()
+        for tile in TILES
     ]
 
 
 def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRank | None = None) -> Tensor:
-    """x W^T [tokens, rows] in the type of x [tokens, columns]: float32, float16 or bfloat16, sums in float32.
+    """Returns x W^T, [tokens, rows], in the dtype of x.
 
-    W has the format `name`; with `low_rank`, left @ right is added to it. Up to MOST_TOKENS tokens of EXL2 and
-    the formats in FUSED, W is decoded on the way; otherwise it is decoded into memory first.
+    x is [tokens, columns], in float32, float16 or bfloat16; the fused kernels sum in float32. W has the format `name`,
+    and `low_rank` adds left @ right to it. For at most MOST_TOKENS tokens, the formats in FUSED and EXL2 are decoded
+    while they are multiplied. Otherwise W is decoded into memory first.
 
-    Raises ValueError where the planes are not those of a matrix of x's columns, KernelsMissingError where kernels
-    cannot run.
+    Raises ValueError if the planes are not those of a matrix of x's columns, and KernelsMissingError if kernels cannot
+    run.
     """
     exl2 = isinstance(codec_named(name), Exl2)
     if len(x) > MOST_TOKENS or not (exl2 or name in FUSED):
@@ -60,14 +71,14 @@ def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRa
     tile = TILES[0] if len(x) == 1 else TILES[1]
     blocks = -(-rows // ROWS) * -(-len(x) // tile)
     kernel = f"multiply<{cuda_decode.READERS[name].type}, {cuda.TYPES[x.dtype]}, {tile}>"
-    shared_bytes = 4 * (THREADS // 32) * ROWS * tile  # a float32 of each warp, row and token
+    shared_bytes = 4 * (THREADS // 32) * ROWS * tile  # a float32 for each warp, row and token
     arguments += [x, len(x), *_correction(x, low_rank), y]
     cuda.launch(SOURCE, kernel, blocks, THREADS, arguments, shared_bytes)
     return y
 
 
 def _correction(x: Tensor, low_rank: LowRank | None) -> list[cuda.Argument]:
-    """The kernel's `left`, `reduced` and `rank`."""
+    """Returns the kernel's arguments `left`, `reduced` and `rank`."""
     if low_rank is None:
         return [None, None, 0]
     left, right = low_rank
@@ -75,7 +86,7 @@ def _correction(x: Tensor, low_rank: LowRank | None) -> list[cuda.Argument]:
 
 
 def _aligned(x: Tensor) -> Tensor:
-    """Contiguous, on a 16-byte boundary: torch allocates so, but a slice may begin anywhere."""
+    """Returns x contiguous and on a 16-byte boundary. torch allocates there, but a slice may begin anywhere."""
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
 

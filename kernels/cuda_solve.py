@@ -1,6 +1,7 @@
-"""The solver's blocks on the device (feedback.cu, refine.cu, fit.cu): as `cpu`, with tensors for arrays.
+"""The solver's inner loops on a GPU (feedback.cu, refine.cu, fit.cu): what `cpu` does, but for tensors.
 
-R rows, B columns of a block, G groups, K levels; tensors are float32 and contiguous unless said otherwise.
+In the shapes, R is rows, B columns of a block, G groups, and K levels. Tensors are float32 and contiguous unless stated
+otherwise.
 """
 
 from __future__ import annotations
@@ -16,14 +17,17 @@ KERNELS = {"feedback.cu": ["feedback_block"], "refine.cu": ["refine_block"], "fi
 THREADS = 128
 LANES_PER_GROUP = 16
 MOST_COLUMNS = 128
-"""Columns that a block of `feedback_block` may have."""
+"""The most columns of a block of `feedback_block`."""
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A block's scales or offsets as the file stores them: supers [R, G / span], subs int16 [R, G], changed in place.
+    """A block's scales or offsets as the file stores them. Kernels change them in place.
 
-    `supers` is None where the format has no such number; see `formats.codec.ScaleFormat` for the rest.
+    supers   [R, G / span], or None if the format has no such number
+    subs     int16 [R, G], or None with it
+
+    `formats.codec.ScaleFormat` describes the other fields.
     """
 
     supers: Tensor | None = None
@@ -35,20 +39,25 @@ class Stored:
     power: bool = False
 
     def arguments(self) -> list[cuda.Argument]:
+        """Returns the fields in the order of refine.cu's arguments."""
         return [self.supers, self.subs, self.span, self.low, self.high, self.sign, int(self.power)]
 
 
 def feedback_block(
-    weights: Tensor, factor: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes uint8 and errors [R, B] of one block of at most MOST_COLUMNS columns, with the bits of
-    `cpu.feedback_block`, which describes the arguments; `weights` stay as they are."""
+    """Returns the codes, uint8 [R, B], and the errors [R, B] of one block, bitwise equal to those of
+    `cpu.feedback_block`.
+
+    The arguments are those of `cpu.feedback_block`, but `weights` do not change. Raises ValueError if the block has
+    more than MOST_COLUMNS columns.
+    """
     rows, width = weights.shape
     if width > MOST_COLUMNS:
         raise ValueError(f"A block of error feedback has at most {MOST_COLUMNS} columns, not {width}.")
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     arguments = [
-        weights, factor, scale, offset, levels, *levels.shape, int(uniform), int(half), rows, width, codes, errors,
+        weights, upper, scale, offset, levels, *levels.shape, int(uniform), int(half), rows, width, codes, errors,
     ]  # fmt: skip
     cuda.launch("feedback.cu", "feedback_block", _blocks(rows, 32), THREADS, arguments)
     return codes, errors
@@ -58,7 +67,7 @@ def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor, uniform: bool, group: int,
     scale: Stored, offset: Stored, refit: bool, half: bool,
 ) -> None:  # fmt: skip
-    """One sweep of coordinate descent over one block, in place; see `cpu.refine_block`."""
+    """Makes one sweep of coordinate descent over a block, in place; see `cpu.refine_block`."""
     rows, width = values.shape
     arguments = [
         values, gradient, hessian, codes, levels, *levels.shape, int(uniform), int(half), group, rows, width,
@@ -71,7 +80,7 @@ def fit_groups(
     weights: Tensor, weight: Tensor, levels: Tensor, uniform: bool, has_offset: bool, not_positive: bool, cuts: Tensor,
     fine: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Scale and shift [R, G] of every group with the least weighted squared error found; see `cpu.fit_groups`."""
+    """Returns every group's scale and shift, [R, G], with the least weighted squared error; see `cpu.fit_groups`."""
     rows, (groups, width) = len(weights), weight.shape
     scale, shift = torch.empty(2, rows, groups, device=weights.device)
     arguments = [
@@ -83,5 +92,5 @@ def fit_groups(
 
 
 def _blocks(items: int, lanes: int) -> int:
-    """Blocks for so many items of so many lanes each."""
+    """Returns the number of blocks of threads for `items` items of `lanes` lanes each."""
     return -(-items * lanes // THREADS)

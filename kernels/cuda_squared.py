@@ -1,4 +1,4 @@
-"""Choosing EXL2's scale codes on the device (squared.cu): as `squared`, with tensors for arrays."""
+"""The choice of EXL2's scale codes on a GPU (squared.cu): what `squared` does, but for tensors."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ THREADS = 128
 
 
 def best_subs(weights: Tensor, weight: Tensor, scales: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """For every row and maximum the least error, float32 [R, M], and its scale code, int16 [R, M]; see
-    `squared.best_subs` for the arguments."""
+    """Returns the least error, float32 [R, M], of every row and maximum, and its scale code, int16 [R, M].
+
+    `squared.best_subs` describes the arguments.
+    """
     rows, count = len(weights), len(scales)
     errors = weights.new_empty(rows, count)
     subs = torch.empty_like(errors, dtype=torch.int16)

@@ -1,9 +1,9 @@
-"""Exact one-dimensional weighted k-means, a row at a time (dynamic programming over sorted values).
+"""Exact one-dimensional weighted k-means of each row, by dynamic programming over its sorted values.
 
-In one dimension the clusters of an optimal solution are intervals of the sorted values, so the best split into k
-intervals follows from the best splits of every prefix into k - 1 (Grønlund et al., arXiv 1701.07204). Prefix sums give
-an interval's error in O(1), and the best last split moves right monotonically, so divide and conquer finds a layer in
-O(n log n). The result is the global optimum; Lloyd's iteration from any start only finds a local one.
+In one dimension, the clusters of an optimal solution are intervals of the sorted values. So the best division into k
+intervals follows from the best divisions of every prefix into k - 1 (Grønlund et al., arXiv 1701.07204). Prefix sums
+give an interval's error in O(1). The start of the last interval moves right monotonically, so divide and conquer
+computes a layer in O(n log n). The result is the global optimum; Lloyd's iteration only finds a local one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ from numpy.typing import NDArray
 
 @njit(cache=True, inline="always")
 def _interval_cost(mass, first, second, i, j):
-    """Weighted squared error of values i..j-1 around their mean, from prefix sums of s, s w and s w^2."""
+    """Returns the weighted squared error of values i..j-1 around their mean, from the prefix sums of s, s w and s w^2.
+
+    w are the values and s their weights. The prefix sums are `mass`, `first` and `second`.
+    """
     total = mass[j] - mass[i]
     if total <= 0:
         return 0.0
@@ -25,7 +28,11 @@ def _interval_cost(mass, first, second, i, j):
 
 @njit(cache=True)
 def _layer(previous, current, split, mass, first, second, n):
-    """current[j]: least error of values 0..j-1 in one interval more than `previous`; split[j]: start of the last."""
+    """Adds one interval to the division of every prefix.
+
+    current[j] becomes the least error of values 0..j-1 with one interval more than in `previous`, and split[j] becomes
+    the start of the last interval.
+    """
     stack = [(1, n, 0, n - 1)]
     while len(stack) > 0:
         low, high, least, most = stack.pop()
@@ -45,9 +52,10 @@ def _layer(previous, current, split, mass, first, second, n):
 
 @njit(cache=True)
 def _row(values, weight, count, centers):
+    """Writes the centers of one row and returns their error."""
     order = np.argsort(values)
     n = values.shape[0]
-    shift = values[order[n // 2]]  # sums around the middle lose fewer digits
+    shift = values[order[n // 2]]  # sums of distances from the median lose fewer digits
     mass, first, second = np.zeros(n + 1), np.zeros(n + 1), np.zeros(n + 1)
     for i in range(n):
         w, s = values[order[i]] - shift, weight[order[i]]
@@ -69,7 +77,7 @@ def _row(values, weight, count, centers):
         total = mass[end] - mass[begin]
         if total > 0:
             centers[k] = shift + (first[end] - first[begin]) / total
-        else:  # an empty interval, or one whose values do not count
+        else:  # an empty interval, or one whose values have no weight
             centers[k] = values[order[min(begin, n - 1)]]
         end = begin
     return cost[n]
@@ -85,9 +93,9 @@ def _rows(values, weight, count, centers, errors):
 def weighted_kmeans(
     values: NDArray[np.float64], weight: NDArray[np.float64], count: int
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Per row, the `count` centers that minimise sum_i weight_i (w_i - nearest center)^2, and that minimum.
+    """Finds the `count` centers of each row that minimise sum_i weight_i (w_i - nearest center)^2.
 
-    values [R, C]; weight [C] or [R, C], not negative. Returns centers [R, count], ascending, and errors [R].
+    values [R, C]; weight [C] or [R, C], not negative. Returns the centers, [R, count], ascending, and the minima, [R].
     """
     centers = np.zeros((values.shape[0], count))
     errors = np.zeros(values.shape[0])

@@ -1,4 +1,4 @@
-"""The threads that the compiled loops run in."""
+"""The thread pool of the compiled loops."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from numba import njit, prange
 
 @njit(parallel=True, cache=True)
 def _touch(done):
+    """Writes an array in parallel, which starts the pool."""
     for i in prange(done.shape[0]):
         done[i] = 1
 
 
 def start_pool() -> None:
-    """Start numba's pool of threads now, not in the midst of other work."""
+    """Starts numba's thread pool now, so that it does not start during other work."""
     _touch(np.zeros(1, np.uint8))

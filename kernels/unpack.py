@@ -1,6 +1,7 @@
-"""Bit streams of the native formats to weights, compiled for the CPU with numba, parallel over rows.
+"""Decodes bit streams of the native formats to weights on the CPU: compiled with numba, parallel over rows.
 
-`kernels.native_decode` calls these; see `formats.native` for the stream. R rows, C columns, G groups.
+`kernels.native_decode` calls these functions; `formats.native` describes the bit stream. In the shapes, R is rows, C
+columns, and G groups.
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ from numba import njit, prange
 
 @njit(cache=True)
 def _unpack(row, bits, codes):
-    """Codes uint8 [C] of a row's stream. Eight codes are `bits` whole bytes: the low bytes of one word."""
+    """Unpacks a row's bit stream to codes uint8 [C].
+
+    Eight codes fill `bits` whole bytes, which are the low bytes of one 64-bit word.
+    """
     mask = np.uint64((1 << bits) - 1)
     for block in range((codes.shape[0] + 7) // 8):
         word = np.uint64(0)
@@ -23,7 +27,12 @@ def _unpack(row, bits, codes):
 
 @njit(parallel=True, cache=True)
 def table(stream, bits, levels, out):
-    """out float32 [R, C] = levels[row, code];  stream uint8 [R, bytes];  levels float32 [R, 2^bits]"""
+    """Writes levels[row, code] to `out`.
+
+    stream   uint8 [R, bytes]
+    levels   float32 [R, 2^bits]
+    out      float32 [R, C]
+    """
     for r in prange(out.shape[0]):
         codes = np.empty(out.shape[1], np.uint8)
         _unpack(stream[r], bits, codes)
@@ -33,7 +42,12 @@ def table(stream, bits, levels, out):
 
 @njit(parallel=True, cache=True)
 def scaled(stream, bits, first, scale, offset, out):
-    """out float32 [R, C] = scale * (code - first) + offset;  scale, offset float32 [R, G]"""
+    """Writes scale * (code - first) + offset to `out`.
+
+    stream   uint8 [R, bytes]
+    scale, offset   float32 [R, G]
+    out      float32 [R, C]
+    """
     group = out.shape[1] // scale.shape[1]
     for r in prange(out.shape[0]):
         codes = np.empty(out.shape[1], np.uint8)
