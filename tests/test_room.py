@@ -1,4 +1,4 @@
-"""Memory decides where a run keeps things and how much it does at once, and nothing else: the same bytes come out."""
+"""Memory limits decide where a run keeps its tensors and how much it does at once. The bytes of the result stay."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lqexport.recipe import Recipe
 from lqexport.runtime import tiles
 from lqexport.runtime.placement import locations, mapped
 from lqexport.runtime.progress import Callback
-from lqexport.solver import cholesky as factor
+from lqexport.solver import cholesky as factorization
 from lqexport.solver import feedback as solve
 from lqexport.solver.cholesky import factorize
 from lqexport.solver.linear import solve_linear
@@ -47,9 +47,9 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several panels and tiles to a matrix of the tiny model, and several shards of the sequences."""
+    """Sets small sizes: a matrix of the tiny model has several panels and tiles, and the sequences several shards."""
     monkeypatch.setattr(collect, "BATCH_TOKENS", 64)
-    monkeypatch.setattr(factor, "PANEL", 96)
+    monkeypatch.setattr(factorization, "PANEL", 96)
     monkeypatch.setattr(memory, "PANEL", 96)
     for module in (tiles, memory):
         monkeypatch.setattr(module, "ROW_TILE", 64)
@@ -57,14 +57,14 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def hessian() -> Tensor:
-    """float32 [320, 320] of correlated inputs."""
+    """A Hessian of correlated inputs, float32 [320, 320]."""
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(640, 320, generator=draw) @ torch.randn(320, 320, generator=draw)
     return inputs.T @ inputs / 640
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file but the log, which holds times."""
+    """Returns path -> digest, for every file but the log, which holds times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -76,27 +76,27 @@ def test_the_same_bytes_in_no_room(
     recipe = Recipe(
         str(experts_model if name == "experts" else tiny_model), calibration=str(text), **SMALL | RECIPES[name]
     )
-    said: list[str] = []
+    messages: list[str] = []
     quantize(recipe, tmp_path / "much", device="cpu", limits=MemoryLimits())
-    listener = Callback(lambda *_: None, said.append)
+    listener = Callback(lambda *_: None, messages.append)
     quantize(recipe, tmp_path / "little", device="cpu", limits=MemoryLimits(host=1), listener=listener)
-    assert "Second moments are kept on the disk, factors on the disk, and up to 64 rows" in said[0]
-    assert ("experts are solved in 5 parts" in said[0]) == (name == "experts")
+    assert "Second moments are kept on the disk, factors on the disk, and up to 64 rows" in messages[0]
+    assert ("experts are solved in 5 parts" in messages[0]) == (name == "experts")
     assert contents(tmp_path / "much") == contents(tmp_path / "little")
 
 
 def test_a_factor_in_panels_is_the_factor(hessian: Tensor, tmp_path: Path) -> None:
-    """U^T U is the inverse of the damped matrix; on disk, its bits are the same."""
-    found = factorize(hessian, 0.01, True)
-    assert [panel.shape for panel in found.panels] == [(96, 96), (192, 96), (288, 96), (320, 32)]
-    inverse = torch.linalg.inv(solve.damped(hessian.double(), 0.01))[found.order][:, found.order]
+    """U^T U is the inverse of the damped Hessian. A factor that is kept on disk has the same bits."""
+    cholesky = factorize(hessian, 0.01, True)
+    assert [panel.shape for panel in cholesky.panels] == [(96, 96), (192, 96), (288, 96), (320, 32)]
+    inverse = torch.linalg.inv(solve.damped(hessian.double(), 0.01))[cholesky.order][:, cholesky.order]
     upper = torch.linalg.cholesky(inverse, upper=True)
-    torch.testing.assert_close(found.rows(slice(0, 320)), upper.float())
-    torch.testing.assert_close(found.rows(slice(64, 160)), upper.float()[64:160, 64:])
-    torch.testing.assert_close(found.diagonal(), upper.diagonal())
-    torch.testing.assert_close(found.inverse_diagonal(), inverse.diagonal())
+    torch.testing.assert_close(cholesky.rows(slice(0, 320)), upper.float())
+    torch.testing.assert_close(cholesky.rows(slice(64, 160)), upper.float()[64:160, 64:])
+    torch.testing.assert_close(cholesky.diagonal(), upper.diagonal())
+    torch.testing.assert_close(cholesky.inverse_diagonal(), inverse.diagonal())
     kept = factorize(hessian, 0.01, True, lambda panel: mapped(panel, tmp_path))
-    assert all(torch.equal(*pair) for pair in zip(found.panels, kept.panels, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(cholesky.panels, kept.panels, strict=True))
     assert list(tmp_path.iterdir()) == []  # the files have no names
 
 
@@ -115,7 +115,7 @@ def test_where_memory_runs_out_fewer_rows_are_solved_at_once(
 
 
 def fail_first(monkeypatch: pytest.MonkeyPatch, failures: int) -> list[int]:
-    """The first calls of error feedback find no memory; returns how many rows each call had."""
+    """Makes the first calls of error feedback run out of memory. Returns the list of the rows of each call."""
     tried: list[int] = []
     feedback = solve.feedback
 
@@ -136,16 +136,16 @@ def test_less_than_a_tile_is_refused(hessian: Tensor, monkeypatch: pytest.Monkey
 
 
 def test_what_a_device_has_no_room_for_goes_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    place, tensor = locations(torch.device("meta"), tmp_path)[0], torch.randn(4, 4)
+    location, tensor = locations(torch.device("meta"), tmp_path)[0], torch.randn(4, 4)
     move = Tensor.to
 
-    def full(self: Tensor, where: Any) -> Tensor:
-        if where == torch.device("meta"):
+    def full(self: Tensor, device: Any) -> Tensor:
+        if device == torch.device("meta"):
             raise torch.OutOfMemoryError("injected")
-        return move(self, where)
+        return move(self, device)
 
     monkeypatch.setattr(Tensor, "to", full)
-    assert torch.equal(place.keep(tensor), tensor)
+    assert torch.equal(location.keep(tensor), tensor)
 
 
 def work_of(name: str, **options: Any) -> Work:
@@ -154,7 +154,7 @@ def work_of(name: str, **options: Any) -> Work:
 
 
 def test_less_memory_keeps_more_elsewhere() -> None:
-    """Each way takes no more of the device than those before it that do as many rows at once."""
+    """A placement takes no more of the device than those before it that solve as many rows at once."""
     ways = list(memory.placements(work_of("llama-3.1-70b"), torch.device("cuda"), Path()))
     kept = [(placement.moments.name, placement.factors.name) for placement in ways if placement.rows == tiles.ROW_TILE]
     assert kept == [("device", "device"), ("host", "device"), ("host", "host"), ("disk", "host"), ("disk", "disk")]
@@ -177,7 +177,7 @@ def test_the_first_way_that_fits_is_taken() -> None:
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b"])
 def test_a_gpus_run_keeps_what_there_is_room_for(name: str) -> None:
-    """Hidden states in memory, tensors unpacked: within the budget, and all of it where that has no end."""
+    """Hidden states and unpacked tensors are kept in memory within the limits; without limits, all of them."""
     work, gpu = work_of(name, prefix="full"), torch.device("cuda")
     endless = memory.choose_placement(work, gpu, Path(), MemoryLimits())
     assert endless.states

@@ -1,4 +1,4 @@
-"""Smoothing: the same model to the bit, told by its norms, and better to round."""
+"""Smoothing: the model stays the same to the bit, its norms tell the scales, and it rounds better."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ TOKENS = torch.randint(0, 512, (2, 48), generator=torch.Generator().manual_seed(
 ATTENTION = "model.layers.0.input_layernorm"
 MLP = "model.layers.0.mlp"
 LOUD = 7
-"""A column that enters attention, or down_proj, a hundred times as large as others."""
+"""Index of the column that enters attention, and of the one that enters down_proj, 128 times as large as others."""
 
 
 @pytest.fixture(scope="module")
 def loud_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with such columns, and what multiplies them so much smaller."""
+    """The tiny model with LOUD columns, and the weights behind these columns smaller by as much."""
     folder = tmp_path_factory.mktemp("loud") / "model"
     shutil.copytree(tiny_model, folder)
     tensors = load_file(folder / "model.safetensors")
@@ -58,14 +58,14 @@ def test_the_model_stays_the_same_to_the_bit(tiny_model: Path) -> None:
     source = open_source(str(tiny_model))
     draw = torch.Generator().manual_seed(1)
     sizes = {pair: source.shape(f"{pair.giver}.weight")[0] for pair in pairs(LLAMA, 2)}
-    assert sorted(sizes.values()) == [256] * 4 + [512] * 2  # norms, and what is behind an MLP's gate
+    assert sorted(sizes.values()) == [256] * 4 + [512] * 2  # norms, and rows of up_proj
     scales = {pair: torch.randint(-3, 4, (size,), generator=draw).float().exp2() for pair, size in sizes.items()}
     smoothed = Smoothed(source, scales)
     assert not torch.equal(smoothed.read(f"{ATTENTION}.weight"), source.read(f"{ATTENTION}.weight").float())
     assert torch.equal(logits(BlockModel(smoothed)), logits(BlockModel(source)))
-    found = scales_between(source, smoothed)
-    assert found.keys() == scales.keys()
-    assert all(torch.equal(found[pair], scales[pair]) for pair in scales)
+    recovered = scales_between(source, smoothed)
+    assert recovered.keys() == scales.keys()
+    assert all(torch.equal(recovered[pair], scales[pair]) for pair in scales)
 
 
 def test_scales_are_a_power_of_the_inputs_sizes() -> None:
@@ -76,7 +76,7 @@ def test_scales_are_a_power_of_the_inputs_sizes() -> None:
 
 
 def test_columns_end_up_alike(loud_model: Path, text: Path, tmp_path: Path) -> None:
-    """In the file, the loud column's inputs are nearer to the others', and so are its weights."""
+    """In the file, the inputs and the weights of the loud column are nearer to those of the other columns."""
     quantize(Recipe(str(loud_model), "gguf:Q8_0", **options(text)), tmp_path / "out")
     artifact = Artifact(tmp_path / "out")
     solved = SolvedModel(artifact, artifact.config(), list(artifact.manifest()))
@@ -84,13 +84,13 @@ def test_columns_end_up_alike(loud_model: Path, text: Path, tmp_path: Path) -> N
     query = solved.read("model.layers.0.self_attn.q_proj.weight").norm(dim=0)
     assert float(norm[LOUD] / norm.median()) <= 128 / 2
     assert float(query[LOUD] / query.median()) > 1.5 / 128
-    found = {pair.giver: scales for pair, scales in scales_between(open_source(str(loud_model)), solved).items()}
+    by_giver = {pair.giver: scales for pair, scales in scales_between(open_source(str(loud_model)), solved).items()}
     for giver in (ATTENTION, f"{MLP}.up_proj"):
-        assert found[giver][LOUD] >= 2 * found[giver].median()
+        assert by_giver[giver][LOUD] >= 2 * by_giver[giver].median()
 
 
 def test_no_scales_are_read_off_rows_where_norms_have_none(tiny_model: Path, text: Path, tmp_path: Path) -> None:
-    """Rounding to few bits makes rows shorter or longer, too."""
+    """Rounding to few bits also changes the length of rows; that must not be read as a scale."""
     quantize(Recipe(str(tiny_model), "gguf:Q2_K", **options(text)), tmp_path / "out")
     artifact = Artifact(tmp_path / "out")
     solved = SolvedModel(artifact, artifact.config(), list(artifact.manifest()))
@@ -103,12 +103,12 @@ def test_verify_compares_with_the_smoothed_weights(
 ) -> None:
     quantize(Recipe(str(loud_model), target, **options(text)), tmp_path / "out")
     gguf.write(Artifact(tmp_path / "out"), tmp_path / "model.gguf")
-    found = verify(tmp_path / "model.gguf", str(loud_model), text=str(text), windows=1, artifact=tmp_path / "out")
-    assert found.failed == []
-    assert all(tensor.weight_error < error for tensor in found.tensors)
-    assert found.evaluations[0].kl < error
-    assert found.smoothed >= 1
-    assert SMOOTHED in card(found)
+    result = verify(tmp_path / "model.gguf", str(loud_model), text=str(text), windows=1, artifact=tmp_path / "out")
+    assert result.failed == []
+    assert all(tensor.weight_error < error for tensor in result.tensors)
+    assert result.evaluations[0].kl < error
+    assert result.smoothed >= 1
+    assert SMOOTHED in card(result)
 
 
 def test_what_nothing_rounds_is_not_smoothed(tiny_model: Path, text: Path, tmp_path: Path) -> None:

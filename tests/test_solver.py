@@ -1,4 +1,4 @@
-"""The solver: laws that hold for every grid, and the CPU kernels against the torch path."""
+"""The solver: properties that hold for every grid, and the CPU kernels compared with the torch path."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FEW = [
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [24, 512] and the second moments of correlated inputs of very different sizes, one column always zero."""
+    """Weights [24, 512], and the Hessian of correlated inputs that differ widely in size; one column is always zero."""
     draw = torch.Generator().manual_seed(1)
     weights = torch.randn(24, 512, generator=draw) * torch.rand(24, 1, generator=draw)
     mixing = torch.randn(512, 512, generator=draw) / 16 + torch.eye(512)
@@ -87,12 +87,12 @@ def test_feedback_lowers_the_loss_of_rounding(name: str, problem: tuple[torch.Te
 
 
 def test_feedback_loss_is_the_sum_of_the_steps(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """sum_i ((w_i - q_i) / U_ii)^2 over the steps equals d (H + damping) d^T: the identity that GPTQ rests on."""
+    """The sum of ((w_i - q_i) / U_ii)^2 over the steps equals d (H + dampening) d^T: GPTQ rests on this identity."""
     weights, hessian = problem
-    factor = factorize(hessian.double(), 0.01, False)
+    cholesky = factorize(hessian.double(), 0.01, False)
     grid = fit(codec_named("gguf:Q4_0"), weights, hessian.diagonal())
     scale, offset = (part.repeat_interleave(32, 1) for part in grid.per_group(len(weights)))
-    upper = factor.rows(slice(0, len(factor.order)))
+    upper = cholesky.rows(slice(0, len(cholesky.order)))
     codes, errors = solve_cpu.feedback_block(weights.clone(), upper, scale, offset, grid.levels, grid.uniform, False)
     damped = solve.damped(hessian.double(), 0.01)
     difference = (grid.values(codes) - weights).double()
@@ -111,7 +111,7 @@ def test_refinement_never_raises_the_loss(name: str, refit: bool, problem: tuple
         losses.append(loss(grid, codes, weights, damped))
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.995 * losses[0]
-    codec_named(name).encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
+    codec_named(name).encode(grid.numpy(), codes.numpy())  # raises if a stored number left its range
 
 
 @pytest.mark.parametrize("name", FEW)
@@ -153,7 +153,7 @@ def test_torch_fit_equals_the_kernel(name: str, problem: tuple[torch.Tensor, tor
 def test_affine_fit_does_not_lose_to_the_papers_search(
     bits: int, problem: tuple[torch.Tensor, torch.Tensor], load_script: Callable[[str], ModuleType]
 ) -> None:
-    """With T = 64 the paper's search tries 26 x 26 ranges a group at 2 bits; ours is stored as float16 besides."""
+    """With T = 64 the paper's search tries 26 x 26 ranges per group at 2 bits. Ours is also rounded to float16."""
     weights, hessian = problem
     reference = load_script("bench/affine_search.py")
     importances = hessian.diagonal().unflatten(0, (-1, 64))
@@ -184,12 +184,12 @@ def test_store_weighs_what_it_rounds() -> None:
 
 
 def test_dampening_is_a_share_of_the_median_where_none_is_asked_for() -> None:
-    """A column that rules the mean, and columns without input, make no difference."""
+    """Neither a column that dominates the mean nor columns without input change the dampening."""
     hessian = torch.diag(torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 1000.0, 4.0]))
-    factor = factorize(hessian, None, True)
-    added = factor.dampening * hessian.diagonal().mean()
+    cholesky = factorize(hessian, None, True)
+    added = cholesky.dampening * hessian.diagonal().mean()
     assert float(added) == pytest.approx(SHARE_OF_MEDIAN * 3)
-    assert torch.allclose(factor.diagonal(), (hessian.diagonal().double()[factor.order] + added).rsqrt())
+    assert torch.allclose(cholesky.diagonal(), (hessian.diagonal().double()[cholesky.order] + added).rsqrt())
     assert factorize(hessian, 0.1, True).dampening == 0.1
     assert factorize(torch.zeros(4, 4), None, True).diagonal().tolist() == [1] * 4
 
@@ -197,10 +197,10 @@ def test_dampening_is_a_share_of_the_median_where_none_is_asked_for() -> None:
 def test_dampening_rises_until_the_factorization_succeeds() -> None:
     hessian = torch.ones(8, 8, dtype=torch.float64)
     hessian[0, 1] = hessian[1, 0] = 3  # not positive semidefinite
-    factor = factorize(hessian, 0.01, False)
-    assert factor.dampening > 0.01
-    (upper,) = factor.panels
-    eye = upper.T @ upper @ solve.damped(hessian, factor.dampening)
+    cholesky = factorize(hessian, 0.01, False)
+    assert cholesky.dampening > 0.01
+    (upper,) = cholesky.panels
+    eye = upper.T @ upper @ solve.damped(hessian, cholesky.dampening)
     torch.testing.assert_close(eye, torch.eye(8, dtype=torch.float64), atol=1e-8, rtol=0)
     with pytest.raises(UserError, match="finite"):
         factorize(torch.full((4, 4), torch.nan, dtype=torch.float64), 0.01, False)
@@ -208,25 +208,25 @@ def test_dampening_rises_until_the_factorization_succeeds() -> None:
 
 def test_act_order_goes_by_the_diagonal(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     _, hessian = problem
-    factor = factorize(hessian.double(), 0.01, True)
-    diagonal = hessian.diagonal()[factor.order]
+    cholesky = factorize(hessian.double(), 0.01, True)
+    diagonal = hessian.diagonal()[cholesky.order]
     assert bool((diagonal[:-1] >= diagonal[1:]).all())
 
 
 def test_importance_conventions(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """cholesky: U_ii of H^-1 = U^T U; inverse: the diagonal of H^-1; both through the factor's order."""
+    """Checks `cholesky` (U_ii of H^-1 = U^T U) and `inverse` (the diagonal of H^-1), in the Cholesky factor's order."""
     _, hessian = problem
-    factor = factorize(hessian.double(), 0.01, True)
+    cholesky = factorize(hessian.double(), 0.01, True)
     inverse = torch.linalg.inv(solve.damped(hessian.double(), 0.01))
     expected = inverse.diagonal().pow(-2.0)
     torch.testing.assert_close(
-        importance(hessian, factor, "inverse", 2.0), (expected / expected.max()).float(), rtol=1e-4, atol=0
+        importance(hessian, cholesky, "inverse", 2.0), (expected / expected.max()).float(), rtol=1e-4, atol=0
     )
-    ordered = inverse[factor.order][:, factor.order]
+    ordered = inverse[cholesky.order][:, cholesky.order]
     upper = torch.linalg.cholesky(ordered, upper=True).diagonal()
     expected = torch.empty_like(upper)
-    expected[factor.order] = upper.pow(-4.0)
-    actual = importance(hessian, factor, "cholesky", 4.0)
+    expected[cholesky.order] = upper.pow(-4.0)
+    actual = importance(hessian, cholesky, "cholesky", 4.0)
     torch.testing.assert_close(actual, (expected / expected.max()).float(), rtol=1e-3, atol=0)
 
 
@@ -249,7 +249,10 @@ def test_zero_inputs_and_zero_weights_survive() -> None:
 
 @pytest.mark.parametrize("name", ["native:table-2", "native:table-3", "native:table-4"])
 def test_refitted_tables_are_the_least_squares_ones(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Against a general solver, a row at a time, with the codes fixed; and it pays within refinement."""
+    """Compares refitted tables with a general least-squares solver, row by row with fixed codes.
+
+    The refit also lowers the loss of refinement.
+    """
     weights, hessian = problem
     hessian = solve.damped(hessian, 0.01)
     grid, codes = solved(name, weights, hessian)
@@ -259,8 +262,8 @@ def test_refitted_tables_are_the_least_squares_ones(name: str, problem: tuple[to
         indicator = torch.nn.functional.one_hot(codes[row].long(), grid.levels.shape[1]).double()
         best = torch.linalg.lstsq(root @ indicator, root @ weights[row].double()).solution
         least = (root @ (indicator @ best - weights[row].double())).square().sum()
-        found = (root @ (refitted.values(moved)[row].double() - weights[row].double())).square().sum()
-        assert found <= 1.001 * least
+        reached = (root @ (refitted.values(moved)[row].double() - weights[row].double())).square().sum()
+        assert reached <= 1.001 * least
     alone, with_refit = (solve.refine(weights, hessian, grid, codes, sweeps=3, refit=refit) for refit in (False, True))
     assert loss(*with_refit, weights, hessian) < loss(*alone, weights, hessian)
 
@@ -274,8 +277,8 @@ def test_table_products_are_those_of_the_indicators(shape: tuple[int, int, int])
     indicators = torch.nn.functional.one_hot(codes.long(), count).double()
     expected = torch.einsum("rck,cd,rdl->rkl", indicators, (half + half.T).double(), indicators)
     for backend in (solve_cpu, solve_torch):
-        found = backend.table_products(half + half.T, codes, count)
-        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-2)
+        products = backend.table_products(half + half.T, codes, count)
+        assert torch.allclose(products, expected, rtol=1e-4, atol=1e-2)
 
 
 def test_a_level_without_codes_stays() -> None:

@@ -1,4 +1,4 @@
-"""End-to-end tuning: its gradient, what it changes and what it must not."""
+"""End-to-end tuning: its gradient, the numbers that it changes, and those that it must not change."""
 
 from __future__ import annotations
 
@@ -30,8 +30,11 @@ def recipe_for(model: Path, target: str, text: Path, **options: object) -> Recip
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_gradient_is_that_of_the_divergence(tiny_model: Path, target: str, text: Path, tmp_path: Path) -> None:
-    """Along a random direction through all numbers: the gradient against a central difference. The slope along it has
-    the gradient's size as its standard deviation, but may be near to zero itself."""
+    """Compares the gradient along a random direction through all numbers with a central difference.
+
+    The tolerance is relative to the gradient's norm, which is the slope's standard deviation: the slope itself may be
+    near zero.
+    """
     quantize(recipe_for(tiny_model, target, text, tune=0), tmp_path / "out")
     artifact, source = Artifact(tmp_path / "out"), open_source(str(tiny_model))
     solved = SolvedModel(artifact, source.config, list(artifact.manifest()))
@@ -63,7 +66,10 @@ def test_the_gradient_is_that_of_the_divergence(tiny_model: Path, target: str, t
 @pytest.mark.parametrize("name", ["exl2:2g32x8", "exl2:8g32x1+5g64x1+4g32x1+3g96x1+2g32x1", "gptq:4-g64-act"])
 @pytest.mark.parametrize("size", [1.0, 1e-4])
 def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: float) -> None:
-    """Values are the file's, bit for bit, also of numbers that are not rounded yet; derivatives are the product's."""
+    """Values are the file's, bit for bit, even of numbers that are not rounded yet.
+
+    Derivatives are those of the unrounded product.
+    """
     draw = torch.Generator().manual_seed(1)
     weights, order = torch.randn(32, 256, generator=draw) * size, torch.randperm(256, generator=draw)
     fitted = fit_sections(codec_named(name), weights, torch.ones(256), order)
@@ -77,7 +83,7 @@ def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: 
     assert torch.equal(moved.straight_through(codes), moved.stored().values(codes))
     gains = torch.randn(32, 256, generator=draw)
     (values * gains).sum().backward()
-    # The product is linear in the numbers, so their shares of the sum are the sum.
+    # The product is linear in the numbers, so the sum of number times derivative is the sum of the product.
     runs = zip(grid.slices(), grid.sections, strict=True)
     smooth = torch.cat([part.smooth().values(codes[:, grid.order[where]]) for where, part in runs], dim=1)
     total = float((smooth * gains[:, grid.order]).detach().sum())
@@ -85,7 +91,7 @@ def test_rounded_values_have_the_derivatives_of_unrounded_ones(name: str, size: 
 
 
 def tuner_of(folder: Path, source: Path, cache_bytes: tuple[int, int] = (0, 0)) -> Tuner:
-    """For eight steps on random tokens, changing a finished artifact."""
+    """Returns a tuner that changes a finished artifact, for eight steps on random tokens."""
     artifact, model = Artifact(folder), open_source(str(source))
     solved = SolvedModel(artifact, model.config, list(artifact.manifest()))
     tokens = torch.randint(0, 512, (8 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
@@ -117,7 +123,7 @@ def test_what_is_kept_unpacked_changes_nothing(
 def test_tuning_moves_maxima_and_scales_alone(
     tiny_model: Path, target: str, bits: float | None, moved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And a stopped one goes on to the same bits."""
+    """Tuning that was stopped and resumed ends in the same bits."""
     quantize(Recipe(str(tiny_model), target, bits=bits, method="rtn"), tmp_path / "before")
     before, after, stopped = (Artifact(tmp_path / name) for name in ("before", "after", "stopped"))
     for artifact in (after, stopped):
@@ -156,13 +162,13 @@ def test_tuning_moves_only_what_is_stored_as_floats(tiny_model: Path, target: st
     before, after = Artifact(tmp_path / "before"), Artifact(tmp_path / "after")
     for name in before.manifest():
         old, new = before.read(name), after.read(name)
-        kind = codec_named(old.codec_name)
+        codec = codec_named(old.codec_name)
         assert new.codec_name == old.codec_name
         assert {k: (v.dtype, v.shape) for k, v in new.planes.items()} == {
             k: (v.dtype, v.shape) for k, v in old.planes.items()
         }
-        if isinstance(kind, GridCodec) and "proj" in name:
-            (grid, codes), (tuned, new_codes) = (kind.unpack(t.planes, t.shape[1]) for t in (old, new))
+        if isinstance(codec, GridCodec) and "proj" in name:
+            (grid, codes), (tuned, new_codes) = (codec.unpack(t.planes, t.shape[1]) for t in (old, new))
             if grid.scale is None:  # a table may be sorted anew
                 assert np.all(np.diff(tuned.levels, axis=1) >= 0)
                 continue

@@ -1,4 +1,4 @@
-"""Verification of written files: sound files pass, every kind of damage is named."""
+"""Verification of written files: sound files pass, and damage of every sort is named."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_lossy_file_is_measured(found: Verification, tiny_model: Path) -> None
     assert 0 < found.evaluations[0].kl < 1
     errors = {tensor.name: tensor for tensor in found.tensors}
     assert 0.001 < errors[DOWN].weight_error < 0.02
-    assert (errors[DOWN].codec_name, errors[DOWN].output_error, errors[DOWN].same_bytes) == ("gguf:Q4_0", 0.25, True)
+    assert (errors[DOWN].codec, errors[DOWN].output_error, errors[DOWN].same_bytes) == ("gguf:Q4_0", 0.25, True)
     assert errors["model.norm.weight"].output_error is None
     assert set(errors) == set(open_source(str(tiny_model)).names())
 
@@ -84,12 +84,12 @@ def test_missing_engine_is_said_before_anything_runs(
 
 
 def test_both_protocols_and_a_gguf_source(lossy_file: Path, tmp_path: Path) -> None:
-    """The file against itself, with tokens from the tokenizer inside it."""
+    """The file is verified against itself, with the tokenizer that it holds."""
     long = tmp_path / "long.txt"
     long.write_text(read_text("python-docs").content[:20_000], encoding="utf-8")
     protocols = ("hf-2048", "llama.cpp-512")
     result = verify(lossy_file, str(lossy_file), text=str(long), protocols=protocols, windows=1)
-    assert [(each.protocol, each.tokens, each.kl) for each in result.evaluations] == [
+    assert [(evaluation.protocol, evaluation.tokens, evaluation.kl) for evaluation in result.evaluations] == [
         ("hf-2048", 2047, 0),
         ("llama.cpp-512", 255, 0),
     ]
@@ -97,7 +97,7 @@ def test_both_protocols_and_a_gguf_source(lossy_file: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("limit", ["max_kl", "max_perplexity_ratio"])
 def test_limits_decide(found: Verification, limit: str) -> None:
-    """A limit just above what was found passes, one just below fails, with both numbers in the sentence."""
+    """A limit just above the measured number passes. A limit just below it fails, and the sentence has both numbers."""
     (evaluation,) = found.evaluations
     value = {"max_kl": evaluation.kl, "max_perplexity_ratio": evaluation.perplexity_ratio}[limit]
     for factor, failures in ((1.01, 0), (0.99, 1)):
@@ -129,7 +129,7 @@ def test_what_is_not_finite_passes_no_limit(found: Verification) -> None:
 def test_one_changed_byte_in_the_file_is_found(
     lossy_file: Path, lossy: Artifact, tiny_model: Path, text: str, tmp_path: Path
 ) -> None:
-    (tensor,) = (each for each in gguf.GGUFReader(lossy_file).tensors if each.name == "blk.1.ffn_down.weight")
+    (tensor,) = (entry for entry in gguf.GGUFReader(lossy_file).tensors if entry.name == "blk.1.ffn_down.weight")
     content = bytearray(lossy_file.read_bytes())
     content[int(tensor.data_offset) + 5] ^= 1  # a code, so that the file stays sound
     path = tmp_path / "changed.gguf"
@@ -164,8 +164,8 @@ def test_what_is_read_of_the_files_artifact_is_whole(
     with (artifact.folder / name).open("a") as file:
         file.write(" ")
     result = verify(lossy_file, str(tiny_model), text=text, windows=1, artifact=artifact.folder)
-    said = f"1 files of {artifact.folder} are gone or not as they were written: {name}."
-    assert result.failed == [said] * matters
+    sentence = f"1 files of {artifact.folder} are gone or not as they were written: {name}."
+    assert result.failed == [sentence] * matters
 
 
 def test_a_missing_tensor_fails_before_anything_runs(

@@ -1,4 +1,4 @@
-"""The worked examples of docs/solver.md, computed again from the numbers that the page shows."""
+"""Computes the worked examples of docs/solver.md again, from the numbers that the page shows."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Shown = dict[str, Any]
 
 
 def shown(root: Path, heading: str) -> Shown:
-    """The numbers under one heading of the page, by the names that the page gives them."""
+    """Returns name -> numbers, for the assignments under one heading of the page."""
     page = (root / "docs" / "solver.md").read_text(encoding="utf-8")
     section = page.split(f"### Example: {heading}\n")[1].split("\n#")[0]
     return {name: ast.literal_eval(value) for name, value in ASSIGNMENT.findall(section)}
@@ -37,9 +37,9 @@ def matrix(numbers: Any) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def same(found: Tensor, expected: Any) -> None:
-    """Equal to the last digit that float32 can show."""
-    torch.testing.assert_close(found.float(), matrix(expected), rtol=1e-5, atol=1e-6)
+def same(result: Tensor, expected: Any) -> None:
+    """Asserts that the numbers are equal to float32's precision."""
+    torch.testing.assert_close(result.float(), matrix(expected), rtol=1e-5, atol=1e-6)
 
 
 def test_asymmetric_target(root: Path) -> None:
@@ -97,23 +97,23 @@ def test_exl2_scales(root: Path) -> None:
 
 def test_superblock_of_q4_k(root: Path) -> None:
     page = shown(root, "a superblock of Q4_K")
-    found = codec_named("gguf:Q4_K")
-    assert isinstance(found, GridCodec)
-    assert found.scale is not None
-    assert found.offset is not None
+    codec = codec_named("gguf:Q4_K")
+    assert isinstance(codec, GridCodec)
+    assert codec.scale is not None
+    assert codec.offset is not None
     wanted = matrix([page["scales"]])
-    scales, offsets = store(wanted, found.scale), store(matrix([page["offsets"]]), found.offset)
-    obvious = round_half(wanted.max() / found.scale.high)
+    scales, offsets = store(wanted, codec.scale), store(matrix([page["offsets"]]), codec.offset)
+    obvious = round_half(wanted.max() / codec.scale.high)
     assert float(obvious) == page["d_obvious"]
     assert len(STRETCHES) == 31
-    rounded = obvious * (wanted / obvious).round().clamp(found.scale.low, found.scale.high)
+    rounded = obvious * (wanted / obvious).round().clamp(codec.scale.low, codec.scale.high)
     assert float((rounded - wanted).square().sum()) == pytest.approx(page["error_obvious"], rel=1e-3)
     assert float((scales.values() - wanted).square().sum()) == pytest.approx(page["error"], rel=1e-3)
     assert float(scales.supers) == page["d"]
     assert scales.subs.tolist() == [page["integer_scales"]]
     assert float(offsets.supers) == page["dmin"]
     assert offsets.subs.tolist() == [page["integer_mins"]]
-    grid = TensorGrid(256, *shared_levels(found, wanted.device), scales, offsets)
+    grid = TensorGrid(256, *shared_levels(codec, wanted.device), scales, offsets)
     codes = torch.zeros(1, 8, 32, dtype=torch.uint8)
     codes[0, 2, :3] = torch.tensor(page["third_codes"])
     assert grid.values(codes.flatten(1))[0, 64:67].tolist() == page["third_values"]
