@@ -1,1 +1,1 @@
-"""Checkpoints that other tools have quantized, as sources."""
+"""Reading checkpoints that other tools have quantized, as sources."""

@@ -1,11 +1,14 @@
-"""compressed-tensors checkpoints as sources.
+"""Reads compressed-tensors checkpoints as sources.
 
-    pack-quantized   weight_packed int32 [R, C * B / 32], each row one bit stream of little-endian words; weight_scale
-                     [R, G]; weight_shape, R and C; unless symmetric weight_zero_point int32 [R * B / 32, G]
-    the others       weight int8 or float8 [R, C]; weight_scale of the whole, or of each row, group or block; unless
-                     symmetric weight_zero_point int8, alike
+For R rows, C columns, G groups and B bits, the formats are
 
-for R rows, C columns, G groups and B bits.
+    pack-quantized   weight_packed int32 [R, C * B / 32], each row one bit stream of little-endian words
+                     weight_scale [R, G]
+                     weight_shape, R and C
+                     weight_zero_point int32 [R * B / 32, G], unless symmetric
+    the others       weight int8 or float8 [R, C]
+                     weight_scale, one for the whole matrix, or one for each row, group or block
+                     weight_zero_point int8, of the same shape, unless symmetric
 """
 
 from __future__ import annotations
@@ -43,7 +46,7 @@ class CompressedTensors(CheckpointLayout):
         packed = f"{module}.weight_packed"
         return self.bits(packed, self.matrix(packed)[1], self.shape(module)[1]) if self._has(packed) else 8
 
-    def kind(self, module: str) -> str:
+    def quantization_name(self, module: str) -> str:
         scale = self.stored.stored_shape(f"{module}.weight_scale")
         size = size_name(self.shape(module)[1], scale[1] if len(scale) == 2 else 1)
         symmetric = "" if self._has(f"{module}.weight_zero_point") else "-sym"
@@ -53,30 +56,30 @@ class CompressedTensors(CheckpointLayout):
         if not self._has(f"{module}.weight_packed"):
             return self.matrix(f"{module}.weight")
         lines, words = self.matrix(f"{module}.weight_packed")
-        rows, columns = self.part(f"{module}.weight_shape", (2,), (torch.int64, torch.int32)).tolist()
-        if rows != lines or not 4 * words <= columns <= 32 * words:  # of 1 to 8 bits
+        rows, columns = self.checked_tensor(f"{module}.weight_shape", (2,), (torch.int64, torch.int32)).tolist()
+        if rows != lines or not 4 * words <= columns <= 32 * words:  # 1 to 8 bits each
             raise UserError(f"{module}.weight_shape is [{rows}, {columns}], which weight_packed does not hold.")
         return rows, columns
 
     def _scale(self, module: str) -> NDArray[np.float32]:
-        """float32 [R, G], of one scale for all, for each row, each group, or each block of rows and columns."""
+        """Returns the scales as float32 [R, G]; stored are one per matrix, row, group, or block of rows and columns."""
         name, (rows, _) = f"{module}.weight_scale", self.shape(module)
-        scale = self.part(name, self.stored.stored_shape(name), FLOATS).float()
+        scale = self.checked_tensor(name, self.stored.stored_shape(name), FLOATS).float()
         return _by_row(name, scale, rows).numpy()
 
     def _zero(self, module: str, groups: int) -> NDArray[np.int16]:
-        """int16 [R, G], plus what makes signed codes unsigned."""
+        """Returns the zero points as int16 [R, G], raised by the same number that makes signed codes unsigned."""
         name, bits, (rows, _) = f"{module}.weight_zero_point", self._width(module), self.shape(module)
         if not self._has(name):
             return np.full((rows, groups), 2 ** (bits - 1), np.int16)
         if self._has(f"{module}.weight_packed"):
             words = self.words(name, (-(-rows * bits // 32), groups))
             return streams(words.T, bits, rows).T.astype(np.int16)
-        stored = self.part(name, self.stored.stored_shape(f"{module}.weight_scale"), (torch.int8,))
+        stored = self.checked_tensor(name, self.stored.stored_shape(f"{module}.weight_scale"), (torch.int8,))
         return _by_row(name, stored, rows).numpy() + np.int16(128)
 
     def _bytes(self, module: str) -> Tensor:
-        return self.part(f"{module}.weight", self.shape(module), (torch.int8, torch.float8_e4m3fn))
+        return self.checked_tensor(f"{module}.weight", self.shape(module), (torch.int8, torch.float8_e4m3fn))
 
     def _is_float(self, module: str) -> bool:
         return not self._has(f"{module}.weight_packed") and self._bytes(module).dtype != torch.int8
@@ -85,7 +88,7 @@ class CompressedTensors(CheckpointLayout):
         return None if self._is_float(module) else self._affine(module)
 
     def _affine(self, module: str) -> AffineGrid:
-        """The grid; of floating-point codes, that of their scales."""
+        """Returns the grid; for floating-point codes, only its scales and groups mean something."""
         scale, (_, columns) = self._scale(module), self.shape(module)
         groups = scale.shape[1]
         group_of = self.group_of(f"{module}.weight_g_idx", columns, groups)
@@ -94,7 +97,7 @@ class CompressedTensors(CheckpointLayout):
     def codes(self, module: str) -> Codes:
         bits, (rows, columns) = self._width(module), self.shape(module)
         if not self._has(f"{module}.weight_packed"):
-            return self._bytes(module).numpy().view(np.uint8) ^ np.uint8(128)  # plus 128: flip the sign bit
+            return self._bytes(module).numpy().view(np.uint8) ^ np.uint8(128)  # flipping the sign bit adds 128
         return streams(self.words(f"{module}.weight_packed", (rows, columns * bits // 32)), bits, columns)
 
     def read(self, module: str) -> NDArray[np.float32]:
@@ -105,7 +108,7 @@ class CompressedTensors(CheckpointLayout):
 
 
 def _by_row(name: str, stored: Tensor, rows: int) -> Tensor:
-    """[R, G] of what is stored once, by rows, or by blocks of rows."""
+    """Returns as [R, G] what is stored once per matrix, per row, or per block of rows."""
     lines = stored.reshape(-1, 1) if stored.ndim < 2 else stored
     if lines.ndim != 2 or 0 in lines.shape or rows % len(lines):
         raise UserError(f"{name}, {list(stored.shape)}, does not fit a matrix of {rows} rows.")

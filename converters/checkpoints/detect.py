@@ -1,4 +1,4 @@
-"""Checkpoints that other tools have quantized, told apart by config.json and the names of their tensors."""
+"""Finds which tool has quantized a checkpoint, by config.json and the names of its tensors."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ LAYOUTS: dict[str, type[CheckpointLayout]] = {
     "compressed-tensors": CompressedTensors,
     "fp8": Fp8,
 }
-"""By `quant_method`. LeanQuant's checkpoints have no config.json of their own."""
+"""`quant_method` of config.json -> layout. LeanQuant is not among them: its checkpoints come without a config.json."""
 
 
 def layout_of(
     folder: Path, config: dict[str, Any], names: Collection[str], stored: StoredByName
 ) -> CheckpointLayout | None:
-    """How the tensors of a folder, called `names`, are quantized; None where they are not.
+    """Returns the layout of a folder's quantized tensors; None where the folder is not quantized.
 
-    Raises UserError for what is not read, naming what is.
+    names    names of the folder's tensors
+    stored   the tensors themselves
+
+    Raises UserError if the folder is quantized in a way that is not read; the message names those that are.
     """
     if any(name.endswith(f".{LeanQuant.mark}") for name in names):
         return LeanQuant(stored, names, {})
@@ -43,6 +46,6 @@ def layout_of(
 
 
 def _gptq_config(folder: Path) -> dict[str, Any] | None:
-    """Where AutoGPTQ kept what config.json says today."""
+    """Returns the content of quantize_config.json, which old versions of AutoGPTQ write; None if there is none."""
     path = folder / "quantize_config.json"
     return {"quant_method": "gptq"} | read_json(path, "") if path.is_file() else None

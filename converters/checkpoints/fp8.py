@@ -1,8 +1,8 @@
-"""FP8 checkpoints as sources, as DeepSeek V3 and Qwen3's FP8 models are published.
+"""Reads FP8 checkpoints as sources: the form in which DeepSeek V3 and Qwen3's FP8 models are published.
 
 weight             float8_e4m3fn [R, C]
-weight_scale_inv   float [ceil(R / r), ceil(C / c)]: what the weights of a block of r rows and c columns are
-                   multiplied by (`weight_block_size` of config.json); the last blocks may be smaller
+weight_scale_inv   float [ceil(R / r), ceil(C / c)]: the factor by which the weights of a block are multiplied. A block
+                   has r rows and c columns (`weight_block_size` of config.json); the last ones may be smaller.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout
 from lqexport.errors import UserError
 
 BLOCK = [128, 128]
-"""Where config.json names no size."""
+"""Rows and columns of a block where config.json does not give them."""
 
 
 class Fp8(CheckpointLayout):
-    """Floating-point numbers of 8 bits with a scale for each block. No grid holds them, so they are solved again."""
+    """FP8 weights with a scale for each block. No grid holds such weights, so they are solved again."""
 
     container = "FP8 folder"
     mark = "weight_scale_inv"
@@ -31,7 +31,7 @@ class Fp8(CheckpointLayout):
             raise UserError(f"This FP8 checkpoint has blocks of the size {block}; two numbers are read.")
         self._block = block
 
-    def kind(self, module: str) -> str:
+    def quantization_name(self, module: str) -> str:
         return f"fp8:{self._block[0]}x{self._block[1]}"
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -42,9 +42,9 @@ class Fp8(CheckpointLayout):
 
     def read(self, module: str) -> NDArray[np.float32]:
         rows, columns = shape = self.shape(module)
-        high, wide = self._block
-        blocks = -(-rows // high), -(-columns // wide)
-        scale = self.part(f"{module}.weight_scale_inv", blocks, FLOATS).float()
-        weight = self.part(f"{module}.weight", shape, (torch.float8_e4m3fn,)).float()
-        by_weight = scale.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+        block_rows, block_columns = self._block
+        blocks = -(-rows // block_rows), -(-columns // block_columns)
+        scale = self.checked_tensor(f"{module}.weight_scale_inv", blocks, FLOATS).float()
+        weight = self.checked_tensor(f"{module}.weight", shape, (torch.float8_e4m3fn,)).float()
+        by_weight = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
         return (weight * by_weight).numpy()

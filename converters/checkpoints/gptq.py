@@ -1,11 +1,14 @@
-"""GPTQ and AWQ checkpoints as sources.
+"""Reads GPTQ and AWQ checkpoints as sources.
 
-    GPTQ   qweight int32 [C * B / 32, R], each column one bit stream; qzeros int32 [G, R * B / 32], each line one: zero
-           points, less one unless checkpoint_format is gptq_v2; scales [G, R]; g_idx int32 [C], the columns' groups
-    AWQ    qweight int32 [C, R / 8], qzeros int32 [G, R / 8], scales [G, R]; the nibbles of a word, lowest first, are
-           rows 0 2 4 6 1 3 5 7 of its eight (AutoAWQ's GEMM version)
+For R rows, C columns, G groups and B bits, with little-endian words, the formats are
 
-for R rows, C columns, G groups and B bits, in little-endian words.
+    GPTQ   qweight int32 [C * B / 32, R], each column one bit stream
+           qzeros int32 [G, R * B / 32], each line one bit stream of zero points; they are stored less one, unless
+           checkpoint_format is gptq_v2
+           scales [G, R]
+           g_idx int32 [C], the group of each column
+    AWQ    qweight int32 [C, R / 8], qzeros int32 [G, R / 8], scales [G, R]; a word holds eight rows, whose nibbles,
+           lowest first, are rows 0 2 4 6 1 3 5 7 of the eight (AutoAWQ's GEMM version)
 """
 
 from __future__ import annotations
@@ -18,21 +21,22 @@ from lqexport.errors import UserError
 from lqexport.formats.moves import AffineGrid
 
 AWQ_ROWS = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The row, of a word's eight, that each of its nibbles holds."""
 
 
 class _Transposed(CheckpointLayout):
-    """What the two have in common: columns and groups come first."""
+    """The base of both layouts: the first axis of a stored tensor is the columns or groups."""
 
     mark = "qweight"
 
     def scales(self, module: str) -> NDArray[np.float32]:
-        """float32 [R, G]."""
+        """Returns the scales, float32 [R, G]."""
         name = f"{module}.scales"
-        return self.part(name, self.matrix(name), FLOATS).float().numpy().T
+        return self.checked_tensor(name, self.matrix(name), FLOATS).float().numpy().T
 
 
 class Gptq(_Transposed):
-    """GPTQ's layout: any bits and groups, in act-order or not."""
+    """GPTQ's layout, with any bits and group size, in act-order or not."""
 
     container = "GPTQ folder"
     parts = ("qweight", "qzeros", "scales", "g_idx")
@@ -41,12 +45,12 @@ class Gptq(_Transposed):
         form = self.quantization.get("checkpoint_format") or self.quantization.get("format") or "gptq"
         if form not in ("gptq", "gptq_v2"):
             raise UserError(f"This GPTQ checkpoint is in the format {form}; gptq and gptq_v2 are read.")
-        self._less = np.int16(form == "gptq")
+        self._stored_less = np.int16(form == "gptq")
 
     def _width(self, module: str) -> int:
         return self.bits(f"{module}.qzeros", self.matrix(f"{module}.qzeros")[1], self.matrix(f"{module}.scales")[1])
 
-    def kind(self, module: str) -> str:
+    def quantization_name(self, module: str) -> str:
         groups, _ = self.matrix(f"{module}.scales")
         columns = self.shape(module)[1]
         reorders = np.any(np.diff(self.group_of(f"{module}.g_idx", columns, groups)) < 0)
@@ -65,9 +69,13 @@ class Gptq(_Transposed):
         return AffineGrid(bits, scales, zeros, self.group_of(f"{module}.g_idx", columns, groups))
 
     def _zeros(self, module: str, stored: NDArray[np.int16], middle: int) -> NDArray[np.int16]:
-        """Zero points. Those of symmetric codes are the `middle`: not every tool that takes one off says so rightly."""
+        """Returns the zero points int16 [R, G] of the stored ones.
+
+        The zero points of symmetric codes are all `middle`, whatever checkpoint_format says: not every tool states
+        rightly whether it stores them less one. Raises UserError if they are stored in neither way.
+        """
         if not self.quantization.get("sym"):
-            return stored + self._less
+            return stored + self._stored_less
         if np.all(stored == middle - 1) or np.all(stored == middle):
             return np.full_like(stored, middle)
         raise UserError(f"{module}.qzeros are not all {middle}, though the checkpoint says that it is symmetric.")
@@ -88,7 +96,7 @@ class Awq(_Transposed):
         if (version, bits) != ("gemm", 4):
             raise UserError(f"This AWQ checkpoint is of version {version} and {bits} bits; gemm of 4 bits is read.")
 
-    def kind(self, module: str) -> str:
+    def quantization_name(self, module: str) -> str:
         return f"awq:4-{size_name(self.shape(module)[1], self.matrix(f'{module}.scales')[0])}"
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -107,7 +115,7 @@ class Awq(_Transposed):
 
 
 def _nibbles(words: NDArray[np.int32]) -> Codes:
-    """AWQ's integers uint8 [lines, R] of words [lines, R / 8]."""
+    """Returns AWQ's integers uint8 [lines, R] from words [lines, R / 8]."""
     lines, count = words.shape
     stored = streams(words, 4, 8 * count).reshape(lines, count, 8)
     integers = np.empty_like(stored)

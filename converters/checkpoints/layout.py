@@ -1,5 +1,8 @@
-"""A matrix of a checkpoint that another tool has quantized: several stored tensors, a grid and codes. Trusts nothing in
-it. What a matrix is made of, each layout's own class says; `checkpoints.py` tells them apart."""
+"""The base class of the layouts in which other tools store a quantized weight: several tensors, a grid and codes.
+
+Each layout has a subclass that knows the tensors of a weight; `detect.py` chooses the subclass. What a checkpoint says
+is never trusted.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
 class StoredByName(Protocol):
-    """A checkpoint's tensors by the names that its files give them. Both raise UserError where there is none."""
+    """A checkpoint's tensors, by their names in its files. Both methods raise UserError if there is no such tensor."""
 
     def stored_shape(self, name: str) -> tuple[int, ...]: ...
 
@@ -28,13 +31,13 @@ class StoredByName(Protocol):
 
 
 class CheckpointLayout:
-    """How a tool stores the weight of a module X that it has quantized: as several tensors X.part.
+    """The way in which a tool stores the weight of a quantized module X: as several tensors X.part.
 
-    container   what to call such a folder
-    mark        the part that every such module has, and no other
-    parts       all of them
+    container   name of such a folder, for listings
+    mark        the part that every quantized module has, and no other module
+    parts       all parts that a quantized module can have
 
-    Methods that read raise UserError where a tensor is missing, damaged or of another shape or dtype.
+    Methods that read raise UserError if a tensor is missing, damaged, or of another shape or dtype.
     """
 
     container: str
@@ -46,10 +49,10 @@ class CheckpointLayout:
         self.check()
 
     def check(self) -> None:
-        """Raises UserError where the quantization is of a kind that is not read."""
+        """Raises UserError if config.json names a variant of the layout that is not read."""
 
     def tensor_of(self, name: str) -> str:
-        """The model's tensor that a stored one is, or is a part of."""
+        """Returns the name of the model's tensor that a stored tensor is, or is a part of."""
         module, _, part = name.rpartition(".")
         return f"{module}.weight" if part in self.parts and self.is_packed(module) else name
 
@@ -58,33 +61,33 @@ class CheckpointLayout:
         return f"{module}.{self.mark}" in self.names
 
     def parts_of(self, module: str) -> list[str]:
-        """The stored tensors that its weight is made of."""
+        """Returns the names of the stored tensors that make up a module's weight."""
         return [name for part in self.parts if (name := f"{module}.{part}") in self.names]
 
-    def kind(self, module: str) -> str:
-        """For a listing: method, bits and group, such as `gptq:4-g128-sym`."""
+    def quantization_name(self, module: str) -> str:
+        """Returns method, bits and group size of a module for listings, such as `gptq:4-g128-sym`."""
         raise NotImplementedError
 
     def shape(self, module: str) -> tuple[int, int]:
-        """Rows (outputs) and columns (inputs) of the weight."""
+        """Returns the rows (outputs) and columns (inputs) of a module's weight."""
         raise NotImplementedError
 
     def grid(self, module: str) -> AffineGrid | TableGrid | None:
-        """The values that the weights may take; None where they are neither integers nor codes of a table."""
+        """Returns the values that a module's weights may take; None if they are neither integers nor table codes."""
         raise NotImplementedError
 
     def codes(self, module: str) -> Codes:
-        """Codes of the weights on that grid, uint8 [R, C]."""
+        """Returns the codes of a module's weights on its grid, uint8 [R, C]."""
         raise NotImplementedError
 
     def read(self, module: str) -> NDArray[np.float32]:
-        """The weight, float32 [R, C]."""
+        """Returns a module's decoded weight, float32 [R, C]."""
         grid = self.grid(module)
-        assert grid is not None  # a layout that has others reads them itself
+        assert grid is not None  # a layout with other weights has its own `read`
         return grid.values(self.codes(module))
 
-    def part(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
-        """A stored tensor, which must be of that shape and one of the dtypes."""
+    def checked_tensor(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> Tensor:
+        """Returns a stored tensor. Raises UserError unless it has this shape and one of the dtypes."""
         tensor = self.stored.stored_tensor(name)
         if tuple(tensor.shape) != shape or tensor.dtype not in dtypes:
             raise UserError(
@@ -94,40 +97,47 @@ class CheckpointLayout:
         return tensor
 
     def words(self, name: str, shape: tuple[int, ...]) -> NDArray[np.int32]:
-        """A stored tensor of int32."""
-        return self.part(name, shape, (torch.int32,)).numpy()
+        """Returns a stored tensor of int32. Raises UserError if it has another shape or dtype."""
+        return self.checked_tensor(name, shape, (torch.int32,)).numpy()
 
     def matrix(self, name: str) -> tuple[int, int]:
-        """The shape of a stored tensor, which must have two dimensions."""
+        """Returns the shape of a stored tensor. Raises UserError unless it has two dimensions."""
         shape = self.stored.stored_shape(name)
         if len(shape) != 2 or 0 in shape:
             raise UserError(f"{name} should have two dimensions, but its shape is {list(shape)}.")
         return shape[0], shape[1]
 
     def bits(self, name: str, words: int, integers: int) -> int:
-        """The bits of each of `integers` that fill `words` of int32 in the stored tensor `name`."""
+        """Returns the bits of an integer, where `integers` of them fill `words` words of int32 of the tensor `name`.
+
+        Raises UserError if they do not fill the words, or have more than 8 bits.
+        """
         bits, rest = divmod(32 * words, integers)
         if rest or not 1 <= bits <= 8:
             raise UserError(f"{name} does not hold lines of {integers} integers of 1 to 8 bits without a gap.")
         return bits
 
     def group_of(self, name: str, columns: int, groups: int) -> NDArray[np.int64]:
-        """The group of each column: as the stored tensor `name` says, or, where there is none, consecutive columns."""
+        """Returns the group of each column, int64 [C].
+
+        It is read from the stored tensor `name`; without such a tensor, groups are runs of consecutive columns. Raises
+        UserError if a group has no scale, or if groups of one size do not fill the columns.
+        """
         if name in self.names:
-            found = self.words(name, (columns,)).astype(np.int64)
-            if found.min() < 0 or found.max() >= groups:
+            group_of = self.words(name, (columns,)).astype(np.int64)
+            if group_of.min() < 0 or group_of.max() >= groups:
                 raise UserError(f"{name} names a group that is not among the {groups} that have a scale.")
-            return found
+            return group_of
         if columns % groups:
             raise UserError(f"{groups} groups do not divide the {columns} columns that {name} would be of.")
         return np.arange(columns) // (columns // groups)
 
 
 def streams(words: NDArray[np.int32], bits: int, count: int) -> Codes:
-    """Integers uint8 [lines, count] of lines of words, each one bit stream."""
+    """Returns integers uint8 [lines, count] from words [lines, n], where each line is one bit stream."""
     return unpack_bits(np.ascontiguousarray(words).view(np.uint8), bits, count)
 
 
 def size_name(columns: int, groups: int) -> str:
-    """Columns of a group, as codecs name them."""
+    """Returns the group size as it stands in names of codecs: `g128`, or `row` for one group per row."""
     return f"g{columns // groups}" if groups > 1 else "row"

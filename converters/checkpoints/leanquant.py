@@ -1,9 +1,9 @@
-"""LeanQuant's published checkpoints as sources: a table per row.
+"""Reads LeanQuant's published checkpoints, which have a table per row, as sources.
+
+For R rows, C columns and B bits, a weight is
 
     quant_grid     [R, 2^B]
     weight_codes   uint8 [R, C / 2], the even column in the high nibble, whatever B is
-
-for R rows, C columns and B bits.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from lqexport.formats.moves import TableGrid
 
 
 class LeanQuant(CheckpointLayout):
-    """Tables are read as float16, which LeanQuant's own loader rounds them to unless told otherwise."""
+    """LeanQuant's layout. Tables are read as float16, to which LeanQuant's own loader rounds them by default."""
 
     container = "LeanQuant folder"
     mark = "quant_grid"
     parts = ("quant_grid", "weight_codes")
 
-    def kind(self, module: str) -> str:
+    def quantization_name(self, module: str) -> str:
         return f"leanquant:{(self.matrix(f'{module}.quant_grid')[1] - 1).bit_length()}"
 
     def shape(self, module: str) -> tuple[int, int]:
@@ -33,7 +33,8 @@ class LeanQuant(CheckpointLayout):
 
     def _table(self, module: str) -> NDArray[np.float32]:
         name = f"{module}.quant_grid"
-        table = self.part(name, (self.shape(module)[0], self.matrix(name)[1]), FLOATS).half().float().numpy()
+        shape = (self.shape(module)[0], self.matrix(name)[1])
+        table = self.checked_tensor(name, shape, FLOATS).half().float().numpy()
         if not np.isfinite(table).all():
             raise UserError(f"{name} holds numbers that are infinite or too large for float16.")
         return table
@@ -43,9 +44,9 @@ class LeanQuant(CheckpointLayout):
 
     def codes(self, module: str) -> Codes:
         name, (rows, columns), table = f"{module}.weight_codes", self.shape(module), self._table(module)
-        pairs = self.part(name, (rows, columns // 2), (torch.uint8,)).numpy()
+        pairs = self.checked_tensor(name, (rows, columns // 2), (torch.uint8,)).numpy()
         stored = np.stack([pairs >> 4, pairs & 15], axis=2).reshape(rows, columns)
         if stored.max() >= table.shape[1]:
             raise UserError(f"{name} holds the code {stored.max()}, and a table {table.shape[1]} values.")
-        ranks = np.argsort(np.argsort(table, axis=1), axis=1).astype(np.uint8)  # of the tables in ascending order
+        ranks = np.argsort(np.argsort(table, axis=1), axis=1).astype(np.uint8)  # `grid` has the tables sorted
         return np.take_along_axis(ranks, stored, axis=1)

@@ -129,7 +129,9 @@ class HuggingFaceSource:
         For a quantized weight it returns the method, the bits and the group size.
         """
         module = self.module(name)
-        return self.layout.kind(module) if self.layout and module else self.stored_form(self._stored_name(name))[0]
+        if self.layout and module:
+            return self.layout.quantization_name(module)
+        return self.stored_form(self._stored_name(name))[0]
 
     def nbytes(self, name: str) -> int:
         """Returns the bytes of the stored tensors that a tensor is made of."""
