@@ -1,8 +1,9 @@
-"""Quantizes by every recipe of a JSON file in one process, or one group of processes under torchrun, so that packages
-are imported once. With so little memory that everything is kept in files and worked on in the smallest parts.
+"""Quantizes by every recipe of a JSON file, in one process or in one group of processes under torchrun.
 
-The file holds a list of [recipe's options, output folder]. After it `cuda` may follow: then each process has a CUDA
-device that is not there (tests/cudacpu/device.py), and what the processes exchange must lie on it, as NCCL wants.
+So packages are imported once. The memory limits are so small that everything is kept in files and solved in the
+smallest parts. The file holds a list of [recipe's options, output folder]. With `cuda` as second argument each process
+has a pretended CUDA device (tests/cudacpu/device.py), and tensors that processes exchange must be on it, as NCCL
+requires.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ from lqexport.runtime import tiles
 
 
 def pretend() -> Any:
-    """The device, to be entered."""
+    """Returns the pretended device's mode, and makes every exchange check its tensor."""
     device = runpy.run_path(str(Path(__file__).with_name("cudacpu") / "device.py"))
-    os.environ.pop("LOCAL_RANK", None)  # else the second process would ask for a second device
+    os.environ.pop("LOCAL_RANK", None)  # otherwise the second process would ask for a second device
 
     def checked(exchange: Callable[..., Any]) -> Callable[..., Any]:
         def call(tensor: Tensor, *rest: Any) -> Any:
@@ -44,12 +45,12 @@ def pretend() -> Any:
 
 
 if __name__ == "__main__":
-    tiles.ROW_TILE = memory.ROW_TILE = 64  # so that small matrices have several
-    there = "cuda" in sys.argv
+    tiles.ROW_TILE = memory.ROW_TILE = 64  # so that small matrices have several tiles
+    on_cuda = "cuda" in sys.argv
     if "RANK" in os.environ:
         distributed.init_process_group("gloo")
-    with pretend() if there else nullcontext():
+    with pretend() if on_cuda else nullcontext():
         for options, out in json.loads(Path(sys.argv[1]).read_text()):
-            quantize(Recipe(**options), Path(out), device="cuda" if there else "cpu", limits=MemoryLimits(1, 1))
+            quantize(Recipe(**options), Path(out), device="cuda" if on_cuda else "cpu", limits=MemoryLimits(1, 1))
     if distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Native folders: what transformers makes of them, and that nothing loads wrong in silence."""
+"""Native folders: transformers loads them to the right values, and never loads anything wrong silently."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from lqexport.models.written import open_export
 from lqexport.storage.artifact import Artifact
 from lqexport.verification.verifying import verify
 
-KINDS = [f"native:table-{bits}" for bits in (2, 3, 4)] + [f"native:affine-{bits}-g64" for bits in (2, 3, 4, 8)]
+TARGETS = [f"native:table-{bits}" for bits in (2, 3, 4)] + [f"native:affine-{bits}-g64" for bits in (2, 3, 4, 8)]
 UP = "model.layers.0.mlp.up_proj"
 
 
 @pytest.fixture(scope="module")
 def make(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Makes the native folder of a target and a rank, and its artifact beside it as `artifact`; once each."""
+    """A function that makes the native folder of a target and a rank, once each; its artifact is beside it."""
     made: dict[tuple[str, int], Path] = {}
 
     def make(target: str, rank: int = 0) -> Path:
@@ -52,7 +52,7 @@ def make(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.Tem
 
 @pytest.fixture(scope="module")
 def words(text: Path) -> Path:
-    """A text of one window."""
+    """A text that has one window."""
     path = text.with_name("words.txt")
     path.write_text(text.read_text()[:4000])
     return path
@@ -60,7 +60,7 @@ def words(text: Path) -> Path:
 
 @pytest.fixture
 def copied(make: Callable[..., Path], tmp_path: Path) -> Path:
-    """A folder to spoil."""
+    """A copy of a native folder, to be damaged."""
     shutil.copytree(make("native:table-3", 8), tmp_path / "copied")
     return tmp_path / "copied"
 
@@ -70,7 +70,7 @@ def ids() -> torch.Tensor:
 
 
 def verifier_logits(folder: Path) -> torch.Tensor:
-    """Logits as `verify` computes them."""
+    """Returns the logits that `verify` computes."""
     export = open_export(folder)
     factors = open_factors(folder, None, export.config)
     model = BlockModel(CorrectedModel(export, factors) if factors else export)
@@ -86,7 +86,7 @@ def logits(model: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("rank", [0, 8])
-@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("target", TARGETS)
 def test_transformers_computes_what_verify_does(target: str, rank: int, make: Callable[..., Path]) -> None:
     folder = make(target, rank)
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -101,14 +101,14 @@ def test_transformers_computes_what_verify_does(target: str, rank: int, make: Ca
 @pytest.mark.parametrize("name", names("native"))
 @pytest.mark.parametrize("by", [native_decode.by_torch, native_decode.by_numba])
 def test_decodes_as_the_format_does(name: str, by: Callable[..., torch.Tensor]) -> None:
-    """Odd numbers of columns too, where the last byte of a row is not full."""
-    kind = codec_named(name)
-    for columns in {kind.block * 2, kind.block * 2 + (13 if kind.block == 1 else 0)}:
+    """Covers numbers of columns with which the last byte of a row is not full."""
+    codec = codec_named(name)
+    for columns in {codec.block * 2, codec.block * 2 + (13 if codec.block == 1 else 0)}:
         weights = torch.randn(5, columns, generator=torch.Generator().manual_seed(0))
-        grid = minmax(kind, weights)
-        planes = kind.encode(grid.numpy(), grid.nearest(weights).numpy())
+        grid = minmax(codec, weights)
+        planes = codec.encode(grid.numpy(), grid.nearest(weights).numpy())
         decoded = by(name, {plane: torch.from_numpy(array) for plane, array in planes.items()}, columns)
-        assert torch.equal(decoded.view(torch.int32), torch.from_numpy(kind.decode(planes, columns)).view(torch.int32))
+        assert torch.equal(decoded.view(torch.int32), torch.from_numpy(codec.decode(planes, columns)).view(torch.int32))
 
 
 def test_nothing_else_is_decoded() -> None:
@@ -127,7 +127,7 @@ def test_generates_saves_and_loads_again(
     assert written.shape == (1, prompt["input_ids"].shape[1] + 4)
     model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
-    before, after = (load_file(place / "model.safetensors") for place in (folder, tmp_path / "again"))
+    before, after = (load_file(directory / "model.safetensors") for directory in (folder, tmp_path / "again"))
     packed = [name for name in before if name.startswith(UP)]
     assert len(packed) == 4
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in packed)
@@ -181,7 +181,7 @@ def test_adapters_train_on_top(make: Callable[..., Path], tmp_path: Path) -> Non
     planes = {name: plane.clone() for name, plane in base.get_submodule(UP).planes().items()}
     torch.manual_seed(0)
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"))
-    optimizer = torch.optim.Adam([each for each in model.parameters() if each.requires_grad], 1e-2)
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], 1e-2)
     losses = []
     for _ in range(4):
         loss = model(ids(), labels=ids()).loss
@@ -196,7 +196,7 @@ def test_adapters_train_on_top(make: Callable[..., Path], tmp_path: Path) -> Non
     model.eval()
     again = PeftModel.from_pretrained(lqexport.load(folder, dtype=torch.float32), tmp_path)
     assert torch.equal(logits(again), logits(model))
-    with pytest.raises(RuntimeError):  # codes hold no sum
+    with pytest.raises(RuntimeError):  # packed codes cannot hold the sum of weight and adapter
         model.merge_and_unload()
 
 
@@ -209,15 +209,15 @@ def test_gradients_are_those_of_the_decoded_weights(make: Callable[..., Path]) -
 
 
 def test_a_bias_and_the_kernels_path(kernels_on: Callable[..., str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CUDA kernel, run on the CPU."""
+    """The CUDA kernel runs on the CPU."""
     reader = cuda_decode.READERS["native:affine-4-g64"].type
     product = f"multiply<{reader}, float, 1>"
     kernels_on("plain", {cuda_multiply.SOURCE: [product]})
     linear = PackedLinear("native:affine-4-g64", 6, 256, rank=4, bias=True)
     weights = torch.randn(6, 256)
-    kind = codec_named(linear.codec_name)
-    grid = minmax(kind, weights)
-    for plane, array in kind.encode(grid.numpy(), grid.nearest(weights).numpy()).items():
+    codec = codec_named(linear.codec_name)
+    grid = minmax(codec, weights)
+    for plane, array in codec.encode(grid.numpy(), grid.nearest(weights).numpy()).items():
         linear.planes()[plane].copy_(torch.from_numpy(array))
     linear.bias.data.normal_()
     linear.low_rank_A.normal_()
@@ -228,15 +228,17 @@ def test_a_bias_and_the_kernels_path(kernels_on: Callable[..., str], monkeypatch
     assert torch.allclose(linear(x), expected, rtol=1e-4, atol=1e-4)
 
 
-# Nothing loads wrong in silence.
+# Nothing loads wrong silently.
 
 
 @pytest.mark.parametrize("target", ["native:table-3", "native:affine-8-g64"])
 def test_without_lqexport_loading_fails(
     target: str, make: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers as it is where lqexport has not been imported: an error, not random weights. Of 8-bit codes too:
-    they are as many as the weights."""
+    """Without lqexport, transformers raises an error instead of taking random weights.
+
+    It does so for 8-bit codes too, though there are as many codes as weights.
+    """
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "lqexport")
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(make(target))
@@ -338,9 +340,9 @@ def test_one_changed_byte_is_found(copied: Path, tiny_model: Path, words: Path) 
 
 def test_inspect_counts_the_same_bytes(make: Callable[..., Path]) -> None:
     folder = make("native:table-3", 8)
-    found, of_artifact = inspect(folder), inspect(folder.with_name("artifact"))
-    assert found.container == "native folder"
-    assert sorted(found.entries, key=str) == sorted(of_artifact.entries, key=str)
+    of_folder, of_artifact = inspect(folder), inspect(folder.with_name("artifact"))
+    assert of_folder.container == "native folder"
+    assert sorted(of_folder.entries, key=str) == sorted(of_artifact.entries, key=str)
 
 
 def test_shards_have_an_index(make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""What installs, and what checks it."""
+"""The package's metadata: what is installed, pinned versions, type checks and CI."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def project(root: Path) -> dict[str, Any]:
 
 
 def test_listed_packages_are_the_folders_with_code(root: Path, project: dict[str, Any]) -> None:
-    """A folder that is not listed works in an editable install and is missing from the wheel."""
+    """A folder that is not listed works in an editable install but is missing from the wheel."""
     folders = {
         path.parent.relative_to(root) for top in ("lqexport", *SUBPACKAGES) for path in (root / top).rglob("*.py")
     }
@@ -57,8 +57,8 @@ def test_every_data_file_installs(root: Path, project: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", SUBPACKAGES)
 def test_folders_are_no_modules_of_their_own(name: str, root: Path) -> None:
-    found = importlib.import_module(f"lqexport.{name}").__file__
-    assert found is not None
+    file = importlib.import_module(f"lqexport.{name}").__file__
+    assert file is not None
     spec = importlib.util.find_spec(name)  # PyPI has packages of such names
     assert spec is None or not str(spec.origin).startswith(str(root))
 

@@ -35,7 +35,7 @@ def changed(recipe: Recipe, **options: object) -> Recipe:
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file but the log, which holds times."""
+    """Returns path -> digest, for every file but the log, which holds times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
@@ -60,7 +60,7 @@ def test_every_tensor_is_stored_near_its_source(recipe: Recipe, target: str, met
 
 
 def test_methods_order_as_they_should(recipe: Recipe, tmp_path: Path) -> None:
-    """On the calibration data itself: LeanQuant's loss is below GPTQ's, which is below that of rounding its grid."""
+    """On the calibration text itself, LeanQuant's loss is below GPTQ's."""
     losses = {}
     for method in ("gptq", "lean"):
         report = quantize(changed(recipe, target="gguf:Q2_K", method=method), tmp_path / method)
@@ -82,15 +82,15 @@ def test_methods_order_as_they_should(recipe: Recipe, tmp_path: Path) -> None:
 def test_interrupted_anywhere_resumes_to_the_same_bytes(
     recipe: Recipe, options: dict[str, object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped before any of the files that the run writes, whichever they are."""
+    """The run is stopped before various of the files that it writes."""
     recipe = changed(recipe, **options)
-    place, left = Path.replace, [10_000]
+    replace, left = Path.replace, [10_000]
 
     def until(self: Path, target: Path) -> Path:
         if left[0] == 0:
             raise KeyboardInterrupt
         left[0] -= 1
-        return place(self, target)
+        return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", until)
     quantize(recipe, tmp_path / "whole")

@@ -1,6 +1,6 @@
-"""Whole runs on a CUDA device that is not there (tests/cudacpu/device.py): a tensor on the wrong device raises.
+"""Whole runs on a pretended CUDA device (tests/cudacpu/device.py), on which a tensor on the wrong device raises.
 
-By torch alone, as where CuPy is not installed, and with the CUDA kernels, which the harness runs on the CPU.
+The runs use torch alone, as where CuPy is not installed, or the CUDA kernels, which the harness runs on the CPU.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from lqexport.pipeline import exl2_mixes as choose
 from lqexport.pipeline.quantize import quantize
 from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
-from lqexport.solver import cholesky as factor
+from lqexport.solver import cholesky as factorization
 from lqexport.solver import feedback as solve
 from lqexport.solver.cholesky import factorize
 from lqexport.storage.artifact import Artifact
@@ -46,7 +46,7 @@ def device(load_script: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture
 def pretended(device: ModuleType) -> Iterator[Any]:
-    """The mode, entered."""
+    """The mode in which torch sees the pretended device. It is active during the test."""
     with device.PretendedCuda() as mode:
         yield mode
     cuda_exl2._units.cache_clear()
@@ -54,7 +54,7 @@ def pretended(device: ModuleType) -> Iterator[Any]:
 
 @pytest.fixture
 def launched(kernels_on: Callable[..., str], device: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Launched:
-    """The CUDA kernels run on the pretended device; their names, as they are launched."""
+    """Makes the CUDA kernels run on the pretended device. The list of their names grows as they are launched."""
     kernels_on(
         "plain",
         {
@@ -85,7 +85,7 @@ def launched(kernels_on: Callable[..., str], device: ModuleType, monkeypatch: py
 
 @pytest.fixture(params=["torch", "kernels"])
 def way(request: pytest.FixtureRequest) -> str:
-    """By torch alone, or by the kernels."""
+    """How the run computes: `torch` alone, or by the `kernels`."""
     if request.param == "kernels":
         request.getfixturevalue("launched")
     return request.param
@@ -124,7 +124,7 @@ def test_what_a_device_takes_from_the_cpu_is_taken(pretended: Any) -> None:
 
 
 def test_what_the_device_replaces_comes_back(device: ModuleType) -> None:
-    """Also where it is entered again meanwhile, as by a gradient's hook."""
+    """It comes back even if the mode is entered again meanwhile, as a gradient's hook does."""
     before = torch.autocast, torch.cuda.device_count, torch.cuda.mem_get_info
     with device.PretendedCuda() as mode:
         for _ in range(2):
@@ -155,10 +155,10 @@ def test_gradients_are_on_the_device(pretended: Any) -> None:
 def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
     weights, inputs = torch.randn(2, 256, device=CUDA), torch.randn(300, 256, device=CUDA)
     hessian = inputs.T @ inputs
-    factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    cholesky, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
     assert minmax(codec_named(name), weights).levels.device.type == "cuda"
     grid = fit(codec_named(name), weights, hessian.diagonal())
-    codes = solve.feedback(weights, grid, factor)
+    codes = solve.feedback(weights, grid, cholesky)
     before = solve.layer_loss(grid.values(codes) - weights, matrix)
     grid, codes = solve.refine(weights, matrix, grid, codes, sweeps=1, refit=True)
     assert grid.values(codes).device.type == grid.nearest(weights).device.type == "cuda"
@@ -188,7 +188,7 @@ def changed(recipe: Recipe, **options: Any) -> Recipe:
 
 @pytest.fixture(scope="module")
 def on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], dict[str, float]]:
-    """Each linear's loss of a run on the CPU, with a device's passes."""
+    """A function that returns each linear's loss of a run on the CPU. Passes use the dtype of a device."""
 
     @cache
     def losses(key: str) -> dict[str, float]:
@@ -196,12 +196,12 @@ def on_the_cpu(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Recipe], d
 
     recipes: dict[str, Recipe] = {}
 
-    def found(recipe: Recipe) -> dict[str, float]:
+    def losses_on_cpu(recipe: Recipe) -> dict[str, float]:
         recipe = changed(recipe, compute_dtype="bfloat16")  # a device's default
         recipes[repr(recipe)] = recipe
         return losses(repr(recipe))
 
-    return found
+    return losses_on_cpu
 
 
 def losses_of(report: dict[str, Any]) -> dict[str, float]:
@@ -213,7 +213,7 @@ TARGETS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "native:table-3": ({"tune": 2}, {"kmeans", "feedback_block", "refine_block"}),
     "exl2": ({"bits": 3.3}, {"best_subs", "feedback_block", "refine_block"}),
 }
-"""Options, and the kernels that solving takes. Moments are guided."""
+"""Target -> the recipe's options, and the kernels that solving launches. Moments are guided."""
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -222,7 +222,7 @@ def test_a_whole_run(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     options, kernels = TARGETS[target]
-    monkeypatch.setattr(fit_sections, "COARSE", (0.8, 1.0))  # of many that torch alone would try for a minute
+    monkeypatch.setattr(fit_sections, "COARSE", (0.8, 1.0))  # torch alone would try all of them for a minute
     monkeypatch.setattr(choose, "AVERAGES", (2.5, 3.5))
     recipe = changed(recipe, target=target, **options)
     torch.set_float32_matmul_precision("high")  # TF32, which the run must not take over
@@ -258,7 +258,7 @@ def test_other_recipes(
 def test_the_same_bytes_where_the_device_keeps_nothing(
     host: int, recipe: Recipe, pretended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factor, "PANEL", 48)
+    monkeypatch.setattr(factorization, "PANEL", 48)
     recipe = changed(recipe, tune=1)
     names = []
     for name, memory_limits in (("much", MemoryLimits()), ("little", MemoryLimits(1, host))):
@@ -268,7 +268,7 @@ def test_the_same_bytes_where_the_device_keeps_nothing(
 
 
 def test_a_stopped_run_goes_on(recipe: Recipe, pretended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the midst of tuning, with moments from a cache."""
+    """The run is stopped during tuning. Its second moments come from a cache."""
     recipe, cached = changed(recipe, tune=3, method="gptq"), tmp_path / "cache"
     whole = quantize(recipe, tmp_path / "whole", device="cuda", cache=cached)
     monkeypatch.setattr(tune, "SAVE_EVERY", 1)
@@ -295,7 +295,7 @@ def test_a_written_file_is_verified(
     target: str, options: dict[str, Any], recipe: Recipe, text: Path, launched: Launched,
     pretended: Any, tmp_path: Path,
 ) -> None:  # fmt: skip
-    """Its model runs on the device, and every tensor is decoded by the kernels to the bits that NumPy gives."""
+    """The file's model runs on the device, and the kernels decode every tensor to NumPy's bits."""
     recipe = changed(recipe, target=target, method="gptq", moments="normalized", **options)
     quantize(recipe, tmp_path / "out", device="cpu")
     path = tmp_path / "out"

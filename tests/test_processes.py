@@ -1,4 +1,4 @@
-"""Several processes on one run: the same bytes as from one, also where one is killed and others go on."""
+"""Several processes on one run write the bytes of one process, even if one is killed and others go on."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ ON_A_DEVICE = ("guided", "l2qer", "quantized prefix", "default", "asymmetric gui
 
 @pytest.fixture
 def options(tiny_model: Path, text: Path) -> dict[str, Any]:
-    """Of a recipe whose sequences make three shards, the last one smaller."""
+    """Options of a recipe whose sequences make three shards, the last one smaller."""
     small = {"samples": 40, "sequence_length": 64, "descent": 0, "tune": 0}
     return {"source": str(tiny_model), "target": "gguf:Q2_K", "calibration": str(text), **small}
 
 
 def contents(folder: Path) -> dict[str, str]:
-    """Digest of every file but the log, which holds times."""
+    """Returns path -> digest, for every file but the log, which holds times."""
     files = [path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl"]
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def started(arguments: Sequence[object], processes: int = 1) -> subprocess.Popen[bytes]:
-    """Python on these arguments, in a process of its own or in several of torchrun's."""
+    """Starts Python with these arguments, in one process or in several under torchrun."""
     several = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes] if processes > 1 else []
     return subprocess.Popen([sys.executable, *map(str, [*several, *arguments])])
 
@@ -60,10 +60,12 @@ def started(arguments: Sequence[object], processes: int = 1) -> subprocess.Popen
 def test_two_processes_write_the_bytes_of_one(
     device: str, options: dict[str, Any], smaller_model: Path, experts_model: Path, root: Path, tmp_path: Path
 ) -> None:
-    """With so little memory that a single expert of a block is worked on at a time; also on devices that are not there,
-    where a CPU's tensor among what they exchange raises."""
+    """Runs with so little memory that the experts of a block are solved one at a time.
+
+    On pretended devices, a CPU tensor among those that the processes exchange raises.
+    """
     recipes = {name: options | changed for name, changed in RECIPES.items()}
-    if device == "cuda":  # whose solver is torch alone here, and slow
+    if device == "cuda":  # its solver is torch alone here, and slow
         recipes = {name: recipes[name] | {"source": str(smaller_model), "target": "gguf:Q4_0"} for name in ON_A_DEVICE}
     for name in recipes:
         if "experts" in name:
@@ -115,7 +117,7 @@ def test_every_shard_has_its_turn_in_order(count: int) -> None:
 
 
 def test_a_total_is_of_the_shards_in_order() -> None:
-    """Not of all tokens one after the other: float32 sums depend on it."""
+    """The total adds the shards' sums, not all tokens one after the other. float32 sums depend on the order."""
     shards = torch.randn(3, 256, 64, generator=torch.Generator().manual_seed(0))
     whole, alone = SecondMoments(64, "plain", CPU), [SecondMoments(64, "plain", CPU) for _ in shards]
     for shard, single in zip(shards, alone, strict=True):
@@ -129,15 +131,15 @@ def test_a_total_is_of_the_shards_in_order() -> None:
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_tiles_are_dealt_out_in_order(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each to one process, and as many to each, but for one; the first has some."""
+    """Each tile goes to one process. Numbers of tiles differ by at most one, and the first process has the most."""
     monkeypatch.setattr(tiles, "ROW_TILE", 64)
     rows = [200, 64, 1, 96]
-    found = tiles.dealt(rows, count)
-    runs = [run for each in found for run in each]
+    shares = tiles.dealt(rows, count)
+    runs = [run for each in shares for run in each]
     covered = [(number, row) for number, run in runs for row in range(run.start, run.stop)]
     assert covered == [(number, row) for number, each in enumerate(rows) for row in range(each)]
     assert all(run.start % 64 == 0 and (run.stop % 64 == 0 or run.stop == rows[number]) for number, run in runs)
-    sizes = [sum(-(-(run.stop - run.start) // 64) for _, run in each) for each in found]
+    sizes = [sum(-(-(run.stop - run.start) // 64) for _, run in each) for each in shares]
     assert sum(sizes) == 8
     assert max(sizes) - min(sizes) <= 1
     assert sizes[0] == max(sizes)

@@ -1,4 +1,4 @@
-"""`push-to-hub`, against a stand-in for the hub that answers as the hub's API does."""
+"""`push-to-hub`, tested with a local server that answers as the Hugging Face hub's API does."""
 
 from __future__ import annotations
 
@@ -29,7 +29,12 @@ TOKEN = "hf_of_the_test"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories, with what was committed to each; files over 1 kB go the way of large ones."""
+    """A local hub: its repositories and the files committed to each. Files over 1 kB are uploaded as large files.
+
+    private   repository -> whether it is private
+    stored    sha256 -> content of an uploaded large file
+    files     repository -> path -> content
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -43,6 +48,8 @@ class Hub(ThreadingHTTPServer):
 
 
 class Answers(BaseHTTPRequestHandler):
+    """Answers the requests of huggingface_hub."""
+
     server: Hub
 
     def log_message(self, format: str, *args: Any) -> None: ...
@@ -60,7 +67,7 @@ class Answers(BaseHTTPRequestHandler):
 
     @property
     def allowed(self) -> bool:
-        """Whether the token is the right one; says what the hub says where it is not."""
+        """Whether the token is the right one. If not, the hub's error is sent."""
         right = self.headers.get("Authorization") == f"Bearer {TOKEN}"
         if not right:
             self.answer({"error": "Invalid username or password."}, 401)
@@ -80,9 +87,9 @@ class Answers(BaseHTTPRequestHandler):
         if not self.allowed:
             return
         if self.path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
-            private = asked.get("private", asked.get("visibility") == "private")
+            request = json.loads(body)
+            name = f"{request['organization']}/{request['name']}"
+            private = request.get("private", request.get("visibility") == "private")
             self.server.private.setdefault(name, private)
             self.answer({"url": f"{self.server.address}/{name}"})
         elif self.path == "/api/validate-yaml":
@@ -124,7 +131,7 @@ def hub(served: Callable[[Hub], Hub], monkeypatch: pytest.MonkeyPatch) -> Hub:
 def verified(
     rounded_artifact: Callable[..., Artifact], tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, Path]:
-    """A .gguf file, and the record of its verification by the command line."""
+    """A .gguf file, and the record of its verification, made by the command line."""
     base = tmp_path_factory.mktemp("publish")
     gguf.write(rounded_artifact(base / "artifact", "gguf:F16"), base / "tiny.gguf")
     common = [str(base / "tiny.gguf"), "--against", str(tiny_model), "--text", str(text), "--windows", "1"]

@@ -87,9 +87,9 @@ def test_the_worst_tokens_are_those_of_the_largest_divergence(found: Verificatio
     ids = tokenizer(Path(text).read_text())["input_ids"]
     for token, shown in zip(evaluation.worst, found.worst, strict=True):
         assert 257 <= token.position < 512
-        place = 512 * token.window + token.position
-        assert shown.came == tokenizer.decode(ids[place : place + 1])
-        assert shown.before == tokenizer.decode(ids[place - 24 : place])
+        position = 512 * token.window + token.position
+        assert shown.came == tokenizer.decode(ids[position : position + 1])
+        assert shown.before == tokenizer.decode(ids[position - 24 : position])
         assert shown.file_says == tokenizer.decode([token.top])
 
 
@@ -97,16 +97,16 @@ def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_mod
     assert found.portrait is not None
     errors = {tensor.name: tensor.weight_error or 0 for tensor in found.tensors if len(tensor.shape) == 2}
     assert found.portrait.name == max(errors, key=lambda name: errors[name])
-    shown = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).portrait
-    assert shown is not None
-    assert (shown.name, shown.codec, sum(shown.source), sum(shown.file)) == (
+    portrait = verify(lossy.folder, str(tiny_model), text=text, windows=1, linear=DOWN).portrait
+    assert portrait is not None
+    assert (portrait.name, portrait.codec, sum(portrait.source), sum(portrait.file)) == (
         DOWN,
         "gguf:Q4_0",
         256 * 512,
         256 * 512,
     )
-    row = decoded(lossy.read(DOWN))[shown.row]
-    assert shown.levels == sorted(set(row.tolist()))
+    row = decoded(lossy.read(DOWN))[portrait.row]
+    assert portrait.levels == sorted(set(row.tolist()))
     with pytest.raises(UserError, match="no matrix nothing"):
         verify(lossy.folder, str(tiny_model), text=text, windows=1, linear="nothing")
 
@@ -115,7 +115,7 @@ def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
     card.save_card(dataclasses.replace(found, warnings=["A | bar."], against="org/model-1.5"), tmp_path / "README.md")
     content = (tmp_path / "README.md").read_text()
     assert content.startswith("---\nbase_model: org/model-1.5\n")
-    assert "base_model" not in card.card(found)  # a folder on this disk, which the hub would refuse
+    assert "base_model" not in card.card(found)  # the source is a local folder, which the hub would refuse
     for part in (
         found.sha256,
         f"{found.evaluations[0].kl:.5f}",
@@ -131,7 +131,7 @@ def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
 
 @pytest.fixture
 def browser(load_script: Callable[[str], ModuleType]) -> Iterator[Any]:
-    """A headless Chromium; skips where there is none."""
+    """A headless Chromium. Skips the test if there is none."""
     errors = pytest.importorskip("playwright.sync_api", reason="the extra `browser` is missing")
     with contextlib.ExitStack() as stack:
         try:
@@ -142,14 +142,14 @@ def browser(load_script: Callable[[str], ModuleType]) -> Iterator[Any]:
 
 
 def test_a_browser_shows_the_page(found: Verification, tmp_path: Path, browser: Any) -> None:
-    """No error, no request but for the page itself, every part in sight, on a wide window and a narrow one."""
+    """The page shows every part in a wide and a narrow window, without errors and without requests besides the page."""
     hostile = dataclasses.replace(found, warnings=["<script>console.error('run')</script>"])
     report.save_html(hostile, tmp_path / "page.html")
     address = (tmp_path / "page.html").as_uri()
-    page, requests, said = browser.new_page(), [], []
+    page, requests, errors = browser.new_page(), [], []
     page.on("request", lambda request: requests.append(request.url))
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
     assert page.title().endswith(found.file)
     assert page.locator("h2:visible").count() == 6
@@ -164,7 +164,7 @@ def test_a_browser_shows_the_page(found: Verification, tmp_path: Path, browser: 
         page.set_viewport_size({"width": width, "height": 800})
         assert page.evaluate("document.documentElement.scrollWidth") == width
     assert requests == [address]
-    assert said == []
+    assert errors == []
 
 
 def test_page_escapes_what_it_shows(found: Verification) -> None:
