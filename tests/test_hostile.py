@@ -1,5 +1,8 @@
-"""Hostile and damaged inputs: each is refused with one sentence, without leaving its folder, without much memory and
-without running anything in it. bench/fuzz.py tries many more, of which a sample is run here."""
+"""Hostile and damaged inputs: each is refused with one sentence.
+
+Nothing outside the input's folder is read, little memory is taken, and no code in it runs. bench/fuzz.py tries many
+more inputs; a sample of them runs here.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ from lqexport.storage.files import read_json
 from lqexport.storage.tensor_files import open_tensors
 
 CASES = 8
-"""Of each subject of bench/fuzz.py."""
+"""How many damaged inputs are tried for each subject of bench/fuzz.py."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -49,7 +52,7 @@ def fuzz(load_script: Callable[[str], ModuleType]) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def sound(fuzz: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sound files of every kind."""
+    """A folder with sound files of every subject."""
     folder = tmp_path_factory.mktemp("fuzz") / "sound"
     fuzz.make(folder)
     return folder
@@ -57,7 +60,7 @@ def sound(fuzz: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def model(sound: Path, tmp_path: Path) -> Path:
-    """A checkpoint in shards, to spoil."""
+    """A checkpoint in shards, to be damaged."""
     shutil.copytree(sound / "model", tmp_path / "model")
     return tmp_path / "model"
 
@@ -69,7 +72,7 @@ def change_json(path: Path, **values: Any) -> None:
 def test_damage_of_every_kind_is_read_or_refused(fuzz: ModuleType, sound: Path, tmp_path: Path) -> None:
     refused = 0
     for name, subject in fuzz.subjects(sound).items():
-        subject.read(subject.path)  # nothing is refused that is sound
+        subject.read(subject.path)  # a sound input is not refused
         tally = fuzz.fuzz(name, subject, 0, 1, tmp_path / "scratch", CASES)
         assert tally.faults == {}
         refused += tally.refused
@@ -245,9 +248,9 @@ def string(text: str) -> bytes:
     return struct.pack("<Q", len(text)) + text.encode()
 
 
-def tensor(name: str, shape: tuple[int, ...], offset: int, kind: int = 0) -> bytes:
-    """A GGUF tensor info; kind 0 is F32."""
-    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+def tensor(name: str, shape: tuple[int, ...], offset: int, tensor_type: int = 0) -> bytes:
+    """Returns a GGUF tensor info. Tensor type 0 is F32."""
+    return string(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, tensor_type, offset)
 
 
 def header(tensors: int, keys: int, *parts: bytes) -> bytes:
@@ -307,7 +310,7 @@ def test_any_bytes_are_no_gguf_no_safetensors_and_no_sentencepiece(tmp_path: Pat
 
 
 def test_numbers_without_an_end_are_refused(tmp_path: Path) -> None:
-    """A varint of a megabyte would take quadratic time."""
+    """Reading a varint of a megabyte to its end would take quadratic time."""
     (tmp_path / "tokenizer.model").write_bytes(b"\x0a" + b"\xff" * 2**20)
     with pytest.raises(UserError, match="more than 64 bits"):
         read_sentencepiece(tmp_path / "tokenizer.model")

@@ -1,4 +1,4 @@
-"""`lqexport judge`, against a stand-in for an endpoint that answers as OpenAI's chat API does."""
+"""`lqexport judge`, tested with a local endpoint that answers as OpenAI's chat API does."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TWO_TURNS = Question("a", ("Say one.", "Say two."))
 
 
 class Endpoint(ThreadingHTTPServer):
-    """Replies with what `reply` says to a message; keeps the requests."""
+    """An endpoint that answers a message with `reply(message)` and keeps the requests."""
 
     def __init__(self, reply: Callable[[str], str]) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
@@ -60,7 +60,7 @@ class Answers(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def endpoint(served: Callable[[Endpoint], Endpoint]) -> Endpoint:
-    """A judge that gives every answer a 7, and prefers whoever stands first."""
+    """A judge that grades every answer 7, and prefers the answer that comes first."""
     return served(Endpoint(lambda message: "So [[A]]." if "=== Conversation with A" in message else "Fine. [[7]]"))
 
 
@@ -102,10 +102,10 @@ def test_the_command(
 
 @needs_client
 def test_a_file_alone_is_graded_by_our_own_questions(folder: Path, endpoint: Endpoint) -> None:
-    found = judge(folder, address(endpoint), "judge", tokens=1, device="cpu")
-    assert len(found.judged) == len(endpoint.asked) == len(read_questions())
-    assert found.grades == [7.0] * len(found.judged)
-    assert found.source_grades == []
+    judgement = judge(folder, address(endpoint), "judge", tokens=1, device="cpu")
+    assert len(judgement.judged) == len(endpoint.asked) == len(read_questions())
+    assert judgement.grades == [7.0] * len(judgement.judged)
+    assert judgement.source_grades == []
 
 
 @needs_client
@@ -142,10 +142,10 @@ def test_a_judge_of_sense_is_followed_in_either_order() -> None:
             return "[[9]]" if "good" in message else "[[2]]"
         return "[[A]]" if message.index("good") < message.index("bad") else "[[B]]"
 
-    found = judged_answers(ask, TWO_TURNS, ["good", "good"], ["bad", "bad"])
-    assert (found.grade, found.source_grade, found.verdict) == (9, 2, "better")
-    found = judged_answers(ask, TWO_TURNS, ["bad", "bad"], ["good", "good"])
-    assert (found.grade, found.source_grade, found.verdict) == (2, 9, "worse")
+    judged = judged_answers(ask, TWO_TURNS, ["good", "good"], ["bad", "bad"])
+    assert (judged.grade, judged.source_grade, judged.verdict) == (9, 2, "better")
+    judged = judged_answers(ask, TWO_TURNS, ["bad", "bad"], ["good", "good"])
+    assert (judged.grade, judged.source_grade, judged.verdict) == (2, 9, "worse")
 
 
 def test_an_answer_is_the_likeliest_continuation_of_the_conversation(folder: Path) -> None:

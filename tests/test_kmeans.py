@@ -1,4 +1,4 @@
-"""Exact weighted k-means against brute force and against scikit-learn."""
+"""Compares exact weighted k-means with brute force and with scikit-learn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Low-rank corrections: their optimality, their tensors in a run, and sharing a budget of bytes among them."""
+"""Low-rank corrections: they are optimal, their tensors in a run, and how they share a number of bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SCALINGS = ("lqer", "l2qer", "qera-diag", "qera")
 
 @pytest.fixture(scope="module", params=[(60, 90), (90, 60), (300, 400)], ids=str)
 def problem(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """An error [R, C], second moments of correlated inputs, one of them always zero, and mean magnitudes."""
+    """An error [R, C], the Hessian of correlated inputs (one is always zero), and the inputs' mean magnitudes."""
     rows, columns = request.param
     draw = torch.Generator().manual_seed(rows)
     mixing = torch.randn(columns, columns, generator=draw) * torch.rand(columns, generator=draw).pow(3)
@@ -46,7 +46,10 @@ def problem(request: pytest.FixtureRequest) -> tuple[torch.Tensor, torch.Tensor,
 
 
 def reference(error: torch.Tensor, weighting: torch.Tensor, rank: int) -> torch.Tensor:
-    """LQER's own form by a full SVD: E S = U D V^T, B A = U_k D_k V_k^T S^+, S the symmetric root of the weighting."""
+    """Returns LQER's correction by a full SVD: E S = U D V^T and B A = U_k D_k V_k^T S^+.
+
+    S is the symmetric root of the weighting.
+    """
     matrix = weighting if weighting.ndim == 2 else weighting.diag()
     values, vectors = torch.linalg.eigh(matrix)
     sizes = values.clamp_min(0).sqrt()
@@ -110,7 +113,10 @@ def falling(draw: np.random.Generator, steps: int) -> list[float]:
 @pytest.mark.parametrize("seed", range(10))
 @pytest.mark.parametrize("largest", [1, 4])
 def test_no_other_choice_of_the_budget_gains_more(seed: int, largest: int) -> None:
-    """Exactly none where all steps take the same bytes; else none by more than one step, which may not fit."""
+    """No other choice gains more if all steps take the same bytes.
+
+    Otherwise none gains more by a whole step, which may not fit.
+    """
     draw = np.random.default_rng(seed)
     candidates = {name: Candidate(falling(draw, 4), int(draw.integers(1, largest, endpoint=True))) for name in "abcd"}
     budget = 4 * largest + 2
@@ -161,8 +167,8 @@ def test_factors_are_tensors_of_their_own(corrected: Artifact) -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "lean"])
 def test_every_method_can_be_corrected(options: dict[str, Any], method: str, tmp_path: Path) -> None:
-    found = quantize(Recipe(**options | {"method": method, "tune": 0}, rank=8), tmp_path / "out")["correction"]
-    assert found["corrected"] < 0.9 * found["alone"]
+    correction = quantize(Recipe(**options | {"method": method, "tune": 0}, rank=8), tmp_path / "out")["correction"]
+    assert correction["corrected"] < 0.9 * correction["alone"]
 
 
 def test_l2qer_takes_the_largest_mean_magnitude_of_any_sequence(
@@ -176,8 +182,8 @@ def test_l2qer_takes_the_largest_mean_magnitude_of_any_sequence(
     blocks = BlockModel(open_source(str(tiny_model)))
     with torch.no_grad():
         model(tokens)
-        found = input_magnitudes(blocks, tokens)
-    torch.testing.assert_close(found[Q], seen[0].abs().mean(1).amax(0), rtol=1e-4, atol=1e-5)
+        magnitudes = input_magnitudes(blocks, tokens)
+    torch.testing.assert_close(magnitudes[Q], seen[0].abs().mean(1).amax(0), rtol=1e-4, atol=1e-5)
     report = quantize(Recipe(**options, rank=8, scaling="l2qer"), tmp_path / "out")
     assert report["correction"]["corrected"] < report["correction"]["alone"]
 
@@ -188,8 +194,8 @@ def test_factors_of_every_type_lose_little(
 ) -> None:
     rank = 32 if factors == "Q8_0" else 16
     report = quantize(Recipe(**options, rank=rank, factors=factors), tmp_path / "out")
-    kinds = {entry["codec"] for name, entry in Artifact(tmp_path / "out").manifest().items() if is_factor(name)}
-    assert kinds == {factors if ":" in factors else f"gguf:{factors}"}
+    codec_names = {entry["codec"] for name, entry in Artifact(tmp_path / "out").manifest().items() if is_factor(name)}
+    assert codec_names == {factors if ":" in factors else f"gguf:{factors}"}
     expected = corrected.report()["correction"]["corrected"]
     assert report["correction"]["corrected"] < 1.02 * expected
 
@@ -225,22 +231,22 @@ def test_output_groups_have_losses_of_their_own() -> None:
 
 
 def test_tuning_sees_the_corrections(options: dict[str, Any], tmp_path: Path) -> None:
-    found = {}
+    divergences = {}
     for rank in (0, 32):
         report = quantize(Recipe(**options | {"tune": 4}, rank=rank), tmp_path / str(rank))
-        found[rank] = report["tuning"]["held_out_kl_before"]
-    assert found[32] < 0.95 * found[0]
+        divergences[rank] = report["tuning"]["held_out_kl_before"]
+    assert divergences[32] < 0.95 * divergences[0]
 
 
 def test_merging_stores_no_factors_and_says_what_it_costs(options: dict[str, Any], tmp_path: Path) -> None:
-    """Of linears that do not see what was merged before them."""
+    """With prefix full, no linear sees what was merged before it, so the losses can be compared."""
     options = options | {"prefix": "full", "rank": 16}
-    found = quantize(Recipe(**options, merge=True), tmp_path / "out")["correction"]
+    merged = quantize(Recipe(**options, merge=True), tmp_path / "out")["correction"]
     assert not any(map(is_factor, Artifact(tmp_path / "out").manifest()))
     beside = quantize(Recipe(**options), tmp_path / "beside")["correction"]
-    assert (found["factor_bytes"], found["base_bytes"]) == (0, beside["base_bytes"])
-    assert found["corrected"] == beside["corrected"]
-    assert found["merged"] > found["corrected"]
+    assert (merged["factor_bytes"], merged["base_bytes"]) == (0, beside["base_bytes"])
+    assert merged["corrected"] == beside["corrected"]
+    assert merged["merged"] > merged["corrected"]
 
 
 def test_bytes_are_shared_and_a_stopped_run_shares_them_alike(

@@ -1,4 +1,4 @@
-"""Files that carry low-rank factors: GGUF adapters, as llama.cpp applies them, and PEFT folders."""
+"""Files with low-rank factors: GGUF adapters, as llama.cpp applies them, and PEFT folders."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from corrected_models import options as options
 from lqexport.converters.factors import corrected_linear, is_factor
 from lqexport.converters.folders import peft
 from lqexport.converters.gguf import adapter as gguf_adapter
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.adapter import GGUFAdapter
 from lqexport.converters.gguf.header import read_header
 from lqexport.errors import UserError
@@ -36,7 +36,7 @@ from lqexport.storage.artifact import Artifact
 
 
 def merged(artifact: Artifact, folder: Path) -> Artifact:
-    """The corrected weights as a float32 artifact without factors."""
+    """Writes the corrected weights as a float32 artifact without factors."""
     model, result = CorrectedModel(ArtifactModel(artifact.folder), ArtifactFactors(artifact)), Artifact(folder)
     result.begin(artifact.run())
     shutil.copytree(artifact.model_folder, result.model_folder)
@@ -47,13 +47,13 @@ def merged(artifact: Artifact, folder: Path) -> Artifact:
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("kind", ["gguf:F32", "gguf:F16", "gguf:Q8_0"])
-def test_in_llamacpp_an_adapter_equals_merged_weights(tiny_model: Path, kind: str, tmp_path: Path) -> None:
-    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)
+@pytest.mark.parametrize("codec_name", ["gguf:F32", "gguf:F16", "gguf:Q8_0"])
+def test_in_llamacpp_an_adapter_equals_merged_weights(tiny_model: Path, codec_name: str, tmp_path: Path) -> None:
+    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, codec_name)
     files = {name: tmp_path / f"{name}.gguf" for name in ("base", "adapter", "merged")}
-    gguf.write(artifact, files["base"])
+    gguf_writer.write(artifact, files["base"])
     gguf_adapter.write(artifact, files["adapter"])
-    gguf.write(merged(artifact, tmp_path / "merged"), files["merged"])
+    gguf_writer.write(merged(artifact, tmp_path / "merged"), files["merged"])
     tokens = np.random.default_rng(0).integers(0, 512, 48).tolist()
     logits = {}
     for name, file, adapter in (
@@ -65,8 +65,8 @@ def test_in_llamacpp_an_adapter_equals_merged_weights(tiny_model: Path, kind: st
             logits[name] = engine.logits(tokens)
     effect = np.abs(logits["merged"] - logits["base"]).mean()
     assert effect > 0.1
-    # llama.cpp rounds what meets a Q8_0 matrix to 8 bits.
-    assert np.abs(logits["merged"] - logits["beside"]).mean() < (0.02 * effect if kind == "gguf:Q8_0" else 0.002)
+    # llama.cpp rounds the inputs of a Q8_0 matrix to 8 bits.
+    assert np.abs(logits["merged"] - logits["beside"]).mean() < (0.02 * effect if codec_name == "gguf:Q8_0" else 0.002)
 
 
 def test_an_adapter_file_holds_the_artifacts_factors(by_hand: Artifact, tmp_path: Path) -> None:
@@ -80,18 +80,18 @@ def test_an_adapter_file_holds_the_artifacts_factors(by_hand: Artifact, tmp_path
     first = min(tensor.begin for tensor in tensors.values())
     last = max(tensor.begin + tensor.nbytes for tensor in tensors.values())
     assert last - first == sum(sizes), "float32 tensors of these shapes need no padding"
-    found = GGUFAdapter(tmp_path / "a.gguf", by_hand.config())
-    assert sorted(found.names()) == sorted(filter(is_factor, by_hand.manifest()))
-    for name in found.names():
-        kind, planes, shape = found.planes(name)
+    adapter = GGUFAdapter(tmp_path / "a.gguf", by_hand.config())
+    assert sorted(adapter.names()) == sorted(filter(is_factor, by_hand.manifest()))
+    for name in adapter.names():
+        codec_name, planes, shape = adapter.planes(name)
         stored = by_hand.read(name)
-        assert (kind, shape) == (stored.codec_name, stored.shape)
+        assert (codec_name, shape) == (stored.codec_name, stored.shape)
         assert np.array_equal(planes["blocks"], stored.planes["blocks"])
 
 
 def test_an_adapter_of_another_sort_is_refused(by_hand: Artifact, corrected: Artifact, tmp_path: Path) -> None:
     config = by_hand.config()
-    gguf.write(corrected, tmp_path / "model.gguf")
+    gguf_writer.write(corrected, tmp_path / "model.gguf")
     with pytest.raises(UserError, match="not a LoRA adapter"):
         GGUFAdapter(tmp_path / "model.gguf", config)
     gguf_adapter.write(by_hand, tmp_path / "a.gguf")
@@ -121,14 +121,14 @@ def test_what_an_artifact_lacks_is_said(options: dict[str, Any], corrected: Arti
 # PEFT.
 
 
-@pytest.mark.parametrize("kind", ["gguf:F16", "gguf:Q8_0"])
-def test_a_peft_folder_holds_the_factors(tiny_model: Path, kind: str, tmp_path: Path) -> None:
-    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, kind)
+@pytest.mark.parametrize("codec_name", ["gguf:F16", "gguf:Q8_0"])
+def test_a_peft_folder_holds_the_factors(tiny_model: Path, codec_name: str, tmp_path: Path) -> None:
+    artifact = handmade(tiny_model, tmp_path / "artifact", 0.05, codec_name)
     peft.write(artifact, tmp_path / "peft")
-    found = open_factors(tmp_path / "base.gguf", tmp_path / "peft", artifact.config())
-    assert found is not None
+    factors = open_factors(tmp_path / "base.gguf", tmp_path / "peft", artifact.config())
+    assert factors is not None
     expected = CorrectedModel(ArtifactModel(artifact.folder), ArtifactFactors(artifact))
-    read = CorrectedModel(ArtifactModel(artifact.folder), found)
+    read = CorrectedModel(ArtifactModel(artifact.folder), factors)
     for name in filter(is_factor, artifact.manifest()):
         linear = corrected_linear(name)
         assert torch.equal(read.read(linear), expected.read(linear))

@@ -1,4 +1,4 @@
-"""Second moments: guided ones against autograd through the whole model, asymmetric targets, and the cache."""
+"""Second moments: guided ones compared with autograd through the whole model, asymmetric targets, and the cache."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tokens() -> Tensor:
 
 
 def by_autograd(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
-    """Guided second moments of every linear, from transformers' own model and one backward pass per sequence."""
+    """Returns the guided Hessian of every linear, from transformers' model and one backward pass per sequence."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     seen: dict[str, tuple[Tensor, Tensor]] = {}
     linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
@@ -56,11 +56,11 @@ def by_autograd(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
 def test_guided_moments_are_those_of_autograd(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     expected = by_autograd(tiny_model, tokens)
     model = BlockModel(open_source(str(tiny_model)))
-    found = {}
+    guided = {}
     for index, groups in guided_moments(model, tokens, 1, tmp_path / "work", Silent()):
-        found |= {f"model.layers.{index}.{linear}": hessian for (linear,), hessian in groups.items()}
-    assert found.keys() == expected.keys()
-    for name, hessian in found.items():
+        guided |= {f"model.layers.{index}.{linear}": hessian for (linear,), hessian in groups.items()}
+    assert guided.keys() == expected.keys()
+    for name, hessian in guided.items():
         torch.testing.assert_close(hessian, expected[name], rtol=1e-3, atol=1e-4 * float(expected[name].max()))
     assert not list((tmp_path / "work").iterdir())
 
@@ -72,24 +72,24 @@ def test_powers_of_the_weights_keep_the_trace(groups: int) -> None:
     gradient = torch.randn(50, 4, generator=draw) * torch.rand(50, 1, generator=draw) ** 3
     gradient[7] = torch.nan  # left out
     halves = [(x[:20], gradient[:20]), (x[20:], gradient[20:])]
-    found = {}
+    by_power = {}
     for power in (1.0, 0.5):
         moments = SecondMoments(12, "guided", CPU, groups, power=power)
         for part in halves:
             moments.add(*part)
             moments.end_shard()
-        found[power] = moments.hessian().reshape(groups, 12, 12)
+        by_power[power] = moments.hessian().reshape(groups, 12, 12)
     weights = gradient.unflatten(1, (groups, -1)).square().mean(2)
     for group in range(groups):
         weight = weights[:, group].nan_to_num(0.0)
         expected = torch.einsum("t,ti,tj->ij", weight.sqrt(), x, x)
         expected *= torch.einsum("t,ti,ti->", weight, x, x) / expected.trace() / 49
-        torch.testing.assert_close(found[0.5][group], expected, rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(found[0.5], found[1.0], rtol=0.1)
+        torch.testing.assert_close(by_power[0.5][group], expected, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(by_power[0.5], by_power[1.0], rtol=0.1)
 
 
 def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
-    """And leave no file, also while the pass is under way."""
+    """States that are held in memory leave no file, not even during the pass."""
     model = BlockModel(open_source(str(tiny_model)))
     expected = dict(guided_moments(model, tokens, 1, tmp_path / "files", Silent()))
     for index, groups in guided_moments(model, tokens, 1, tmp_path / "held", Silent(), held=True):
@@ -99,20 +99,22 @@ def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: T
 
 
 def test_one_pass_gives_moments_and_weights(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
-    """Those that a pass of their own gives."""
+    """A pass that collects moments and token weights gives what separate passes give."""
     model, weights = BlockModel(open_source(str(tiny_model))), []
     alone = dict(guided_moments(model, tokens, 1, tmp_path / "alone", Silent()))
-    found = guided_moments(model, tokens, 1, tmp_path / "both", Silent(), power=0.5, weights=weights.append)
+    both = guided_moments(model, tokens, 1, tmp_path / "both", Silent(), power=0.5, weights=weights.append)
     moments = guided_moments(model, tokens, 1, tmp_path / "moments", Silent(), power=0.5)
-    for (index, groups), (_, expected) in zip(found, moments, strict=True):
+    for (index, groups), (_, expected) in zip(both, moments, strict=True):
         assert weights[-1][0] == index
         for group, hessian in groups.items():
             assert torch.equal(hessian, expected[group])
             assert not torch.equal(hessian, alone[index][group])
-    kinds = [partial(TokenWeights, power=0.5)]
-    passed = [block for (block,) in guided_pass(model, tokens, kinds, tmp_path / "weights", Silent())]
+    sums = [partial(TokenWeights, power=0.5)]
+    passed = [block for (block,) in guided_pass(model, tokens, sums, tmp_path / "weights", Silent())]
     for (_, groups), (_, expected) in zip(weights, passed, strict=True):
-        assert all(torch.equal(each, expected[group]) and len(each) == tokens.numel() for group, each in groups.items())
+        assert all(
+            torch.equal(weight, expected[group]) and len(weight) == tokens.numel() for group, weight in groups.items()
+        )
 
 
 def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
@@ -145,7 +147,7 @@ def test_passes_in_bfloat16_give_nearly_the_same(tiny_model: Path, tokens: Tenso
     for index, groups in exact.items():
         for group, hessian in groups.items():
             difference = (near[index][group] - hessian).norm() / hessian.norm()
-            assert 1e-5 < difference < 0.1  # the products were rounded, and to no less than bfloat16
+            assert 1e-5 < difference < 0.1  # the products were rounded, but no more coarsely than to bfloat16
 
 
 @pytest.fixture
@@ -195,7 +197,7 @@ def test_options_that_do_not_go_together(
 
 
 def drifted(tokens: int, noise: float) -> tuple[Tensor, Tensor]:
-    """Full-precision inputs, and those of a prefix that shrinks and mixes them and adds noise."""
+    """Returns full-precision inputs, and inputs behind a prefix that shrinks and mixes them and adds noise."""
     draw = torch.Generator().manual_seed(tokens)
     full = torch.randn(tokens, 16, generator=draw) @ torch.randn(16, 16, generator=torch.Generator().manual_seed(1))
     mixed = 0.8 * full + 0.1 * full.roll(1, 1)
@@ -229,7 +231,7 @@ def test_an_asymmetric_target_keeps_the_outputs() -> None:
 
 
 def test_an_asymmetric_target_does_not_fit_noise() -> None:
-    """From 40 tokens, 16 columns of correction are mostly noise; what held-out tokens do not confirm is left out."""
+    """A correction of 16 columns from 40 tokens is mostly noise. What held-out tokens do not confirm is left out."""
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
     moments = CrossMoments(16, "plain", all_on_device(CPU))
     draw = torch.Generator().manual_seed(2)
@@ -244,12 +246,14 @@ def test_an_asymmetric_target_does_not_fit_noise() -> None:
     assert (target - weight).norm() < 0.1 * weight.norm()
 
 
-@pytest.mark.parametrize("kind", ["normalized", "guided"])
-def test_what_hidden_states_lack_is_made_up_for(kind: str) -> None:
-    """A part of what they lack can be seen in the inputs of a linear whose output is added to them. Two tokens with
-    hidden states a thousand times as large do not rule what is normalized."""
+@pytest.mark.parametrize("moments_type", ["normalized", "guided"])
+def test_what_hidden_states_lack_is_made_up_for(moments_type: str) -> None:
+    """A part of the hidden states' error depends on the inputs of a linear whose output is added to them.
+
+    With normalized moments, two tokens with hidden states a thousand times as large do not dominate the target.
+    """
     draw = torch.Generator().manual_seed(5)
-    weight, moments = torch.randn(8, 16, generator=draw), CrossMoments(16, kind, all_on_device(CPU), rows=8)
+    weight, moments = torch.randn(8, 16, generator=draw), CrossMoments(16, moments_type, all_on_device(CPU), rows=8)
     lost = torch.randn(8, 16, generator=draw)
     before = after = 0.0
     for half in (0, 1, 2):
@@ -257,10 +261,10 @@ def test_what_hidden_states_lack_is_made_up_for(kind: str) -> None:
         stream = torch.randn(len(full), 8, generator=draw) * 10
         lacking = quantized @ lost.T + 3 * torch.randn(len(full), 8, generator=draw)
         size = torch.ones(len(full), 1)
-        if kind == "normalized":
+        if moments_type == "normalized":
             size[:2] = 1000
         if half < 2:
-            weights = torch.ones(len(full)) if kind == "guided" else None
+            weights = torch.ones(len(full)) if moments_type == "guided" else None
             moments.add(half, Entering(full, (stream + lacking) * size), Entering(quantized, stream * size), weights)
             continue
         target, strength = moments.target(weight, 1e-4)
@@ -272,8 +276,8 @@ def test_what_hidden_states_lack_is_made_up_for(kind: str) -> None:
 
 def test_cross_moments_hold_the_plain_hessian() -> None:
     full, quantized = drifted(100, 0.1)
-    for kind in ("plain", "normalized"):
-        both, alone = CrossMoments(16, kind, all_on_device(CPU)), SecondMoments(16, kind, CPU)
+    for moments_type in ("plain", "normalized"):
+        both, alone = CrossMoments(16, moments_type, all_on_device(CPU)), SecondMoments(16, moments_type, CPU)
         both.add(0, Entering(full[:60]), Entering(quantized[:60]))
         both.add(1, Entering(full[60:]), Entering(quantized[60:]))
         alone.add(quantized)
@@ -282,7 +286,7 @@ def test_cross_moments_hold_the_plain_hessian() -> None:
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_cross_moments_with_token_weights_are_guided(power: float) -> None:
-    """Where nothing is quantized yet; to the power, but for a factor."""
+    """If nothing is quantized yet, cross moments with token weights are the guided Hessian, up to a factor."""
     draw = torch.Generator().manual_seed(3)
     inputs, gradient = torch.randn(40, 16, generator=draw), torch.randn(40, 6, generator=draw) ** 3
     alone, weights = SecondMoments(16, "guided", CPU, power=power), TokenWeights(16, power)
@@ -292,24 +296,24 @@ def test_cross_moments_with_token_weights_are_guided(power: float) -> None:
         weights.add(inputs[part], gradient[part])
     for half, part in enumerate((slice(0, 25), slice(25, 40))):
         both.add(half, Entering(inputs[part]), Entering(inputs[part]), weights.hessian()[part])
-    expected, found = alone.hessian(), both.hessian()
-    assert 0.5 < float(found.trace() / expected.trace()) < 2
-    torch.testing.assert_close(found / found.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-7)
+    expected, weighted = alone.hessian(), both.hessian()
+    assert 0.5 < float(weighted.trace() / expected.trace()) < 2
+    torch.testing.assert_close(weighted / weighted.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["plain", "normalized", "guided"])
-def test_tokens_that_are_not_finite_are_left_out(kind: str) -> None:
+@pytest.mark.parametrize("moments_type", ["plain", "normalized", "guided"])
+def test_tokens_that_are_not_finite_are_left_out(moments_type: str) -> None:
     draw = torch.Generator().manual_seed(2)
     inputs, gradient = torch.randn(12, 8, generator=draw), torch.randn(12, 6, generator=draw)
-    broken, good = SecondMoments(8, kind, CPU, 2 if kind == "guided" else 1), slice(4, 12)
-    whole = SecondMoments(8, kind, CPU, 2 if kind == "guided" else 1)
+    broken, good = SecondMoments(8, moments_type, CPU, 2 if moments_type == "guided" else 1), slice(4, 12)
+    whole = SecondMoments(8, moments_type, CPU, 2 if moments_type == "guided" else 1)
     whole.add(inputs[good], gradient[good])
     inputs[0, 3], inputs[1, 2], inputs[2, 1] = torch.nan, torch.inf, 1e30  # the last one's square overflows
     gradient[3, 4] = torch.nan
-    if kind != "guided":
+    if moments_type != "guided":
         inputs[3, 0] = -torch.inf
     broken.add(inputs, gradient)
     torch.testing.assert_close(broken.hessian(), whole.hessian())
-    nothing = SecondMoments(8, kind, CPU)
+    nothing = SecondMoments(8, moments_type, CPU)
     nothing.add(torch.full((4, 8), torch.nan), gradient[:4])
     assert torch.equal(nothing.hessian(), torch.eye(8))
