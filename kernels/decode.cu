@@ -1,8 +1,8 @@
-// Packed planes to a dense matrix.
+// Decodes packed planes to a dense matrix.
 #include "formats.cuh"
 
-// out [rows, columns] = the weights that the planes hold, rounded to T. A thread decodes eight weights of a row.
-// `out` lies on a 16-byte boundary.
+// Writes the weights that the planes hold to out [rows, columns], rounded to T. A thread decodes eight weights of a
+// row. `out` is on a 16-byte boundary.
 template <class Format, class T>
 __global__ void __launch_bounds__(256)
     decode(const u8* first, const u8* second, const u8* third, int rows, int columns, int group, T* out) {

@@ -1,8 +1,8 @@
-// EXL2: to a dense matrix, and times a few activations. lqexport.formats.exl2 defines what a weight is.
+// EXL2: decodes a matrix, and multiplies a few activations by it. lqexport.formats.exl2 defines the value of a weight.
 //
-// The file holds the transposed matrix: neighbouring words are of neighbouring rows, so a lane takes a row, and a warp
-// reads whole lines. A unit is 32 stored columns; `units` [columns / 32, 3] has each one's bits, its first line in
-// `weight`, and its group. Matrices have a multiple of 32 rows and columns.
+// The file holds the transposed matrix. Neighbouring words belong to neighbouring rows, so a lane takes a row, and a
+// warp reads whole lines. A unit is 32 stored columns. `units` [columns / 32, 3] holds the bits of each unit, its first
+// line in `weight`, and its group. Rows and columns of a matrix are multiples of 32.
 #include "common.cuh"
 
 struct Unit {
@@ -11,8 +11,9 @@ struct Unit {
   int group;
 };
 
-// weight [lines, rows] codes, each row's a bit stream down its column    scale [groups, rows / 8], eight codes of 4 bits
-// in a word    maxima [groups]
+// weight  [lines, rows], the codes; those of a row are a bit stream down its column
+// scale   [groups, rows / 8], eight scale codes of 4 bits in a word
+// maxima  [groups]
 struct Exl2 {
   const u32* weight;
   const u32* scale;
@@ -21,7 +22,8 @@ struct Exl2 {
   int rows;
 };
 
-// As ExLlamaV2 computes: every operation is rounded to float16. Products are exact before that.
+// Rounds the result of an operation to float16, as ExLlamaV2 does after every operation. Products are exact before
+// that.
 __device__ __forceinline__ float rounded(float value) { return to_float(__float2half_rn(value)); }
 
 __device__ __forceinline__ float scale_of(const Exl2& matrix, int group, int row) {
@@ -30,8 +32,8 @@ __device__ __forceinline__ float scale_of(const Exl2& matrix, int group, int row
   return rounded(__fmul_rn((float)(step * step), rounded(__fmul_rn(to_float(matrix.maxima[group]), 1.0f / 256))));
 }
 
-// Codes `first` .. `first` + 7 of a unit, a multiple of eight, in the lowest bits: they begin in one word and end in it
-// or the next.
+// Returns codes `first` .. `first` + 7 of a unit in the lowest bits. `first` is a multiple of eight. The codes begin in
+// one word and end in it or in the next.
 __device__ __forceinline__ u64 eight_codes(const Exl2& matrix, const Unit& unit, int first, int row) {
   const int bit = first * unit.bits;
   const u32* word = matrix.weight + (size_t)(unit.line + bit / 32) * matrix.rows + row;
@@ -40,7 +42,7 @@ __device__ __forceinline__ u64 eight_codes(const Exl2& matrix, const Unit& unit,
   return codes >> bit % 32;
 }
 
-// The k-th of eight codes as a weight.
+// Returns the weight of the k-th of eight codes.
 __device__ __forceinline__ float weight_of(u64 codes, int k, int bits, float scale) {
   const int code = (int)(codes >> k * bits) & ((1 << bits) - 1);
   return rounded(__fmul_rn(scale, (float)(code - (1 << (bits - 1)))));
@@ -48,13 +50,14 @@ __device__ __forceinline__ float weight_of(u64 codes, int k, int bits, float sca
 
 const int TILE = 32;
 
-// out [rows, columns] = the weights in the matrix's own order, rounded to T; `places` [columns]: where each is stored.
-// A block takes a tile, by columns as the file stores it and by rows as `out` does.
+// Writes the weights, rounded to T, to out [rows, columns], in the matrix's column order. places [columns] are the
+// positions at which the columns are stored. A block takes a tile: it reads the tile by columns, as the file stores it,
+// and writes it by rows.
 template <class T>
 __global__ void __launch_bounds__(256)
     decode_exl2(const u32* weight, const u32* scale, const __half* maxima, const Unit* units, const int* places,
                 int rows, int columns, T* out) {
-  DYNAMIC_SHARED(float, tile);  // [TILE, TILE + 1], so that neither way do two lanes share a bank
+  DYNAMIC_SHARED(float, tile);  // [TILE, TILE + 1], so that two lanes share a bank neither by rows nor by columns
   const Exl2 matrix = {weight, scale, maxima, units, rows};
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int row = (int)(blockIdx.x % (rows / TILE)) * TILE, column = (int)(blockIdx.x / (rows / TILE)) * TILE;
@@ -71,10 +74,11 @@ __global__ void __launch_bounds__(256)
 
 const int WARPS = 16;
 
-// x [tokens, columns] with its columns in the order in which the file stores them, on a 16-byte boundary
-// y [tokens, rows], written    left, reduced, rank: a low-rank correction, as in multiply.cu
+// x   [tokens, columns], its columns in the order in which the file stores them, on a 16-byte boundary
+// y   [tokens, rows], written
+// left, reduced, rank   a low-rank correction, as in multiply.cu
 //
-// A block takes TILE rows and TOKENS tokens; its warps share the units. Sums are float32.
+// A block takes TILE rows and TOKENS tokens, and its warps divide the units. Sums are float32.
 template <class T, int TOKENS>
 __global__ void __launch_bounds__(WARPS * 32, 2)
     multiply_exl2(const u32* weight, const u32* scale, const __half* maxima, const Unit* units, int rows, int columns,

@@ -1,14 +1,18 @@
-// Error feedback through one block of columns: what cpu.py's feedback_block does, with the same bits.
+// Error feedback through one block of columns. The results are bitwise equal to those of cpu.py's feedback_block.
 #include "grid.cuh"
 
-const int MOST_COLUMNS = 128;  // of a block; cuda_solve.py has it too
+const int MOST_COLUMNS = 128;  // of a block; cuda_solve.py has the same number
 const int PER_LANE = MOST_COLUMNS / 32;
 
 // A warp takes a row and keeps its weights in registers: lane l has the columns l, l + 32, l + 64 and l + 96. In step i
-// the lane of column i rounds it, and every lane takes its share of the error from its own columns.
+// the lane of column i rounds it, and every lane subtracts the error's part from its own columns.
 //
-// weights [rows, width] in solve order    factor [width, width], the block's part of U, where H^-1 = U^T U
-// scale, offset [rows, width] of each column    half: whether values are rounded to float16    codes, errors [rows, width], written
+// weights        [rows, width], in solve order
+// factor         [width, width], the block's part of U, where H^-1 = U^T U
+// scale, offset  [rows, width], for every column
+// all_levels     [level_rows, level_count], where level_rows is 1 or rows
+// half           whether values are rounded to float16
+// codes, errors  [rows, width], written
 __global__ void __launch_bounds__(128)
     feedback_block(const float* weights, const float* factor, const float* scale, const float* offset,
                    const float* all_levels, int level_rows, int level_count, int uniform, int half, int rows,
@@ -29,7 +33,7 @@ __global__ void __launch_bounds__(128)
     const float a = real ? scale[start + own] : 0, b = real ? offset[start + own] : 0;
     const float pivot = real ? factor[(size_t)own * width + own] : 1;
     for (int l = 0; l < 32 && s * 32 + l < width; l++) {
-      // Every lane rounds its own column; only that of lane l is complete, and counts.
+      // Every lane rounds its own column, but only the weight of lane l is final and only its result is used.
       const float target = a != 0 ? (left[s] - b) / a : 0;
       const int code = nearest(target, levels, level_count, uniform);
       const float own_error = (left[s] - grid_value(a, levels[code], b, half)) / pivot;

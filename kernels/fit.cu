@@ -1,7 +1,7 @@
-// The scale and shift of every group with the least weighted squared error found: what cpu.py's fit_groups does.
+// Searches every group's scale and shift for the least weighted squared error, as cpu.py's fit_groups does.
 #include "grid.cuh"
 
-const int LANES = 16;  // that share a group: each tries other ranges of it
+const int LANES = 16;  // lanes of a group; each tries other ranges
 
 struct Group {
   const float* x;
@@ -31,7 +31,7 @@ __device__ __forceinline__ float level_near(const Group& group, float target) {
 
 __device__ __forceinline__ float inverse(float scale) { return scale != 0 ? 1 / scale : 0; }
 
-// Scale and shift that map the levels onto the range of x, less a share of it at each end.
+// Sets the scale and shift that map the levels onto the range of x, after cutting a share of it at each end.
 __device__ void span(const Group& group, Found& found) {
   float low = group.low, high = group.high;
   if (!group.has_offset) {  // in every codebook the first level has the largest magnitude
@@ -47,7 +47,7 @@ __device__ void span(const Group& group, Found& found) {
   found.shift = low - found.scale * group.levels[0];
 }
 
-// Weighted least squares for scale and shift, each weight's level the one nearest under the given ones.
+// Refits scale and shift by weighted least squares, to the levels nearest under the old ones.
 __device__ void refit(const Group& group, Found& found) {
   const float reciprocal = inverse(found.scale);
   float square = 0, cross = 0, mean_level = 0, mean = 0;
@@ -76,7 +76,7 @@ __device__ float group_error(const Group& group, const Found& found) {
   return error;
 }
 
-// The best of the lanes' findings in each of them; of equal ones, that of the lowest lane.
+// Gives all lanes the result with the least error. Of equal errors, the lowest lane's wins.
 __device__ void best_of_lanes(Found& best) {
   int winner = threadIdx.x % LANES;
   float least = best.error;
@@ -93,7 +93,7 @@ __device__ void best_of_lanes(Found& best) {
   best.cut_high = __shfl_sync(ALL_LANES, best.cut_high, winner, LANES);
 }
 
-// Try the ranges around the best one, whose cuts [count, 2] are `cuts` more; the lanes share them.
+// Tries the ranges whose cuts are those of the best range plus `cuts` [count, 2]. The lanes divide them.
 __device__ void search(const Group& group, const float* cuts, int count, Found& best) {
   const Found around = best;
   for (int n = threadIdx.x % LANES; n < count; n += LANES) {
@@ -119,17 +119,20 @@ __device__ void find_range(Group& group) {
   group.high = high;
 }
 
-// weights [rows, groups * width]    weight [groups, width], sum 1 in a group    levels [level_count]
-// has_offset: whether the format has one; not_positive: whether it must not be above 0
-// cuts [cut_count, 2], fine [fine_count, 2]: shares of the range to leave out below and above
-// scale, shift [rows, groups], written
+// weights       [rows, groups * width]
+// weight        [groups, width], the importance of each column; it sums to 1 in a group
+// levels        [level_count]
+// has_offset    whether the format has an offset
+// not_positive  whether the offset must not be above 0
+// cuts, fine    [cut_count, 2] and [fine_count, 2], the shares of the range to cut below and above
+// scale, shift  [rows, groups], written
 __global__ void __launch_bounds__(128)
     fit_groups(const float* weights, const float* weight, const float* levels, int level_count, int uniform,
                int has_offset, int not_positive, const float* cuts, int cut_count, const float* fine, int fine_count,
                int rows, int groups, int width, float* scale, float* shift) {
   const size_t total = (size_t)rows * groups;
   const size_t wanted = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) / LANES;
-  const size_t own = wanted < total ? wanted : total - 1;  // the lanes left over help nobody, but shuffles need them
+  const size_t own = wanted < total ? wanted : total - 1;  // spare lanes repeat it: shuffles need all
   Group group = {weights + own * width, weight + own % groups * width, width, levels, level_count, uniform, has_offset,
                  not_positive, 0, 0};
   find_range(group);

@@ -1,17 +1,17 @@
-// How each format stores a weight: the device's version of lqexport.formats, which defines it.
+// Readers of all formats on the GPU. lqexport.formats defines how each format stores a weight.
 //
-// Eight weights that begin at a multiple of eight share their scale and offset in every format, and their codes fill
-// whole bytes. So a format is a reader of one row with
+// In every format, eight weights that begin at a multiple of eight share their scale and offset, and their codes fill
+// whole bytes. So a format is a reader of one row, with
 //
 //   Reader(planes, row, columns, group)
-//   eight(column, count, value)    the weights column .. column + count - 1, count = 8 but at the end of a row
+//   eight(column, count, value)    reads weights column .. column + count - 1; count is 8 except at the end of a row
 //
-// To add a format: a reader here, and its name in lqexport/kernels/cuda_decode.py. Products and sums are rounded one by
-// one (__fmul_rn, __fadd_rn), as the format defines a value: the compiler must not fuse them.
+// To add a format, write a reader in this file and add its name to lqexport/kernels/cuda_decode.py. Every product and
+// sum is rounded by itself (__fmul_rn, __fadd_rn), as the format defines a value: the compiler must not fuse them.
 #pragma once
 #include "common.cuh"
 
-// Up to three planes of a packed tensor, each an array whose first axis is the rows.
+// Up to three planes of a packed tensor. The first axis of each is the rows.
 struct Planes {
   const u8* first;
   const u8* second;
@@ -20,14 +20,15 @@ struct Planes {
 
 __device__ __forceinline__ float half_at(const u8* bytes) { return to_float(*reinterpret_cast<const __half*>(bytes)); }
 
-// ---- GGUF: rows of blocks; a block has an even number of bytes, so its 16-bit words are aligned.
+// ---- GGUF: rows of blocks. A block has an even number of bytes, so its 16-bit words are aligned.
 
 __device__ __forceinline__ u64 eight_bytes(const u8* bytes) {
   const u16* words = reinterpret_cast<const u16*>(bytes);
   return words[0] | (u64)words[1] << 16 | (u64)words[2] << 32 | (u64)words[3] << 48;
 }
 
-// Where integer n lies in a member packed as formats/gguf.py's `Bits`: its byte, and its lowest bit in that byte.
+// The position of integer n in a member that is packed as `Bits` in formats/gguf.py says: its byte, and its lowest bit
+// in that byte.
 template <int BITS, int RUN>
 __device__ __forceinline__ u32 byte_of(u32 n) {
   return n / (RUN * 8 / BITS) * RUN + n % RUN;
@@ -38,7 +39,7 @@ __device__ __forceinline__ u32 shift_of(u32 n) {
   return n / RUN % (8 / BITS) * BITS;
 }
 
-// Integers n .. n + 7 of a member, one in each byte.
+// Returns integers n .. n + 7 of a member, one in each byte.
 template <int BITS, int RUN>
 __device__ __forceinline__ u64 integers(const u8* member, u32 n) {
   return eight_bytes(member + byte_of<BITS, RUN>(n)) >> shift_of<BITS, RUN>(n) & 0x0101010101010101ull * ((1 << BITS) - 1);
@@ -49,7 +50,7 @@ __device__ __forceinline__ int integer(const u8* member, u32 n) {
   return member[byte_of<BITS, RUN>(n)] >> shift_of<BITS, RUN>(n) & ((1 << BITS) - 1);
 }
 
-// Bits n .. n + 7 of a bit mask, one in each byte.
+// Returns bits n .. n + 7 of a bit mask, one in each byte.
 __device__ __forceinline__ u64 mask_bits(const u8* mask, u32 n) {
   u64 bits = 0;
 #pragma unroll
@@ -57,7 +58,8 @@ __device__ __forceinline__ u64 mask_bits(const u8* mask, u32 n) {
   return bits;
 }
 
-// A block type has, beside its sizes: codes(block, n), one in each byte; level(code); scale(block, n).
+// A block type has its sizes and: codes(block, n), codes n .. n + 7, one in each byte; level(code); scale(block, n) and
+// offset(block, n) of weight n.
 struct Block32 {
   static const int weights = 32;
   static const bool has_offset = false;
@@ -109,7 +111,7 @@ struct Q8_0 : Block32 {
   static __device__ int level(int code) { return (signed char)code; }
 };
 
-// formats/gguf.py's CODEBOOK: -127 -104 -83 -65 -49 -35 -22 -10 and 1 13 25 38 53 69 89 113, lowest byte first.
+// CODEBOOK of formats/gguf.py: -127 -104 -83 -65 -49 -35 -22 -10 and 1 13 25 38 53 69 89 113, lowest byte first.
 __device__ __forceinline__ int codebook(int code) {
   const u64 levels = code < 8 ? 0xf6eaddcfbfad9881ull : 0x7159453526190d01ull;
   return (signed char)(levels >> 8 * (code & 7));
@@ -161,7 +163,7 @@ struct Q4_K : Block256 {
   static const bool has_offset = true;
   static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 32>(block + 16, n); }
   static __device__ int level(int code) { return code; }
-  // `at` is 0 for the scales and 4 for the mins; the low bits of groups 4 .. 7 share bytes, in nibble at / 4.
+  // `at` is 0 for scales and 4 for mins. In groups 4 .. 7, the low 4 bits of both share a byte: nibble at / 4.
   static __device__ int six_bits(const u8* block, u32 group, int at) {
     const u8* scales = block + 4;
     if (group < 4) return scales[at + group] & 63;
@@ -193,7 +195,7 @@ struct Q6_K : Block256 {
   }
 };
 
-// A row of blocks: scale * level + offset.
+// A row of blocks. A weight is scale * level + offset.
 template <class Block>
 struct Blocks {
   const u8* row;
@@ -215,7 +217,7 @@ struct Blocks {
   }
 };
 
-// ---- Plain types: every weight by itself.
+// ---- Plain types: each weight is one number.
 template <class T>
 struct Plain {
   const T* row;
@@ -230,7 +232,7 @@ struct Plain {
   }
 };
 
-// A norm's gain as llama.cpp stores Gemma's: 1 more than the weight.
+// A norm of Gemma as llama.cpp stores it: the weight plus 1.
 struct NormPlusOne : Plain<float> {
   __device__ NormPlusOne(const Planes& planes, size_t r, int columns, int group) : Plain(planes, r, columns, group) {}
 
@@ -242,9 +244,9 @@ struct NormPlusOne : Plain<float> {
   }
 };
 
-// ---- Native formats: a bit stream of codes per row, and tables or scales beside it.
+// ---- Native formats: each row has a bit stream of codes, and a table or scales.
 
-// Eight codes of BITS bits are BITS bytes of the stream, the lowest bits first; the last bytes of a row may be fewer.
+// Returns the BITS bytes of the stream that hold eight codes, the lowest bits first. A row may end with fewer bytes.
 template <int BITS>
 __device__ __forceinline__ u64 stream_bytes(const u8* stream, u32 column, int count) {
   const u8* bytes = stream + column / 8 * BITS;
@@ -277,7 +279,7 @@ struct Table {
   }
 };
 
-// Planes: codes, scale, offset; `group` columns share the numbers.
+// Planes: codes, scale, offset. `group` columns share a scale and an offset.
 template <int BITS>
 struct Affine {
   const u8* stream;
@@ -299,7 +301,7 @@ struct Affine {
   }
 };
 
-// Planes: codes, exponents; MXINT's integers code - (2^(BITS - 1) - 1) times a power of two for each group.
+// Planes: codes, exponents. A weight is MXINT's integer, code - (2^(BITS - 1) - 1), times the group's power of two.
 template <int BITS>
 struct MxInt {
   const u8* stream;
@@ -311,7 +313,7 @@ struct MxInt {
 
   __device__ __forceinline__ void eight(u32 column, int count, float* value) const {
     const u64 word = stream_bytes<BITS>(stream, column, count);
-    // 2^(e - (BITS - 1)): the stored e + 127 is a float's own exponent.
+    // 2^(e - (BITS - 1)): the stored number e + 127 is already the exponent field of a float.
     const float scale = __uint_as_float((u32)(exponents[column / group] - (BITS - 1)) << 23);
     const int most = (1 << (BITS - 1)) - 1;
 #pragma unroll

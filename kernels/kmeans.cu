@@ -1,7 +1,7 @@
-// Exact weighted k-means of sorted rows: kmeans.py's dynamic programme, whose comments say why it is exact.
+// Exact weighted k-means of sorted rows: the dynamic program of kmeans.py, which says why it is exact.
 #include "common.cuh"
 
-// Of a row's first i values, i = 0 .. n: the sums of s, s w and s w^2.
+// Prefix sums of a row: s, s w and s w^2 over the first i values, i = 0 .. n, for values w with weights s.
 struct Sums {
   const double* mass;
   const double* first;
@@ -13,7 +13,7 @@ struct Split {
   int where;
 };
 
-// Weighted squared error of values i .. j - 1 around their mean.
+// Returns the weighted squared error of values i .. j - 1 around their mean.
 __device__ __forceinline__ double interval_cost(const Sums& sums, int i, int j) {
   const double total = sums.mass[j] - sums.mass[i];
   if (total <= 0) return 0;
@@ -21,8 +21,8 @@ __device__ __forceinline__ double interval_cost(const Sums& sums, int i, int j) 
   return fmax(sums.second[j] - sums.second[i] - moment * moment / total, 0.0);
 }
 
-// The best start least .. most of the last interval of values 0 .. j - 1, of equally good ones the first. `share` lanes
-// look for it together, 32 or 1; each of them gets it.
+// Returns the best start of the last interval of values 0 .. j - 1, from least .. most. Of equally good starts it is
+// the first. `share` lanes, 32 or 1, search together, and each of them gets the result.
 __device__ __forceinline__ Split best_split(const Sums& sums, const double* previous, int j, int least, int most,
                                             int share) {
   Split best = {(double)__uint_as_float(0x7f800000), least};
@@ -38,10 +38,11 @@ __device__ __forceinline__ Split best_split(const Sums& sums, const double* prev
   return best;
 }
 
-// current[j]: least error of values 0 .. j - 1 in one interval more than `previous`; split[j]: start of the last.
+// Adds one interval to the division of every prefix. current[j] becomes the least error of values 0 .. j - 1 with one
+// interval more than in `previous`, and split[j] becomes the start of the last interval.
 //
-// The best start moves right with j, so those of j - stride and j + stride bound that of j: strides are halved from
-// level to level. While there are fewer j's than threads, a warp takes each, then a thread.
+// The best start moves right with j, so the starts of j - stride and j + stride bound the start of j. The stride is
+// halved from level to level. While a level has fewer j's than threads, a warp takes each j; later, a thread does.
 __device__ void layer(const Sums& sums, const double* previous, double* current, int* split, int n) {
   int stride = 1;
   while (2 * stride <= n) stride *= 2;
@@ -60,8 +61,8 @@ __device__ void layer(const Sums& sums, const double* previous, double* current,
   __syncthreads();
 }
 
-// The means of the intervals that `splits` [count, n + 1] lead to from the last to the first; of an empty one, or one
-// whose values do not count, its first value.
+// Writes the mean of every interval, from the last to the first, which `splits` [count, n + 1] leads to. For an empty
+// interval, or one whose values have no weight, writes its first value.
 __device__ void means(const Sums& sums, const double* values, const int* splits, int n, int count, double* centers) {
   int end = n;
   for (int k = count - 1; k >= 0; k--) {
@@ -72,8 +73,12 @@ __device__ void means(const Sums& sums, const double* values, const int* splits,
   }
 }
 
-// values [rows, n], ascending    sums [3, rows, n + 1], see Sums    costs [rows, 2, n + 1] and splits [rows, count, n + 1],
-// for its own use    centers [rows, count] and errors [rows], written
+// values   [rows, n], ascending
+// sums     [3, rows, n + 1], see Sums
+// costs    [rows, 2, n + 1], work space
+// splits   [rows, count, n + 1], work space
+// centers  [rows, count], written
+// errors   [rows], written
 __global__ void __launch_bounds__(256)
     kmeans(const double* values, const double* sums, int rows, int n, int count, double* costs, int* splits,
            double* centers, double* errors) {

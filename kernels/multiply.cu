@@ -1,10 +1,11 @@
-// Packed weights times a few activations, decoded on the way: y = x W^T + t L^T, for the low-rank correction L.
+// Multiplies a few activations by packed weights and decodes them on the way: y = x W^T + reduced left^T. The second
+// term is the low-rank correction.
 #include "formats.cuh"
 
 const int WARPS = 4;
-const int ROWS = 2;  // of W that a block takes, so that what it loads of x serves both
+const int ROWS = 2;  // rows of W of a block; the activations that it loads serve both
 
-// Eight activations from `column` on, zero beyond the last.
+// Loads eight activations from `column` on; those beyond the last column are zero.
 template <class T>
 __device__ __forceinline__ void load_eight(const T* x, int columns, int column, float* value) {
   if (columns % 8 == 0) {
@@ -17,12 +18,14 @@ __device__ __forceinline__ void load_eight(const T* x, int columns, int column, 
   for (int k = 0; k < 8; k++) value[k] = column + k < columns ? to_float(x[column + k]) : 0;
 }
 
-// x [tokens, columns] on a 16-byte boundary    y [tokens, rows], written
-// left [rows, rank] and reduced [tokens, rank]: the low-rank correction's left factor, and the activations times its
-// right one; rank 0 where there is none
+// x        [tokens, columns], on a 16-byte boundary
+// y        [tokens, rows], written
+// left     [rows, rank], the left factor of the low-rank correction
+// reduced  [tokens, rank], the activations times the right factor
+// rank     0 if there is no correction
 //
-// A block takes ROWS rows and TOKENS tokens; blocks that read the same weights are neighbours, so that all but the first
-// find them in the L2 cache. Its warps share the columns, eight to a lane at a time; sums are float32.
+// A block takes ROWS rows and TOKENS tokens. Blocks that read the same weights are neighbours, so all but the first
+// find them in the L2 cache. The block's warps divide the columns, and a lane takes eight at a time. Sums are float32.
 template <class Format, class T, int TOKENS>
 __global__ void __launch_bounds__(WARPS * 32, 4)
     multiply(const u8* first, const u8* second, const u8* third, int rows, int columns, int group, const T* x,

@@ -1,11 +1,11 @@
-// One sweep of coordinate descent over one block of columns: what cpu.py's refine_block does.
+// One sweep of coordinate descent over one block of columns, as cpu.py's refine_block makes it.
 //
-// A warp takes a row. Column j is that of lane j % 32: only this lane reads or writes its value, gradient and code, so
-// lanes speak to each other by shuffles alone, but for the stored numbers of the row.
+// A warp takes a row. Column j belongs to lane j % 32: only this lane reads or writes its value, gradient and code. So
+// lanes exchange data by shuffles, except for the stored numbers of the row.
 #include "grid.cuh"
 
 // Scales or offsets of the block as the file stores them (formats.codec.ScaleFormat): supers [rows, groups / span],
-// each value a float16, and subs [rows, groups]; a null pointer where the format has none.
+// each value a float16, and subs [rows, groups]. `supers` is a null pointer if the format has no such number.
 struct Stored {
   float* supers;
   short* subs;
@@ -43,32 +43,33 @@ __device__ __forceinline__ float number(const Stored& stored, int group, float a
   return __fmul_rn((float)stored.sign * stored.supers[group / stored.span], (float)stored.subs[group]);
 }
 
-// A float64 rounded to the nearest float16, ties to even, saturating at the largest.
+// Rounds a float64 to the nearest float16, ties to even. Values beyond the largest float16 become the largest.
 __device__ __forceinline__ double round_half(double x) {
-  if (fabs(x) < 0x1p-14) return rint(x * 0x1p24) * 0x1p-24;  // subnormal halves are multiples of 2^-24
+  if (fabs(x) < 0x1p-14) return rint(x * 0x1p24) * 0x1p-24;  // subnormal float16 numbers are multiples of 2^-24
   const double big = x * (0x1p42 + 1);  // Veltkamp's split keeps 53 - 42 = 11 bits; the sums must not be fused
   return fmin(fmax(__dadd_rn(big, -__dadd_rn(big, -x)), -65504.0), 65504.0);
 }
 
-// A float64 rounded to the nearest power of two that a float16 holds; below the smallest, that.
+// Rounds a float64 to the nearest power of two that a float16 holds, 2^-24 to 2^15.
 __device__ __forceinline__ double round_power(double x) {
   if (x <= 0x1p-24) return 0x1p-24;
   const double below = scalbn(1.0, ilogb(x));
   return fmin(x < 1.5 * below ? below : 2 * below, 0x1p15);
 }
 
-// What one stored number multiplies in column j: `own` times the level, or times one.
+// Returns the change of column j for a unit step of one stored number: `own` times the level, or for an offset `own`.
 __device__ __forceinline__ float direction(const Row& row, int j, float own, bool of_scale) {
   return of_scale ? __fmul_rn(own, row.levels[row.codes[j]]) : own;
 }
 
-// The factor of `direction` in a column: for a super, sign * the group's integer; for an integer, sign * its super.
+// Returns the factor `own` of `direction` in a column: for a super, sign * the group's integer; for an integer, sign *
+// its super.
 __device__ __forceinline__ float basis(const Row& row, const Stored& stored, int j, bool of_super) {
   const int group = j / row.group;
   return (float)stored.sign * (of_super ? (float)stored.subs[group] : stored.supers[group / stored.span]);
 }
 
-// A run of columns that one stored number moves.
+// The run of columns that one stored number changes.
 struct Run {
   int first;
   int last;
@@ -81,14 +82,14 @@ __device__ __forceinline__ float along(const Row& row, const Stored& stored, con
   return direction(row, j, basis(row, stored, j, run.of_super), run.of_scale);
 }
 
-// The step that minimises the loss, minus slope over curvature; the same in all lanes.
+// Returns the step that minimises the loss, minus slope over curvature, in all lanes.
 __device__ __forceinline__ double best_step(const Row& row, const Stored& stored, const Run& run) {
   double slope = 0, curvature = 0;
   for (int block = run.first / 32 * 32; block < run.last; block += 32) {
     const int own = block + row.lane;
     const float mine = along(row, stored, run, own);
     if (mine != 0) slope += (double)mine * row.gradient[own];
-    float product = 0;  // (H d) of the own column
+    float product = 0;  // (H d) of the lane's column
     for (int other = run.first / 32 * 32; other < run.last; other += 32) {
       const float given = along(row, stored, run, other + row.lane);
       for (int l = max(run.first - other, 0); l < min(run.last - other, 32); l++) {
@@ -103,13 +104,13 @@ __device__ __forceinline__ double best_step(const Row& row, const Stored& stored
   return curvature > 0 ? -slope / curvature : 0;
 }
 
-// Add `change` in column `i` to the gradient of the lane's own columns.
+// Updates the gradient of the lane's columns after column `i` changed by `change`.
 __device__ __forceinline__ void push(const Row& row, int i, float change) {
   const float* line = row.hessian + (size_t)i * row.width;
   for (int j = row.lane; j < row.width; j += 32) row.gradient[j] = plus(row.gradient[j], change, line[j]);
 }
 
-// Move the run's columns by `amount` along the direction.
+// Moves the run's columns by `amount` along the direction and updates the gradient.
 __device__ __forceinline__ void move(const Row& row, const Stored& stored, const Run& run, double amount) {
   for (int block = run.first / 32 * 32; block < run.last; block += 32) {
     const float mine = (float)(amount * along(row, stored, run, block + row.lane));
@@ -121,10 +122,10 @@ __device__ __forceinline__ void move(const Row& row, const Stored& stored, const
   }
 }
 
-// A quadratic with its minimum at `step` is lower at `change` than at 0.
+// Returns whether a quadratic with its minimum at `step` is lower at `change` than at 0.
 __device__ __forceinline__ bool lowers(double change, double step) { return change * (change - 2 * step) < 0; }
 
-// Move each float16 (of_super) or each group's integer to the best that the file can hold.
+// Moves each float16 (of_super) or each group's integer to the best value that the file can hold.
 __device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool of_scale, bool of_super) {
   const int groups = row.width / row.group;
   const int count = of_super ? groups / stored.span : groups;
@@ -136,7 +137,7 @@ __device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool
     double wished = fmin(fmax(rint(best), (double)stored.low), (double)stored.high);
     if (of_super) wished = stored.power ? round_power(best) : round_half(best);
     if (!lowers(wished - old, step)) continue;
-    __syncwarp();  // all have read it
+    __syncwarp();  // all lanes have read the old number
     if (row.lane == 0 && of_super) stored.supers[n] = (float)wished;
     if (row.lane == 0 && !of_super) stored.subs[n] = (short)wished;
     __syncwarp();
@@ -144,7 +145,7 @@ __device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool
   }
 }
 
-// Move each code in turn to the best one.
+// Moves each code in turn to the best one.
 __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale, const Stored& offset) {
   for (int block = 0; block < row.width; block += 32) {
     const int own = block + row.lane;
@@ -157,7 +158,7 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
         const float value = row.values[own], step = -row.gradient[own] / curvature;
         const int code = nearest((value + step - o) / s, row.levels, row.level_count, row.uniform);
         const float wished = grid_value(s, row.levels[code], o, row.half) - value;
-        // Of two rounded values, the nearest code's may be the farther.
+        // Rounding to float16 can make the nearest level's value farther than the old one.
         if (code != row.codes[own] && (!row.half || lowers(wished, step))) {
           change = wished;
           row.codes[own] = (u8)code;
@@ -170,8 +171,14 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
   }
 }
 
-// values [rows, width] decoded weights Q    gradient [rows, width] (Q - W) H    hessian [width, width]
-// codes [rows, width]    half: whether values are rounded to float16    All of the block's part, changed in place but for the Hessian and the levels.
+// values    [rows, width], the decoded weights Q
+// gradient  [rows, width], (Q - W) H
+// hessian   [width, width]
+// codes     [rows, width]
+// levels    [level_rows, level_count], where level_rows is 1 or rows
+// half      whether values are rounded to float16
+//
+// All are the block's part of the whole. All but the Hessian and the levels are changed in place.
 __global__ void __launch_bounds__(128, 4)
     refine_block(float* values, float* gradient, const float* hessian, u8* codes, const float* levels, int level_rows,
                  int level_count, int uniform, int half, int group, int rows, int width, float* scale_supers,
@@ -188,7 +195,7 @@ __global__ void __launch_bounds__(128, 4)
   const Stored offset =
       of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign, offset_power}, r,
                                groups);
-  // Offsets first, and of each the float16s before the integers; one loop, so that there is one copy of the code.
+  // Offsets come before scales, and float16s before integers. One loop, not unrolled, keeps one copy of the code.
 #pragma unroll 1
   for (int pass = refitting ? 0 : 4; pass < 4; pass++) {
     const bool of_scale = pass / 2, of_super = pass % 2 == 0;

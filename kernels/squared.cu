@@ -1,5 +1,5 @@
-// EXL2's scale codes: for every row of a group and every maximum the one with the least weighted squared error, as
-// squared.py's best_subs finds it.
+// Finds EXL2's scale codes: the code with the least weighted squared error for every row of a group and every maximum,
+// as squared.py's best_subs does.
 #include "common.cuh"
 
 const int CODES = 16;
@@ -14,9 +14,13 @@ __device__ float rounding_error(const float* x, const float* weight, int width, 
   return error;
 }
 
-// weights [rows, width]    weight [width]    scales [count, CODES], ascending, of each maximum and code
-// low, high: the end levels    narrow, wide: scales that reach less than the one share of the row's largest weight are
-// not tried, and none beyond the first that reaches more than the other    errors, subs [rows, count], written
+// weights       [rows, width], the group's weights
+// weight        [width], the importance of each column
+// scales        [count, CODES], the scale of each maximum and code, ascending
+// low, high     the lowest and the highest level
+// narrow, wide  shares of the row's largest weight. Scales whose largest value is less than the first share are not
+//               tried, and of those whose largest value is more than the second share, only the first is tried.
+// errors, subs  [rows, count], written
 //
 // A thread takes a row and a maximum.
 __global__ void __launch_bounds__(128)
