@@ -1,4 +1,4 @@
-"""GPTQ's layout and compressed-tensors from `quantize` to a verified folder, on a tiny model; and against libraries."""
+"""Folders in GPTQ's layout and of compressed-tensors, from `quantize` to `verify`, and compared with libraries."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from lqexport.target import Target
 from lqexport.verification.verifying import verify
 
 Q_PROJ = "model.layers.1.self_attn.q_proj"
-KINDS = ["gptq:4-g64", "gptq:4-g128-sym", "gptq:4-row", "gptq:4-g32-act"]
-every_kind = pytest.mark.parametrize("kind", KINDS)
-every_plain_kind = pytest.mark.parametrize("kind", KINDS[:3])
+CODEC_NAMES = ["gptq:4-g64", "gptq:4-g128-sym", "gptq:4-row", "gptq:4-g32-act"]
+every_codec = pytest.mark.parametrize("codec_name", CODEC_NAMES)
+every_plain_codec = pytest.mark.parametrize("codec_name", CODEC_NAMES[:3])
 Artifacts = dict[str, Artifact]
 
 
 @pytest.fixture(scope="module")
 def artifacts(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     made, cache = {}, tmp_path_factory.mktemp("gptq") / "moments"
-    for kind in KINDS:
-        recipe = Recipe(str(tiny_model), kind, calibration=str(text), samples=2, sequence_length=64,
+    for codec_name in CODEC_NAMES:
+        recipe = Recipe(str(tiny_model), codec_name, calibration=str(text), samples=2, sequence_length=64,
                         moments="normalized", descent=1, tune=0)  # fmt: skip
         folder = tmp_path_factory.mktemp("gptq") / "artifact"
         quantize(recipe, folder, cache=cache)
-        made[kind] = Artifact(folder)
+        made[codec_name] = Artifact(folder)
     return made
 
 
@@ -55,13 +55,13 @@ def write(artifact: Artifact, folder: Path, how: str) -> Path:
 
 
 @pytest.mark.parametrize("how", ["gptq", "gptq_v2", "compressed-tensors"])
-@every_plain_kind
-def test_folders_hold_the_artifacts_planes(kind: str, how: str, artifacts: Artifacts, tmp_path: Path) -> None:
-    read = open_export(write(artifacts[kind], tmp_path / "model", how))
-    assert set(read.names()) == set(artifacts[kind].manifest())
+@every_plain_codec
+def test_folders_hold_the_artifacts_planes(codec_name: str, how: str, artifacts: Artifacts, tmp_path: Path) -> None:
+    read = open_export(write(artifacts[codec_name], tmp_path / "model", how))
+    assert set(read.names()) == set(artifacts[codec_name].manifest())
     for name in read.names():
-        (codec, planes, shape), stored = read.planes(name), artifacts[kind].read(name)
-        assert (codec, shape) == (stored.codec_name, stored.shape)
+        (read_codec_name, planes, shape), stored = read.planes(name), artifacts[codec_name].read(name)
+        assert (read_codec_name, shape) == (stored.codec_name, stored.shape)
         assert sorted(planes) == sorted(stored.planes)
         for plane, content in planes.items():
             assert content.dtype == stored.planes[plane].dtype
@@ -78,15 +78,15 @@ def logits(export: Export, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@every_plain_kind
+@every_plain_codec
 def test_compressed_tensors_loads_the_same_model(
-    kind: str, dtype: torch.dtype, artifacts: Artifacts, tmp_path: Path
+    codec_name: str, dtype: torch.dtype, artifacts: Artifacts, tmp_path: Path
 ) -> None:
-    """Its own code decompresses, in transformers: every weight has our bits, and the logits are ours."""
+    """compressed-tensors decompresses the folder in transformers to our weights, bit for bit, and to our logits."""
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-    folder = write(artifacts[kind], tmp_path / "model", "compressed-tensors")
+    folder = write(artifacts[codec_name], tmp_path / "model", "compressed-tensors")
     loading = CompressedTensorsConfig(dequantize=True)
     with pytest.warns(UserWarning, match="quantization_config"):
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, quantization_config=loading)
@@ -98,16 +98,16 @@ def test_compressed_tensors_loads_the_same_model(
         assert torch.equal(theirs.float()(tokens).logits[0], logits(ours, tokens))
 
 
-@every_plain_kind
-def test_compressed_tensors_packs_alike(kind: str, artifacts: Artifacts, tmp_path: Path) -> None:
-    """Its compressor, given the weights, scales and zero points that it read, gives the folder's bytes."""
+@every_plain_codec
+def test_compressed_tensors_packs_alike(codec_name: str, artifacts: Artifacts, tmp_path: Path) -> None:
+    """The compressor of compressed-tensors packs the weights, scales and zero points that it read to the same bytes."""
     base = pytest.importorskip("compressed_tensors.compressors.pack_quantized.base")
     from compressed_tensors.quantization import QuantizationScheme
 
-    folder = write(artifacts[kind], tmp_path / "model", "compressed-tensors")
+    folder = write(artifacts[codec_name], tmp_path / "model", "compressed-tensors")
     planes = {name: torch.from_numpy(plane) for name, plane in load_file(folder / "model.safetensors").items()}
     stored = {name.removeprefix(f"{Q_PROJ}."): plane for name, plane in planes.items() if name.startswith(Q_PROJ)}
-    scheme = QuantizationScheme(**compressed_tensors.quantization(GPTQ[kind])["config_groups"]["group_0"])
+    scheme = QuantizationScheme(**compressed_tensors.quantization(GPTQ[codec_name])["config_groups"]["group_0"])
     read = base.PackedQuantizationCompressor.decompress(stored, scheme)
     zeros = {name: plane.to(torch.int8) for name, plane in read.items() if name == "weight_zero_point"}
     given = {"weight": read["weight"], "weight_scale": stored["weight_scale"]} | zeros
@@ -127,26 +127,30 @@ def test_groups_in_act_order_go_to_gptq_alone(artifacts: Artifacts, tmp_path: Pa
     assert torch.equal(read.read(f"{Q_PROJ}.weight"), open_export(artifact.folder).read(f"{Q_PROJ}.weight"))
 
 
-@every_kind
-def test_the_config_says_what_readers_ask(kind: str, artifacts: Artifacts, tmp_path: Path) -> None:
-    folder = write(artifacts[kind], tmp_path / "model", "gptq")
+@every_codec
+def test_the_config_says_what_readers_ask(codec_name: str, artifacts: Artifacts, tmp_path: Path) -> None:
+    folder = write(artifacts[codec_name], tmp_path / "model", "gptq")
     config = json.loads((folder / "config.json").read_text())
     assert config["dtype"] == config["torch_dtype"] == "float16"
-    found = config["quantization_config"]
-    assert found == json.loads((folder / "quantize_config.json").read_text())
-    assert (found["quant_method"], found["bits"], found["checkpoint_format"]) == ("gptq", 4, "gptq")
-    assert found["group_size"] == {"g32": 32, "g64": 64, "g128": 128, "row": -1}[kind.split("-")[1]]
-    assert (found["sym"], found["desc_act"]) == ("sym" in kind, "act" in kind)
+    quantization = config["quantization_config"]
+    assert quantization == json.loads((folder / "quantize_config.json").read_text())
+    assert (quantization["quant_method"], quantization["bits"], quantization["checkpoint_format"]) == (
+        "gptq",
+        4,
+        "gptq",
+    )
+    assert quantization["group_size"] == {"g32": 32, "g64": 64, "g128": 128, "row": -1}[codec_name.split("-")[1]]
+    assert (quantization["sym"], quantization["desc_act"]) == ("sym" in codec_name, "act" in codec_name)
     stored = load_file(folder / "model.safetensors")
     assert stored[f"{Q_PROJ}.qweight"].shape == (32, 256)
     assert "lm_head.weight" not in stored  # it shares the embedding's weights
     assert {plane.dtype.name for plane in stored.values()} == {"int32", "float16"}
     zeros = stored[f"{Q_PROJ}.qzeros"].view(np.uint32)
-    assert np.all(zeros == 0x77777777) == ("sym" in kind)
-    write(artifacts[kind], tmp_path / "other", "gptq_v2")
+    assert np.all(zeros == 0x77777777) == ("sym" in codec_name)
+    write(artifacts[codec_name], tmp_path / "other", "gptq_v2")
     others = load_file(tmp_path / "other" / "model.safetensors")[f"{Q_PROJ}.qzeros"].view(np.uint32)
     assert np.array_equal(others, zeros + np.uint32(0x11111111))
-    assert json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"] == found | {
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"] == quantization | {
         "checkpoint_format": "gptq_v2"
     }
 
@@ -189,11 +193,11 @@ def test_the_commands(artifacts: Artifacts, tmp_path: Path) -> None:
         result = CliRunner().invoke(app, [command, str(artifact.folder), str(tmp_path / name), *options])
         assert result.exit_code == 0, result.output
         assert "verify" in result.output
-        found = inspect(tmp_path / name)
-        assert found.container == container
-        assert {entry.type for entry in found.entries} == {type_, "F16"}
+        contents = inspect(tmp_path / name)
+        assert contents.container == container
+        assert {entry.type for entry in contents.entries} == {type_, "F16"}
         stored = load_file(tmp_path / name / "model.safetensors").values()
-        assert sum(entry.nbytes for entry in found.entries) == sum(plane.nbytes for plane in stored)
+        assert sum(entry.nbytes for entry in contents.entries) == sum(plane.nbytes for plane in stored)
 
 
 # What is refused.

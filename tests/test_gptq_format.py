@@ -1,4 +1,4 @@
-"""GPTQ's layout: the laws of its codecs, a slow decoder by its description, what is refused; solving in its grid."""
+"""GPTQ's layout: the laws of its codecs, a slow reference decoder, refused inputs, and solving in its grid."""
 
 from __future__ import annotations
 
@@ -32,34 +32,37 @@ every_solved = pytest.mark.parametrize("name", SOLVED)
 
 
 def random_case(name: str, seed: int, blocks: int = 2) -> tuple[Gptq, Sections, np.ndarray]:
-    """A grid of the codec, scales of any size and sign that it holds, and codes [32 or 64, blocks of columns]."""
-    rng, made = np.random.default_rng(seed), GPTQ[name]
-    rows, columns = 32 * int(rng.integers(1, 3)), made.block * blocks
-    groups = made.scale.groups(columns)
+    """Returns a codec, a random grid of it and codes [32 or 64, columns of `blocks` blocks].
+
+    Scales have any size and sign that the codec holds.
+    """
+    rng, codec = np.random.default_rng(seed), GPTQ[name]
+    rows, columns = 32 * int(rng.integers(1, 3)), codec.block * blocks
+    groups = codec.scale.groups(columns)
     supers = (rng.normal(0, 1, (rows, groups)) * 10.0 ** rng.integers(-7, 3)).astype(np.float16)
     supers[rng.random(supers.shape) < 0.1] = rng.choice(np.array([0, 2.0**-24, 4094, -4094], np.float16))
-    zeros = rng.integers(made.zero.low, made.zero.high, (rows, groups), dtype=np.int16, endpoint=True)
-    grid = Grid(columns, LEVELS, Scales(made.scale, supers, np.ones_like(zeros)), Scales(made.zero, supers, zeros),
+    zeros = rng.integers(codec.zero.low, codec.zero.high, (rows, groups), dtype=np.int16, endpoint=True)
+    grid = Grid(columns, LEVELS, Scales(codec.scale, supers, np.ones_like(zeros)), Scales(codec.zero, supers, zeros),
                 half=True)  # fmt: skip
-    order = rng.permutation(columns) if made.reorders else np.arange(columns)
-    return made, Sections(order, (grid,)), rng.integers(0, 16, (rows, columns), dtype=np.uint8)
+    order = rng.permutation(columns) if codec.reorders else np.arange(columns)
+    return codec, Sections(order, (grid,)), rng.integers(0, 16, (rows, columns), dtype=np.uint8)
 
 
 @every_codec
 @examples
 @given(seed=seeds, blocks=st.integers(1, 3))
 def test_decoding_what_was_encoded_gives_the_grids_values_bitwise(name: str, seed: int, blocks: int) -> None:
-    made, grid, codes = random_case(name, seed, blocks)
-    planes = made.encode(grid, codes)
-    assert made.decode(planes, codes.shape[1]).tobytes() == grid.values(codes).tobytes()
-    unpacked, unpacked_codes = made.unpack(planes, codes.shape[1])
-    again = made.encode(unpacked, unpacked_codes)
+    codec, grid, codes = random_case(name, seed, blocks)
+    planes = codec.encode(grid, codes)
+    assert codec.decode(planes, codes.shape[1]).tobytes() == grid.values(codes).tobytes()
+    unpacked, unpacked_codes = codec.unpack(planes, codes.shape[1])
+    again = codec.encode(unpacked, unpacked_codes)
     assert np.array_equal(unpacked_codes, codes)
     assert all(np.array_equal(again[plane], planes[plane]) for plane in planes)
 
 
 def by_description(planes: Planes, row: int, column: int) -> np.float16:
-    """One weight, by the format's description, NumPy's float16 rounding the product."""
+    """Decodes one weight by the format's description. NumPy's float16 rounds the product."""
     group = planes["g_idx"][column]
     code = int(planes["qweight"][column // 8, row]) >> (4 * (column % 8)) & 15
     zero = (int(planes["qzeros"][group, row // 8]) >> (4 * (row % 8)) & 15) + 1
@@ -68,8 +71,8 @@ def by_description(planes: Planes, row: int, column: int) -> np.float16:
 
 @every_codec
 def test_values_are_those_of_the_description(name: str) -> None:
-    made, grid, codes = random_case(name, 5)
-    planes = made.encode(grid, codes)
+    codec, grid, codes = random_case(name, 5)
+    planes = codec.encode(grid, codes)
     rng, values = np.random.default_rng(1), grid.values(codes)
     for row, column in zip(rng.integers(0, len(codes), 200), rng.integers(0, codes.shape[1], 200), strict=True):
         assert np.float32(by_description(planes, row, column)) == values[row, column]
@@ -83,7 +86,7 @@ def test_names_are_the_registrys() -> None:
 
 
 def test_grids_that_the_layout_cannot_hold_are_refused() -> None:
-    made, grid, codes = random_case("gptq:4-g32", 3)
+    codec, grid, codes = random_case("gptq:4-g32", 3)
     part = grid.grids[0]
     scale, offset = part.scale, part.offset
     assert isinstance(scale, Scales)
@@ -100,22 +103,22 @@ def test_grids_that_the_layout_cannot_hold_are_refused() -> None:
     }
     for message, other in wrong.items():
         with pytest.raises(ValueError, match=message):
-            made.encode(replace(grid, grids=(other,)), codes)
+            codec.encode(replace(grid, grids=(other,)), codes)
     with pytest.raises(ValueError, match="too large for 4 bits"):
-        made.encode(grid, codes + 16)
+        codec.encode(grid, codes + 16)
     with pytest.raises(ValueError, match="one grid"):
-        made.encode(replace(grid, grids=(part, part)), codes)
+        codec.encode(replace(grid, grids=(part, part)), codes)
     with pytest.raises(ValueError, match="consecutive"):
-        made.encode(replace(grid, order=grid.order[::-1].copy()), codes)
+        codec.encode(replace(grid, order=grid.order[::-1].copy()), codes)
     with pytest.raises(ValueError, match="multiple of 32 rows"):
-        made.layout(48, 64)
+        codec.layout(48, 64)
     with pytest.raises(ValueError, match="128 columns"):
         GPTQ["gptq:4-g128"].layout(64, 192)
 
 
 def test_planes_that_readers_decode_otherwise_are_refused() -> None:
-    made, grid, codes = random_case("gptq:4-g32-sym-act", 8)
-    planes, columns = made.encode(grid, codes), codes.shape[1]
+    codec, grid, codes = random_case("gptq:4-g32-sym-act", 8)
+    planes, columns = codec.encode(grid, codes), codes.shape[1]
     wrong = {
         "each group 32 columns": {"g_idx": np.zeros(columns, np.int32)},
         "must lie in 8..8": {"qzeros": planes["qzeros"] ^ 1},
@@ -124,7 +127,7 @@ def test_planes_that_readers_decode_otherwise_are_refused() -> None:
     }
     for message, part in wrong.items():
         with pytest.raises(ValueError, match=message):
-            made.decode(planes | part, columns)
+            codec.decode(planes | part, columns)
     with pytest.raises(ValueError, match="one after the other"):
         GPTQ["gptq:4-g32-sym"].decode(planes | {"g_idx": np.arange(columns, dtype=np.int32)[::-1] // 32}, columns)
 
@@ -159,7 +162,7 @@ def test_tensor_grid_is_the_formats_grid(name: str, problem: tuple[torch.Tensor,
 
 
 def rounding_error(grid: TensorSections, weights: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
-    """Weighted squared error of each row."""
+    """Returns the weighted squared error of each row, rounded to nearest."""
     return ((grid.values(grid.nearest(weights)) - weights).square() * importance).sum(1)
 
 
@@ -173,7 +176,7 @@ def test_fit_is_better_than_the_range(name: str, problem: tuple[torch.Tensor, to
 
 
 def test_fit_finds_about_the_best_zero_points(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Against all fifteen of every group, each with the best of 200 scales."""
+    """Compares the fit with all fifteen zero points of every group, each with the best of 200 scales."""
     weights, hessian = problem[0][:16], problem[1]
     importance = hessian.diagonal()
     fitted = rounding_error(
@@ -205,7 +208,7 @@ def test_feedback_and_refinement_lower_the_loss(name: str, problem: tuple[torch.
     assert isinstance(section, ZeroSection)
     assert isinstance(started, ZeroSection)
     assert not torch.equal(section.scales, started.scales)
-    GPTQ[name].encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
+    GPTQ[name].encode(grid.numpy(), codes.numpy())  # raises if a stored number left its range
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "lean"])

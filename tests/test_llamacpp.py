@@ -1,4 +1,4 @@
-"""llama.cpp against transformers on a tiny random Llama, its quantizer, and importance matrices."""
+"""llama.cpp compared with transformers on a tiny random Llama; its quantizer, and importance matrices."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def tiny_llama() -> LlamaForCausalLM:
 
 
 def interleaved(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Rows of q and k as llama.cpp has them: rotary pairs are neighbours."""
+    """Returns the rows of q or k in llama.cpp's order, in which rotary pairs are neighbours."""
     return weight.view(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -72,7 +72,7 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, torch.Tensor]:
 
 
 def write_gguf(path: Path, model: LlamaForCausalLM, dtype: torch.dtype) -> Path:
-    """The model with no tokenizer, matrices in `dtype`."""
+    """Writes the model without a tokenizer, with matrices in `dtype`."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(VOCABULARY)
     writer.add_context_length(128)
@@ -232,7 +232,7 @@ def test_refused_quantization_leaves_nothing(tmp_path: Path) -> None:
 
 
 def matrix_sums(columns_of: dict[str, int], tokens: int) -> dict[str, np.ndarray]:
-    """Column 0 matters by far the most."""
+    """Returns sums in which column 0 matters by far the most."""
     return {
         name: tokens * np.where(np.arange(columns) == 0, 1000.0, 0.01).astype(np.float32)
         for name, columns in columns_of.items()
@@ -269,7 +269,7 @@ def test_files_that_are_no_imatrix_are_refused(f32: Path, tmp_path: Path) -> Non
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("as_file", [True, False])
 def test_quantizer_follows_the_imatrix(f32: Path, tmp_path: Path, as_file: bool) -> None:
-    """The column that the matrix calls important must come out much more exact than without it."""
+    """The column that the importance matrix calls important must be much more exact than without the matrix."""
     name = "blk.0.ffn_up.weight"
     sums = matrix_sums({name: HIDDEN}, tokens=64)
     write_imatrix(tmp_path / "i.gguf", sums, 64, 1, "test")
