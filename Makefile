@@ -33,7 +33,6 @@ test: lint unit
 lint: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	$(BIN)/python tools/typecheck_tree.py
 	$(BIN)/mypy
 
 unit: .venv/ready
@@ -52,4 +51,4 @@ reliability: .venv/ready
 	$(BIN)/python bench/faults.py --work .reliability/quantize --every 20 --only quantize
 
 clean:
-	rm -rf .venv .typecheck .models .reliability demo build site *.egg-info
+	rm -rf .venv .models .reliability demo build site *.egg-info

@@ -418,7 +418,9 @@ def make_tree(checkout: Path, tree: Path) -> None:
     They are copied, not linked, so that a checkout can be edited meanwhile and gets no compiled files.
     """
     ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(checkout / "lqexport", tree / "lqexport", ignore=ignored)
+    # A checkout may have links to these folders in lqexport/, for type checkers.
+    package_ignored = shutil.ignore_patterns("__pycache__", *FOLDERS)
+    shutil.copytree(checkout / "lqexport", tree / "lqexport", ignore=package_ignored)
     for name in FOLDERS:
         if (checkout / name).is_dir():
             shutil.copytree(checkout / name, tree / "lqexport" / name, ignore=ignored)
