@@ -1,1 +1,1 @@
-"""EXL2 folders for ExLlamaV2: planning, writing and reading."""
+"""Planning, writing and reading EXL2 folders for ExLlamaV2."""

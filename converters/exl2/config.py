@@ -1,5 +1,7 @@
-"""config.json as ExLlamaV2 0.3.2 reads it (exllamav2/config.py), and what it computes otherwise than transformers,
-known from config.json before any work."""
+"""config.json as ExLlamaV2 0.3.2 reads it (exllamav2/config.py).
+
+It also checks, before any work, that ExLlamaV2 computes a model as transformers does.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +13,13 @@ from lqexport.errors import UserError
 
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope")
 EXPERTS = (4, 8, 16, 128)
-"""Numbers of experts that its kernel has."""
+"""The numbers of experts that ExLlamaV2's kernel supports."""
 WINDOW_THETA = 1e4
-"""`rope_theta` of the blocks with windows, where they have one of their own."""
+"""`rope_theta` that ExLlamaV2 uses in blocks with a sliding window, where they have another than the other blocks."""
 
 
 def check_supported(architecture: Architecture, config: Config) -> None:
-    """Raises UserError where ExLlamaV2 lacks the architecture or computes it in another way than config.json asks."""
+    """Raises UserError if ExLlamaV2 lacks the architecture, or computes it in another way than config.json says."""
     name = architecture.classes[0]
     if architecture.exl2 is None:
         raise UserError(f"EXL2 folders of {name} are not written. Choose another target.")
@@ -36,29 +38,30 @@ def check_supported(architecture: Architecture, config: Config) -> None:
 
 
 def _unscaled(config: Config) -> Config:
-    """The same with the scale that follows from the lengths of the contexts."""
+    """Returns the config without longrope's explicit scale, which then follows from the lengths of the contexts."""
     rope = {key: value for key, value in rope_settings(config).items() if key not in ("attention_factor", "factor")}
     return config | {"rope_parameters": rope}
 
 
 def exl2_config(architecture: Architecture, config: Config) -> Config:
-    """A config.json with the keys that ExLlamaV2 knows beside those of transformers.
+    """Returns config.json with ExLlamaV2's keys added to those of transformers.
 
-    Where it has no windows, the longest context that it offers is one window, within which both compute the same.
+    Where ExLlamaV2 ignores the architecture's sliding windows, its longest context is set to one window. Within one
+    window, ExLlamaV2 and transformers compute the same.
     """
     rules, rope = rules_of(architecture), rope_settings(config)
     scaled = rope["rope_type"] not in ("default", "dynamic")  # dynamic changes nothing within the usual context
     scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    found = config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
-    found |= {theirs: config[ours] for theirs, ours in rules.keys.items()}
+    extended = config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
+    extended |= {exl2_key: config[key] for exl2_key, key in rules.keys.items()}
     for key in ("partial_rotary_factor", "original_max_position_embeddings"):
         if rope.get(key) is not None:
-            found[key] = rope[key]
+            extended[key] = rope[key]
     narrow = window(config)
     if narrow is None:
-        found["sliding_window"] = None
+        extended["sliding_window"] = None
     elif architecture.period is None:
-        found["max_sequence_length"] = min(narrow, config["max_position_embeddings"])
+        extended["max_sequence_length"] = min(narrow, config["max_position_embeddings"])
     else:
-        found["sliding_window_pattern"] = window_period(architecture, config)
-    return found | ({"architectures": [rules.called]} if rules.called else {})
+        extended["sliding_window_pattern"] = window_period(architecture, config)
+    return extended | ({"architectures": [rules.called]} if rules.called else {})

@@ -1,5 +1,8 @@
-"""What ExLlamaV2 calls the tensors of a model, and which of them hold a part of one of ours: it keeps apart what Phi-3
-fuses, and calls Mixtral's experts as their checkpoints do."""
+"""ExLlamaV2's names for the tensors of a model.
+
+ExLlamaV2 splits the fused linears of Phi-3, so one of our tensors can become several. It names Mixtral's experts as
+their checkpoints do.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +15,25 @@ from lqexport.converters.models.tensor_names import block_module, head_count
 
 
 def rules_of(architecture: Architecture) -> ExLlamaV2:
-    """What ExLlamaV2 says of an architecture; of one that it does not load, what it says of Llama."""
+    """Returns ExLlamaV2's rules for an architecture; for one that it does not load, the rules of Llama."""
     return architecture.exl2 or ExLlamaV2()
 
 
 def stored_names(architecture: Architecture, name: str) -> list[str]:
-    """The names under which a tensor's rows are stored, in their order: one, or several of a fused linear."""
-    rules, place = rules_of(architecture), block_module(architecture, name)
-    if place is not None and place[2] == "weight" and place[1] in rules.split:
-        return [name.replace(place[1], part) for part in rules.split[place[1]]]
+    """Returns the names under which a tensor's rows are stored, in the order of the rows.
+
+    It is one name, or several for a fused linear.
+    """
+    rules, module = rules_of(architecture), block_module(architecture, name)
+    if module is not None and module[2] == "weight" and module[1] in rules.split:
+        return [name.replace(module[1], linear) for linear in rules.split[module[1]]]
     for pattern, new in rules.renamed.items():
         name = re.sub(pattern, new, name)
     return [name]
 
 
 def pieces(architecture: Architecture, config: Config, name: str, rows: int) -> dict[str, tuple[int, int]]:
-    """Stored name -> the first row of a tensor that it holds, and the one behind the last."""
+    """Returns stored name -> (first row, row behind the last) of the rows of a tensor that it holds."""
     names = stored_names(architecture, name)
     counts = [rows // len(names)] * len(names)
     if len(names) == 3:  # queries, keys and values
@@ -41,5 +47,5 @@ def wants_bias(architecture: Architecture, config: Config, module: str) -> bool:
     biased = rules_of(architecture).biased
     if module in biased or not module.startswith("self_attn."):
         return module in biased or bool(config.get("mlp_bias"))
-    # It heeds config.json where its table says nothing of any part of the attention.
-    return bool(config.get("attention_bias")) and not any(other.startswith("self_attn.") for other in biased)
+    # ExLlamaV2 heeds attention_bias of config.json only if its table has no attention linear with a bias.
+    return bool(config.get("attention_bias")) and not any(linear.startswith("self_attn.") for linear in biased)

@@ -1,4 +1,4 @@
-"""Reading a folder of ExLlamaV2."""
+"""Reads a folder for ExLlamaV2."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lqexport.formats.codec import Planes
 from lqexport.formats.exl2 import of_planes
 
 CUT, SHARED = ("q_weight", "q_scale"), ("q_scale_max", "q_groups", "q_invperm")
-"""Planes that each part of a fused linear has for itself, and those that all have alike."""
+"""The planes that differ between the linears of a fused linear, and the planes that are equal in all of them."""
 PLANES = (*CUT, *SHARED)
 
 
 class Exl2Model(FolderModel):
-    """An EXL2 model; a tensor's codec follows from the table of its groups."""
+    """A model in an EXL2 folder. A tensor's codec follows from the table of its groups."""
 
     container, reader = "ExLlamaV2 folder", "ExLlamaV2"
     parts = (*PLANES, "q_perm")
@@ -34,7 +34,7 @@ class Exl2Model(FolderModel):
 
     def joined(self, parts: list[Planes]) -> Planes:
         shared = [[part[plane].tobytes() for plane in SHARED] for part in parts]
-        if any(other != shared[0] for other in shared):
+        if any(planes != shared[0] for planes in shared):
             raise UserError(
                 f"{self.folder} holds parts of a fused linear that are stored differently: not by lqexport."
             )
@@ -44,7 +44,7 @@ class Exl2Model(FolderModel):
         return self.stored.shape(f"{key}.q_weight")[-1], self.stored.shape(f"{key}.q_invperm")[0]
 
     def packed_codec(self, key: str) -> str:
-        lines = np.empty((self.stored.shape(f"{key}.q_weight")[0], 0))  # only how many there are is asked
+        lines = np.empty((self.stored.shape(f"{key}.q_weight")[0], 0))  # only the number of lines is used
         return of_planes({"q_groups": self.stored[f"{key}.q_groups"], "q_weight": lines}).name
 
     def packed_planes(self, key: str) -> Planes:

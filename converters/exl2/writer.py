@@ -1,4 +1,7 @@
-"""Writing an artifact as a folder for ExLlamaV2, which maps every shard that it finds. Only bytes move."""
+"""Writes an artifact as a folder for ExLlamaV2. No value changes.
+
+ExLlamaV2 maps every shard that it finds in the folder.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +24,10 @@ from lqexport.storage.artifact import Artifact
 
 
 def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
-    """Write a finished artifact as the new folder `folder` (see `packed.write_folder`).
+    """Writes a finished artifact as the new folder `folder` (see `packed.write_folder`).
 
-    Raises UserError where the artifact is unfinished, damaged or not of EXL2, where ExLlamaV2 lacks what the model
-    needs, where the folder exists, and where the disk is too small.
+    Raises UserError if the artifact is unfinished, damaged or not in EXL2, if ExLlamaV2 lacks what the model needs, if
+    the folder exists, or if the disk is too small.
     """
     entries = entries_of(artifact, "exl2", "an EXL2 folder", "Quantize again with the target exl2.")
     config = normalized(artifact.config())
@@ -38,28 +41,32 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
 
 
 def cut(planes: Planes, rows: tuple[int, int]) -> Planes:
-    """The planes of some of a matrix's rows, from and to multiples of 32: its outputs are the last axis, eight of them
-    in a word of scales."""
+    """Returns the planes of a run of a matrix's rows, whose ends are multiples of 32.
+
+    The matrix's rows (outputs) are the last axis of a plane, and a word of q_scale holds eight of them.
+    """
     begin, end = rows
-    parts = {"q_weight": planes["q_weight"][:, begin:end], "q_scale": planes["q_scale"][:, begin // 8 : end // 8]}
-    return planes | parts
+    of_rows = {"q_weight": planes["q_weight"][:, begin:end], "q_scale": planes["q_scale"][:, begin // 8 : end // 8]}
+    return planes | of_rows
 
 
 def _config(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntry]) -> dict[str, Any]:
-    """The source's config.json with what ExLlamaV2's converter adds. Raises UserError where ExLlamaV2 cannot load the
-    model from the folder."""
+    """Returns the source's config.json with the keys that ExLlamaV2's converter adds.
+
+    Raises UserError if ExLlamaV2 cannot load the model from the folder.
+    """
     if len(config.get("architectures") or []) != 1:
         raise UserError("ExLlamaV2 needs a config.json that names exactly one architecture.")
     if not (artifact.model_folder / "tokenizer.json").is_file():
         raise UserError(f"ExLlamaV2 needs a tokenizer.json, and {artifact.model_folder} has none.")
     architecture, run = architecture_of(config), artifact.run()
     check_supported(architecture, config)
-    _check_orders(artifact, config, entries)
+    _check_order(artifact, config, entries)
     config = exl2_config(architecture, config)
     recipe, calibration = run["recipe"], run.get("calibration") or {}
     config["quantization_config"] = {
         "quant_method": "exl2",
-        "version": "0.3.2",  # of ExLlamaV2, whose format this is
+        "version": "0.3.2",  # the version of ExLlamaV2 that defines the format
         "bits": recipe["bits"],
         "head_bits": recipe["head_bits"],
         "calibration": {
@@ -71,7 +78,7 @@ def _config(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntr
     return config
 
 
-def _check_orders(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntry]) -> None:
+def _check_order(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntry]) -> None:
     architecture = architecture_of(config)
     for entry in entries:
         if keeps_order(architecture, config, entry.name) and entry.codec_name != PLAIN:

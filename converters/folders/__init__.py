@@ -1,1 +1,1 @@
-"""Folders of packed safetensors: writing and reading."""
+"""Writing and reading folders of packed safetensors."""

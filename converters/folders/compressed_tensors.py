@@ -1,14 +1,15 @@
-"""compressed-tensors' format pack-quantized, for vLLM and transformers: writing an artifact of GPTQ's layout as such a
-folder, and reading one.
+"""Writes an artifact of GPTQ's layout as a compressed-tensors folder, and reads such a folder.
 
-For K columns, N rows and G groups, of X.weight are stored:
+vLLM and transformers load the folder. The format is pack-quantized. For N rows, K columns and G groups, a linear X is
+stored as
 
-    X.weight_packed      int32 [N, K / 8]    codes, that of column 8w + j in bits 4j..4j+3 of word w
+    X.weight_packed      int32 [N, K / 8]    codes; bits 4j..4j+3 of word w hold column 8w + j
     X.weight_scale       float16 [N, G]
-    X.weight_zero_point  int32 [N / 8, G]    zero points, that of row 8w + j in bits 4j..4j+3; none where symmetric
+    X.weight_zero_point  int32 [N / 8, G]    zero points; bits 4j..4j+3 of word w hold row 8w + j; absent if symmetric
     X.weight_shape       int64 [2]           N, K
 
-The values are the same. Groups must be of consecutive columns: compressed-tensors has given up any others.
+The decoded values are those of GPTQ's layout. Groups must be consecutive columns, since compressed-tensors no longer
+supports others.
 """
 
 from __future__ import annotations
@@ -27,31 +28,31 @@ from lqexport.formats.gptq import BITS, GPTQ, Gptq
 from lqexport.formats.native import pack_bits, unpack_bits
 from lqexport.storage.artifact import Artifact, StoredTensor
 
-WHAT = "a compressed-tensors folder"
+FOLDER = "a compressed-tensors folder"
 
 
 def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
-    """Write a finished artifact as the new folder `folder` (see `packed.write_folder`).
+    """Writes a finished artifact as the new folder `folder` (see `packed.write_folder`).
 
-    Raises UserError where the artifact is unfinished, damaged, not of GPTQ's layout or in act-order, where the folder
-    exists, and where the disk is too small.
+    Raises UserError if the artifact is unfinished, damaged, not in GPTQ's layout, or in act-order, if the folder
+    exists, or if the disk is too small.
     """
-    entries = entries_of(artifact, "gptq", WHAT, HINT)
-    kind = codec_of_model(artifact)
-    if kind.reorders:
+    entries = entries_of(artifact, "gptq", FOLDER, HINT)
+    codec = codec_of_model(artifact)
+    if codec.reorders:
         raise UserError(
-            f"{artifact.folder} cannot become {WHAT}: compressed-tensors has no groups in act-order any more. "
-            f"Quantize again with the target {kind.name.removesuffix('-act')}, or take to-gptq."
+            f"{artifact.folder} cannot become {FOLDER}: compressed-tensors has no groups in act-order any more. "
+            f"Quantize again with the target {codec.name.removesuffix('-act')}, or take to-gptq."
         )
-    config = half_precision(artifact.config()) | {"quantization_config": quantization(kind)}
+    config = half_precision(artifact.config()) | {"quantization_config": quantization(codec)}
     layout = FolderLayout(_forms, _planes)
     write_folder(artifact, folder, entries, layout, {"config.json": config}, on_tensor)
 
 
-def quantization(kind: Gptq) -> dict[str, Any]:
-    """What config.json says of a model whose linears are all of one codec."""
-    size = {"strategy": "group", "group_size": kind.group} if kind.group else {"strategy": "channel"}
-    weights = {"num_bits": BITS, "type": "int", "symmetric": kind.symmetric, "dynamic": False, **size}
+def quantization(codec: Gptq) -> dict[str, Any]:
+    """Returns quantization_config of config.json for a model whose linears are all in one codec."""
+    size = {"strategy": "group", "group_size": codec.group} if codec.group else {"strategy": "channel"}
+    weights = {"num_bits": BITS, "type": "int", "symmetric": codec.symmetric, "dynamic": False, **size}
     return {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
@@ -61,15 +62,15 @@ def quantization(kind: Gptq) -> dict[str, Any]:
     }
 
 
-def _forms(name: str, shape: tuple[int, ...]) -> Forms:
-    kind, (rows, columns) = GPTQ[name], shape
-    groups = kind.scale.groups(columns)
+def _forms(codec_name: str, shape: tuple[int, ...]) -> Forms:
+    codec, (rows, columns) = GPTQ[codec_name], shape
+    groups = codec.scale.groups(columns)
     forms: Forms = {
         "weight_packed": (np.dtype(np.int32), (rows, columns // 8)),
         "weight_scale": (np.dtype(np.float16), (rows, groups)),
         "weight_shape": (np.dtype(np.int64), (2,)),
     }
-    zeros = {} if kind.symmetric else {"weight_zero_point": (np.dtype(np.int32), (rows // 8, groups))}
+    zeros = {} if codec.symmetric else {"weight_zero_point": (np.dtype(np.int32), (rows // 8, groups))}
     return forms | zeros
 
 
@@ -85,7 +86,7 @@ def _planes(tensor: StoredTensor) -> Planes:
 
 
 class CompressedModel(FolderModel):
-    """A pack-quantized model; its codec follows from quantization_config."""
+    """A model in a pack-quantized folder. Its codec follows from quantization_config."""
 
     container, reader = "compressed-tensors folder", "vLLM"
     parts = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
@@ -95,17 +96,17 @@ class CompressedModel(FolderModel):
         return rows, 8 * words
 
     def packed_codec(self, key: str) -> str:
-        found = self.config["quantization_config"]
-        for kind in GPTQ.values():
-            if not kind.reorders and _same_weights(found, quantization(kind)):
-                return kind.name
-        raise ValueError(f"Known are {BITS} bits in groups of 32, 64, 128 or a whole row, not {found}.")
+        stored = self.config["quantization_config"]
+        for codec in GPTQ.values():
+            if not codec.reorders and _same_weights(stored, quantization(codec)):
+                return codec.name
+        raise ValueError(f"Known are {BITS} bits in groups of 32, 64, 128 or a whole row, not {stored}.")
 
     def packed_planes(self, key: str) -> Planes:
-        kind, (rows, columns) = GPTQ[self.packed_codec(key)], self.packed_shape(key)
+        codec, (rows, columns) = GPTQ[self.packed_codec(key)], self.packed_shape(key)
         codes = unpack_bits(self.stored[f"{key}.weight_packed"].view(np.uint8), BITS, columns)
         scales = np.ascontiguousarray(self.stored[f"{key}.weight_scale"].T)
-        if kind.symmetric:
+        if codec.symmetric:
             zeros = np.full((len(scales), rows // 8), 7 * ONES)
         else:
             zeros = np.ascontiguousarray(self.stored[f"{key}.weight_zero_point"].T) - ONES
@@ -113,16 +114,16 @@ class CompressedModel(FolderModel):
             "qweight": np.ascontiguousarray(pack_bits(codes, BITS).view(np.int32).T),
             "qzeros": zeros,
             "scales": scales,
-            "g_idx": np.arange(columns, dtype=np.int32) // (kind.group or columns),
+            "g_idx": np.arange(columns, dtype=np.int32) // (codec.group or columns),
         }
 
 
-def _same_weights(found: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether two quantization_configs describe the weights alike, what they leave out aside."""
-    groups = list((found.get("config_groups") or {}).values())
+def _same_weights(stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
+    """Whether a stored quantization_config has all settings of weights that the `wanted` one has."""
+    groups = list((stored.get("config_groups") or {}).values())
     weights = wanted["config_groups"]["group_0"]["weights"]
     return (
-        found.get("format") == "pack-quantized"
+        stored.get("format") == "pack-quantized"
         and len(groups) == 1
         and all(groups[0].get("weights", {}).get(key) == value for key, value in weights.items())
     )

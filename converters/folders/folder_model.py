@@ -1,5 +1,7 @@
-"""Reading a written folder of safetensors as a Hugging Face model: names, config, decoded weights. Trusts nothing in
-it. What a packed tensor is made of, each target's own class says."""
+"""Reads a written folder of safetensors as a Hugging Face model: names, config, decoded weights.
+
+Each target has a subclass that knows the stored tensors of a packed linear. What the folder says is never trusted.
+"""
 
 from __future__ import annotations
 
@@ -21,26 +23,28 @@ from lqexport.storage.files import read_json
 
 
 def method_of(folder: Path) -> str | None:
-    """The `quant_method` of a folder's config.json; None where it has none."""
+    """Returns `quant_method` of a folder's config.json; None if it has no quantization_config."""
     path = folder / "config.json"
-    found = read_json(path, "").get("quantization_config") if path.is_file() else None
-    return str(found.get("quant_method")) if isinstance(found, dict) else None
+    quantization = read_json(path, "").get("quantization_config") if path.is_file() else None
+    return str(quantization.get("quant_method")) if isinstance(quantization, dict) else None
 
 
 class FolderModel:
-    """A folder with config.json and shards, with `names`, `shape`, `read` and `config` as in
-    `lqexport.models.interface.Weights`, and `planes` as in `lqexport.models.written.Packed`.
+    """The base class of a model in a folder with config.json and shards.
 
-    Every .safetensors file of the folder is read. Raises UserError where the folder is incomplete or damaged, holds a
-    tensor twice, or is of an unknown architecture or one with other tensors.
+    It has `names`, `shape`, `read` and `config` as in `lqexport.models.interface.Weights`, and `planes` as in
+    `lqexport.models.written.Packed`. Every .safetensors file of the folder is read.
+
+    Raises UserError if the folder is incomplete or damaged, if it holds a tensor twice, if the architecture is unknown,
+    or if it has other tensors than the architecture.
     """
 
     container: str
-    """What to call such a folder."""
+    """Name of such a folder, for listings."""
     reader: str
-    """Who reads it."""
+    """Name of the programs that read such a folder, for messages."""
     parts: tuple[str, ...]
-    """Last parts of the names of what a packed tensor is stored as."""
+    """Last parts of the names of a packed tensor's stored tensors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -62,7 +66,7 @@ class FolderModel:
         return present
 
     def _tensor_of(self, stored: str) -> str:
-        """The model's tensor that a stored one is of."""
+        """Returns the name of the model's tensor that a stored tensor belongs to."""
         key, _, part = stored.rpartition(".")
         return f"{key}.weight" if part in self.parts else stored
 
@@ -71,7 +75,7 @@ class FolderModel:
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape as in a checkpoint, rows first."""
+        """Returns a tensor's shape as in a checkpoint, rows first."""
         if not self._is_packed(name):
             return self.stored.shape(self.stored_names(name)[0])
         with well_formed(f"{self.folder}: {name}"):
@@ -79,8 +83,7 @@ class FolderModel:
         return sum(rows for rows, _ in shapes), shapes[0][1]
 
     def codec_name(self, name: str) -> str:
-        """The name of the codec that a tensor is stored in. Raises UserError where readers would not decode it
-        rightly."""
+        """Returns the name of a tensor's codec. Raises UserError if readers of the folder would decode other values."""
         if not self._is_packed(name):
             return PLAIN
         try:
@@ -89,7 +92,10 @@ class FolderModel:
             raise UserError(f"{self.folder}: {self.reader} would not decode {name} rightly. {error}") from error
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """Codec name, planes and shape of a tensor. Raises UserError as `codec`."""
+        """Returns codec name, planes and shape of a tensor.
+
+        Raises UserError as `codec_name` does, and if the tensor is damaged or of a wrong dtype.
+        """
         if self._is_packed(name):
             with well_formed(f"{self.folder}: {name}"):
                 planes = self.joined([self.packed_planes(key) for key in self._keys(name)])
@@ -101,10 +107,13 @@ class FolderModel:
         return PLAIN, {"blocks": matrix.view(np.uint8)}, plain.shape
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor's decoded weights, float32, in its shape. Raises UserError where any is infinite or not a number."""
-        kind, planes, shape = self.planes(name)
+        """Returns a tensor's decoded weights, float32, in its shape.
+
+        Raises UserError as `planes` does, and if a weight is infinite or not a number.
+        """
+        codec_name, planes, shape = self.planes(name)
         try:
-            weights = codec_named(kind).decode(planes, shape[-1]).reshape(shape)
+            weights = codec_named(codec_name).decode(planes, shape[-1]).reshape(shape)
         except MALFORMED as error:
             raise UserError(f"{self.folder}: {name} is damaged: {error}") from error
         if not np.isfinite(weights).all():
@@ -112,24 +121,27 @@ class FolderModel:
         return weights
 
     def stored_names(self, name: str) -> list[str]:
-        """The names that a tensor's rows are stored under, in their order."""
+        """Returns the names under which a tensor's rows are stored, in the order of the rows."""
         return [name]
 
     def joined(self, parts: list[Planes]) -> Planes:
-        """The planes of a tensor from those of its parts. Raises UserError where they do not belong together."""
+        """Returns the planes of a tensor from those of its pieces. Raises UserError if they do not belong together."""
         (planes,) = parts
         return planes
 
     def packed_shape(self, key: str) -> tuple[int, int]:
-        """Rows and columns of the packed tensor `key`.weight."""
+        """Returns rows and columns of the packed tensor `key`.weight."""
         raise NotImplementedError
 
     def packed_codec(self, key: str) -> str:
-        """Its codec. Raises ValueError where readers would not decode it rightly."""
+        """Returns the codec name of `key`.weight.
+
+        Raises ValueError if readers of the folder would decode other values.
+        """
         raise NotImplementedError
 
     def packed_planes(self, key: str) -> Planes:
-        """Its codec's planes."""
+        """Returns the planes of `key`.weight, as its codec has them."""
         raise NotImplementedError
 
     def _keys(self, name: str) -> list[str]:

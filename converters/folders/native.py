@@ -1,4 +1,4 @@
-"""Writing an artifact as a folder of the native format, which transformers loads where lqexport is imported.
+"""Writes an artifact as a folder of the native format, which transformers loads once lqexport is imported.
 
     config.json               the source's, with quantization_config: codec, shape and rank of every packed linear
     model.safetensors         or shards with an index
@@ -7,16 +7,16 @@
 
 A packed linear X [R, C] is stored as
 
-    X.weight                  uint8 [n]: the plane `codes` [R, bytes of a row], as one run of bytes
+    X.weight                  uint8 [n]: the plane `codes` [R, bytes of a row], flattened
     X.table, X.scale ...      the codec's other planes, as `formats` has them
-    X.low_rank_A [k, C], X.low_rank_B [R, k]   float16 or float32, where it has a correction: B A is added to it
-    X.bias                    where it has one, float32
+    X.low_rank_A [k, C], X.low_rank_B [R, k]   float16 or float32, for a corrected linear; B A is added to the weight
+    X.bias                    float32, only where the linear has a bias
 
-and every other tensor as itself: float16 or float32.
+Every other tensor is stored under its own name, in float16 or float32.
 
-transformers only warns of a quant_method that it does not know, and goes on with random weights for what it does not
-find. It does raise an error for a tensor of another shape. So the codes take the name of the weight, in one dimension,
-which the weight of no linear has: without lqexport, loading fails.
+Without lqexport, loading such a folder must fail. transformers only warns of an unknown quant_method and gives random
+weights to missing tensors, but it raises an error for a tensor of a wrong shape. So the codes have the name of the
+weight and one dimension, which no linear's weight has.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import numpy as np
 
 from lqexport.converters.factors import factor_names, is_factor
 from lqexport.converters.folders.folder_model import method_of
-from lqexport.converters.folders.shards import Part, new_folder, write_shards
+from lqexport.converters.folders.shards import FolderTensor, new_folder, write_shards
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
@@ -38,25 +38,25 @@ from lqexport.storage.files import copy_files, write_json
 
 METHOD, VERSION = "lqexport", 1
 RECORD = "lqexport"
-"""The sub-folder of what is known of the run."""
+"""The sub-folder with the files that describe the run."""
 RECORDS = ("run.json", "report.json", "manifest.json")
 PLAIN: dict[str, np.dtype] = {"gguf:F16": np.dtype(np.float16), "gguf:F32": np.dtype(np.float32)}
 LOW_RANK = {"A": ".low_rank_A", "B": ".low_rank_B"}
 
 
-def stored_names(kind: str, module: str) -> dict[str, str]:
-    """Plane -> name in the file, of a linear packed in the codec `kind`; the shape does not matter."""
-    planes = codec_named(kind).layout(1, codec_named(kind).block)
+def stored_names(codec_name: str, module: str) -> dict[str, str]:
+    """Returns plane -> name in the file for a linear that is packed in a codec."""
+    planes = codec_named(codec_name).layout(1, codec_named(codec_name).block)  # every shape has the same planes
     return {plane: f"{module}.{'weight' if plane == 'codes' else plane}" for plane in planes}
 
 
 def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None] | None = None) -> None:
-    """Write a finished artifact of a native target as the new folder `folder`. Equal artifacts give equal bytes.
+    """Writes a finished artifact of a native target as the new folder `folder`. Equal artifacts give equal bytes.
 
     on_tensor   called with name and bytes after each tensor
 
-    Raises UserError where the artifact is unfinished, damaged or holds what transformers could not run, where the
-    folder exists, and where the disk is too small.
+    Raises UserError if the artifact is unfinished or damaged, if transformers could not run its tensors, if the folder
+    exists, or if the disk is too small.
     """
     manifest, config = artifact.manifest(), artifact.config()
     architecture = architecture_of(config)
@@ -68,26 +68,26 @@ def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None
         )
     if is_packed(manifest[embedding]):
         raise UserError(f"{embedding} is packed, which transformers cannot run. Quantize again with it in F16.")
-    parts = [_part(name, entry, manifest) for name, entry in manifest.items()]
+    tensors = [_folder_tensor(name, entry, manifest) for name, entry in manifest.items()]
     config["quantization_config"] = _quantization(manifest)
 
-    def read(part: Part) -> list[np.ndarray]:
-        return _arrays(artifact, part, manifest[part.name])
+    def read(tensor: FolderTensor) -> list[np.ndarray]:
+        return _arrays(artifact, tensor, manifest[tensor.name])
 
-    with new_folder(folder, sum(part.nbytes for part in parts)) as partial:
+    with new_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
         copy_files(artifact.model_folder, artifact.model_files(), partial)
         copy_files(artifact.folder, [artifact.folder / name for name in RECORDS], partial / RECORD)
-        write_shards(partial, parts, read, on_tensor)
+        write_shards(partial, tensors, read, on_tensor)
         write_json(partial / "config.json", config)
 
 
 def is_packed(entry: dict[str, Any]) -> bool:
-    """Whether a tensor of a manifest is stored packed."""
+    """Whether a tensor of a manifest is in a native codec, which the folder stores packed."""
     return str(entry["codec"]).startswith("native:")
 
 
 def _quantization(manifest: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """quantization_config of config.json. Raises UserError where nothing is packed."""
+    """Returns quantization_config of config.json. Raises UserError if no linear is packed."""
     modules: dict[str, dict[str, Any]] = {}
     for name, entry in manifest.items():
         if is_packed(entry) and not is_factor(name):
@@ -99,42 +99,42 @@ def _quantization(manifest: dict[str, dict[str, Any]]) -> dict[str, Any]:
             "No linear of the artifact is in a native codec. Quantize again with a target such as native:table-3; GGUF "
             "and EXL2 artifacts have `to-gguf` and `to-exl2`."
         )
-    factors = {_factor_dtype(entry["codec"]).name for name, entry in manifest.items() if is_factor(name)}
-    dtype = max(factors) if factors else None
+    dtypes = {_factor_dtype(entry["codec"]).name for name, entry in manifest.items() if is_factor(name)}
+    dtype = max(dtypes) if dtypes else None
     return {"quant_method": METHOD, "version": VERSION, "modules": modules, "low_rank_dtype": dtype}
 
 
-def _factor_dtype(kind: str) -> np.dtype:
-    """float16 where that holds the factor's values exactly."""
-    return PLAIN.get(kind, np.dtype(np.float32))
+def _factor_dtype(codec_name: str) -> np.dtype:
+    """Returns the dtype of a stored low-rank factor: float16 if that holds its values exactly, else float32."""
+    return PLAIN.get(codec_name, np.dtype(np.float32))
 
 
-def _part(name: str, entry: dict[str, Any], manifest: dict[str, dict[str, Any]]) -> Part:
-    kind, shape = entry["codec"], tuple(entry["shape"])
+def _folder_tensor(name: str, entry: dict[str, Any], manifest: dict[str, dict[str, Any]]) -> FolderTensor:
+    codec_name, shape = entry["codec"], tuple(entry["shape"])
     if is_factor(name):
         module, side = name.removesuffix(".weight").rsplit(".lora_", 1)
         if not is_packed(manifest[f"{module}.weight"]):
             raise UserError(f"{module} is in {manifest[f'{module}.weight']['codec']}, so its correction has no place.")
-        return Part(name, {module + LOW_RANK[side]: (_factor_dtype(kind), shape)})
-    if kind in PLAIN:
-        return Part(name, {name: (PLAIN[kind], shape)})
+        return FolderTensor(name, {module + LOW_RANK[side]: (_factor_dtype(codec_name), shape)})
+    if codec_name in PLAIN:
+        return FolderTensor(name, {name: (PLAIN[codec_name], shape)})
     if not is_packed(entry) or len(shape) != 2:
         raise UserError(
-            f"{name} is in {kind}, which a native folder does not hold: linears are in native codecs, the rest in F16 "
-            "or F32. Quantize again without a type for it."
+            f"{name} is in {codec_name}, which a native folder does not hold: linears are in native codecs, the rest "
+            "in F16 or F32. Quantize again without a type for it."
         )
-    names = stored_names(kind, name.removesuffix(".weight"))
-    planes = codec_named(kind).layout(*shape).items()
+    names = stored_names(codec_name, name.removesuffix(".weight"))
+    planes = codec_named(codec_name).layout(*shape).items()
     flat = {plane: (dtype, (int(np.prod(form)),) if plane == "codes" else form) for plane, (dtype, form) in planes}
-    return Part(name, {names[plane]: form for plane, form in flat.items()})
+    return FolderTensor(name, {names[plane]: form for plane, form in flat.items()})
 
 
-def _arrays(artifact: Artifact, part: Part, entry: dict[str, Any]) -> list[np.ndarray]:
-    """What the folder stores of a tensor, after its digest was checked."""
-    tensor = artifact.read_listed(part.name, entry["codec"], tuple(entry["shape"]), entry["sha256"])
-    if is_packed(entry) and not is_factor(part.name):
+def _arrays(artifact: Artifact, folder_tensor: FolderTensor, entry: dict[str, Any]) -> list[np.ndarray]:
+    """Returns the arrays that the folder stores for a tensor, after its digest is checked."""
+    tensor = artifact.read_listed(folder_tensor.name, entry["codec"], tuple(entry["shape"]), entry["sha256"])
+    if is_packed(entry) and not is_factor(folder_tensor.name):
         return [tensor.planes[plane] for plane in codec_named(tensor.codec_name).layout(*tensor.shape)]
-    ((dtype, _),) = part.stored.values()
+    ((dtype, _),) = folder_tensor.stored.values()
     return [decoded(tensor).astype(dtype)]
 
 

@@ -1,6 +1,7 @@
-"""Reading a folder of the native format as a Hugging Face model: names, config, planes. Trusts nothing in it.
+"""Reads a folder of the native format as a Hugging Face model: names, config, planes.
 
-Folders that `converters.folders.native` wrote, and those that transformers saved from a model that it loaded from one.
+It reads folders that `converters.folders.native` wrote, and folders that transformers saved after it had loaded such a
+one. What the folder says is never trusted.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ PLAIN = {torch.float16: "gguf:F16", torch.bfloat16: "gguf:BF16", torch.float32: 
 
 
 class NativeModel:
-    """A folder with config.json and native shards, with `names`, `shape`, `planes`, `read` and `config` as in
-    `lqexport.models.interface.Weights`. Factors of corrections are read by the names of `converters.factors`.
+    """A model in a folder with config.json and native shards.
 
-    Raises UserError where the folder is incomplete or damaged, or holds what config.json does not explain.
+    It has `names`, `shape`, `read` and `config` as in `lqexport.models.interface.Weights`, and `planes` as in
+    `lqexport.models.written.Packed`. Low-rank factors have the names of `converters.factors`.
+
+    Raises UserError if the folder is incomplete or damaged, or holds tensors that config.json does not explain.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,22 +62,25 @@ class NativeModel:
         return list(self._names)
 
     def factors(self) -> list[str]:
-        """Names of the corrections' factors."""
+        """The names of the low-rank factors."""
         return list(self._factors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape as in a checkpoint, rows first."""
+        """Returns a tensor's shape as in a checkpoint, rows first."""
         if name in self._packed:
             return tuple(self._packed[name]["shape"])
         stored = self._factors.get(name, name)
         return self._tensors.shape(stored)
 
     def codec_name(self, name: str) -> str:
-        """The name of the codec that a tensor is stored in."""
+        """Returns the name of a tensor's codec."""
         return self._packed[name]["codec"] if name in self._packed else self.planes(name)[0]
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """Codec name, planes and shape of a tensor or factor. Raises UserError where it is none of these."""
+        """Returns codec name, planes and shape of a tensor or low-rank factor.
+
+        Raises UserError if the folder has no such tensor, or if it is damaged.
+        """
         if name not in self._packed:
             return self._plain(name)
         rows, columns = self._packed[name]["shape"]
@@ -86,9 +92,9 @@ class NativeModel:
         return self._packed[name]["codec"], planes, (rows, columns)
 
     def read(self, name: str) -> NDArray[np.float32]:
-        """A tensor's decoded weights, float32, in its shape, without its correction."""
-        kind, planes, shape = self.planes(name)
-        return decoded(StoredTensor(name, kind, shape, planes))
+        """Returns a tensor's decoded weights, float32, in its shape, without its low-rank correction."""
+        codec_name, planes, shape = self.planes(name)
+        return decoded(StoredTensor(name, codec_name, shape, planes))
 
     def _stored(self, name: str) -> dict[str, str]:
         return stored_names(self._packed[name]["codec"], name.removesuffix(".weight"))
@@ -102,7 +108,10 @@ class NativeModel:
 
 
 def _packed(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Weight -> codec, shape and perhaps rank, as config.json has it. Raises UserError where that makes no sense."""
+    """Returns the packed weights of config.json: name -> codec, shape and, for a corrected linear, rank.
+
+    Raises UserError if config.json is not that of a native folder, or is malformed.
+    """
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise UserError(f"{folder} is no native folder: its config.json has no quantization_config of {METHOD}.")
@@ -123,10 +132,10 @@ def _is_entry(entry: Any) -> bool:
 
 
 def _factors(packed: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Factor -> its name in the file."""
-    found: dict[str, str] = {}
+    """Returns low-rank factor -> its name in the file."""
+    stored_factors: dict[str, str] = {}
     for name, entry in packed.items():
         if "rank" in entry:
             stored = (name.removesuffix(".weight") + side for side in LOW_RANK.values())
-            found |= zip(factor_names(name), stored, strict=True)
-    return found
+            stored_factors |= zip(factor_names(name), stored, strict=True)
+    return stored_factors

@@ -1,7 +1,7 @@
-"""Writing an artifact as a folder of packed linears: shards, config.json and the tokenizer. Only bytes move.
+"""Writes an artifact as a folder of packed linears: shards, config.json and the tokenizer. No value changes.
 
 The folder appears under its name whole or not at all. Tensors are read, checked against the manifest's digests and
-written one after the other, so memory holds one.
+written one by one, so memory holds one tensor.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lqexport.converters.factors import is_factor
-from lqexport.converters.folders.shards import Part, new_folder, write_shards
+from lqexport.converters.folders.shards import FolderTensor, new_folder, write_shards
 from lqexport.converters.plan import PLAIN
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
@@ -23,20 +23,20 @@ from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import copy_files, write_json
 
 Forms = dict[str, tuple[np.dtype, tuple[int, ...]]]
-"""dtype and shape of what is stored of a tensor."""
+"""The stored tensors of a packed linear: last part of the name -> dtype and shape."""
 Rows = tuple[int, int]
+"""A run of rows: the first row, and the row behind the last."""
 OnTensor = Callable[[str, int], None] | None
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """How a target's folder stores what the solver worked on; all else is one float16 tensor of its own name.
+    """The functions by which a target's folder stores packed linears; other tensors are float16 under their own names.
 
-    forms    codec name and shape to what is stored, by the last part of its name
-    planes   a tensor to that
-    pieces   name and number of rows to the names that a tensor is stored under, and the rows (the first, and the one
-             behind the last) that each of them holds
-    cut      planes to those of some of the rows
+    forms    codec name and shape -> the stored tensors (`Forms`)
+    planes   a tensor of the artifact -> the arrays of its stored tensors
+    pieces   name and number of rows -> the names under which a tensor is stored, each with the rows that it holds
+    cut      arrays of a tensor and a run of rows -> the arrays of those rows
     """
 
     forms: Callable[[str, tuple[int, ...]], Forms]
@@ -47,28 +47,36 @@ class FolderLayout:
 
 @dataclass(frozen=True)
 class FolderEntry:
-    """A tensor of the model, as the manifest lists it."""
+    """One tensor of the model, as the manifest lists it."""
 
     name: str
     codec_name: str
     shape: tuple[int, ...]
     sha256: str
 
-    def part(self, layout: FolderLayout) -> Part:
-        """What the folder stores of it."""
+    def folder_tensor(self, layout: FolderLayout) -> FolderTensor:
+        """Returns the names, dtypes and shapes of the tensors that the folder stores for it."""
         pieces = layout.pieces(self.name, self.shape[0])
         if self.codec_name == PLAIN:
-            return Part(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), self.shape)))
+            return FolderTensor(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), self.shape)))
         forms = {
             name: layout.forms(self.codec_name, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()
         }
         named = {name.removesuffix(".weight"): of_piece for name, of_piece in forms.items()}
-        return Part(self.name, {f"{key}.{plane}": form for key, of in named.items() for plane, form in of.items()})
+        return FolderTensor(
+            self.name, {f"{key}.{plane}": form for key, of_piece in named.items() for plane, form in of_piece.items()}
+        )
 
 
-def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[FolderEntry]:
-    """The tensors of a finished artifact, factors of corrections left out. Raises UserError where it was not quantized
-    into codecs of `family`, saying that it cannot become `what`, with a `hint` at what to do."""
+def entries_of(artifact: Artifact, family: str, container: str, hint: str) -> list[FolderEntry]:
+    """Returns the tensors of a finished artifact without the low-rank factors.
+
+    family      the format family of the codecs that the folder can hold
+    container   the folder's name in the message, such as `an EXL2 folder`
+    hint        advice at the end of the message
+
+    Raises UserError if the artifact was not quantized into codecs of the family.
+    """
     entries = [
         FolderEntry(name, facts["codec"], tuple(facts["shape"]), facts["sha256"])
         for name, facts in artifact.manifest().items()
@@ -80,8 +88,8 @@ def entries_of(artifact: Artifact, family: str, what: str, hint: str) -> list[Fo
     if foreign or all(entry.codec_name == PLAIN for entry in entries):
         (usual, _), *_ = Counter(entry.codec_name for entry in foreign or entries).most_common(1)
         raise UserError(
-            f"{artifact.folder} cannot become {what} by moving bytes: it was quantized for another format, most of it "
-            f"{usual}. {hint}"
+            f"{artifact.folder} cannot become {container} by moving bytes: it was quantized for another format, most "
+            f"of it {usual}. {hint}"
         )
     return entries
 
@@ -94,27 +102,27 @@ def write_folder(
     files: dict[str, Any],
     on_tensor: OnTensor,
 ) -> None:
-    """Write the new folder `folder`; `files` are its JSON files, config.json among them. Equal artifacts give equal
-    bytes.
+    """Writes the new folder `folder`. Equal artifacts give equal bytes.
 
+    files       file name -> content of the folder's JSON files, config.json among them
     on_tensor   called with name and bytes after each tensor
 
-    Raises UserError where the artifact is damaged, where the folder exists, and where the disk is too small.
+    Raises UserError if the artifact is damaged, if the folder exists, or if the disk is too small.
     """
-    named, parts = {entry.name: entry for entry in entries}, [entry.part(layout) for entry in entries]
+    named, tensors = {entry.name: entry for entry in entries}, [entry.folder_tensor(layout) for entry in entries]
 
-    def read(part: Part) -> list[np.ndarray]:
-        return _planes(artifact, named[part.name], layout)
+    def read(tensor: FolderTensor) -> list[np.ndarray]:
+        return _arrays(artifact, named[tensor.name], layout)
 
-    with new_folder(folder, sum(part.nbytes for part in parts)) as partial:
+    with new_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
         copy_files(artifact.model_folder, artifact.model_files(), partial)
         for name, content in files.items():
             write_json(partial / name, content)
-        write_shards(partial, parts, read, on_tensor)
+        write_shards(partial, tensors, read, on_tensor)
 
 
-def _planes(artifact: Artifact, entry: FolderEntry, layout: FolderLayout) -> list[np.ndarray]:
-    """What the folder stores of a tensor, in the order of its `part`, after its digest was checked."""
+def _arrays(artifact: Artifact, entry: FolderEntry, layout: FolderLayout) -> list[np.ndarray]:
+    """Returns the arrays that the folder stores for a tensor, in the order of `folder_tensor`. Checks its digest."""
     tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
     if entry.codec_name == PLAIN:
         return [tensor.planes["blocks"].view(np.float16).reshape(entry.shape)]

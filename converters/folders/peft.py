@@ -1,10 +1,10 @@
-"""Low-rank corrections as a PEFT LoRA folder, for transformers, vLLM and ExLlamaV2.
+"""Writes and reads low-rank corrections as a PEFT LoRA folder, for transformers, vLLM and ExLlamaV2.
 
     adapter_config.json          r, lora_alpha; rank_pattern where linears differ
     adapter_model.safetensors    base_model.model.<module>.lora_A.weight [k, C] and .lora_B.weight [R, k], float16 or 32
 
-The scale lora_alpha / r is 1 for every linear: B holds it. The folder belongs on the quantized base, whose error it
-corrects, not on the source.
+The scale lora_alpha / r is 1 for every linear, since B holds the scale. The adapter corrects the error of the quantized
+model, so it must be loaded onto that model and not onto the source.
 """
 
 from __future__ import annotations
@@ -31,11 +31,10 @@ CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "b
 
 
 def write(artifact: Artifact, folder: Path) -> None:
-    """Write the corrections of a finished artifact into `folder`. adapter_config.json comes last: it says that the rest
-    is whole.
+    """Writes the low-rank corrections of a finished artifact into `folder`.
 
-    Factors are stored in float16 where that holds their values exactly (F16), else in float32. Raises UserError where
-    there are none, and where the artifact is damaged.
+    Factors in F16 are stored in float16, all others in float32, so no value changes. adapter_config.json is written
+    last: where it exists, the folder is whole. Raises UserError if the artifact has no corrections or is damaged.
     """
     check_present(artifact)
     tensors, ranks = {}, {}
@@ -53,7 +52,10 @@ def write(artifact: Artifact, folder: Path) -> None:
 
 
 def adapter_config(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, Any]:
-    """adapter_config.json for a model of `config` whose modules have the given ranks."""
+    """Returns the content of adapter_config.json for a model of `config`.
+
+    ranks   module -> rank of its correction
+    """
     (usual, _), *_ = Counter(ranks.values()).most_common(1)
     others = {module: rank for module, rank in ranks.items() if rank != usual}
     return {
@@ -65,18 +67,21 @@ def adapter_config(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, A
 
 
 def _targets(config: dict[str, Any], ranks: dict[str, int]) -> list[str]:
-    """`q_proj` and so on where every block has that correction, which all readers understand; else whole names."""
+    """Returns `target_modules`: short names such as `q_proj` if every block has the same corrected modules.
+
+    All readers understand the short names. If blocks differ, these are the modules' whole names.
+    """
     architecture = architecture_of(config)
-    found = Counter(str(block_module(architecture, f"{name}.weight")[1]) for name in ranks)  # type: ignore[index]
-    if all(count == config["num_hidden_layers"] for count in found.values()):
-        return sorted(module.rpartition(".")[2] for module in found)
+    modules = Counter(str(block_module(architecture, f"{name}.weight")[1]) for name in ranks)  # type: ignore[index]
+    if all(count == config["num_hidden_layers"] for count in modules.values()):
+        return sorted(module.rpartition(".")[2] for module in modules)
     return sorted(ranks)
 
 
 class PeftAdapter:
-    """The factors in a PEFT folder that `write` wrote, by their names.
+    """The low-rank factors of a PEFT folder that `write` wrote.
 
-    Raises UserError where the folder is no such adapter or is damaged.
+    Raises UserError if the folder is no such adapter, or is damaged.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -90,9 +95,9 @@ class PeftAdapter:
         return list(self._tensors)
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
-        """Codec name, planes and shape of a factor."""
+        """Returns codec name, planes and shape of a low-rank factor."""
         values: NDArray[Any] = self._tensors[name]
-        kind = {"float16": "gguf:F16", "float32": "gguf:F32"}[values.dtype.name]
-        found = codec_named(kind)
-        assert isinstance(found, PlainCodec)
-        return kind, found.encode_values(values.astype(np.float32)), values.shape
+        codec_name = {"float16": "gguf:F16", "float32": "gguf:F32"}[values.dtype.name]
+        codec = codec_named(codec_name)
+        assert isinstance(codec, PlainCodec)
+        return codec_name, codec.encode_values(values.astype(np.float32)), values.shape

@@ -1,4 +1,4 @@
-"""Writing a folder of safetensors shards, tensor by tensor, whole or not at all."""
+"""Writes a folder of safetensors shards, tensor by tensor, whole or not at all."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ from lqexport.errors import UserError
 from lqexport.storage.files import cannot_write, check_space, claimed, write_json, written_whole
 
 SHARD_BYTES = 5 * 10**9
-"""Most bytes of a shard's tensors, as transformers has it."""
+"""The most bytes of tensors in one shard; transformers has the same limit."""
 DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor of the model and what the folder stores of it: name in the file -> dtype and shape."""
+class FolderTensor:
+    """One tensor of the model and the tensors that the folder stores for it.
+
+    stored   name in the file -> dtype and shape
+    """
 
     name: str
     stored: dict[str, tuple[np.dtype, tuple[int, ...]]]
@@ -38,9 +41,11 @@ def _size(dtype: np.dtype, shape: tuple[int, ...]) -> int:
 
 @contextlib.contextmanager
 def new_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A folder to fill with `size` bytes of tensors, which becomes `folder` when all went well and is gone otherwise.
+    """Yields a temporary folder, which is renamed to `folder` at the end, or removed if an error occurs.
 
-    Raises UserError where the folder exists, and where the disk is too small or cannot be written.
+    size   bytes of tensors that will be written
+
+    Raises UserError if `folder` exists, or if the disk is too small or cannot be written.
     """
     if folder.exists():
         raise UserError(f"{folder} exists. Choose another folder, or delete this one.")
@@ -58,59 +63,59 @@ def new_folder(folder: Path, size: int) -> Iterator[Path]:
 
 
 def _empty(folder: Path) -> None:
-    """Remove what a killed process left in it."""
+    """Removes the content of a folder, which a killed process may have left."""
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def write_shards(
     folder: Path,
-    parts: list[Part],
-    read: Callable[[Part], Iterable[np.ndarray]],
+    tensors: list[FolderTensor],
+    read: Callable[[FolderTensor], Iterable[np.ndarray]],
     on_tensor: Callable[[str, int], None] | None = None,
 ) -> None:
-    """model.safetensors, or several of them with an index. Memory holds one part.
+    """Writes model.safetensors, or several shards with an index. Memory holds one tensor.
 
-    read        a part's arrays, in the order of `stored`
-    on_tensor   called with name and bytes after each part
+    read        returns the arrays of a tensor, in the order of its `stored`
+    on_tensor   called with name and bytes after each tensor
     """
-    shards = list(_shards(parts))
+    shards = list(_shards(tensors))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
         pairs = zip(names, shards, strict=True)
-        where = {name: file for file, shard in pairs for part in shard for name in part.stored}
-        total = sum(part.nbytes for part in parts)
-        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+        weight_map = {name: file for file, shard in pairs for tensor in shard for name in tensor.stored}
+        index = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors)}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index)
     for file, shard in zip(names, shards, strict=True):
         _write_shard(folder / file, shard, read, on_tensor)
 
 
-def _shards(parts: list[Part]) -> Iterator[list[Part]]:
-    """Runs of parts of at most SHARD_BYTES, or of one part."""
-    shard: list[Part] = []
+def _shards(tensors: list[FolderTensor]) -> Iterator[list[FolderTensor]]:
+    """Yields runs of tensors of at most SHARD_BYTES together, or of one tensor that is larger."""
+    shard: list[FolderTensor] = []
     filled = 0
-    for part in parts:
-        if shard and filled + part.nbytes > SHARD_BYTES:
+    for tensor in tensors:
+        if shard and filled + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, filled = [], 0
-        shard.append(part)
-        filled += part.nbytes
+        shard.append(tensor)
+        filled += tensor.nbytes
     yield shard
 
 
 def _write_shard(
     path: Path,
-    parts: list[Part],
-    read: Callable[[Part], Iterable[np.ndarray]],
+    tensors: list[FolderTensor],
+    read: Callable[[FolderTensor], Iterable[np.ndarray]],
     on_tensor: Callable[[str, int], None] | None,
 ) -> None:
-    """A safetensors file: length of the header, header, then the arrays in its order."""
+    """Writes a safetensors file: the length of the header, the header, then the arrays in the header's order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for part in parts:
-        for name, (dtype, shape) in part.stored.items():
+    for tensor in tensors:
+        for name, (dtype, shape) in tensor.stored.items():
             stop = start + _size(dtype, shape)
             header[name] = {"dtype": DTYPES[dtype.name], "shape": list(shape), "data_offsets": [start, stop]}
             start = stop
@@ -118,8 +123,8 @@ def _write_shard(
     text += b" " * (-len(text) % 8)
     with written_whole(path) as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for part in parts:
-            for array in read(part):
+        for tensor in tensors:
+            for array in read(tensor):
                 file.write(np.ascontiguousarray(array).data)
             if on_tensor:
-                on_tensor(part.name, part.nbytes)
+                on_tensor(tensor.name, tensor.nbytes)

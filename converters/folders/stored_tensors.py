@@ -12,9 +12,11 @@ from lqexport.storage.tensor_files import open_tensors
 
 
 class StoredTensors(Mapping[str, Any]):
-    """A folder's tensors by the names that its .safetensors files give them: NumPy arrays ("np") or torch's ("pt").
+    """A folder's tensors by their names in its .safetensors files.
 
-    Raises UserError where a file is damaged, where two hold the same name, and where there is none.
+    framework   "np" for NumPy arrays, "pt" for torch tensors
+
+    Raises UserError if a file is damaged, if two files hold the same name, or if there is no file.
     """
 
     def __init__(self, folder: Path, framework: Literal["np", "pt"]) -> None:
@@ -44,7 +46,7 @@ class StoredTensors(Mapping[str, Any]):
             return file.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """A tensor's shape, without its data."""
+        """Returns a tensor's shape without reading its data. Raises UserError if there is no such tensor."""
         with self._open(self._file(name)) as file:
             return tuple(file.get_slice(name).get_shape())
 
