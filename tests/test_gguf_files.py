@@ -1,4 +1,4 @@
-"""Writing GGUF files and reading them back: bytes, config, metadata, and the logits that llama.cpp computes."""
+"""GGUF files, written and read back: bytes, config, metadata, and the logits that llama.cpp computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_files import tokenizer as tokenizer
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -27,6 +27,7 @@ from lqexport.storage.files import write_json
 
 
 def check_logits(path: Path, model: LlamaForCausalLM, tolerance: float) -> None:
+    """Asserts that llama.cpp's logits of the file are those of the model, to a mean absolute error of `tolerance`."""
     with LlamaCpp(path, 64, threads=2) as engine:
         logits = engine.logits(TOKENS)
     expected = reference_logits(model, TOKENS)
@@ -39,16 +40,16 @@ def test_every_type_comes_back_bitwise(tmp_path: Path, tokenizer: Tokenizer, nam
     model = make_model(hidden_size=256, intermediate_size=256, num_hidden_layers=1, attention_bias=True)
     artifact = make_artifact(tmp_path / "artifact", model, name, tokenizer)
     sizes = {}
-    gguf.write(artifact, tmp_path / "model.gguf", on_tensor=sizes.__setitem__)
+    gguf_writer.write(artifact, tmp_path / "model.gguf", on_tensor=sizes.__setitem__)
     file = GGUFModel(tmp_path / "model.gguf")
     assert file.names() == list(artifact.manifest()) == list(sizes)
     for tensor_name in file.names():
         stored = artifact.read(tensor_name)
-        kind, planes, shape = file.planes(tensor_name)
-        assert (kind, shape) == (stored.codec_name, stored.shape)
+        codec_name, planes, shape = file.planes(tensor_name)
+        assert (codec_name, shape) == (stored.codec_name, stored.shape)
         assert planes.keys() == stored.planes.keys()
         assert all(np.array_equal(planes[key], stored.planes[key]) for key in planes)
-        decoded = codec_named(kind).decode(stored.planes, shape[-1]).reshape(shape)
+        decoded = codec_named(codec_name).decode(stored.planes, shape[-1]).reshape(shape)
         assert np.array_equal(file.read(tensor_name), decoded)
         assert sizes[tensor_name] == sum(plane.nbytes for plane in stored.planes.values())
 
@@ -56,7 +57,7 @@ def test_every_type_comes_back_bitwise(tmp_path: Path, tokenizer: Tokenizer, nam
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("target", ["gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q4_K", "gguf:Q6_K"])
 def test_llamacpp_sees_the_weights_that_we_read(tmp_path: Path, target: str) -> None:
-    """The engine rounds activations to 8 bits, so its logits are near and not equal; unpermuted rows are far off."""
+    """llama.cpp rounds activations to 8 bits, so its logits are only near ours. Rows in the wrong order are far off."""
     model = make_model(hidden_size=256, intermediate_size=256, attention_bias=True)
     path = export(tmp_path, model, target, byte_level_bpe())
     file = GGUFModel(path)
@@ -163,7 +164,7 @@ def test_rope_settings_of_older_configs(tmp_path: Path, tokenizer: Tokenizer) ->
     del config["rope_parameters"]
     config |= {"rope_theta": 7e5, "rope_scaling": {"type": "linear", "factor": 8.0}}
     write_json(artifact.model_folder / "config.json", config)
-    gguf.write(artifact, tmp_path / "model.gguf")
+    gguf_writer.write(artifact, tmp_path / "model.gguf")
     assert GGUFModel(tmp_path / "model.gguf").config["rope_parameters"] == {
         "rope_type": "linear",
         "factor": 8.0,
@@ -176,9 +177,9 @@ def test_equal_artifacts_give_equal_bytes(tmp_path: Path, tokenizer: Tokenizer) 
         folder = tmp_path / name
         artifact = make_artifact(folder, make_model(), "gguf:Q8_0", tokenizer)
         (artifact.model_folder / "additional_chat_templates").mkdir()
-        for other in ("tool_use", "rag", "other"):
-            (artifact.model_folder / f"additional_chat_templates/{other}.jinja").write_text(other)
-        gguf.write(artifact, folder / "model.gguf")
+        for template in ("tool_use", "rag", "other"):
+            (artifact.model_folder / f"additional_chat_templates/{template}.jinja").write_text(template)
+        gguf_writer.write(artifact, folder / "model.gguf")
     assert (tmp_path / "one/model.gguf").read_bytes() == (tmp_path / "two/model.gguf").read_bytes()
 
 
@@ -198,7 +199,7 @@ def test_general_metadata(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert {key: metadata.get(key) for key in expected} == expected
 
 
-# What can be wrong
+# Models and artifacts that are refused.
 
 
 @pytest.mark.parametrize(
@@ -216,7 +217,7 @@ def test_models_that_llamacpp_lacks(tmp_path: Path, tokenizer: Tokenizer, change
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     write_json(artifact.model_folder / "config.json", artifact.config() | change)
     with pytest.raises(UserError, match=message):
-        gguf.write(artifact, tmp_path / "model.gguf")
+        gguf_writer.write(artifact, tmp_path / "model.gguf")
 
 
 def test_native_artifact_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -228,7 +229,7 @@ def test_native_artifact_is_refused(tmp_path: Path, tokenizer: Tokenizer) -> Non
     artifact.write(StoredTensor(name, "native:table-3", (96, 64), planes))
     artifact.finish(list(artifact.manifest()), {})
     with pytest.raises(UserError, match=r"1 of its tensors .*native:table-3"):
-        gguf.write(artifact, tmp_path / "model.gguf")
+        gguf_writer.write(artifact, tmp_path / "model.gguf")
 
 
 def test_damaged_tensor_leaves_no_file(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -237,7 +238,7 @@ def test_damaged_tensor_leaves_no_file(tmp_path: Path, tokenizer: Tokenizer) -> 
     stored.planes["blocks"][3, 5] ^= 1
     artifact.write(stored)
     with pytest.raises(UserError, match=r"layers\.1\.mlp\.down_proj\.weight .* damaged"):
-        gguf.write(artifact, tmp_path / "model.gguf")
+        gguf_writer.write(artifact, tmp_path / "model.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["artifact"]
 
 
@@ -245,7 +246,7 @@ def test_unfinished_artifact(tmp_path: Path, tokenizer: Tokenizer) -> None:
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     (artifact.folder / "manifest.json").unlink()
     with pytest.raises(UserError, match="not finished"):
-        gguf.write(artifact, tmp_path / "model.gguf")
+        gguf_writer.write(artifact, tmp_path / "model.gguf")
 
 
 def test_small_disk_is_noticed_before_writing(
@@ -254,5 +255,5 @@ def test_small_disk_is_noticed_before_writing(
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: namedtuple("usage", "total used free")(1, 1, 1000))
     with pytest.raises(UserError, match="Free some space"):
-        gguf.write(artifact, tmp_path / "new" / "model.gguf")
+        gguf_writer.write(artifact, tmp_path / "new" / "model.gguf")
     assert not (tmp_path / "new").exists()

@@ -1,4 +1,4 @@
-"""The plan of codecs, compared with llama.cpp's own quantizer on synthetic models."""
+"""The codec that the plan gives each tensor, compared with llama.cpp's own quantizer on synthetic models."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def make_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def write_source(path: Path, config: dict[str, Any]) -> None:
-    """A GGUF file in F16 with random weights and no tokenizer."""
+    """Writes a GGUF file with random weights, matrices in F16, and no tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_context_length(128)
@@ -81,21 +81,22 @@ def write_source(path: Path, config: dict[str, Any]) -> None:
 
 
 def types_by_llamacpp(folder: Path, config: dict[str, Any], mix: str) -> dict[str, str]:
-    """Tensor -> codec as llama.cpp's quantizer chooses."""
+    """Returns tensor name -> codec name, as llama.cpp's quantizer chooses."""
     source, out = folder / "source.gguf", folder / "out.gguf"
     write_source(source, config)
     columns = {name: shape[1] for name, shape in make_shapes(config).items() if len(shape) == 2}
     renamed = gguf_names(LLAMA, config["num_hidden_layers"])
     ones = {renamed[name]: np.ones(count, dtype=np.float32) for name, count in columns.items()}
-    # Q2_K_S is the only one that llama.cpp refuses without an importance matrix.
-    name = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix)
-    quantize(source, out, name, imatrix=ones if mix == "Q2_K_S" else None, threads=2)
+    # Q2_K_S is the only mix that llama.cpp refuses to make without an importance matrix.
+    llamacpp_name = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix)
+    quantize(source, out, llamacpp_name, imatrix=ones if mix == "Q2_K_S" else None, threads=2)
     model = GGUFModel(out)
     assert model.metadata["general.file_type"] == file_type(mix)
     return {tensor: model.codec_name(tensor) for tensor in model.names()}
 
 
 def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[str, str]:
+    """Returns tensor name -> codec name, as our plan chooses."""
     return {
         tensor.name: tensor.codec_name for tensor in plan(Target.parse(target), config, make_shapes(config), **options)
     }
@@ -135,15 +136,15 @@ def test_every_target_plans_every_tensor_in_order(target: str) -> None:
     assert all(tensor.nbytes > 0 for tensor in planned)
 
 
-@pytest.mark.parametrize("kind", [name.removeprefix("gguf:") for name in names("gguf")])
-def test_pure_type(kind: str) -> None:
-    planned = plan(Target.parse(f"gguf:{kind}"), make_config(), make_shapes(make_config()))
-    plain = kind in ("F32", "F16", "BF16")
+@pytest.mark.parametrize("gguf_type", [name.removeprefix("gguf:") for name in names("gguf")])
+def test_pure_type(gguf_type: str) -> None:
+    planned = plan(Target.parse(f"gguf:{gguf_type}"), make_config(), make_shapes(make_config()))
+    plain = gguf_type in ("F32", "F16", "BF16")
     linears = [tensor for tensor in planned if ".layers." in tensor.name and len(tensor.shape) == 2]
-    assert {tensor.codec_name for tensor in linears} == {f"gguf:{kind}"}
+    assert {tensor.codec_name for tensor in linears} == {f"gguf:{gguf_type}"}
     assert {tensor.linear for tensor in linears} == {not plain}
     ends = {tensor.codec_name for tensor in planned if tensor.name in ("model.embed_tokens.weight", "lm_head.weight")}
-    assert ends == {f"gguf:{kind}" if plain else "gguf:Q8_0"}
+    assert ends == {f"gguf:{gguf_type}" if plain else "gguf:Q8_0"}
 
 
 @pytest.mark.parametrize(
@@ -193,7 +194,7 @@ def test_embedding_and_output_types() -> None:
 
 
 def test_options_fall_back_too() -> None:
-    # llama.cpp stops half-way here and leaves a truncated file.
+    # llama.cpp stops half-way in this case and leaves a truncated file.
     assert types_by_plan(make_config(hidden=96), "gguf:Q4_0", embedding_type="Q6_K")["model.embed_tokens.weight"] == (
         "gguf:Q8_0"
     )
@@ -264,6 +265,6 @@ def test_rope_order() -> None:
 
 def test_planned_bytes_are_the_codecs() -> None:
     config = make_config()
-    (tensor, *_) = [t for t in plan(Target.parse("gguf:Q4_K"), config, make_shapes(config)) if t.linear]
+    (tensor, *_) = [tensor for tensor in plan(Target.parse("gguf:Q4_K"), config, make_shapes(config)) if tensor.linear]
     assert tensor.nbytes == 256 * 144
     assert codec_named(tensor.codec_name).block == 256

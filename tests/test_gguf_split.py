@@ -1,4 +1,4 @@
-"""A model in several GGUF files: as llama.cpp loads them, and as our own reader, `verify` and `inspect` do."""
+"""A model in several GGUF files, read by llama.cpp, by our own reader, by `verify` and by `inspect`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gguf import GGUFReader, GGUFWriter
 from typer.testing import CliRunner
 
 from lqexport.cli.app import app
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import in_files, split_paths
 from lqexport.errors import UserError
@@ -26,7 +26,7 @@ from lqexport.storage.files import file_digest
 from lqexport.verification.publish import model_files
 from lqexport.verification.verifying import verify
 
-MOST = "600K"
+SPLIT_SIZE = "600K"
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +41,12 @@ def whole(artifact: Artifact) -> Path:
 
 @pytest.fixture(scope="module")
 def first(artifact: Artifact) -> Path:
-    return export(artifact.folder, artifact.folder.parent / "split" / "model.gguf", split_max_size=MOST)
+    return export(artifact.folder, artifact.folder.parent / "split" / "model.gguf", split_max_size=SPLIT_SIZE)
 
 
 @pytest.fixture
 def copied(first: Path, tmp_path: Path) -> Path:
-    """The first of the files of a folder to damage."""
+    """The first file of a copy of the split model, which tests damage."""
     return shutil.copytree(first.parent, tmp_path / "copy") / first.name
 
 
@@ -64,7 +64,7 @@ def test_names_keys_and_sizes_are_those_of_gguf_split(first: Path, whole: Path) 
         assert ("general.architecture" in keys) == (number == 0)
         assert {str(reader.fields[name].types[0].name) for name in ("split.no", "split.count")} == {"UINT16"}
         sizes = [int(tensor.n_bytes) for tensor in reader.tensors]
-        assert sum(sizes) <= split_size(MOST) or len(sizes) == 1
+        assert sum(sizes) <= split_size(SPLIT_SIZE) or len(sizes) == 1
         tensors += [(tensor.name, tensor.data.tobytes()) for tensor in reader.tensors]
     assert tensors == [(tensor.name, tensor.data.tobytes()) for tensor in GGUFReader(whole).tensors]
 
@@ -104,7 +104,7 @@ def test_fingerprint_is_of_all_files(copied: Path) -> None:
 
 def test_command(artifact: Artifact, tmp_path: Path) -> None:
     command = ["to-gguf", str(artifact.folder), str(tmp_path / "a.gguf"), "--split-max-size"]
-    result = CliRunner().invoke(app, [*command, MOST])
+    result = CliRunner().invoke(app, [*command, SPLIT_SIZE])
     assert result.exit_code == 0
     assert "a-00001-of-00003.gguf and 2 more" in result.output
     result = CliRunner().invoke(app, [*command, "2T"])
@@ -118,13 +118,15 @@ def test_a_model_that_fits_stays_whole(artifact: Artifact, whole: Path, tmp_path
     assert path.read_bytes() == whole.read_bytes()
 
 
-class Of:
+class Tensor:
+    """A tensor of so many bytes."""
+
     def __init__(self, nbytes: int) -> None:
         self.nbytes = nbytes
 
 
 @pytest.mark.parametrize(
-    ("sizes", "most", "expected"),
+    ("sizes", "max_bytes", "expected"),
     [
         ([10, 10, 10], None, [3]),
         ([64, 64, 64], 128, [2, 1]),
@@ -133,8 +135,8 @@ class Of:
         ([500, 10, 10, 500], 100, [1, 2, 1]),
     ],
 )
-def test_files_are_filled_in_order(sizes: list[int], most: int | None, expected: list[int]) -> None:
-    assert [len(file) for file in in_files([Of(size) for size in sizes], most)] == expected
+def test_files_are_filled_in_order(sizes: list[int], max_bytes: int | None, expected: list[int]) -> None:
+    assert [len(file) for file in in_files([Tensor(size) for size in sizes], max_bytes)] == expected
 
 
 @pytest.mark.parametrize("text", ["", "2", "G", "0G", "2g", "1.5G", "-1M", "2GB", " 2G"])
@@ -153,28 +155,28 @@ def test_names() -> None:
 
 
 def test_damage_leaves_no_file(artifact: Artifact, tmp_path: Path) -> None:
-    """The last tensor is found to be damaged when all files but the last are written."""
+    """Damages the last tensor, so that the writer notices it when all files but the last are written."""
     damaged = Artifact(shutil.copytree(artifact.folder, tmp_path / "artifact"))
     stored = damaged.read("model.layers.1.mlp.down_proj.weight")
     stored.planes["blocks"][3, 5] ^= 1
     damaged.write(stored)
     with pytest.raises(UserError, match="damaged"):
-        gguf.write(damaged, tmp_path / "out" / "model.gguf", split_max_size=split_size(MOST))
+        gguf_writer.write(damaged, tmp_path / "out" / "model.gguf", split_max_size=split_size(SPLIT_SIZE))
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def replaced(path: Path, by: Path) -> None:
-    path.write_bytes(by.read_bytes())
+def replace_content(path: Path, source: Path) -> None:
+    path.write_bytes(source.read_bytes())
 
 
 def test_files_that_do_not_belong_together(copied: Path, whole: Path) -> None:
     files = sorted(copied.parent.iterdir())
     with pytest.raises(UserError, match=r"not the first of the 3 files .* give model-00001-of-00003\.gguf"):
         GGUFModel(files[1])
-    replaced(files[1], files[2])
+    replace_content(files[1], files[2])
     with pytest.raises(UserError, match="is not file 2 of 3"):
         GGUFModel(copied)
-    replaced(files[1], whole)
+    replace_content(files[1], whole)
     with pytest.raises(UserError, match="is not file 2 of 3"):
         GGUFModel(copied)
     files[1].unlink()

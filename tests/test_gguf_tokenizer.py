@@ -1,4 +1,4 @@
-"""Tokenizers in GGUF files: vocabulary, word splitters, special tokens, and chat templates, as llama.cpp uses them."""
+"""Tokenizers in GGUF files: vocabulary, word splitter, special tokens and chat templates, compared with llama.cpp."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llama_files import tokenizer as tokenizer
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.pretokenizers import PRETOKENIZERS, pretokenizer_name
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.spaces import space_rules
@@ -32,14 +32,14 @@ from lqexport.storage.files import write_json
 def test_byte_level_vocabulary(tmp_path: Path, bos: bool) -> None:
     tokenizer = byte_level_bpe(bos=bos)
     metadata = GGUFModel(export(tmp_path, make_model(), "gguf:F16", tokenizer)).metadata
-    tokens, kinds = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    tokens, token_types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
     count = tokenizer.get_vocab_size()
     assert tokens[:count] == [tokenizer.id_to_token(i) for i in range(count)]
     assert tokens[count:] == [f"[PAD{i}]" for i in range(count, 512)]
-    assert len(tokens) == len(kinds) == 512
-    assert kinds[:3] == [TokenType.CONTROL] * 3
-    assert kinds[count - 1 :] == [TokenType.USER_DEFINED] + [TokenType.UNUSED] * (512 - count)
-    assert set(kinds[3 : count - 1]) == {TokenType.NORMAL}
+    assert len(tokens) == len(token_types) == 512
+    assert token_types[:3] == [TokenType.CONTROL] * 3
+    assert token_types[count - 1 :] == [TokenType.USER_DEFINED] + [TokenType.UNUSED] * (512 - count)
+    assert set(token_types[3 : count - 1]) == {TokenType.NORMAL}
     assert metadata["tokenizer.ggml.model"] == "gpt2"
     assert metadata["tokenizer.ggml.pre"] == "gpt-2"
     assert metadata["tokenizer.ggml.add_bos_token"] is bos
@@ -48,21 +48,23 @@ def test_byte_level_vocabulary(tmp_path: Path, bos: bool) -> None:
 
 
 def splitter_of(expressions: tuple[str, ...]) -> Any:
+    """Returns a pre-tokenizer that splits text by the expressions one after the other."""
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     splits = [pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions]
     return pre_tokenizers.Sequence([*splits, byte_level])
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize(("asked", "name"), PRETOKENIZERS.items(), ids=PRETOKENIZERS.values())
-def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, asked: tuple[tuple[str, ...], bool], name: str) -> None:
-    tokenizer = byte_level_bpe(splitter_of(asked[0]), ignore_merges=asked[1])
+@pytest.mark.parametrize(("splitter", "name"), PRETOKENIZERS.items(), ids=PRETOKENIZERS.values())
+def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, splitter: tuple[tuple[str, ...], bool], name: str) -> None:
+    tokenizer = byte_level_bpe(splitter_of(splitter[0]), ignore_merges=splitter[1])
     path = export(tmp_path, make_model(), "gguf:F16", tokenizer)
     assert GGUFModel(path).metadata["tokenizer.ggml.pre"] == name
     check_tokens(path, tokenizer)
 
 
 def check_tokens(path: Path, tokenizer: Tokenizer) -> None:
+    """Asserts that llama.cpp, with the GGUF file, makes the same tokens of test strings as the tokenizer."""
     with LlamaCpp(path, 32) as engine:
         for text in (*STRINGS, "<s>with</s> special<tool>tokens"):
             assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
@@ -73,7 +75,7 @@ def test_other_spellings_of_a_splitter() -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     smollm = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}, "model": {}}
     assert pretokenizer_name(smollm) == "smollm"
-    ((qwen,),) = [asked for (asked, _), name in PRETOKENIZERS.items() if name == "qwen2"]
+    ((qwen,),) = [expressions for (expressions, _), name in PRETOKENIZERS.items() if name == "qwen2"]
     split = {"type": "Split", "pattern": {"Regex": qwen}, "behavior": "Removed", "invert": True}
     assert pretokenizer_name({"pre_tokenizer": split, "model": {}}) == "qwen2"
 
@@ -81,10 +83,10 @@ def test_other_spellings_of_a_splitter() -> None:
 def test_unknown_splitter_says_what_to_do_and_can_be_named(tmp_path: Path) -> None:
     artifact = make_artifact(tmp_path / "a", make_model(), "gguf:F16", byte_level_bpe(splitter_of((r"\w+|\W",))))
     with pytest.raises(UserError, match=r"tokenizer\.ggml\.pre"):
-        gguf.write(artifact, tmp_path / "model.gguf")
+        gguf_writer.write(artifact, tmp_path / "model.gguf")
     assert not list(tmp_path.glob("*.gguf*"))
     write_json(artifact.model_folder / "tokenizer_config.json", {"tokenizer.ggml.pre": "superbpe"})
-    gguf.write(artifact, tmp_path / "model.gguf")
+    gguf_writer.write(artifact, tmp_path / "model.gguf")
     assert GGUFModel(tmp_path / "model.gguf").metadata["tokenizer.ggml.pre"] == "superbpe"
 
 
@@ -113,13 +115,13 @@ def sentencepiece_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_sentencepiece_model(tmp_path: Path, sentencepiece_file: Path) -> None:
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", None)
     shutil.copy(sentencepiece_file, artifact.model_folder / "tokenizer.model")
-    gguf.write(artifact, tmp_path / "model.gguf")
+    gguf_writer.write(artifact, tmp_path / "model.gguf")
     metadata = GGUFModel(tmp_path / "model.gguf").metadata
     model = sentencepiece.SentencePieceProcessor(model_file=str(sentencepiece_file))
     assert metadata["tokenizer.ggml.tokens"][:500] == [model.id_to_piece(i) for i in range(500)]
     assert metadata["tokenizer.ggml.scores"][:500] == [model.get_score(i) for i in range(500)]
-    kinds = metadata["tokenizer.ggml.token_type"]
-    assert kinds[:5] == [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, TokenType.USER_DEFINED, TokenType.BYTE]
+    token_types = metadata["tokenizer.ggml.token_type"]
+    assert token_types[:5] == [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, TokenType.USER_DEFINED, TokenType.BYTE]
     assert metadata["tokenizer.ggml.add_bos_token"] is True
     assert metadata["tokenizer.ggml.add_space_prefix"] is True
     with LlamaCpp(tmp_path / "model.gguf", 32) as engine:
@@ -128,14 +130,14 @@ def test_sentencepiece_model(tmp_path: Path, sentencepiece_file: Path) -> None:
 
 
 def like_llama_2(path: Path) -> Tokenizer:
-    """The tokenizer.json that transformers makes of a tokenizer.model: merges in the order of the scores."""
+    """Returns the tokenizer that transformers makes of a tokenizer.model: merges are in the order of the scores."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     ids = {model.id_to_piece(i): i for i in range(len(model))}
     merges = []
     for piece in sorted((p for p in ids if p != "<tool>"), key=lambda p: -model.get_score(ids[p])):
-        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-        found = [(left, right) for left, right in halves if left in ids and right in ids]
-        merges += sorted(found, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+        cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        pairs = [(left, right) for left, right in cuts if left in ids and right in ids]
+        merges += sorted(pairs, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.ByteFallback()
@@ -209,17 +211,17 @@ def test_chat_templates(folder: Path) -> None:
 TEMPLATES = {"default": "{{ messages }}", "rag": "R", "tool-use": "Zwölf 🙂"}
 
 
-@pytest.mark.parametrize("old", [True, False], ids=["list", "folder"])
-def test_named_chat_templates(tmp_path: Path, tokenizer: Tokenizer, old: bool) -> None:
-    """Both forms in which transformers saves them, in the file as llama.cpp and gguf-py read it, and back again."""
+@pytest.mark.parametrize("as_list", [True, False], ids=["list", "folder"])
+def test_named_chat_templates(tmp_path: Path, tokenizer: Tokenizer, as_list: bool) -> None:
+    """Reads both forms in which transformers saves chat templates, writes them to GGUF, and reads them back."""
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     (artifact.model_folder / "chat_template.jinja").unlink()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = TEMPLATES
-    fast.save_pretrained(artifact.model_folder, save_jinja_files=not old)
-    assert (artifact.model_folder / "additional_chat_templates").is_dir() != old
+    fast.save_pretrained(artifact.model_folder, save_jinja_files=not as_list)
+    assert (artifact.model_folder / "additional_chat_templates").is_dir() != as_list
     assert chat_templates(artifact.model_folder) == TEMPLATES
-    gguf.write(artifact, tmp_path / "model.gguf")
+    gguf_writer.write(artifact, tmp_path / "model.gguf")
     fields = GGUFReader(tmp_path / "model.gguf").fields
     assert fields["tokenizer.chat_templates"].contents() == ["rag", "tool_use"]
     assert fields["tokenizer.chat_template.tool_use"].contents() == TEMPLATES["tool-use"]
@@ -233,16 +235,16 @@ def test_llamacpp_finds_chat_templates(tmp_path: Path, tokenizer: Tokenizer) -> 
     artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
     (artifact.model_folder / "additional_chat_templates").mkdir()
     (artifact.model_folder / "additional_chat_templates/tool-use.jinja").write_text(TEMPLATES["tool-use"])
-    gguf.write(artifact, tmp_path / "model.gguf")
+    gguf_writer.write(artifact, tmp_path / "model.gguf")
     with LlamaCpp(tmp_path / "model.gguf", 32) as engine:
-        found = engine._llama.llama_model_chat_template
-        found.restype, found.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_char_p]
-        assert found(engine._model, None).decode() == "{{ messages }}"
-        assert found(engine._model, b"tool_use").decode() == TEMPLATES["tool-use"]
-        assert found(engine._model, b"other") is None
+        chat_template = engine._llama.llama_model_chat_template
+        chat_template.restype, chat_template.argtypes = ctypes.c_char_p, [ctypes.c_void_p, ctypes.c_char_p]
+        assert chat_template(engine._model, None).decode() == "{{ messages }}"
+        assert chat_template(engine._model, b"tool_use").decode() == TEMPLATES["tool-use"]
+        assert chat_template(engine._model, b"other") is None
 
 
-# What can be wrong
+# Tokenizers that are refused.
 
 
 def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
@@ -266,7 +268,7 @@ def test_tokenizers_that_llamacpp_lacks(folder: Path) -> None:
 
 
 def test_a_normalizer_without_steps_does_nothing(folder: Path) -> None:
-    """As transformers 5.17 writes it."""
+    """transformers 5.17 writes such a normalizer."""
     content, expected = json.loads((folder / "tokenizer.json").read_text()), read_vocabulary(folder)
     write_json(folder / "tokenizer.json", content | {"normalizer": {"type": "Sequence", "normalizers": []}})
     assert read_vocabulary(folder) == expected

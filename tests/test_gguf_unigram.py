@@ -1,5 +1,7 @@
-"""SentencePiece's unigram model, and BPE with byte fallback, from tokenizer.model or tokenizer.json into GGUF: the
-tokens are those of SentencePiece and of transformers in unmodified llama.cpp."""
+"""SentencePiece's unigram model, and BPE with byte fallback, from tokenizer.model or tokenizer.json into GGUF.
+
+Unmodified llama.cpp must make the same tokens as SentencePiece and transformers.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
 from lqexport.converters.gguf.vocabulary import read_vocabulary
@@ -32,7 +34,7 @@ WITH_SPECIAL = ("<s>with</s> special<tool>tokens", "a <tool> b<tool>", "<s> x")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Trains a SentencePiece unigram model of some 400 tokens with options of its trainer."""
+    """A function that trains a SentencePiece unigram model of some 400 tokens, given options of its trainer."""
     text = [*inspect.getsource(argparse).splitlines(keepends=True)[:800], *STRINGS[:8] * 3]
 
     def train(**options: Any) -> Path:
@@ -67,7 +69,7 @@ def like_t5(trained: Callable[..., Path]) -> Path:
 
 @pytest.fixture
 def export(rounded_artifact: Callable[..., Artifact], tmp_path: Path) -> Callable[[], Path]:
-    """Writes the tiny Llama with the tokenizer files that the test has put into `tmp_path`."""
+    """A function that writes the tiny Llama to GGUF, with the tokenizer files that the test has put into `tmp_path`."""
 
     def write() -> Path:
         artifact = rounded_artifact(tmp_path / "artifact", "gguf:F16")
@@ -75,13 +77,13 @@ def export(rounded_artifact: Callable[..., Artifact], tmp_path: Path) -> Callabl
             path.unlink()
         for path in tmp_path.glob("tokenizer*"):
             (artifact.model_folder / path.name).write_bytes(path.read_bytes())
-        return gguf.write(artifact, tmp_path / "model.gguf")[0]
+        return gguf_writer.write(artifact, tmp_path / "model.gguf")[0]
 
     return write
 
 
-def of_pieces(path: Path, steps: list[normalizers.Normalizer], prefix: str) -> Tokenizer:
-    """The tokenizer.json that transformers makes of a unigram tokenizer.model."""
+def converted_tokenizer(path: Path, steps: list[normalizers.Normalizer], prefix: str) -> Tokenizer:
+    """Returns the tokenizer that transformers makes of a unigram tokenizer.model."""
     model = sentencepiece.SentencePieceProcessor(model_file=str(path))
     pieces = [(model.id_to_piece(i), model.get_score(i)) for i in range(len(model))]
     tokenizer = Tokenizer(models.Unigram(pieces, model.unk_id(), byte_fallback=False))
@@ -94,6 +96,7 @@ def of_pieces(path: Path, steps: list[normalizers.Normalizer], prefix: str) -> T
 
 
 def t5_steps(path: Path) -> list[normalizers.Normalizer]:
+    """Returns the normalizer steps that transformers gives T5's tokenizer."""
     spaces = [normalizers.Strip(left=False, right=True), normalizers.Replace(Regex(" {2,}"), "▁")]
     return [normalizers.Precompiled(read_sentencepiece(path).charsmap), *spaces]
 
@@ -110,19 +113,19 @@ def test_tokenizer_model(
     assert GGUFModel(file).metadata["tokenizer.ggml.model"] == "t5"
     with LlamaCpp(file, 32, threads=1) as engine:
         for text in STRINGS:
-            if text != " " or options != BARE | {"add_dummy_prefix": True}:  # said in gguf_spaces
+            if text != " " or options != BARE | {"add_dummy_prefix": True}:  # a known difference: gguf/spaces.py
                 assert engine.tokenize(text) == model.encode(text), text
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("kind", ["t5", "bare"])
+@pytest.mark.parametrize("form", ["t5", "bare"])
 def test_tokenizer_json(
-    trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, like_t5: Path, kind: str
+    trained: Callable[..., Path], export: Callable[[], Path], tmp_path: Path, like_t5: Path, form: str
 ) -> None:
-    if kind == "t5":
-        tokenizer = of_pieces(like_t5, t5_steps(like_t5), "always")
+    if form == "t5":
+        tokenizer = converted_tokenizer(like_t5, t5_steps(like_t5), "always")
     else:
-        tokenizer = of_pieces(trained(**BARE), [], "never")
+        tokenizer = converted_tokenizer(trained(**BARE), [], "never")
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.save_pretrained(tmp_path)
@@ -133,7 +136,7 @@ def test_tokenizer_json(
 
 
 def test_metadata(export: Callable[[], Path], tmp_path: Path, like_t5: Path) -> None:
-    of_pieces(like_t5, t5_steps(like_t5), "always").save(str(tmp_path / "tokenizer.json"))
+    converted_tokenizer(like_t5, t5_steps(like_t5), "always").save(str(tmp_path / "tokenizer.json"))
     file = export()
     metadata, model = GGUFModel(file).metadata, read_sentencepiece(like_t5)
     assert bytes(metadata["tokenizer.ggml.precompiled_charsmap"]) == model.charsmap
@@ -148,25 +151,28 @@ def test_metadata(export: Callable[[], Path], tmp_path: Path, like_t5: Path) -> 
         open_source(str(file)).tokenizer()
 
 
-def refused(folder: Path, tokenizer: dict[str, Any], message: str) -> None:
+def check_refused(folder: Path, tokenizer: dict[str, Any], message: str) -> None:
+    """Asserts that a folder with this tokenizer.json is refused with this message."""
     write_json(folder / "tokenizer.json", tokenizer)
     with pytest.raises(UserError, match=message):
         read_vocabulary(folder)
 
 
 def test_unigrams_that_llamacpp_splits_otherwise(tmp_path: Path, like_t5: Path, trained: Callable[..., Path]) -> None:
-    good = json.loads(of_pieces(like_t5, t5_steps(like_t5), "always").to_str())
+    good = json.loads(converted_tokenizer(like_t5, t5_steps(like_t5), "always").to_str())
     write_json(tmp_path / "tokenizer.json", good)
     assert read_vocabulary(tmp_path).merge_spaces
     model, steps = good["model"], good["normalizer"]["normalizers"]
-    refused(tmp_path, good | {"model": model | {"unk_id": None}}, "without an unknown token")
-    refused(tmp_path, good | {"model": model | {"vocab": [*model["vocab"], ["<0x0A>", 0.0]]}}, "tokens for bytes")
-    refused(tmp_path, good | {"normalizer": {"type": "Lowercase"}}, r"does not \(Lowercase, Metaspace\)")
-    refused(tmp_path, good | {"normalizer": {"type": "Sequence", "normalizers": steps[:2]}}, "Strip, Metaspace")
-    refused(tmp_path, good | {"pre_tokenizer": {"type": "WhitespaceSplit"}}, "WhitespaceSplit")
-    refused(tmp_path, good | {"pre_tokenizer": good["pre_tokenizer"] | {"prepend_scheme": "never"}}, "puts none before")
+    check_refused(tmp_path, good | {"model": model | {"unk_id": None}}, "without an unknown token")
+    check_refused(tmp_path, good | {"model": model | {"vocab": [*model["vocab"], ["<0x0A>", 0.0]]}}, "tokens for bytes")
+    check_refused(tmp_path, good | {"normalizer": {"type": "Lowercase"}}, r"does not \(Lowercase, Metaspace\)")
+    check_refused(tmp_path, good | {"normalizer": {"type": "Sequence", "normalizers": steps[:2]}}, "Strip, Metaspace")
+    check_refused(tmp_path, good | {"pre_tokenizer": {"type": "WhitespaceSplit"}}, "WhitespaceSplit")
+    check_refused(
+        tmp_path, good | {"pre_tokenizer": good["pre_tokenizer"] | {"prepend_scheme": "never"}}, "puts none before"
+    )
     broken = [{"type": "Precompiled", "precompiled_charsmap": "%"}, *steps[1:]]
-    refused(tmp_path, good | {"normalizer": {"type": "Sequence", "normalizers": broken}}, "not base64")
+    check_refused(tmp_path, good | {"normalizer": {"type": "Sequence", "normalizers": broken}}, "not base64")
     (tmp_path / "tokenizer.json").unlink()
     for options, message in (
         ({"byte_fallback": True, "vocab_size": 500}, "tokens for bytes"),
@@ -178,25 +184,25 @@ def test_unigrams_that_llamacpp_splits_otherwise(tmp_path: Path, like_t5: Path, 
             read_vocabulary(tmp_path)
 
 
-# BPE with byte fallback that only tokenizer.json holds (tests/test_families.py has those made from a tokenizer.model).
+# BPE with byte fallback that comes as tokenizer.json only (tests/test_families.py tests those with a tokenizer.model).
 
 
 def trained_bpe() -> dict[str, Any]:
-    """A BPE with byte fallback as `tokenizers` trains it: each token has one merge."""
+    """Returns the tokenizer.json of a BPE with byte fallback as `tokenizers` trains it: each token has one merge."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *bytes_], show_progress=False)
+    byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=["<unk>", *byte_tokens], show_progress=False)
     tokenizer.train_from_iterator(inspect.getsource(argparse).split()[:3000], trainer)
     content: dict[str, Any] = json.loads(tokenizer.to_str())
     return content | {"added_tokens": content["added_tokens"][:1]}
 
 
 def test_bpe_that_is_not_sentencepieces(tmp_path: Path) -> None:
-    refused(tmp_path, trained_bpe(), "not made from a SentencePiece model")
+    check_refused(tmp_path, trained_bpe(), "not made from a SentencePiece model")
 
 
 @pytest.mark.parametrize("step", [{"type": "NFKC"}, {"type": "Strip", "strip_left": True, "strip_right": True}])
 def test_bpe_that_changes_text(tmp_path: Path, step: dict[str, Any]) -> None:
     vocabulary = {"type": "BPE", "vocab": {"<unk>": 0, "a": 1}, "merges": [], "byte_fallback": True}
-    refused(tmp_path, {"model": vocabulary, "normalizer": step}, str(step["type"]))
+    check_refused(tmp_path, {"model": vocabulary, "normalizer": step}, str(step["type"]))

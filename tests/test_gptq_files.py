@@ -36,28 +36,30 @@ Artifacts = dict[str, Artifact]
 
 @pytest.fixture(scope="module")
 def artifacts(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    made, cache = {}, tmp_path_factory.mktemp("gptq") / "moments"
+    """Target -> the tiny model's artifact in this target."""
+    artifacts, cache = {}, tmp_path_factory.mktemp("gptq") / "moments"
     for codec_name in CODEC_NAMES:
         recipe = Recipe(str(tiny_model), codec_name, calibration=str(text), samples=2, sequence_length=64,
                         moments="normalized", descent=1, tune=0)  # fmt: skip
         folder = tmp_path_factory.mktemp("gptq") / "artifact"
         quantize(recipe, folder, cache=cache)
-        made[codec_name] = Artifact(folder)
-    return made
+        artifacts[codec_name] = Artifact(folder)
+    return artifacts
 
 
-def write(artifact: Artifact, folder: Path, how: str) -> Path:
-    if how == "compressed-tensors":
+def write(artifact: Artifact, folder: Path, layout: str) -> Path:
+    """Writes the artifact as a folder of the layout: "gptq", "gptq_v2" or "compressed-tensors"."""
+    if layout == "compressed-tensors":
         compressed_tensors.write(artifact, folder)
     else:
-        gptq.write(artifact, folder, v2=how == "gptq_v2")
+        gptq.write(artifact, folder, v2=layout == "gptq_v2")
     return folder
 
 
-@pytest.mark.parametrize("how", ["gptq", "gptq_v2", "compressed-tensors"])
+@pytest.mark.parametrize("layout", ["gptq", "gptq_v2", "compressed-tensors"])
 @every_plain_codec
-def test_folders_hold_the_artifacts_planes(codec_name: str, how: str, artifacts: Artifacts, tmp_path: Path) -> None:
-    read = open_export(write(artifacts[codec_name], tmp_path / "model", how))
+def test_folders_hold_the_artifacts_planes(codec_name: str, layout: str, artifacts: Artifacts, tmp_path: Path) -> None:
+    read = open_export(write(artifacts[codec_name], tmp_path / "model", layout))
     assert set(read.names()) == set(artifacts[codec_name].manifest())
     for name in read.names():
         (read_codec_name, planes, shape), stored = read.planes(name), artifacts[codec_name].read(name)
@@ -148,8 +150,8 @@ def test_the_config_says_what_readers_ask(codec_name: str, artifacts: Artifacts,
     zeros = stored[f"{Q_PROJ}.qzeros"].view(np.uint32)
     assert np.all(zeros == 0x77777777) == ("sym" in codec_name)
     write(artifacts[codec_name], tmp_path / "other", "gptq_v2")
-    others = load_file(tmp_path / "other" / "model.safetensors")[f"{Q_PROJ}.qzeros"].view(np.uint32)
-    assert np.array_equal(others, zeros + np.uint32(0x11111111))
+    v2_zeros = load_file(tmp_path / "other" / "model.safetensors")[f"{Q_PROJ}.qzeros"].view(np.uint32)
+    assert np.array_equal(v2_zeros, zeros + np.uint32(0x11111111))
     assert json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"] == quantization | {
         "checkpoint_format": "gptq_v2"
     }
@@ -186,28 +188,28 @@ def test_verify_compares_every_tensor_and_the_predictions(
 def test_the_commands(artifacts: Artifacts, tmp_path: Path) -> None:
     artifact = artifacts["gptq:4-g128-sym"]
     packed, folder = "pack-quantized:4-g128-sym", "compressed-tensors folder"
-    for command, name, type_, container in (("to-gptq", "a", "gptq:4-g128-sym", "GPTQ folder"),
-                                            ("to-gptq", "b", "gptq:4-g128-sym", "GPTQ folder"),
-                                            ("to-compressed-tensors", "c", packed, folder)):  # fmt: skip
+    for command, name, entry_type, container in (("to-gptq", "a", "gptq:4-g128-sym", "GPTQ folder"),
+                                                 ("to-gptq", "b", "gptq:4-g128-sym", "GPTQ folder"),
+                                                 ("to-compressed-tensors", "c", packed, folder)):  # fmt: skip
         options = ["--v2"] if name == "b" else []
         result = CliRunner().invoke(app, [command, str(artifact.folder), str(tmp_path / name), *options])
         assert result.exit_code == 0, result.output
         assert "verify" in result.output
         contents = inspect(tmp_path / name)
         assert contents.container == container
-        assert {entry.type for entry in contents.entries} == {type_, "F16"}
+        assert {entry.type for entry in contents.entries} == {entry_type, "F16"}
         stored = load_file(tmp_path / name / "model.safetensors").values()
         assert sum(entry.nbytes for entry in contents.entries) == sum(plane.nbytes for plane in stored)
 
 
-# What is refused.
+# Models, options and folders that are refused.
 
 
 def test_artifacts_of_other_grids_are_refused(tiny_model: Path, artifacts: Artifacts, tmp_path: Path) -> None:
     quantize(Recipe(str(tiny_model), "native:affine-4-g64", method="rtn"), tmp_path / "affine")
-    for how in ("gptq", "compressed-tensors"):
+    for layout in ("gptq", "compressed-tensors"):
         with pytest.raises(UserError, match=r"native:affine-4-g64.*whole numbers of scales.*gptq:4-g128"):
-            write(Artifact(tmp_path / "affine"), tmp_path / "model", how)
+            write(Artifact(tmp_path / "affine"), tmp_path / "model", layout)
         assert not (tmp_path / "model").exists()
 
 
@@ -249,7 +251,7 @@ def test_folders_that_say_something_else_are_refused(
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"] |= change
     (folder / "config.json").write_text(json.dumps(config))
-    if message is None:  # a zero point of 0, which borrows from its neighbour
+    if message is None:  # stores a zero point of 0, which in the older format borrows from its neighbour
         path = folder / "model.safetensors"
         stored = load_file(path)
         stored[f"{Q_PROJ}.qzeros"][0, 0] &= ~15

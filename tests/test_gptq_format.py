@@ -18,8 +18,7 @@ from lqexport.formats.registry import codec_named
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.sections import TensorSections, ZeroSection
 from lqexport.recipe import Recipe
-from lqexport.solver import feedback as solve
-from lqexport.solver import solve_sections
+from lqexport.solver import feedback, solve_sections
 from lqexport.solver.cholesky import factorize
 from lqexport.solver.linear import solve_linear
 
@@ -87,27 +86,27 @@ def test_names_are_the_registrys() -> None:
 
 def test_grids_that_the_layout_cannot_hold_are_refused() -> None:
     codec, grid, codes = random_case("gptq:4-g32", 3)
-    part = grid.grids[0]
-    scale, offset = part.scale, part.offset
+    run = grid.grids[0]
+    scale, offset = run.scale, run.offset
     assert isinstance(scale, Scales)
     assert isinstance(offset, Scales)
     huge = np.full_like(scale.supers, 5000)
     wrong = {
-        "zero points .* 1..15": replace(part, offset=replace(offset, subs=np.zeros_like(offset.subs))),
-        "must lie in": replace(part, offset=replace(offset, subs=np.full_like(offset.subs, 16))),
-        "very same scales": replace(part, offset=replace(offset, supers=offset.supers + np.float16(1))),
-        "too large": replace(part, scale=replace(scale, supers=huge), offset=replace(offset, supers=huge)),
-        "other scales": replace(part, half=False),
-        "other scales or levels": replace(part, levels=LEVELS + 1),
-        "one per row": replace(part, scale=replace(scale, supers=scale.supers[:1])),
+        "zero points .* 1..15": replace(run, offset=replace(offset, subs=np.zeros_like(offset.subs))),
+        "must lie in": replace(run, offset=replace(offset, subs=np.full_like(offset.subs, 16))),
+        "very same scales": replace(run, offset=replace(offset, supers=offset.supers + np.float16(1))),
+        "too large": replace(run, scale=replace(scale, supers=huge), offset=replace(offset, supers=huge)),
+        "other scales": replace(run, half=False),
+        "other scales or levels": replace(run, levels=LEVELS + 1),
+        "one per row": replace(run, scale=replace(scale, supers=scale.supers[:1])),
     }
-    for message, other in wrong.items():
+    for message, wrong_run in wrong.items():
         with pytest.raises(ValueError, match=message):
-            codec.encode(replace(grid, grids=(other,)), codes)
+            codec.encode(replace(grid, grids=(wrong_run,)), codes)
     with pytest.raises(ValueError, match="too large for 4 bits"):
         codec.encode(grid, codes + 16)
     with pytest.raises(ValueError, match="one grid"):
-        codec.encode(replace(grid, grids=(part, part)), codes)
+        codec.encode(replace(grid, grids=(run, run)), codes)
     with pytest.raises(ValueError, match="consecutive"):
         codec.encode(replace(grid, order=grid.order[::-1].copy()), codes)
     with pytest.raises(ValueError, match="multiple of 32 rows"):
@@ -125,9 +124,9 @@ def test_planes_that_readers_decode_otherwise_are_refused() -> None:
         "not a number": {"scales": np.full_like(planes["scales"], np.nan)},
         "must be int32": {"qweight": planes["qweight"][1:]},
     }
-    for message, part in wrong.items():
+    for message, wrong_planes in wrong.items():
         with pytest.raises(ValueError, match=message):
-            codec.decode(planes | part, columns)
+            codec.decode(planes | wrong_planes, columns)
     with pytest.raises(ValueError, match="one after the other"):
         GPTQ["gptq:4-g32-sym"].decode(planes | {"g_idx": np.arange(columns, dtype=np.int32)[::-1] // 32}, columns)
 
@@ -141,14 +140,15 @@ def problem(make_problem: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> t
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:
-    factor = factorize(hessian.double(), 0.01, True)
-    order = factor.order if GPTQ[name].reorders else torch.arange(256)
+    """Returns the fitted grid and the codes of error feedback."""
+    cholesky = factorize(hessian.double(), 0.01, True)
+    order = cholesky.order if GPTQ[name].reorders else torch.arange(256)
     grid = fit_sections(GPTQ[name], weights, hessian.diagonal(), order)
-    return grid, solve.feedback(weights, grid, factor)
+    return grid, feedback.feedback(weights, grid, cholesky)
 
 
 def loss(grid: TensorSections, codes: torch.Tensor, weights: torch.Tensor, hessian: torch.Tensor) -> float:
-    return solve.layer_loss((grid.values(codes) - weights).double(), hessian.double())
+    return feedback.layer_loss((grid.values(codes) - weights).double(), hessian.double())
 
 
 @every_codec
@@ -195,10 +195,10 @@ def test_fit_finds_about_the_best_zero_points(problem: tuple[torch.Tensor, torch
 @every_solved
 def test_feedback_and_refinement_lower_the_loss(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    damped = solve.damped(hessian, 0.01)
+    damped = feedback.damped(hessian, 0.01)
     grid, codes = solved(name, weights, hessian)
     assert loss(grid, codes, weights, hessian) < 0.9 * loss(grid, grid.nearest(weights), weights, hessian)
-    started, losses = grid.sections[0], [loss(grid, codes, weights, damped)]
+    fitted, losses = grid.sections[0], [loss(grid, codes, weights, damped)]
     for _ in range(3):
         grid, codes = solve_sections.refine_sections(weights, damped, grid, codes, sweeps=1)
         losses.append(loss(grid, codes, weights, damped))
@@ -206,8 +206,8 @@ def test_feedback_and_refinement_lower_the_loss(name: str, problem: tuple[torch.
     assert losses[-1] < 0.98 * losses[0]
     section = grid.sections[0]
     assert isinstance(section, ZeroSection)
-    assert isinstance(started, ZeroSection)
-    assert not torch.equal(section.scales, started.scales)
+    assert isinstance(fitted, ZeroSection)
+    assert not torch.equal(section.scales, fitted.scales)
     GPTQ[name].encode(grid.numpy(), codes.numpy())  # raises if a stored number left its range
 
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.converters.folders import native
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
 from lqexport.storage.artifact import Artifact
 from lqexport.verification.publish import push_to_hub, save_record, upload_list
@@ -133,7 +133,7 @@ def verified(
 ) -> tuple[Path, Path]:
     """A .gguf file, and the record of its verification, made by the command line."""
     base = tmp_path_factory.mktemp("publish")
-    gguf.write(rounded_artifact(base / "artifact", "gguf:F16"), base / "tiny.gguf")
+    gguf_writer.write(rounded_artifact(base / "artifact", "gguf:F16"), base / "tiny.gguf")
     common = [str(base / "tiny.gguf"), "--against", str(tiny_model), "--text", str(text), "--windows", "1"]
     done = CliRunner().invoke(app, ["verify", *common, "--record", str(base / "record")])
     assert done.exit_code == 0, done.output
