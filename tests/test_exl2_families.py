@@ -1,5 +1,7 @@
-"""EXL2 folders of every architecture that ExLlamaV2 loads: names and config.json as its 0.3.2 reads them, and a model
-that our reader finds in them as it was."""
+"""EXL2 folders of every architecture that ExLlamaV2 loads.
+
+Names and config.json are those that ExLlamaV2 0.3.2 reads. Our reader finds the same model in a folder.
+"""
 
 from __future__ import annotations
 
@@ -106,13 +108,13 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str], dict[str, Any]]] = {
 exllamav2/architecture.py; and what its exllamav2/config.py must find in config.json."""
 
 
-def make_model(kind: str, options: dict[str, Any]) -> PreTrainedModel:
-    """Random, norms and biases too, so that a mix-up shows."""
+def make_model(config_class: str, options: dict[str, Any]) -> PreTrainedModel:
+    """Returns a random model. Norms and biases are random too, so that swapped tensors show."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**SIZES | options)).eval()
+    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**SIZES | options)).eval()
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.data.uniform_(-0.5 if "Gemma" in kind or name.endswith("bias") else 0.5, 1.0)
+            parameter.data.uniform_(-0.5 if "Gemma" in config_class or name.endswith("bias") else 0.5, 1.0)
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     return model
@@ -134,9 +136,9 @@ def save(model: PreTrainedModel, folder: Path, tokenizer_file: bytes) -> str:
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tokenizer_file: bytes
 ) -> tuple[str, PreTrainedModel, Path]:
-    """Its name, its model, and the folder of its EXL2 at some 8 bits, rounded."""
-    kind, options, _, _ = CASES[request.param]
-    folder, model = tmp_path_factory.mktemp(request.param), make_model(kind, options)
+    """The name of a case, its model, and a folder with its EXL2 at about 8 bits, rounded to nearest."""
+    config_class, options, _, _ = CASES[request.param]
+    folder, model = tmp_path_factory.mktemp(request.param), make_model(config_class, options)
     source = save(model, folder / "hf", tokenizer_file)
     quantize(Recipe(source, "exl2", bits=8.4, head_bits=8, method="rtn"), folder / "artifact")
     exl2.write(Artifact(folder / "artifact"), folder / "exl2")
@@ -181,7 +183,10 @@ def test_config_is_what_exllamav2_reads(case: tuple[str, PreTrainedModel, Path])
 
 
 def test_the_folder_computes_as_the_source(case: tuple[str, PreTrainedModel, Path]) -> None:
-    """8 bits; every tensor is the artifact's to the bit. A few tokens go to other experts."""
+    """At 8 bits the logits correlate with the source's, and every tensor is the artifact's to the bit.
+
+    A few tokens go to other experts.
+    """
     name, model, folder = case
     read, artifact = Exl2Model(folder / "exl2"), Artifact(folder / "artifact")
     assert set(read.names()) == set(artifact.manifest())
@@ -192,17 +197,17 @@ def test_the_folder_computes_as_the_source(case: tuple[str, PreTrainedModel, Pat
         assert all(np.array_equal(planes[key], stored.planes[key]) for key in stored.planes)
     with torch.no_grad():
         expected = model(torch.tensor([TOKENS]), use_cache=False).logits[0].float().numpy()
-    found = np.corrcoef(logits_of(folder / "exl2").ravel(), expected.ravel())[0, 1]
-    assert found > (0.97 if name == "mixtral" else 0.995)
+    correlation = np.corrcoef(logits_of(folder / "exl2").ravel(), expected.ravel())[0, 1]
+    assert correlation > (0.97 if name == "mixtral" else 0.995)
 
 
-@pytest.mark.parametrize("kind", ["phi3", "mixtral", "starcoder2"])
+@pytest.mark.parametrize("case_name", ["phi3", "mixtral", "starcoder2"])
 def test_solved_in_mixes_and_orders(
-    kind: str, tmp_path: Path, text: Path, tokenizer_file: bytes, monkeypatch: pytest.MonkeyPatch
+    case_name: str, tmp_path: Path, text: Path, tokenizer_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Parts of a fused linear share the order and the widths of its columns; c_proj of StarCoder2 keeps its order."""
+    """Parts of a fused linear share the order and the widths of its columns. StarCoder2's c_proj keeps its order."""
     monkeypatch.setattr(choose, "AVERAGES", (3.5,))
-    source = save(make_model(*CASES[kind][:2]), tmp_path / "hf", tokenizer_file)
+    source = save(make_model(*CASES[case_name][:2]), tmp_path / "hf", tokenizer_file)
     options: dict[str, Any] = {"samples": 2, "sequence_length": 64, "tune": 0, "descent": 0, "moments": "normalized"}
     quantize(Recipe(source, "exl2", bits=5, calibration=str(text), **options), tmp_path / "artifact")
     exl2.write(Artifact(tmp_path / "artifact"), tmp_path / "exl2")
@@ -213,7 +218,7 @@ def test_solved_in_mixes_and_orders(
         )
     stored = load_file(tmp_path / "exl2" / "model.safetensors")
     kept = {name for name, plane in stored.items() if name.endswith("invperm") and (np.diff(plane) == 1).all()}
-    assert len(kept) == (2 if kind == "starcoder2" else 0)
+    assert len(kept) == (2 if case_name == "starcoder2" else 0)
 
 
 @pytest.mark.parametrize("case", ["phi3"], indirect=True)
@@ -244,8 +249,8 @@ def test_corrections_that_exllamav2_would_not_find(
     assert not (tmp_path / "out").exists()
 
 
-def described(kind: str, **options: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    hf = getattr(transformers, kind)(**SIZES | options)
+def described(config_class: str, **options: Any) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    hf = getattr(transformers, config_class)(**SIZES | options)
     classes = {"architectures": [AutoModelForCausalLM._model_mapping[type(hf)].__name__]}
     config = json.loads(hf.to_json_string(use_diff=False)) | classes
     return config, {name: tuple(parameter.shape) for name, parameter in meta_model(config).named_parameters()}
@@ -255,7 +260,7 @@ YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e4, "original_max_po
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "message"),
+    ("config_class", "options", "message"),
     [
         ("Qwen2Config", {"rope_parameters": YARN}, "rope scaling of type 'yarn'"),
         ("LlamaConfig", {"hidden_act": "gelu"}, "ExLlamaV2 computes LlamaForCausalLM with hidden_act 'silu'"),
@@ -273,17 +278,17 @@ YARN = {"rope_type": "yarn", "factor": 16.0, "rope_theta": 1e4, "original_max_po
             "longrope without attention_factor",
         ),
         ("Phi3Config", {"num_key_value_heads": 1}, r"qkv_proj.weight is \[96, 64\], not multiples of 32"),
-        *((kind, {}, "EXL2 folders of") for kind in ("Qwen3Config", "GraniteConfig", "GPTNeoXConfig")),
+        *((config_class, {}, "EXL2 folders of") for config_class in ("Qwen3Config", "GraniteConfig", "GPTNeoXConfig")),
     ],
 )
-def test_what_exllamav2_computes_otherwise_is_refused(kind: str, options: dict[str, Any], message: str) -> None:
-    config, shapes = described(kind, **options)
+def test_what_exllamav2_computes_otherwise_is_refused(config_class: str, options: dict[str, Any], message: str) -> None:
+    config, shapes = described(config_class, **options)
     with pytest.raises(UserError, match=message):
         plan_exl2(config, shapes, bits=6, head_bits=6)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "there", "message"),
+    ("config_class", "name", "has_bias", "message"),
     [
         ("Qwen2Config", "self_attn.o_proj", True, r"no place for model\.layers\.1\.self_attn\.o_proj\.bias"),
         ("Qwen2Config", "self_attn.q_proj", False, r"wants a tensor model\.layers\.1\.self_attn\.q_proj\.bias"),
@@ -291,16 +296,19 @@ def test_what_exllamav2_computes_otherwise_is_refused(kind: str, options: dict[s
         ("MistralConfig", "mlp.up_proj", True, r"no place for model\.layers\.1\.mlp\.up_proj\.bias"),
     ],
 )
-def test_biases_that_exllamav2_does_not_expect(kind: str, name: str, there: bool, message: str) -> None:
-    config, shapes = described(kind)
+def test_biases_that_exllamav2_does_not_expect(config_class: str, name: str, has_bias: bool, message: str) -> None:
+    config, shapes = described(config_class)
     plan_exl2(config, shapes, bits=6, head_bits=6)
     bias, weight = f"model.layers.1.{name}.bias", shapes[f"model.layers.1.{name}.weight"]
-    shapes = {key: shape for key, shape in shapes.items() if key != bias} | ({bias: weight[:1]} if there else {})
+    shapes = {key: shape for key, shape in shapes.items() if key != bias} | ({bias: weight[:1]} if has_bias else {})
     with pytest.raises(UserError, match=message):
         plan_exl2(config, shapes, bits=6, head_bits=6)
 
 
 def test_every_architecture_that_exllamav2_loads_has_a_case() -> None:
-    classes = {AutoModelForCausalLM._model_mapping[getattr(transformers, kind)].__name__ for kind, *_ in CASES.values()}
+    classes = {
+        AutoModelForCausalLM._model_mapping[getattr(transformers, config_class)].__name__
+        for config_class, *_ in CASES.values()
+    }
     known = {name for entry in ARCHITECTURES if entry.exl2 for name in entry.classes}
-    assert classes == known - {"Gemma3ForConditionalGeneration"}  # of which the text part is Gemma3ForCausalLM
+    assert classes == known - {"Gemma3ForConditionalGeneration"}  # its text part is Gemma3ForCausalLM

@@ -1,4 +1,4 @@
-"""EXL2 from `quantize` to a verified folder, on a tiny model: sizes, files, resuming, and what is refused."""
+"""EXL2 from `quantize` to a verified folder, on a tiny model: sizes, files, resuming, and refused inputs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def folder(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 @pytest.fixture
 def copied(folder: Path, tmp_path: Path) -> Path:
-    """A folder to damage."""
+    """A copy of the folder, to be damaged."""
     return Path(shutil.copytree(folder, tmp_path / "copy"))
 
 
@@ -88,11 +88,11 @@ def test_the_linears_take_the_bits_that_were_asked_for(artifact: Artifact) -> No
     weights = sum(np.prod(tensor["shape"]) for tensor in linears)
     assert len(linears) == 14
     assert 8 * sum(tensor["bytes"] for tensor in linears) / weights == report["linears_bits_per_weight"]
-    assert len({tensor["codec"].split("+")[0].split("g")[0] for tensor in linears}) > 1  # not all of one width
+    assert len({tensor["codec"].split("+")[0].split("g")[0] for tensor in linears}) > 1  # widths differ
 
 
 def test_what_was_predicted_is_what_came(artifact: Artifact) -> None:
-    """Descent makes the errors somewhat smaller than predicted."""
+    """Errors come out near the predicted ones, and somewhat smaller because of descent."""
     tensors = [tensor for tensor in artifact.report()["tensors"] if "predicted" in tensor]
     ratios = [tensor["relative_error"] / tensor["predicted"] for tensor in tensors]
     assert min(ratios) > 0.4
@@ -147,7 +147,7 @@ def test_a_size_that_cannot_be_reached_names_those_that_can(recipe: Recipe, bits
 def test_sizes_at_the_ends_are_reached(
     recipe: Recipe, bits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "AVERAGES", ())  # pure widths only, for time
+    monkeypatch.setattr(choose, "AVERAGES", ())  # only pure widths, to save time
     report = quantize(replace(recipe, bits=bits, samples=1, descent=0, head_bits=16), tmp_path / "out")
     assert bits - 0.12 < report["linears_bits_per_weight"] <= bits
 
@@ -163,7 +163,7 @@ def test_the_folder_is_what_exllamav2_loads(folder: Path, artifact: Artifact, re
     assert config["quantization_config"].pop("calibration") == expected
     assert config["quantization_config"] == {"quant_method": "exl2", "version": "0.3.2", "bits": 3.3, "head_bits": 6}
     stored = load_file(folder / "model.safetensors")
-    key = "lm_head"  # the source's output shares the embedding's weights; the folder has one of its own
+    key = "lm_head"  # the source's output shares the embedding's weights; the folder holds it separately
     dtypes = {"q_weight": "int32", "q_scale": "int32", "q_scale_max": "float16", "q_groups": "int16",
               "q_invperm": "int32"}  # fmt: skip
     assert {name: stored[f"{key}.{name}"].dtype.name for name in dtypes} == dtypes
@@ -173,7 +173,7 @@ def test_the_folder_is_what_exllamav2_loads(folder: Path, artifact: Artifact, re
 
 
 def test_a_layer_read_slowly_from_the_shard_is_the_artifacts(folder: Path, artifact: Artifact) -> None:
-    """By the format's description, weight by weight, with NumPy's float16."""
+    """Decodes weight by weight, as the format is described, with NumPy's float16."""
     stored = {name.removeprefix(f"{Q_PROJ}."): plane for name, plane in load_file(folder / "model.safetensors").items()
               if name.startswith(Q_PROJ)}  # fmt: skip
     tensor = artifact.read(f"{Q_PROJ}.weight")
@@ -219,9 +219,9 @@ def test_a_folder_that_cannot_be_finished_leaves_nothing(artifact: Artifact, tmp
 
 
 def test_inspect_shows_bits_per_layer(folder: Path, artifact: Artifact) -> None:
-    found = inspect(folder)
-    entries = {entry.name: entry for entry in found.entries}
-    assert found.container == "ExLlamaV2 folder"
+    contents = inspect(folder)
+    entries = {entry.name: entry for entry in contents.entries}
+    assert contents.container == "ExLlamaV2 folder"
     for tensor in artifact.report()["tensors"]:
         assert (entries[tensor["name"]].type, entries[tensor["name"]].nbytes) == (tensor["codec"], tensor["bytes"])
 
@@ -450,14 +450,17 @@ def test_rounding_needs_no_calibration(recipe: Recipe, tmp_path: Path) -> None:
 def test_corrections_go_beside_the_base(
     target: str, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of what the stored grid leaves, under the same moments; base and adapter are verified together."""
-    monkeypatch.setattr(choose, "AVERAGES", ())  # pure widths only, for time
+    """Corrections fit the error that the stored grid leaves, under the same Hessian.
+
+    Base and adapter are verified together.
+    """
+    monkeypatch.setattr(choose, "AVERAGES", ())  # only pure widths, to save time
     exl2_only = {"bits": 2.5} if target == "exl2" else {"bits": None}
     changed = replace(recipe, target=target, rank=16, samples=2, **exl2_only)
     report = quantize(changed, tmp_path / "out")
     artifact = Artifact(tmp_path / "out")
     corrections = {tensor["name"]: tensor["correction"] for tensor in report["tensors"] if "correction" in tensor}
-    assert len(corrections) == 14  # and none of the output
+    assert len(corrections) == 14  # the output has none
     assert all(facts["losses"][-1] < 0.8 * facts["losses"][0] for facts in corrections.values())
     base, adapter = tmp_path / "base", tmp_path / "adapter"
     printed = run("to-exl2" if target == "exl2" else "to-gptq", artifact.folder, base)

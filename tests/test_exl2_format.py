@@ -1,4 +1,4 @@
-"""EXL2: layers that ExLlamaV2's own kernel decoded, the laws of a codec over all mixes of bits, and what is refused."""
+"""EXL2: layers that ExLlamaV2's kernel decoded, the laws of a codec for all mixes of widths, and refused inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ mixes = st.lists(
 
 
 def vector(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """The planes of a layer and its weights [rows, columns] as ExLlamaV2's kernel decoded them."""
+    """Returns the planes of a layer, and its weights [rows, columns] as ExLlamaV2's kernel decoded them."""
     content = load_file(path)
     expected = content.pop("expected").T
     return {name.removeprefix("layer."): plane for name, plane in content.items() if "bias" not in name}, expected
@@ -52,7 +52,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
-# Against ExLlamaV2.
+# Compared with ExLlamaV2.
 
 
 def test_the_vectors_are_there() -> None:
@@ -110,7 +110,7 @@ def test_names_give_the_runs_back(runs: tuple[Run, ...]) -> None:
 @examples
 @given(seed=seeds)
 def test_values_are_computed_in_float16_as_the_kernel_does(seed: int) -> None:
-    """Every operation by NumPy's own float16, which rounds each result once."""
+    """Decodes with NumPy's float16, which rounds the result of each operation once."""
     _, grid, codes = random_case((Run(8, 64, 2), Run(3, 32, 1)), seed)
     values = grid.values(codes)
     for columns, part in grid.runs():
@@ -132,19 +132,19 @@ def test_nearest_is_nearest(seed: int) -> None:
     for columns, part in grid.runs():
         choices = [part.values(np.full((len(codes), part.columns), code, np.uint8)) for code in range(len(part.levels))]
         best = np.abs(np.array(choices) - weights[:, columns]).min(axis=0)
-        # A value is rounded to float16, so of two nearly equally far the farther may be taken.
+        # Values are rounded to float16, so of two at nearly the same distance the farther may be taken.
         assert np.all(distance[:, columns] <= best + np.abs(choices).max() * 2.0**-11 + 2.0**-25)
 
 
 def test_what_a_file_spends_on_a_weight() -> None:
-    """The fact sheet's formula: codes, 16 + 32 bits a group, 4 bits a group and row, 32 bits a column."""
+    """The fact sheet's formula: codes, 16 + 32 bits per group, 4 bits per group and row, 32 bits per column."""
     rows, columns = 4096, 4096
     for bits in BITS:
         expected = bits + (32 * (16 + 32) + 4 * 32 * rows + 32 * columns) / (rows * columns)
         assert bits_per_weight(codec_named(f"exl2:{bits}g128x32"), rows, columns) == pytest.approx(expected)
 
 
-# What ExLlamaV2 would load and compute wrongly.
+# Refused: what ExLlamaV2 would load and compute wrongly.
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Solving inside EXL2's grid: the numbers are the file's, no step raises the loss, and torch equals the kernels."""
+"""Solving inside EXL2's grid: values are the file's, no step raises the loss, and torch equals the kernels."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def loss(grid: TensorSections, codes: torch.Tensor, weights: torch.Tensor, hessi
 @every_name
 @pytest.mark.parametrize("size", [1.0, 1e-3, 30.0])
 def test_tensor_grid_is_the_formats_grid(name: str, size: float, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Down to weights whose maximum over 256 is a subnormal float16."""
+    """Covers weights so small that maximum / 256 is a subnormal float16."""
     weights, hessian = problem[0] * size, problem[1]
     grid, codes = solved(name, weights, hessian)
     stored = grid.numpy()
@@ -73,8 +73,10 @@ def test_fit_is_no_worse_than_the_range(name: str, problem: tuple[torch.Tensor, 
 
 
 def test_fit_finds_the_best_scale_codes(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Against every scale code of each row, under the maxima that were chosen; the search leaves out those that hardly
-    ever are."""
+    """Compares the fit with all scale codes of each row, under the chosen maxima.
+
+    The search itself leaves out codes that are hardly ever the best.
+    """
     weights, hessian = problem
     grid = fit_sections(codec_named("exl2:3g32x8"), weights, hessian.diagonal(), torch.arange(256))
     scale = grid.sections[0]
@@ -126,7 +128,7 @@ def test_refinement_never_raises_the_loss(name: str, problem: tuple[torch.Tensor
         for what in ("maxima", "subs")
     ]
     assert all(moved) or name != NAMES[0]  # at more bits a step of a scale code is too coarse to help
-    codec_named(name).encode(grid.numpy(), codes.numpy())  # raises where a stored number left its range
+    codec_named(name).encode(grid.numpy(), codes.numpy())  # raises if a stored number left its range
 
 
 @every_name
@@ -179,7 +181,7 @@ def test_weights_beyond_float16_become_its_largest() -> None:
 
 @pytest.mark.parametrize("name", [NAMES[2], "gptq:4-g64-act"])
 def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) -> None:
-    """Of one token, in float32: the dampening rises until it can be done, and the facts say how far."""
+    """The Hessian of one token in float32: dampening rises until the factorization succeeds, and is recorded."""
     token = torch.randn(256, generator=torch.Generator().manual_seed(1)) * 1e4
     weights = torch.randn(32, 256, generator=torch.Generator().manual_seed(2))
     hessian = torch.outer(token, token) - 1e3 * torch.eye(256)  # not positive definite
@@ -199,7 +201,7 @@ def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, t
     assert all(sum(run.columns for run in codec_named(name).runs) == 256 for name in options)
     pure = [options[f"exl2:{bits}g32x8"] for bits in (2, 3, 4, 5, 6, 8)]
     assert all(wider.loss < narrower.loss / 2 for narrower, wider in itertools.pairwise(pure))
-    # What is predicted is what solving gives: here all 64 rows are measured.
+    # All 64 rows are measured here, so the predicted loss is that of solving.
     solved = solve_linear("x", weights, hessian, "exl2:3g32x8", recipe.solver_settings)
     assert solved.facts["relative_error"] == pytest.approx(options["exl2:3g32x8"].loss, rel=1e-3)
     # Activations differ a lot here, so mixes beat the pure width of the same size.

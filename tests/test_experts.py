@@ -1,4 +1,4 @@
-"""Second moments of experts: what they get beside those of their own tokens; a run that goes on gets the same."""
+"""Second moments of experts: what is added to those of their own tokens, and resumed runs that get the same."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ TWO = MIXTRAL.expanded(2)
 
 
 def moments_of(*batches: Tensor) -> SecondMoments:
-    found = SecondMoments(COLUMNS, "plain", CPU)
+    moments = SecondMoments(COLUMNS, "plain", CPU)
     for inputs in batches:
-        found.add(inputs)
-    return found
+        moments.add(inputs)
+    return moments
 
 
 def draw(tokens: int, seed: int) -> Tensor:
@@ -39,36 +39,36 @@ def draw(tokens: int, seed: int) -> Tensor:
 
 def test_hidden_states_are_filled_up_with_those_of_all_experts() -> None:
     inputs = [draw(5, 0), draw(40, 1)]
-    found = {(f"mlp.experts.{i}.gate_proj", f"mlp.experts.{i}.up_proj"): moments_of(x) for i, x in enumerate(inputs)}
-    fill_up(found, {"mlp.experts.*.gate_proj": moments_of(*inputs)}, TWO)
+    filled = {(f"mlp.experts.{i}.gate_proj", f"mlp.experts.{i}.up_proj"): moments_of(x) for i, x in enumerate(inputs)}
+    fill_up(filled, {"mlp.experts.*.gate_proj": moments_of(*inputs)}, TWO)
     everything, more = torch.cat(inputs), FILL * COLUMNS
     average = everything.T @ everything / len(everything)
-    for x, each in zip(inputs, found.values(), strict=True):
-        assert torch.allclose(each.hessian(), (x.T @ x + more * average) / (len(x) + more), atol=1e-5)
+    for x, moments in zip(inputs, filled.values(), strict=True):
+        assert torch.allclose(moments.hessian(), (x.T @ x + more * average) / (len(x) + more), atol=1e-5)
 
 
 def test_inputs_of_its_own_are_filled_up_uncorrelated() -> None:
     inputs = [draw(5, 0), draw(40, 1)]
-    found = {(f"mlp.experts.{i}.down_proj",): moments_of(x) for i, x in enumerate(inputs)}
-    fill_up(found, {}, TWO)
-    for x, each in zip(inputs, found.values(), strict=True):
-        own, more = x.T @ x / len(x), FILL * COLUMNS
-        expected = (len(x) * own + more * own.diagonal().diag()) / (len(x) + more)
-        assert torch.allclose(each.hessian(), expected, atol=1e-5)
-        assert torch.allclose(each.hessian().diagonal(), own.diagonal(), atol=1e-5)
+    filled = {(f"mlp.experts.{i}.down_proj",): moments_of(x) for i, x in enumerate(inputs)}
+    fill_up(filled, {}, TWO)
+    for x, moments in zip(inputs, filled.values(), strict=True):
+        plain, more = x.T @ x / len(x), FILL * COLUMNS
+        expected = (len(x) * plain + more * plain.diagonal().diag()) / (len(x) + more)
+        assert torch.allclose(moments.hessian(), expected, atol=1e-5)
+        assert torch.allclose(moments.hessian().diagonal(), plain.diagonal(), atol=1e-5)
 
 
 def test_an_expert_without_tokens_takes_the_average() -> None:
     inputs = draw(40, 1)
-    found = {("mlp.experts.0.gate_proj",): moments_of(), ("mlp.experts.0.down_proj",): moments_of()}
-    fill_up(found, {"mlp.experts.*.gate_proj": moments_of(inputs)}, TWO)
-    without, own = (each.hessian() for each in found.values())
-    assert torch.allclose(without, inputs.T @ inputs / len(inputs), atol=1e-5)
-    assert torch.equal(own, torch.eye(COLUMNS))  # nothing is known of it
+    filled = {("mlp.experts.0.gate_proj",): moments_of(), ("mlp.experts.0.down_proj",): moments_of()}
+    fill_up(filled, {"mlp.experts.*.gate_proj": moments_of(inputs)}, TWO)
+    hidden, inner = (moments.hessian() for moments in filled.values())
+    assert torch.allclose(hidden, inputs.T @ inputs / len(inputs), atol=1e-5)
+    assert torch.equal(inner, torch.eye(COLUMNS))  # no token has reached this expert
 
 
 def test_guided_moments_keep_their_trace() -> None:
-    """What they estimate are nats of all tokens, whatever the power of the tokens' weights."""
+    """Guided moments estimate nats over all tokens. Their trace does not depend on the power of the tokens' weights."""
     inputs, gradients = [draw(8, 0), draw(40, 1)], [draw(8, 2), draw(40, 3)]
     traces = []
     for power in (0.5, 1.0):
@@ -76,21 +76,21 @@ def test_guided_moments_keep_their_trace() -> None:
         for expert, *tokens in zip(experts, inputs, gradients, strict=True):
             expert.add(*tokens)
             pool.add(*tokens)
-        found = {(f"mlp.experts.{i}.gate_proj",): expert for i, expert in enumerate(experts)}
-        fill_up(found, {"mlp.experts.*.gate_proj": pool}, TWO)
-        traces.append([float(each.hessian().trace()) for each in found.values()])
+        filled = {(f"mlp.experts.{i}.gate_proj",): expert for i, expert in enumerate(experts)}
+        fill_up(filled, {"mlp.experts.*.gate_proj": pool}, TWO)
+        traces.append([float(moments.hessian().trace()) for moments in filled.values()])
     assert traces[0] == pytest.approx(traces[1], rel=1e-4)
 
 
 def test_other_linears_are_left_alone() -> None:
     x = draw(5, 0)
-    found = {("self_attn.o_proj",): moments_of(x)}
-    fill_up(found, {}, TWO)
-    assert torch.equal(found[("self_attn.o_proj",)].hessian(), moments_of(x).hessian())
+    filled = {("self_attn.o_proj",): moments_of(x)}
+    fill_up(filled, {}, TWO)
+    assert torch.equal(filled[("self_attn.o_proj",)].hessian(), moments_of(x).hessian())
 
 
 def test_what_all_experts_see_is_of_all_of_them() -> None:
-    """Also where a single one is still to be solved."""
+    """The average covers all experts even if only one is left to solve."""
     groups = TWO.linears_of(0)
     attention, down = groups[0], ("mlp.experts.1.down_proj",)
     other = ("mlp.experts.1.gate_proj", "mlp.experts.1.up_proj")
@@ -103,15 +103,15 @@ def test_what_all_experts_see_is_of_all_of_them() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
 def test_parts_are_whole_experts(count: int) -> None:
     groups = MIXTRAL.expanded(5).linears_of(0)
-    found = parts(groups, count)
-    assert len(found) == min(count, 5)
-    assert [group for part in found for group in part if "experts" not in group[0]] == [
+    divided = parts(groups, count)
+    assert len(divided) == min(count, 5)
+    assert [group for part in divided for group in part if "experts" not in group[0]] == [
         groups[0],
         ("self_attn.o_proj",),
     ]
-    experts = [{expert_number(group[0]) for group in part} - {None} for part in found]
+    experts = [{expert_number(group[0]) for group in part} - {None} for part in divided]
     assert [number for part in experts for number in sorted(part)] == list(range(5))
-    assert max(map(len, experts)) == -(-5 // len(found))
+    assert max(map(len, experts)) == -(-5 // len(divided))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def recipe(text: Path, experts_model: Path) -> Recipe:
 
 
 def in_parts(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    """As if memory asked for so many."""
+    """Makes runs divide the experts into `count` parts, as little memory would."""
     chosen = memory.choose_placement
     monkeypatch.setattr(
         "lqexport.pipeline.prepare.choose_placement", lambda *arguments: replace(chosen(*arguments), parts=count)
@@ -136,19 +136,20 @@ def test_some_experts_at_a_time_are_solved_as_all_at_once(
     monkeypatch.setattr(collect, "BATCH_TOKENS", 64)  # two shards
     quantize(recipe, tmp_path / "1")
     at_once: list[int] = []
-    begun = BlockCollector.moments
+    collect_block = BlockCollector.moments
 
     def counted(self: BlockCollector) -> BlockMoments:
-        found = begun(self)
-        at_once.append(len(found[1]))
-        return found
+        block = collect_block(self)
+        at_once.append(len(block[1]))
+        return block
 
     monkeypatch.setattr(BlockCollector, "moments", counted)
     for count in (2, 3):
         in_parts(monkeypatch, count)
         quantize(recipe, tmp_path / str(count))
         assert digests(tmp_path / str(count)) == digests(tmp_path / "1")
-    # Guided, each linear by itself: of attention and a gated MLP, of an expert; else those that share their inputs.
+    # The numbers of Hessians of attention and the gated MLP, and of an expert. Guided: one for each linear; otherwise
+    # one for the linears that share their inputs.
     dense, expert = {"guided": (5 + 3, 3), "normalized": (4 + 2, 2)}[moments]
     of_two, of_three = [dense + 3 * expert, 2 * expert], [dense + 2 * expert, 2 * expert, expert]
     expected = [dense, *of_two * 2, dense, *of_three * 2]
@@ -160,7 +161,7 @@ def test_some_experts_at_a_time_are_solved_as_all_at_once(
 def test_a_stopped_run_goes_on_to_the_same_bytes(
     moments: str, count: int, recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped between two experts of a block, of which the second alone is then still to be solved."""
+    """The run is stopped between two experts of a block, so that only the second is left to solve."""
     recipe = replace(recipe, moments=moments)
     quantize(recipe, tmp_path / "whole")
     in_parts(monkeypatch, count)

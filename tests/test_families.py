@@ -1,5 +1,7 @@
-"""Every architecture of the table: a small random model of it, with a tokenizer as its family has, in unmodified
-llama.cpp against transformers."""
+"""Every architecture of the table: a small random model with its family's tokenizer.
+
+The outputs of unmodified llama.cpp are compared with those of transformers.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ from lqexport.verification.verifying import verify
 
 @dataclass
 class Case:
-    """A model, its folder, and its exports in F16."""
+    """The model of a case, its folder, its tokenizer and its GGUF file in F16."""
 
     name: str
     model: PreTrainedModel
@@ -62,7 +64,7 @@ def expected_logits(model: PreTrainedModel, tokens: list[int]) -> np.ndarray:
 
 
 def continued(engine: LlamaCpp, tokens: list[int], more: int) -> list[int]:
-    """`tokens` and the most probable ones after them."""
+    """Returns `tokens` and `more` tokens after them, always the most probable one."""
     for _ in range(more):
         tokens = [*tokens, int(engine.logits(tokens, len(tokens) - 1)[-1].argmax())]
     return tokens
@@ -76,7 +78,7 @@ def test_logits_and_continuations_are_those_of_transformers(case: Case) -> None:
         logits = engine.logits(TOKENS)
         continuation = continued(engine, TOKENS, 6)
     assert np.abs(logits - expected).mean() < 0.003
-    # With every prefix at once: position t of the model's output sees the tokens up to t.
+    # One pass checks every step, since position t of the output depends on the tokens up to t.
     chosen = expected_logits(case.model, continuation).argmax(1)[len(TOKENS) - 1 : -1]
     assert continuation[len(TOKENS) :] == chosen.tolist()
 
@@ -89,7 +91,7 @@ def test_tokens_are_those_of_transformers(case: Case) -> None:
 
 
 def test_file_comes_back_as_the_model(case: Case) -> None:
-    """Names, config and row orders of the file, read by ourselves, give the same logits."""
+    """Our own reader of GGUF files gives a model with the same logits: names, config and row orders are right."""
     source = open_source(str(case.f16))
     assert set(source.names()) == set(open_source(case.source).names()) - {tied_output(case)}
     model = BlockModel(source)
@@ -105,32 +107,32 @@ def tied_output(case: Case) -> str | None:
 
 @pytest.mark.llamacpp
 def test_q8_0(case: Case) -> None:
-    """llama.cpp rounds activations to 8 bits, so logits are near and not equal; a few tokens go to other experts."""
+    """llama.cpp rounds activations to 8 bits, so its logits are only near, and a few tokens go to other experts."""
     path = export(case.folder, Recipe(case.source, "gguf:Q8_0", method="rtn"))
     with LlamaCpp(path, 64, threads=1) as engine:
         logits = engine.logits(TOKENS)
     experts = architecture_of(case.model.config.to_dict()).experts
     least = 0.95 if case.name.startswith("deepseek") else 0.97 if experts else 0.998
-    found = np.corrcoef(logits.ravel(), expected_logits(case.model, TOKENS).ravel())[0, 1]
-    assert found > least
+    correlation = np.corrcoef(logits.ravel(), expected_logits(case.model, TOKENS).ravel())[0, 1]
+    assert correlation > least
 
 
 @pytest.mark.llamacpp
 def test_quantized_and_verified(case: Case, texts: tuple[str, str]) -> None:
-    """Q4_K's blocks do not fit these narrow models: its fallback, Q5_0, is solved, exported and verified by both."""
+    """The narrow models cannot hold Q4_K. Its fallback Q5_0 is solved, exported, and verified by both engines."""
     recipe = Recipe(case.source, "gguf:Q4_K", calibration=texts[0], samples=4, sequence_length=64, tune=0, descent=1)
     path = export(case.folder, recipe)
     for engine in ("lqexport", "llama.cpp"):
-        found = verify(
+        result = verify(
             path, case.source, text=texts[1], windows=1, engine=engine, artifact=case.folder / "artifact-Q4_K"
         )
-        assert found.warnings == found.failed == []
-        assert all(tensor.same_bytes for tensor in found.tensors)
-        assert found.evaluations[0].kl < (0.1 if case.name.startswith("deepseek") else 0.05)
+        assert result.warnings == result.failed == []
+        assert all(tensor.same_bytes for tensor in result.tensors)
+        assert result.evaluations[0].kl < (0.1 if case.name.startswith("deepseek") else 0.05)
 
 
 def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
-    """Those of attention, without the MLP after it, and of the MLP."""
+    """Checks the outputs of attention (with the MLP silenced) and of the MLP."""
     model = BlockModel(open_source(case.source))
     hidden, architecture = model.start(torch.tensor([TOKENS])), model.architecture
     (attention,) = modules_called(architecture, "attn_output")
@@ -145,12 +147,12 @@ def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
 
 
 def test_smoothing_changes_nothing(case: Case) -> None:
-    """Whatever is moved from a norm into the linears after it."""
+    """Random scales are moved from norms and rows into the linears behind them."""
     source = open_source(case.source)
     plain, draw = BlockModel(source), torch.Generator().manual_seed(1)
-    found = pairs(plain.architecture, len(plain))
-    assert bool(found) == (case.name not in UNSMOOTHED)
-    sizes = {pair: source.shape(f"{pair.giver}.weight")[0] for pair in found}
+    smoothed_pairs = pairs(plain.architecture, len(plain))
+    assert bool(smoothed_pairs) == (case.name not in UNSMOOTHED)
+    sizes = {pair: source.shape(f"{pair.giver}.weight")[0] for pair in smoothed_pairs}
     scales = {pair: torch.randint(-2, 3, (size,), generator=draw).float().exp2() for pair, size in sizes.items()}
     smoothed = BlockModel(Smoothed(source, scales))
     plain_states, states = plain.start(torch.tensor([TOKENS])), smoothed.start(torch.tensor([TOKENS]))
@@ -161,7 +163,7 @@ def test_smoothing_changes_nothing(case: Case) -> None:
 
 
 def test_weights_kept_in_bfloat16_are_those_that_autocast_makes(case: Case) -> None:
-    """Forward, and the gradient that leads back."""
+    """Outputs and gradients are equal."""
     model = BlockModel(open_source(case.source), compute_dtype=torch.bfloat16)
     hidden = model.start(torch.tensor([TOKENS]))
     for index in range(len(model)):
@@ -170,23 +172,23 @@ def test_weights_kept_in_bfloat16_are_those_that_autocast_makes(case: Case) -> N
             weight = model.weights.read(model.weight_name(index, name))
             assert kept.get_submodule(name).weight.dtype == torch.bfloat16
             cast.get_submodule(name).weight.data = weight.float()
-        found = []
+        results = []
         for block in (kept, cast):
             inputs = hidden.clone().requires_grad_()
             output = model.run(block, inputs)
-            found.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
-        assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
-        assert not torch.equal(hidden, found[0][0])
-        hidden = found[0][0].detach()
+            results.append((output, *torch.autograd.grad(output.square().sum(), inputs)))
+        assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+        assert not torch.equal(hidden, results[0][0])
+        hidden = results[0][0].detach()
 
 
 def modules_called(architecture: Architecture, *names: str) -> list[str]:
-    """By what they are called in GGUF."""
+    """Returns the modules of a block that have one of these names in GGUF."""
     return [module for module, gguf in architecture.modules_of(architecture.leading).items() if gguf in names]
 
 
 def silence(block: torch.nn.Module, linear: str) -> None:
-    """Let a linear say nothing."""
+    """Sets a linear's weights and bias to zero."""
     for parameter in block.get_submodule(linear).parameters():
         parameter.data.zero_()
 

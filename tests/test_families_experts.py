@@ -20,8 +20,10 @@ from lqexport.target import Target
 
 
 def test_experts_that_no_token_reaches(tmp_path: Path, texts: tuple[str, str]) -> None:
-    """The router finds all experts alike, so every token goes to the same two of eight: the others are solved as if all
-    inputs weighed alike."""
+    """All experts have equal router scores, so every token goes to the same two of eight.
+
+    The other experts are solved as if all inputs had the same weight.
+    """
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(**SIZES | EXPERTS | {"num_experts": 8, "head_dim": 32, "num_hidden_layers": 1})
     model = AutoModelForCausalLM.from_config(config)

@@ -26,7 +26,7 @@ from lqexport.target import Target
 
 
 class Zeros(Artifact):
-    """A finished artifact in F16 of a model that weighs nothing, without files for its tensors."""
+    """A finished F16 artifact without files: its tensors are all zero."""
 
     def __init__(self, folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
         super().__init__(folder)
@@ -49,17 +49,17 @@ class Zeros(Artifact):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, Zeros]]:
-    """Makes a case's model of 256 columns, in which K-quants fit, and 17 blocks: its F16.gguf and artifact."""
+    """A function that makes F16.gguf and the artifact of a case's model, with 17 blocks of 256 columns for K-quants."""
 
     @functools.cache
     def make(name: str, **more: Any) -> tuple[Path, Zeros]:
-        kind, options, _ = CASES[name]
+        config_class, options, _ = CASES[name]
         kept = {key: value for key, value in options.items() if key not in ("rope_parameters", "layer_types")}
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
         if options.get("q_lora_rank", 0) is None:
             del sizes["num_hidden_layers"]
-        hf = getattr(transformers, kind)(**{key: sizes.get(key, value) for key, value in kept.items()})
+        hf = getattr(transformers, config_class)(**{key: sizes.get(key, value) for key, value in kept.items()})
         classes = {"architectures": [AutoModelForCausalLM._model_mapping[type(hf)].__name__]}
         config = json.loads(hf.to_json_string(use_diff=False)) | classes
         artifact = Zeros(tmp_path_factory.mktemp("wide"), config, expected_shapes(config))
@@ -80,13 +80,13 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     ],
 )
 def test_mixes_are_llamacpps(wide: Callable[..., tuple[Path, Zeros]], tmp_path: Path, name: str, mix: str) -> None:
-    """Q2_K_S, which llama.cpp makes with an importance matrix alone, is in tests/test_gguf_plan.py."""
+    """Q2_K_S is tested in tests/test_gguf_plan.py, since llama.cpp makes it only with an importance matrix."""
     check_mix(*wide(name), tmp_path, mix)
 
 
 @pytest.mark.llamacpp
 def test_mix_of_qwen2_with_80_blocks_is_llamacpps(wide: Callable[..., tuple[Path, Zeros]], tmp_path: Path) -> None:
-    """llama.cpp takes it for one of 70B even where each query has a key of its own, as in Qwen1.5 72B."""
+    """llama.cpp treats it as a 70B model even if each query head has its own key head, as in Qwen1.5 72B."""
     check_mix(*wide("qwen2", num_hidden_layers=80, num_key_value_heads=4), tmp_path, "Q4_K_S")
 
 

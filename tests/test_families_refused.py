@@ -1,4 +1,4 @@
-"""Models that a target cannot hold are refused before any work; OPT, and the text part of a model with images."""
+"""Models that a target cannot hold are refused before any work. Also OPT, and the text part of a model with images."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
     assert not (tmp_path / "out").exists()
     recipe = Recipe(source, "native:table-4", calibration=texts[0], samples=4, sequence_length=64, tune=0, descent=1)
     quantize(recipe, tmp_path / "native")
-    found = verify(tmp_path / "native", source, text=texts[1], windows=1)
-    assert found.warnings == found.failed == []
-    assert found.evaluations[0].kl < 0.05
+    result = verify(tmp_path / "native", source, text=texts[1], windows=1)
+    assert result.warnings == result.failed == []
+    assert result.evaluations[0].kl < 0.05
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_exl2_is_refused_by_name(name: str) -> None:
 
 
 def test_text_part_of_a_model_with_images(tmp_path: Path) -> None:
-    """Gemma 3 of 4B and more, as the hub has them: sizes in text_config, names of their own, more parts."""
+    """Gemma 3 of 4B and more, as on the hub: sizes in text_config, other tensor names, parts besides the text model."""
     model = make_model("gemma3")
     model.save_pretrained(tmp_path / "text")
     make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "text")

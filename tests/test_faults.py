@@ -1,5 +1,7 @@
-"""Faults of disk, process and clock, and two runs at once: nothing is lost, nothing half-written. bench/faults.py hits
-every file operation; a few are hit here."""
+"""Faults of disk, process and clock, and two runs at once: nothing is lost or half-written.
+
+bench/faults.py injects faults into every file operation; here they hit a few.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,10 @@ def test_a_sample_of_all_faults(root: Path, tmp_path: Path) -> None:
     command += ["--every", "1000", "--first", "12", "--only", "native"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["wrong"] == 0
-    assert set(found["faults"]) == {"kill", "tear", "full", "unreadable"}
-    assert min(found["faults"].values()) >= 2
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["wrong"] == 0
+    assert set(report["faults"]) == {"kill", "tear", "full", "unreadable"}
+    assert min(report["faults"].values()) >= 2
 
 
 def test_one_file_is_written_by_one_process(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Laws of every codec in the registry, and each GGUF type against gguf (gguf-py) and libgguf (ggml in C)."""
+"""Laws of every codec in the registry. Each GGUF type is compared with gguf (gguf-py) and libgguf (ggml in C)."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ examples = settings(max_examples=20, deadline=None, derandomize=True)
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
-    """Equality that tells -0.0 from 0.0."""
+    """Returns whether two arrays have the same dtype, shape and bits, so that -0.0 differs from 0.0."""
     return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
 
 
 def float16s(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
-    """Finite float16: any bit pattern, or of the size of real weights; zeros of both signs, subnormals, extremes."""
+    """Returns random finite float16: any bit pattern, the size of real weights, zeros, subnormals and extremes."""
     values = rng.integers(0, 2**16, shape, dtype=np.uint16).view(np.float16)
     values = np.where(
         rng.random(shape) < rng.choice([0, 0.5, 1]), rng.normal(0, 0.02, shape).astype(np.float16), values
@@ -48,18 +48,20 @@ def float16s(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return np.where(np.isfinite(values), values, np.float16(-0.0))
 
 
-def random_scales(rng: np.random.Generator, form: ScaleFormat | None, rows: int, columns: int) -> Scales | None:
-    if form is None:
+def random_scales(rng: np.random.Generator, scale_format: ScaleFormat | None, rows: int, columns: int) -> Scales | None:
+    if scale_format is None:
         return None
-    groups = form.groups(columns)
-    subs = rng.integers(form.low, form.high, (rows, groups), dtype=np.int16, endpoint=True)
-    if form.power:
-        return Scales(form, np.ldexp(np.float16(1), rng.integers(-24, 16, (rows, groups))).astype(np.float16), subs)
-    return Scales(form, float16s(rng, (rows, groups // form.span)), subs)
+    groups = scale_format.groups(columns)
+    subs = rng.integers(scale_format.low, scale_format.high, (rows, groups), dtype=np.int16, endpoint=True)
+    if scale_format.power:
+        return Scales(
+            scale_format, np.ldexp(np.float16(1), rng.integers(-24, 16, (rows, groups))).astype(np.float16), subs
+        )
+    return Scales(scale_format, float16s(rng, (rows, groups // scale_format.span)), subs)
 
 
 def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
-    """A grid of the codec, and codes uint8 [rows, columns] on it."""
+    """Returns a codec, a random grid of it, and codes uint8 [rows, columns]."""
     rng, grid_codec = np.random.default_rng(seed), codec_named(name)
     rows = int(rng.integers(1, 6))
     columns = grid_codec.block * int(rng.integers(1, 4 if grid_codec.block > 1 else 80))
@@ -73,7 +75,7 @@ def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
 
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
-    """Rows of random bytes, uint8 [7, 3 blocks], that hold finite float16 numbers."""
+    """Returns random packed rows, uint8 [7, bytes of 3 blocks], whose float16 numbers are finite."""
     rng, block_type = np.random.default_rng(seed), codec_named(name)
     blocks = rng.integers(0, 256, block_type.layout(7, 3 * block_type.block)["blocks"][1], dtype=np.uint8)
     structs = blocks.view(block_type.members)
@@ -107,12 +109,12 @@ def test_unpacking_gives_back_grid_and_codes(name: str, seed: int) -> None:
     assert same_bits(unpacked_codes, codes)
     assert unpacked.columns == grid.columns
     assert same_bits(unpacked.levels, grid.levels)
-    for mine, theirs in ((grid.scale, unpacked.scale), (grid.offset, unpacked.offset)):
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            assert mine.format == theirs.format
-            assert same_bits(theirs.supers, mine.supers)
-            assert same_bits(theirs.subs, mine.subs)
+    for original, restored in ((grid.scale, unpacked.scale), (grid.offset, unpacked.offset)):
+        assert (original is None) == (restored is None)
+        if original is not None:
+            assert original.format == restored.format
+            assert same_bits(restored.supers, original.supers)
+            assert same_bits(restored.subs, original.subs)
 
 
 @every_grid
@@ -147,7 +149,7 @@ def test_nearest_is_nearest(name: str, seed: int) -> None:
     choices = [grid.values(np.full(codes.shape, code, dtype=np.uint8)) for code in range(grid.levels.shape[-1])]
     best = np.abs(np.array(choices, dtype=np.float64) - weights).min(axis=0)
     distance = np.abs(grid.values(grid.nearest(weights)).astype(np.float64) - weights)
-    # Near a tie float32 cannot tell which is nearer; it errs by a few roundings of the numbers involved.
+    # Near a tie, float32 cannot tell which value is nearer: it errs by a few roundings of the numbers involved.
     size = np.abs(weights) + np.abs(np.array(choices)).max(axis=0)
     assert np.all(distance <= best + 4 * np.finfo(np.float32).eps * size)
 
@@ -157,7 +159,7 @@ def test_nearest_is_nearest(name: str, seed: int) -> None:
 @given(seed=seeds)
 def test_nearest_finds_values_of_the_grid_itself(name: str, seed: int) -> None:
     _, grid, codes = random_case(name, seed)
-    if grid.offset is not None:  # without it: a large offset swallows the steps of a small scale
+    if grid.offset is not None:  # a large offset swallows the steps of a small scale
         grid = dataclasses.replace(grid, offset=None)
     values = grid.values(codes)
     assert np.array_equal(grid.values(grid.nearest(values)), values)
@@ -186,7 +188,7 @@ def test_values_are_scale_times_level_plus_offset_in_float32(name: str) -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
 def test_mxint_by_hand(bits: int) -> None:
-    """A group with e = 3 holds multiples of 2^(3 - (B - 1)): the largest is one of them below 8."""
+    """A group with e = 3 holds multiples of 2^(3 - (B - 1)). The largest value is one of them, below 8."""
     largest = 2 ** (bits - 1) - 1
     codes = np.array([[0, largest, 2 * largest] + [largest] * 13], dtype=np.uint8)
     planes = {"codes": pack_bits(codes, bits), "exponents": np.array([[3 + 127]], dtype=np.uint8)}
@@ -216,7 +218,7 @@ def stored_number(scales: Scales, row: int, column: int, columns: int) -> np.flo
     return np.float32(scales.format.sign) * number
 
 
-# GGUF against gguf-py and ggml.
+# GGUF compared with gguf-py and ggml.
 
 
 @every_block_type
@@ -260,7 +262,7 @@ def test_what_a_file_spends_on_a_weight() -> None:
 
 
 def hard_floats() -> np.ndarray:
-    """float32 [3, n] around every rounding border of float16 and bfloat16 inside their range, and random ones."""
+    """Returns float32 [3, n]: the rounding borders of float16, many of bfloat16, and their neighbours on both sides."""
     half = np.arange(2**16, dtype=np.uint16).view(np.float16)
     half = half[np.isfinite(half)].astype(np.float32)
     middles = np.sort(half)[:-1] / 2 + np.sort(half)[1:] / 2
@@ -312,7 +314,7 @@ def test_a_finite_weight_never_becomes_infinite(name: str, largest: float, too_l
         plain.encode_values(np.array([[0, -too_large]], dtype=np.float32))
 
 
-# Literal bytes: a format that changes silently is caught even without another implementation.
+# Literal bytes: they catch a format that changes silently, even without another implementation.
 
 
 def test_every_codec_has_a_golden_vector() -> None:
@@ -335,7 +337,7 @@ def half(*numbers: float) -> np.ndarray:
 
 
 def test_a_three_bit_table_by_hand() -> None:
-    """Codes 0 .. 7 and 7 5, from the lowest bit of the first byte on: 3 bits each, over byte borders."""
+    """Codes 0 .. 7, 7 and 5, of 3 bits each, start at the lowest bit of the first byte and cross byte borders."""
     planes = {"codes": np.array([[0b10001000, 0b11000110, 0b11111010, 0b101111]], dtype=np.uint8)}
     planes["table"] = half(-4, -2, -1, -0.0, 0.5, 1, 2, 4)
     expected = np.array([[-4, -2, -1, -0.0, 0.5, 1, 2, 4, 4, 1]], dtype=np.float32)
@@ -348,7 +350,7 @@ BY_HAND |= {6: [0b01_000000, 0b0010_0000, 0b000011_00], 8: [0, 1, 2, 3]}
 
 @pytest.mark.parametrize("bits", BY_HAND)
 def test_affine_rows_by_hand(bits: int) -> None:
-    """Codes 0 1 2 3 with scale -0.5 and offset 1.25."""
+    """Codes 0, 1, 2 and 3 with scale -0.5 and offset 1.25."""
     planes = {"codes": np.array([BY_HAND[bits]], dtype=np.uint8), "scale": half(-0.5), "offset": half(1.25)}
     expected = np.array([[1.25, 0.75, 0.25, -0.25]], dtype=np.float32)
     assert same_bits(codec_named(f"native:affine-{bits}-row").decode(planes, 4), expected)
@@ -360,7 +362,7 @@ def test_a_negative_zero_scale_gives_zeros_of_the_opposite_sign() -> None:
     assert same_bits(codec_named("gguf:Q4_0").decode({"blocks": blocks}, 32), expected)
 
 
-# Bad input: one sentence each.
+# Bad input, refused with one sentence each.
 
 
 @every_codec

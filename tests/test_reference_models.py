@@ -1,4 +1,4 @@
-"""The reference models are the same everywhere: every number in docs/ is about these weights."""
+"""The reference models have the same weights everywhere. Every number in docs/ is measured on them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DIGESTS = {
     "smollm2": "8d881c839b88baa6406629b981bb2d34fc177b404098148aa8f35c29a086f333",
     "smollm2-k": "c2c9ad0a9a8ad435a9ea3c6cf4d004e234cdd83f3e85b83edfec96c1af575397",
 }
-"""sha256 over names and float16 bytes of all tensors, in the order of their names; seed 1."""
+"""Model -> sha256 over the names and float16 bytes of all tensors, ordered by name; seed 1."""
 
 
 @pytest.mark.slow
