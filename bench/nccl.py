@@ -32,8 +32,8 @@ def exchanged() -> bool:
     """Whether what goes through NCCL comes back. Called as if there were two, since alone nothing is exchanged."""
     processes, tensor = Processes(0, 2), torch.arange(1 << 20, device="cuda", dtype=torch.float32)
     processes.wait()
-    agreed = processes.agreed({"any": ["thing"]}) == {"any": ["thing"]}
-    return agreed and torch.equal(processes.largest(tensor.clone()), tensor)
+    agreed = processes.from_first({"any": ["thing"]}) == {"any": ["thing"]}
+    return agreed and torch.equal(processes.maximum(tensor.clone()), tensor)
 
 
 def main() -> None:

@@ -156,7 +156,7 @@ def work_of(name: str, **options: Any) -> Work:
 def test_less_memory_keeps_more_elsewhere() -> None:
     """A placement takes no more of the device than those before it that solve as many rows at once."""
     ways = list(memory.placements(work_of("llama-3.1-70b"), torch.device("cuda"), Path()))
-    kept = [(placement.moments.name, placement.factors.name) for placement in ways if placement.rows == tiles.ROW_TILE]
+    kept = [(placement.moments.name, placement.cholesky.name) for placement in ways if placement.rows == tiles.ROW_TILE]
     assert kept == [("device", "device"), ("host", "device"), ("host", "host"), ("disk", "host"), ("disk", "disk")]
     needed = [memory.memory(work_of("llama-3.1-70b"), placement)[memory.SOLVING] for placement in ways]
     least = [stage for stage, placement in zip(needed, ways, strict=True) if placement.rows == tiles.ROW_TILE]

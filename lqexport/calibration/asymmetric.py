@@ -71,7 +71,7 @@ class CrossMoments:
         processes, in their order."""
         keep = self._room.moments.keep
         for name, tensor in (self._shard or self._zeros()).items():
-            for part in processes.collected(tensor, 0, senders):
+            for part in processes.received(tensor, 0, senders):
                 total = self._total.get(name)
                 self._total[name] = keep(part) if total is None else total.add_(part.to(total.device))
         self._shard = {}
@@ -81,7 +81,7 @@ class CrossMoments:
         if processes.count == 1:
             return
         for name, tensor in (self._total or self._zeros()).items():
-            self._total[name] = self._room.moments.keep(processes.given(tensor.to(self._room.device)))
+            self._total[name] = self._room.moments.keep(processes.broadcast(tensor.to(self._room.device)))
 
     def _root(self, quantized: Entering, weights: Tensor | None) -> Tensor:
         """Of each token's weight, float32 [tokens, 1]."""

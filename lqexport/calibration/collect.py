@@ -62,7 +62,7 @@ def forward_moments(
     `keep_states` the sequences' hidden states. A block's come in up to `parts` parts."""
     new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
     shards = sharded(tokens)
-    hidden = [embed_batches(model, shards[i], keep_states) for i in processes.mine(range(len(shards)))]
+    hidden = [embed_batches(model, shards[i], keep_states) for i in processes.share_of(range(len(shards)))]
     rounds = list(processes.rounds(len(shards)))
     model.let_go()
     for window in windows(range(last + 1), processes):
@@ -114,7 +114,7 @@ def windows(indices: Iterable[int], processes: Processes) -> Iterator[list[int]]
 def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
     """Add what enters the output layer to the first process's `moments`."""
     shards = sharded(tokens)
-    hidden = {i: embed_batches(model, shards[i]) for i in processes.mine(range(len(shards)))}
+    hidden = {i: embed_batches(model, shards[i]) for i in processes.share_of(range(len(shards)))}
     for _, block in model.blocks():
         for states in hidden.values():
             run_through(model, block, states)
@@ -130,7 +130,7 @@ def input_magnitudes(
 ) -> dict[str, Tensor]:  # fmt: skip
     """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
     the full-precision model. A stage of `description` where somebody listens."""
-    shards, listener = processes.mine(sharded(tokens)), listener or Silent()
+    shards, listener = processes.share_of(sharded(tokens)), listener or Silent()
     listener.stage(description, len(model) * sum(map(len, shards)))
     inputs = embed_batches(model, [batch for shard in shards for batch in shard])
     found: dict[str, Tensor] = {}
@@ -148,7 +148,7 @@ def input_magnitudes(
             linear_of(block, linear).register_forward_pre_hook(watch(name))
         run_through(model, block, inputs, listener)
         for name in names:
-            processes.largest(found[name])
+            processes.maximum(found[name])
     return found
 
 

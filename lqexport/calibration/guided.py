@@ -53,10 +53,10 @@ def guided_pass(
     blocks to come, and the gradient by the outputs of the next one. It is empty when all is done. `held`: by one
     process, all that is held in memory, and a stopped pass begins anew."""
     shards = sharded(tokens)
-    mine, states = processes.mine(range(len(shards))), _States(folder, len(shards), held)
+    mine, states = processes.share_of(range(len(shards))), _States(folder, len(shards), held)
     for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
-    reached = processes.agreed(states.reached(len(model)))
+    reached = processes.from_first(states.reached(len(model)))
     if reached is None:
         _keep_inputs(model, {i: shards[i] for i in mine}, states, listener)
         reached = len(model)

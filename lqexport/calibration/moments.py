@@ -84,11 +84,11 @@ class SecondMoments:
         shard = self._zeros() if self._shard is None else self._shard
         counts = self._shard_counts
         self._shard, self._shard_counts = None, torch.zeros_like(counts)
-        for part in processes.collected(shard, owner, senders):
+        for part in processes.received(shard, owner, senders):
             self._total = self._keep(part) if self._total is None else self._total.add_(part.to(self._total.device))
         if shard is not self._total:
             self._spare = shard
-        for part in processes.collected(counts, owner, senders):
+        for part in processes.received(counts, owner, senders):
             self._counts += part
 
     def release(self) -> None:
@@ -164,7 +164,7 @@ class TokenWeights:
 
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
         """Take what has come since the last call, of all processes in their order."""
-        for batches in processes.everyones(self._shard):
+        for batches in processes.gathered(self._shard):
             self._shards += batches
         self._shard = []
 

@@ -41,7 +41,7 @@ def choose_mixes(job: Job) -> tuple[Job, Allocation | None]:
     if job.recipe.bits is None or job.calibration is None:
         return job, None
     path = job.artifact.folder / "mixes.json"
-    if job.processes.agreed(not path.is_file()):
+    if job.processes.from_first(not path.is_file()):
         losses = _measured_mixes(job)
         if job.processes.first:
             write_json(path, losses)
@@ -57,7 +57,7 @@ def choose_mixes(job: Job) -> tuple[Job, Allocation | None]:
 def _measured_mixes(job: Job) -> Losses:
     """Returns the loss of every mix for every linear. What an earlier run, also for another size, measured is kept."""
     measured = measured_losses(job, "mixes")
-    if missing := job.processes.agreed(job.linears.keys() - measured.losses().keys()):
+    if missing := job.processes.from_first(job.linears.keys() - measured.losses().keys()):
 
         def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
             settings = job.recipe_of(name).solver_settings

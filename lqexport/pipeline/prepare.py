@@ -164,7 +164,7 @@ def _placement(
     """
     folder = work_folder(artifact)
     placement = choose_placement(work, device, folder, limits)
-    placement = replace(placement, parts=1 if whole_blocks else max(processes.everyones(placement.parts)))
+    placement = replace(placement, parts=1 if whole_blocks else max(processes.gathered(placement.parts)))
     if placement != next(placements(work, device, folder)):
         listener.message(f"To save memory: {told(placement)}")
     return placement

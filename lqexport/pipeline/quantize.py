@@ -59,7 +59,7 @@ def quantize(
             recipe, Path(out), cache, device=chosen_device, processes=processes, listener=listener or Silent(),
             limits=(limits or available(chosen_device)).shared(processes.count),
         )  # fmt: skip
-        if not processes.agreed(job.artifact.complete):
+        if not processes.from_first(job.artifact.complete):
             try:
                 _run_stages(job)
             except torch.OutOfMemoryError as error:

@@ -13,7 +13,7 @@ def round_others(job: Job) -> None:
     """Rounds and writes every tensor that the solver does not work on. Several processes write different ones."""
     others = [tensor for tensor in job.planned if not tensor.linear]
     job.listener.stage("Rounding embeddings and norms", sum(tensor.weights for tensor in others))
-    for tensor in job.processes.mine(others):
+    for tensor in job.processes.share_of(others):
         if tensor.name not in job.artifact:
             job.artifact.write_behind(_stored(job, tensor))
         job.listener.advance(tensor.weights * job.processes.count)

@@ -24,8 +24,8 @@ def block_moments(job: Job, model: BlockModel) -> Iterator[BlockMoments]:
     if cache is None:
         return _collected(job, model, lambda block, group: bool(job.unfinished(model, block, group)))
     blocks = range(len(model))
-    if job.processes.agreed(all(block in cache for block in blocks)):
-        return (cache.read(block) for block in job.processes.mine(blocks))
+    if job.processes.from_first(all(block in cache for block in blocks)):
+        return (cache.read(block) for block in job.processes.share_of(blocks))
     return cache.fill(_collected(job, model, lambda *_: True))
 
 
@@ -52,7 +52,7 @@ def token_weights(job: Job, model: BlockModel) -> dict[str, Tensor]:
     """
     cache = job.token_weights_cache
     assert cache is not None
-    if not job.processes.agreed(all(block in cache for block in range(len(model)))):
+    if not job.processes.from_first(all(block in cache for block in range(len(model)))):
         collectors = [partial(TokenWeights, power=job.recipe.guided_power)]
         passed = guided_pass(
             model, job.sequences, collectors, job.work_folder / "guided", job.listener, job.processes,

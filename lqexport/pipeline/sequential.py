@@ -68,7 +68,7 @@ class Sequential:
         for (index, block), original in islice(pairs, self._unfinished_blocks()):
             self.model.expect(index + 1)
             for group in self.model.architecture.linears_of(index):
-                if names := self.processes.agreed(self.job.unfinished(self.model, index, group)):
+                if names := self.processes.from_first(self.job.unfinished(self.model, index, group)):
                     yield self._group(group, names, block, original)
                     self.job.artifact.settle()
                     self.processes.wait()
@@ -86,7 +86,7 @@ class Sequential:
         self.rounds = list(self.processes.rounds(len(shards)))
         numbered = list(enumerate(batch for shard in shards for batch in shard))
         ends = list(accumulate(map(len, shards), initial=0))
-        self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.mine(range(len(shards)))]
+        self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.share_of(range(len(shards)))]
         self.keep = self.job.placement.hidden.keep
         self.inputs = {number: self.keep(self.model.start(ids)) for shard in self.shards for number, ids in shard}
         self.full = dict(self.inputs)
@@ -99,7 +99,7 @@ class Sequential:
         """Returns the number of blocks up to the last one that has an unfinished linear."""
         job, groups = self.job, self.model.architecture.linears_of
         counts = (i + 1 for i in range(len(self.model)) for group in groups(i) if job.unfinished(self.model, i, group))
-        return self.processes.agreed(max(counts, default=0))
+        return self.processes.from_first(max(counts, default=0))
 
     def _run_through(self, block: nn.Module, states: dict[int, Tensor]) -> None:
         """Replaces hidden states by the block's outputs."""
@@ -144,7 +144,7 @@ class Sequential:
             return moments.hessian()
         # NCCL sends only what is on the device.
         own = moments.hessian().to(self.job.device) if self.processes.first else None
-        return self.processes.given(torch.empty(columns, columns, device=self.job.device) if own is None else own)
+        return self.processes.broadcast(torch.empty(columns, columns, device=self.job.device) if own is None else own)
 
     def _cross_moments(
         self, group: Group, names: list[str], block: nn.Module, original: nn.Module

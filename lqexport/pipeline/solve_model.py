@@ -31,15 +31,15 @@ from lqexport.storage.artifact import StoredTensor
 
 def solve_model(job: Job) -> None:
     """Solves, packs and writes the linears that are not in the artifact yet, the output last."""
-    unfinished = job.processes.agreed([name for name in job.linears if name not in job.artifact])
+    unfinished = job.processes.from_first([name for name in job.linears if name not in job.artifact])
     if job.calibration is None:
         _begin_solving(job)
-        for name in job.processes.mine(unfinished):
+        for name in job.processes.share_of(unfinished):
             _solve(job, job.linears[name], job.source.read(name), None, share=1 / job.processes.count)
     elif unfinished:
         _solve_blocks(job)
     job.artifact.settle()
-    if job.head and job.processes.agreed(job.head.name not in job.artifact):
+    if job.head and job.processes.from_first(job.head.name not in job.artifact):
         _solve_head(job, job.head)
         job.artifact.settle()
 
@@ -123,7 +123,7 @@ def _solve_part(job: Job, problem: Problem, rows: slice) -> _Part:
 
 def _write_assembled(job: Job, own_parts: list[_Part]) -> None:
     """Writes the linears whose first rows this process has solved, put together from all processes' parts."""
-    all_parts = [part for parts in job.processes.everyones(own_parts) for part in parts]
+    all_parts = [part for parts in job.processes.gathered(own_parts) for part in parts]
     for first in own_parts:
         if first.start == 0:
             parts = sorted((part for part in all_parts if part.name == first.name), key=attrgetter("start"))

@@ -61,7 +61,7 @@ def choose_types(job: Job) -> tuple[Job, dict[str, Any] | None]:
     if job.recipe.size is None:
         return job, None
     path = job.artifact.folder / "budget.json"
-    if job.processes.agreed(not path.is_file()):
+    if job.processes.from_first(not path.is_file()):
         choice = _measured_choice(job, job.recipe.size)
         if job.processes.first:
             write_json(path, choice)
@@ -82,14 +82,14 @@ def _measured_choice(job: Job, size: str) -> dict[str, Any]:
     choices = {tensor.name: choices_of(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
     measured = measured_losses(job, "types")
     known = measured.losses()
-    missing = job.processes.agreed([name for name in choices if name not in known])
+    missing = job.processes.from_first([name for name in choices if name not in known])
     if linears := [name for name in missing if name in job.linears]:
 
         def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
             return type_losses(name, weight, hessian, choices[name], job.recipe.solver_settings)
 
         measure_linears(job, measured, linears, "Measuring types", losses_of)
-    outer = job.processes.mine([name for name in missing if name not in job.linears])
+    outer = job.processes.share_of([name for name in missing if name not in job.linears])
     job.listener.stage("Measuring embedding and output", len(outer))
     measure_outer(
         job.source, {name: choices[name] for name in outer}, job.sequences, job.device, measured, job.listener

@@ -121,7 +121,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
         "estimated_memory_bytes": memory_estimate(shown.work, placement),
         "memory_choices": {
             "moments": placement.moments.name,
-            "factors": placement.factors.name,
+            "factors": placement.cholesky.name,
             "rows": placement.rows,
             "parts": placement.parts,
         },

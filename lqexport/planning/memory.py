@@ -144,7 +144,7 @@ def _panel_bytes(work: Work) -> int:
 
 def _kept_cholesky(work: Work, placement: Placement) -> Memory:
     """Returns the memory of all panels of the largest Cholesky factor, a float64 triangle."""
-    return _kept(placement.factors, 4 * _widest(work) ** 2 + _panel_bytes(work) // 2)
+    return _kept(placement.cholesky, 4 * _widest(work) ** 2 + _panel_bytes(work) // 2)
 
 
 def _blocks_bytes(work: Work, placement: Placement) -> int:
@@ -325,7 +325,7 @@ def told(placement: Placement) -> str:
         else ""
     )
     return (
-        f"Second moments are kept on the {placement.moments.name}, factors on the {placement.factors.name}, and up to "
+        f"Second moments are kept on the {placement.moments.name}, factors on the {placement.cholesky.name}, and up to "
         f"{placement.rows} rows of a linear are solved at once.{parts}"
     )
 

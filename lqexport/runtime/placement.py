@@ -87,7 +87,7 @@ class Placement:
 
     device    the device that computes
     moments   where the Hessians of a block are kept, except the one that is in use
-    factors   where the panels of a Cholesky factor are kept
+    cholesky  where the panels of a Cholesky factor are kept
     rows      how many rows of a linear are solved at once, in whole tiles
     parts     the number of groups into which a block's experts are divided; Hessians are collected and solved for one
               group after the other
@@ -100,7 +100,7 @@ class Placement:
 
     device: torch.device
     moments: Location
-    factors: Location
+    cholesky: Location
     rows: int
     parts: int
     hidden: Location = field(compare=False)

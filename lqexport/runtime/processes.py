@@ -42,7 +42,7 @@ class Processes:
         """Whether this is process 0, which does the work that only one process may do."""
         return self.rank == 0
 
-    def mine(self, items: Sequence[T]) -> list[T]:
+    def share_of(self, items: Sequence[T]) -> list[T]:
         """Returns this process's share of the items: every `count`-th, starting at its rank."""
         return list(items[self.rank :: self.count])
 
@@ -60,7 +60,7 @@ class Processes:
         if self.count > 1:
             distributed.barrier()
 
-    def agreed(self, value: T) -> T:
+    def from_first(self, value: T) -> T:
         """Returns the first process's `value` on all processes. The value is pickled."""
         if self.count == 1:
             return value
@@ -68,7 +68,7 @@ class Processes:
         distributed.broadcast_object_list(shared)
         return shared[0]
 
-    def collected(self, tensor: Tensor, owner: int, senders: int) -> Iterator[Tensor]:
+    def received(self, tensor: Tensor, owner: int, senders: int) -> Iterator[Tensor]:
         """Yields, on process `owner`, the tensors of the first `senders` processes in the order of their ranks.
 
         Other processes yield nothing. Every process must run the iterator to its end, since that is what sends its
@@ -84,13 +84,13 @@ class Processes:
                 distributed.recv(received := torch.empty_like(tensor), rank)
             yield received
 
-    def given(self, tensor: Tensor) -> Tensor:
+    def broadcast(self, tensor: Tensor) -> Tensor:
         """Overwrites `tensor` on every process with the first process's, and returns it."""
         if self.count > 1:
             distributed.broadcast(tensor, 0)
         return tensor
 
-    def everyones(self, value: T) -> list[T]:
+    def gathered(self, value: T) -> list[T]:
         """Returns the values of all processes, in the order of their ranks. The values are pickled."""
         if self.count == 1:
             return [value]
@@ -98,7 +98,7 @@ class Processes:
         distributed.all_gather_object(values, value)
         return cast(list[T], values)
 
-    def largest(self, tensor: Tensor) -> Tensor:
+    def maximum(self, tensor: Tensor) -> Tensor:
         """Overwrites `tensor` on every process with the elementwise maximum over all processes, and returns it."""
         if self.count > 1:
             distributed.all_reduce(tensor, distributed.ReduceOp.MAX)

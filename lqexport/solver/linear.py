@@ -146,7 +146,7 @@ def solve_rows(
     hessian = None if hessian is None else hessian.to(placement.device)
     cholesky = None
     if hessian is not None and settings.method != "rtn":
-        cholesky = factorize(hessian, settings.dampening, settings.act_order, placement.factors.keep)
+        cholesky = factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep)
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()
