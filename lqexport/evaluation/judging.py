@@ -181,10 +181,10 @@ def asking(endpoint: str, model: str) -> Ask:
 
 def judged_answers(ask: Ask, question: Question, answers: list[str], source_answers: list[str]) -> Judged:
     """Asks the judge to grade the answers to one question, and to compare them with the source's answers, if any."""
-    own, source = (_conversation(question, each) for each in (answers, source_answers))
-    messages = [GRADE.format(own)]
+    by_file, by_source = (_conversation(question, each) for each in (answers, source_answers))
+    messages = [GRADE.format(by_file)]
     if source_answers:
-        messages += [GRADE.format(source), COMPARE.format(own, source), COMPARE.format(source, own)]
+        messages += [GRADE.format(by_source), COMPARE.format(by_file, by_source), COMPARE.format(by_source, by_file)]
     replies = [ask(message) for message in messages]
     grades = [grade(reply) for reply in replies[:2]]
     return Judged(

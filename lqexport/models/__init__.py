@@ -1,1 +1,1 @@
-"""Models as named tensors: sources, written files, decoder blocks that run, and what can be said of their tensors."""
+"""Models as named tensors: sources, written models, running decoder blocks, smoothing, and lists of tensors."""

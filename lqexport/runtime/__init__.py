@@ -1,1 +1,1 @@
-"""What a run computes on and with: devices, processes, progress, and where large tensors are kept."""
+"""The environment of a run: devices, processes, progress reports, and where large tensors are kept."""
