@@ -1,13 +1,13 @@
-"""What each part of the solver is worth: named variants of the recipe, crossed with models and targets.
+"""What each step of the solver gains: compares named variants of the recipe for several models and targets.
 
     python bench/ablation.py MODEL... --calibration FILE --evaluation FILE [FILE...] --work FOLDER
                              [--targets gguf:Q2_K ...] [--variants NAME ...] [--samples 64] [--windows 12]
                              [--device cuda]
 
-Every variant is quantized from the same calibration sequences and judged by the project's own float32 forward on each
-evaluation text (windows of 512, second half scored; give texts of other domains too). Second moments are kept in
-FOLDER/cache and shared; finished artifacts are used again. Prints one Markdown table per model and target; seconds are
-of `quantize` alone, without the second moments where the cache had them.
+Every variant is quantized from the same calibration sequences. lqexport's own float32 forward pass judges it on each
+evaluation text, in windows of 512 tokens whose second half is scored. Give texts of other domains too. The variants
+share the second moments in FOLDER/cache, and finished artifacts are reused. Prints a Markdown table per model and
+target. The seconds are those of `quantize` alone, without second moments if the cache had them.
 """
 
 from __future__ import annotations
@@ -53,13 +53,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "guided+descent+tune": GUIDED,
     "default": {},
 }  # fmt: skip
-"""`as-released` is the recipe of LeanQuant's repository, with exact k-means in the place of its approximate one;
-`guided^P` has another power of the tokens' weights than the default; `default` is asymmetric, with descent and
+"""The options of each variant.
+
+`as-released` is the recipe of LeanQuant's repository, but with exact k-means instead of its approximate one. `guided^P`
+has the power P of the tokens' weights instead of the default. `default` is asymmetric calibration with descent and
 tuning."""
 
 
 def rows(model: str, target: str, judges: list[Judge], arguments: argparse.Namespace) -> list[str]:
-    """A line of the table for each variant."""
+    """Quantizes and judges every variant. Returns a table row for each."""
     lines = []
     for name in arguments.variants:
         recipe = Recipe(model, target, calibration=arguments.calibration, samples=arguments.samples,

@@ -1,10 +1,10 @@
-"""Types chosen under a byte budget against llama.cpp's mixes of the same size, both solved by the same solver.
+"""Compares types chosen for a size with llama.cpp's mixes of the same size. The same solver solves both.
 
     python bench/budget.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--sizes Q4_K_M Q3_K_M]
 
-For each mix: the mix itself, and `--target gguf:auto --size MIX`, from the same guided moments of the full-precision
-prefix, without tuning. Judged by the project's own float32 forward, windows of 512, second half scored. Finished
-artifacts in FOLDER are used again. Prints Markdown.
+For each mix, the script quantizes the mix itself and `--target gguf:auto --size MIX`. Both use the same guided moments
+of the full-precision prefix, without tuning. lqexport's own float32 forward pass judges them in windows of 512 tokens,
+whose second half is scored. Finished artifacts in FOLDER are reused. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ def main() -> None:
                             compute_dtype=arguments.compute_dtype, prefix="full", size=limit, tune=0)  # fmt: skip
             out = arguments.work / f"{size}-{label.replace(' ', '-')}"
             report = quantize(recipe, out, cache=arguments.work / "cache")
-            found, nbytes = judge(open_export(out)), sum(tensor["bytes"] for tensor in report["tensors"])
-            figures = f"{found.kl:.4f} ± {found.kl_error:.4f} | {found.perplexity:.2f} ± {found.perplexity_error:.2f}"
-            print(f"| {size} | {label} | {nbytes / 1e6:.2f} | {figures} | {found.top1:.1%} |", flush=True)
+            result, nbytes = judge(open_export(out)), sum(tensor["bytes"] for tensor in report["tensors"])
+            figures = (
+                f"{result.kl:.4f} ± {result.kl_error:.4f} | {result.perplexity:.2f} ± {result.perplexity_error:.2f}"
+            )
+            print(f"| {size} | {label} | {nbytes / 1e6:.2f} | {figures} | {result.top1:.1%} |", flush=True)
 
 
 if __name__ == "__main__":

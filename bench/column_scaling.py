@@ -1,10 +1,10 @@
-"""What scaling the columns before solving would gain (AWQ, SmoothQuant): the solved loss over that without scaling.
+"""What scaling the columns before solving would gain (AWQ, SmoothQuant): the solved loss divided by the unscaled one.
 
     python bench/column_scaling.py MODEL --calibration FILE [--samples 8] [--targets gguf:Q2_K gguf:Q4_K]
 
-A column's scale can be folded into the norm or linear before it, so a file may hold the scaled weights at no cost.
-Tried are powers of the root of the column's importance H_jj (AWQ) and of its root mean square weight, under guided
-second moments, on every linear of the middle block. Prints Markdown.
+A column's scale can be folded into the norm or linear before it, so a file can hold the scaled weights at no cost. The
+script tries powers of the square root of a column's importance H_jj (AWQ) and of its root mean square weight, with
+guided second moments, on every linear of the middle block. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from lqexport.runtime.progress import Silent
 from lqexport.solver.linear import solve_linear
 
 POWERS = [(0.1, 0.0), (0.2, 0.0), (0.5, 0.0), (1.0, 0.0), (0.0, -0.5), (0.0, -1.0), (0.2, -1.0)]
-"""Of the root of H_jj, and of the root mean square of the column's weights."""
+"""Pairs of powers: of the square root of H_jj, and of the root mean square of the column's weights."""
 
 
 def middle_block(source: Source, calibration: str, samples: int) -> dict[str, Tensor]:
-    """Guided second moments of the linears of the middle block, by the names of their weights."""
+    """Returns the guided second moments of the middle block's linears, by weight name."""
     model = BlockModel(source)
     tokens = load_calibration(calibration, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
     with tempfile.TemporaryDirectory() as work:
@@ -41,13 +41,13 @@ def middle_block(source: Source, calibration: str, samples: int) -> dict[str, Te
 
 
 def relative(values: Tensor) -> Tensor:
-    """Over their geometric mean; where there is nothing to measure, 1."""
+    """Returns the values divided by their geometric mean, or 1 for those that are not positive."""
     known = values > 0
     return torch.where(known, values / values[known].log().mean().exp(), 1.0)
 
 
 def loss(name: str, weight: Tensor, hessian: Tensor, target: str, powers: tuple[float, float]) -> float:
-    """What is left after solving the scaled weights under the moments of the scaled inputs."""
+    """Returns the loss after solving the scaled weights with the second moments of the scaled inputs."""
     importance, size = relative(hessian.diagonal().sqrt()), relative(weight.square().mean(0).sqrt())
     scale = importance.pow(powers[0]) * size.pow(powers[1])
     scaled = hessian / scale / scale[:, None]

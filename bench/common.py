@@ -1,7 +1,7 @@
-"""What several scripts of this folder share: their command lines, the digests of an artifact, the times in its log.
+"""Functions that several scripts of this folder share: command lines, an artifact's digests, the times in its log.
 
-Imports the standard library alone, so that a script which only starts commands stays small. A script that runs as
-`python bench/NAME.py` finds this module beside itself.
+This module only imports the standard library, so a script that only starts commands stays small. Python finds it beside
+the script that runs as `python bench/NAME.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def comparison_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser for MODEL, `--calibration` and `--evaluation`, the arguments of a script that compares methods."""
+    """Returns a parser with MODEL, `--calibration` and `--evaluation`, for scripts that compare methods."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
@@ -23,18 +23,18 @@ def comparison_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def split_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, list[str]]:
-    """The arguments of this script, and those after `--`, which it hands on to a command of lqexport."""
+    """Returns the arguments of this script, and those after `--`, which the script passes to an lqexport command."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     return parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """The sha256 of every file of an artifact but the log, which holds times."""
+    """Returns the sha256 of every file of an artifact except the log, which holds times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl")
     return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def solving_seconds(artifact: Path) -> float:
-    """Seconds that a run solved its linears for, writing included, summed up from the artifact's log."""
+    """Returns the seconds for which a run solved and wrote its linears: the sum over the artifact's log."""
     log = (artifact / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return sum(json.loads(line).get("seconds", 0.0) for line in log)

@@ -1,12 +1,12 @@
-"""What quantizing costs: time and peak memory of whole processes, beside bare forward passes over the same tokens.
+"""What quantizing costs: time and peak memory of whole processes, beside forward passes alone over the same tokens.
 
     python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 64] [--sequence-length 512]
 
-The floor is transformers' own forward over the calibration sequences (decoder blocks, no head, float32), in its own
-process; the best batch size of 1, 2 and 4 counts. Then `lqexport quantize` runs with one pass of the solver, and by its
-defaults (asymmetric, descent, tuning); and, under guided moments at hand, with error feedback alone and with
-descent, whose difference is the solver's. All on this machine, one after the other; prints JSON. Processor seconds
-are of all threads and hold on a busy machine, too.
+The floor is transformers' own forward pass over the calibration sequences (decoder blocks, no head, float32) in its own
+process, with the fastest batch size of 1, 2 and 4. Then `lqexport quantize` runs with one pass of the solver, and with
+its defaults (asymmetric, descent, tuning). Last, with guided moments from the cache, it runs with error feedback alone
+and with descent; the difference is the cost of descent. All runs are on this machine, one after the other. Prints JSON.
+Processor seconds count all threads, so they are valid on a busy machine too.
 """
 
 from __future__ import annotations
@@ -26,9 +26,12 @@ RUNS = {
     "feedback_alone": ["--prefix", "full", "--descent", "0", "--tune", "0"],
     "with_descent": ["--prefix", "full", "--tune", "0"],
 }
-"""Error feedback alone, under second moments that one forward pass gives; the defaults; then, under the same guided
-second moments, the solver without and with its refinement."""
+"""The options of each run of `quantize`; an empty list means the defaults.
+
+`one_pass` is error feedback alone with second moments from one forward pass. `feedback_alone` and `with_descent` use
+the same guided second moments, which `filling_the_cache` has computed."""
 CACHED = ("filling_the_cache", "feedback_alone", "with_descent")
+"""The runs that share a cache of second moments."""
 
 FLOOR = """
 import json, resource, sys, time
@@ -56,7 +59,7 @@ print(json.dumps({"seconds": total, "processor_seconds": processor, "batch": bat
 
 
 def run_measured(command: list[str]) -> dict[str, float]:
-    """Wall seconds, processor seconds and peak resident memory in GiB of a command and its children."""
+    """Runs a command. Returns wall seconds, processor seconds and peak resident memory in GiB, with its children's."""
     code = (
         "import json, resource, subprocess, sys; status = subprocess.run(sys.argv[1:]).returncode;"
         "used = resource.getrusage(resource.RUSAGE_CHILDREN);"
@@ -69,13 +72,14 @@ def run_measured(command: list[str]) -> dict[str, float]:
 
 
 def measure(model: str, text: str, work: Path, target: str, samples: int, length: int) -> dict[str, Any]:
+    """Runs the floor and every run. Returns their figures and ratios."""
     sizes = [str(samples), str(length)]
     floor = subprocess.run(
         [sys.executable, "-c", FLOOR, model, text, *sizes], check=True, stdout=subprocess.PIPE, text=True
     )
     result = {"floor": json.loads(floor.stdout.splitlines()[-1])}
     options = ["--target", target, "--calibration", text, "--samples", sizes[0], "--sequence-length", sizes[1]]
-    defaults = ["--tune", str(min(samples, 64))]  # in proportion, where there are fewer sequences than by default
+    defaults = ["--tune", str(min(samples, 64))]  # fewer tuning steps if there are fewer sequences than by default
     for name, more in RUNS.items():
         cache = ["--cache", str(work / "cache")] if name in CACHED else []
         command = [sys.executable, "-m", "lqexport", "quantize", model, str(work / name), *options]
@@ -87,8 +91,8 @@ def measure(model: str, text: str, work: Path, target: str, samples: int, length
     return {"model": model, "target": target, "samples": samples, "sequence_length": length, **result}
 
 
-def _ratio(result: dict[str, Any], name: str, other: str) -> float:
-    return float(result[name]["processor_seconds"] / result[other]["processor_seconds"])
+def _ratio(result: dict[str, Any], name: str, base: str) -> float:
+    return float(result[name]["processor_seconds"] / result[base]["processor_seconds"])
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""Coverage-guided fuzzing of the readers, by atheris (`pip install -e '.[fuzz]'`).
+"""Coverage-guided fuzzing of the readers with atheris (`pip install -e '.[fuzz]'`).
 
     python bench/coverage_fuzz.py --work FOLDER [--seconds 60] [--only TARGET]
 
-A file of each target is damaged, half of the time as bench/fuzz.py does it, else as libFuzzer does, and is read; a
-UserError is all that may be raised. What reaches a line or branch that nothing reached before is kept, and damaged
-further; a later call with the same folder goes on from it. Each target has a process of its own, which ends at its
-first fault and leaves the file in the folder. Prints a line per target: branches reached by the sound file, then by all
-that was kept, and the cases. Exits with 1 where there was a fault.
+The script damages one file of each target and reads it. Half of the time bench/fuzz.py chooses the damage, otherwise
+libFuzzer. A reader may only raise UserError. A damaged file that reaches a new line or branch is kept and damaged
+further, and a later call with the same folder continues from it. Each target has its own process, which ends at its
+first fault and leaves the file in the folder. Prints a line per target: the branches that the sound file reaches, those
+that all kept files reach, and the number of cases. Exits with 1 if there was a fault.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 
 import atheris
 
-# Numba compiles the kernels, and cannot do so with the counting of branches in them.
+# numba cannot compile the kernels if atheris has added its branch counters to them.
 KERNELS = [f"lqexport.kernels.{path.stem}" for path in Path(__file__).parents[1].glob("kernels/*.py")]
 
 with atheris.instrument_imports(include=["lqexport"], exclude=KERNELS):
@@ -40,14 +40,19 @@ with atheris.instrument_imports(include=["lqexport"], exclude=KERNELS):
     from lqexport.storage.artifact import Artifact
 
 LONGEST = 2**18
-"""Bytes of a damaged file; no sound one is larger."""
+"""The most bytes of a damaged file. No sound file is larger."""
 LIMITS = ("-timeout=20", "-rss_limit_mb=3000")
-"""Of one case: seconds, and memory of the process, of which torch and numba take most."""
+"""The limits of one case: seconds, and the memory of the process, most of which torch and numba take."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A file of a folder or by itself, which is damaged, and what reads it."""
+    """A file to damage, and its reader.
+
+    sound   the undamaged file, or the folder that holds it
+    file    the file's name in the folder; empty if `sound` is the file
+    read    reads the file or the folder
+    """
 
     sound: Path
     file: str
@@ -55,21 +60,21 @@ class Target:
 
 
 def read_tensors(folder: Path) -> None:
-    """A checkpoint's index and headers, and all that they say is there."""
+    """Reads a checkpoint's index, its headers, and every tensor that they list."""
     source = open_source(str(folder))
     for name in source.names():
         source.read(name)
 
 
 def read_weights(folder: Path) -> None:
-    """A written model, to the last weight."""
+    """Reads every weight of an exported model."""
     model = open_export(folder)
     for name in model.names():
         model.read(name)
 
 
 def targets(work: Path) -> dict[str, Target]:
-    """What `fuzz.make` has made."""
+    """Returns the targets among the files that `fuzz.make` has written."""
     shard = min(path.name for path in (work / "model").glob("*.safetensors"))
     return {
         "gguf": Target(work / "model.gguf", "", read_header),
@@ -88,7 +93,7 @@ def targets(work: Path) -> dict[str, Target]:
 
 
 def search(target: Target, place: Path, seconds: int) -> None:
-    """Damage one target for so long; libFuzzer ends this process. Its messages go into a file."""
+    """Damages one target for `seconds` seconds. libFuzzer then ends this process. Its messages go into a file."""
     scratch, corpus, log = place / "scratch", place / "corpus", place / "log"
     shutil.rmtree(scratch, ignore_errors=True)
     corpus.mkdir(parents=True, exist_ok=True)
@@ -108,7 +113,7 @@ def search(target: Target, place: Path, seconds: int) -> None:
     def mutate(content: bytes, most: int, seed: int) -> bytes:
         try:
             damaged = fuzz.damaged(sound.name, content, random.Random(seed)) if seed % 2 else b""
-        except (ValueError, RecursionError):  # no JSON any more
+        except (ValueError, RecursionError):  # the content is not JSON any more
             damaged = b""
         return damaged if 0 < len(damaged) <= most else bytes(atheris.Mutate(content, most))
 
@@ -117,8 +122,8 @@ def search(target: Target, place: Path, seconds: int) -> None:
     atheris.Fuzz()
 
 
-def apart(work: Callable[..., None], *arguments: object) -> int:
-    """The exit status of a process of its own that does this; it need not import anything again."""
+def run_forked(work: Callable[..., None], *arguments: object) -> int:
+    """Runs `work` in a forked process, which has all imports already. Returns its exit status."""
     process = multiprocessing.get_context("fork").Process(target=work, args=arguments)
     process.start()
     process.join()
@@ -132,12 +137,12 @@ def main() -> None:
     parser.add_argument("--only", help="the name of one target")
     arguments = parser.parse_args()
     if not arguments.work.is_dir():
-        apart(fuzz.make, arguments.work)
+        run_forked(fuzz.make, arguments.work)
     faults = 0
     for name, target in targets(arguments.work).items():
         if arguments.only in (None, name):
             place = arguments.work / "coverage" / name.replace(" ", "-")
-            status = apart(search, target, place, arguments.seconds)
+            status = run_forked(search, target, place, arguments.seconds)
             messages = (place / "log").read_text(encoding="utf-8", errors="replace")
             print(f"{name}:", *re.findall(r"(?:INITED|DONE) +cov: \d+|Done .*", messages), sep="  ", flush=True)
             print(f"FAULT {name}\n{messages[-2500:]}" if status else "", end="", flush=True)

@@ -1,10 +1,11 @@
-"""What dampening leaves on other texts: the output error of linears solved with more or less of it.
+"""How dampening affects other texts: the output error of linears that were solved with different dampening.
 
     python bench/dampening.py MODEL --calibration FILE --evaluation FILE [FILE...] [--block 12] [--target gguf:Q4_0]
                               [--samples 64]
 
-Full-precision prefix, normalized moments, up to 192 rows of each linear of one block. Every cell has, for each
-evaluation text, the error there over that of a dampening of 0.05 of the mean. Prints Markdown.
+The script solves up to 192 rows of each linear of one block, with the full-precision prefix and normalized moments.
+A cell has, for each evaluation text, the error divided by the error at a dampening of 0.05 of the mean. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -26,21 +27,22 @@ from lqexport.solver.linear import solve_linear
 
 ROWS, HELD_OUT = 192, 24
 OF_MEAN, OF_MEDIAN = (0.01, 0.2), (0.1, 0.25, 0.5, 1.0)
+"""The dampenings: shares of the Hessian diagonal's mean and of its median."""
 
 
 def moments(source: Source, text: str, samples: int, block: int) -> dict[str, Tensor]:
-    """Those of the linears of a block on one text, by the names of their weights."""
+    """Returns the Hessians of a block's linears on one text, by weight name."""
     tokens = load_calibration(text, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
     model = BlockModel(source)
-    *_, found = forward_moments(model, tokens, "normalized", lambda index, _: index == block, block)
-    return by_weight(model, found)
+    *_, last = forward_moments(model, tokens, "normalized", lambda index, _: index == block, block)
+    return by_weight(model, last)
 
 
-def errors(weight: Tensor, hessian: Tensor, others: list[Tensor], recipe: Recipe) -> list[float]:
-    """The output error under each of the others."""
+def errors(weight: Tensor, hessian: Tensor, held_out: list[Tensor], recipe: Recipe) -> list[float]:
+    """Solves a linear under `hessian` and returns its output error under each of the held-out Hessians."""
     solved = solve_linear("linear", weight, hessian, recipe.target, recipe.solver_settings)
     difference = torch.from_numpy(codec_named(solved.codec_name).decode(solved.planes, weight.shape[1])) - weight
-    return [float((difference @ other * difference).sum()) for other in others]
+    return [float((difference @ moments * difference).sum()) for moments in held_out]
 
 
 def main() -> None:
@@ -54,16 +56,18 @@ def main() -> None:
     arguments = parser.parse_args()
     source, recipe = open_source(arguments.model), Recipe("none", arguments.target)
     with torch.no_grad():
-        own = moments(source, arguments.calibration, arguments.samples, arguments.block)
-        others = [moments(source, text, HELD_OUT, arguments.block) for text in arguments.evaluation]
+        calibrated = moments(source, arguments.calibration, arguments.samples, arguments.block)
+        held_out = [moments(source, text, HELD_OUT, arguments.block) for text in arguments.evaluation]
     heads = [f"{share:g} of mean" for share in OF_MEAN] + [f"{share:g} of median" for share in OF_MEDIAN]
     print(f"| linear | median / mean | {' | '.join(heads)} |\n|---{'|---' * (1 + len(heads))}|")
-    for name, hessian in own.items():
+    for name, hessian in calibrated.items():
         weight = source.read(name).float()[:ROWS]
         ratio = usual_dampening(hessian.diagonal()) / SHARE_OF_MEDIAN
 
         def at(dampening: float, name: str = name, weight: Tensor = weight, hessian: Tensor = hessian) -> list[float]:
-            return errors(weight, hessian, [other[name] for other in others], replace(recipe, dampening=dampening))
+            return errors(
+                weight, hessian, [hessians[name] for hessians in held_out], replace(recipe, dampening=dampening)
+            )
 
         base, cells = at(0.05), []
         for dampening in (*OF_MEAN, *(share * ratio for share in OF_MEDIAN)):

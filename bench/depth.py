@@ -1,15 +1,16 @@
-"""Does memory depend on a model's depth, and where does time go? quantize, to-gguf and verify on random Llamas, made
-block by block.
+"""Measures how memory and time of quantize, to-gguf and verify depend on the depth of a random Llama.
 
     python bench/depth.py --work FOLDER [--layers 2 8] [--hidden 512] [--intermediate 1536] [--vocabulary 512]
         [--experts 0] [--device cpu] [--limit 6GB] [-- ...]
 
-The model is never in memory: each block is a safetensors file of its own. With `--experts` it is a Qwen3-MoE, of whose
-experts, `--intermediate` wide, each token goes to eight. What follows `--` goes to `quantize`. With `--limit`, no
-command may have more memory than that (bench/peak.py says of which kinds). Prints two tables, and writes what they are
-made of into FOLDER/depth.json: for each depth the bytes of the model, and of each command the seconds and the peak
-memory; then the seconds of each stage beside the least that this machine could take for its operations and its bytes
-(bench/floors.py). One depth is on the disk at a time.
+The model is made block by block and is never in memory as a whole: each block is its own safetensors file. With
+`--experts` it is a Qwen3-MoE whose experts are `--intermediate` wide, and each token goes to eight of them. The
+arguments after `--` go to `quantize`. `--limit` limits the memory of every command (bench/peak.py says which memory).
+
+Prints two tables, and writes their figures to FOLDER/depth.json. The first table has the bytes of the model at each
+depth, and the seconds and the peak memory of each command. The second table has the seconds of each stage, beside the
+least that this machine could take for the stage's operations and bytes (bench/floors.py). Only one depth is on the disk
+at a time.
 """
 
 from __future__ import annotations
@@ -33,17 +34,18 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 OPTIONS = ["--target", "gguf:Q4_K", "--samples", "8", "--sequence-length", "64", "--descent", "1", "--tune", "2"]
 STEADY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-"""Environment in which what is freed goes back to the system at once, as large tensors do anyhow: the C library keeps
-tensors of some MB, so that small models seem to need more the longer they run."""
+"""Environment variables that make the C library return freed memory to the system at once.
+
+It always does so for large tensors. It keeps freed tensors of a few MB, so small models would seem to need more memory
+the longer they run."""
 WORDS = 400
-"""Different words of the text."""
+"""The number of different words in the text."""
 
 Config = LlamaConfig | Qwen3MoeConfig
 
 
 def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocabulary: int, experts: int = 0) -> None:
-    """A random Llama or Qwen3-MoE in float16 with one file per block, a tokenizer of whole words, and a text beside
-    it."""
+    """Writes a random Llama or Qwen3-MoE in float16 with one file per block, its tokenizer, and a calibration text."""
     folder.mkdir(parents=True)
     width = 128 if (hidden >= 2048 and experts) or hidden >= 4096 else 64
     options = {
@@ -62,10 +64,10 @@ def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocab
         )
     config.save_pretrained(folder)
     pool, draw, files = _pool(config), random.Random(0), {}
-    for part, shapes in _parts(config):
+    for file, shapes in _files(config):
         tensors = {name: _random(shape, pool, draw) for name, shape in shapes.items()}
-        save_file(tensors, folder / f"{part}.safetensors", {"format": "pt"})
-        files |= dict.fromkeys(tensors, f"{part}.safetensors")
+        save_file(tensors, folder / f"{file}.safetensors", {"format": "pt"})
+        files |= dict.fromkeys(tensors, f"{file}.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     words = random.Random(0).choices([f"w{number}" for number in range(WORDS)], k=20_000)
     (folder / "text.txt").write_text(" ".join(words))
@@ -73,7 +75,7 @@ def write_model(folder: Path, layers: int, hidden: int, intermediate: int, vocab
 
 
 def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most 512 tokens that llama.cpp knows too."""
+    """Returns a byte-level BPE of at most 512 tokens, of a type that llama.cpp can read."""
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), split])
@@ -87,13 +89,15 @@ def _tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
 
 
 def _inner(config: Config) -> int:
-    """Width of the MLP, or of an expert's."""
+    """Returns the width of the MLP, or of an expert."""
     return config.moe_intermediate_size if isinstance(config, Qwen3MoeConfig) else config.intermediate_size
 
 
 def _pool(config: Config) -> torch.Tensor:
-    """Normal float16 numbers for the largest matrix, and some more to begin elsewhere: drawing each would take longer
-    than writing them."""
+    """Returns normal float16 numbers for the largest matrix, and 2^20 more.
+
+    Matrices are slices with different starts, since drawing every number would take longer than writing it.
+    """
     largest = config.hidden_size * max(config.vocab_size, config.hidden_size, _inner(config))
     return torch.randn(largest + (1 << 20), generator=torch.Generator().manual_seed(0)).half()
 
@@ -105,8 +109,8 @@ def _random(shape: tuple[int, ...], pool: torch.Tensor, draw: random.Random) -> 
     return pool[start : start + shape[0] * shape[1]].view(shape) * shape[1] ** -0.5
 
 
-def _parts(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
-    """Files of the model with the shapes of their tensors: the outer ones, then block by block."""
+def _files(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
+    """Yields the model's files with the shapes of their tensors: those outside the blocks, then block by block."""
     hidden, inner, width = config.hidden_size, _inner(config), config.hidden_size // config.num_attention_heads
     keys, outer = config.num_key_value_heads * width, (config.vocab_size, hidden)
     yield "outer", {"model.embed_tokens.weight": outer, "model.norm.weight": (hidden,), "lm_head.weight": outer}
@@ -128,7 +132,7 @@ def _parts(config: Config) -> Iterator[tuple[str, dict[str, tuple[int, ...]]]]:
 
 
 def commands(folder: Path, options: list[str], device: str = "cpu") -> dict[str, list[str]]:
-    """The arguments of each command for the model in `folder`/model."""
+    """Returns the arguments of each command for the model in `folder`/model."""
     model, out, file = (str(folder / name) for name in ("model", "out", "model.gguf"))
     text, one = str(folder / "model" / "text.txt"), ["--windows", "1", "--max-perplexity-ratio", "0"]
     return {
@@ -139,15 +143,17 @@ def commands(folder: Path, options: list[str], device: str = "cpu") -> dict[str,
 
 
 def run_here(folder: Path, options: list[str]) -> dict[str, float]:
-    """Run the commands in this process; the peak resident bytes of the process in each (on Linux alone; elsewhere of
-    all up to there)."""
+    """Runs the commands in this process. Returns the peak resident bytes of the process in each.
+
+    Only Linux can reset the peak; elsewhere it is that of all commands so far.
+    """
     from lqexport.cli.app import app
     from lqexport.runtime.environment import peak_memory
 
     peaks, reset = {}, Path("/proc/self/clear_refs")
     for name, arguments in commands(folder, options).items():
         if reset.exists():
-            reset.write_text("5", encoding="utf-8")  # the peak becomes what is resident now (proc_pid_clear_refs(5))
+            reset.write_text("5", encoding="utf-8")  # resets the peak to the current size (proc_pid_clear_refs(5))
         if status := app(arguments, standalone_mode=False):
             sys.exit(f"{name} ended with exit status {status}.")
         peaks[name] = peak_memory()
@@ -155,20 +161,24 @@ def run_here(folder: Path, options: list[str]) -> dict[str, float]:
 
 
 def run_apart(folder: Path, options: list[str], device: str, limit: int) -> dict[str, Any]:
-    """Run each command in a process of its own, with at most `limit` bytes of memory (0: any): its seconds,
-    those of its stages, and its peak bytes, resident and on a GPU."""
-    found = {}
+    """Runs each command in its own process with at most `limit` bytes of memory (0: no limit).
+
+    Returns its seconds, those of its stages, and its peak bytes, resident and on a GPU.
+    """
+    results = {}
     for name, arguments in commands(folder, options, device).items():
         command = [sys.executable, str(Path(__file__).with_name("peak.py")), str(limit), *arguments]
         ran = timed(command, os.environ | STEADY)
         peaks = json.loads(ran.printed.splitlines()[-1])
-        found[name] = {"seconds": ran.seconds, "stages": ran.stages, **peaks}
-    return found
+        results[name] = {"seconds": ran.seconds, "stages": ran.stages, **peaks}
+    return results
 
 
 def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
-    """Seconds by the names in bench/floors.py. Passes are what is left of the stages in which linears are solved, each
-    of which the log times, writing included."""
+    """Returns the seconds of each stage that bench/floors.py names.
+
+    The log has the seconds of solving and writing each linear. The rest of the stages that solve linears is "passes".
+    """
     seconds, solving = ran["quantize"]["stages"], solving_seconds(artifact)
     return {
         "rounding": seconds["Rounding embeddings and norms"],
@@ -181,7 +191,7 @@ def took(artifact: Path, ran: dict[str, Any]) -> dict[str, float]:
 
 
 def measured(given: argparse.Namespace, layers: int, options: list[str]) -> dict[str, Any]:
-    """All of one depth; nothing of it stays on the disk."""
+    """Makes, runs and measures one depth, and then deletes its files."""
     import floors
 
     from lqexport.sizes import memory_size
@@ -200,12 +210,12 @@ def measured(given: argparse.Namespace, layers: int, options: list[str]) -> dict
 
 
 def tables(result: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """Lines for people: memory and seconds by depth, with the growth from the first to the last; stages of the last."""
+    """Yields the printed lines: memory and seconds by depth and their growth, then the stages of the last depth."""
     yield "| layers | model GB | command | seconds | resident GB | device GB |\n|---|---|---|---|---|---|"
-    for layers, found in result.items():
-        for name, ran in found["commands"].items():
+    for layers, depth in result.items():
+        for name, ran in depth["commands"].items():
             yield (
-                f"| {layers} | {found['model_bytes'] / 1e9:.2f} | {name} | {ran['seconds']:.1f} "
+                f"| {layers} | {depth['model_bytes'] / 1e9:.2f} | {name} | {ran['seconds']:.1f} "
                 f"| {ran['peak_bytes'] / 1e9:.3f} | {ran.get('device_peak_bytes', 0) / 1e9:.3f} |"
             )
     yield from _growth(result)
@@ -222,7 +232,10 @@ def tables(result: dict[int, dict[str, Any]]) -> Iterator[str]:
 
 
 def _growth(result: dict[int, dict[str, Any]]) -> Iterator[str]:
-    """Of the peaks, and by a straight line through the first and the last depth the seconds of a layer and of 32."""
+    """Yields the growth of each command's peak memory, and its seconds for one layer and for 32.
+
+    The seconds are those of a straight line through the first and the last depth.
+    """
     (fewest, first), *_, (most, last) = [*result.items(), *result.items()]
     if fewest == most:
         return

@@ -1,13 +1,13 @@
-"""An encoder in tables per row of 4, 3 and 2 bits: plain rounding, one order for all rows, and each row in its own.
+"""Compares methods for an encoder in tables of 4, 3 and 2 bits: rounding, one order for all rows, an order per row.
 
     python bench/encoders.py MODEL --calibration FILE --evaluation FILE
         [--bits 4 3 2] [--samples 128] [--sentences 500] [--widest 0]
 
-Guided second moments (of the embedding) are gathered once, from the full-precision prefix. Every method then solves
-all linears by the program's own functions; with `--widest N`, matrices of more than N columns are solved in one order
-for all rows by the exact method too. Judged by the embeddings of sentences of the evaluation text against the source's
-(`lqexport.evaluation.embeddings`). The output error is the loss over all linears relative to their outputs' energy; seconds are of
-CPU time, for finding the codes. Prints Markdown, line by line.
+Guided second moments (of the embedding) are collected once, from the full-precision prefix. Every method then solves
+all linears with lqexport's own functions. With `--widest N`, the exact method also solves matrices of more than N
+columns in one order for all rows. The embeddings of sentences of the evaluation text are compared with the source's
+(`lqexport.evaluation.embeddings`). The output error is the loss of all linears divided by the energy of their outputs.
+The seconds are CPU time for finding the codes. Prints Markdown, line by line.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Solver = Callable[[Tensor, TensorGrid, CholeskyFactor], Tensor]
 
 @dataclass(frozen=True)
 class Changed:
-    """The source with other weights in the place of some of its own, as `lqexport.models.interface.Weights`."""
+    """The source with some weights replaced: a `lqexport.models.interface.Weights`."""
 
     source: Source
     values: dict[str, Tensor]
@@ -68,7 +68,13 @@ class Changed:
 
 @dataclass
 class Bench:
-    """weights [R, C] and moments [C, C] of every linear; ids and reference: the sentences and their embeddings."""
+    """The model and the sentences that every method is judged on.
+
+    weights    [R, C] of every linear
+    moments    the Hessian [C, C] of every linear
+    ids        the token ids of every sentence
+    reference  the source's embeddings of the sentences
+    """
 
     source: Source
     weights: dict[str, Tensor]
@@ -77,40 +83,40 @@ class Bench:
     reference: Tensor
 
     def tell(self, bits: int, method: str, values: dict[str, Tensor], seconds: float) -> None:
-        """One line of the table."""
+        """Judges a method's weights and prints a table row."""
         errors = [layer_loss(values[name] - weight, self.moments[name]) for name, weight in self.weights.items()]
         energies = [layer_loss(weight, self.moments[name]) for name, weight in self.weights.items()]
         model = BlockModel(Changed(self.source, values))
-        found = similarity(self.reference, embeddings(model, self.ids, Silent(), ""))
+        likeness = similarity(self.reference, embeddings(model, self.ids, Silent(), ""))
         cells = [str(bits), method, f"{sum(errors) / sum(energies):.4f}"]
-        cells += [f"{found.cosine:.4f} ± {found.cosine_error:.4f}", f"{found.cosine_least:.3f}"]
-        cells += [f"{found.recall:.3f} ± {found.recall_error:.3f}", f"{found.top1:.1%}"]
-        cells += [f"{found.kendall:.3f}", f"{seconds:.0f}"]
+        cells += [f"{likeness.cosine:.4f} ± {likeness.cosine_error:.4f}", f"{likeness.cosine_least:.3f}"]
+        cells += [f"{likeness.recall:.3f} ± {likeness.recall_error:.3f}", f"{likeness.top1:.1%}"]
+        cells += [f"{likeness.kendall:.3f}", f"{seconds:.0f}"]
         print(f"| {' | '.join(cells)} |", flush=True)
 
     def rounded(self, bits: int) -> None:
-        """To the nearest value of the evenly spaced table, and of the loss-error-aware one."""
-        kind = codec_named(f"native:table-{bits}")
+        """Rounds weights to the nearest value of the evenly spaced table, and of the loss-error-aware table."""
+        codec = codec_named(f"native:table-{bits}")
         plain, aware = {}, {}
         for name, weight in self.weights.items():
-            even, fitted = minmax(kind, weight), fit(kind, weight, self.moments[name].diagonal())
+            even, fitted = minmax(codec, weight), fit(codec, weight, self.moments[name].diagonal())
             plain[name], aware[name] = even.values(even.nearest(weight)), fitted.values(fitted.nearest(weight))
         self.tell(bits, "RTN, even table", plain, 0)
         self.tell(bits, "rounded to the fitted table", aware, 0)
 
     def solved(self, bits: int, method: str, solver: Solver) -> None:
-        """By a solver alone, then with descent."""
+        """Solves all linears by `solver` alone, and then with descent."""
         recipe, alone, refined, seconds = Recipe("", f"native:table-{bits}"), {}, {}, 0.0
         for name, weight in self.weights.items():
             hessian = self.moments[name]
-            factor = factorize(hessian, recipe.dampening, recipe.act_order)
+            cholesky = factorize(hessian, recipe.dampening, recipe.act_order)
             grid = fit(codec_named(recipe.target), weight, hessian.diagonal())
             began = time.process_time()
-            codes = solver(weight, grid, factor)
+            codes = solver(weight, grid, cholesky)
             seconds += time.process_time() - began
             alone[name] = grid.values(codes)
             moved, codes = refine(
-                weight, damped(hessian, factor.dampening), grid, codes, sweeps=recipe.descent, refit=True
+                weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.descent, refit=True
             )
             refined[name] = moved.values(codes)
         self.tell(bits, f"{method}, one pass", alone, seconds)
@@ -118,7 +124,7 @@ class Bench:
 
 
 def gathered(source: Source, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Guided second moments by the names of the weights."""
+    """Yields every weight's name and its guided second moments."""
     model = BlockModel(source)
     with tempfile.TemporaryDirectory() as folder:
         for block in guided_moments(model, tokens, 1, Path(folder), Silent()):
@@ -126,6 +132,7 @@ def gathered(source: Source, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def made(arguments: argparse.Namespace) -> Bench:
+    """Collects the second moments and the source's embeddings."""
     source = open_source(arguments.model)
     tokenizer = source.tokenizer()
     tokens = load_calibration(
@@ -146,9 +153,9 @@ def main() -> None:
     parser.add_argument("--widest", type=int, default=0, help="0: no limit")
     arguments = parser.parse_args()
 
-    def narrow(weight: Tensor, grid: TensorGrid, factor: CholeskyFactor) -> Tensor:
+    def narrow(weight: Tensor, grid: TensorGrid, cholesky: CholeskyFactor) -> Tensor:
         wide = arguments.widest and weight.shape[1] > arguments.widest
-        return (feedback if wide else in_own_order)(weight, grid, factor)
+        return (feedback if wide else in_own_order)(weight, grid, cholesky)
 
     with torch.no_grad():
         bench = made(arguments)

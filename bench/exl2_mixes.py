@@ -1,10 +1,11 @@
-"""What mixing widths saves, from the options that a run with the target exl2 measured.
+"""What mixes of widths gain, by the options that a run with the target exl2 measured.
 
     python bench/exl2_mixes.py OUT
 
-For each pure width: the loss of the best mix of no more bytes over that of the pure width, geometric mean by kind of
-linear; then the sum of losses when all linears together take as many bytes as that width everywhere, allocated by
-`lqexport.pipeline.allocate`, from pure widths alone and from all mixes. Solves nothing. Prints Markdown.
+The first table has, for each pure width, the loss of the best mix of no more bytes divided by the loss of the pure
+width, as geometric means by role of the linear. The second table has the sum of losses if all linears together take as
+many bytes as that width everywhere. `lqexport.pipeline.allocate` allocates them, from pure widths alone and from all
+mixes. Nothing is solved. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -25,11 +26,12 @@ WIDTHS = (2, 3, 4, 5, 6)
 
 
 def pure(options: list[Option], bits: int) -> Option:
+    """Returns the option whose codes all have `bits` bits."""
     return next(option for option in options if [run.bits for run in runs_named(option.name)] == [bits])
 
 
 def saved(options: list[Option], bits: int) -> float:
-    """Loss of the best option of no more bytes over that of the pure width."""
+    """Returns the loss of the best option of no more bytes, divided by the loss of the pure width."""
     even = pure(options, bits)
     return min(option.loss for option in options if option.nbytes <= even.nbytes) / even.loss
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     artifact = Artifact(parser.parse_args().artifact)
     losses = read_json(artifact.folder / "mixes.json", f"{artifact.folder} is not an artifact for EXL2.")
-    options = {name: measured.options(found, artifact.read(name).shape) for name, found in losses.items()}
+    options = {name: measured.options(mixes, artifact.read(name).shape) for name, mixes in losses.items()}
     roles: dict[str, list[list[Option]]] = {}
     for name, tried in options.items():
         roles.setdefault(role_of(name), []).append(tried)

@@ -1,14 +1,14 @@
-"""EXL2 folders at several sizes, read back and judged against the source; beside them ExLlamaV2's own recipe, and GGUF.
+"""Judges EXL2 folders of several sizes against the source, beside ExLlamaV2's own recipe and GGUF files.
 
     python bench/exl2_quality.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--bits 2.5 3 4] [--gguf Q3_K]
 
-Ours is quantized by `lqexport quantize --target exl2`, written by `to-exl2`, and evaluated from the folder. The
-baseline is ExLlamaV2's recipe for one matrix, written anew from its description: act-order, dampening 0.12, each
-group's scales found just before the group is solved (97 multipliers, sum of |error|^3.5 over all rows), error feedback.
-It is given the mixes that our allocation chose (`same widths`), and nearly the same width for every matrix (`even
-widths`), since its own search over mixes takes hours. Both have our output layer and embedding, so all of a size take
-the same bytes. Files of `--gguf` are ours too, of one type for all linears, their embedding and output in Q8_0 (those
-of EXL2: float16 and 6 bits). Finished artifacts in FOLDER are used again. Prints Markdown.
+lqexport's folder is quantized with `--target exl2`, written by `to-exl2`, and judged from the folder. The baseline is
+ExLlamaV2's recipe for one matrix, written anew from its description: act-order, dampening 0.12, each group's scales
+searched just before the group is solved (97 multipliers, sum of |error|^3.5 over all rows), and error feedback. Its own
+search over mixes takes hours, so it is given the mixes that lqexport's allocation chose (`same widths`), and nearly the
+same width for every matrix (`even widths`). Both have lqexport's output layer and embedding, so all folders of a size
+take the same bytes. The files of `--gguf` are lqexport's too. They have one type for all linears, and Q8_0 for
+embedding and output (EXL2 has float16 and 6 bits there). Finished artifacts in FOLDER are reused. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ from lqexport.storage.artifact import Artifact, StoredTensor
 MULTIPLIERS = torch.linspace(0.70, 1.20, 97)
 Codecs = dict[str, str]
 Choice = tuple[float, str]
-"""Bits asked for, and how the widths were chosen."""
+"""The bits that were asked for, and how the widths were chosen."""
 
 
 def searched_section(group: Tensor, bits: int) -> SquaredSection:
-    """ExLlamaV2's scales of one group of columns [R, g], as they are when the group's turn comes."""
+    """Searches ExLlamaV2's scales of one group of columns [R, g], whose weights earlier errors have moved."""
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     base = 2 * group.abs().amax(1) / (2**bits - 1)
     largest = base.max()
@@ -58,51 +58,61 @@ def searched_section(group: Tensor, bits: int) -> SquaredSection:
         scale = squared_scale(half(largest * multiplier), subs)[:, None]
         level = (group / torch.where(scale == 0, torch.inf, scale)).round().clamp(low, high)
         error = (group - scale * level).abs()
-        errors.append((error * error * error * error.sqrt()).sum())  # to the power of 3.5
+        errors.append((error * error * error * error.sqrt()).sum())  # |error|^3.5
     maximum = half(largest * MULTIPLIERS[torch.stack(errors).argmin()])
     levels = torch.arange(low, high + 1, dtype=torch.float32)[None]
     return SquaredSection(levels, group.shape[1], maximum[None], subs[:, None])
 
 
 def converted(codec: Exl2, weight: Tensor, hessian: Tensor) -> tuple[TensorSections, Tensor]:
-    """Grid and codes of a matrix by ExLlamaV2's recipe: group by group, scales from the weights as they have moved."""
-    factor = factorize(hessian, 0.12, act_order=True)
-    remaining, upper = weight[:, factor.order].contiguous(), factor.rows(slice(0, weight.shape[1]))
+    """Returns grid and codes of a matrix by ExLlamaV2's recipe. Each group's scales fit the weights that earlier errors
+    have moved."""
+    cholesky = factorize(hessian, 0.12, act_order=True)
+    remaining, upper = weight[:, cholesky.order].contiguous(), cholesky.rows(slice(0, weight.shape[1]))
     sections, codes, start = [], [], 0
     for run in codec.runs:
         for _ in range(run.count):
-            where = slice(start, start + run.group)
-            section = searched_section(remaining[:, where], run.bits)
-            natural = torch.arange(run.group)
-            part = TensorSections(natural, (section,))
-            found = feedback(remaining[:, where], part, CholeskyFactor([upper[where, where].double()], natural, 0.12))
-            codes.append(found)
+            columns = slice(start, start + run.group)
+            section = searched_section(remaining[:, columns], run.bits)
+            order = torch.arange(run.group)
+            grid = TensorSections(order, (section,))
+            group_codes = feedback(
+                remaining[:, columns], grid, CholeskyFactor([upper[columns, columns].double()], order, 0.12)
+            )
+            codes.append(group_codes)
             sections.append(section)
-            spread_errors(remaining, part.values(found), upper, where)
-            start = where.stop
-    return joined(codec, factor, sections), torch.cat(codes, dim=1)[:, factor.order.argsort()]
+            spread_errors(remaining, grid.values(group_codes), upper, columns)
+            start = columns.stop
+    return joined(codec, cholesky, sections), torch.cat(codes, dim=1)[:, cholesky.order.argsort()]
 
 
-def spread_errors(remaining: Tensor, values: Tensor, upper: Tensor, where: slice) -> None:
-    """Move the columns after a solved group to make up for its errors, as error feedback column by column would.
+def spread_errors(remaining: Tensor, values: Tensor, upper: Tensor, columns: slice) -> None:
+    """Spreads the errors of a solved group over the columns after it, as error feedback column by column would.
 
-    With d = W - Q of the group and U its part of the factor, the scaled errors E solve E U = d."""
-    errors = torch.linalg.solve_triangular(upper[where, where], remaining[:, where] - values, upper=True, left=False)
-    remaining[:, where.stop :] -= errors @ upper[where, where.stop :]
+    With d = W - Q of the group and U the group's part of the Cholesky factor, the scaled errors E solve E U = d.
+    """
+    errors = torch.linalg.solve_triangular(
+        upper[columns, columns], remaining[:, columns] - values, upper=True, left=False
+    )
+    remaining[:, columns.stop :] -= errors @ upper[columns, columns.stop :]
 
 
-def joined(codec: Exl2, factor: CholeskyFactor, groups: list[SquaredSection]) -> TensorSections:
+def joined(codec: Exl2, cholesky: CholeskyFactor, groups: list[SquaredSection]) -> TensorSections:
+    """Joins the groups of each run to one section."""
     sections, start = [], 0
     for run in codec.runs:
-        parts = groups[start : start + run.count]
-        maxima, subs = torch.cat([part.maxima for part in parts]), torch.cat([part.subs for part in parts], dim=1)
-        sections.append(replace(parts[0], maxima=maxima, subs=subs))
+        members = groups[start : start + run.count]
+        maxima, subs = (
+            torch.cat([group.maxima for group in members]),
+            torch.cat([group.subs for group in members], dim=1),
+        )
+        sections.append(replace(members[0], maxima=maxima, subs=subs))
         start += run.count
-    return TensorSections(factor.order, tuple(sections))
+    return TensorSections(cholesky.order, tuple(sections))
 
 
 class Baseline:
-    """A model whose linears ExLlamaV2's recipe has quantized, everything else as another export has it."""
+    """A model whose linears ExLlamaV2's recipe has quantized. Its other tensors are those of `export`."""
 
     def __init__(self, export: Export, linears: dict[str, StoredTensor]) -> None:
         self._export, self._linears, self.config = export, linears, export.config
@@ -121,8 +131,9 @@ class Baseline:
 
 
 def baselines(source: Source, tokens: Tensor, choices: dict[Choice, Codecs]) -> dict[Choice, dict[str, StoredTensor]]:
-    """Every linear by ExLlamaV2's recipe in the codecs of each choice, from one pass of plain second moments."""
-    model, found = BlockModel(source), {choice: {} for choice in choices}
+    """Quantizes every linear by ExLlamaV2's recipe, in the codecs of each choice. One pass collects plain second
+    moments for all choices."""
+    model, linears = BlockModel(source), {choice: {} for choice in choices}
     blocks = forward_moments(model, tokens, "plain", lambda *_: True, len(model) - 1)
     for block in blocks:
         for name, hessian in by_weight(model, block).items():
@@ -131,13 +142,15 @@ def baselines(source: Source, tokens: Tensor, choices: dict[Choice, Codecs]) -> 
                 codec = Exl2(runs_named(codecs[name]))
                 grid, codes = converted(codec, weight, hessian)
                 planes = codec.encode(grid.numpy(), codes.numpy())
-                found[choice][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
-    return found
+                linears[choice][name] = StoredTensor(name, codec.name, tuple(weight.shape), planes)
+    return linears
 
 
 class Size:
-    """One size: our folder of it, and what ExLlamaV2's recipe is given for it. Moments, and what the mixes cost, are
-    found once for all sizes."""
+    """One size: lqexport's folder, and the codecs that ExLlamaV2's recipe is given for this size.
+
+    The second moments and the losses of mixes are computed once for all sizes.
+    """
 
     def __init__(self, source: Source, recipe: Recipe, work: Path) -> None:
         assert recipe.bits is not None
@@ -155,9 +168,9 @@ class Size:
 
 
 def gguf_file(recipe: Recipe, work: Path) -> tuple[float, Path]:
-    """Bits per weight of the linears and the file of a GGUF recipe, under the same second moments."""
-    kind = recipe.target.removeprefix("gguf:")
-    artifact, file = work / kind, work / f"{kind}.gguf"
+    """Returns the bits per weight of the linears and the file of a GGUF recipe with the same second moments."""
+    tensor_type = recipe.target.removeprefix("gguf:")
+    artifact, file = work / tensor_type, work / f"{tensor_type}.gguf"
     quantize(recipe, artifact, cache=work / "moments")
     if not file.is_file():
         gguf.write(Artifact(artifact), file)
@@ -166,7 +179,7 @@ def gguf_file(recipe: Recipe, work: Path) -> tuple[float, Path]:
 
 
 class Table:
-    """Rows by rising size; each is also shown on stderr as it comes."""
+    """Table rows by rising size. Each is also printed to stderr as soon as it is known."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[float, str]] = []
@@ -199,10 +212,12 @@ def main() -> None:
                               sequence_length=512, seed=0).tokens  # fmt: skip
     table = Table()
     with torch.no_grad():
-        like = Recipe(arguments.model, "exl2", bits=4, calibration=arguments.calibration, samples=arguments.samples,
-                      moments=arguments.moments, prefix=arguments.prefix, tune=arguments.tune,
-                      compute_dtype=arguments.compute_dtype)  # fmt: skip
-        sizes = [Size(source, replace(like, bits=bits), arguments.work) for bits in arguments.bits]
+        base_recipe = Recipe(
+            arguments.model, "exl2", bits=4, calibration=arguments.calibration, samples=arguments.samples,
+            moments=arguments.moments, prefix=arguments.prefix, tune=arguments.tune,
+            compute_dtype=arguments.compute_dtype,
+        )  # fmt: skip
+        sizes = [Size(source, replace(base_recipe, bits=bits), arguments.work) for bits in arguments.bits]
         for size in sizes:
             table.add(size.bits, "lqexport", size.spent, judged(size.export))
         exports = {size.bits: size.export for size in sizes}
@@ -211,9 +226,9 @@ def main() -> None:
             spent = 8 * sum(plane.nbytes for tensor in linears.values() for plane in tensor.planes.values())
             weights = sum(np.prod(tensor.shape) for tensor in linears.values())
             table.add(bits, label, spent / weights, judged(Baseline(exports[bits], linears)))
-        for kind in arguments.gguf:
-            spent, file = gguf_file(replace(like, target=f"gguf:{kind}", bits=None), arguments.work)
-            table.add(spent, f"GGUF {kind}", spent, judged(GGUFSource(file)))
+        for tensor_type in arguments.gguf:
+            spent, file = gguf_file(replace(base_recipe, target=f"gguf:{tensor_type}", bits=None), arguments.work)
+            table.add(spent, f"GGUF {tensor_type}", spent, judged(GGUFSource(file)))
     print(table)
 
 

@@ -1,9 +1,10 @@
-"""Experts are solved one after the other, the rows of each in all threads. Would it be faster to solve several at once?
+"""Measures whether it is faster to solve several experts at once than one after the other with all threads.
 
     python bench/expert_threads.py [--threads 2] [--experts 4] [--hidden 2048] [--width 768] [--target gguf:Q4_K]
 
-Random experts, of which up_proj and down_proj are solved: in one thread; one after the other, each in all threads; as
-many at once as there are threads, each in one. Each way runs in a process of its own. Prints Markdown.
+lqexport solves experts one after the other, and divides the rows of each between all threads. This script solves
+up_proj and down_proj of random experts in three ways: in one thread; one after the other, each in all threads; and as
+many at once as there are threads, each in one thread. Each way runs in its own process. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 WAYS = {"in one thread": (False, False), "rows in all threads": (True, False), "experts at once": (False, True)}
-"""Whether torch and numba have all threads, and whether as many linears are solved at once."""
+"""For each way: whether torch and numba have all threads, and whether that many linears are solved at once."""
 
 
 def seconds(given: argparse.Namespace, at_once: int) -> float:
-    """Of solving all linears here, so many at a time."""
+    """Solves all linears in this process, `at_once` at a time. Returns the seconds."""
     import numba
     import torch
     from solver_cost import problem
@@ -61,8 +62,8 @@ def main() -> None:
         count = str(given.threads if threads else 1)
         command = [sys.executable, *sys.argv, "--at-once", str(given.threads if together else 1)]
         environment = os.environ | {"OMP_NUM_THREADS": count, "NUMBA_NUM_THREADS": count}
-        found = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
-        print(f"| {name} | {float(found):.2f} |", flush=True)
+        printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+        print(f"| {name} | {float(printed):.2f} |", flush=True)
 
 
 if __name__ == "__main__":

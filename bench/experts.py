@@ -1,11 +1,11 @@
-"""What filling up experts' second moments gives on held-out tokens (lqexport/calibration/experts.py).
+"""What filling up experts' second moments gains on held-out tokens (lqexport/calibration/experts.py).
 
     python bench/experts.py MODEL --calibration FILE [--block 12] [--target gguf:Q4_0] [--samples 48]
 
-No mixture of experts is small enough to be at hand, so the MLP of one block of a dense model stands for 16 experts:
-each token goes to two of them, by a random linear router that prefers some. Half of the sequences are calibrated on.
-Of each expert's up_proj and down_proj, up to 256 rows, the output error on its tokens of the other half is given over
-that without filling up. Prints Markdown.
+No mixture of experts is small enough for this test, so the MLP of one block of a dense model stands for 16 experts.
+A random linear router that prefers some experts sends each token to two of them. Half of the sequences are for
+calibration. For up to 256 rows of each expert's up_proj and down_proj, the table has the output error on the expert's
+tokens of the other half, divided by the error without filling up. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UP, DOWN = "up_proj", "down_proj"
 
 @torch.no_grad()
 def inputs_of_block(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and inputs [sequences, LENGTH, C] of the block's up_proj and down_proj."""
+    """Returns weights and inputs [sequences, LENGTH, C] of the block's up_proj and down_proj."""
     source = open_source(arguments.model)
     ids = evaluate.tokenize(source.tokenizer(), texts.read_text(arguments.calibration).content)
     tokens = torch.tensor(ids[: arguments.samples * LENGTH]).reshape(arguments.samples, LENGTH)
@@ -48,20 +48,22 @@ def inputs_of_block(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], d
 
 
 def routed(states: Tensor) -> Tensor:
-    """Which tokens [tokens] go to each expert: bool [EXPERTS, tokens]."""
+    """Returns which tokens go to each expert, bool [EXPERTS, tokens], for states [tokens, C]."""
     draw = torch.Generator().manual_seed(0)
     scores = states / states.norm(dim=1, keepdim=True) @ torch.randn(states.shape[1], EXPERTS, generator=draw) * 4
     chosen = (scores + torch.linspace(-2.5, 1, EXPERTS)).topk(CHOSEN).indices
     return torch.stack([(chosen == expert).any(1) for expert in range(EXPERTS)])
 
 
-def moments(kind: str, inputs: Tensor, tokens: Tensor) -> dict[tuple[str, ...], SecondMoments]:
-    """Of each expert's share of the inputs [tokens, C], as in a block of that many."""
-    found = {}
+def moments(linear: str, inputs: Tensor, tokens: Tensor) -> dict[tuple[str, ...], SecondMoments]:
+    """Returns the second moments of each expert's share of the inputs [tokens, C], named as in a block of experts."""
+    by_expert = {}
     for expert in range(EXPERTS):
-        each = found[(f"mlp.experts.{expert}.{kind}",)] = SecondMoments(inputs.shape[1], "normalized", inputs.device)
-        each.add(inputs[tokens[expert]])
-    return found
+        sums = by_expert[(f"mlp.experts.{expert}.{linear}",)] = SecondMoments(
+            inputs.shape[1], "normalized", inputs.device
+        )
+        sums.add(inputs[tokens[expert]])
+    return by_expert
 
 
 def main() -> None:
@@ -74,26 +76,26 @@ def main() -> None:
     arguments = parser.parse_args()
     weights, inputs = inputs_of_block(arguments)
     half = arguments.samples // 2
-    seen, held = ({key: part.flatten(0, 1) for key, part in zip((UP, DOWN), parts, strict=True)} for parts in
+    seen, held = ({key: states.flatten(0, 1) for key, states in zip((UP, DOWN), halves, strict=True)} for halves in
                   zip(*((states[:half], states[half:]) for states in inputs.values()), strict=True))  # fmt: skip
-    tokens, others = routed(seen[UP]), routed(held[UP])
+    tokens, held_tokens = routed(seen[UP]), routed(held[UP])
     recipe, architecture = Recipe("none", arguments.target), MIXTRAL.expanded(EXPERTS)
     ratios: dict[str, list[float]] = {}
-    for kind, weight in weights.items():
-        own, filled = (moments(kind, seen[kind], tokens) for _ in range(2))
+    for linear, weight in weights.items():
+        plain, filled = (moments(linear, seen[linear], tokens) for _ in range(2))
         pool = SecondMoments(weight.shape[1], "normalized", weight.device)
         for expert in tokens:
-            pool.add(seen[kind][expert])
-        fill_up(filled, {f"mlp.experts.*.{kind}": pool}, architecture)
-        ratios[kind] = []
-        for name, each in moments(kind, held[kind], others).items():
-            with_it, without = (
-                errors(weight, found[name].hessian(), [each.hessian()], recipe)[0] for found in (filled, own)
+            pool.add(seen[linear][expert])
+        fill_up(filled, {f"mlp.experts.*.{linear}": pool}, architecture)
+        ratios[linear] = []
+        for name, held_moments in moments(linear, held[linear], held_tokens).items():
+            with_filling, without = (
+                errors(weight, used[name].hessian(), [held_moments.hessian()], recipe)[0] for used in (filled, plain)
             )
-            ratios[kind].append(with_it / without)
+            ratios[linear].append(with_filling / without)
     print("| tokens | of other sequences | up_proj | down_proj |\n|---|---|---|---|")
     for expert in tokens.sum(1).argsort().tolist():
-        counts = f"{int(tokens[expert].sum())} | {int(others[expert].sum())}"
+        counts = f"{int(tokens[expert].sum())} | {int(held_tokens[expert].sum())}"
         print(f"| {counts} | {ratios[UP][expert]:.3f} | {ratios[DOWN][expert]:.3f} |")
 
 

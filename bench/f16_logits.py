@@ -1,8 +1,8 @@
-"""F16 export of a model: logits in llama.cpp against transformers in float32.
+"""Compares the logits of a model's F16 export in llama.cpp with those of transformers in float32.
 
     python bench/f16_logits.py MODEL [MODEL ...] --evaluation FILE --work FOLDER [--tokens 512]
 
-Prints, per model, the mean and largest absolute difference and how often both put the same token first.
+Prints for each model the mean and the largest absolute difference, and how often both rank the same token first.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lqexport.storage.artifact import Artifact
 
 
 def compare(model: str, text: str, work: Path, count: int) -> tuple[float, float, float]:
-    """Mean and largest absolute difference of the logits, and the share of equal first choices."""
+    """Returns the mean and the largest absolute difference of the logits, and the share of equal first choices."""
     out = work / Path(model).name
     quantize(Recipe(model, "gguf:F16", method="rtn"), out)
     gguf.write(Artifact(out), out.with_suffix(".gguf"))

@@ -1,5 +1,7 @@
-"""The least that a machine could take for the stages of a run: operations over the rate of its large matrix products,
-and bytes over that of its disk, both measured here and now. `bench/depth.py` prints them beside what stages took.
+"""The least seconds that a machine could take for each stage of a run.
+
+They are operations divided by the rate of the machine's large matrix products, and bytes divided by the rate of its
+disk. Both rates are measured when the script runs. `bench/depth.py` prints the floors beside the measured seconds.
 """
 
 from __future__ import annotations
@@ -20,12 +22,16 @@ from lqexport.recipe import Recipe
 from lqexport.runtime.environment import full_float32
 
 WINDOW = 512
-"""Tokens that verify runs through both models."""
+"""The tokens that `verify` runs through both models."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Operations a second of large matrix products by their dtype, bytes a second that the disk reads and writes."""
+    """The rates of a machine.
+
+    float32, passes, float64   operations per second of large matrix products, by dtype; `passes` is that of the passes
+    read, write   bytes per second of the disk
+    """
 
     float32: float
     passes: float
@@ -34,12 +40,12 @@ class Machine:
     write: float
 
     def moves(self, read: float, written: float) -> float:
-        """Seconds for so many bytes."""
+        """Returns the seconds for reading and writing these numbers of bytes."""
         return read / self.read + written / self.write
 
 
 def measured(folder: Path, device: str, passes: str) -> Machine:
-    """Of this machine: the disk that holds `folder`, and a device, whose passes are computed in the dtype `passes`."""
+    """Measures this machine: the disk that holds `folder`, and `device`, whose passes have the dtype `passes`."""
     full_float32()
     size = 4096 if device.startswith("cuda") else 1024
     dtypes = (torch.float32, getattr(torch, passes), torch.float64)
@@ -47,6 +53,7 @@ def measured(folder: Path, device: str, passes: str) -> Machine:
 
 
 def _disk(path: Path, times: int = 32) -> tuple[float, float]:
+    """Returns the bytes per second that the disk reads and writes."""
     content = os.urandom(1 << 24)
     began = time.perf_counter()
     with path.open("wb") as file:
@@ -54,7 +61,7 @@ def _disk(path: Path, times: int = 32) -> tuple[float, float]:
             file.write(content)
         os.fsync(file.fileno())
         written = time.perf_counter() - began
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that not the cache is read
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the disk is read, not the cache
     began = time.perf_counter()
     with path.open("rb") as file:
         while file.read(len(content)):
@@ -65,22 +72,24 @@ def _disk(path: Path, times: int = 32) -> tuple[float, float]:
 
 
 def work_of(artifact: Path) -> Work:
-    """What a run did, by its run.json."""
+    """Returns the work of a run from its run.json."""
     recipe = Recipe(**json.loads((artifact / "run.json").read_text(encoding="utf-8"))["recipe"])
     source = open_source(recipe.source)
     return Work(recipe, source.config, plan_recipe(source, recipe))
 
 
 def floors(work: Work, machine: Machine) -> dict[str, tuple[float, float]]:
-    """Seconds of each stage for its operations and for its bytes, each of which goes to or from the disk once where the
-    cache could hold it; guided passes also move all blocks' inputs."""
+    """Returns the least seconds of each stage: for its operations, and for its bytes.
+
+    A byte goes to or from the disk once if the cache could hold it. Guided passes also move the inputs of all blocks.
+    """
     untuned = replace(work, recipe=replace(work.recipe, tune=0))
     operations, tuned = operations_estimate(untuned), operations_estimate(work).passes
-    # Also what is not solved.
+    # Tensors that are not solved are part of the forward pass too.
     forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in work.tensors if ".layers." in tensor.name)
     passed = passes(work) * work.tokens * forward * work.calibrated
     source, states = source_bytes(work), disk(untuned).work
-    stored, solved = (sum(tensor.nbytes for tensor in part) for part in (work.tensors, work.linears))
+    stored, solved = (sum(tensor.nbytes for tensor in tensors) for tensors in (work.tensors, work.linears))
     halfs = 2 * sum(tensor.weights for tensor in work.linears)
     return {
         "rounding": (0.0, machine.moves(source - halfs, stored - solved)),
