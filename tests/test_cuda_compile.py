@@ -29,10 +29,12 @@ REGISTERS = {
     "kmeans.cu": 80,
     "squared.cu": 48,
 }
-"""The most that a kernel of each file may take; with these, at least five warps fit each of an SM's four schedulers."""
+"""Source file -> most registers per thread of its kernels. With these, at least five warps fit on each of an SM's four
+schedulers."""
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
 WHOLE = (70, 90, 120)
-"""All products are compiled for these; for the others, of each format the one that takes the most registers."""
+"""Architectures that all products are compiled for. For the others, only the product with the most registers of each
+format is compiled."""
 
 
 def kernels(source: str, architecture: int) -> list[str]:
@@ -58,7 +60,7 @@ def test_every_source_is_compiled() -> None:
 
 
 def test_shared_memory_is_had_by_the_macro_alone_and_nothing_is_written_in_ptx() -> None:
-    """See common.cuh; and what is written in PTX would have to be tested by another version for the host."""
+    """The macro is in common.cuh. Code in PTX could not be tested on the host, except by another version of it."""
     assert [path.name for path in cuda.FOLDER.glob("*.cu*") if re.search(r"\basm\b", path.read_text())] == []
     uses = [path.name for path in cuda.FOLDER.glob("*.cu*") for _ in re.findall("__shared__", path.read_text())]
     assert uses == ["common.cuh"]
@@ -103,7 +105,7 @@ def test_the_counts_in_the_docs_are_those_of_the_bench(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The table of bytes and operations; the other one depends on NVRTC's version."""
+    """Checks the table of bytes and operations. The other table depends on NVRTC's version."""
     bench = load_script("bench/kernels.py")
     used = ModuleType("usage")
     used.registers = 32  # type: ignore[attr-defined]
@@ -114,7 +116,7 @@ def test_the_counts_in_the_docs_are_those_of_the_bench(
 
 
 def test_occupancy(load_script: Callable[[str], ModuleType]) -> None:
-    """Against NVIDIA's occupancy calculator: limits by threads, by blocks and by registers, given out by 256 a warp."""
+    """Compared with NVIDIA's occupancy calculator: limits by threads, blocks, and registers in units of 256 per warp."""
     bench = load_script("bench/kernels.py")
     ada, hopper = bench.GPUS
     assert bench.occupancy(ada, 32, 256) == 48

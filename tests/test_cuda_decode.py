@@ -1,4 +1,4 @@
-"""Decode kernels against `formats`, bit for bit: run on the CPU, and on a GPU by `pytest -m gpu`."""
+"""The decode kernels give the bits of `formats`. They run on the CPU, and on a GPU by `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ EXTREMES = np.array([0.0, 2.0**-24, -1.5, 65504.0, -0.0, -(2.0**-24), -65504.0],
 
 
 def shapes(name: str) -> list[tuple[int, int]]:
-    """Odd numbers of rows; one block, several, and, where the format has no blocks, tails of less than eight."""
+    """Odd numbers of rows; one block or several; for formats without blocks, tails of less than eight columns."""
     block = codec_named(name).block
     return [(3, block), (5, 3 * block)] if block > 1 else [(3, 1), (2, 13), (5, 264)]
 
 
 def random_planes(name: str, rows: int, columns: int) -> Planes:
-    """Random bytes: every code, sub-scale and sign; float16 members among them are made finite."""
+    """Returns random planes with every code, sub-scale and sign. Their float16 members are made finite."""
     rng = np.random.default_rng(rows * 1000 + columns)
     layout = codec_named(name).layout(rows, columns)
     planes = {
         plane: rng.integers(0, 256, np.prod(shape) * dtype.itemsize, dtype=np.uint8).view(dtype).reshape(shape)
         for plane, (dtype, shape) in layout.items()
     }
-    if "exponents" in planes:  # of MXINT, where not every code and exponent is allowed
+    if "exponents" in planes:  # MXINT does not allow every code and exponent
         bits = codec_named(name).bits
         codes = rng.integers(0, codec_named(name).level_count, (rows, columns), dtype=np.uint8)
         exponents = rng.integers(BIAS + LOWEST, BIAS + HIGHEST + 1, planes["exponents"].shape, dtype=np.int16)
@@ -53,13 +53,13 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def tame(halves: np.ndarray) -> np.ndarray:
-    """Infinities and NaNs to numbers: the exponent loses a bit."""
+    """Makes infinities and NaNs finite: their exponent loses a bit."""
     bits = np.ascontiguousarray(halves).view(np.uint16)
     return np.where(np.isfinite(halves), bits, bits & 0xBFFF).astype(np.uint16).view(np.float16).reshape(halves.shape)
 
 
 def with_extreme_scales(name: str) -> Planes:
-    """A matrix whose float16 members are zeros, subnormals, negative numbers and the largest, in turn."""
+    """The float16 members are zeros, subnormals, negative numbers and the largest numbers, in turn."""
     rows, columns = shapes(name)[-1]
     planes = random_planes(name, rows, columns)
     for plane, array in planes.items():
@@ -85,7 +85,7 @@ def check(name: str, planes: Planes, columns: int, device: str, dtype: torch.dty
 
 @pytest.fixture(params=["plain", "address", pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, kernels_on: Callable[[str, dict[str, list[str]]], str]) -> str:
-    """Where the kernels run, by one of the harness's builds or on a GPU."""
+    """The device of the tensors; kernels run in one of the harness's builds or on a GPU."""
     return kernels_on(request.param, {cuda_decode.SOURCE: cuda_decode.kernels()})
 
 
@@ -108,7 +108,7 @@ def test_extreme_scales(name: str, device: str) -> None:
 
 
 def test_every_half_and_every_bfloat16(device: str) -> None:
-    """All 65536 of each, infinities and subnormals among them, which arithmetic that flushes them must not touch."""
+    """All 65536 values of each type keep their bits, even subnormals, which flushing arithmetic would change."""
     blocks = np.arange(65536, dtype=np.uint16).view(np.uint8).reshape(1, -1)
     for name in ("gguf:F16", "gguf:BF16"):
         check(name, {"blocks": blocks}, 65536, device)
@@ -116,7 +116,7 @@ def test_every_half_and_every_bfloat16(device: str) -> None:
 
 
 def test_float32_to_halves_rounds_to_even(device: str) -> None:
-    """float32 numbers around every float16 and bfloat16, and subnormal ones."""
+    """Covers float32 numbers around every float16 and bfloat16, and subnormal ones."""
     halves = torch.arange(0x7C00, dtype=torch.int16).view(torch.float16).float()
     middles = (halves[1:] + halves[:-1]) / 2
     bits = middles.view(torch.int32)
@@ -128,7 +128,7 @@ def test_float32_to_halves_rounds_to_even(device: str) -> None:
 
 
 def test_rows_of_a_wide_matrix(device: str) -> None:
-    """More rows and columns than one block of threads decodes."""
+    """The matrix has more rows and columns than one block of threads decodes."""
     check("gguf:Q4_K", random_planes("gguf:Q4_K", 65, 1024), 1024, device)
 
 
@@ -146,7 +146,7 @@ def test_without_kernels_there_is_one_clear_sentence() -> None:
 
 @pytest.mark.parametrize("name", names())
 def test_every_format_has_a_reader(name: str) -> None:
-    """But EXL2, which tests/test_cuda_exl2.py tests."""
+    """EXL2 is tested in tests/test_cuda_exl2.py."""
     assert set(cuda_decode.READERS[name].planes) == set(codec_named(name).layout(1, codec_named(name).block))
 
 

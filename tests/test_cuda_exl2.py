@@ -1,4 +1,4 @@
-"""EXL2's kernels against `formats` and float64: run on the CPU, and on a GPU by `pytest -m gpu`."""
+"""EXL2's kernels, compared with `formats` and float64. They run on the CPU, and on a GPU by `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ VECTORS = sorted((Path(__file__).parent / "golden" / "exl2").glob("*.safetensors
 MIX = "exl2:8g32x1+6g64x2+5g32x2+4g128x1+3g96x1+2g32x3"
 NAMES = [*(f"exl2:{bits}g32x3" for bits in BITS), "exl2:5g96x2", MIX]
 MAXIMA = np.array([0.0, 2.0**-24, 6e-6, 0.003, 0.02, 1.0, 255.9, 65504.0, -0.02, -0.0], np.float16)
-"""With 255.9 and more, some weights become infinite, as they do in ExLlamaV2; below 2^-6 the scales are subnormal."""
+"""With 255.9 and more, some weights become infinite, as in ExLlamaV2. Below 2^-6 the scales are subnormal."""
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
 def random_planes(name: str, rows: int, maxima: np.ndarray) -> Planes:
-    """Random codes, scale codes and order."""
-    made, draw = Exl2(runs_named(name)), np.random.default_rng(rows)
-    layout = made.layout(rows, made.columns)
+    """Returns planes with random codes, scale codes and order of columns."""
+    codec, draw = Exl2(runs_named(name)), np.random.default_rng(rows)
+    layout = codec.layout(rows, codec.columns)
     words = {
         plane: draw.integers(0, 256, np.prod(layout[plane][1]) * 4, dtype=np.uint8).view(np.int32)
         for plane in ("q_weight", "q_scale")
     }
-    bits = np.repeat([run.bits for run in made.runs], [run.count for run in made.runs])
-    lines = np.repeat([run.group * run.bits // 32 for run in made.runs], [run.count for run in made.runs])
+    bits = np.repeat([run.bits for run in codec.runs], [run.count for run in codec.runs])
+    lines = np.repeat([run.group * run.bits // 32 for run in codec.runs], [run.count for run in codec.runs])
     return {
         **{plane: array.reshape(layout[plane][1]) for plane, array in words.items()},
-        "q_scale_max": np.resize(maxima, made.groups),
+        "q_scale_max": np.resize(maxima, codec.groups),
         "q_groups": np.stack([bits, np.cumsum(lines) - lines], axis=1).astype(np.int16).ravel(),
-        "q_invperm": draw.permutation(made.columns).astype(np.int32),
+        "q_invperm": draw.permutation(codec.columns).astype(np.int32),
     }
 
 
@@ -47,7 +47,7 @@ def on(device: str, planes: Planes) -> dict[str, torch.Tensor]:
 
 def check_decode(planes: Planes, device: str, dtype: torch.dtype = torch.float32) -> None:
     made, columns = of_planes(planes), len(planes["q_invperm"])
-    with np.errstate(over="ignore"):  # what the largest maxima do
+    with np.errstate(over="ignore"):  # the largest maxima overflow
         expected = torch.from_numpy(made.decode(planes, columns)).to(dtype)
     actual = cuda_decode.decode(made.name, on(device, planes), columns, dtype).cpu()
     number, bits = ~expected.isnan(), torch.int32 if dtype == torch.float32 else torch.int16
@@ -84,7 +84,7 @@ def plain_device(request: pytest.FixtureRequest, kernels_on: KernelsOn) -> str:
 
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
 def test_layers_that_exllamav2_decoded(path: Path, plain_device: str) -> None:
-    """The same bits as ExLlamaV2's own kernel."""
+    """Our kernel gives the bits of ExLlamaV2's kernel."""
     content = load_file(path)
     expected = torch.from_numpy(np.ascontiguousarray(content.pop("expected").T))
     planes = {name.removeprefix("layer."): plane for name, plane in content.items() if "bias" not in name}
@@ -108,7 +108,7 @@ def test_extreme_maxima(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("name", NAMES)
 def test_products(name: str, dtype: torch.dtype, plain_device: str) -> None:
-    """One token, a tile, a tile and a bit, two tiles; more units than warps and fewer."""
+    """Covers one token, one tile, more than one, and two tiles; and more and fewer units than warps."""
     for tokens, rows in [(1, 64), (8, 32), (9, 32), (16, 64)]:
         check_product(random_planes(name, rows, MAXIMA[3:6]), tokens, dtype, plain_device)
 
@@ -132,7 +132,7 @@ def test_products_within_their_memory(device: str) -> None:
 
 
 def test_no_race(kernels_on: KernelsOn) -> None:
-    """The tile that a decoding block turns, and the sums that the warps of a product share."""
+    """Covers the tile that a decoding block transposes, and the sums that the warps of a product share."""
     device = kernels_on("thread", {cuda_exl2.SOURCE: cuda_exl2.kernels()})
     planes = random_planes("exl2:5g32x1", 32, MAXIMA[3:5])
     check_decode(planes, device)

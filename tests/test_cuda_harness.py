@@ -1,4 +1,4 @@
-"""The harness that runs CUDA kernels on the CPU finds every planted bug, and says nothing of kernels that are right."""
+"""The harness that runs CUDA kernels on the CPU finds every planted bug, and accepts kernels that are right."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BUGS = {
     "reads_a_lane_that_has_left": ("plain", "which is not there"),
     "meets_at_two_shuffles": ("plain", "meet at different operations"),
 }
-"""The build that finds each, and what it says."""
+"""Kernel of bugs.cu -> the build that finds its bug, and words of the message."""
 RIGHT = {
     "right_sum": lambda x: x.sum(),
     "right_tiles": lambda x: x.flip(0) * 3 + 3,
@@ -51,7 +51,7 @@ SHARED = 256 * 4
 
 @pytest.fixture(scope="module")
 def run(cuda_harness: ModuleType, cuda_folder: Path) -> Callable[..., torch.Tensor]:
-    """Runs a kernel of bugs.cu in one build on x = 0..255 and returns y."""
+    """A function that runs a kernel of bugs.cu in one build on x = 0..255 and returns y."""
 
     def run(kernel: str, flavour: str, seed: int = 1) -> torch.Tensor:
         source = cuda_harness.HERE / "bugs.cu"
@@ -64,8 +64,8 @@ def run(cuda_harness: ModuleType, cuda_folder: Path) -> Callable[..., torch.Tens
 
 
 def test_every_kernel_of_the_file_is_tried(root: Path) -> None:
-    found = re.findall(r"^KERNEL\((\w+)\)", (root / "tests/cudacpu/bugs.cu").read_text(), re.MULTILINE)
-    assert sorted(found) == sorted([*BUGS, *RIGHT, UNSET])
+    kernels = re.findall(r"^KERNEL\((\w+)\)", (root / "tests/cudacpu/bugs.cu").read_text(), re.MULTILINE)
+    assert sorted(kernels) == sorted([*BUGS, *RIGHT, UNSET])
 
 
 @pytest.mark.parametrize("kernel", BUGS)
@@ -90,7 +90,7 @@ def test_unset_shared_memory_is_no_number(run: Callable[..., torch.Tensor]) -> N
 
 
 def test_the_order_of_threads_depends_on_the_seed(run: Callable[..., torch.Tensor]) -> None:
-    """Where two threads write one place, the last wins: another seed lets another win."""
+    """If two threads write the same place, the last wins. Another seed lets another thread win."""
     assert not torch.equal(
         run("lets_threads_write_one_place", "plain", 1), run("lets_threads_write_one_place", "plain", 2)
     )

@@ -1,4 +1,4 @@
-"""The k-means kernel against `kernels.kmeans`: run on the CPU, and on a GPU by `pytest -m gpu`."""
+"""The k-means kernel, compared with `kernels.kmeans`. It runs on the CPU, and on a GPU by `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plain_device(request: pytest.FixtureRequest, kernels_on: KernelsOn) -> str:
 
 
 def problem(rows: int, columns: int, own_weights: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values far from zero, with weights of very different sizes."""
+    """Returns values far from zero, and weights that differ widely in size."""
     generator = torch.Generator().manual_seed(columns)
     values = torch.randn(rows, columns, generator=generator, dtype=torch.float64) + 3
     shape = (rows, columns) if own_weights else (columns,)
@@ -36,19 +36,19 @@ def problem(rows: int, columns: int, own_weights: bool = False) -> tuple[torch.T
 
 def check(values: torch.Tensor, weight: torch.Tensor, count: int, device: str, *, distinct: bool = True) -> None:
     centers, errors = (torch.from_numpy(part) for part in weighted_kmeans(values.numpy(), weight.numpy(), count))
-    found, least = cuda_kmeans.weighted_kmeans(values.to(device), weight.to(device), count)
+    on_device, least = cuda_kmeans.weighted_kmeans(values.to(device), weight.to(device), count)
     scale = float(errors.max()) + 1e-3
     torch.testing.assert_close(least.cpu(), errors, rtol=1e-9, atol=1e-10 * scale)
-    off = (values[:, :, None] - found.cpu()[:, None]).abs().amin(2)
+    off = (values[:, :, None] - on_device.cpu()[:, None]).abs().amin(2)
     torch.testing.assert_close((weight * off.square()).sum(1), errors, rtol=1e-6, atol=1e-9 * scale)
-    assert bool((found.diff(dim=1) >= 0).all())
-    if distinct:  # of equal values, which come first is a matter of the sort, and so may be the splits
-        torch.testing.assert_close(found.cpu(), centers, rtol=1e-9, atol=1e-9)
+    assert bool((on_device.diff(dim=1) >= 0).all())
+    if distinct:  # the order of equal values depends on the sort, and so do the splits between them
+        torch.testing.assert_close(on_device.cpu(), centers, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("count", [4, 8, 16])
 def test_centers_are_those_of_the_cpu(count: int, plain_device: str) -> None:
-    """Fewer candidates than threads, and more: a warp takes each, then a thread."""
+    """Covers fewer candidates than threads (one warp for each), and more (one thread for each)."""
     for columns in (17, 64, 300, 1100):
         check(*problem(3, columns), count, plain_device)
 

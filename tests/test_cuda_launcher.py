@@ -1,4 +1,4 @@
-"""The launcher with a stand-in for CuPy: what it compiles, on which stream, and which arguments a kernel gets."""
+"""The launcher with a stand-in for CuPy: what it compiles, its stream, and the arguments that a kernel gets."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lqexport.kernels import cuda
 
 
 class FakeCupy(SimpleNamespace):
-    """CuPy with one device, where nothing runs; `log` holds what it was asked."""
+    """A stand-in for CuPy with one device, on which nothing runs. `log` holds the requests."""
 
     def __init__(self, devices: int = 1) -> None:
         self.log: list[Any] = []

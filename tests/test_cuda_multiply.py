@@ -1,4 +1,4 @@
-"""Fused products against float64: run on the CPU, and on a GPU by `pytest -m gpu`."""
+"""Fused products, compared with float64. They run on the CPU, and on a GPU by `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -15,28 +15,32 @@ from lqexport.kernels import cuda_decode, cuda_multiply
 KernelsOn = Callable[[str, dict[str, list[str]]], str]
 FEW = ["gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", "native:table-3", "native:affine-4-g64"]
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
-"""Of the largest error relative to the largest output; bfloat16 keeps 8 bits."""
+"""Largest error allowed, relative to the largest output. bfloat16 keeps 8 bits."""
 
 
-def kernels(names: list[str], kinds: tuple[str, ...] = ("float", "__half")) -> dict[str, list[str]]:
+def kernels(names: list[str], scalar_types: tuple[str, ...] = ("float", "__half")) -> dict[str, list[str]]:
     readers = {cuda_decode.READERS[name].type for name in names}
     fitting = [
         kernel
         for kernel in cuda_multiply.kernels()
-        if any(kernel.startswith(f"multiply<{reader}, {kind}, ") for reader in readers for kind in kinds)
+        if any(
+            kernel.startswith(f"multiply<{reader}, {scalar_type}, ")
+            for reader in readers
+            for scalar_type in scalar_types
+        )
     ]
-    decoding = [f"decode<{reader}, {kind}>" for reader in sorted(readers) for kind in kinds]
+    decoding = [f"decode<{reader}, {scalar_type}>" for reader in sorted(readers) for scalar_type in scalar_types]
     return {cuda_multiply.SOURCE: fitting, cuda_decode.SOURCE: decoding}
 
 
 def problem(name: str, rows: int, columns: int, device: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """Planes of a random matrix, and the matrix float64."""
-    chosen = codec_named(name)
-    assert isinstance(chosen, GridCodec)
+    """Returns the planes of a random matrix, and its values in float64."""
+    codec = codec_named(name)
+    assert isinstance(codec, GridCodec)
     weights = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows))
-    grid = minmax(chosen, weights)
-    planes = chosen.encode(grid.numpy(), grid.nearest(weights).numpy())
-    values = torch.from_numpy(chosen.decode(planes, columns)).double()
+    grid = minmax(codec, weights)
+    planes = codec.encode(grid.numpy(), grid.nearest(weights).numpy())
+    values = torch.from_numpy(codec.decode(planes, columns)).double()
     return {plane: torch.from_numpy(array).to(device) for plane, array in planes.items()}, values
 
 
@@ -66,7 +70,7 @@ def device(request: pytest.FixtureRequest, kernels_on: KernelsOn) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("name", FEW)
 def test_products(name: str, dtype: torch.dtype, device: str) -> None:
-    """One token, one tile, a tile and a bit, two tiles; an odd number of rows; more columns than a block's stride."""
+    """Covers one token, one tile, more than one, two tiles; odd numbers of rows; more columns than a block's stride."""
     for tokens, rows, columns in [(1, 7, 1280), (3, 2, 256), (8, 3, 256), (9, 5, 512), (16, 4, 256)]:
         check(name, rows, columns, tokens, dtype, device)
 
@@ -88,7 +92,7 @@ def test_many_tokens_and_other_formats_are_decoded_first(device: str) -> None:
 
 
 def test_a_slice_of_activations(device: str) -> None:
-    """It begins where no 16-byte load may."""
+    """The slice begins at an address where 16-byte loads are not allowed."""
     planes, values = problem("gguf:Q4_0", 4, 32, device)
     x = torch.randn(2 * 32 + 1, device=device)[1:].view(2, 32)
     y = cuda_multiply.multiply(x, "gguf:Q4_0", planes).cpu()
@@ -97,7 +101,7 @@ def test_a_slice_of_activations(device: str) -> None:
 
 @pytest.mark.parametrize("flavour", ["address", "thread", pytest.param("gpu", marks=pytest.mark.gpu)])
 def test_under_the_sanitizers(flavour: str, kernels_on: KernelsOn) -> None:
-    """bfloat16 and odd shapes; the thread sanitizer sees the sums that warps share."""
+    """Covers bfloat16 and odd shapes. The thread sanitizer sees the sums that warps share."""
     names = ["gguf:Q6_K", "native:table-3"]
     device = kernels_on(flavour, kernels(names, ("bf16",)))
     check("gguf:Q6_K", 3, 256, 9, torch.bfloat16, device, rank=3)

@@ -1,4 +1,4 @@
-"""The solver's kernels against `kernels.cpu`: run on the CPU, and on a GPU by `pytest -m gpu`."""
+"""The solver's kernels, compared with `kernels.cpu`. They run on the CPU, and on a GPU by `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ KernelsOn = Callable[[str, dict[str, list[str]]], str]
 Solved = TensorGrid | TensorSections
 NAMES = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q4_1", "gguf:Q6_K", "gguf:IQ4_XS", "native:affine-3-g64",
          "native:affine-4-row", "native:table-3", "native:mxint-3-g32"]  # fmt: skip
-"""One of each kind: two-level and plain numbers, with and without offset, uniform and not, groups from 16 to a row."""
+"""Grids of every sort: one or two levels of scales, with or without offset, uniform or not, groups from 16 to a row."""
 MIX = "exl2:8g32x1+5g64x1+3g32x4+2g32x1"
 SANITIZED = ["gguf:Q2_K", "gguf:IQ4_XS", "native:table-3"]
 
 
 @cache
 def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and second moments of inputs that depend on each other, one of them large."""
+    """Returns weights, and the Hessian of correlated inputs, one of which is large."""
     generator = torch.Generator().manual_seed(columns)
     mixing = torch.randn(columns, columns, generator=generator) * columns**-0.5
     inputs = torch.randn(4 * columns, columns, generator=generator) @ mixing
@@ -48,16 +48,16 @@ def problem(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor]:
 def solved(
     backend: object, name: str, weights: torch.Tensor, hessian: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Solved, torch.Tensor, Solved, torch.Tensor]:
-    """Grid and codes after error feedback, and after two sweeps of refinement, by one of the backends."""
+    """Returns grid and codes after error feedback, and after two sweeps of refinement, by one backend."""
     monkeypatch.setattr(solve, "backend", lambda *_: backend)
-    factor, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    cholesky, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
     if name.startswith("exl2:"):
-        grid = fit_sections(codec_named(name), weights.cpu(), hessian.diagonal().cpu(), factor.order.cpu())
-        grid = replace(moved(grid, weights.device), order=factor.order)
-        codes = solve.feedback(weights, grid, factor)
+        grid = fit_sections(codec_named(name), weights.cpu(), hessian.diagonal().cpu(), cholesky.order.cpu())
+        grid = replace(moved(grid, weights.device), order=cholesky.order)
+        codes = solve.feedback(weights, grid, cholesky)
         return grid, codes, *refine_sections(weights, matrix, grid, codes, sweeps=2)
     grid = moved(fit(codec_named(name), weights.cpu(), hessian.diagonal().cpu()), weights.device)
-    codes = solve.feedback(weights, grid, factor)
+    codes = solve.feedback(weights, grid, cholesky)
     return grid, codes, *solve.refine(weights, matrix, grid, codes, sweeps=2, refit=True)
 
 
@@ -78,15 +78,15 @@ def moved(grid: Solved, device: torch.device) -> Solved:
 def compare(
     name: str, weights: torch.Tensor, hessian: torch.Tensor, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Codes by kernels.cpu and by the kernels: of feedback the same but for ties, of refinement as good."""
+    """Compares kernels.cpu with the CUDA kernels: feedback gives the same codes but for ties, refinement is as good."""
     _, first, grid, codes = solved(solve_cpu, name, weights, hessian, monkeypatch)
     theirs = solved(solve_cuda, name, weights.to(device), hessian.to(device), monkeypatch)
     other_first, other_codes = theirs[1].cpu(), theirs[3].cpu()
-    # On the CPU the same bits; on a GPU the products between blocks are another library's, and after one near tie that
-    # is decided otherwise the rest of a row differs: 0.7 % of the codes of a real layer of 12 rows on an H100.
+    # On the CPU the bits are the same. On a GPU another library multiplies between blocks, and after a near tie that
+    # falls the other way the rest of a row differs: 0.7 % of the codes of a real layer of 12 rows on an H100.
     feedback_limit, refined_limit = (0, 2e-3) if device == "cpu" else (2e-2, 2e-2)
     assert float((first != other_first).float().mean()) <= feedback_limit
-    if device == "cpu" or not name.startswith("exl2:"):  # whose maxima are moved by sums over all rows
+    if device == "cpu" or not name.startswith("exl2:"):  # EXL2's maxima depend on sums over all rows
         assert float((codes != other_codes).float().mean()) <= refined_limit
     losses = [
         solve.layer_loss((values - weights).double(), hessian.double())
@@ -117,7 +117,7 @@ def test_columns_that_fill_no_block(device: str, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("name", ["gguf:Q4_K", "gguf:Q2_K", "native:table-4", "exl2:6g32x4+3g64x10"])
 def test_real_layers(name: str, device: str, reference_models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of smollm2-k's first block, and second moments of what enters them."""
+    """Solves weights of smollm2-k's first block under the Hessians of their inputs."""
     for weights, hessian in real_layers(reference_models / "smollm2-k"):
         compare(name, weights[: 32 if name.startswith("exl2:") else 12].contiguous(), hessian, device, monkeypatch)
 
@@ -129,8 +129,8 @@ def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     model, firsts = BlockModel(source, torch.device("cpu")), ("self_attn.q_proj", "mlp.gate_proj")
     with torch.no_grad():
         (moments,) = forward_moments(model, tokens[:, :1024], "normalized", lambda _, group: group[0] in firsts, 0)
-    found = by_weight(model, moments)
-    return [(source.read(name).float(), found[name]) for name in (model.weight_name(0, first) for first in firsts)]
+    hessians = by_weight(model, moments)
+    return [(source.read(name).float(), hessians[name]) for name in (model.weight_name(0, first) for first in firsts)]
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
 def test_fitted_groups_are_as_good(name: str, device: str) -> None:
     weights, hessian = problem(7, 256)
     weights = weights.clone()
-    weights[0, :64], weights[1, :64] = 0, 3.0  # groups without a range
+    weights[0, :64], weights[1, :64] = 0, 3.0  # groups whose weights are all equal
     chosen = codec_named(name)
     levels, uniform = fitting.shared_levels(chosen, weights.device)
     group = chosen.scale.group or 256

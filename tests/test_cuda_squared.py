@@ -1,4 +1,4 @@
-"""The search for EXL2's scale codes against `kernels.squared`: run on the CPU, and on a GPU by `pytest -m gpu`."""
+"""The search for EXL2's scale codes, compared with `kernels.squared`: on the CPU, and on a GPU by `pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def device(request: pytest.FixtureRequest, kernels_on: KernelsOn) -> str:
 
 @pytest.mark.parametrize("bits", BITS)
 def test_errors_and_codes_are_those_of_the_cpu(bits: int, device: str) -> None:
-    """Rows of zeros, of tiny and of large numbers; a maximum of zero; a group that fills no block of threads."""
+    """Covers rows of zeros, of tiny and large numbers, a maximum of zero, and a group that fills no block of threads."""
     draw = torch.Generator().manual_seed(bits)
     group = torch.randn(37, 96, generator=draw) * torch.rand(37, 1, generator=draw)
     group[3], group[5], group[7] = 0, group[5] * 1e-6, group[7] * 50
@@ -29,11 +29,11 @@ def test_errors_and_codes_are_those_of_the_cpu(bits: int, device: str) -> None:
     maxima = fitting.storable(torch.tensor([0.0, 1e-7, 0.1, 0.5, 2.0]) / 2 ** (bits - 1), bits)
     scales = fitting.squared_scale(maxima[:, None], torch.arange(16))
     expected, codes = fitting._best_subs_cpu(group, weight, scales, bits)
-    errors, found = (
+    errors, device_codes = (
         part.cpu() for part in fitting._best_subs_cuda(group.to(device), weight.to(device), scales.to(device), bits)
     )
     torch.testing.assert_close(errors, expected, rtol=1e-4, atol=1e-12)
-    assert float((found != codes).float().mean()) < 0.02  # ties, of which the order of a sum decides
+    assert float((device_codes != codes).float().mean()) < 0.02  # ties, which the order of a sum decides
 
 
 def test_a_grid_is_fitted_as_well(kernels_on: KernelsOn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -44,6 +44,6 @@ def test_a_grid_is_fitted_as_well(kernels_on: KernelsOn, monkeypatch: pytest.Mon
     expected, codes = fitting._fit_group(group, weight, 3, base)
     monkeypatch.setattr(fitting, "_best_subs_cpu", fitting._best_subs_cuda)
     monkeypatch.setattr(cuda, "usable", lambda _: True)
-    maximum, found = fitting._fit_group(group, weight, 3, base)
+    maximum, device_codes = fitting._fit_group(group, weight, 3, base)
     assert maximum == expected
-    assert torch.equal(found, codes)
+    assert torch.equal(device_codes, codes)

@@ -1,4 +1,4 @@
-"""A finished artifact in which any byte of any file has changed is not taken for the one that was written."""
+"""A finished artifact in which any byte of any file has changed is reported as damaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lqexport.runtime.progress import Callback
 from lqexport.storage.artifact import Artifact
 
 TRIES = 60
-"""Bytes changed in each kind of file."""
+"""How many changed bytes are tried for each pattern of files."""
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +27,8 @@ def finished(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Arti
     return Artifact(folder)
 
 
-def found(artifact: Artifact) -> list[str]:
-    """Files that are known to be damaged."""
+def damaged_files(artifact: Artifact) -> list[str]:
+    """Returns the names of files that are reported as damaged, or the error's sentence."""
     try:
         return artifact.damaged()
     except UserError as error:
@@ -38,7 +38,7 @@ def found(artifact: Artifact) -> list[str]:
 def test_a_whole_artifact_is_whole(finished: Artifact) -> None:
     assert finished.damaged() == []
     listed = {path.relative_to(finished.folder).as_posix() for path in finished.folder.rglob("*") if path.is_file()}
-    # All that a run writes is under the manifest's digests, but for itself and the log.
+    # The manifest has the digest of every file that a run writes, except the manifest itself and the log.
     digests = json.loads((finished.folder / "manifest.json").read_text())["files"]
     assert listed - digests.keys() == {"manifest.json", "log.jsonl"}
 
@@ -54,11 +54,11 @@ def test_any_changed_byte_is_found(finished: Artifact, tmp_path: Path, pattern: 
         changed = bytearray(content)
         changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
         path.write_bytes(changed)
-        (name,) = found(Artifact(folder))
+        (name,) = damaged_files(Artifact(folder))
         assert path.name in name
         path.write_bytes(content)
     path.unlink()
-    assert found(Artifact(folder))
+    assert damaged_files(Artifact(folder))
 
 
 def test_a_tensor_cannot_be_named_out_of_the_folder(finished: Artifact) -> None:

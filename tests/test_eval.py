@@ -1,4 +1,4 @@
-"""`lqexport eval`: perplexity as the papers have it, and tasks through lm-evaluation-harness."""
+"""`lqexport eval`: perplexity as the papers measure it, and tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ needs_harness = pytest.mark.skipif(importlib.util.find_spec("lm_eval") is None, 
 
 @pytest.fixture(scope="module")
 def folder(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A native folder with low-rank corrections; beside it the artifact, and a .gguf file in F16."""
+    """A native folder with low-rank corrections. Beside it are its artifact and a .gguf file in F16."""
     base = tmp_path_factory.mktemp("eval")
     native.write(rounded_artifact(base / "artifact", "native:table-3", 8), base / "native")
     gguf.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
@@ -63,8 +63,10 @@ def test_an_unknown_protocol_is_refused(folder: Path) -> None:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, text: Path) -> dict[str, list[str]]:
-    """Stands where the hub is: 1200 short documents of each text, and six long ones among them; what was asked for is
-    in `asked`."""
+    """Replaces the hub by 1200 documents for each text, six of them long.
+
+    Returns the documents, and the splits that were asked for in `asked`.
+    """
     datasets = pytest.importorskip("datasets")
     content = text.read_text()
     draw = np.random.default_rng(0)
@@ -124,7 +126,7 @@ CHOICES = [" return", " import", " banana", " x"]
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task of six questions with four choices, as a file of the harness."""
+    """The file of a harness task with six questions of four choices."""
     folder = tmp_path_factory.mktemp("tasks")
     questions = [{"q": f"def f{i}(x):\n   ", "choices": CHOICES, "answer": i % 4} for i in range(6)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, questions)))
@@ -148,7 +150,7 @@ metric_list:
 
 
 def by_hand(file: Path) -> float:
-    """The share of questions whose answer has the largest log-likelihood."""
+    """Returns the share of questions whose right answer has the largest log-likelihood."""
     model, tokenizer = runnable(file, torch.device("cpu"), torch.float32), tokenizer_of(file)
     right = 0
     for i in range(6):

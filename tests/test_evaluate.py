@@ -1,4 +1,4 @@
-"""Protocols, scores and their sums, against hand-computed values and direct float64 computations."""
+"""Protocols, scores and their sums, compared with values computed by hand and directly in float64."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SMALL = Protocol("small", window=8, first=3, bos=False)
 
 
 def test_protocols_score_what_their_originals_score() -> None:
-    """GPTQ: all 2047 targets of 2048. llama-perplexity: from n_ctx/2 + 1 on, 255 of 512."""
+    """GPTQ's protocol scores 2047 targets of 2048. llama-perplexity scores 255 of 512, from n_ctx/2 + 1 on."""
     assert [(p.name, p.window, p.first, p.scored, p.bos) for p in PROTOCOLS.values()] == [
         ("hf-2048", 2048, 1, 2047, False),
         ("llama.cpp-512", 512, 257, 255, True),
@@ -60,7 +60,7 @@ def test_short_texts_are_refused(protocol: Protocol) -> None:
 
 
 def test_scores_by_hand() -> None:
-    """Two tokens: the source says 3/4, 1/4; the file says 1/2, 1/2 and then 1/4, 3/4."""
+    """Two tokens: the source predicts 3/4 and 1/4 each time; the file predicts 1/2 and 1/2, then 1/4 and 3/4."""
     reference = torch.log(torch.tensor([[3.0, 1.0], [3.0, 1.0]])) + 5
     test = torch.log(torch.tensor([[1.0, 1.0], [1.0, 3.0]])) - 2
     scores = score(reference, test, torch.tensor([0, 1]))
@@ -88,7 +88,7 @@ def test_scores_equal_a_direct_float64_computation() -> None:
 
 
 def test_a_tiny_divergence_is_not_lost() -> None:
-    """Logits of 1e4 leave float32 no digits for a divergence of 1e-8; float64 does."""
+    """With logits of 1e4, float32 has no digits left for a divergence of 1e-8, but float64 has."""
     reference = torch.tensor([[10000.0, 10000.0]])
     test = torch.tensor([[10000.0, 10000.0 + 2**-10]])
     expected = math.log(math.cosh(2**-11))
@@ -112,7 +112,7 @@ def logits_of(probabilities: list[list[float]]) -> torch.Tensor:
 
 
 def test_evaluation_by_hand() -> None:
-    """Two windows of two scored tokens: the source is sure of 1/2 each time, the file of 1/4 and 1/8."""
+    """Two windows of two scored tokens. The source gives the target 1/2 each time, the file gives it 1/4 and 1/8."""
     protocol = Protocol("tiny", window=3, first=1, bos=False)
     accumulator = Accumulator(protocol)
     sure, half, quarter = [0.5, 0.3, 0.2], [0.25, 0.5, 0.25], [0.125, 0.5, 0.375]
@@ -162,7 +162,7 @@ def test_different_numbers_of_windows_are_an_error() -> None:
 
 
 class Recorder:
-    """A listener that remembers its stages and how much of each was done."""
+    """A listener that records its stages and how much of each was done."""
 
     def __init__(self) -> None:
         self.stages: list[list[float | str]] = []
@@ -178,7 +178,7 @@ class Recorder:
 
 
 class InMemory:
-    """Weights of a transformers model."""
+    """The weights of a transformers model."""
 
     def __init__(self, model: LlamaForCausalLM) -> None:
         self.config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": ["LlamaForCausalLM"]}
@@ -214,7 +214,7 @@ def test_blocks_give_the_models_logits_at_the_scored_positions() -> None:
 
 
 def test_perplexity_is_that_of_transformers() -> None:
-    """transformers' own loss over windows of which every token but the first is a target."""
+    """Returns transformers' loss over windows in which every token but the first is a target."""
     protocol = Protocol("all", window=8, first=1, bos=False)
     model, other = small_model(0), small_model(1)
     windows = np.random.default_rng(0).integers(0, 30, (3, 8))
@@ -236,7 +236,7 @@ def test_a_model_against_itself() -> None:
 
 
 def test_engine_logits_are_cut_like_those_of_blocks() -> None:
-    """A stand-in engine whose logits tell their position."""
+    """A stand-in for an engine, whose logits tell their position."""
 
     def logits(tokens: list[int], first: int) -> np.ndarray:
         return np.arange(first, len(tokens), dtype=np.float32)[:, None]

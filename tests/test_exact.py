@@ -1,4 +1,4 @@
-"""The exact solver: each row in the order of Optimal Brain Quantization."""
+"""The exact solver, which solves each row in the order of Optimal Brain Quantization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Matrix = NDArray[np.float64]
 
 @pytest.fixture(scope="module")
 def problem() -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [6, 48] and the second moments of correlated inputs of different sizes, one column always zero."""
+    """Weights [6, 48], and the Hessian of correlated inputs that differ in size; one column is always zero."""
     draw = torch.Generator().manual_seed(2)
     weights = torch.randn(6, 48, generator=draw)
     mixing = torch.randn(48, 48, generator=draw) / 6 + torch.eye(48)
@@ -36,7 +36,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def row_codes(weights: Matrix, hessian: Matrix, table: Matrix) -> list[int]:
-    """Codes of one row by the definition: the inverse of what is left is computed anew at every step."""
+    """Returns the codes of one row by the definition: every step inverts the Hessian of the columns that are left."""
     weights, left, codes = weights.copy(), list(range(len(weights))), [0] * len(weights)
     below, above = (table[1] - table[0]) / 2, (table[-1] - table[-2]) / 2
     while left:
@@ -63,7 +63,7 @@ def loss(grid: TensorGrid, codes: torch.Tensor, weights: torch.Tensor, hessian: 
 def test_rows_are_solved_by_the_definition(
     bits: int, stretch: float, problem: tuple[torch.Tensor, torch.Tensor]
 ) -> None:
-    """Also on tables so narrow that many weights are off the grid from the start."""
+    """Covers tables so narrow that many weights are off the grid from the start."""
     weights, hessian = problem
     grid = fit(codec_named(f"native:table-{bits}"), weights, hessian.diagonal())
     grid = TensorGrid(48, grid.levels * stretch, False)
@@ -97,7 +97,7 @@ def test_error_is_spread(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
 
 
 def test_nearly_singular_moments(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
-    """Fewer tokens than columns, and next to no dampening: float32 cannot hold the inverse."""
+    """With fewer tokens than columns and almost no dampening, float32 cannot hold the inverse."""
     weights, draw = problem[0], torch.Generator().manual_seed(5)
     inputs = torch.randn(20, 48, generator=draw)
     hessian = inputs.T @ inputs / 20
