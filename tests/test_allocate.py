@@ -1,4 +1,4 @@
-"""Choosing types within a budget: against every choice there is, and at sizes of real models."""
+"""Choosing types within a budget: compared with every possible choice, and at the sizes of real models."""
 
 from __future__ import annotations
 
@@ -10,23 +10,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqexport.errors import UserError
-from lqexport.pipeline import allocate as module
+from lqexport.pipeline import allocate as allocate_module
 from lqexport.pipeline.allocate import RELATIVE_GAP, Allocation, Option, allocate, reachable
 
 options = st.lists(
     st.builds(Option, st.text("ab", max_size=2), st.integers(0, 12), st.floats(0, 8, width=16)), min_size=1, max_size=4
 )
-problems = st.lists(options, min_size=1, max_size=5).map(lambda lists: {str(i): found for i, found in enumerate(lists)})
+problems = st.lists(options, min_size=1, max_size=5).map(
+    lambda lists: {str(i): tensor_options for i, tensor_options in enumerate(lists)}
+)
 
 
-def model(count: int, kinds: int, seed: int) -> dict[str, list[Option]]:
-    """Tensors of a few million weights whose loss falls about fourfold with each bit."""
+def model(count: int, types: int, seed: int) -> dict[str, list[Option]]:
+    """Returns the options of tensors of a few million weights. The loss falls about fourfold with each bit."""
     draw = np.random.default_rng(seed)
     tensors = {}
     for number in range(count):
         weights, scale = int(draw.integers(1, 30)) << 18, draw.lognormal(0, 2)
-        bits = np.sort(draw.uniform(2, 8, kinds))
-        loss = scale * 4**-bits * draw.uniform(0.8, 1.2, kinds)
+        bits = np.sort(draw.uniform(2, 8, types))
+        loss = scale * 4**-bits * draw.uniform(0.8, 1.2, types)
         tensors[f"t{number}"] = [
             Option(f"{b:.2f}", int(weights * b / 8), float(cost)) for b, cost in zip(bits, loss, strict=True)
         ]
@@ -63,9 +65,9 @@ def test_no_choice_within_the_budget_is_better_by_more_than_the_gap(
 
 
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 0.7, 0.98, 1.0])
-@pytest.mark.parametrize(("count", "kinds"), [(14, 8), (210, 12), (560, 16)])
-def test_models_are_solved_to_a_small_gap(count: int, kinds: int, share: float) -> None:
-    tensors = model(count, kinds, seed=count)
+@pytest.mark.parametrize(("count", "types"), [(14, 8), (210, 12), (560, 16)])
+def test_models_are_solved_to_a_small_gap(count: int, types: int, share: float) -> None:
+    tensors = model(count, types, seed=count)
     budget = budget_at(tensors, share)
     result = allocate(tensors, budget)
     check(result, tensors, budget)
@@ -79,9 +81,9 @@ def test_where_partial_choices_are_dropped_the_gap_says_so(monkeypatch: pytest.M
         options[:] = [Option(option.name, option.nbytes, 1e8 - option.nbytes * (1 + i / 1e4)) for i, option in
                       enumerate(options)]  # fmt: skip
     budget = budget_at(tensors, 0.37)
-    monkeypatch.setattr(module, "RELATIVE_GAP", 0.0)
+    monkeypatch.setattr(allocate_module, "RELATIVE_GAP", 0.0)
     exact = allocate(tensors, budget)
-    monkeypatch.setattr(module, "MOST_STATES", 3)
+    monkeypatch.setattr(allocate_module, "MOST_STATES", 3)
     rough = allocate(tensors, budget)
     check(rough, tensors, budget)
     assert rough.loss - rough.gap <= exact.loss <= rough.loss

@@ -1,4 +1,4 @@
-"""What goes on while the solver works."""
+"""Work beside the solver: finished tensors are written, and the next block is read ahead."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from lqexport.storage.tensor_files import spans
 
 
 def test_one_thing_at_a_time_in_order() -> None:
-    behind, gate, done = BackgroundWorker(), threading.Event(), []
-    behind.start(lambda: (gate.wait(), done.append("first"))[1])
+    worker, gate, done = BackgroundWorker(), threading.Event(), []
+    worker.start(lambda: (gate.wait(), done.append("first"))[1])
     assert done == []
     gate.set()
-    behind.start(lambda: done.append("second"))
+    worker.start(lambda: done.append("second"))
     assert done[0] == "first"
-    behind.wait()
+    worker.wait()
     assert done == ["first", "second"]
 
 
@@ -46,8 +46,8 @@ def test_spans_are_where_the_bytes_are(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.arange(5, dtype=torch.int16)}
     save_file(tensors, tmp_path / "any.safetensors", {"format": "pt"})
     content = (tmp_path / "any.safetensors").read_bytes()
-    found = spans(tmp_path / "any.safetensors")
-    assert {name: content[start : start + size] for name, (start, size) in found.items()} == {
+    byte_spans = spans(tmp_path / "any.safetensors")
+    assert {name: content[start : start + size] for name, (start, size) in byte_spans.items()} == {
         name: tensor.numpy().tobytes() for name, tensor in tensors.items()
     }
 
@@ -55,7 +55,10 @@ def test_spans_are_where_the_bytes_are(tmp_path: Path) -> None:
 def test_blocks_are_read_ahead_each_once(
     tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Block 1 while block 0 is worked on; nothing behind the last one."""
+    """Block 1 is read ahead while block 0 is worked on, and nothing after the last block.
+
+    A backward pass reads block 0 ahead.
+    """
     read: list[FileSpan] = []
     monkeypatch.setattr(background, "_read", read.extend)
     source = open_source(str(tiny_model))
@@ -71,12 +74,12 @@ def test_blocks_are_read_ahead_each_once(
 
 
 def test_every_byte_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, asked = tmp_path / "any", []
+    path, reads = tmp_path / "any", []
     path.write_bytes(bytes(100))
     monkeypatch.setattr(background, "CHUNK", 16)
-    monkeypatch.setattr(background.os, "preadv", lambda _, parts, at: asked.append((at, len(parts[0]))))
+    monkeypatch.setattr(background.os, "preadv", lambda _, parts, at: reads.append((at, len(parts[0]))))
     background._read([FileSpan(path, 3, 40), FileSpan(tmp_path / "missing", 0, 5)])
-    assert asked == [(3, 16), (19, 16), (35, 8)]
+    assert reads == [(3, 16), (19, 16), (35, 8)]
 
 
 def test_weights_of_unknown_places_are_not_read_ahead() -> None:

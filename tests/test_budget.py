@@ -1,4 +1,4 @@
-"""A byte budget: what a size means, and that the choice keeps within it."""
+"""A byte budget: how a size is read, and a choice of types that keeps within it."""
 
 from __future__ import annotations
 
@@ -55,8 +55,10 @@ def test_the_choice_keeps_within_a_mix(recipe: Recipe, tmp_path: Path) -> None:
     assert budget["limit_bytes"] == sum(tensor.nbytes for tensor in mix)
     assert 0.9 * budget["limit_bytes"] < budget["tensor_bytes"] <= budget["limit_bytes"]
     assert sum(tensor["bytes"] for tensor in report["tensors"]) == budget["tensor_bytes"]
-    of_mix = sum(budget["losses"][tensor.name][tensor.codec_name] for tensor in mix if tensor.name in budget["losses"])
-    assert budget["predicted_kl"] <= of_mix
+    loss_of_mix = sum(
+        budget["losses"][tensor.name][tensor.codec_name] for tensor in mix if tensor.name in budget["losses"]
+    )
+    assert budget["predicted_kl"] <= loss_of_mix
     assert len({tensor["codec"] for tensor in report["tensors"]}) > 2
     losses = [point["loss"] for point in budget["curve"]]
     assert losses == sorted(losses, reverse=True)
@@ -67,14 +69,14 @@ def test_the_choice_keeps_within_a_mix(recipe: Recipe, tmp_path: Path) -> None:
 def test_a_type_by_hand_is_kept(recipe: Recipe, tmp_path: Path) -> None:
     types = ["*.down_proj.weight=Q6_K", "model.layers.0.mlp.down_proj.weight=gguf:Q2_K"]
     report = quantize(Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"}), tmp_path / "out")
-    kinds = {tensor["name"]: tensor["codec"] for tensor in report["tensors"]}
-    assert kinds["model.layers.0.mlp.down_proj.weight"] == "gguf:Q2_K"
-    assert kinds["model.layers.1.mlp.down_proj.weight"] == "gguf:Q6_K"
+    codec_names = {tensor["name"]: tensor["codec"] for tensor in report["tensors"]}
+    assert codec_names["model.layers.0.mlp.down_proj.weight"] == "gguf:Q2_K"
+    assert codec_names["model.layers.1.mlp.down_proj.weight"] == "gguf:Q6_K"
     assert not any("down_proj" in name for name in report["budget"]["losses"])
 
 
 def test_a_cache_serves_runs_that_choose_for_different_tensors(recipe: Recipe, tmp_path: Path) -> None:
-    """The first measures some linears of each block, the second the others too."""
+    """The first run measures some linears of each block. The second run measures the rest too."""
     expected = quantize(recipe, tmp_path / "alone")["budget"]
     types = ["*.down_proj.weight=Q6_K"]
     first = Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"})
@@ -90,7 +92,8 @@ def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: p
             quantize(recipe, tmp_path / "out")
     assert list((tmp_path / "out" / "work" / "moments").glob("*/types-*/*.json"))
     with monkeypatch.context() as patch:
-        # All linears are measured; their moments are kept, and the tokens' weights, for the asymmetric calibration.
+        # All linears have been measured. Their moments are kept, and so are the weights of the tokens, which the
+        # asymmetric calibration needs.
         patch.setattr("lqexport.pipeline.second_moments.guided_moments", None)
         patch.setattr("lqexport.pipeline.second_moments.guided_pass", None)
         assert quantize(recipe, tmp_path / "out") == expected

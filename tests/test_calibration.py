@@ -1,4 +1,4 @@
-"""Texts by name and from files, and windows drawn from them."""
+"""Calibration texts by name and from files, and the windows that are drawn from them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lqexport.errors import UserError
 
 
 class Characters:
-    """A tokenizer with one token per character, which may begin every text with token 1 as Llama's does."""
+    """A tokenizer with one token per character. With `bos`, every text begins with token 1, as in Llama's tokenizer."""
 
     bos_token_id = 1
 

@@ -1,4 +1,4 @@
-"""Which codec holds the grid of which checkpoint, and what is solved again where none does."""
+"""Which codec holds the grid of which checkpoint, and which weights are solved again because no codec holds theirs."""
 
 from __future__ import annotations
 
@@ -29,11 +29,14 @@ CHECKPOINTS = {
     "8 bits, symmetric, groups of 128": (8, 128, True),
     "8 bits, groups of 128": (8, 128, False),
 }
-KINDS = [name for name in names() if not isinstance(codec_named(name), PlainCodec)]
+CODEC_NAMES = [name for name in names() if not isinstance(codec_named(name), PlainCodec)]
 
 
 def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> AffineGrid:
-    """Four rows of 512 columns, with every zero point from 1."""
+    """Returns a grid of 4 rows and 512 columns; `group` 0 is one group per row.
+
+    The zero points of an asymmetric grid count up from 1.
+    """
     draw, groups = np.random.default_rng(bits), 512 // (group or 512)
     scales = (scale * draw.uniform(0.5, 1, (4, groups))).astype(np.float16).astype(np.float32)
     zero = 1 + np.arange(4 * groups).reshape(4, groups) % (2**bits - 1)
@@ -42,31 +45,31 @@ def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> Affin
 
 
 def holds(source: AffineGrid, name: str) -> bool:
-    """Whether a codec holds all values; where it says so, its bytes must."""
-    kind = codec_named(name)
+    """Returns whether a codec holds all values of the grid. If it says so, its decoded bytes are compared."""
+    codec = codec_named(name)
     codes = np.random.default_rng(0).integers(0, 2**source.bits, (4, 512)).astype(np.uint8)
     codes[0, :2] = 0, 2**source.bits - 1
     try:
-        found = move(source, kind)
+        moved = move(source, codec)
     except ValueError:
         return False
-    assert same_bits(kind.decode(kind.encode(found.grid, found.codes(codes)), 512), source.values(codes))
+    assert same_bits(codec.decode(codec.encode(moved.grid, moved.codes(codes)), 512), source.values(codes))
     return True
 
 
-@pytest.mark.parametrize("what", CHECKPOINTS)
-def test_the_table_of_docs_says_what_moves_where(what: str, root: Path) -> None:
-    held = [name for name in KINDS if holds(affine(*CHECKPOINTS[what]), name)]
+@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+def test_the_table_of_docs_says_what_moves_where(checkpoint: str, root: Path) -> None:
+    held = [name for name in CODEC_NAMES if holds(affine(*CHECKPOINTS[checkpoint]), name)]
     shown = [name.removeprefix("gguf:") for name in held if name.startswith("gguf:")]
     native_ones = [name for name in held if name.startswith("native:")]
     smallest = min(native_ones, key=lambda name: nbytes(codec_named(name), 4, 512), default="-").removeprefix("native:")
-    line = f"| {what} | {', '.join(shown) or '-'} | {smallest} |"
+    line = f"| {checkpoint} | {', '.join(shown) or '-'} | {smallest} |"
     assert line in (root / "docs" / "checkpoints.md").read_text()
 
 
-@pytest.mark.parametrize("name", [*KINDS, "gptq:4-g32", "exl2:4g128x4"])
+@pytest.mark.parametrize("name", [*CODEC_NAMES, "gptq:4-g32", "exl2:4g128x4"])
 def test_no_codec_takes_what_it_does_not_hold(name: str) -> None:
-    """Scales beyond float16, groups that cross its own, or columns in another order."""
+    """Refuses scales that are no float16, groups that cross the codec's, columns in another order, and tables."""
     table = TableGrid(np.zeros((4, 16), np.float32), 512)
     ordered = affine(4, 128, True)
     shuffled = np.random.default_rng(0).permutation(ordered.group_of)
@@ -89,7 +92,7 @@ def test_groups_in_act_order_are_solved_again(make_gptq: Make, text: Path, tmp_p
     entry = {entry["name"]: entry for entry in Artifact(tmp_path / "out").report()["tensors"]}[f"{DOWN}.weight"]
     assert "act-order" in entry["source_grid"]
     assert 0 < entry["relative_error"] < 0.01
-    # GPTQ's own layout holds them, group numbers and all.
+    # GPTQ's own layout holds these groups: it stores the group of each column.
     quantize(Recipe(str(checkpoint.folder), "gptq:4-g128-act"), tmp_path / "gptq")
     stored = load_file(checkpoint.folder / "model.safetensors")
     for plane, array in Artifact(tmp_path / "gptq").read(f"{DOWN}.weight").planes.items():
@@ -97,7 +100,7 @@ def test_groups_in_act_order_are_solved_again(make_gptq: Make, text: Path, tmp_p
 
 
 def test_tuning_leaves_what_was_moved(make: Make, text: Path, tmp_path: Path) -> None:
-    """One linear in act-order among others that fit."""
+    """One linear is in act-order and is solved again. The grids of the others fit, so tuning leaves them."""
 
     def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
         linear = coded(weight, 4, 128, True, act_order=name == DOWN)
@@ -107,8 +110,8 @@ def test_tuning_leaves_what_was_moved(make: Make, text: Path, tmp_path: Path) ->
     recipe = Recipe(str(checkpoint.folder), "gguf:Q4_0", samples=2, sequence_length=32, moments="normalized",
                     descent=1, tune=2, calibration=str(text))  # fmt: skip
     quantize(recipe, tmp_path / "out")
-    read = open_export(tmp_path / "out")
-    kept = [name for name in checkpoint.values if same_bits(read.read(name).numpy(), checkpoint.values[name])]
+    export = open_export(tmp_path / "out")
+    kept = [name for name in checkpoint.values if same_bits(export.read(name).numpy(), checkpoint.values[name])]
     assert {name for name in checkpoint.values if "proj" in name} - set(kept) == {f"{DOWN}.weight"}
     facts = {name: Artifact(tmp_path / "out").facts(name) for name in checkpoint.values}
     assert "tuned" not in facts[f"{Q_PROJ}.weight"]

@@ -36,7 +36,7 @@ def test_other_quantizations_are_refused(quantization: dict[str, Any], message: 
 
 
 @pytest.mark.parametrize(
-    ("part", "change", "message"),
+    ("plane_name", "change", "message"),
     [
         ("g_idx", lambda plane: plane + 1, "names a group that is not among the 4"),
         ("g_idx", lambda plane: plane[1:], r"should be torch.int32 \[512\], not torch.int32 \[511\]"),
@@ -48,14 +48,14 @@ def test_other_quantizations_are_refused(quantization: dict[str, Any], message: 
     ],
 )
 def test_damaged_checkpoints_are_refused(
-    part: str, change: Callable[[torch.Tensor], torch.Tensor] | None, message: str, make_gptq: Make
+    plane_name: str, change: Callable[[torch.Tensor], torch.Tensor] | None, message: str, make_gptq: Make
 ) -> None:
     checkpoint = make_gptq(symmetric=True)
     path = checkpoint.folder / "model.safetensors"
     stored = load_file(path)
-    plane = stored.pop(f"{DOWN}.{part}")
+    plane = stored.pop(f"{DOWN}.{plane_name}")
     if change:
-        stored[f"{DOWN}.{part}"] = change(plane).contiguous()
+        stored[f"{DOWN}.{plane_name}"] = change(plane).contiguous()
     save_file(stored, path)
     with pytest.raises(UserError, match=message):
         open_source(str(checkpoint.folder)).read(f"{DOWN}.weight")

@@ -1,5 +1,7 @@
-"""Checkpoints that other tools have quantized, as sources: read, moved to other targets or solved again, and decoded by
-gguf, libgguf and compressed-tensors."""
+"""Checkpoints that other tools have quantized, as sources: they are read, moved to other targets, or solved again.
+
+The results are compared with what gguf, libgguf and compressed-tensors decode.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,7 @@ from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.converters.folders import native
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
 from lqexport.formats.moves import TableGrid, move
 from lqexport.formats.registry import codec_named
@@ -51,7 +53,7 @@ from lqexport.verification.verifying import verify
 
 
 def check_lossless(checkpoint: Checkpoint, target: str, out: Path) -> Artifact:
-    """Quantizes without calibration, and every tensor decodes to the checkpoint's values."""
+    """Quantizes without calibration. Asserts that every tensor decodes to the checkpoint's values."""
     recipe = Recipe(str(checkpoint.folder), target)
     quantize(recipe, out)
     artifact = Artifact(out)
@@ -67,19 +69,19 @@ def check_lossless(checkpoint: Checkpoint, target: str, out: Path) -> Artifact:
 
 
 def check_gguf(artifact: Artifact, checkpoint: Checkpoint, path: Path) -> None:
-    """Every linear as gguf (NumPy) and libgguf (ggml in C) decode it from the file."""
-    gguf.write(artifact, path)
+    """Asserts that gguf (NumPy) and libgguf (ggml in C) decode four linears of the file to the checkpoint's values."""
+    gguf_writer.write(artifact, path)
     tensors = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
-    theirs = {"mlp.down_proj": "ffn_down", "mlp.up_proj": "ffn_up", "self_attn.v_proj": "attn_v",
-              "self_attn.q_proj": "attn_q"}  # fmt: skip
-    for module, name in theirs.items():
-        found = tensors[f"blk.1.{name}.weight"]
+    gguf_names = {"mlp.down_proj": "ffn_down", "mlp.up_proj": "ffn_up", "self_attn.v_proj": "attn_v",
+                  "self_attn.q_proj": "attn_q"}  # fmt: skip
+    for module, name in gguf_names.items():
+        tensor = tensors[f"blk.1.{name}.weight"]
         expected = checkpoint.values[f"model.layers.1.{module}.weight"]
         if name == "attn_q":  # llama.cpp rotates neighbours: rows 0 32 1 33 ... of each head of 64
             expected = expected.reshape(4, 2, 32, 256).swapaxes(1, 2).reshape(256, 256)
-        blocks, kind = np.array(found.data), GGMLQuantizationType(found.tensor_type)
-        assert same_bits(dequantize(blocks, kind), expected)
-        assert same_bits(libgguf.dequantize_rows(blocks, kind), expected)
+        blocks, tensor_type = np.array(tensor.data), GGMLQuantizationType(tensor.tensor_type)
+        assert same_bits(dequantize(blocks, tensor_type), expected)
+        assert same_bits(libgguf.dequantize_rows(blocks, tensor_type), expected)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -88,8 +90,8 @@ def test_leanquant_tables_move_to_native_ones(bits: int, dtype: torch.dtype, mak
     checkpoint = make(lambda name, weight: leanquant_tensors(name, weight, bits, dtype), None)
     artifact = check_lossless(checkpoint, f"native:table-{bits}", tmp_path / "out")
     native.write(artifact, tmp_path / "model")
-    read = open_export(tmp_path / "model")
-    assert all(same_bits(read.read(name).numpy(), values) for name, values in checkpoint.values.items())
+    export = open_export(tmp_path / "model")
+    assert all(same_bits(export.read(name).numpy(), values) for name, values in checkpoint.values.items())
     wider = move(TableGrid(np.zeros((3, 2**bits), np.float32), 8), codec_named("native:table-4"))
     assert wider.grid.levels.shape == (3, 16)
 
@@ -123,7 +125,7 @@ def test_awq_of_fitting_mins_moves_to_q4_1(make_awq: Make, tmp_path: Path) -> No
 
 
 def test_awq_reads_as_compressed_tensors_converts_it(make_awq: Make) -> None:
-    """Its converter knows AutoAWQ's order of rows."""
+    """The converter of compressed-tensors knows the order in which AutoAWQ packs rows."""
     autoawq = pytest.importorskip("compressed_tensors.entrypoints.convert.converters.autoawq")
     checkpoint = make_awq()
     stored = load_file(checkpoint.folder / "model.safetensors")
@@ -152,21 +154,23 @@ def test_gptq_moves_to_native_and_to_itself(target: str, make_gptq: Make, tmp_pa
 
 
 def compression(weights: dict[str, Any]) -> dict[str, Any]:
-    kind = {"type": "int", "strategy": "group", "group_size": 128, "dynamic": False} | weights
-    return {"targets": ["Linear"], "weights": kind}
+    quantization_args = {"type": "int", "strategy": "group", "group_size": 128, "dynamic": False} | weights
+    return {"targets": ["Linear"], "weights": quantization_args}
 
 
-def decompressed(stored: Tensors, name: str, weights: dict[str, Any], how: str = "pack-quantized") -> torch.Tensor:
+def decompressed(
+    stored: Tensors, name: str, weights: dict[str, Any], format_name: str = "pack-quantized"
+) -> torch.Tensor:
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     parts = {key.removeprefix(f"{name}."): tensor for key, tensor in stored.items() if key.startswith(f"{name}.")}
-    compressor = BaseCompressor.get_value_from_registry(how)
+    compressor = BaseCompressor.get_value_from_registry(format_name)
     return compressor.decompress(parts, QuantizationScheme(**compression(weights)))["weight"]
 
 
 @pytest.mark.parametrize(
-    ("how", "dtype", "weights", "target"),
+    ("format_name", "dtype", "weights", "target"),
     [
         ("pack-quantized", torch.bfloat16, {"num_bits": 4, "symmetric": True}, "gguf:Q4_0"),
         ("pack-quantized", torch.float16, {"num_bits": 4, "symmetric": False}, "gguf:Q5_0"),
@@ -177,42 +181,42 @@ def decompressed(stored: Tensors, name: str, weights: dict[str, Any], how: str =
     ],
 )
 def test_compressed_tensors_reads_as_its_library_does(
-    how: str, dtype: torch.dtype, weights: dict[str, Any], target: str | None, make: Make, tmp_path: Path
+    format_name: str, dtype: torch.dtype, weights: dict[str, Any], target: str | None, make: Make, tmp_path: Path
 ) -> None:
-    """The library compresses and decompresses."""
+    """compressed-tensors makes the checkpoint, and decompresses it for comparison."""
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationScheme
 
     scheme = QuantizationScheme(**compression(weights))
-    compressor = BaseCompressor.get_value_from_registry(how)
+    compressor = BaseCompressor.get_value_from_registry(format_name)
 
     def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
         group = 0 if weights.get("strategy") == "channel" else 128
-        found = coded(weight, weights["num_bits"], group, weights["symmetric"])
-        middle = 2 ** (found.bits - 1)
-        given = {"weight": torch.from_numpy(weight).to(dtype), "weight_scale": torch.from_numpy(found.scale).to(dtype)}
+        linear = coded(weight, weights["num_bits"], group, weights["symmetric"])
+        middle = 2 ** (linear.bits - 1)
+        given = {"weight": torch.from_numpy(weight).to(dtype), "weight_scale": torch.from_numpy(linear.scale).to(dtype)}
         if weights.get("type") == "float":
             given["weight_scale"] = given["weight"].abs().amax(1, keepdim=True) / 448
         if not weights["symmetric"]:
-            given["weight_zero_point"] = torch.from_numpy(found.zero - middle).to(torch.int8)
+            given["weight_zero_point"] = torch.from_numpy(linear.zero - middle).to(torch.int8)
         parts = compressor.compress(given, scheme)
         exact = compressor.decompress(parts | {"weight_scale": parts["weight_scale"].float()}, scheme)["weight"]
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}, exact.numpy()
 
-    quantization = {"quant_method": "compressed-tensors", "format": how, "config_groups": {"group_0": None}}
+    quantization = {"quant_method": "compressed-tensors", "format": format_name, "config_groups": {"group_0": None}}
     checkpoint = make(tensors_of, quantization)
     source = open_source(str(checkpoint.folder))
     assert all(same_bits(source.read(name).float().numpy(), values) for name, values in checkpoint.values.items())
     stored = load_file(checkpoint.folder / "model.safetensors")
-    assert torch.equal(source.read(f"{DOWN}.weight").to(dtype), decompressed(stored, DOWN, weights, how))
+    assert torch.equal(source.read(f"{DOWN}.weight").to(dtype), decompressed(stored, DOWN, weights, format_name))
     if target:
         check_lossless(checkpoint, target, tmp_path / "out")
 
 
 @pytest.mark.parametrize("block", [[128, 128], [96, 80]])
 def test_fp8_is_read_and_solved_again(block: list[int], make: Make, text: Path, tmp_path: Path) -> None:
-    """Also where the last blocks are smaller, which transformers does not read."""
+    """Covers blocks of 96 x 80, of which the last ones are smaller. transformers does not read those."""
     from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
     quantization = {"quant_method": "fp8", "weight_block_size": block, "activation_scheme": "dynamic"}
@@ -227,10 +231,10 @@ def test_fp8_is_read_and_solved_again(block: list[int], make: Make, text: Path, 
         assert same_bits(source.read(f"{DOWN}.weight").float().numpy(), theirs.numpy())
     options = {"calibration": str(text), "samples": 2, "sequence_length": 32, "tune": 0}
     quantize(Recipe(str(checkpoint.folder), "gguf:Q8_0", **options), tmp_path / "out")
-    gguf.write(Artifact(tmp_path / "out"), tmp_path / "model.gguf")
-    found = verify(tmp_path / "model.gguf", str(checkpoint.folder), text=str(text), windows=1)
-    assert found.failed == []
-    assert found.evaluations[0].kl < 0.001
+    gguf_writer.write(Artifact(tmp_path / "out"), tmp_path / "model.gguf")
+    result = verify(tmp_path / "model.gguf", str(checkpoint.folder), text=str(text), windows=1)
+    assert result.failed == []
+    assert result.evaluations[0].kl < 0.001
 
 
 # The commands.
@@ -244,27 +248,27 @@ def run(*arguments: object) -> str:
 
 def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: Path) -> None:
     checkpoint = make_gptq(symmetric=True)
-    said = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_0", "--dry-run")
-    assert "14 tensors move to gguf:Q4_0 as they are" in said
-    assert "solved again" not in said
-    said = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_K", "--dry-run")
-    assert "14 tensors are solved again" in said
-    assert "256 columns share one; gguf:Q4_0 would hold it" in " ".join(said.split())
+    output = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_0", "--dry-run")
+    assert "14 tensors move to gguf:Q4_0 as they are" in output
+    assert "solved again" not in output
+    output = run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_K", "--dry-run")
+    assert "14 tensors are solved again" in output
+    assert "256 columns share one; gguf:Q4_0 would hold it" in " ".join(output.split())
     run("quantize", checkpoint.folder, tmp_path / "out", "--target", "gguf:Q4_0")
     run("to-gguf", tmp_path / "out", tmp_path / "model.gguf")
-    found = verify(
+    result = verify(
         tmp_path / "model.gguf", str(checkpoint.folder), text=str(text), windows=1, artifact=tmp_path / "out"
     )
-    assert found.failed == []
-    assert {tensor.weight_error for tensor in found.tensors} == {0.0}
-    assert found.evaluations[0].kl == 0
+    assert result.failed == []
+    assert {tensor.weight_error for tensor in result.tensors} == {0.0}
+    assert result.evaluations[0].kl == 0
     listed = inspect(checkpoint.folder)
     assert (listed.container, listed.entries[0].type) == ("GPTQ folder", "F16")
     assert {entry.type for entry in listed.entries if "proj" in entry.name} == {"gptq:4-g128-sym"}
     stored = load_file(checkpoint.folder / "model.safetensors").values()
     assert sum(entry.nbytes for entry in listed.entries) == sum(tensor.nbytes for tensor in stored)
     assert "hours" in run("plan", checkpoint.folder, "--target", "gguf:Q4_0", "--json")
-    # A file as AutoGPTQ called it, with its config beside it.
+    # AutoGPTQ gave the file another name, and the quantization config a file of its own.
     (checkpoint.folder / "model.safetensors").rename(checkpoint.folder / "gptq_model-4bit-128g.safetensors")
     config = json.loads((checkpoint.folder / "config.json").read_text())
     (checkpoint.folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
@@ -273,14 +277,16 @@ def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: P
     assert same_bits(again.read(f"{DOWN}.weight").numpy(), checkpoint.values[f"{DOWN}.weight"])
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
-def test_names_and_shapes_are_those_of_the_model(kind: str, tmp_path: Path) -> None:
-    """Experts, which such a checkpoint has one by one under other names, and linears that GPT-2 stores transposed,
-    which GPTQ does not."""
+@pytest.mark.parametrize("model_type", ["mixtral", "gpt2"])
+def test_names_and_shapes_are_those_of_the_model(model_type: str, tmp_path: Path) -> None:
+    """A checkpoint of Mixtral stores its experts one by one, under other names.
+
+    GPT-2 stores linears transposed, and a GPTQ checkpoint of it does not.
+    """
     from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
     sizes = {"vocab_size": 64, "bos_token_id": 0, "eos_token_id": 0}
-    if kind == "gpt2":
+    if model_type == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, **sizes))
     else:
         model = MixtralForCausalLM(MixtralConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=1,
@@ -294,7 +300,7 @@ def test_names_and_shapes_are_those_of_the_model(kind: str, tmp_path: Path) -> N
         if not linear.search(name):
             stored[name] = tensor
             continue
-        weight = (tensor.T if kind == "gpt2" else tensor).float().numpy()
+        weight = (tensor.T if model_type == "gpt2" else tensor).float().numpy()
         stored |= gptq_tensors(name.removesuffix(".weight"), coded(weight, 8, 32, True))
     save_file({name: part.contiguous() for name, part in stored.items()}, tmp_path / "model.safetensors")
     method = {"quant_method": "gptq", "bits": 8, "group_size": 32, "sym": True}
@@ -305,8 +311,8 @@ def test_names_and_shapes_are_those_of_the_model(kind: str, tmp_path: Path) -> N
         assert source.shape(name) == original.shape
         assert torch.allclose(source.read(name).float(), original, atol=1e-3), name
     planned = plan_recipe(source, Recipe(str(tmp_path), "gguf:Q8_0"))
-    assert sum(tensor.source_grid == "kept" for tensor in planned) == {"mixtral": 10, "gpt2": 4}[kind]
-    # K-quants are no answer where 256 does not divide the columns.
+    assert sum(tensor.source_grid == "kept" for tensor in planned) == {"mixtral": 10, "gpt2": 4}[model_type]
+    # The advice names no K-quant, since 256 does not divide the columns.
     too_few = plan_recipe(source, Recipe(str(tmp_path), "gguf:Q4_0"))
     advised = [tensor for tensor in too_few if (tensor.source_grid or "").endswith("; gguf:Q8_0 would hold it")]
-    assert len(advised) == {"mixtral": 10, "gpt2": 4}[kind]
+    assert len(advised) == {"mixtral": 10, "gpt2": 4}[model_type]

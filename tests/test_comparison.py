@@ -1,4 +1,4 @@
-"""`lqexport compare`: the numbers are `verify`'s, in one table and one plot."""
+"""`lqexport compare`: the numbers of `verify` for several files, in one table and one plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.converters.folders import native
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
 from lqexport.models.source import open_source
 from lqexport.solver.linear import round_tensor
@@ -28,32 +28,32 @@ TARGETS = ("native:table-2", "native:affine-4-g64")
 def files(
     tiny_model: Path, rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory
 ) -> list[Path]:
-    """An artifact of 2 bits, a native folder of 4, and a .gguf file in F16."""
+    """An artifact of 2 bits, a native folder of 4 bits, and a .gguf file in F16."""
     base = tmp_path_factory.mktemp("compared")
     two, four = (rounded_artifact(base / f"artifact-{i}", target, rank=8 * i) for i, target in enumerate(TARGETS))
     native.write(four, base / "native")
-    gguf.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
+    gguf_writer.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
     return [two.folder, base / "native", base / "plain.gguf"]
 
 
 def test_the_numbers_are_those_of_verify(files: list[Path], tiny_model: Path, text: Path) -> None:
-    found = compare(files, str(tiny_model), text=str(text), windows=2)
-    for file, each in zip(files, found.files, strict=True):
+    result = compare(files, str(tiny_model), text=str(text), windows=2)
+    for file, compared in zip(files, result.files, strict=True):
         alone = verify(file, str(tiny_model), text=str(text), windows=2)
-        assert each.evaluation == alone.evaluations[0]
-        assert (each.nbytes, each.bits_per_weight) == (alone.nbytes, alone.bits_per_weight)
-        assert each.sha256 == alone.sha256
-        assert each.tokens_per_second > 0
-    divergences = [each.evaluation.kl for each in found.files]
+        assert compared.evaluation == alone.evaluations[0]
+        assert (compared.nbytes, compared.bits_per_weight) == (alone.nbytes, alone.bits_per_weight)
+        assert compared.sha256 == alone.sha256
+        assert compared.tokens_per_second > 0
+    divergences = [compared.evaluation.kl for compared in result.files]
     assert divergences == sorted(divergences, reverse=True)
     assert divergences[2] < 1e-6
 
 
 @pytest.mark.llamacpp
 def test_in_llamacpp(files: list[Path], tiny_model: Path, text: Path) -> None:
-    found = compare([files[2]], str(tiny_model), text=str(text), windows=1, engine="llama.cpp")
-    assert found.files[0].evaluation.kl < 1e-4
-    assert found.files[0].tokens_per_second > 0
+    result = compare([files[2]], str(tiny_model), text=str(text), windows=1, engine="llama.cpp")
+    assert result.files[0].evaluation.kl < 1e-4
+    assert result.files[0].tokens_per_second > 0
     with pytest.raises(UserError, match=r"llama.cpp runs .gguf files"):
         compare(files, str(tiny_model), text=str(text), engine="llama.cpp")
 

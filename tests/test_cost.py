@@ -1,4 +1,4 @@
-"""What `plan` says of large models, and what its formulas say of small ones beside measured runs."""
+"""The costs that `plan` computes for large models, and its formulas compared with measured runs of small models."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ from lqexport.sizes import memory_size
 CONFIGS = Path(__file__).parent / "configs"
 WEIGHTS = {"llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496, "llama-3.1-405b": 405_853_388_800}
 WEIGHTS |= {"mixtral-8x7b": 46_702_792_704, "deepseek-v3": 671_026_419_200, "deepseek-v2-lite": 15_706_484_224}
-"""Parameters, as the models' pages give them."""
+"""Number of parameters, as the model's page gives it."""
 ACTIVE = {"mixtral-8x7b": 12.9e9, "deepseek-v3": 37e9, "deepseek-v2-lite": 2.4e9}
-"""Those that a token goes through, as the model's page gives them."""
+"""Number of parameters that a token goes through, as the model's page gives it."""
 
 SMALL = {"samples": 8, "sequence_length": 64, "descent": 1, "tune": 2}
 MODELS = {"2": (2, 1536, 512), "8": (8, 1536, 512), "wide": (1, 4096, 16384)}
-"""Blocks, width of the MLP and vocabulary of models of hidden size 512."""
+"""Models of hidden size 512: number of blocks, width of the MLP, size of the vocabulary."""
 MEASURE = """
 import json, pathlib, runpy, sys
 import psutil
 sys.path.insert(0, str(pathlib.Path(sys.argv[1]).parent))
 depth, work, options = runpy.run_path(sys.argv[1]), pathlib.Path(sys.argv[2]), json.loads(sys.argv[4])
-found = {}
+measured = {}
 for name, (layers, inner, vocabulary) in json.loads(sys.argv[3]).items():
     depth["write_model"](work / name / "model", layers, 512, inner, vocabulary)
-    found[name] = {"before": psutil.Process().memory_info().rss, **depth["run_here"](work / name, options)}
-print(json.dumps(found))
+    measured[name] = {"before": psutil.Process().memory_info().rss, **depth["run_here"](work / name, options)}
+print(json.dumps(measured))
 """
 
 
@@ -59,13 +59,13 @@ def run_plan(*arguments: object, status: int) -> str:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_config_is_enough(name: str) -> None:
-    told = json.loads(run_plan(CONFIGS / f"{name}.json", "--gpu", "1TB", "--host", "1TB", "--json", status=0))
-    assert told["weights"] == WEIGHTS[name]
-    assert told["tensor_bytes"] == pytest.approx(told["bits_per_weight"] * WEIGHTS[name] / 8)
-    assert told["disk"]["artifact"] == told["tensor_bytes"]
-    assert told["rates"]["measured"] is False
+    plan = json.loads(run_plan(CONFIGS / f"{name}.json", "--gpu", "1TB", "--host", "1TB", "--json", status=0))
+    assert plan["weights"] == WEIGHTS[name]
+    assert plan["tensor_bytes"] == pytest.approx(plan["bits_per_weight"] * WEIGHTS[name] / 8)
+    assert plan["disk"]["artifact"] == plan["tensor_bytes"]
+    assert plan["rates"]["measured"] is False
     # The passes multiply every token by every weight of the blocks, three times forward or backward.
-    assert told["operations"]["passes"] > 3 * 2 * 64 * 512 * 0.8 * ACTIVE.get(name, WEIGHTS[name])
+    assert plan["operations"]["passes"] > 3 * 2 * 64 * 512 * 0.8 * ACTIVE.get(name, WEIGHTS[name])
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b", "mixtral-8x7b"])
@@ -92,12 +92,14 @@ def test_memory_is_that_of_the_block_with_the_most_weights() -> None:
 
 def test_some_experts_at_a_time_where_all_do_not_fit() -> None:
     work = planned("deepseek-v3").work
-    placements = {gpu: Forecast(work, gpu * 10**9, 96 * 10**9) for gpu in (24, 48, 80, 400)}
-    assert [bool(each.too_large) for each in placements.values()] == [True, False, False, False]
-    parts = [each.placement.parts for each in placements.values()]
+    forecasts = {gpu: Forecast(work, gpu * 10**9, 96 * 10**9) for gpu in (24, 48, 80, 400)}
+    assert [bool(predicted.too_large) for predicted in forecasts.values()] == [True, False, False, False]
+    parts = [predicted.placement.parts for predicted in forecasts.values()]
     assert parts == [256, 16, 8, 1]
-    costs = [each.as_json() for each in placements.values()]
-    passes, read = ([cost[kind][what] for cost in costs] for kind, what in (("operations", "passes"), ("disk", "read")))
+    costs = [predicted.as_json() for predicted in forecasts.values()]
+    passes, read = (
+        [cost[group][item] for cost in costs] for group, item in (("operations", "passes"), ("disk", "read"))
+    )
     assert passes == sorted(passes, reverse=True)
     assert read == sorted(read, reverse=True)
 
@@ -124,13 +126,13 @@ def test_depth_costs_disk_but_no_memory_before_tuning() -> None:
 
 
 def forecast_of(config: dict[str, Any]) -> Forecast:
-    """For a config that is not on disk, without room for all hidden states."""
+    """Returns the forecast for a config that is not on disk. Memory does not hold all hidden states."""
     recipe = Recipe("config.json", "gguf:Q4_K")
     return Forecast(Work(recipe, config, plan_recipe(ConfigModel(config), recipe)), 24 * 10**9, 24 * 10**9)
 
 
 def test_tuned_numbers_are_those_of_the_superblocks() -> None:
-    """Q4_K keeps a float16 scale and a float16 offset for 256 weights; every gain of a norm counts one."""
+    """Q4_K stores a float16 scale and a float16 offset per 256 weights, and every gain of a norm is one number."""
     work = planned("llama-3.1-8b").work
     linears = sum(tensor.weights for tensor in work.linears)
     assert tuned_numbers(work) == 2 * linears // 256 + (2 * 32 + 1) * 4096
@@ -152,8 +154,10 @@ def test_what_is_no_amount_is_said() -> None:
 def measured(
     root: Path, load_script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, dict[str, float]]]:
-    """Peak resident bytes of each command in one process that quantizes, writes and verifies one model after the other.
-    Another one before it compiles what is not compiled yet, which takes more memory than these models do."""
+    """Peak resident bytes of each command, in one process that quantizes, writes and verifies the models in turn.
+
+    A run before it compiles what is not compiled yet: compiling takes more memory than these models do.
+    """
     work = tmp_path_factory.mktemp("depth")
     options = [part for key, value in SMALL.items() for part in (f"--{key.replace('_', '-')}", str(value))]
     environment = os.environ | load_script("bench/depth.py").STEADY
@@ -167,8 +171,8 @@ def measured(
         ]
         command = [sys.executable, "-c", MEASURE, *map(str, arguments)]
         done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
-        found: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
-        return found
+        peaks: dict[str, dict[str, float]] = json.loads(done.stdout.splitlines()[-1])
+        return peaks
 
     measure(work / "before", {"1": (1, 1536, 512)})
     return work, measure(work, MODELS)
@@ -177,15 +181,15 @@ def measured(
 @pytest.mark.parametrize("command", ["quantize", "to-gguf", "verify"])
 def test_memory_does_not_grow_with_depth(measured: tuple[Path, dict[str, dict[str, float]]], command: str) -> None:
     """Eight blocks have 35 MB more of float16 weights than two; a first run also leaves some MB in the process."""
-    _, found = measured
-    assert found["8"][command] < 1.03 * found["2"][command]
+    _, peaks = measured
+    assert peaks["8"][command] < 1.03 * peaks["2"][command]
 
 
 def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:
-    """Beside what the process takes, within a factor of 1.5."""
-    work, found = measured
+    """The estimate, without the bytes of the process itself, is right within a factor of 1.5."""
+    work, peaks = measured
     recipe = Recipe(str(work / "wide" / "model"), "gguf:Q4_K", **SMALL)
-    found_for = forecast(work / "wide" / "model", recipe, None, None)
-    expected = memory_estimate(found_for.work, found_for.placement) - PROCESS_BYTES
-    taken = found["wide"]["quantize"] - found["wide"]["before"]
+    predicted = forecast(work / "wide" / "model", recipe, None, None)
+    expected = memory_estimate(predicted.work, predicted.placement) - PROCESS_BYTES
+    taken = peaks["wide"]["quantize"] - peaks["wide"]["before"]
     assert 1 / 1.5 < taken / expected < 1.5

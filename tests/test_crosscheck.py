@@ -1,4 +1,4 @@
-"""Verification decodes by the CUDA kernels too, says so, and names what they decode otherwise."""
+"""Verification decodes with the CUDA kernels too, says so, and names the tensors that they decode otherwise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def tensor(name: str) -> StoredTensor:
 
 
 class Model:
-    """A written model of a tensor of each; its source has none of them."""
+    """A written model with one tensor for each of NAMES. Its source has none of them."""
 
     config: dict[str, object] = {}  # noqa: RUF012
 
@@ -48,7 +48,7 @@ class Model:
 
 @pytest.fixture
 def kernels(kernels_on: Callable[[str, dict[str, list[str]]], str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels, on the CPU."""
+    """Makes verification use the CUDA kernels, which run on the CPU."""
     readers = [cuda_decode.READERS[name].type for name in NAMES if name in cuda_decode.READERS]
     kernels_on(
         "plain",

@@ -1,4 +1,4 @@
-"""NVRTC compiles every kernel for every architecture, with CuPy's options: no spills, and registers within a budget."""
+"""NVRTC compiles every kernel for every architecture with CuPy's options, without spills and with few registers."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_the_counts_in_the_docs_are_those_of_the_bench(
 
 
 def test_occupancy(load_script: Callable[[str], ModuleType]) -> None:
-    """Compared with NVIDIA's occupancy calculator: limits by threads, blocks, and registers in units of 256 per warp."""
+    """Compared with NVIDIA's occupancy calculator: limits by threads, blocks, and registers in 256s per warp."""
     bench = load_script("bench/kernels.py")
     ada, hopper = bench.GPUS
     assert bench.occupancy(ada, 32, 256) == 48

@@ -46,18 +46,18 @@ def on(device: str, planes: Planes) -> dict[str, torch.Tensor]:
 
 
 def check_decode(planes: Planes, device: str, dtype: torch.dtype = torch.float32) -> None:
-    made, columns = of_planes(planes), len(planes["q_invperm"])
+    codec, columns = of_planes(planes), len(planes["q_invperm"])
     with np.errstate(over="ignore"):  # the largest maxima overflow
-        expected = torch.from_numpy(made.decode(planes, columns)).to(dtype)
-    actual = cuda_decode.decode(made.name, on(device, planes), columns, dtype).cpu()
+        expected = torch.from_numpy(codec.decode(planes, columns)).to(dtype)
+    actual = cuda_decode.decode(codec.name, on(device, planes), columns, dtype).cpu()
     number, bits = ~expected.isnan(), torch.int32 if dtype == torch.float32 else torch.int16
     assert torch.equal(actual.isnan(), ~number)
     assert torch.equal(actual[number].view(bits), expected[number].view(bits))
 
 
 def check_product(planes: Planes, tokens: int, dtype: torch.dtype, device: str, rank: int | None = None) -> None:
-    made, columns = of_planes(planes), len(planes["q_invperm"])
-    weights = torch.from_numpy(made.decode(planes, columns)).double()
+    codec, columns = of_planes(planes), len(planes["q_invperm"])
+    weights = torch.from_numpy(codec.decode(planes, columns)).double()
     generator = torch.Generator().manual_seed(tokens)
     x = torch.randn(tokens, columns, generator=generator).to(dtype)
     low_rank = None
@@ -66,7 +66,7 @@ def check_product(planes: Planes, tokens: int, dtype: torch.dtype, device: str, 
         right = torch.randn(rank, columns, generator=generator).half() * 0.1
         low_rank = cuda_multiply.LowRank(left.to(device), right.to(device))
         weights = weights + left.double() @ right.double()
-    y = cuda_multiply.multiply(x.to(device), made.name, on(device, planes), low_rank).cpu()
+    y = cuda_multiply.multiply(x.to(device), codec.name, on(device, planes), low_rank).cpu()
     expected = x.double() @ weights.T
     assert y.dtype == dtype
     assert float((y.double() - expected).abs().max()) <= TOLERANCE[dtype] * float(expected.abs().max())

@@ -26,19 +26,19 @@ def plain_device(request: pytest.FixtureRequest, kernels_on: KernelsOn) -> str:
     return kernels_on(request.param, BUILD)
 
 
-def problem(rows: int, columns: int, own_weights: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def problem(rows: int, columns: int, weights_per_row: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns values far from zero, and weights that differ widely in size."""
     generator = torch.Generator().manual_seed(columns)
     values = torch.randn(rows, columns, generator=generator, dtype=torch.float64) + 3
-    shape = (rows, columns) if own_weights else (columns,)
+    shape = (rows, columns) if weights_per_row else (columns,)
     return values, torch.randn(shape, generator=generator, dtype=torch.float64).mul(2).exp()
 
 
 def check(values: torch.Tensor, weight: torch.Tensor, count: int, device: str, *, distinct: bool = True) -> None:
     centers, errors = (torch.from_numpy(part) for part in weighted_kmeans(values.numpy(), weight.numpy(), count))
-    on_device, least = cuda_kmeans.weighted_kmeans(values.to(device), weight.to(device), count)
+    on_device, actual_errors = cuda_kmeans.weighted_kmeans(values.to(device), weight.to(device), count)
     scale = float(errors.max()) + 1e-3
-    torch.testing.assert_close(least.cpu(), errors, rtol=1e-9, atol=1e-10 * scale)
+    torch.testing.assert_close(actual_errors.cpu(), errors, rtol=1e-9, atol=1e-10 * scale)
     off = (values[:, :, None] - on_device.cpu()[:, None]).abs().amin(2)
     torch.testing.assert_close((weight * off.square()).sum(1), errors, rtol=1e-6, atol=1e-9 * scale)
     assert bool((on_device.diff(dim=1) >= 0).all())
@@ -59,7 +59,7 @@ def test_as_few_values_as_centers_and_fewer(device: str) -> None:
 
 
 def test_rows_with_weights_of_their_own(device: str) -> None:
-    check(*problem(2, 45, own_weights=True), 4, device)
+    check(*problem(2, 45, weights_per_row=True), 4, device)
 
 
 def test_equal_values_and_values_that_do_not_count(device: str) -> None:
@@ -72,7 +72,7 @@ def test_equal_values_and_values_that_do_not_count(device: str) -> None:
 
 def test_rows_are_worked_on_in_parts(plain_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_kmeans, "CHUNK", 90)
-    check(*problem(5, 45, own_weights=True), 4, plain_device)
+    check(*problem(5, 45, weights_per_row=True), 4, plain_device)
 
 
 @pytest.mark.parametrize("name", ["native:table-2", "native:table-4"])

@@ -27,10 +27,10 @@ class FakeCupy(SimpleNamespace):
             RawModule=self.compiled,
         )
 
-    def entered(self, what: str) -> Any:
+    def entered(self, name: str) -> Any:
         @contextlib.contextmanager
         def enter(*values: int) -> Iterator[None]:
-            self.log.append((what, *values))
+            self.log.append((name, *values))
             yield
 
         return enter

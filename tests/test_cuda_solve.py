@@ -21,8 +21,7 @@ from lqexport.grids.sections import SquaredSection, TensorSections
 from lqexport.kernels import cuda_solve
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
-from lqexport.solver import feedback as solve
-from lqexport.solver import solve_cpu, solve_cuda
+from lqexport.solver import feedback, solve_cpu, solve_cuda
 from lqexport.solver.cholesky import factorize
 from lqexport.solver.solve_sections import refine_sections
 
@@ -49,16 +48,16 @@ def solved(
     backend: object, name: str, weights: torch.Tensor, hessian: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[Solved, torch.Tensor, Solved, torch.Tensor]:
     """Returns grid and codes after error feedback, and after two sweeps of refinement, by one backend."""
-    monkeypatch.setattr(solve, "backend", lambda *_: backend)
-    cholesky, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    monkeypatch.setattr(feedback, "backend", lambda *_: backend)
+    cholesky, damped = factorize(hessian.double(), 0.05, True), feedback.damped(hessian, 0.05)
     if name.startswith("exl2:"):
         grid = fit_sections(codec_named(name), weights.cpu(), hessian.diagonal().cpu(), cholesky.order.cpu())
         grid = replace(moved(grid, weights.device), order=cholesky.order)
-        codes = solve.feedback(weights, grid, cholesky)
-        return grid, codes, *refine_sections(weights, matrix, grid, codes, sweeps=2)
+        codes = feedback.feedback(weights, grid, cholesky)
+        return grid, codes, *refine_sections(weights, damped, grid, codes, sweeps=2)
     grid = moved(fit(codec_named(name), weights.cpu(), hessian.diagonal().cpu()), weights.device)
-    codes = solve.feedback(weights, grid, cholesky)
-    return grid, codes, *solve.refine(weights, matrix, grid, codes, sweeps=2, refit=True)
+    codes = feedback.feedback(weights, grid, cholesky)
+    return grid, codes, *feedback.refine(weights, damped, grid, codes, sweeps=2, refit=True)
 
 
 def moved(grid: Solved, device: torch.device) -> Solved:
@@ -80,17 +79,17 @@ def compare(
 ) -> None:
     """Compares kernels.cpu with the CUDA kernels: feedback gives the same codes but for ties, refinement is as good."""
     _, first, grid, codes = solved(solve_cpu, name, weights, hessian, monkeypatch)
-    theirs = solved(solve_cuda, name, weights.to(device), hessian.to(device), monkeypatch)
-    other_first, other_codes = theirs[1].cpu(), theirs[3].cpu()
+    by_cuda = solved(solve_cuda, name, weights.to(device), hessian.to(device), monkeypatch)
+    cuda_first, cuda_codes = by_cuda[1].cpu(), by_cuda[3].cpu()
     # On the CPU the bits are the same. On a GPU another library multiplies between blocks, and after a near tie that
     # falls the other way the rest of a row differs: 0.7 % of the codes of a real layer of 12 rows on an H100.
     feedback_limit, refined_limit = (0, 2e-3) if device == "cpu" else (2e-2, 2e-2)
-    assert float((first != other_first).float().mean()) <= feedback_limit
+    assert float((first != cuda_first).float().mean()) <= feedback_limit
     if device == "cpu" or not name.startswith("exl2:"):  # EXL2's maxima depend on sums over all rows
-        assert float((codes != other_codes).float().mean()) <= refined_limit
+        assert float((codes != cuda_codes).float().mean()) <= refined_limit
     losses = [
-        solve.layer_loss((values - weights).double(), hessian.double())
-        for values in (grid.values(codes), moved(theirs[2], torch.device("cpu")).values(other_codes))
+        feedback.layer_loss((values - weights).double(), hessian.double())
+        for values in (grid.values(codes), moved(by_cuda[2], torch.device("cpu")).values(cuda_codes))
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-3)
 
@@ -140,13 +139,13 @@ def test_fitted_groups_are_as_good(name: str, device: str) -> None:
     weights, hessian = problem(7, 256)
     weights = weights.clone()
     weights[0, :64], weights[1, :64] = 0, 3.0  # groups whose weights are all equal
-    chosen = codec_named(name)
-    levels, uniform = fitting.shared_levels(chosen, weights.device)
-    group = chosen.scale.group or 256
+    codec = codec_named(name)
+    levels, uniform = fitting.shared_levels(codec, weights.device)
+    group = codec.scale.group or 256
     importance = fitting.normalized(hessian.diagonal().unflatten(0, (-1, group)))
-    expected = fitting._fit_cpu(weights, importance, levels, uniform, chosen.offset)
+    expected = fitting._fit_cpu(weights, importance, levels, uniform, codec.offset)
     on_device = [tensor.to(device) for tensor in (weights, importance, levels)]
-    actual = fitting._fit_cuda(*on_device, uniform, chosen.offset)
+    actual = fitting._fit_cuda(*on_device, uniform, codec.offset)
 
     def error(scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
         groups = weights.unflatten(1, (-1, group))
