@@ -1,4 +1,4 @@
-"""The first stage of a run: opens the source, plans, checks, calibrates, claims the folder, and chooses the placement."""
+"""The first stage of a run: opens the source, plans, checks, calibrates, claims the folder, chooses the placement."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lqexport.models.source import Source, open_source
 from lqexport.pipeline.job import Job, work_folder
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
-from lqexport.planning.memory import MemoryLimits, choose_placement, placements, told
+from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
 from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
@@ -166,5 +166,5 @@ def _placement(
     placement = choose_placement(work, device, folder, limits)
     placement = replace(placement, parts=1 if whole_blocks else max(processes.gathered(placement.parts)))
     if placement != next(placements(work, device, folder)):
-        listener.message(f"To save memory: {told(placement)}")
+        listener.message(f"To save memory: {placement_sentence(placement)}")
     return placement

@@ -1,4 +1,4 @@
-"""What a recipe leaves to the model: how second moments are collected, and whether it is smoothed."""
+"""Chooses what a recipe leaves open: how second moments are collected, and whether the model is smoothed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from lqexport.models.smoothing import pairs
 from lqexport.recipe import Recipe
 
 WIDEST = 16384
-"""Inputs of a linear up to which asymmetric calibration is the default: its sums are four matrices of them squared, in
-float32, and as much again for a shard of the sequences."""
+"""Asymmetric calibration is the default up to this number of inputs of a linear. Its sums are four square float32
+matrices of that width, and as many again for a shard of the sequences."""
 
 
 def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
-    """The recipe for a model of this config.json, with nothing left open. Asymmetric calibration keeps the most
-    (docs/experiments.md), so it is what one gets where it works: models that predict tokens, without experts, whose
-    second moments fit. Choosing types or mixes needs guided moments."""
+    """Returns the recipe for a model of this config.json, with nothing left open.
+
+    Asymmetric calibration loses least (docs/experiments.md), so it is the default where it works: for models that
+    predict tokens, have no experts, and whose second moments fit into memory. Choosing types or mixes needs guided
+    moments.
+    """
     asymmetric, prefix, moments = recipe.asymmetric, recipe.prefix, recipe.moments
     if asymmetric is None:
         asymmetric = prefix != "full" and _works(recipe, config)
@@ -30,8 +33,10 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
 
 
 def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:
-    """For GGUF types of 4 bits or more: what llama.cpp loses by rounding inputs is little beside what weights of 2 or 3
-    bits lose."""
+    """Returns whether the model is smoothed by default, which it is for GGUF types of 4 bits or more.
+
+    With weights of 2 or 3 bits, llama.cpp's rounding of inputs costs little compared with the rounding of weights.
+    """
     return (
         (recipe.parsed_target.gguf_bits or 0) >= 4
         and recipe.method != "rtn"
@@ -40,7 +45,7 @@ def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:
 
 
 def _works(recipe: Recipe, config: dict[str, Any]) -> bool:
-    """Whether asymmetric calibration goes with the rest of the recipe and the model."""
+    """Returns whether asymmetric calibration works with the rest of the recipe and the model."""
     architecture, usual = architecture_of(config), normalized(config)
     widest = max(int(usual.get(key) or 0) for key in ("hidden_size", "intermediate_size"))
     apart = recipe.method == "rtn" or recipe.output_groups > 1 or recipe.factor_bytes

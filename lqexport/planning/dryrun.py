@@ -1,4 +1,4 @@
-"""What a run would do and cost, told before any work."""
+"""`--dry-run`: shows what a run would do and cost, before any work."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lqexport.models.source import open_source
 from lqexport.models.source_grids import sentences
 from lqexport.planning.cost import Rates, Work, seconds_estimate
 from lqexport.planning.defaults import settled
-from lqexport.planning.memory import memory_estimate, told
+from lqexport.planning.memory import memory_estimate, placement_sentence
 from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
@@ -32,7 +32,10 @@ from lqexport.storage.artifact import Artifact
 class Preview:
     """What a run would do.
 
-    tensors   every tensor and its codec
+    recipe    the recipe with nothing left open
+    out       the output folder
+    config    the source's config.json
+    tensors   every tensor that will be stored, with its codec
     already   bytes of tensors that the output folder holds from an earlier, stopped run
     free      bytes free on the output's disk
     """
@@ -46,20 +49,21 @@ class Preview:
 
     @property
     def entries(self) -> list[TensorInfo]:
+        """The tensors, as `inspect` lists them."""
         return [TensorInfo(tensor.name, tensor.shape, tensor.codec_name, tensor.nbytes) for tensor in self.tensors]
 
     @property
     def work(self) -> Work:
-        """What the estimates are of."""
+        """What the estimates are computed from."""
         return Work(self.recipe, self.config, self.tensors)
 
     @property
     def missing_bytes(self) -> int:
-        """What the run has yet to write."""
+        """Bytes of tensors that the run has yet to write."""
         return size(self.entries) - self.already
 
     def check_disk(self) -> None:
-        """Raises UserError where the artifact does not fit on the disk."""
+        """Raises UserError if the artifact does not fit on the disk."""
         if self.missing_bytes > self.free:
             raise UserError(
                 f"The artifact needs {human_bytes(self.missing_bytes)} more, and the disk has {human_bytes(self.free)} "
@@ -67,8 +71,12 @@ class Preview:
             )
 
 
-def preview(recipe: Recipe, out: Path) -> Preview:
-    """Plan a run: reads names and shapes only. Raises UserError as `plan` and `open_source` do."""
+def preview(recipe: Recipe, out: str | Path) -> Preview:
+    """Returns what a run of `recipe` into the folder `out` would do; reads names and shapes only.
+
+    Raises UserError if the source cannot be read, or if the target cannot hold the model.
+    """
+    out = Path(out)
     source = open_source(recipe.source)
     recipe = settled(recipe, source.config)
     artifact = Artifact(out)
@@ -80,16 +88,19 @@ def preview(recipe: Recipe, out: Path) -> Preview:
 
 
 def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
-    """One sentence per sort of fallback."""
-    sorts = Counter((tensor.wanted, tensor.codec_name, tensor.reason) for tensor in tensors if tensor.reason)
+    """Returns one sentence for all tensors with the same fallback and reason."""
+    counts = Counter((tensor.wanted, tensor.codec_name, tensor.reason) for tensor in tensors if tensor.reason)
     return [
         f"{count} tensors take {codec} instead of {wanted}: {reason}"
-        for (wanted, codec, reason), count in sorts.items()
+        for (wanted, codec, reason), count in counts.items()
     ]
 
 
 def measured_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """Floating-point operations per second of matrix products of `size`, measured for about `seconds`."""
+    """Returns the floating-point operations per second of products of `size` x `size` matrices on a device.
+
+    It is the best of several products in about `seconds` seconds.
+    """
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
     best, began = float("inf"), time.perf_counter()
@@ -102,18 +113,19 @@ def measured_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: fl
 
 
 def measured_rates(device: str, recipe: Recipe) -> Rates:
-    """Those of matrix products on a device, in the types that a run of `recipe` multiplies in."""
+    """Returns the measured rates of matrix products on a device, in the dtypes that a run of `recipe` multiplies in."""
     dtypes = (torch.float32, getattr(torch, recipe.compute_dtype_on(torch.device(device).type)), torch.float64)
     return Rates(*(measured_rate(device, dtype) for dtype in dtypes))
 
 
-def _seconds_here(shown: Preview, placement: Placement) -> float:
+def _seconds_on(shown: Preview, placement: Placement) -> float:
+    """Returns the estimated seconds of the run on the placement's device, from measured rates."""
     rates = measured_rates(str(placement.device), shown.recipe)
     return seconds_estimate(shown.work, rates, torch.get_num_threads(), placement.parts)
 
 
 def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
-    """Everything that a dry run says."""
+    """Returns all figures of a dry run as JSON values."""
     return {
         "target": shown.recipe.target,
         "bits_per_weight": bits(shown.entries),
@@ -125,7 +137,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
             "rows": placement.rows,
             "parts": placement.parts,
         },
-        "estimated_seconds": _seconds_here(shown, placement),
+        "estimated_seconds": _seconds_on(shown, placement),
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,
         "fallbacks": fallbacks(shown.tensors),
@@ -134,7 +146,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
 
 
 def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
-    """Print the types, the fallbacks and the size."""
+    """Prints the types of the tensors and the fallbacks; with `every` each tensor by itself."""
     console.print(table(shown.entries, every))
     if shown.recipe.size and not Artifact(shown.out).chosen_types():
         console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
@@ -147,12 +159,12 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
 
 
 def show_estimates(shown: Preview, console: Console, placement: Placement) -> None:
-    """Print what the run would cost, and what the disk has."""
-    minutes = _seconds_here(shown, placement) / 60
+    """Prints what the run would cost, and how much disk space is free."""
+    minutes = _seconds_on(shown, placement) / 60
     lines = (
         f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
         f"Peak memory: about {human_bytes(memory_estimate(shown.work, placement))} (estimate)",
-        told(placement),
+        placement_sentence(placement),
         f"Time on {placement.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
         f"Disk: needs {human_bytes(shown.missing_bytes)}, has {human_bytes(shown.free)} free",
     )

@@ -15,7 +15,7 @@ from lqexport.models.modules import expected_shapes
 from lqexport.planning.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.planning.defaults import settled
 from lqexport.planning.dryrun import measured_rates
-from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, memory, peak, told
+from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, memory, peak, placement_sentence
 from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
@@ -100,7 +100,7 @@ class Forecast:
             "bits_per_weight": 8 * nbytes / weights,
             "memory": {name: asdict(stage) for name, stage in self.stages.items()},
             "peak": asdict(peak(self.stages)),
-            "choices": told(self.placement),
+            "choices": placement_sentence(self.placement),
             "too_large": self.too_large,
             "disk": asdict(disk(work, self.placement.parts)),
             "operations": asdict(operations_estimate(work, self.placement.parts)),
@@ -109,13 +109,14 @@ class Forecast:
         }
 
 
-def forecast(model: Path, recipe: Recipe, gpu: str | None, host: str | None) -> Forecast:
+def forecast(model: str | Path, recipe: Recipe, gpu: str | None = None, host: str | None = None) -> Forecast:
     """Plans a run for a config.json, or for the folder that holds one.
 
     gpu, host   sizes of the memories as text, such as "24GB"; None if not given
 
     Raises UserError if the config.json or a size cannot be read, or if the target cannot hold the model.
     """
+    model = Path(model)
     path = model / "config.json" if model.is_dir() else model
     shapes = ConfigModel(read_config(path, f"There is no {path}: give a config.json, or a folder that holds one."))
     recipe = settled(recipe, shapes.config)

@@ -317,7 +317,7 @@ def _unpacked(work: Work, placement: Placement) -> Memory:
     return Memory(device, min(needed - device, placement.unpacked[1]))
 
 
-def told(placement: Placement) -> str:
+def placement_sentence(placement: Placement) -> str:
     """Returns a sentence that describes a placement."""
     parts = (
         f" A block's experts are solved in {placement.parts} parts, with a pass for each."

@@ -1,4 +1,4 @@
-"""The plan of a recipe: the codec that will store every tensor of the source."""
+"""The plan of a recipe: which codec will store every tensor of the source."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from lqexport.solver.solve_exact import check_exact
 
 
 def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None = None) -> list[PlannedTensor]:
-    """What every tensor of the source will be stored as; `chosen` are codecs found for a size. Raises UserError where
-    the target cannot hold the model, or the solver is not for it."""
+    """Returns every tensor of the source with the codec that will store it.
+
+    `chosen` has the codec names chosen for a size, by tensor name. Raises UserError if the target cannot hold the
+    model, or if the solver does not support the target.
+    """
     planned = _planned(source, recipe, chosen)
     if recipe.solver == "exact":
         check_exact(tensor for tensor in planned if tensor.linear)
-    # A correction, or a choice of types, measures what solving loses.
+    # Corrections and choices of types measure the loss of solving, so every linear is solved.
     return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
 
 
@@ -41,7 +44,7 @@ def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None)
 
 
 def plan_factors(source: ModelShapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:
-    """The factors that a run of `recipe` stores beside the linears of the decoder blocks."""
+    """Returns the low-rank factors that a run of `recipe` stores beside the linears of the decoder blocks."""
     if not recipe.rank or recipe.merge:
         return []
     architecture = architecture_of(source.config)
