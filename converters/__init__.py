@@ -1,1 +1,1 @@
-"""Whole-model targets: which tensor gets which codec, tensor names, metadata, files."""
+"""Whole-model formats: the codec of each tensor, tensor names, metadata, and reading and writing files."""

@@ -1,7 +1,7 @@
-"""Low-rank factors of a linear as tensors of their own, named as PEFT names them.
+"""Low-rank factors of a linear as separate tensors, with the names that PEFT gives them.
 
-The linear X.weight [R, C] with a correction B A of rank k has X.lora_A.weight [k, C] and X.lora_B.weight [R, k] beside
-it: the weight is the sum of what X.weight decodes to and B A.
+A linear X.weight [R, C] with a correction of rank k has the tensors X.lora_A.weight [k, C] and X.lora_B.weight [R, k]
+beside it. Its weight is the decoded X.weight plus B A.
 """
 
 from __future__ import annotations
@@ -17,60 +17,74 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 def factor_names(weight: str) -> tuple[str, str]:
-    """Names of A and B of a linear: `x.q_proj.weight` -> `x.q_proj.lora_A.weight`, `x.q_proj.lora_B.weight`."""
+    """Returns the names of A and B: `x.q_proj.weight` -> `x.q_proj.lora_A.weight`, `x.q_proj.lora_B.weight`."""
     module = weight.removesuffix(".weight")
     return module + A, module + B
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor is a factor of a correction."""
+    """Whether a tensor is a low-rank factor."""
     return name.endswith((A, B))
 
 
 def corrected_linear(name: str) -> str:
-    """The linear that a factor corrects: undoes `factor_names`."""
+    """Returns the weight of the linear that a low-rank factor corrects, the inverse of `factor_names`."""
     return name.removesuffix(A).removesuffix(B) + ".weight"
 
 
 def check_present(artifact: Artifact) -> None:
-    """Raises UserError where a finished artifact holds no factors."""
+    """Raises UserError if a finished artifact holds no low-rank factors."""
     if not any(is_factor(name) for name in artifact.manifest()):
         raise UserError(f"{artifact.folder} holds no low-rank correction. Quantize again with --rank.")
 
 
-def block_codec(kind: str, what: str) -> str:
-    """The full name of a type for `what`; `F16` is short for `gguf:F16`.
+def block_codec(type_name: str, use: str) -> str:
+    """Returns the full name of a type whose numbers (scales, offsets) are stored per block of columns.
 
-    Raises UserError where there is no such type, or where some of its numbers are of a whole row: a correction of a
-    smaller rank could then not be cut out of it, nor an input be rounded before all of it is known.
+    type_name   the type; `F16` is short for `gguf:F16`
+    use         what the type will store, for the messages
+
+    Raises UserError if there is no such type, or if some of its numbers are stored per row. With numbers per row, a
+    correction of a smaller rank could not be cut out of a larger one, and an input could not be rounded before all of
+    it is known.
     """
-    name = full_name(kind)
+    codec_name = full_name(type_name)
     try:
-        found = codec_named(name)
+        codec = codec_named(codec_name)
     except ValueError as error:
-        raise UserError(f"{what}: {error}") from error
-    if isinstance(found, GridCodec) and (found.scale is None or not found.scale.group):
-        raise UserError(f"{what} cannot be in {name}: give a type with numbers per block of columns, such as Q8_0.")
-    return name
+        raise UserError(f"{use}: {error}") from error
+    if isinstance(codec, GridCodec) and (codec.scale is None or not codec.scale.group):
+        raise UserError(
+            f"{use} cannot be in {codec_name}: give a type with numbers per block of columns, such as Q8_0."
+        )
+    return codec_name
 
 
-def planned_factors(planned: list[PlannedTensor], rank: int, kind: str) -> list[PlannedTensor]:
-    """A and B of every linear, at `rank`. Raises UserError where the type `kind` cannot hold them."""
-    name = block_codec(kind, "factors")
-    block = codec_named(name).block
+def planned_factors(planned: list[PlannedTensor], rank: int, type_name: str) -> list[PlannedTensor]:
+    """Returns the low-rank factors A and B of every planned linear, at one rank and in one type.
+
+    Raises UserError if the type cannot hold them, if the rank is too large for a linear, or if there is no linear.
+    """
+    codec_name = block_codec(type_name, "factors")
+    block = codec_named(codec_name).block
     if rank % block:
-        raise UserError(f"factors in {name} need a rank that is a multiple of {block}, not {rank}.")
+        raise UserError(f"factors in {codec_name} need a rank that is a multiple of {block}, not {rank}.")
     factors = []
     for tensor in planned:
         if not tensor.linear:
             continue
         rows, columns = tensor.matrix
         if columns % block:
-            raise UserError(f"{name} holds rows of a multiple of {block}, but {tensor.name} has {columns} columns.")
+            raise UserError(
+                f"{codec_name} holds rows of a multiple of {block}, but {tensor.name} has {columns} columns."
+            )
         if rank > min(rows, columns):
             raise UserError(f"{tensor.name} is {rows} x {columns}: a correction of rank {rank} is no smaller than it.")
         down, up = factor_names(tensor.name)
-        factors += [PlannedTensor(down, (rank, columns), name, False), PlannedTensor(up, (rows, rank), name, False)]
+        factors += [
+            PlannedTensor(down, (rank, columns), codec_name, False),
+            PlannedTensor(up, (rows, rank), codec_name, False),
+        ]
     if not factors:
         raise UserError("Nothing to correct: the target stores every linear in a plain type. Leave out rank.")
     return factors

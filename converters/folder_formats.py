@@ -1,4 +1,4 @@
-"""The folders of packed safetensors that targets write, told apart by config.json."""
+"""The table of the folders of packed safetensors that targets write, by `quant_method` of config.json."""
 
 from __future__ import annotations
 
@@ -12,4 +12,4 @@ MODELS: dict[str, type[FolderModel]] = {
     "gptq": GptqModel,
     "compressed-tensors": CompressedModel,
 }
-"""By `quant_method` of config.json."""
+"""`quant_method` of config.json -> the class that reads such a folder."""

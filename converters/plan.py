@@ -1,4 +1,4 @@
-"""Which tensor gets which codec, decided before anything is solved."""
+"""The plan of a run: which tensor gets which codec, decided before anything is solved."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
 
 PLAIN = "gguf:F16"
-"""What folders of safetensors store embeddings, norms and biases in."""
+"""The codec in which folders of safetensors store embeddings, norms and biases."""
 
 
 @dataclass(frozen=True)
 class PlannedTensor:
-    """One tensor of the model and the codec it will be stored with.
+    """One tensor of the model and the codec in which it will be stored.
 
-    name      Hugging Face name
-    shape     as in the checkpoint
-    codec_name    name in `formats.registry`
-    linear    whether the solver works on it (a linear of a decoder block); other tensors are rounded
-    wanted    the codec that was asked for, where a fallback replaced it
-    reason    why, in a sentence
-    source_grid   of a weight that the source holds quantized: `kept` where the codec holds its values as they are, so
-                  that the solver need not work on it; else why it does not
+    name          Hugging Face name
+    shape         shape in the checkpoint
+    codec_name    name of the codec in `formats.registry`
+    linear        whether the solver works on it (a linear of a decoder block); other tensors are rounded
+    wanted        name of the codec that was asked for, if a fallback replaced it
+    reason        the reason for the fallback
+    source_grid   only for a weight that the source holds quantized: `kept` if the codec holds the source's values
+                  exactly, so that the solver need not work on it; else the reason why it does not
     """
 
     name: str
@@ -36,7 +36,7 @@ class PlannedTensor:
 
     @property
     def matrix(self) -> tuple[int, int]:
-        """[rows, columns]; a vector is one row."""
+        """The tensor's (rows, columns); a vector is one row."""
         rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
         return rows, columns
 
@@ -50,7 +50,7 @@ class PlannedTensor:
         return nbytes(codec_named(self.codec_name), *self.matrix)
 
     def as_json(self) -> dict[str, Any]:
-        """All fields and the bytes, as JSON values for `--dry-run --json`."""
+        """Returns all fields and the number of bytes, as JSON values for `--dry-run --json`."""
         fields = asdict(self)
         return {
             "name": fields.pop("name"),

@@ -1,14 +1,14 @@
-"""Targets of `quantize`: for every tensor of a model, the codec that will store it.
+"""Plans GGUF and native targets: chooses the codec of every tensor of a model.
 
     gguf:TYPE       every linear of the decoder blocks in one GGUF type; embedding and output in Q8_0 (for F32, F16 and
-                    BF16: that type), norms and biases in F32
-    gguf:MIX        llama.cpp's mixes by its own rules, each tensor in its own type: Q3_K_S/M/L, Q4_K_S/M, Q5_K_S/M,
-                    Q2_K_S, and Q2_K_M and Q6_K_M for what llama.cpp calls Q2_K and Q6_K
-    gguf:auto       types chosen by whoever calls (`lqexport.pipeline.types_by_size`), Q8_0 where there is none
-    native:CODEC    every linear in a native codec; embedding and output in F16, norms and biases in F32
+                    BF16: in that type); norms and biases in F32
+    gguf:MIX        llama.cpp's mixes, which give each tensor its type by llama.cpp's rules: Q3_K_S/M/L, Q4_K_S/M,
+                    Q5_K_S/M, Q2_K_S, and Q2_K_M and Q6_K_M, which llama.cpp calls Q2_K and Q6_K
+    gguf:auto       the types that the caller gives (`lqexport.pipeline.types_by_size` chooses them), else Q8_0
+    native:CODEC    every linear in a native codec; embedding and output in F16; norms and biases in F32
 
-`embedding_type` and `output_type` replace what a target says of those two; a model whose output is tied to its
-embedding has only the embedding, and either option means it.
+`embedding_type` and `output_type` replace the target's types for these two tensors. If a model's output is tied to its
+embedding, there is only the embedding, and either option sets its type.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def targets() -> list[str]:
-    """Every name that `plan` knows."""
+    """Returns the names of all targets that `plan` knows, except `gguf:auto`."""
     return [*names("gguf"), *(f"gguf:{mix}" for mix in MIXES), *names("native")]
 
 
@@ -57,15 +57,17 @@ def plan(
     types: Mapping[str, str] = MappingProxyType({}),
     fallback: bool = True,
 ) -> list[PlannedTensor]:
-    """The codec of every tensor, in the order of the model: embedding, blocks in data-flow order, final norm, output.
+    """Returns the codec of every tensor in the model's order: embedding, blocks in data-flow order, norm, output.
 
-    config    config.json
-    shapes    the checkpoint's tensors, as it names them
-    types     codec of the matrices that a name pattern (as of a shell) fits; the last that fits counts
-    fallback  whether a tensor whose shape a type cannot hold may take another, as llama.cpp does
+    config           content of config.json
+    shapes           name -> shape of the checkpoint's tensors
+    embedding_type   type of the embedding, instead of the target's
+    output_type      type of the output, instead of the target's
+    types            shell pattern -> codec name of the matrices whose names match it; the last match counts
+    fallback         whether a tensor whose shape a type cannot hold may take another type, as in llama.cpp
 
-    Raises UserError for an unknown target, type, architecture or tensor, for a missing tensor, for shapes that
-    config.json does not explain, and with `fallback=False` for tensors that would fall back.
+    Raises UserError if the target, a type, the architecture or a tensor is unknown, if a tensor is missing, if shapes
+    do not fit config.json, or if a tensor would fall back and `fallback` is false.
     """
     config = normalized(config)
     architecture = architecture_of(config)
@@ -77,7 +79,7 @@ def plan(
     _check_types(types, kept)
     planned = []
     for name, shape in kept.items():
-        matching = [kind for pattern, kind in types.items() if len(shape) == 2 and fnmatchcase(name, pattern)]
+        matching = [codec_name for pattern, codec_name in types.items() if _matches(pattern, name, shape)]
         wanted = matching[-1] if matching else overrides.get(name) or _wanted(target, architecture, config, name, shape)
         planned.append(_fitted(architecture, name, shape, wanted))
     if not fallback:
@@ -88,7 +90,10 @@ def plan(
 
 
 def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
-    """Raises UserError where the experts of a block, which share one of the GGUF `names`, are in different types."""
+    """Raises UserError if the experts of a block are in different types, since they share one GGUF tensor.
+
+    names   Hugging Face name -> GGUF name
+    """
     types: dict[str, str] = {}
     for tensor in planned:
         if types.setdefault(names[tensor.name], tensor.codec_name) != tensor.codec_name:
@@ -104,15 +109,23 @@ def _check_target(target: Target) -> None:
 
 
 def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
-    for pattern, kind in types.items():
-        if kind not in names():
-            raise UserError(f"Unknown type {kind!r} for {pattern}. Known: {', '.join(names())}.")
-        if not any(len(shape) == 2 and fnmatchcase(name, pattern) for name, shape in shapes.items()):
+    for pattern, codec_name in types.items():
+        if codec_name not in names():
+            raise UserError(f"Unknown type {codec_name!r} for {pattern}. Known: {', '.join(names())}.")
+        if not any(_matches(pattern, name, shape) for name, shape in shapes.items()):
             raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
 
 
+def _matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor is a matrix whose name matches a shell pattern."""
+    return len(shape) == 2 and fnmatchcase(name, pattern)
+
+
 def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
-    """The tensors to store, in the order of the model, checked against the architecture and config.json."""
+    """Returns name -> shape of the tensors to store, in the order of the model.
+
+    Raises UserError if a tensor is unknown or missing, or if a shape does not fit config.json.
+    """
     known = gguf_names(architecture, _layers(config))
     unknown = [name for name in shapes if name not in known and not _is_unused(architecture, name)]
     if unknown:
@@ -140,7 +153,7 @@ def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, 
 
 
 def _is_unused(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor of a checkpoint follows from config.json, as old ones store the rotary frequencies."""
+    """Whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
     return any(re.search(pattern, name) for pattern in architecture.unused)
 
 
@@ -154,21 +167,21 @@ def _layers(config: dict[str, Any]) -> int:
 def _overrides(
     architecture: Architecture, config: dict[str, Any], embedding_type: str | None, output_type: str | None
 ) -> dict[str, str]:
-    """Tensor -> codec for the two options; `Q6_K` is short for `gguf:Q6_K`."""
+    """Returns tensor -> codec name for the options of embedding and output; `Q6_K` is short for `gguf:Q6_K`."""
     if is_tied(config):
         embedding_type, output_type = embedding_type or output_type, None
     chosen = {architecture.embedding: embedding_type, architecture.output: output_type}
-    full = {name: full_name(type_name) for name, type_name in chosen.items() if type_name}
-    for kind in full.values():
-        if kind not in names():
-            raise UserError(f"Unknown type {kind!r} for embedding or output. Known: {', '.join(names('gguf'))}.")
-    return full
+    overrides = {name: full_name(type_name) for name, type_name in chosen.items() if type_name}
+    for codec_name in overrides.values():
+        if codec_name not in names():
+            raise UserError(f"Unknown type {codec_name!r} for embedding or output. Known: {', '.join(names('gguf'))}.")
+    return overrides
 
 
 def _wanted(
     target: Target, architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]
 ) -> str:
-    """The codec that `target` asks for, whatever the shape."""
+    """Returns the codec name that the target asks for, whether the tensor's shape fits or not."""
     linear = is_linear(architecture, name)
     if not linear and name not in (architecture.embedding, architecture.output):
         return "gguf-norm:F32" if target.family == "gguf" and architecture.norm_plus and is_norm(name) else "gguf:F32"
@@ -184,22 +197,22 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
     if module is None:
         separate = name == architecture.embedding and not is_tied(config)
         return MIXES[mix] if separate else mix_output(str(architecture.gguf), columns)
-    sharing = head_count(config) // head_count(config, "num_key_value_heads")
+    queries_per_key = head_count(config) // head_count(config, "num_key_value_heads")
     experts = config.get(architecture.experts, 0) if architecture.experts else 0
-    layer = Layer(str(architecture.gguf), module[0], _layers(config), sharing, experts)
+    layer = Layer(str(architecture.gguf), module[0], _layers(config), queries_per_key, experts)
     return mix_type(mix, architecture.gguf_block[module[1]], layer)
 
 
-def _is_plain(name: str) -> bool:
-    """Whether a codec rounds each weight by itself, so that there is nothing to solve."""
-    return isinstance(codec_named(name), PlainCodec)
+def _is_plain(codec_name: str) -> bool:
+    """Whether a codec rounds each weight alone, so that the solver has nothing to do."""
+    return isinstance(codec_named(codec_name), PlainCodec)
 
 
 def _fitted(architecture: Architecture, name: str, shape: tuple[int, ...], wanted: str) -> PlannedTensor:
-    """`wanted`, or what stands in for it where its blocks do not divide the columns."""
+    """Returns the tensor in the codec `wanted`, or in a fallback if the columns are no multiple of its block."""
     columns, block = shape[-1], codec_named(wanted).block
     fits = columns % block == 0
-    chosen = wanted if fits else _stand_in(wanted, columns)
+    chosen = wanted if fits else _fallback(wanted, columns)
     linear = is_linear(architecture, name) and not _is_plain(chosen)
     if fits:
         return PlannedTensor(name, shape, chosen, linear)
@@ -207,14 +220,14 @@ def _fitted(architecture: Architecture, name: str, shape: tuple[int, ...], wante
     return PlannedTensor(name, shape, chosen, linear, wanted, reason)
 
 
-def _stand_in(wanted: str, columns: int) -> str:
-    family, _, kind = wanted.partition(":")
+def _fallback(wanted: str, columns: int) -> str:
+    family, _, type_name = wanted.partition(":")
     if family == "gguf":
-        return f"gguf:{fallback_type(kind, columns)}"
-    # affine-BITS-gGROUP: the largest smaller group that divides the columns.
-    bits = kind.rpartition("-")[0]
-    groups = [name for name in names("native") if name.startswith(f"native:{bits}-g")]
-    fitting = [name for name in groups if columns % codec_named(name).block == 0]
+        return f"gguf:{fallback_type(type_name, columns)}"
+    # For affine-BITS-gGROUP, take the largest group size that divides the columns.
+    affine_bits = type_name.rpartition("-")[0]
+    same_bits = [name for name in names("native") if name.startswith(f"native:{affine_bits}-g")]
+    fitting = [name for name in same_bits if columns % codec_named(name).block == 0]
     return max(fitting, key=lambda name: codec_named(name).block, default="gguf:F16")
 
 

@@ -1,8 +1,8 @@
-"""Targets of EXL2: which tensors ExLlamaV2 wants quantized, and how the columns of one may be shared among bit widths.
+"""Plans EXL2 targets: which tensors are quantized, and which columns of a matrix get which bit width.
 
-ExLlamaV2 takes any mix of widths in a matrix as long as they fall along the stored columns, and the most important
-columns are stored first. All groups are of 32 columns, the least that it decodes: at 4 bits a scale they cost an eighth
-of a bit per weight.
+ExLlamaV2 takes any mix of bit widths in a matrix, as long as the widths fall along the stored columns. The most
+important columns are stored first. All groups here have 32 columns, the fewest that ExLlamaV2 decodes; with scales of 4
+bits, they cost an eighth of a bit per weight.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2, joined, name_of
 
 UNQUANTIZED = 16
+"""The value of `head_bits` for an output in float16."""
 
 
 def plan_exl2(
     config: dict[str, Any], shapes: Shapes, *, bits: float, head_bits: int, fallback: bool = True
 ) -> list[PlannedTensor]:
-    """Every tensor of an EXL2 model, in the order of the model, linears of nearly equal width.
+    """Returns every tensor of an EXL2 model in the model's order, with linears of nearly equal bits per weight.
 
-    bits        of the decoder blocks' linears on average, all their tensors counted, as ExLlamaV2's converter counts
-    head_bits   width of the output's codes, or 16 for float16; where it shares the embedding's weights, the file
-                nevertheless has one of its own
+    bits        average bits per weight of the decoder blocks' linears, with all their stored tensors counted, as in
+                ExLlamaV2's converter
+    head_bits   bit width of the output's codes, or 16 for float16; a quantized output is stored even if the model's
+                output shares the embedding's weights
     fallback    whether an output that EXL2 cannot hold may stay in float16
 
-    Raises UserError for a size that cannot be reached, for shapes that ExLlamaV2 cannot load, and as `targets.plan`.
+    Raises UserError if the average cannot be reached, if ExLlamaV2 cannot load the model or its shapes, and as
+    `targets.model_tensors` does.
     """
     config = normalized(config)
     architecture = architecture_of(config)
@@ -57,7 +60,7 @@ def plan_exl2(
 
 
 def check_corrections(config: dict[str, Any]) -> None:
-    """Raises UserError where ExLlamaV2 would not find the linears of a LoRA adapter, which has transformers' names."""
+    """Raises UserError if ExLlamaV2 could not apply a LoRA adapter, because its linears have other names."""
     architecture = architecture_of(config)
     rules = rules_of(architecture)
     if rules.split or rules.renamed:
@@ -68,7 +71,10 @@ def check_corrections(config: dict[str, Any]) -> None:
 
 
 def check_reachable(shapes: list[tuple[int, ...]], bits: float) -> None:
-    """Raises UserError where no mix of widths takes `bits` per weight, naming those that can be reached."""
+    """Raises UserError if no mix of widths takes `bits` per weight; the message gives the range that is possible.
+
+    shapes   (rows, columns) of the linears
+    """
     weights = sum(rows * columns for rows, columns in shapes)
     least, most = (
         8 * sum(_nbytes(shape, (Run(width, UNIT, shape[1] // UNIT),)) for shape in shapes) / weights
@@ -82,7 +88,7 @@ def check_reachable(shapes: list[tuple[int, ...]], bits: float) -> None:
 
 
 def _even_codecs(linears: Shapes, bits: float) -> dict[str, str]:
-    """A codec for every linear, all of nearly equal width; what one leaves of its share goes to the next."""
+    """Returns linear -> codec name, all of nearly equal bits per weight. Bytes that a linear leaves go to the next."""
     chosen, left = {}, 0.0
     for name, (rows, columns) in linears.items():
         left += bits * rows * columns / 8
@@ -93,22 +99,25 @@ def _even_codecs(linears: Shapes, bits: float) -> dict[str, str]:
 
 
 def keeps_order(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
-    """Whether a linear's columns must be stored in their own order.
+    """Whether a linear's columns must be stored in their original order.
 
-    ExLlamaV2 reorders the outputs of `up_proj` and `gate_proj` as `down_proj` wants its inputs, but not their biases.
+    This is so for `down_proj` where `up_proj` and `gate_proj` have biases. ExLlamaV2 reorders the outputs of these two
+    as `down_proj` stores its columns, but it does not reorder their biases.
     """
     *_, before, last = architecture.linears
     biased = any(wants_bias(architecture, config, module) for module in before)
     return biased and name.endswith(tuple(f".{module}.weight" for module in last))
 
 
-def even_runs(shape: tuple[int, ...], budget: float) -> tuple[Run, ...]:
-    """Two neighbouring widths that together take at most `budget` bytes, all tensors counted, and nearly as many; where
-    even the narrowest takes more, that one."""
+def even_runs(shape: tuple[int, ...], most_bytes: float) -> tuple[Run, ...]:
+    """Returns runs of two neighbouring bit widths that take at most `most_bytes`, and nearly as many.
+
+    All stored tensors of the matrix count. If even the smallest width takes more, it is taken.
+    """
     rows, columns = shape
     units = columns // UNIT
-    spare = budget - _nbytes(shape, (Run(BITS[0], UNIT, units),))
-    bits = max(0, int(spare * 8 / (UNIT * rows))) + BITS[0] * units  # of all units of one row
+    spare = most_bytes - _nbytes(shape, (Run(BITS[0], UNIT, units),))
+    bits = max(0, int(spare * 8 / (UNIT * rows))) + BITS[0] * units  # sum of the widths of all units
     width = max(width for width in BITS if width * units <= bits)
     wider = min((wider for wider in BITS if wider > width), default=width + 1)
     count = min(units, (bits - width * units) // (wider - width)) if wider in BITS else 0
@@ -116,26 +125,30 @@ def even_runs(shape: tuple[int, ...], budget: float) -> tuple[Run, ...]:
 
 
 def filled_runs(importance: NDArray[np.float64], average: float) -> tuple[Run, ...]:
-    """Widths of the units of 32 columns, their codes taking at most `average` bits, for falling importances [units].
+    """Returns the bit widths of the units of 32 columns with the least total error.
 
-    Each bit quarters a unit's squared error, so the least sum of importance * 4^-bits gives every unit the width that
-    minimises importance * 4^-bits + price * bits, at the price that meets the average. A unit's importance counts as no
-    more than that of any before it, so that widths fall.
+    importance   float64 [units], in the order in which the columns are stored
+    average      the most bits that codes may take, on average over the units
+
+    Each bit quarters a unit's squared error, so the sum of importance * 4^-bits is minimized. At its minimum, every
+    unit has the width that minimizes importance * 4^-bits + price * bits; one price, found by bisection, meets the
+    average. Widths must fall: so a unit's importance counts as at most that of every unit before it.
     """
     falling = np.minimum.accumulate(np.maximum(importance, 1e-30 * importance.max(initial=0) + 1e-300))
     widths = np.array(BITS, dtype=np.float64)
     low, high = np.log(falling.min()) - 30, np.log(falling.max()) + 30
 
-    def at(price: float) -> NDArray[np.float64]:
-        return widths[(falling[:, None] * 4.0**-widths + np.exp(price) * widths).argmin(axis=1)]
+    def widths_at(log_price: float) -> NDArray[np.float64]:
+        return widths[(falling[:, None] * 4.0**-widths + np.exp(log_price) * widths).argmin(axis=1)]
 
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (middle, high) if at(middle).mean() > average else (low, middle)
-    chosen, dearer = at(high), at(low)  # units of equal importance change together, and only some of them may fit
+        low, high = (middle, high) if widths_at(middle).mean() > average else (low, middle)
+    # Units of equal importance change their widths at the same price, but perhaps only some of them fit the average.
+    chosen, wider = widths_at(high), widths_at(low)
     left = average * len(falling) - chosen.sum()
-    fits = np.cumsum(dearer - chosen) <= left + 1e-9
-    chosen = np.where(fits, dearer, chosen)
+    fits = np.cumsum(wider - chosen) <= left + 1e-9
+    chosen = np.where(fits, wider, chosen)
     return joined([Run(int(width), UNIT, 1) for width in chosen])
 
 
@@ -144,7 +157,7 @@ def _nbytes(shape: tuple[int, ...], runs: tuple[Run, ...]) -> int:
 
 
 def _check_linears(architecture: Architecture, config: dict[str, Any], linears: Shapes) -> None:
-    """Raises UserError for a linear that EXL2 cannot hold: ExLlamaV2 loads no block that is quantized in part."""
+    """Raises UserError if EXL2 cannot hold one of the linears; ExLlamaV2 needs all linears of a block quantized."""
     for name, shape in linears.items():
         bounds = pieces(architecture, config, name, shape[0]).values()
         if shape[1] % UNIT or any(bound % UNIT for rows in bounds for bound in rows):
@@ -158,7 +171,7 @@ def _check_linears(architecture: Architecture, config: dict[str, Any], linears: 
 
 
 def _check_biases(architecture: Architecture, config: dict[str, Any], kept: Shapes) -> None:
-    """Raises UserError where ExLlamaV2 wants a bias that the model lacks, or has no place for one."""
+    """Raises UserError if ExLlamaV2 needs a bias that the model lacks, or has no place for a bias of the model."""
     for name in kept:
         module, bias = block_module(architecture, name), f"{name.removesuffix('.weight')}.bias"
         if module is None or not is_linear(architecture, name):
@@ -174,7 +187,7 @@ def _check_biases(architecture: Architecture, config: dict[str, Any], kept: Shap
 def _planned_head(
     architecture: Architecture, shape: tuple[int, ...], tied: bool, bits: int, fallback: bool
 ) -> list[PlannedTensor]:
-    """The output; nothing where it is in float16 and shares the embedding's weights, which ExLlamaV2 then uses."""
+    """Returns the output, or [] if it is in float16 and tied; ExLlamaV2 then uses the embedding's weights."""
     if bits not in (*BITS, UNQUANTIZED):
         raise UserError(f"The output's codes can have {', '.join(map(str, (*BITS, UNQUANTIZED)))} bits, not {bits}.")
     rows, columns = shape

@@ -1,9 +1,11 @@
-"""The target GPTQ: planning, writing an artifact as a folder for vLLM, transformers and ExLlamaV2, and reading one.
+"""Plans GPTQ targets, writes an artifact as a folder for vLLM, transformers and ExLlamaV2, and reads such a folder.
 
-All linears of the decoder blocks are in one codec of `formats.gptq`; the rest is float16. Readers differ on how zero
-points are stored, and `checkpoint_format` says which of two ways it is: `gptq`, less one, which ExLlamaV2, vLLM and
-transformers read; and `gptq_v2`, as they are, which GPTQModel's own loader wants of asymmetric models and vLLM reads
-since the end of 2025 (versions before take it for `gptq` without a word).
+All linears of the decoder blocks are in one codec of `formats.gptq`; all other tensors are float16. There are two ways
+to store zero points, and `checkpoint_format` says which one a folder has:
+
+gptq      zero points less one; ExLlamaV2, vLLM and transformers read it
+gptq_v2   zero points unchanged; GPTQModel's own loader needs it for asymmetric models, and vLLM reads it since the end
+          of 2025 (earlier versions take it for `gptq` without a warning)
 """
 
 from __future__ import annotations
@@ -32,12 +34,16 @@ HINT = (
     "target gptq:4-g128 or gptq:4-g128-sym."
 )
 ONES = np.int32(0x11111111)
-"""1 in each of the eight zero points of a word. None of ours overflows when it is added: they are 14 at most."""
+"""A word of eight zero points that are all 1. Adding it overflows none of lqexport's zero points: they are 14 at most.
+"""
 
 
 def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[PlannedTensor]:
-    """Every tensor of a model in GPTQ's layout, in the order of the model. Raises UserError for an unknown target, for
-    linears that it cannot hold, and as `targets.plan`."""
+    """Returns every tensor of a model in GPTQ's layout, in the order of the model.
+
+    Raises UserError if the target is unknown, if the layout cannot hold a linear, if the model is an encoder, and as
+    `targets.model_tensors` does.
+    """
     codec_name = str(target)
     if codec_name not in GPTQ:
         raise UserError(f"Unknown target {codec_name!r}. Known: {', '.join(GPTQ)}.")
@@ -57,8 +63,10 @@ def _check_fits(wanted: Gptq, linears: Shapes) -> None:
     wrong = [name for name, shape in linears.items() if not _fits(wanted, shape)]
     if not wrong:
         return
-    alike = [kind for kind in GPTQ.values() if kind.symmetric == wanted.symmetric and kind.reorders == wanted.reorders]
-    fitting = [kind.name for kind in alike if all(_fits(kind, shape) for shape in linears.values())]
+    alike = [
+        codec for codec in GPTQ.values() if codec.symmetric == wanted.symmetric and codec.reorders == wanted.reorders
+    ]
+    fitting = [codec.name for codec in alike if all(_fits(codec, shape) for shape in linears.values())]
     advice = f" Take {' or '.join(fitting)}." if fitting else ""
     raise UserError(
         f"{wanted.name} cannot hold {wrong[0]}, {list(linears[wrong[0]])}: rows must be a multiple of {UNIT} and "
@@ -66,45 +74,46 @@ def _check_fits(wanted: Gptq, linears: Shapes) -> None:
     )
 
 
-def _fits(kind: Gptq, shape: tuple[int, ...]) -> bool:
-    return shape[0] % UNIT == 0 and shape[1] % kind.block == 0
+def _fits(codec: Gptq, shape: tuple[int, ...]) -> bool:
+    return shape[0] % UNIT == 0 and shape[1] % codec.block == 0
 
 
 def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None, *, v2: bool = False) -> None:
-    """Write a finished artifact as the new folder `folder` (see `packed.write_folder`), with the checkpoint format
-    `gptq`, or `gptq_v2`.
+    """Writes a finished artifact as the new folder `folder` (see `packed.write_folder`).
 
-    Raises UserError where the artifact is unfinished, damaged or not of GPTQ's layout, where the folder exists, and
-    where the disk is too small.
+    v2   whether the checkpoint format is `gptq_v2` instead of `gptq`
+
+    Raises UserError if the artifact is unfinished, damaged or not in GPTQ's layout, if the folder exists, or if the
+    disk is too small.
     """
     entries = entries_of(artifact, "gptq", "a GPTQ folder", HINT)
     layout = FolderLayout(lambda name, shape: codec_named(name).layout(*shape), _as_v2 if v2 else _as_stored)
     quantization = _quantization(artifact, codec_of_model(artifact), v2)
     config = half_precision(artifact.config()) | {"quantization_config": quantization}
-    # quantize_config.json is where AutoGPTQ's readers look.
+    # AutoGPTQ's readers look for quantize_config.json.
     files = {"config.json": config, "quantize_config.json": quantization}
     write_folder(artifact, folder, entries, layout, files, on_tensor)
 
 
 def codec_of_model(artifact: Artifact) -> Gptq:
-    """The codec of all linears of an artifact of GPTQ's layout."""
+    """Returns the codec of all linears of an artifact in GPTQ's layout."""
     name = next(facts["codec"] for facts in artifact.manifest().values() if facts["codec"] in GPTQ)
     return GPTQ[name]
 
 
 def half_precision(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json with float16 as the dtype of the model: in bfloat16, readers would round the scales."""
+    """Returns config.json with float16 as the model's dtype; with bfloat16, readers would round the scales."""
     return config | {"torch_dtype": "float16", "dtype": "float16"}
 
 
-def _quantization(artifact: Artifact, kind: Gptq, v2: bool) -> dict[str, Any]:
+def _quantization(artifact: Artifact, codec: Gptq, v2: bool) -> dict[str, Any]:
     run = artifact.run()
     return {
         "quant_method": "gptq",
         "bits": BITS,
-        "group_size": kind.group or -1,
-        "desc_act": kind.reorders,
-        "sym": kind.symmetric,
+        "group_size": codec.group or -1,
+        "desc_act": codec.reorders,
+        "sym": codec.symmetric,
         "lm_head": False,
         "checkpoint_format": "gptq_v2" if v2 else "gptq",
         "damp_percent": run["recipe"]["dampening"],
@@ -121,7 +130,7 @@ def _as_v2(tensor: StoredTensor) -> Planes:
 
 
 class GptqModel(FolderModel):
-    """A model in GPTQ's layout; its codec follows from quantization_config."""
+    """A model in a folder of GPTQ's layout. Its codec follows from quantization_config."""
 
     container, reader = "GPTQ folder", "vLLM or ExLlamaV2"
     parts = PLANES
@@ -131,10 +140,10 @@ class GptqModel(FolderModel):
 
     def packed_codec(self, key: str) -> str:
         quantization = self.config["quantization_config"]
-        found = tuple(quantization.get(name) for name in ("bits", "group_size", "sym", "desc_act"))
-        for kind in GPTQ.values():
-            if (BITS, kind.group or -1, kind.symmetric, kind.reorders) == found:
-                return kind.name
+        settings = tuple(quantization.get(name) for name in ("bits", "group_size", "sym", "desc_act"))
+        for codec in GPTQ.values():
+            if (BITS, codec.group or -1, codec.symmetric, codec.reorders) == settings:
+                return codec.name
         raise ValueError(f"Known are {BITS} bits in groups of 32, 64, 128 or -1, not {quantization}.")
 
     def packed_planes(self, key: str) -> Planes:
