@@ -171,7 +171,9 @@ def test_native_folder_is_verified_and_loaded(solved: Path, bert: Path, prose: P
     model = lqexport.load(folder)
     assert isinstance(model, BertModel)
     texts = sentences(prose.read_text())
-    pair = [by_transformers(each, bert, texts, "mean_tokens") for each in (AutoModel.from_pretrained(bert), model)]
+    pair = [
+        by_transformers(network, bert, texts, "mean_tokens") for network in (AutoModel.from_pretrained(bert), model)
+    ]
     assert float((pair[0] * pair[1]).sum(1).mean()) == pytest.approx(result.similarity.cosine, abs=1e-5)
     assert (folder / "1_Pooling" / "config.json").is_file()  # sentence-transformers reads it
 

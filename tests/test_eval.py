@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from lqexport.calibration.texts import HUB_TEXTS
 from lqexport.cli.app import app
 from lqexport.converters.folders import native
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
 from lqexport.evaluation import papers, zero_shot_tasks
 from lqexport.evaluation.evaluate import tokenize
@@ -36,7 +36,7 @@ def folder(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.T
     """A native folder with low-rank corrections. Beside it are its artifact and a .gguf file in F16."""
     base = tmp_path_factory.mktemp("eval")
     native.write(rounded_artifact(base / "artifact", "native:table-3", 8), base / "native")
-    gguf.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
+    gguf_writer.write(rounded_artifact(base / "plain", "gguf:F16"), base / "plain.gguf")
     return base / "native"
 
 
@@ -49,11 +49,11 @@ def files(folder: Path) -> list[Path]:
 
 def test_perplexity_is_that_of_verify(folder: Path, tiny_model: Path, text: Path) -> None:
     for file in files(folder):
-        (found,) = perplexity(file, [str(text)], protocol="llama.cpp-512", windows=2)
+        (actual,) = perplexity(file, [str(text)], protocol="llama.cpp-512", windows=2)
         (expected,) = verify(file, str(tiny_model), text=str(text), windows=2).evaluations
-        assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
-        assert found.error == pytest.approx(expected.perplexity_error, rel=1e-12)
-        assert (found.windows, found.tokens) == (expected.windows, expected.tokens)
+        assert actual.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+        assert actual.error == pytest.approx(expected.perplexity_error, rel=1e-12)
+        assert (actual.windows, actual.tokens) == (expected.windows, expected.tokens)
 
 
 def test_an_unknown_protocol_is_refused(folder: Path) -> None:

@@ -17,7 +17,7 @@ import transformers
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.exl2 import writer as exl2_writer
 from lqexport.converters.exl2.plan import plan_exl2
 from lqexport.converters.exl2.reader import Exl2Model
 from lqexport.converters.models.architectures import ARCHITECTURES
@@ -25,7 +25,7 @@ from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
 from lqexport.models.modules import meta_model
 from lqexport.models.written import PackedFolder
-from lqexport.pipeline import exl2_mixes as choose
+from lqexport.pipeline import exl2_mixes
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
@@ -104,8 +104,11 @@ CASES: dict[str, tuple[str, dict[str, Any], set[str], dict[str, Any]]] = {
         {"layer_norm_epsilon": 1e-4},
     ),
 }
-"""Name -> transformers' config class and options; the modules of a block in `layer_keys` of ExLlamaV2's
-exllamav2/architecture.py; and what its exllamav2/config.py must find in config.json."""
+"""Name -> transformers' config class, its options, the modules of a block, and entries of config.json.
+
+The modules are those in `layer_keys` of ExLlamaV2's exllamav2/architecture.py. The entries are what its
+exllamav2/config.py must read.
+"""
 
 
 def make_model(config_class: str, options: dict[str, Any]) -> PreTrainedModel:
@@ -141,7 +144,7 @@ def case(
     folder, model = tmp_path_factory.mktemp(request.param), make_model(config_class, options)
     source = save(model, folder / "hf", tokenizer_file)
     quantize(Recipe(source, "exl2", bits=8.4, head_bits=8, method="rtn"), folder / "artifact")
-    exl2.write(Artifact(folder / "artifact"), folder / "exl2")
+    exl2_writer.write(Artifact(folder / "artifact"), folder / "exl2")
     return request.param, model, folder
 
 
@@ -188,10 +191,10 @@ def test_the_folder_computes_as_the_source(case: tuple[str, PreTrainedModel, Pat
     A few tokens go to other experts.
     """
     name, model, folder = case
-    read, artifact = Exl2Model(folder / "exl2"), Artifact(folder / "artifact")
-    assert set(read.names()) == set(artifact.manifest())
-    for tensor in read.names():
-        codec_name, planes, shape = read.planes(tensor)
+    exl2_model, artifact = Exl2Model(folder / "exl2"), Artifact(folder / "artifact")
+    assert set(exl2_model.names()) == set(artifact.manifest())
+    for tensor in exl2_model.names():
+        codec_name, planes, shape = exl2_model.planes(tensor)
         stored = artifact.read(tensor)
         assert (codec_name, shape) == (stored.codec_name, stored.shape)
         assert all(np.array_equal(planes[key], stored.planes[key]) for key in stored.planes)
@@ -206,15 +209,15 @@ def test_solved_in_mixes_and_orders(
     case_name: str, tmp_path: Path, text: Path, tokenizer_file: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Parts of a fused linear share the order and the widths of its columns. StarCoder2's c_proj keeps its order."""
-    monkeypatch.setattr(choose, "AVERAGES", (3.5,))
+    monkeypatch.setattr(exl2_mixes, "AVERAGES", (3.5,))
     source = save(make_model(*CASES[case_name][:2]), tmp_path / "hf", tokenizer_file)
     options: dict[str, Any] = {"samples": 2, "sequence_length": 64, "tune": 0, "descent": 0, "moments": "normalized"}
     quantize(Recipe(source, "exl2", bits=5, calibration=str(text), **options), tmp_path / "artifact")
-    exl2.write(Artifact(tmp_path / "artifact"), tmp_path / "exl2")
-    read, artifact = Exl2Model(tmp_path / "exl2"), Artifact(tmp_path / "artifact")
-    for name in read.names():
+    exl2_writer.write(Artifact(tmp_path / "artifact"), tmp_path / "exl2")
+    exl2_model, artifact = Exl2Model(tmp_path / "exl2"), Artifact(tmp_path / "artifact")
+    for name in exl2_model.names():
         assert all(
-            np.array_equal(plane, artifact.read(name).planes[key]) for key, plane in read.planes(name)[1].items()
+            np.array_equal(plane, artifact.read(name).planes[key]) for key, plane in exl2_model.planes(name)[1].items()
         )
     stored = load_file(tmp_path / "exl2" / "model.safetensors")
     kept = {name for name, plane in stored.items() if name.endswith("invperm") and (np.diff(plane) == 1).all()}

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from lqexport.cli.app import app
-from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.exl2 import writer as exl2_writer
 from lqexport.converters.exl2.plan import even_runs, filled_runs, keeps_order, plan_exl2
 from lqexport.converters.exl2.reader import Exl2Model
 from lqexport.converters.folders import shards
@@ -27,8 +27,7 @@ from lqexport.formats.exl2 import Exl2
 from lqexport.formats.registry import codec_named
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
-from lqexport.pipeline import exl2_mixes as choose
-from lqexport.pipeline import measured_losses as measured
+from lqexport.pipeline import exl2_mixes, measured_losses
 from lqexport.pipeline.measured_losses import MeasuredLosses
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
@@ -63,7 +62,7 @@ def artifact(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Artifa
 @pytest.fixture(scope="module")
 def folder(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("exl2") / "model"
-    exl2.write(artifact, path)
+    exl2_writer.write(artifact, path)
     return path
 
 
@@ -105,7 +104,7 @@ def test_the_choice_costs_less_than_even_widths(artifact: Artifact, recipe: Reci
     """Among the measured options of every linear, the pure width of 3 bits takes nearly the same bytes."""
     tensors = {tensor["name"]: tensor for tensor in artifact.report()["tensors"]}
     losses = json.loads((artifact.folder / "mixes.json").read_text())
-    options = {name: measured.options(tried, tuple(tensors[name]["shape"])) for name, tried in losses.items()}
+    options = {name: measured_losses.options(tried, tuple(tensors[name]["shape"])) for name, tried in losses.items()}
     even = [next(option for option in tried if option.name.startswith("exl2:3g32x")
                  and "+" not in option.name) for tried in options.values()]  # fmt: skip
     assert sum(option.nbytes for option in even) >= 0.98 * sum(tensors[name]["bytes"] for name in options)
@@ -147,7 +146,7 @@ def test_a_size_that_cannot_be_reached_names_those_that_can(recipe: Recipe, bits
 def test_sizes_at_the_ends_are_reached(
     recipe: Recipe, bits: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(choose, "AVERAGES", ())  # only pure widths, to save time
+    monkeypatch.setattr(exl2_mixes, "AVERAGES", ())  # only pure widths, to save time
     report = quantize(replace(recipe, bits=bits, samples=1, descent=0, head_bits=16), tmp_path / "out")
     assert bits - 0.12 < report["linears_bits_per_weight"] <= bits
 
@@ -196,10 +195,10 @@ def test_a_layer_read_slowly_from_the_shard_is_the_artifacts(folder: Path, artif
 def test_equal_artifacts_give_equal_bytes_in_shards_too(
     artifact: Artifact, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exl2.write(artifact, tmp_path / "again")
+    exl2_writer.write(artifact, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(folder)
     monkeypatch.setattr(shards, "SHARD_BYTES", 300_000)
-    exl2.write(artifact, tmp_path / "shards")
+    exl2_writer.write(artifact, tmp_path / "shards")
     names = sorted(path.name for path in (tmp_path / "shards").glob("*.safetensors"))
     assert names == [f"model-{i:05}-of-{len(names):05}.safetensors" for i in range(1, len(names) + 1)]
     assert len(names) > 2
@@ -214,7 +213,7 @@ def test_a_folder_that_cannot_be_finished_leaves_nothing(artifact: Artifact, tmp
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        exl2.write(artifact, tmp_path / "model", stop)
+        exl2_writer.write(artifact, tmp_path / "model", stop)
     assert not list(tmp_path.iterdir())
 
 
@@ -364,7 +363,7 @@ def test_biases_on_permuted_columns_are_avoided(tiny_model: Path, artifact: Arti
     copy = Artifact(Path(shutil.copytree(artifact.folder, tmp_path / "biased")))
     (copy.model_folder / "config.json").write_text(json.dumps(biased))
     with pytest.raises(UserError, match="biases"):
-        exl2.write(copy, tmp_path / "model")
+        exl2_writer.write(copy, tmp_path / "model")
 
 
 def test_a_model_with_such_biases_keeps_the_order(tiny_model: Path, recipe: Recipe, tmp_path: Path) -> None:
@@ -377,7 +376,7 @@ def test_a_model_with_such_biases_keeps_the_order(tiny_model: Path, recipe: Reci
             stored[f"model.layers.{layer}.mlp.{module}_proj.bias"] = np.full(width, 0.01, np.float16)
     safetensors.numpy.save_file(stored, model / "model.safetensors", {"format": "pt"})
     quantize(replace(recipe, source=str(model), samples=1, descent=0), tmp_path / "out")
-    exl2.write(Artifact(tmp_path / "out"), tmp_path / "model")
+    exl2_writer.write(Artifact(tmp_path / "out"), tmp_path / "model")
     written = load_file(tmp_path / "model" / "model.safetensors")
     orders = {name: plane for name, plane in written.items() if name.endswith("q_invperm")}
     for name, order in orders.items():
@@ -395,21 +394,21 @@ def test_artifacts_that_are_not_exl2_or_damaged_are_refused(
 ) -> None:
     quantize(Recipe(str(tiny_model), "gguf:Q4_0", method="rtn"), tmp_path / "gguf")
     with pytest.raises(UserError, match="cannot become an EXL2 folder"):
-        exl2.write(Artifact(tmp_path / "gguf"), tmp_path / "model")
+        exl2_writer.write(Artifact(tmp_path / "gguf"), tmp_path / "model")
     (tmp_path / "model").mkdir()
     with pytest.raises(UserError, match="exists"):
-        exl2.write(artifact, tmp_path / "model")
+        exl2_writer.write(artifact, tmp_path / "model")
     copy = Artifact(Path(shutil.copytree(artifact.folder, tmp_path / "copy")))
     copy.write(change(copy.read(DOWN)))
     with pytest.raises(UserError, match="damaged"):
-        exl2.write(copy, tmp_path / "other")
+        exl2_writer.write(copy, tmp_path / "other")
     (copy.model_folder / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer\.json"):
-        exl2.write(copy, tmp_path / "other")
+        exl2_writer.write(copy, tmp_path / "other")
     config = copy.config() | {"architectures": ["LlamaForCausalLM", "LlamaForCausalLM"]}
     (copy.model_folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="exactly one architecture"):
-        exl2.write(copy, tmp_path / "other")
+        exl2_writer.write(copy, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
@@ -431,14 +430,14 @@ def test_guided_moments_predict_nats_and_tuning_keeps_the_grid(recipe: Recipe, t
     achieved = sum(0.5 * tensor["loss"] for tensor in linears)
     assert achieved == pytest.approx(report["allocation"]["predicted"], rel=0.1)
     assert "tuning" in report
-    exl2.write(Artifact(tmp_path / "out"), tmp_path / "model")
+    exl2_writer.write(Artifact(tmp_path / "out"), tmp_path / "model")
     assert Exl2Model(tmp_path / "model").names()[-1] == "lm_head.weight"
 
 
 def test_rounding_needs_no_calibration(recipe: Recipe, tmp_path: Path) -> None:
     report = quantize(replace(recipe, method="rtn", calibration="nothing of this name"), tmp_path / "out")
     assert 3.0 < report["linears_bits_per_weight"] <= 3.3
-    exl2.write(Artifact(tmp_path / "out"), tmp_path / "model")
+    exl2_writer.write(Artifact(tmp_path / "out"), tmp_path / "model")
     read = Exl2Model(tmp_path / "model").codec_name(f"{Q_PROJ}.weight")
     assert read == Artifact(tmp_path / "out").manifest()[f"{Q_PROJ}.weight"]["codec"]
 
@@ -454,7 +453,7 @@ def test_corrections_go_beside_the_base(
 
     Base and adapter are verified together.
     """
-    monkeypatch.setattr(choose, "AVERAGES", ())  # only pure widths, to save time
+    monkeypatch.setattr(exl2_mixes, "AVERAGES", ())  # only pure widths, to save time
     exl2_only = {"bits": 2.5} if target == "exl2" else {"bits": None}
     changed = replace(recipe, target=target, rank=16, samples=2, **exl2_only)
     report = quantize(changed, tmp_path / "out")

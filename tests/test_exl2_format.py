@@ -35,17 +35,17 @@ def vector(path: Path) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 def random_case(runs: tuple[Run, ...], seed: int) -> tuple[Exl2, Sections, np.ndarray]:
     draw = np.random.default_rng(seed)
-    made = Exl2(runs)
+    codec = Exl2(runs)
     rows, codes = 32 * int(draw.integers(1, 4)), []
-    order, grids = draw.permutation(made.columns), []
+    order, grids = draw.permutation(codec.columns), []
     for run in runs:
         maxima = draw.choice([1e-7, 0.003, 0.02, 1.0, 300.0], run.count) * draw.uniform(0.5, 1, run.count)
         scale = SquaredScales(maxima.astype(np.float16), draw.integers(0, 16, (rows, run.count), dtype=np.int16))
         grids.append(Grid(run.columns, levels(run.bits), scale, half=True))
         codes.append(draw.integers(0, 2**run.bits, (rows, run.columns), dtype=np.uint8))
-    natural = np.empty((rows, made.columns), np.uint8)
+    natural = np.empty((rows, codec.columns), np.uint8)
     natural[:, order] = np.concatenate(codes, axis=1)
-    return made, Sections(order, tuple(grids)), natural
+    return codec, Sections(order, tuple(grids)), natural
 
 
 def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
@@ -69,8 +69,8 @@ def test_decoding_equals_exllamav2s_kernel_bitwise(path: Path) -> None:
 @pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
 def test_every_bit_of_a_vector_is_kept(path: Path) -> None:
     planes, expected = vector(path)
-    made = of_planes(planes)
-    again = made.encode(*made.unpack(planes, expected.shape[1]))
+    codec = of_planes(planes)
+    again = codec.encode(*codec.unpack(planes, expected.shape[1]))
     assert planes.keys() == again.keys()
     assert all(same_bits(again[name], plane) for name, plane in planes.items())
 
@@ -81,24 +81,24 @@ def test_every_bit_of_a_vector_is_kept(path: Path) -> None:
 @examples
 @given(runs=mixes, seed=seeds)
 def test_decoding_what_was_encoded_gives_the_grids_values_bitwise(runs: tuple[Run, ...], seed: int) -> None:
-    made, grid, codes = random_case(runs, seed)
-    planes = made.encode(grid, codes)
-    assert same_bits(made.decode(planes, made.columns), grid.values(codes))
-    assert {name: (plane.dtype, plane.shape) for name, plane in planes.items()} == made.layout(*codes.shape)
+    codec, grid, codes = random_case(runs, seed)
+    planes = codec.encode(grid, codes)
+    assert same_bits(codec.decode(planes, codec.columns), grid.values(codes))
+    assert {name: (plane.dtype, plane.shape) for name, plane in planes.items()} == codec.layout(*codes.shape)
 
 
 @examples
 @given(runs=mixes, seed=seeds)
 def test_unpacking_gives_back_grid_and_codes(runs: tuple[Run, ...], seed: int) -> None:
-    made, grid, codes = random_case(runs, seed)
-    planes = made.encode(grid, codes)
-    assert of_planes(planes).name == made.name
-    unpacked, unpacked_codes = made.unpack(planes, made.columns)
+    codec, grid, codes = random_case(runs, seed)
+    planes = codec.encode(grid, codes)
+    assert of_planes(planes).name == codec.name
+    unpacked, unpacked_codes = codec.unpack(planes, codec.columns)
     assert same_bits(unpacked_codes, codes)
     assert same_bits(unpacked.order, grid.order)
-    for mine, theirs in zip(unpacked.grids, grid.grids, strict=True):
-        assert same_bits(mine.scale.maxima, theirs.scale.maxima)
-        assert same_bits(mine.scale.subs, theirs.scale.subs)
+    for restored, original in zip(unpacked.grids, grid.grids, strict=True):
+        assert same_bits(restored.scale.maxima, original.scale.maxima)
+        assert same_bits(restored.scale.subs, original.scale.subs)
 
 
 @examples
@@ -214,10 +214,10 @@ def test_group_tables_that_are_wrong_are_refused(groups: list[int], message: str
     ],
 )
 def test_planes_that_are_wrong_are_refused(name: str, plane: np.ndarray, message: str) -> None:
-    made, grid, codes = random_case((Run(4, 32, 2),), 1)
-    planes = made.encode(Sections(grid.order, tuple(with_rows(part, 32) for part in grid.grids)), codes[:32])
+    codec, grid, codes = random_case((Run(4, 32, 2),), 1)
+    planes = codec.encode(Sections(grid.order, tuple(with_rows(part, 32) for part in grid.grids)), codes[:32])
     with pytest.raises(ValueError, match=message):
-        made.decode(planes | {name: plane}, 64)
+        codec.decode(planes | {name: plane}, 64)
 
 
 def with_rows(part: Grid, rows: int) -> Grid:
@@ -226,15 +226,15 @@ def with_rows(part: Grid, rows: int) -> Grid:
 
 @pytest.mark.parametrize("maximum", [np.nan, np.inf, -0.01, 8192.0])
 def test_maxima_that_give_no_finite_weights_are_refused(maximum: float) -> None:
-    made, grid, codes = random_case((Run(4, 32, 1),), 1)
+    codec, grid, codes = random_case((Run(4, 32, 1),), 1)
     subs = grid.grids[0].scale.subs
     scale = SquaredScales(np.array([maximum], np.float16), subs)
     with pytest.raises(ValueError, match="maximum"):
-        made.encode(Sections(grid.order, (dataclasses.replace(grid.grids[0], scale=scale),)), codes)
+        codec.encode(Sections(grid.order, (dataclasses.replace(grid.grids[0], scale=scale),)), codes)
 
 
 def test_grids_of_another_format_are_refused() -> None:
-    made, grid, codes = random_case((Run(4, 32, 2), Run(3, 32, 1)), 1)
+    codec, grid, codes = random_case((Run(4, 32, 2), Run(3, 32, 1)), 1)
     first, second = grid.grids
     scale = first.scale
     wrong: list[tuple[str, Sections]] = [
@@ -248,10 +248,10 @@ def test_grids_of_another_format_are_refused() -> None:
     ]
     for message, other in wrong:
         with pytest.raises(ValueError, match=message):
-            made.encode(other, codes)
+            codec.encode(other, codes)
     codes[:, grid.order[-1]] = 8
     with pytest.raises(ValueError, match="too large for 3 bits"):
-        made.encode(grid, codes)
+        codec.encode(grid, codes)
 
 
 def replaced(grid: Sections, scale: SquaredScales) -> Sections:

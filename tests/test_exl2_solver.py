@@ -13,11 +13,10 @@ from lqexport.formats.registry import codec_named
 from lqexport.grids import fit_sections as fitting
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.sections import TensorSections
-from lqexport.pipeline import measured_losses as measured
+from lqexport.pipeline import measured_losses
 from lqexport.pipeline.exl2_mixes import mix_losses
 from lqexport.recipe import Recipe
-from lqexport.solver import feedback as solve
-from lqexport.solver import solve_cpu, solve_sections, solve_torch
+from lqexport.solver import feedback, solve_cpu, solve_sections, solve_torch
 from lqexport.solver.cholesky import factorize
 from lqexport.solver.linear import solve_linear
 
@@ -31,13 +30,13 @@ def problem(make_problem: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> t
 
 
 def solved(name: str, weights: torch.Tensor, hessian: torch.Tensor) -> tuple[TensorSections, torch.Tensor]:
-    factor = factorize(hessian.double(), 0.01, True)
-    grid = fit_sections(codec_named(name), weights, hessian.diagonal(), factor.order)
-    return grid, solve.feedback(weights, grid, factor)
+    cholesky = factorize(hessian.double(), 0.01, True)
+    grid = fit_sections(codec_named(name), weights, hessian.diagonal(), cholesky.order)
+    return grid, feedback.feedback(weights, grid, cholesky)
 
 
 def loss(grid: TensorSections, codes: torch.Tensor, weights: torch.Tensor, hessian: torch.Tensor) -> float:
-    return solve.layer_loss((grid.values(codes) - weights).double(), hessian.double())
+    return feedback.layer_loss((grid.values(codes) - weights).double(), hessian.double())
 
 
 @every_name
@@ -96,11 +95,11 @@ def test_torch_fit_equals_the_kernel(
 ) -> None:
     weights, hessian = problem
     arguments = codec_named(NAMES[2]), weights, hessian.diagonal(), hessian.diagonal().argsort(descending=True)
-    ours = fit_sections(*arguments)
+    by_kernel = fit_sections(*arguments)
     monkeypatch.setattr(fitting, "_best_subs_cpu", fitting._best_subs)
-    for mine, theirs in zip(ours.sections, fit_sections(*arguments).sections, strict=True):
-        torch.testing.assert_close(mine.maxima, theirs.maxima)
-        assert (mine.subs != theirs.subs).float().mean() < 0.05  # codes of nearly equal error
+    for kernel_section, torch_section in zip(by_kernel.sections, fit_sections(*arguments).sections, strict=True):
+        torch.testing.assert_close(kernel_section.maxima, torch_section.maxima)
+        assert (kernel_section.subs != torch_section.subs).float().mean() < 0.05  # codes of nearly equal error
 
 
 @every_name
@@ -113,7 +112,7 @@ def test_feedback_lowers_the_loss_of_rounding(name: str, problem: tuple[torch.Te
 @every_name
 def test_refinement_never_raises_the_loss(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
-    damped = solve.damped(hessian, 0.01)
+    damped = feedback.damped(hessian, 0.01)
     grid, codes = solved(name, weights, hessian)
     started = grid
     losses = [loss(grid, codes, weights, damped)]
@@ -123,9 +122,9 @@ def test_refinement_never_raises_the_loss(name: str, problem: tuple[torch.Tensor
     assert all(after <= before * (1 + 1e-5) for before, after in itertools.pairwise(losses))
     assert losses[-1] < 0.998 * losses[0]
     moved = [
-        not torch.equal(getattr(old, what), getattr(new, what))
+        not torch.equal(getattr(old, field), getattr(new, field))
         for old, new in zip(started.sections, grid.sections, strict=True)
-        for what in ("maxima", "subs")
+        for field in ("maxima", "subs")
     ]
     assert all(moved) or name != NAMES[0]  # at more bits a step of a scale code is too coarse to help
     codec_named(name).encode(grid.numpy(), codes.numpy())  # raises if a stored number left its range
@@ -138,11 +137,11 @@ def test_torch_path_equals_the_kernels(
     weights, hessian = problem
     results = []
     for backend in (solve_cpu, solve_torch):
-        for module in (solve, solve_sections):
+        for module in (feedback, solve_sections):
             monkeypatch.setattr(module, "backend", lambda *_, chosen=backend: chosen)
         grid, codes = solved(name, weights, hessian)
         results.append(
-            (codes, *solve_sections.refine_sections(weights, solve.damped(hessian, 0.01), grid, codes, sweeps=1))
+            (codes, *solve_sections.refine_sections(weights, feedback.damped(hessian, 0.01), grid, codes, sweeps=1))
         )
     (first, grid, codes), (other_first, other_grid, other_codes) = results
     assert (first != other_first).float().mean() < 2e-3  # a tie or a last bit may go the other way, then spread
@@ -193,7 +192,7 @@ def test_second_moments_that_cannot_be_factorized_do_not_end_a_run(name: str) ->
 def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem
     recipe = Recipe("x", "exl2", bits=3, moments="normalized", descent=0)
-    tried = measured.options(
+    tried = measured_losses.options(
         mix_losses(weights, hessian, recipe.solver_settings, guided=recipe.moments == "guided"), tuple(weights.shape)
     )
     options = {option.name: option for option in tried}
@@ -204,6 +203,6 @@ def test_mixes_cost_less_the_more_bytes_they_take(problem: tuple[torch.Tensor, t
     # All 64 rows are measured here, so the predicted loss is that of solving.
     solved = solve_linear("x", weights, hessian, "exl2:3g32x8", recipe.solver_settings)
     assert solved.facts["relative_error"] == pytest.approx(options["exl2:3g32x8"].loss, rel=1e-3)
-    # Activations differ a lot here, so mixes beat the pure width of the same size.
+    # The activations differ widely in size, so mixes beat the pure width of the same size.
     best = min(option.loss for option in options.values() if option.nbytes <= options["exl2:3g32x8"].nbytes)
     assert best < 0.8 * options["exl2:3g32x8"].loss

@@ -14,7 +14,7 @@ import transformers
 from family_cases import CASES, make_tokenizer
 from transformers import AutoModelForCausalLM
 
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.mixes import MIXES
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.targets import plan
@@ -64,7 +64,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         config = json.loads(hf.to_json_string(use_diff=False)) | classes
         artifact = Zeros(tmp_path_factory.mktemp("wide"), config, expected_shapes(config))
         make_tokenizer("gpt-2", artifact.folder).save_pretrained(artifact.model_folder)
-        return gguf.write(artifact, artifact.folder / "F16.gguf")[0], artifact
+        return gguf_writer.write(artifact, artifact.folder / "F16.gguf")[0], artifact
 
     return make
 

@@ -46,7 +46,7 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
 
 
 @pytest.mark.parametrize(
-    ("name", "change", "said"),
+    ("name", "change", "message"),
     [
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'silu'"),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 32"),
@@ -61,11 +61,11 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
     ],
 )
 def test_what_llamacpp_computes_otherwise_is_refused_before_any_work(
-    name: str, change: dict[str, Any], said: str
+    name: str, change: dict[str, Any], message: str
 ) -> None:
     config, shapes = config_and_shapes(name)
     plan(Target.parse("gguf:Q4_K"), config, shapes)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=message):
         plan(Target.parse("gguf:Q4_K"), config | change, shapes)
     plan(Target.parse("native:table-4"), config | change, shapes)
 

@@ -416,22 +416,22 @@ def test_a_grid_of_another_format_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=r"other levels|table"):
         grid_codec.encode(dataclasses.replace(grid, levels=grid.levels.astype(np.float64)), codes)
     another = Scales(ScaleFormat(7), np.zeros((1, 1), np.float16), np.ones((1, 1), np.int16))
-    for what in ("scale", "offset"):
-        with pytest.raises(ValueError, match=f"another {what} format"):
-            grid_codec.encode(dataclasses.replace(grid, **{what: another}), codes)
-        if getattr(grid, what) is not None:
-            with pytest.raises(ValueError, match=f"another {what} format"):
-                grid_codec.encode(dataclasses.replace(grid, **{what: None}), codes)
+    for field in ("scale", "offset"):
+        with pytest.raises(ValueError, match=f"another {field} format"):
+            grid_codec.encode(dataclasses.replace(grid, **{field: another}), codes)
+        if getattr(grid, field) is not None:
+            with pytest.raises(ValueError, match=f"another {field} format"):
+                grid_codec.encode(dataclasses.replace(grid, **{field: None}), codes)
 
 
-@pytest.mark.parametrize("what", ["scale", "offset"])
+@pytest.mark.parametrize("field", ["scale", "offset"])
 @every_grid
-def test_numbers_that_the_file_cannot_store_are_refused(name: str, what: str) -> None:
+def test_numbers_that_the_file_cannot_store_are_refused(name: str, field: str) -> None:
     grid_codec, grid, codes = random_case(name, 1)
-    scales = getattr(grid, what)
+    scales = getattr(grid, field)
     if scales is None:
-        with pytest.raises(ValueError, match=f"another {what} format"):
-            grid_codec.encode(dataclasses.replace(grid, **{what: Scales(ScaleFormat(32), codes, codes)}), codes)
+        with pytest.raises(ValueError, match=f"another {field} format"):
+            grid_codec.encode(dataclasses.replace(grid, **{field: Scales(ScaleFormat(32), codes, codes)}), codes)
         return
     infinite, above, below = scales.supers.copy(), scales.subs.copy(), scales.subs.copy()
     infinite[-1, -1] = np.inf
@@ -446,7 +446,7 @@ def test_numbers_that_the_file_cannot_store_are_refused(name: str, what: str) ->
     ]
     for message, change in wrong:
         with pytest.raises(ValueError, match=message):
-            grid_codec.encode(dataclasses.replace(grid, **{what: dataclasses.replace(scales, **change)}), codes)
+            grid_codec.encode(dataclasses.replace(grid, **{field: dataclasses.replace(scales, **change)}), codes)
 
 
 @pytest.mark.parametrize(
