@@ -1,5 +1,7 @@
-"""Second moments of one decoder block's linears, of some of its experts at a time: all together may be more than a
-device holds. How many there are at a time does not change what comes out."""
+"""Collects the second moments of one decoder block's linears, some experts at a time.
+
+A device may not hold those of all experts together. The result does not depend on how many experts a pass takes.
+"""
 
 from __future__ import annotations
 
@@ -16,32 +18,43 @@ from lqexport.models.blocks import linear_of
 from lqexport.runtime.processes import Processes
 
 Collector = SecondMoments | TokenWeights
-"""What the passes fill for a group of linears."""
+"""What sums up the inputs (and gradients) of a group of linears during the passes."""
 BlockMoments = tuple[int, dict[Group, Tensor]]
 """A block's index and the second moments of its linears, as `SecondMoments.hessian` gives them."""
 Watch = Callable[[nn.Linear, Callable[..., None]], contextlib.AbstractContextManager[object]]
-"""While open, a collector's `add` is given what passes through a linear."""
+"""A context manager for a linear and a collector's `add`: while open, `add` is called with what passes through."""
 
 
 class BlockCollector:
-    """What passes through block `index` for `wanted`, some of `groups`, its linears. There is a pass through the block
-    for each part, in their order: `collecting`, `end_shard` after each shard, then `moments`. `count` is the most parts
-    there may be, and `new` makes what collects so many columns."""
+    """Collects second moments in one decoder block, in one pass through the block for each part of its linears.
+
+    For each part, in order, the caller opens `collecting`, calls `end_shard` after each shard, and then calls
+    `moments`.
+
+    index    the block's index
+    groups   all groups of linears in the block
+    wanted   the groups to collect
+    count    the largest number of parts
+    new      makes a collector for a number of columns
+    """
 
     def __init__(
         self, architecture: Architecture, index: int, groups: Sequence[Group], wanted: Sequence[Group], count: int,
         new: Callable[[int], Collector],
     ) -> None:  # fmt: skip
         self.index, self._architecture, self._new = index, architecture, new
-        self.parts = [[group for group in part if group in wanted] for part in parts(groups, count)]
+        self.parts = [[group for group in each if group in wanted] for each in parts(groups, count)]
         self._pooled = pooled(wanted, groups, architecture)
         self._pools: dict[str, SecondMoments] = {}
-        self._found: dict[Group, Collector] = {}
+        self._collectors: dict[Group, Collector] = {}
         self._open: list[Collector] = []
 
-    def alone(self, number: int) -> list[int] | None:
-        """The experts that a backward pass needs for part `number`, None for all: after the first part those whose
-        linears it has, if what experts give is added up as it is, so that no gradient depends on what others give."""
+    def experts_needed(self, number: int) -> list[int] | None:
+        """Returns the numbers of the experts that a backward pass needs for part `number`; None for all experts.
+
+        A later part needs only the experts whose linears it has, if the outputs of experts are simply added up. Then no
+        gradient depends on the outputs of other experts. The first part needs all of them.
+        """
         if number == 0 or not self._architecture.adds:
             return None
         numbers = (expert_number(group[0]) for group in self.parts[number])
@@ -49,20 +62,23 @@ class BlockCollector:
 
     @contextlib.contextmanager
     def collecting(self, block: nn.Module, number: int, watch: Watch) -> Iterator[None]:
-        """While open, part `number` is collected, if there is one, and with the first what all experts see together."""
+        """While open, collects part `number`, if there is one.
 
-        def made(linear: str) -> Collector:
+        With the first part, the inputs of all experts together are collected, too.
+        """
+
+        def collector_for(linear: str) -> Collector:
             return self._new(linear_of(block, linear).in_features)
 
         part = self.parts[number] if number < len(self.parts) else []
-        self._found = {group: made(group[0]) for group in part}
-        self._open = list(self._found.values())
-        watched = [(group[0], total) for group, total in self._found.items()]
+        self._collectors = {group: collector_for(group[0]) for group in part}
+        self._open = list(self._collectors.values())
+        watched = [(group[0], total) for group, total in self._collectors.items()]
         if number == 0:
-            found = {kind: made(linears[0]) for kind, linears in self._pooled.items()}
-            self._pools = {kind: pool for kind, pool in found.items() if isinstance(pool, SecondMoments)}
+            pools = {pattern: collector_for(linears[0]) for pattern, linears in self._pooled.items()}
+            self._pools = {pattern: pool for pattern, pool in pools.items() if isinstance(pool, SecondMoments)}
             self._open += self._pools.values()
-            watched += [(linear, pool) for kind, pool in self._pools.items() for linear in self._pooled[kind]]
+            watched += [(linear, pool) for pattern, pool in self._pools.items() for linear in self._pooled[pattern]]
         with contextlib.ExitStack() as hooks:
             for linear, total in watched:
                 hooks.enter_context(watch(linear_of(block, linear), total.add))
@@ -72,13 +88,13 @@ class BlockCollector:
                 total.release()
 
     def end_shard(self, processes: Processes, owner: int, senders: int) -> None:
-        """As `SecondMoments.end_shard`, for all that this pass collects."""
+        """Calls `SecondMoments.end_shard` for every collector of this pass."""
         for total in self._open:
             total.end_shard(processes, owner, senders)
 
     def moments(self) -> BlockMoments:
-        """The second moments of the part that was passed through last, at the process that has its totals."""
-        found, self._found, self._open = self._found, {}, []
-        own = {group: total for group, total in found.items() if isinstance(total, SecondMoments)}
-        fill_up(own, self._pools, self._architecture)
-        return self.index, {group: total.hessian() for group, total in found.items()}
+        """Returns the second moments of the last part, on the process that has its totals."""
+        collectors, self._collectors, self._open = self._collectors, {}, []
+        second_moments = {group: total for group, total in collectors.items() if isinstance(total, SecondMoments)}
+        fill_up(second_moments, self._pools, self._architecture)
+        return self.index, {group: total.hessian() for group, total in collectors.items()}

@@ -1,9 +1,10 @@
-"""Collecting second moments over the calibration sequences, decoder block by decoder block, in one forward pass (guided
-ones need more: `lqexport.calibration.guided`). Inputs are those of the full-precision blocks before; one block's weights and the
-sequences' hidden states are in memory.
+"""Collects plain and normalized second moments over the calibration sequences, in one forward pass.
 
-Sequences are cut into shards, which several processes share (see `lqexport.runtime.processes`); each yields the blocks whose
-linears it is to solve.
+The pass goes through the full-precision model one decoder block at a time. One block's weights and the sequences'
+hidden states are in memory. Guided second moments need a backward pass, too: `lqexport.calibration.guided`.
+
+Sequences are cut into shards, which several processes share (see `lqexport.runtime.processes`). Each process yields the
+blocks whose linears it is to solve.
 """
 
 from __future__ import annotations
@@ -26,50 +27,61 @@ from lqexport.runtime.processes import ALONE, Processes
 from lqexport.runtime.progress import Listener, Silent
 
 BATCH_TOKENS = 1024
-"""Tokens in one forward pass. The last bits of a pass depend on it, so it does not depend on the memory that there is.
+"""Tokens in one forward pass. The last bits of a pass depend on it, so it must not depend on how much memory there is.
 Larger batches are no faster on a CPU."""
 SHARDS = 8
-"""Runs of batches whose second moments are summed by themselves: as many processes can share the passes."""
+"""The largest number of shards, runs of batches whose second moments are summed by themselves.
+
+It is also the largest number of processes that can share the passes."""
 
 
 def batches(tokens: Tensor) -> list[Tensor]:
-    """Token ids [samples, length] in runs that one forward pass takes."""
+    """Returns token ids int64 [samples, length] in batches of sequences, each for one forward pass."""
     return list(tokens.split(max(1, BATCH_TOKENS // tokens.shape[1])))
 
 
 def sharded(tokens: Tensor) -> list[list[Tensor]]:
-    """The batches of token ids [samples, length] in at most `SHARDS` runs of nearly equal length."""
+    """Returns the batches of token ids [samples, length] in at most `SHARDS` runs of nearly equal length."""
     runs = batches(tokens)
     count = min(SHARDS, len(runs))
     return [runs[i * len(runs) // count : (i + 1) * len(runs) // count] for i in range(count)]
 
 
 def embed(model: BlockModel, tokens: Tensor) -> list[Tensor]:
-    """Hidden states that enter the first block, a batch at a time, kept on the host."""
+    """Returns the hidden states that enter the first block, on the host, for each batch of tokens [samples, length]."""
     return embed_batches(model, batches(tokens))
 
 
 def embed_batches(model: BlockModel, ids: list[Tensor], keep: Keep = Tensor.cpu) -> list[Tensor]:
-    """The same for batches of token ids, kept elsewhere if `keep` says so."""
+    """Returns the hidden states that enter the first block, for each batch of token ids, where `keep` puts them."""
     return [keep(model.start(batch)) for batch in ids]
 
 
 def forward_moments(
-    model: BlockModel, tokens: Tensor, kind: Moments, wanted: Callable[[int, Group], bool], last: int,
+    model: BlockModel, tokens: Tensor, moments_type: Moments, wanted: Callable[[int, Group], bool], last: int,
     processes: Processes = ALONE, keep: Keep = in_place, parts: int = 1, keep_states: Keep = Tensor.cpu,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Plain or normalized second moments of the wanted groups, up to block `last`; `keep` puts them where they stay,
-    `keep_states` the sequences' hidden states. A block's come in up to `parts` parts."""
-    new = partial(SecondMoments, kind=kind, device=model.device, keep=keep)
+    """Yields the plain or normalized second moments of the linears, block by block.
+
+    tokens         token ids, int64 [samples, length]
+    moments_type   plain or normalized
+    wanted         says for a block's index and a group of linears whether it is wanted
+    last           index of the last block that is needed
+    processes      the processes that share the passes; each yields the blocks that it is to solve
+    keep           puts second moments where they stay
+    parts          a block's second moments come in at most so many parts (see `BlockCollector`)
+    keep_states    puts the sequences' hidden states where they stay
+    """
+    new = partial(SecondMoments, moments_type=moments_type, device=model.device, keep=keep)
     shards = sharded(tokens)
     hidden = [embed_batches(model, shards[i], keep_states) for i in processes.share_of(range(len(shards)))]
     rounds = list(processes.rounds(len(shards)))
     model.let_go()
     for window in windows(range(last + 1), processes):
         blocks = [_collector(model, index, wanted, parts, new) for index in window]
-        count = max(len(each.parts) for each in blocks)
+        count = max(len(collector.parts) for collector in blocks)
         for number in range(count):
-            states = [list(batches) for batches in hidden]  # the blocks start from the same ones again for each part
+            states = [list(batches) for batches in hidden]  # for each part, the blocks start from the same states
             for owner, collector in enumerate(blocks):
                 _pass_forward(model, collector, number, states, rounds, processes, owner, keep_states)
             if number + 1 < count or window[-1] < last:
@@ -83,7 +95,7 @@ def _pass_forward(
     model: BlockModel, collector: BlockCollector, number: int, states: list[list[Tensor]],
     rounds: list[tuple[int | None, int]], processes: Processes, owner: int, keep_states: Keep,
 ) -> None:  # fmt: skip
-    """Replaces this process's hidden states by a block's outputs, while part `number` is collected for the owner."""
+    """Replaces this process's hidden states by a block's outputs, and collects part `number` for process `owner`."""
     block = model.block(collector.index)
     with collector.collecting(block, number, _inputs):
         for turn, (shard, senders) in enumerate(rounds):
@@ -100,19 +112,19 @@ def _collector(
     model: BlockModel, index: int, wanted: Callable[[int, Group], bool], parts: int, new: Callable[[int], SecondMoments]
 ) -> BlockCollector:
     groups = model.architecture.linears_of(index)
-    asked = [group for group in groups if wanted(index, group)]
-    return BlockCollector(model.architecture, index, groups, asked, parts, new)
+    wanted_groups = [group for group in groups if wanted(index, group)]
+    return BlockCollector(model.architecture, index, groups, wanted_groups, parts, new)
 
 
 def windows(indices: Iterable[int], processes: Processes) -> Iterator[list[int]]:
-    """Blocks that are passed through before one of them is solved: one for each process."""
+    """Yields the blocks that are passed through together before they are solved: one for each process."""
     rest = iter(indices)
     while window := list(islice(rest, processes.count)):
         yield window
 
 
 def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, processes: Processes = ALONE) -> None:
-    """Add what enters the output layer to the first process's `moments`."""
+    """Adds the inputs of the output layer to the first process's `moments`, for token ids [samples, length]."""
     shards = sharded(tokens)
     hidden = {i: embed_batches(model, shards[i]) for i in processes.share_of(range(len(shards)))}
     for _, block in model.blocks():
@@ -128,51 +140,59 @@ def input_magnitudes(
     model: BlockModel, tokens: Tensor, processes: Processes = ALONE, listener: Listener | None = None,
     description: str = "",
 ) -> dict[str, Tensor]:  # fmt: skip
-    """Largest mean |x_i| of any sequence at every linear's inputs, float32 [C] by the weight's name: L2QER's profile of
-    the full-precision model. A stage of `description` where somebody listens."""
+    """Returns the largest mean |x_i| of any sequence for the inputs of every linear, float32 [C] by the weight's name.
+
+    These are the magnitudes that L2QER measures in the full-precision model. `tokens` are token ids [samples, length].
+    The listener gets a stage called `description`.
+    """
     shards, listener = processes.share_of(sharded(tokens)), listener or Silent()
     listener.stage(description, len(model) * sum(map(len, shards)))
     inputs = embed_batches(model, [batch for shard in shards for batch in shard])
-    found: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            found[name] = found[name].maximum(arguments[0].float().abs().mean(1).amax(0))
+            magnitudes[name] = magnitudes[name].maximum(arguments[0].float().abs().mean(1).amax(0))
 
         return before
 
     for index, block in model.blocks():
         names = {model.weight_name(index, linear): linear for linear in model.linears(index)}
         for name, linear in names.items():
-            found[name] = torch.zeros(linear_of(block, linear).in_features, device=model.device)
+            magnitudes[name] = torch.zeros(linear_of(block, linear).in_features, device=model.device)
             linear_of(block, linear).register_forward_pre_hook(watch(name))
         run_through(model, block, inputs, listener)
         for name in names:
-            processes.maximum(found[name])
-    return found
+            processes.maximum(magnitudes[name])
+    return magnitudes
 
 
 def by_weight(model: BlockModel, moments: BlockMoments) -> dict[str, Tensor]:
-    """A block's second moments by the names of the weights that they are for."""
+    """Returns a block's second moments by the names of the weights that they belong to."""
     index, groups = moments
     return {model.weight_name(index, linear): hessian for group, hessian in groups.items() for linear in group}
 
 
 def begin_with_first(moments: Iterator[BlockMoments], begin: Callable[[], None]) -> Iterator[BlockMoments]:
-    """Passes `moments` on, calling `begin` when the first arrive: a pass with progress of its own may come before."""
+    """Passes `moments` on, and calls `begin` when the first ones arrive.
+
+    Before them there may be a pass with progress of its own.
+    """
     for number, item in enumerate(moments):
         if number == 0:
             begin()
         yield item
-        item[1].clear()  # whoever has the item still holds no memory while the next is made
+        item[1].clear()  # so that the caller's reference holds no memory while the next item is computed
 
 
 def run_through(
     model: BlockModel, block: nn.Module, hidden: list[Tensor], listener: Listener | None = None,
     keep: Keep = Tensor.cpu,
 ) -> None:  # fmt: skip
-    """Replace every batch of hidden states by the block's outputs, on the host or where `keep` puts them; the listener
-    advances by one for each."""
+    """Replaces every batch of hidden states by the block's outputs, on the host or where `keep` puts them.
+
+    The listener advances by one for each batch.
+    """
     listener = listener or Silent()
     for i, batch in enumerate(hidden):
         hidden[i] = keep(model.run(block, batch.to(model.device)))
@@ -182,8 +202,10 @@ def run_through(
 def final_states(
     model: BlockModel, tokens: Tensor, listener: Listener | None = None, description: str = ""
 ) -> list[Tensor]:
-    """Hidden states [length, hidden] after the last block, for each of token ids [samples, length]; a stage of
-    `description` where somebody listens."""
+    """Returns the hidden states [length, hidden] after the last block, for each sequence of tokens [samples, length].
+
+    The listener gets a stage called `description`.
+    """
     hidden, listener = embed(model, tokens), listener or Silent()
     listener.stage(description, len(model) * len(hidden))
     for _, block in model.blocks():
@@ -192,12 +214,14 @@ def final_states(
 
 
 class _Reached(Exception):
-    """Stops a block before a linear."""
+    """Stops a block before a linear is computed."""
 
 
 def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> Tensor:
-    """What enters a linear when the block runs on `hidden`, which it does no further than there; of an expert, the
-    tokens that are routed to it."""
+    """Returns what enters a linear when the block runs on `hidden`, [..., C]; for an expert, the tokens routed to it.
+
+    The block stops there.
+    """
     caught: list[Tensor] = []
 
     def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
@@ -214,7 +238,10 @@ def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -
 
 
 def to_the_end(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """What enters the linear whose output makes a block's output, and the hidden states that it is added to."""
+    """Returns the inputs of the block's last linear, and the hidden states that its output is added to.
+
+    The block's output is the sum of this linear's output and these hidden states.
+    """
     caught: list[Tensor] = []
     # A copy, since some models add to the output in place.
     handle = linear_of(block, linear).register_forward_hook(

@@ -1,5 +1,8 @@
-"""Second moments of experts. Each sees the tokens that are routed to it alone, often fewer than it has columns, and the
-solver would take for free what these few happen not to use."""
+"""The second moments of experts, which see few tokens.
+
+An expert sees only the tokens that are routed to it, often fewer than it has columns. The solver would then spend
+errors freely in directions that these few tokens happen not to use. So experts get average tokens of all experts, too.
+"""
 
 from __future__ import annotations
 
@@ -10,51 +13,60 @@ from lqexport.converters.models.architecture import EACH, Architecture
 from lqexport.converters.models.tensor_names import expert_number, of_each_expert
 
 FILL = 0.5
-"""Tokens for each column that every expert gets beside its own."""
+"""Average tokens that every expert gets beside its own, over its number of columns."""
 
 
 def parts(groups: Sequence[Group], count: int) -> list[list[Group]]:
-    """A block's groups of linears in at most `count` parts: each has all of some experts, the first all else too."""
+    """Returns a block's groups of linears in at most `count` parts.
+
+    Each part has all linears of some experts. The first part also has the linears that are no expert's.
+    """
     numbers = [expert_number(group[0]) or 0 for group in groups]
     experts = 1 + max(numbers, default=0)
-    found: list[list[Group]] = [[] for _ in range(min(count, experts))]
+    expert_parts: list[list[Group]] = [[] for _ in range(min(count, experts))]
     for group, number in zip(groups, numbers, strict=True):
-        found[number * len(found) // experts].append(group)
-    return found
+        expert_parts[number * len(expert_parts) // experts].append(group)
+    return expert_parts
 
 
 def pooled(wanted: Iterable[Group], groups: Iterable[Group], architecture: Architecture) -> dict[str, list[str]]:
-    """What `fill_up` gives the wanted ones of a block's groups: for each kind of theirs that sees hidden states, the
-    linears of all experts whose inputs are averaged."""
-    found: dict[str, list[str]] = {
-        _kind(group): [] for group in wanted if sees_hidden_states(_kind(group), architecture)
+    """Returns the linears whose inputs `fill_up` averages, for the wanted groups of a block's groups.
+
+    The keys are patterns such as `mlp.experts.*.up_proj`, of linears that see hidden states. The values are the linears
+    of all experts that match.
+    """
+    pools: dict[str, list[str]] = {
+        _pattern(group): [] for group in wanted if sees_hidden_states(_pattern(group), architecture)
     }
     for group in groups:
-        if _kind(group) in found:
-            found[_kind(group)].append(group[0])
-    return found
+        if _pattern(group) in pools:
+            pools[_pattern(group)].append(group[0])
+    return pools
 
 
 def fill_up(
     moments: Mapping[Group, SecondMoments], pools: Mapping[str, SecondMoments], architecture: Architecture
 ) -> None:
-    """Give experts among a block's moments the sums of `FILL` tokens for each column more: average ones of all experts,
-    in `pools` by the kind of linear, where they see hidden states; of an expert's own inputs with uncorrelated columns,
-    behind its activations, which have nothing to do with those of others. On held-out tokens the solved loss falls by
-    up to 40 per cent (bench/experts.py)."""
+    """Adds `FILL` average tokens for each column to the moments of the experts among a block's linears.
+
+    Linears that see hidden states get average tokens of all experts, from `pools` by the pattern of the linear. Linears
+    behind an expert's activations get average tokens of this expert with uncorrelated columns, since its activations
+    have nothing to do with those of other experts. On held-out tokens the solved loss falls by up to 40 per cent
+    (bench/experts.py).
+    """
     for group, expert in moments.items():
-        kind = _kind(group)
-        if sees_hidden_states(kind, architecture):
-            expert.add_average(*pools[kind].sums(), FILL * expert.columns)
-        elif EACH in kind:
+        pattern = _pattern(group)
+        if sees_hidden_states(pattern, architecture):
+            expert.add_average(*pools[pattern].sums(), FILL * expert.columns)
+        elif EACH in pattern:
             total, counts = expert.sums()
             expert.add_average(total.diagonal(dim1=1, dim2=2).diag_embed(), counts, FILL * expert.columns)
 
 
-def sees_hidden_states(kind: str, architecture: Architecture) -> bool:
-    """Whether linears of a kind, such as `mlp.experts.*.up_proj`, are experts' and see what all experts do."""
-    return EACH in kind and architecture.gguf_block[kind.replace(EACH, "0")] != "ffn_down_exps"
+def sees_hidden_states(pattern: str, architecture: Architecture) -> bool:
+    """Returns whether a pattern, such as `mlp.experts.*.up_proj`, is of linears of experts that see hidden states."""
+    return EACH in pattern and architecture.gguf_block[pattern.replace(EACH, "0")] != "ffn_down_exps"
 
 
-def _kind(group: Group) -> str:
+def _pattern(group: Group) -> str:
     return of_each_expert(group[0])

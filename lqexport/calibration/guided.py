@@ -1,7 +1,9 @@
-"""Guided second moments: the calibration sequences forward through all decoder blocks, whose inputs are kept, then the
-gradient of the loss back through them, the last block first. Each block is run again, with gradients, when its turn
-comes. Inputs are those of the full-precision blocks before; one block's weights are in memory, and of the sequences'
-hidden states those of one shard."""
+"""Collects guided second moments: a forward pass, then a backward pass block by block (GuidedQuant).
+
+The forward pass takes the calibration sequences through the full-precision model and keeps the inputs of every block.
+The backward pass takes the gradient of the loss back, the last block first, and runs each block again with gradients.
+In memory are one block's weights and the hidden states of one shard.
+"""
 
 from __future__ import annotations
 
@@ -31,39 +33,61 @@ def guided_moments(
     processes: Processes = ALONE, keep: Keep = in_place, held: bool = False, power: float = 1.0,
     weights: Callable[[BlockMoments], None] | None = None, parts: int = 1,
 ) -> Iterator[BlockMoments]:  # fmt: skip
-    """Guided second moments of every linear, the last block first, each in up to `parts` parts; `keep` puts them where
-    they stay. `weights` is given each block's weights of the tokens, where they are wanted, just before."""
-    kinds: list[Callable[[int], Collector]] = [
-        partial(SecondMoments, kind="guided", device=model.device, output_groups=output_groups, keep=keep, power=power)
+    """Yields the guided second moments of every linear, the last block first, each in at most `parts` parts.
+
+    power     the power of the tokens' weights (see `SecondMoments`)
+    keep      puts second moments where they stay
+    weights   is called with a block's weights of the tokens just before its second moments are yielded, if given
+
+    The other arguments are those of `guided_pass`.
+    """
+    collector_types: list[Callable[[int], Collector]] = [
+        partial(
+            SecondMoments,
+            moments_type="guided",
+            device=model.device,
+            output_groups=output_groups,
+            keep=keep,
+            power=power,
+        )
     ]
     if weights is not None:
-        kinds.append(partial(TokenWeights, power=power))
-    for moments, *others in guided_pass(model, tokens, kinds, folder, listener, processes, held, parts):
+        collector_types.append(partial(TokenWeights, power=power))
+    for moments, *others in guided_pass(model, tokens, collector_types, folder, listener, processes, held, parts):
         if weights is not None:
             weights(*others)
         yield moments
 
 
 def guided_pass(
-    model: BlockModel, tokens: Tensor, kinds: Sequence[Callable[[int], Collector]], folder: Path, listener: Listener,
-    processes: Processes = ALONE, held: bool = False, parts: int = 1,
+    model: BlockModel, tokens: Tensor, collector_types: Sequence[Callable[[int], Collector]], folder: Path,
+    listener: Listener, processes: Processes = ALONE, held: bool = False, parts: int = 1,
 ) -> Iterator[list[BlockMoments]]:  # fmt: skip
-    """What each of `kinds` makes for the columns of every linear, of its inputs and the gradient by its outputs; the
-    last block first, each in up to `parts` parts. `folder` has what a stopped pass goes on from: the inputs of the
-    blocks to come, and the gradient by the outputs of the next one. It is empty when all is done. `held`: by one
-    process, all that is held in memory, and a stopped pass begins anew."""
+    """Yields, block by block and the last one first, what each type of collector has collected.
+
+    tokens            token ids, int64 [samples, length]
+    collector_types   each makes a collector for a number of columns; collectors get a linear's inputs and the gradient
+                      with respect to its outputs
+    folder            what a stopped pass goes on from: the inputs of the blocks that are left, and the gradient with
+                      respect to the outputs of the next one; empty when all is done
+    held              keeps all of this in memory instead, for one process; a stopped pass then starts from the
+                      beginning
+    parts             a block comes in at most so many parts (see `BlockCollector`)
+
+    Raises UserError if a file in `folder` is damaged.
+    """
     shards = sharded(tokens)
-    mine, states = processes.share_of(range(len(shards))), _States(folder, len(shards), held)
-    for batch in {len(batch): batch for i in mine for batch in shards[i]}.values():
+    shard_numbers, states = processes.share_of(range(len(shards))), _States(folder, len(shards), held)
+    for batch in {len(batch): batch for i in shard_numbers for batch in shards[i]}.values():
         model.start(batch)  # so that the model knows the blocks' other arguments, such as positions
     reached = processes.from_first(states.reached(len(model)))
     if reached is None:
-        _keep_inputs(model, {i: shards[i] for i in mine}, states, listener)
+        _keep_inputs(model, {i: shards[i] for i in shard_numbers}, states, listener)
         reached = len(model)
         processes.wait()
     model.let_go()
     for window in windows(reversed(range(reached)), processes):
-        blocks = [[_collector(model, index, parts, new) for new in kinds] for index in window]
+        blocks = [[_collector(model, index, parts, new) for new in collector_types] for index in window]
         count = max(len(collector.parts) for collectors in blocks for collector in collectors)
         for number in range(count):
             for owner, collectors in enumerate(blocks):
@@ -71,12 +95,12 @@ def guided_pass(
                     _pass_back(model, collectors, number, states, processes, owner)
             first = blocks[0][0]
             if number + 1 < len(first.parts):
-                model.expect(first.index, first.alone(number + 1))
+                model.expect(first.index, first.experts_needed(number + 1))
             else:
                 model.expect(window[-1] - 1)
             if processes.rank < len(blocks):
                 yield [collector.moments() for collector in blocks[processes.rank]]
-        # Only now: whoever asked for the moments has used them, so a stopped pass may go on below these blocks.
+        # Not before: now the caller has used the moments, so a stopped pass may go on with the blocks before these.
         processes.wait()
         if processes.first:
             states.leave(window)
@@ -85,13 +109,13 @@ def guided_pass(
 
 
 def _collector(model: BlockModel, index: int, parts: int, new: Callable[[int], Collector]) -> BlockCollector:
-    """Of every linear by itself."""
-    alone = [(name,) for name in model.linears(index)]
-    return BlockCollector(model.architecture, index, alone, alone, parts, new)
+    """Returns a collector in which every linear is a group by itself."""
+    groups = [(name,) for name in model.linears(index)]
+    return BlockCollector(model.architecture, index, groups, groups, parts, new)
 
 
 def _keep_inputs(model: BlockModel, shards: dict[int, list[Tensor]], states: _States, listener: Listener) -> None:
-    """Forward through all blocks, keeping the inputs of each; then the gradient by the last one's outputs."""
+    """Keeps the inputs of all blocks in a forward pass, and then the gradient of the last block's outputs."""
     listener.stage("Forward pass", len(model) * sum(len(ids) for ids in shards.values()))
     for shard, ids in shards.items():
         states.write("inputs", 0, shard, embed_batches(model, ids))
@@ -107,8 +131,10 @@ def _keep_inputs(model: BlockModel, shards: dict[int, list[Tensor]], states: _St
 
 
 def _head_gradient(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """Gradient, by the last block's outputs [batch, length, hidden], of the cross-entropy summed over all tokens; of an
-    encoder, of its embeddings along random directions."""
+    """Returns the gradient of the loss with respect to the last block's outputs, [batch, length, hidden], on the host.
+
+    The loss is the cross-entropy summed over all tokens; for an encoder, its embeddings along random directions.
+    """
     parts = []
     for sequence, states in zip(ids, hidden.to(model.device), strict=True):
         with torch.enable_grad():
@@ -119,14 +145,17 @@ def _head_gradient(model: BlockModel, ids: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _cross_entropy(model: BlockModel, sequence: Tensor, states: Tensor) -> Tensor:
-    """Summed over the tokens [length], predicted from states [length, hidden] after the last block."""
+    """Returns the cross-entropy summed over a sequence [length], from states [length, hidden] after all blocks."""
     logits = model.logits(states[:-1])
     return nn.functional.cross_entropy(logits, sequence[1:].to(model.device), reduction="sum")
 
 
 def _along_direction(model: BlockModel, sequence: Tensor, states: Tensor) -> Tensor:
-    """The embedding times a normal random vector: on average the square of its derivative by anything is the sum of
-    those of the embedding's parts, and half of that is 1 - cosine, to second order. The sequence draws the vector."""
+    """Returns a sequence's embedding times a normal random vector, which the sequence itself seeds.
+
+    On average, the squared derivative of this product is the sum of the squared derivatives of the embedding's parts.
+    To second order, 1 - cosine is half of that sum.
+    """
     draw = torch.Generator().manual_seed(int(sequence.sum()))
     direction = torch.randn(states.shape[-1], generator=draw).to(states.device)
     return model.embedding(states[None])[0] @ direction
@@ -135,9 +164,12 @@ def _along_direction(model: BlockModel, sequence: Tensor, states: Tensor) -> Ten
 def _pass_back(
     model: BlockModel, collectors: list[BlockCollector], number: int, states: _States, processes: Processes, owner: int
 ) -> None:
-    """Collects part `number` of a block for the owner; with the first, keeps the gradients by the block's inputs."""
+    """Collects part `number` of a block for the process `owner`.
+
+    With the first part, it also keeps the gradients with respect to the block's inputs.
+    """
     (index,) = {collector.index for collector in collectors}
-    block = model.block(index, collectors[0].alone(number))
+    block = model.block(index, collectors[0].experts_needed(number))
     with contextlib.ExitStack() as hooks:
         for collector in collectors:
             hooks.enter_context(collector.collecting(block, number, _inputs_and_gradient))
@@ -146,14 +178,14 @@ def _pass_back(
                 gradients = states.read("gradient", index + 1, shard)
                 pairs = zip(states.read("inputs", index, shard), gradients, strict=True)
                 passed = [_backward(model, block, *pair) for pair in pairs]
-                if number == 0:  # already then: blocks of other processes go on from them
+                if number == 0:  # not after the last part: the blocks of other processes go on from these
                     states.write("gradient", index, shard, passed)
             for collector in collectors:
                 collector.end_shard(processes, owner, senders)
 
 
 def _inputs_and_gradient(linear: nn.Linear, add: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """While there, a backward pass gives `add` the linear's inputs and the gradient by its outputs."""
+    """Registers a hook: a backward pass calls `add` with the linear's inputs and the gradient of its outputs."""
 
     def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         inputs = arguments[0].detach()
@@ -163,7 +195,10 @@ def _inputs_and_gradient(linear: nn.Linear, add: Callable[[Tensor, Tensor], None
 
 
 def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient by a block's inputs, for the inputs and the gradient by the outputs, all [batch, length, hidden]."""
+    """Returns the gradient with respect to a block's inputs, from its inputs and the gradient of its outputs.
+
+    All are [batch, length, hidden].
+    """
     with torch.enable_grad():
         hidden = hidden.to(model.device).requires_grad_()
         output = model.run(block, hidden)
@@ -171,49 +206,55 @@ def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Ten
 
 
 class _States:
-    """Hidden states and gradients of all sequences, by block and shard: files on disk, or held in memory."""
+    """The hidden states and gradients of all sequences, by block and shard, in files or in memory.
+
+    The names are "inputs" for the inputs of a block, and "gradient" for the gradient with respect to them.
+    """
 
     def __init__(self, folder: Path, shards: int, held: bool) -> None:
         self.folder, self.shards = folder, shards
         self._held: dict[Path, list[Tensor]] | None = {} if held else None
 
-    def _path(self, kind: str, index: int, shard: int) -> Path:
-        return self.folder / f"{kind}-{index}-{shard}.safetensors"
+    def _path(self, name: str, index: int, shard: int) -> Path:
+        return self.folder / f"{name}-{index}-{shard}.safetensors"
 
-    def write(self, kind: str, index: int, shard: int, parts: list[Tensor]) -> None:
-        path = self._path(kind, index, shard)
+    def write(self, name: str, index: int, shard: int, parts: list[Tensor]) -> None:
+        path = self._path(name, index, shard)
         if self._held is not None:
             self._held[path] = list(parts)
             return
         tensors = {f"{i:06}": part.contiguous() for i, part in enumerate(parts)}
         write_sealed(path, safetensors.torch.save(tensors, {"sha256": SEAL}))
 
-    def read(self, kind: str, index: int, shard: int) -> list[Tensor]:
-        path = self._path(kind, index, shard)
+    def read(self, name: str, index: int, shard: int) -> list[Tensor]:
+        path = self._path(name, index, shard)
         if self._held is not None:
             return list(self._held[path])
         with open_tensors(path, "pt", AGAIN) as file:
             return [file.get_tensor(key) for key in sorted(file.keys())]
 
-    def remove(self, kind: str, index: int, shard: int | None = None) -> None:
-        """Remove a block's parts of a shard, or of all."""
+    def remove(self, name: str, index: int, shard: int | None = None) -> None:
+        """Removes what a block has of a shard, or of all shards."""
         for each in range(self.shards) if shard is None else [shard]:
-            path = self._path(kind, index, each)
+            path = self._path(name, index, each)
             if self._held is None:
                 path.unlink(missing_ok=True)
             else:
                 self._held.pop(path, None)
 
     def leave(self, window: list[int]) -> None:
-        """Remove what some blocks, the last first, needed. Their inputs stay until no gradient leads back to them."""
+        """Removes what the blocks of a window needed: all gradients first, since inputs must outlive gradients."""
         for index in window:
             self.remove("gradient", index + 1)
         for index in window:
             self.remove("inputs", index)
 
     def reached(self, blocks: int) -> int | None:
-        """The last block by whose inputs all gradients are there, or the number of blocks for those by the outputs of
-        the last; None where the forward pass did not end."""
+        """Returns the last block whose inputs have a gradient in every shard.
+
+        It is the number of blocks if only the outputs of the last block have one, and None if the forward pass is not
+        complete.
+        """
         for index in reversed(range(blocks + 1)):
             if all(self._path("gradient", index, shard).is_file() for shard in range(self.shards)):
                 return index

@@ -1,4 +1,4 @@
-"""Second moments of a linear's inputs (the Hessian of its squared output error), and importances made from them."""
+"""Sums up the second moments of a linear's inputs: the Hessian H of its squared output error."""
 
 from __future__ import annotations
 
@@ -10,48 +10,55 @@ from lqexport.runtime.placement import Keep, in_place
 from lqexport.runtime.processes import ALONE, Processes
 
 Group = tuple[str, ...]
-"""Names of linears in a block that share their second moments."""
+"""The names of the linears in a block that share their second moments."""
 PANELS = 8
-"""Of a symmetric matrix only what is below the diagonal is added up, in so many panels: 0.56 of the products."""
+"""Panels of columns of a symmetric matrix. Only what is on and below the diagonal is summed: 0.56 of the products."""
 
 
 class SecondMoments:
-    """H = sum over tokens of s_t x_t x_t^T, divided by the number of tokens. The weight s_t of a token is
+    """The second moments H of a linear's inputs: the sum over tokens t of s_t x_t x_t^T, over the number of tokens.
+
+    The weight s_t of a token depends on `moments_type`:
 
     plain        1
-    normalized   1 / |x_t|^2. A few tokens with massive activations (the first of a sequence, separators) otherwise rule
+    normalized   1 / |x_t|^2. Otherwise a few tokens with massive activations (the first of a sequence, separators) rule
                  H, and the solver spends its freedom on outputs that the end loss does not depend on
-    guided       the mean over the outputs j of (d loss / d z_tj)^2, z = W x, loss the summed cross-entropy: Kim et al.
-                 2025 (GuidedQuant, eq. 7), one H for each of `output_groups` equal runs of outputs. Half of d H d^T,
-                 summed over rows, then estimates in nats per token what the error d of the weights costs the model.
-                 These means are raised to `power` first: below 1, fewer tokens rule H, and it holds better on text that
-                 it was not taken from. H then gets the trace that it has at 1, so it still estimates nats
+    guided       the mean over the outputs j of (d loss / d z_tj)^2, to the power `power`. z = W x are the outputs, and
+                 the loss is the summed cross-entropy (GuidedQuant: Kim et al. 2025, eq. 7). There is one H for each of
+                 `output_groups` equal runs of outputs. At the power 1, half of d H d^T, summed over rows, estimates
+                 what the error d of the weights costs the model, in nats per token. At lower powers fewer tokens rule
+                 H, and it fits other text better. H is then scaled to the trace that it has at the power 1, so it still
+                 estimates nats
 
-    Tokens may come in shards: each is summed by itself, and the sums are added in the order of the shards, so the bits
-    do not depend on which process of several had which. `keep` says where the total is: it is only added to, and
-    additions are the same everywhere.
+    Tokens may come in shards. Each shard is summed by itself, and the sums are added in the order of the shards, so the
+    bits do not depend on which process had which shard. `keep` puts the total where it stays: the only operation on it
+    is addition, which gives the same bits on every device.
     """
 
     def __init__(
-        self, columns: int, kind: Moments, device: torch.device, output_groups: int = 1, keep: Keep = in_place,
+        self, columns: int, moments_type: Moments, device: torch.device, output_groups: int = 1, keep: Keep = in_place,
         power: float = 1.0,
     ) -> None:  # fmt: skip
-        self.kind, self.power, self._keep = kind, power, keep
+        self.moments_type, self.power, self._keep = moments_type, power, keep
         self._shape, self._device = (output_groups, columns, columns), device
         self._shard: Tensor | None = None
-        self._spare: Tensor | None = None  # the memory of the shard before: fresh memory of many matrices takes long
+        self._spare: Tensor | None = None  # the previous shard's memory: allocating many matrices anew takes long
         self._total: Tensor | None = None
         self._finished: Tensor | None = None
-        # The number of tokens; then, guided, the trace of each output group's sum at power 1, and as it is.
+        # The number of tokens; for guided moments then the trace of each output group's sum at power 1, and at `power`.
         self._counts = torch.zeros(1 + 2 * output_groups, device=device, dtype=torch.float64)
         self._shard_counts = torch.zeros_like(self._counts)
 
     def add(self, inputs: Tensor, gradient: Tensor | None = None) -> None:
-        """Add inputs [..., C] of any float dtype; products and sums are float32, on a GPU cuBLAS's (see
-        `environment.full_float32`). Guided: and the loss's gradient [..., R] by the outputs, R a multiple of the output
-        groups.
+        """Adds a batch of tokens.
 
-        A token whose input or weight is not finite, or whose square overflows, is left out."""
+        inputs     [..., C], any float dtype
+        gradient   for guided moments: the loss's gradient with respect to the outputs, [..., R], where R is a multiple
+                   of the output groups
+
+        Products and sums are float32; on a GPU they are cuBLAS's (see `environment.full_float32`). A token whose input
+        or weight is not finite, or whose square overflows, is left out.
+        """
         x = inputs.reshape(-1, inputs.shape[-1]).float()
         weights, energy = self._weights(x, gradient), x.square().sum(1)
         usable = sum(weights, energy).isfinite()
@@ -73,33 +80,38 @@ class SecondMoments:
         return torch.zeros(self._shape, device=self._device) if spare is None else spare.zero_()
 
     def _raised(self, weights: list[Tensor], energy: Tensor) -> list[Tensor]:
-        """The weights to the power, counting what both make of the tokens' energy float64 [tokens]."""
+        """Returns the weights to the power `power`, and adds to the traces that weights and raised weights give.
+
+        `energy` is |x_t|^2, float64 [tokens].
+        """
         raised = [weight.double().pow(self.power) for weight in weights]
         self._shard_counts[1:] += torch.stack([weight.double() @ energy for weight in (*weights, *raised)])
         return [weight.float() for weight in raised]
 
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
-        """Add what has come since the last call to the total, which process `owner` keeps: the shards of the first
-        `senders` processes, in their order."""
+        """Ends a shard: adds what was added since the last call to the total, which process `owner` keeps.
+
+        It adds the shards of the first `senders` processes in the order of their ranks.
+        """
         shard = self._zeros() if self._shard is None else self._shard
         counts = self._shard_counts
         self._shard, self._shard_counts = None, torch.zeros_like(counts)
-        for part in processes.received(shard, owner, senders):
-            self._total = self._keep(part) if self._total is None else self._total.add_(part.to(self._total.device))
+        for sums in processes.received(shard, owner, senders):
+            self._total = self._keep(sums) if self._total is None else self._total.add_(sums.to(self._total.device))
         if shard is not self._total:
             self._spare = shard
-        for part in processes.received(counts, owner, senders):
-            self._counts += part
+        for shard_counts in processes.received(counts, owner, senders):
+            self._counts += shard_counts
 
     def release(self) -> None:
-        """No further shard comes: let go of the memory that is kept for it."""
+        """Frees the memory that is kept for a further shard."""
         self._spare = None
 
     def _weights(self, x: Tensor, gradient: Tensor | None) -> list[Tensor]:
-        """Each token's weight [tokens], for each output group."""
-        if self.kind == "plain":
+        """Returns the weight of each token [tokens], for each output group."""
+        if self.moments_type == "plain":
             return [torch.ones_like(x[:, 0])]
-        if self.kind == "normalized":
+        if self.moments_type == "normalized":
             return [x.square().sum(1).clamp_min(1e-30).reciprocal()]
         assert gradient is not None
         return list(gradient.reshape(len(x), self._shape[0], -1).float().square().mean(2).T)
@@ -109,8 +121,11 @@ class SecondMoments:
         return self._shape[-1]
 
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Of all tokens: the matrices [output groups, C, C], correct on and below the diagonal, and what was counted,
-        the tokens first."""
+        """Returns the sums over all tokens.
+
+        They are the matrices [output groups, C, C], correct on and below the diagonal alone, and the counts float64, of
+        which the first is the number of tokens.
+        """
         if self._shard is not None or self._total is None:
             self.end_shard()
         self.release()
@@ -118,22 +133,27 @@ class SecondMoments:
         return self._total, self._counts
 
     def add_average(self, total: Tensor, counts: Tensor, tokens: float) -> None:
-        """Add the average of so many of the tokens that other `sums` are of; nothing where they are of none."""
+        """Adds the average of other tokens `tokens` times, given their `sums`: the matrices `total`, and `counts`.
+
+        It adds nothing if they are of no tokens.
+        """
         share = tokens / counts[0].clamp_min(1)
-        own, own_counts = self.sums()
-        own += (total * share.to(total.device, torch.float32)).to(own.device)
-        own_counts += counts * share
+        matrices, token_counts = self.sums()
+        matrices += (total * share.to(total.device, torch.float32)).to(matrices.device)
+        token_counts += counts * share
 
     def hessian(self) -> Tensor:
-        """float32 [C, C], or [output groups, C, C] where there are several; an identity where no input was seen. Made
-        in the place of the sums, so nothing can be added afterwards."""
+        """Returns H, float32 [C, C], or [output groups, C, C] if there are several; identities if there was no token.
+
+        H overwrites the sums, so nothing can be added afterwards.
+        """
         if self._finished is None:
             total, self._total = self.sums()[0], None
             self._finished = self._mean(total)
         return self._finished
 
     def _mean(self, total: Tensor) -> Tensor:
-        """`hessian` in the place of the sums [output groups, C, C] below the diagonal."""
+        """Overwrites the sums [output groups, C, C], correct on and below the diagonal, with H and returns H."""
         tokens, groups = self._counts[0].clamp_min(1), len(total)
         if not self._counts[0]:
             total.diagonal(dim1=1, dim2=2).fill_(1)
@@ -150,8 +170,10 @@ class SecondMoments:
 
 
 class TokenWeights:
-    """The weights of guided second moments by themselves, for other inputs of the same tokens. It takes the place of a
-    linear's `SecondMoments` in the guided pass, with one output group."""
+    """Collects the tokens' weights of guided second moments alone, to be used with other inputs of the same tokens.
+
+    It takes the place of a linear's `SecondMoments` in the guided pass, with one output group.
+    """
 
     def __init__(self, columns: int, power: float) -> None:
         self._power = power
@@ -159,17 +181,21 @@ class TokenWeights:
         self._shards: list[Tensor] = []
 
     def add(self, inputs: Tensor, gradient: Tensor) -> None:
-        """Add the tokens of a batch, by the loss's gradient [..., R] by the outputs."""
+        """Adds a batch of tokens by the loss's gradient with respect to the outputs, [..., R]. Inputs are not used."""
         self._shard.append(gradient.reshape(-1, gradient.shape[-1]).float().square().mean(1).cpu())
 
     def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
-        """Take what has come since the last call, of all processes in their order."""
+        """Ends a shard: takes over what all processes have added since the last call, in the order of their ranks."""
         for batches in processes.gathered(self._shard):
             self._shards += batches
         self._shard = []
 
     def hessian(self) -> Tensor:
-        """float32 [tokens], to the power, with the sum that they have at power 1; 0 where one is not finite."""
+        """Returns the weights to the power, float32 [tokens], scaled to the sum that they have at the power 1.
+
+        A weight that is not finite becomes 0. The method is called as that of `SecondMoments`, so that the guided pass
+        can treat both alike.
+        """
         raw = torch.cat(self._shards + self._shard).double()
         raw = torch.where(raw.isfinite(), raw, 0.0)
         raised = raw.pow(self._power)

@@ -1,8 +1,10 @@
-"""Second moments on disk, so that several runs over the same source and calibration collect them once.
+"""Keeps second moments on disk, so that several runs over the same source and calibration collect them once.
 
-FOLDER/KEY/facts.json             what they are of: source, calibration, kind
+FOLDER/KEY/facts.json             what they belong to: source, calibration, type of moments
 FOLDER/KEY/block-N.safetensors    one tensor per group of linears; its name is the linears' names, joined by "+"
-FOLDER/KEY/WHAT-KEY/TENSOR.json   what was measured under them: losses of types, mixes of widths
+FOLDER/KEY/NAME-KEY/TENSOR.json   what was measured with them: losses of types, mixes of widths
+
+A KEY is made of the facts (16 hexadecimal digits of a SHA-256).
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
 
 
 class MomentsCache:
-    """The second moments that `facts` (JSON values) identify, in a folder of their own under `folder`."""
+    """The folder of the second moments that `facts` (JSON values) identify, under `folder`."""
 
     def __init__(self, folder: Path, facts: dict[str, Any]) -> None:
         self.folder = folder / _key(facts)
@@ -35,26 +37,26 @@ class MomentsCache:
         return self._path(index).is_file()
 
     def write_facts(self) -> None:
-        """Say in the folder what its second moments are of."""
+        """Writes facts.json, which says what the second moments belong to."""
         write_json(self.folder / "facts.json", self._facts)
 
-    def measured(self, what: str, facts: dict[str, Any]) -> Path:
-        """Where measurements under these second moments are kept; `facts` say what else they depend on."""
-        return self.folder / f"{what}-{_key(facts)}"
+    def measured(self, name: str, facts: dict[str, Any]) -> Path:
+        """Returns the folder for measurements made with these second moments; `facts` say what else they depend on."""
+        return self.folder / f"{name}-{_key(facts)}"
 
     def write(self, moments: BlockMoments) -> None:
-        """Keep the second moments of all linears of a block."""
+        """Writes the second moments of all linears of a block."""
         index, groups = moments
         tensors = {"+".join(group): hessian.cpu() for group, hessian in groups.items()}
         write_sealed(self._path(index), safetensors.torch.save(tensors, {"sha256": SEAL}))
 
     def read(self, index: int) -> BlockMoments:
-        """The second moments of a block, on the host. Raises UserError where the file is damaged."""
+        """Returns the second moments of a block, on the host. Raises UserError if the file is damaged."""
         with open_tensors(self._path(index), "pt", AGAIN) as file:
             return index, {tuple(name.split("+")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:
-        """Passes `computed` on, keeping each block."""
+        """Passes `computed` on, and writes every block before that."""
         for moments in computed:
             self.write(moments)
             yield moments

@@ -1,4 +1,4 @@
-"""Token sequences to calibrate on, drawn from a text, and how much of a text is in another."""
+"""Draws token sequences to calibrate on from a text, and measures how much of one text is in another."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from lqexport.errors import UserError
 __all__ = ["Calibration", "Text", "load_calibration", "overlap", "read_text"]
 
 SHINGLE = 50
+"""Characters in a run of text that `overlap` compares."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """Sequences of tokens, and where they come from.
+    """The sequences of tokens to calibrate on, and where they come from.
 
-    tokens   int64 [samples, sequence_length]
-    name     as the user gave it
-    sha256   of the whole text
-    text_tokens   tokens in the whole text
-    bos      whether every sequence begins with the beginning-of-sequence token, an encoder's [CLS]
-    separator   whether every sequence ends with an encoder's [SEP]
+    tokens        int64 [samples, sequence_length]
+    name          the text's name or file, as the user gave it
+    sha256        SHA-256 of the whole text, in hexadecimal
+    text_tokens   number of tokens in the whole text
+    bos           whether every sequence begins with the beginning-of-sequence token (an encoder's [CLS])
+    separator     whether every sequence ends with an encoder's [SEP]
     """
 
     tokens: torch.Tensor
@@ -36,12 +37,12 @@ class Calibration:
 
     @property
     def repeats(self) -> bool:
-        """Whether the text is too short for all sequences to be of different tokens."""
+        """Whether the text is too short for sequences that do not overlap."""
         samples, length = self.tokens.shape
         return samples > self.text_tokens // (length - self.bos - self.separator)
 
     def facts(self) -> dict[str, Any]:
-        """What a report records of it."""
+        """Returns what a report records of the calibration."""
         samples, length = self.tokens.shape
         facts = {"name": self.name, "sha256": self.sha256, "text_tokens": self.text_tokens, "bos": self.bos}
         return facts | {"samples": samples, "sequence_length": length}
@@ -50,15 +51,17 @@ class Calibration:
 def load_calibration(
     name_or_file: str, tokenizer: Any, *, samples: int, sequence_length: int, seed: int
 ) -> Calibration:
-    """Random windows of a text, as the model sees text when it runs.
+    """Returns random windows of a text, each with the special tokens that the model sees when it runs.
 
-    The text is tokenized once, without special tokens. A tokenizer that begins its output with a beginning-of-sequence
-    token (Llama 2 and 3 do, SmolLM2 does not) has each window begin with it, followed by `sequence_length - 1` tokens
-    of text; an encoder's, which puts a text between [CLS] and [SEP], has each window so, too; other models get windows
-    of text alone. Windows do not overlap until the text is used up; only then are
-    more drawn, at another offset. Equal arguments give equal tokens.
+    The text is tokenized once, without special tokens. If the tokenizer begins its output with a beginning-of-sequence
+    token (Llama 2 and 3 do, SmolLM2 does not), each window begins with it and has `sequence_length - 1` tokens of text.
+    If it is an encoder's and puts a text between [CLS] and [SEP], each window stands between them, too. Other windows
+    are text alone.
 
-    Raises UserError where the text is unknown or holds fewer tokens than one window.
+    Windows do not overlap until the text is used up; only then more are drawn, at another offset. Equal arguments give
+    equal tokens.
+
+    Raises UserError if the text is unknown, cannot be read, or holds fewer tokens than one window.
     """
     text = read_text(name_or_file)
     before, after = _special_tokens(tokenizer)
@@ -70,12 +73,12 @@ def load_calibration(
             "Give a longer text or a smaller --sequence-length."
         )
     starts = _window_starts(len(ids), length, samples, seed)
-    parts = [torch.cat([before, ids[start : start + length], after]) for start in starts]
-    return Calibration(torch.stack(parts), name_or_file, text.sha256, len(ids), len(before) > 0, len(after) > 0)
+    windows = [torch.cat([before, ids[start : start + length], after]) for start in starts]
+    return Calibration(torch.stack(windows), name_or_file, text.sha256, len(ids), len(before) > 0, len(after) > 0)
 
 
 def _special_tokens(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """What stands before and after a text that a model sees: ids int64 [0 or 1] each."""
+    """Returns the special tokens before and after a text as the model sees it, ids int64 [0 or 1] each."""
     none = torch.empty(0, dtype=torch.int64)
     if begins_with_bos(tokenizer):
         return torch.tensor([tokenizer.bos_token_id]), none
@@ -86,13 +89,16 @@ def _special_tokens(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def begins_with_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
+    """Returns whether the tokenizer puts its beginning-of-sequence token before a text by itself."""
     ids = tokenizer("a").input_ids
     return len(ids) > 1 and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
 def _window_starts(tokens: int, length: int, samples: int, seed: int) -> list[int]:
-    """First tokens of `samples` windows: rounds of disjoint windows in random order, each round at a random offset."""
+    """Returns the index of the first token of each of `samples` windows of `length` tokens.
+
+    Windows are drawn in rounds. A round has all disjoint windows of the text in random order, at a random offset.
+    """
     draw = torch.Generator().manual_seed(seed)
     starts: list[int] = []
     while len(starts) < samples:
@@ -103,16 +109,18 @@ def _window_starts(tokens: int, length: int, samples: int, seed: int) -> list[in
 
 
 def overlap(calibration: str, evaluation: str) -> float:
-    """Share of the evaluation text, in different runs of 50 characters, that the calibration text holds anywhere.
+    """Returns the share of the evaluation text that the calibration text holds, 0 to 1.
 
-    Runs of white space count as one blank. 0.0 for an evaluation text shorter than one run.
+    The evaluation text is cut into runs of `SHINGLE` characters. The share is that of the different runs that occur
+    anywhere in the calibration text. White space of any length counts as one blank. The share is 0.0 if the evaluation
+    text is shorter than one run.
     """
-    known, asked = (" ".join(text.split()) for text in (calibration, evaluation))
-    shingles = {asked[start : start + SHINGLE] for start in range(0, len(asked) - SHINGLE + 1, SHINGLE)}
+    calibration, evaluation = (" ".join(text.split()) for text in (calibration, evaluation))
+    shingles = {evaluation[start : start + SHINGLE] for start in range(0, len(evaluation) - SHINGLE + 1, SHINGLE)}
     if not shingles:
         return 0.0
-    found: set[str] = set()
-    for start in range(len(known) - SHINGLE + 1):
-        if (piece := known[start : start + SHINGLE]) in shingles:
-            found.add(piece)
-    return len(found) / len(shingles)
+    shared: set[str] = set()
+    for start in range(len(calibration) - SHINGLE + 1):
+        if (shingle := calibration[start : start + SHINGLE]) in shingles:
+            shared.add(shingle)
+    return len(shared) / len(shingles)

@@ -1,4 +1,4 @@
-"""Texts to calibrate and to evaluate on: by name, from a file, or from what every Python carries."""
+"""Reads texts to calibrate and to evaluate on: from the Hugging Face hub, a file, or Python's own documentation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from lqexport.errors import UserError
 
-# Modules whose source every Python from 3.10 on carries; none is in both lists, so that what is held out is new.
+# The source of these modules is in every Python from 3.10 on. No module is in both lists: held-out text must be new.
 CALIBRATION_MODULES = (
     "argparse",
     "ast",
@@ -78,13 +78,13 @@ HELDOUT_CODE_MODULES = ("bisect", "fractions")
 
 @dataclass(frozen=True)
 class HubText:
-    """A data set of the Hugging Face hub, in files that need no script of its own.
+    """A data set of the Hugging Face hub that loads without a script of its own.
 
     path, name   arguments of `datasets.load_dataset`
-    files        split to data file, where the data set is too large to take whole
+    splits       the splits that exist; the plain name means the first one
+    files        the data file of each split, if the data set is too large to take whole
     column       the column that holds the text
-    splits       splits that exist; the first is what the plain name means
-    limit        characters read from a streamed split, 0 for all
+    limit        characters to read from a streamed split; 0 reads all, not streamed
     """
 
     path: str
@@ -117,26 +117,29 @@ HUB_TEXTS = {
 
 
 class Text(NamedTuple):
-    """A text and the name it was asked for by."""
+    """A text, and the name or file that the user gave for it."""
 
     name: str
     content: str
 
     @property
     def sha256(self) -> str:
-        """Of its UTF-8 bytes, in hexadecimal."""
+        """The SHA-256 of the text's UTF-8 bytes, in hexadecimal."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
 
 def read_text(name_or_file: str) -> Text:
-    """The text that `name_or_file` means.
+    """Returns the text that `name_or_file` means.
 
-    Built-in names, the same for everyone who has the same Python version: `python-docs`, the language reference of
-    `pydoc` and the docstrings and some code of the standard library; `python-heldout`, docstrings and code of other
-    modules, to evaluate on. Hub names, with an optional `:split`: `wikitext2`, `c4`, `ptb`; documents are joined by
-    blank lines. Anything else is a file: .jsonl with a "text" field per line, or plain text.
+    Built-in names are the same for everyone who has the same Python version. `python-docs` is the language reference of
+    `pydoc`, with docstrings and some code of the standard library. `python-heldout` is docstrings and code of other
+    modules, to evaluate on.
 
-    Raises UserError where there is no such text or it cannot be read.
+    Names on the hub are `wikitext2`, `c4` and `ptb`, with an optional `:split`. Documents are joined by blank lines.
+
+    Anything else is a file: .jsonl with a "text" field in every line, or plain text.
+
+    Raises UserError if there is no such text or it cannot be read.
     """
     if name_or_file in BUILT_IN:
         return Text(name_or_file, BUILT_IN[name_or_file]())
@@ -160,7 +163,7 @@ def _read_file(path: Path) -> str:
 
 
 def _jsonl_documents(path: Path, content: str) -> Iterator[str]:
-    # Not str.splitlines: JSON strings may hold other line separators, such as U+2028.
+    # Not str.splitlines: it would also split at other line separators, such as U+2028, which JSON strings may hold.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
@@ -174,16 +177,16 @@ def _jsonl_documents(path: Path, content: str) -> Iterator[str]:
 
 
 def documents(name_and_split: str, most: int | None) -> list[str]:
-    """The documents of a hub text such as `c4:validation`, at most so many; None for all that its file holds.
+    """Returns the documents of a hub text such as `c4:validation`, at most `most`; None for all that its file holds.
 
-    Raises UserError as `read_text`.
+    Raises UserError as `read_text` does.
     """
     name, _, split = name_and_split.partition(":")
     return _read_hub(name, split, dataclasses.replace(HUB_TEXTS[name], limit=0))[:most]
 
 
 def _read_hub(name: str, split: str, text: HubText) -> list[str]:
-    """Documents of a split, or those up to the text's limit."""
+    """Returns the documents of a split, up to the text's limit of characters."""
     split = split or text.splits[0]
     if split not in text.splits:
         raise UserError(f"{name} has no split {split!r}; it has {', '.join(text.splits)}.")
@@ -201,7 +204,7 @@ def _read_hub(name: str, split: str, text: HubText) -> list[str]:
 
 
 def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) -> Iterator[str]:
-    """Documents of a split, up to the first that reaches the limit of characters."""
+    """Yields the documents of a split, up to the first that reaches the limit of characters."""
     options: dict[str, Any] = {"streaming": text.limit > 0}
     if text.files is not None:
         options["data_files"] = {split: text.files[split]}
@@ -214,7 +217,7 @@ def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) 
 
 
 def _python_docs() -> str:
-    """The language reference that `help()` shows, then docstrings and a little code."""
+    """Returns the language reference that `help()` shows, then docstrings and a little code."""
     try:
         from pydoc_data.topics import topics
     except ImportError:
@@ -235,14 +238,14 @@ BUILT_IN: dict[str, Callable[[], str]] = {"python-docs": _python_docs, "python-h
 
 
 def _source(module: str) -> str:
-    """A standard module's source code; empty where this Python ships none."""
+    """Returns a standard module's source code; empty if this Python ships none."""
     spec = importlib.util.find_spec(module)
     source = getattr(spec.loader, "get_source", lambda _: None)(module) if spec else None
     return source or ""
 
 
 def _docstrings(module: str) -> str:
-    """Docstrings of a standard module, its classes and its functions, in the order of the file."""
+    """Returns the docstrings of a standard module, its classes and its functions, in the order of the file."""
     documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(ast.parse(_source(module))) if isinstance(node, documented)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
