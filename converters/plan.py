@@ -42,11 +42,13 @@ class PlannedTensor:
 
     @property
     def weights(self) -> int:
+        """The number of weights."""
         rows, columns = self.matrix
         return rows * columns
 
     @property
     def nbytes(self) -> int:
+        """The number of bytes that the packed tensor takes."""
         return nbytes(codec_named(self.codec_name), *self.matrix)
 
     def as_json(self) -> dict[str, Any]:

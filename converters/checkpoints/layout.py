@@ -108,9 +108,9 @@ class CheckpointLayout:
         return shape[0], shape[1]
 
     def bits(self, name: str, words: int, integers: int) -> int:
-        """Returns the bits of an integer, where `integers` of them fill `words` words of int32 of the tensor `name`.
+        """Returns the bits per integer, if a line of tensor `name` has `integers` integers in `words` int32 words.
 
-        Raises UserError if they do not fill the words, or have more than 8 bits.
+        Raises UserError if the integers do not fill the words, or do not have 1 to 8 bits.
         """
         bits, rest = divmod(32 * words, integers)
         if rest or not 1 <= bits <= 8:

@@ -25,6 +25,8 @@ ALIGNMENT = 32
 
 
 class Sized(Protocol):
+    """Anything with a size in bytes."""
+
     @property
     def nbytes(self) -> int: ...
 

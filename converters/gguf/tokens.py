@@ -11,6 +11,8 @@ SPACE = "\u2581"  # SentencePiece's visible space
 
 @dataclass(frozen=True)
 class Token:
+    """One token: its text, its type, and its score in a SentencePiece model."""
+
     text: str
     token_type: TokenType = TokenType.NORMAL
     score: float = 0.0
