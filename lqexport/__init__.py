@@ -1,7 +1,7 @@
-"""Quantize language models inside the exact grid of their target file, export and verify them.
+"""Quantizes language models inside the exact grid of their target file, exports and verifies them.
 
-Importing this registers the native format with transformers. The names below are loaded when they are first used, so
-that importing is quick; docs/python.md says what they do.
+Importing this package registers the native format with transformers. The public names are loaded when they are first
+used, so importing is quick. docs/python.md says what they do.
 """
 
 import os
@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from lqexport.integration.registration import register
 
-# The last bits of MKL's float64 products depend on how their operands are aligned in memory, unless it is told not to
-# let them before its first one. Equal recipes must give equal bytes; it costs no time that could be measured.
+# Equal recipes must give equal bytes. Without this setting, the last bits of MKL's float64 products depend on how their
+# operands are aligned in memory. MKL reads it before its first product. No cost in time could be measured.
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
@@ -23,8 +23,11 @@ if TYPE_CHECKING:
     from lqexport.exporting import export as export
     from lqexport.integration.loading import LeanQuantModelForCausalLM as LeanQuantModelForCausalLM
     from lqexport.integration.loading import load as load
+    from lqexport.models.inspect import inspect as inspect
     from lqexport.pipeline.quantize import quantize as quantize
     from lqexport.planning.dryrun import preview as preview
+    from lqexport.planning.forecast import forecast as forecast
+    from lqexport.planning.memory import MemoryLimits as MemoryLimits
     from lqexport.recipe import Recipe as Recipe
     from lqexport.runtime.progress import Callback as Callback
     from lqexport.runtime.progress import Listener as Listener
@@ -40,27 +43,38 @@ _MODULES = {
     "Callback": "runtime.progress",
     "LeanQuantModelForCausalLM": "integration.loading",
     "Listener": "runtime.progress",
+    "MemoryLimits": "planning.memory",
     "Recipe": "recipe",
     "UserError": "errors",
     "Verification": "verification.result",
     "compare": "verification.comparison",
     "export": "exporting",
-    "perplexity": "evaluation.papers",
-    "zero_shot": "evaluation.zero_shot_tasks",
+    "forecast": "planning.forecast",
+    "inspect": "models.inspect",
     "judge": "evaluation.judging",
     "load": "integration.loading",
+    "perplexity": "evaluation.papers",
     "preview": "planning.dryrun",
     "push_to_hub": "verification.publish",
     "quantize": "pipeline.quantize",
     "save_record": "verification.publish",
     "verify": "verification.verifying",
+    "zero_shot": "evaluation.zero_shot_tasks",
 }
+"""Public names and the modules that have them."""
+
 __all__ = ["__version__", *_MODULES]
 
 register()
 
 
 def __getattr__(name: str) -> Any:
+    """Loads a public name when it is first used. Raises AttributeError for any other name."""
     if name not in _MODULES:
         raise AttributeError(f"lqexport has no {name!r}.")
     return getattr(import_module(f"lqexport.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, for completion in an interactive session."""
+    return sorted(__all__)

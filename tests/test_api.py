@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -23,14 +27,37 @@ def folder(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.T
     return base / "folder"
 
 
-def test_every_name_is_there(root: Path) -> None:
+def test_every_name_is_there() -> None:
     for name in lqexport.__all__:
         assert getattr(lqexport, name) is not None
+    assert set(lqexport.__all__) <= set(dir(lqexport))
     with pytest.raises(AttributeError, match="no 'nothing'"):
         _ = lqexport.nothing
-    # A module of the same name would stand in its place once it is imported.
-    for name in lqexport.__all__:
-        assert not (root / "lqexport" / f"{name}.py").exists()
+
+
+def documented_names(page: str) -> set[str]:
+    """What docs/python.md calls `lqexport.name` anywhere, or `name(...)` in its table."""
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    calls = {name for row in rows for name in re.findall(r"`(\w+)\(", row.split("|")[1])}
+    return calls | set(re.findall(r"\blqexport\.(\w+)", page))
+
+
+def test_every_documented_name_works(root: Path) -> None:
+    page = (root / "docs" / "python.md").read_text(encoding="utf-8")
+    names = documented_names(page)
+    assert {"inspect", "quantize", "UserError"} <= names <= set(lqexport.__all__)
+    # In a process of its own, in which no other test has imported a module of the same name.
+    program = f"import lqexport\nfor name in {sorted(names)}: assert callable(getattr(lqexport, name)), name"
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_every_documented_argument_exists(root: Path) -> None:
+    page = (root / "docs" / "python.md").read_text(encoding="utf-8")
+    calls = re.findall(r"`(\w+)\(([^`]*)\)`", page)
+    assert len(calls) > 10
+    for name, arguments in calls:
+        parameters = inspect.signature(getattr(lqexport, name)).parameters
+        assert {argument.strip().rstrip("=") for argument in arguments.split(",")} <= set(parameters), name
 
 
 def test_a_gguf_from_python(tiny_model: Path, tmp_path: Path, text: Path) -> None:

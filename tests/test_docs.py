@@ -35,7 +35,7 @@ def site(root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "lqexport" / "cli.py"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "lqexport" / "cli").glob("*.py"))]
 SHOWN = [
     (page.name, line)
     for page in PAGES
@@ -69,7 +69,7 @@ def test_nothing_comes_from_the_network(site: Path) -> None:
 
 def test_the_reference_has_every_public_name_and_its_lists(site: Path) -> None:
     content = (site / "reference.html").read_text()
-    headings = set(re.findall(r'<h2 id="lqexport\.\w+\.(\w+)"', content))
+    headings = set(re.findall(r'<h2 id="lqexport\.[\w.]+\.(\w+)"', content))
     assert headings == set(lqexport.__all__) - {"__version__"}
     assert "<li><code>protocols</code>: names in" in content
 

@@ -6,10 +6,9 @@ import ast
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,7 +19,9 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-SUBPACKAGES = ("formats", "converters", "kernels")
+MAPPED = ("formats", "converters", "kernels")
+"""Folders that install within lqexport."""
+CODE = (".py", ".pyc", ".nbi", ".nbc")
 
 
 @pytest.fixture(scope="module")
@@ -28,34 +29,39 @@ def project(root: Path) -> dict[str, Any]:
     return tomllib.loads((root / "pyproject.toml").read_text())
 
 
-def test_listed_packages_are_the_folders_with_code(root: Path, project: dict[str, Any]) -> None:
-    """A folder that is not listed works in an editable install but is missing from the wheel."""
-    folders = {
-        path.parent.relative_to(root) for top in ("lqexport", *SUBPACKAGES) for path in (root / top).rglob("*.py")
-    }
-    names = {str(folder).replace("/", ".") for folder in folders}
-    installed = {name if name.split(".")[0] == "lqexport" else f"lqexport.{name}" for name in names}
-    assert set(project["tool"]["setuptools"]["packages"]) == installed
-    mapped = project["tool"]["setuptools"]["package-dir"]
-    assert {folder.replace("/", ".") for folder in mapped.values()} == names
+def packages(root: Path) -> dict[str, Path]:
+    """Folder of every package by its name; the links within lqexport/ are not followed."""
+    inits = [path for top in ("lqexport", *MAPPED) for path in sorted((root / top).rglob("__init__.py"))]
+    folders = {path.parent.relative_to(root).as_posix().replace("/", "."): path.parent for path in inits}
+    return {name if name.split(".")[0] == "lqexport" else f"lqexport.{name}": path for name, path in folders.items()}
 
 
 def test_sub_packages_have_a_docstring_and_import_nothing(root: Path) -> None:
-    for folder in SUBPACKAGES:
-        module = ast.parse((root / folder / "__init__.py").read_text())
-        assert ast.get_docstring(module)
-        assert len(module.body) == 1
+    for name, folder in packages(root).items():
+        module = ast.parse((folder / "__init__.py").read_text())
+        assert ast.get_docstring(module), name
+        assert name == "lqexport" or len(module.body) == 1, name
 
 
 def test_every_data_file_installs(root: Path, project: dict[str, Any]) -> None:
     patterns = project["tool"]["setuptools"]["package-data"]
-    for folder, package in (("lqexport", "lqexport"), *((name, f"lqexport.{name}") for name in SUBPACKAGES)):
-        others = {path for path in (root / folder).iterdir() if path.is_file() and path.suffix not in (".py", ".pyc")}
-        listed = {path for pattern in patterns.get(package, []) for path in (root / folder).glob(pattern)}
-        assert others == listed
+    for package, folder in packages(root).items():
+        others = {path for path in folder.iterdir() if path.is_file() and path.suffix not in CODE}
+        listed = {path for pattern in patterns.get(package, []) for path in folder.glob(pattern)}
+        assert others == listed, package
 
 
-@pytest.mark.parametrize("name", SUBPACKAGES)
+def test_type_checkers_see_the_package_as_it_installs(root: Path, project: dict[str, Any]) -> None:
+    """Type checkers do not follow setuptools' package-dir: links within lqexport/ show them the mapped folders."""
+    for name, folder in project["tool"]["setuptools"]["package-dir"].items():
+        if name != "lqexport":
+            link = root / name.replace(".", "/")
+            assert link.is_symlink()
+            assert link.resolve() == root / folder
+    assert project["tool"]["mypy"]["files"] == ["lqexport"]
+
+
+@pytest.mark.parametrize("name", MAPPED)
 def test_folders_are_no_modules_of_their_own(name: str, root: Path) -> None:
     file = importlib.import_module(f"lqexport.{name}").__file__
     assert file is not None
@@ -88,12 +94,20 @@ def test_every_option_of_pyproject_admits_what_is_pinned(root: Path, project: di
             assert requirement.specifier.contains(pins[requirement.name.lower()]), line
 
 
-def test_type_check_tree_has_every_module(root: Path, tmp_path: Path, load_script: Callable[[str], ModuleType]) -> None:
-    load_script("tools/typecheck_tree.py").link(tmp_path / "lqexport")
-    linked = {path.relative_to(tmp_path / "lqexport") for path in (tmp_path / "lqexport").glob("*.py")}
-    assert linked == {path.relative_to(root / "lqexport") for path in (root / "lqexport").glob("*.py")}
-    for name in SUBPACKAGES:
-        assert (tmp_path / "lqexport" / name).resolve() == root / name
+def test_links_of_the_readme_work_on_pypi_too(root: Path, project: dict[str, Any]) -> None:
+    """PyPI shows the README without the files beside it: every link is absolute, and what it names is there."""
+    base = project["project"]["urls"]["Homepage"] + "/blob/main/"
+    links = re.findall(r"\]\(([^)#][^)]*)\)", (root / "README.md").read_text(encoding="utf-8"))
+    assert len(links) > 5
+    for link in links:
+        assert link.startswith(base), link
+        assert (root / link.removeprefix(base).partition("#")[0]).is_file(), link
+
+
+def test_the_newest_entry_of_the_changelog_is_this_version(root: Path, project: dict[str, Any]) -> None:
+    newest = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == project["project"]["version"]
 
 
 def test_ci_runs_the_test_command_of_the_readme(root: Path) -> None:

@@ -12,6 +12,8 @@ from mkdocs.structure.files import File, Files
 import lqexport
 
 ROOT = Path(__file__).parent.parent
+REPOSITORY = "https://github.com/lqexport/lqexport/blob/main/"
+"""Where links of the README lead, so that they work on PyPI, too."""
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -23,7 +25,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def first_page() -> str:
     """Returns README.md, with its links made relative to docs/."""
-    return (ROOT / "README.md").read_text().replace("](docs/", "](")
+    return (ROOT / "README.md").read_text().replace(f"]({REPOSITORY}docs/", "](")
 
 
 def reference() -> str:

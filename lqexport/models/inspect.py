@@ -128,11 +128,12 @@ def table(entries: list[TensorInfo], every: bool = False) -> Table:
     return result
 
 
-def inspect(path: Path) -> Inspection:
+def inspect(path: str | Path) -> Inspection:
     """Returns the tensors of a .gguf file, of a Hugging Face folder, or of a folder that an lqexport command wrote.
 
     Raises UserError for anything else.
     """
+    path = Path(path)
     if path.is_file():
         if path.suffix != ".gguf":
             raise UserError(f"{path} is not a .gguf file.")
