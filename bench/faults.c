@@ -1,6 +1,7 @@
-/* File operations that fail: loaded before the C library (LD_PRELOAD), counts what a process does to files under one
- * folder and, at the operation that it is told, ends the process or returns an error. Python, Rust and C all call the
- * functions below (not seen is what the C library calls by itself, in fopen). bench/faults.py compiles and drives it.
+/* Makes file operations fail. This library is loaded before the C library (LD_PRELOAD). It counts the operations of a
+ * process on files under one folder, and at the chosen operation it ends the process or returns an error. Python, Rust
+ * and C all call the functions below. Calls that the C library makes by itself, in fopen, are not seen.
+ * bench/faults.py compiles and controls this library.
  *
  *     gcc -shared -fPIC -O1 -o faults.so faults.c -ldl
  */
@@ -20,14 +21,14 @@
 #include <unistd.h>
 
 enum mode { OFF, KILL, TEAR, FULL, UNREADABLE, CLOCK };
-enum kind { READ, CHANGE, GROW, WRITE }; /* each of the last three is a case of the one before: GROW needs room on the
-                                            disk, WRITE can be half done */
+enum kind { READ, CHANGE, GROW, WRITE }; /* a GROW is a CHANGE that needs room on the disk; a
+                                            WRITE is a GROW that can be half done */
 
 static int mode = OFF;
 static long at, counted[WRITE + 1];
 static char root[PATH_MAX];
 
-/* Begin to count; `number`, from 1, is the operation to hit. */
+/* Starts to count. `number`, from 1, is the operation to hit. */
 void faults_arm(const char *folder, int how, long number) {
     snprintf(root, sizeof root, "%s", folder);
     mode = how;
@@ -35,12 +36,12 @@ void faults_arm(const char *folder, int how, long number) {
     memset(counted, 0, sizeof counted);
 }
 
-/* The least kind of operation that a mode hits. */
+/* Returns the most general kind of operation that a mode hits. */
 static enum kind hits(int how) {
     return how == UNREADABLE ? READ : how == FULL ? GROW : how == TEAR ? WRITE : CHANGE;
 }
 
-/* Operations so far that a mode counts. */
+/* Returns the number of operations so far that a mode counts. */
 long faults_counted(int how) { return counted[hits(how)]; }
 
 static int within(const char *path) { return root[0] && strncmp(path, root, strlen(root)) == 0; }
@@ -59,8 +60,8 @@ static int watched(int folder, const char *path) {
     return path[0] == '/' || folder == AT_FDCWD ? within(path) : watched_fd(folder);
 }
 
-/* Counts an operation. 0: go on. Otherwise it must fail, and errno is set; or the process ends here. In the mode TEAR it
- * ends where half of the write is done: the caller's part. */
+/* Counts an operation. Returns 0 if it should be done. Otherwise it must fail and errno is set, or the process ends in
+ * this function. In the mode TEAR the caller does half of the write and then ends the process. */
 static int hit(enum kind kind) {
     for (enum kind each = kind; each > READ; each--) counted[each]++;
     counted[READ] += kind == READ;
@@ -142,7 +143,7 @@ ON_FD(ssize_t, pread, READ, (int fd, void *data, size_t size, off_t place), (fd,
 ON_FD(ssize_t, pread64, READ, (int fd, void *data, size_t size, off64_t place), (fd, data, size, place), int, void *, size_t,
       off64_t)
 
-/* Nothing here loses power, so nothing of the output need reach the disk: most of the time of a tiny run. */
+/* No power is lost in these tests, so the output need not reach the disk. Syncing would take most of a tiny run. */
 #define SYNC(name) \
     int name(int fd) { \
         REAL(int, name, int) \
@@ -184,7 +185,7 @@ int unlinkat(int folder, const char *path, int flags) {
     return real(folder, path, flags);
 }
 
-/* The time of day, an hour earlier at every look. */
+/* The time of day, an hour earlier at every call. */
 int clock_gettime(clockid_t which, struct timespec *now) {
     static long back;
     REAL(int, clock_gettime, clockid_t, struct timespec *)

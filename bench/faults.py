@@ -1,20 +1,20 @@
-"""Faults of the disk, the clock and the process at every file operation of a run: is anything lost or half-written?
+"""Injects faults of disk, clock and process at every file operation of a run, and checks that nothing is lost.
 
     python bench/faults.py --work FOLDER [--only NAME] [--every 1] [--first 1]
 
-A tiny random model is quantized and exported in a process in which bench/faults.c counts every change to a file under
-the output folder and every read of one. Then each operation (with --every N --first K: the K-th and every N-th after
-it) is hit in turn:
+A tiny random model is quantized and exported in a process in which bench/faults.c counts every read and every change of
+a file under the output folder. Then each operation is hit in turn (with --every N --first K: the K-th and every N-th
+after it):
 
-    kill        the process ends before it, as by kill -9
+    kill        the process ends before the operation, as by kill -9
     tear        the process ends in the middle of a write
-    full        the disk is full from it on
+    full        the disk is full from this operation on
     unreadable  the read fails (EIO)
 
-A full disk and a failed read must end in a UserError or do no harm. After every fault no file with a final name may be
-half-written, and the same command, given again, must write the very bytes of an undisturbed run. Two runs at once in
-one folder, and a clock that jumps back at every look, must not matter either. Prints a line per command and fault;
-exits with 1 where anything was wrong.
+A full disk and a failed read must end in a UserError or have no effect. After every fault, no file with a final name
+may be half-written, and running the same command again must write exactly the bytes of an undisturbed run. The same is
+checked for two runs at once in one folder, and for a clock that jumps back at every call. Prints a line per command and
+fault. Exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -37,33 +37,33 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-if TYPE_CHECKING:  # nothing large is imported before faults.c is loaded
+if TYPE_CHECKING:  # no large module may be imported before faults.c is loaded
     from lqexport.recipe import Recipe
 
 Command = Callable[[], object]
-"""Writes something into the folder `out` of the working folder."""
+"""A command, which writes into the folder `out` of the working folder."""
 
 FAULTS = {"kill": 1, "tear": 2, "full": 3, "unreadable": 4}
 OFF, CLOCK = 0, 5
 KILLED, REFUSED, BROKEN = 137, 2, 3
-"""Exit statuses: of a killed process, after a UserError, and after any other exception."""
+"""The exit statuses of a killed process, after a UserError, and after any other exception."""
 SOURCE = Path(__file__).with_suffix(".c")
 
 
 def preload(work: Path) -> None:
-    """Begin this program anew with faults.c in it."""
+    """Compiles faults.c and restarts this program with it preloaded."""
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     library = work / "faults.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-O1", "-o", library, SOURCE, "-ldl"], check=True)
-    # The runs are forked from a process that has done all of them before: it must have no threads.
+    # Runs are forked from a process that has run all commands before, so it must have no threads.
     alone = {"OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     alone["NUMBA_THREADING_LAYER"] = "workqueue"
     os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **alone, "LD_PRELOAD": str(library)})
 
 
 def recipes(work: Path) -> dict[str, Recipe]:
-    """What is quantized, by a short name: every kind of target; rounded, corrected, and with types chosen by size."""
+    """Returns recipes by a short name: every family of targets, rounded, corrected, and with types chosen by size."""
     from fuzz import make_model
 
     from lqexport.calibration.texts import read_text
@@ -72,7 +72,7 @@ def recipes(work: Path) -> dict[str, Recipe]:
     from lqexport.tuning import tune
 
     for module in (prepare, tune_model, tune):
-        module.HELD_OUT = 1  # each sequence held out reads every tensor once more before tuning, and after
+        module.HELD_OUT = 1  # each held-out sequence reads every tensor once more before and after tuning
     text, model = work / "text.txt", str(make_model(work / "model"))
     text.write_text(read_text("python-docs").content[:20_000], encoding="utf-8")
     few: dict[str, Any] = {"calibration": str(text), "samples": 2, "sequence_length": 16, "descent": 1}
@@ -87,15 +87,17 @@ def recipes(work: Path) -> dict[str, Recipe]:
 
 
 def commands(work: Path, only: str) -> dict[str, Command]:
-    """Every command that writes a model and whose name holds `only`, on a tiny model; the artifacts to export are made
-    here, undisturbed."""
+    """Returns every command that writes a model and whose name contains `only`, on a tiny model.
+
+    It makes the artifacts to export, without faults.
+    """
     from lqexport.exporting import export
     from lqexport.pipeline.quantize import quantize
 
-    known, folder, file = recipes(work), work / "out" / "model", work / "out" / "model.gguf"
-    found: dict[str, Command] = {}
-    for name, recipe in known.items():
-        found[f"quantize {recipe.target}"] = partial(quantize, recipe, work / "out" / name)
+    by_name, folder, file = recipes(work), work / "out" / "model", work / "out" / "model.gguf"
+    result: dict[str, Command] = {}
+    for name, recipe in by_name.items():
+        result[f"quantize {recipe.target}"] = partial(quantize, recipe, work / "out" / name)
     exports: dict[str, tuple[str, Path, dict[str, Any]]] = {
         "to-gguf": ("auto", file, {}),
         "to-gguf in files": ("auto", file, {"split_max_size": "30K"}),
@@ -106,18 +108,18 @@ def commands(work: Path, only: str) -> dict[str, Command]:
         "to-gptq": ("gptq", folder, {}),
         "to-compressed-tensors": ("gptq", folder, {"format": "compressed-tensors"}),
     }
-    for name, (made, path, options) in exports.items():
+    for name, (artifact, path, options) in exports.items():
         if only in name:
-            quantize(known[made], work / made)
-        found[name] = partial(export, work / made, path, **options)
-    return {name: command for name, command in found.items() if only in name}
+            quantize(by_name[artifact], work / artifact)
+        result[name] = partial(export, work / artifact, path, **options)
+    return {name: command for name, command in result.items() if only in name}
 
 
 class Sweep:
     """All faults of one command.
 
-    watched   the folder on whose files faults happen
-    root      the folder in it that the command writes into, and in which there is nothing else
+    watched   the folder whose files faults happen on
+    root      the folder in it that only the command writes into
     """
 
     def __init__(self, command: Command, watched: Path) -> None:
@@ -130,13 +132,13 @@ class Sweep:
         self.expected = digests(self.root)
 
     def clear(self) -> None:
-        """Begin with an empty folder."""
+        """Empties the folder."""
         shutil.rmtree(self.root, ignore_errors=True)
         self.root.mkdir(parents=True)
 
     def fork(self, mode: int, number: int) -> int:
-        """The process id of a child that runs the command under a fault, and ends with a status as above."""
-        gc.freeze()  # the child need not copy what the collector would look at
+        """Forks a child that runs the command under a fault and exits with its status. Returns the process id."""
+        gc.freeze()  # the child does not copy memory that the garbage collector would touch
         if child := os.fork():
             return child
         status = BROKEN
@@ -148,18 +150,18 @@ class Sweep:
             os._exit(status)
 
     def run(self, mode: int, number: int = 0) -> int:
-        """The exit status of the command under a fault."""
+        """Runs the command under a fault. Returns its exit status."""
         return os.waitstatus_to_exitcode(os.waitpid(self.fork(mode, number), 0)[1])
 
     def operations(self, mode: int) -> int:
-        """How many operations a fault could hit."""
+        """Returns the number of operations that a fault could hit."""
         self.clear()
         self.library.faults_arm(self.watched, OFF, ctypes.c_long(0))
         self.command()
         return int(self.library.faults_counted(mode))
 
     def hit(self, fault: str, number: int) -> int:
-        """Hit one operation, look at what is there, and run again. Returns the exit status under the fault."""
+        """Hits one operation, checks the files, and runs again. Returns the exit status under the fault."""
         self.clear()
         status = self.run(FAULTS[fault], number)
         allowed = (KILLED,) if fault in ("kill", "tear") else (0, REFUSED)
@@ -168,24 +170,26 @@ class Sweep:
         self.check_finishes(f"{fault} {number}")
         return status
 
-    def check_finishes(self, what: str) -> None:
-        """Run undisturbed where it had not finished: every byte must be there, and nothing else. What a fault leaves is
-        often what another has left: the command is run from there once."""
+    def check_finishes(self, fault: str) -> None:
+        """Runs the command undisturbed if it had not finished. The files must be those of an undisturbed run.
+
+        Faults often leave the same files. From each set of files, the command runs once.
+        """
         left = frozenset(digests(self.root).items())
         if left in self.finished_from:
             return
         self.finished_from.add(left)
         if self.unexpected():
             status = self.run(OFF)
-            self.check(status == 0, f"{what}: exit status {status} afterwards")
-        self.check(not (files := self.unexpected()), f"{what}: afterwards not as without the fault: {files[:5]}")
+            self.check(status == 0, f"{fault}: exit status {status} afterwards")
+        self.check(not (files := self.unexpected()), f"{fault}: afterwards not as without the fault: {files[:5]}")
 
     def unexpected(self) -> list[str]:
-        """Files that are missing, have other bytes than after an undisturbed run, or should not be there."""
+        """Returns the files that are missing, superfluous, or different from those of an undisturbed run."""
         return sorted(dict(digests(self.root).items() ^ self.expected.items()))
 
     def at_once(self) -> list[int]:
-        """Two runs together: one may be refused. Returns their exit statuses."""
+        """Starts two runs at once; one of them may be refused. Returns their exit statuses."""
         self.clear()
         children = [self.fork(OFF, 0) for _ in range(2)]
         statuses = sorted(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
@@ -194,19 +198,20 @@ class Sweep:
         return statuses
 
     def clock(self) -> None:
-        """The clock jumps back."""
+        """Runs the command while the clock jumps back at every call."""
         self.clear()
         self.check(self.run(CLOCK) == 0, "clock: does not run")
         self.check(not (files := self.unexpected()), f"clock: other bytes in {files[:5]}")
 
     def check(self, good: bool, sentence: str) -> None:
+        """Records and prints the sentence if the check failed."""
         if not good:
             self.wrong.append(sentence)
             print(f"WRONG {sentence}", flush=True)
 
 
 def attempt(run: Command) -> int:
-    """The exit status that a command's end amounts to."""
+    """Runs a command. Returns the exit status that stands for how it ended."""
     from lqexport.errors import UserError
 
     try:
@@ -220,7 +225,7 @@ def attempt(run: Command) -> int:
 
 
 def digests(root: Path) -> dict[str, str]:
-    """Of every file below a folder the sha256; nothing of the log, which holds times, and of folders."""
+    """Returns the sha256 of every file below a folder. The log, which holds times, and folders count as empty."""
 
     def content(path: Path) -> bytes:
         return path.read_bytes() if path.is_file() and path.name != "log.jsonl" else b""
@@ -229,13 +234,13 @@ def digests(root: Path) -> dict[str, str]:
 
 
 def damaged(root: Path) -> list[str]:
-    """Files with a final name that are not whole, as far as their kind shows it."""
+    """Returns the files with a final name that are not whole, as far as their type shows it."""
     files = [path for path in root.rglob("*") if path.is_file() and ".part" not in str(path)]
     return [str(path.relative_to(root)) for path in files if not is_whole(path)]
 
 
 def is_whole(path: Path) -> bool:
-    """Whether a file ends where its kind of file says it does."""
+    """Returns whether a file can be parsed and is as long as its header says."""
     from lqexport.converters.gguf.header import read_header
     from lqexport.errors import UserError
 

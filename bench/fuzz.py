@@ -1,11 +1,11 @@
-"""Damaged and hostile inputs for every reader: each must be read, or refused with one sentence (UserError).
+"""Gives every reader damaged and hostile inputs. Each must be read, or refused with one sentence (UserError).
 
     python bench/fuzz.py --work FOLDER [--seconds 60] [--seed 0] [--only SUBJECT]
 
-Sound files of every kind are made from a tiny random model; then one of them is damaged at a time, in its bytes or in
-the structure of its JSON, and read to the end. Any other exception is a fault, and so is a case that takes more CPU
-time or memory than the sizes of these files justify. Prints a line per subject and each fault once, with what damaged
-the file; exits with 1 where there was any.
+The script makes sound files of every type from a tiny random model. Then it damages one file at a time, in its bytes or
+in the structure of its JSON, and reads it to the end. Any other exception is a fault. So is a case that takes more CPU
+time or memory than the sizes of these files justify. Prints a line per subject, and each fault once with the damaged
+case. Exits with 1 if there was a fault.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ from lqexport.verification.verifying import verify
 Tensors = dict[str, torch.Tensor]
 
 CPU_SECONDS = 20
-"""A sound file of each subject takes under one."""
+"""The most CPU seconds of a case. A sound file of each subject takes less than one."""
 MEMORY = 64 * 2**20
-"""Bytes that a case may hold at once in Python and NumPy; no file is larger than 2 MB."""
+"""The most bytes that a case may hold at once in Python and NumPy. No file is larger than 2 MB."""
 
 
 # Damage.
 
 NUMBERS = (0, 1, 2, 3, 31, 32, 255, 2**16 - 1, 2**31 - 1, 2**31, 2**32 - 1, 2**48, 2**63 - 1, 2**63, 2**64 - 1)
 DEEP = "[" * 100_000
-"""Stands where a value should; no JSON parser that recurses can read it."""
+"""A value so deeply nested that no recursive JSON parser can read it."""
 VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1, 7, 2**31, 2**63, 10**30, 0.5, 1e308, float("inf"), float("nan"), "", "x", "F64",
     "../../../../etc/passwd", "/etc/passwd", "\ud800", "a" * 5000, [], [0], [1, 2, 3, 4, 5], ["x"], [[]], {}, {"x": 1},
@@ -71,7 +71,7 @@ VALUES: tuple[Any, ...] = (
 
 
 def damaged(name: str, content: bytes, draw: random.Random) -> bytes:
-    """A file's content with something wrong; its structure is kept now and then, where its name says what that is."""
+    """Returns a file's content with damage. If its name tells its structure, the structure is often kept."""
     if name.endswith(".json") and draw.random() < 0.7:
         return damaged_json(content, draw)
     if name.endswith(".safetensors") and draw.random() < 0.6:
@@ -80,26 +80,27 @@ def damaged(name: str, content: bytes, draw: random.Random) -> bytes:
 
 
 def damaged_json(content: bytes, draw: random.Random) -> bytes:
-    """A JSON text with another value, or none, in one place."""
+    """Returns a JSON text in which one value is replaced or deleted."""
     document = {"document": json.loads(content)}
     holder, key = draw.choice(list(locations(document)))
-    what = draw.random()
-    if what < 0.15:
+    choice = draw.random()
+    if choice < 0.15:
         del holder[key]
-    elif what < 0.2:
+    elif choice < 0.2:
         holder[key] = "DEEP"
-    elif what < 0.35 and isinstance(holder[key], int):
+    elif choice < 0.35 and isinstance(holder[key], int):
         holder[key] = draw.choice(NUMBERS)
     else:
         holder[key] = draw.choice(VALUES)
-    found = document.get("document", {})
-    if isinstance(found, dict) and "files" in found:  # a manifest, whose own digest a forger would renew
-        return manifest_bytes(found)
-    return json.dumps(found).replace('"DEEP"', DEEP).encode()
+    changed = document.get("document", {})
+    if isinstance(changed, dict) and "files" in changed:  # a manifest; a forger would renew its own digest
+        return manifest_bytes(changed)
+    return json.dumps(changed).replace('"DEEP"', DEEP).encode()
 
 
 def locations(value: Any) -> Iterator[tuple[Any, Any]]:
-    """(container, key or index) of everything within a JSON value; of a long list or object, of a few."""
+    """Yields (container, key or index) of everything within a JSON value, but only of six entries of a long list or
+    object."""
     keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
     for key in keys if len(keys) <= 40 else [*keys[:3], *keys[-3:]]:
         yield value, key
@@ -107,55 +108,55 @@ def locations(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def damaged_header(content: bytes, draw: random.Random) -> bytes:
-    """A safetensors file with another header, whose length fits it."""
+    """Returns a safetensors file with a damaged header and the length that fits it."""
     size = int.from_bytes(content[:8], "little")
     header = damaged_json(content[8 : 8 + size], draw)
     return len(header).to_bytes(8, "little") + header + content[8 + size :]
 
 
 def damaged_bytes(content: bytes, draw: random.Random) -> bytes:
-    """Changed bits, numbers, lengths: mostly near the beginning, where formats have their headers."""
-    found = bytearray(content)
+    """Returns content with changed bits, numbers and lengths, mostly near the beginning, where formats have headers."""
+    changed = bytearray(content)
     for _ in range(draw.choice((1, 1, 1, 2, 4))):
-        end = min(len(found), 2000) if draw.random() < 0.6 else len(found)
-        place, what = draw.randrange(max(1, end)), draw.randrange(7)
-        if what == 0:
-            del found[place:]
-        elif what == 1:
-            del found[place : place + draw.randrange(1, 100)]
-        elif what == 2:
-            found[place:place] = found[place : place + draw.randrange(1, 100)]
-        elif what == 3:
-            found[place:place] = draw.randbytes(draw.randrange(1, 20))
-        elif what == 4:
-            found[place : place + 8] = draw.choice(NUMBERS).to_bytes(8, "little")
-        elif what == 5:
-            found[place : place + 4] = (draw.choice(NUMBERS) % 2**32).to_bytes(4, "little")
-        elif place < len(found):
-            found[place] ^= 1 << draw.randrange(8)
-    return bytes(found)
+        end = min(len(changed), 2000) if draw.random() < 0.6 else len(changed)
+        place, damage = draw.randrange(max(1, end)), draw.randrange(7)
+        if damage == 0:
+            del changed[place:]
+        elif damage == 1:
+            del changed[place : place + draw.randrange(1, 100)]
+        elif damage == 2:
+            changed[place:place] = changed[place : place + draw.randrange(1, 100)]
+        elif damage == 3:
+            changed[place:place] = draw.randbytes(draw.randrange(1, 20))
+        elif damage == 4:
+            changed[place : place + 8] = draw.choice(NUMBERS).to_bytes(8, "little")
+        elif damage == 5:
+            changed[place : place + 4] = (draw.choice(NUMBERS) % 2**32).to_bytes(4, "little")
+        elif place < len(changed):
+            changed[place] ^= 1 << draw.randrange(8)
+    return bytes(changed)
 
 
-# Sound files, and how they are read to the end.
+# Sound files and their readers.
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A kind of input: a sound file or folder, the patterns of what is damaged in it, and a function that reads it."""
+    """An input: a sound file or folder, the patterns of the files in it to damage, and a function that reads it."""
 
     path: Path
     patterns: tuple[str, ...]
     read: Callable[[Path], object]
 
     def files(self) -> list[Path]:
-        """What may be damaged."""
+        """Returns the files that may be damaged."""
         if self.path.is_file():
             return [self.path]
         return sorted({path for pattern in self.patterns for path in self.path.glob(pattern)})
 
 
 def make_model(folder: Path) -> Path:
-    """A Hugging Face folder with a random Llama of one block, in two shards with an index, and a tokenizer."""
+    """Writes a Hugging Face folder with a tokenizer and a random Llama of one block, in two shards with an index."""
     config = LlamaConfig(
         vocab_size=320, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=512, tie_word_embeddings=True,
@@ -167,7 +168,7 @@ def make_model(folder: Path) -> Path:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 320 tokens."""
+    """Returns a byte-level BPE of 320 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -183,7 +184,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_sentencepiece(path: Path) -> None:
-    """tokenizer.model: a BPE of 400 pieces."""
+    """Writes tokenizer.model, a BPE of 400 pieces."""
     import sentencepiece
 
     path.parent.mkdir(parents=True)
@@ -205,7 +206,7 @@ types = ["*.down_proj.weight=Q6_K"]
 
 
 def make(work: Path) -> None:
-    """Sound files of every kind in a new folder."""
+    """Writes sound files of every type into a new folder."""
     model = make_model(work / "model")
     make_sentencepiece(work / "pieces" / "tokenizer.model")
     (work / "recipe.toml").write_text(RECIPE)
@@ -226,31 +227,32 @@ def make(work: Path) -> None:
 
 
 def sized(work: Path) -> Recipe:
-    """A run that leaves all that a stopped run can leave: second moments, measured types, steps of tuning."""
+    """Returns a recipe whose stopped run leaves every type of file: second moments, measured types, tuning steps."""
     few: dict[str, Any] = {"calibration": str(work / "text.txt"), "samples": 2, "sequence_length": 16, "descent": 1}
     return Recipe(str(work / "model"), "gguf:auto", size="7bpw", tune=8, **few)
 
 
 def stop(stage: str, share: float) -> None:
-    """Ends a run in the middle of its tuning."""
+    """Stops a run in the middle of its tuning."""
     if stage == "Tuning end to end" and share > 0.6:
         raise KeyboardInterrupt
 
 
 def make_quantized(model: Path, folder: Path, parts: Callable[[int, int], Tensors], method: object) -> None:
-    """A checkpoint whose linears are random in another tool's layout."""
+    """Writes a checkpoint whose linears are random numbers in another tool's layout."""
     source = open_source(str(model))
     source.copy_model_files(folder)
     stored = {name: source.read(name) for name in source.names() if "proj" not in name}
     for name in [name for name in source.names() if name not in stored]:
-        made = parts(*source.shape(name))
-        stored |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in made.items()}
+        tensors = parts(*source.shape(name))
+        stored |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": method} if method else {})))
 
 
 def awq(rows: int, columns: int) -> Tensors:
+    """Returns the random tensors of one linear in AWQ's layout."""
     words, groups = torch.iinfo(torch.int32), columns // 32
     qweight = torch.randint(words.min, words.max, (columns, rows // 8), dtype=torch.int32)
     qzeros = torch.randint(words.min, words.max, (groups, rows // 8), dtype=torch.int32)
@@ -258,12 +260,13 @@ def awq(rows: int, columns: int) -> Tensors:
 
 
 def leanquant(rows: int, columns: int) -> Tensors:
+    """Returns the random tensors of one linear in LeanQuant's layout."""
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8)
     return {"quant_grid": torch.rand(rows, 16).half() / 10, "weight_codes": codes}
 
 
 def subjects(work: Path) -> dict[str, Subject]:
-    """What `make` has made."""
+    """Returns the subjects among the files that `make` has written."""
     weights, gguf = ("config.json", "*.safetensors"), work / "model.gguf"
 
     def check(path: Path) -> None:
@@ -302,12 +305,12 @@ def subjects(work: Path) -> dict[str, Subject]:
 
 
 def read_recipe(path: Path) -> None:
-    """What the command line makes of a recipe file."""
+    """Reads a recipe file as the command line does."""
     Recipe(**({"source": "x", "target": "gguf:Q4_0"} | load_recipe(path)))
 
 
 def read_checkpoint(folder: Path) -> None:
-    """Everything that `quantize` reads of its source."""
+    """Reads everything that `quantize` reads of its source."""
     source = open_source(str(folder))
     for target in ("gguf:Q4_K_M", "gguf:Q5_0", "native:table-4"):
         plan_recipe(source, Recipe(str(folder), target))
@@ -320,12 +323,12 @@ def read_checkpoint(folder: Path) -> None:
 
 
 def read_tokenizer(folder: Path) -> None:
-    """By our own code for GGUF."""
+    """Reads a tokenizer with lqexport's code for GGUF."""
     add_tokenizer(GGUFWriter(None, "llama"), folder, 320)
 
 
 def read_export(path: Path) -> None:
-    """A written model, to the last weight."""
+    """Reads every weight of an exported model."""
     inspect(path)
     model = open_export(path)
     assert model.config
@@ -335,7 +338,7 @@ def read_export(path: Path) -> None:
 
 
 def convert(folder: Path) -> None:
-    """An artifact, to whatever it can become."""
+    """Exports an artifact to GGUF and an adapter."""
     export(folder, folder.parent / "converted.gguf", adapter=folder.parent / "converted-adapter.gguf", format="gguf")
 
 
@@ -343,12 +346,12 @@ def convert(folder: Path) -> None:
 
 
 class TooSlow(BaseException):
-    """A case took more CPU time than it may."""
+    """A case took more CPU time than allowed."""
 
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """Raises TooSlow or MemoryError where what is done within takes too much."""
+    """Raises TooSlow or MemoryError if the body takes too much CPU time or memory."""
 
     def stop(*_: object) -> None:
         raise TooSlow
@@ -368,7 +371,7 @@ def limited() -> Iterator[None]:
 
 @dataclass
 class Tally:
-    """Of one subject: cases that were read, that were refused, and faults by where they came from."""
+    """The cases of one subject that were read and refused, and the faults by the line that raised them."""
 
     read: int = 0
     refused: int = 0
@@ -377,7 +380,10 @@ class Tally:
 
 
 def try_case(subject: Subject, draw: random.Random, scratch: Path) -> tuple[str, str]:
-    """(read, refused or what went wrong, and how) of one damaged file of a subject, copied into `scratch`."""
+    """Damages one file of a subject, copied into `scratch`, and reads it.
+
+    Returns "read", "refused" or the fault, and its details.
+    """
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     copy = scratch / subject.path.name
@@ -397,13 +403,13 @@ def try_case(subject: Subject, draw: random.Random, scratch: Path) -> tuple[str,
 
 
 def where(error: BaseException) -> str:
-    """The kind of an exception and the line that raised it."""
+    """Returns the type of an exception and the line that raised it."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{type(error).__name__} at {Path(frame.filename).name}:{frame.lineno}"
 
 
 def fuzz(name: str, subject: Subject, seconds: float, seed: int, scratch: Path, cases: int | None = None) -> Tally:
-    """Damage a subject for so long, or so often; equal seeds give equal cases."""
+    """Damages a subject for `seconds` seconds, or for `cases` cases. Equal seeds give equal cases."""
     tally, number, began = Tally(), 0, time.monotonic()
     while number < cases if cases is not None else time.monotonic() - began < seconds:
         case = f"{name} {seed} {number}"
@@ -432,7 +438,7 @@ def main() -> None:
         if arguments.only in (None, name):
             tally = fuzz(name, subject, arguments.seconds, arguments.seed, arguments.work / "scratch")
             print(f"{name}: {tally.read} read, {tally.refused} refused in {tally.seconds:.0f} s", flush=True)
-            print("".join(f"FAULT {kind}\n{how}\n" for kind, how in tally.faults.items()), end="", flush=True)
+            print("".join(f"FAULT {fault}\n{how}\n" for fault, how in tally.faults.items()), end="", flush=True)
             total.update(cases=tally.read + tally.refused, faults=len(tally.faults), seconds=int(tally.seconds))
     print(json.dumps(total))
     sys.exit(1 if total["faults"] else 0)

@@ -1,11 +1,12 @@
-"""Our GGUF files beside llama.cpp's own quantizer, at the same type and size, all judged in llama.cpp.
+"""Compares lqexport's GGUF files with llama.cpp's own quantizer, at the same type and size, all judged in llama.cpp.
 
     python bench/gguf_quality.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--types Q2_K Q3_K Q4_K]
 
-For each pure type (embedding and output Q8_0): `llama-quantize` alone, `llama-quantize` with an importance matrix from
-32 x 512 tokens of the calibration text, and ours by each method asked for. The judge is llama.cpp on each file against
-the source in float32: mean KL divergence and perplexity over windows of 512. For ours, what llama.cpp loads is also
-compared with the solved values, bit for bit. Finished artifacts in FOLDER are used again. Prints Markdown, then JSON.
+For each pure type (embedding and output Q8_0), the script makes a file by `llama-quantize` alone, one by
+`llama-quantize` with an importance matrix from 32 x 512 tokens of the calibration text, and lqexport's for each choice
+of moments. llama.cpp runs every file. Its logits are compared with the source's in float32: mean KL divergence and
+perplexity over windows of 512 tokens. For lqexport's files, the values that llama.cpp decodes are also compared with
+the solved values, bit for bit. Finished artifacts in FOLDER are reused. Prints Markdown, then JSON.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from lqexport.storage.artifact import Artifact
 
 
 def importance_matrix(source: Source, text: str, samples: int) -> dict[str, np.ndarray]:
-    """What llama-imatrix collects: mean of x^2 per input column of every linear, by GGUF weight name."""
+    """Returns what llama-imatrix collects: the mean of x^2 per input column of every linear, by GGUF weight name."""
     tokens = load_calibration(text, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
     model = BlockModel(source)
     names = gguf_names(model.architecture, len(model))
@@ -62,7 +63,7 @@ def _adding(total: torch.Tensor) -> Callable[..., None]:
 
 
 def ours(recipe: Recipe, work: Path, label: str) -> Path:
-    """Quantize and export by the recipe; the path of the GGUF file."""
+    """Quantizes and exports by the recipe. Returns the path of the GGUF file."""
     file = work / f"{label}.gguf"
     began = time.perf_counter()
     quantize(recipe, work / label, cache=work / "cache")
@@ -73,7 +74,7 @@ def ours(recipe: Recipe, work: Path, label: str) -> Path:
 
 
 def loads_as_solved(artifact: Artifact, file: Path, work: Path) -> bool:
-    """Whether the values that llama.cpp decodes from the file equal the artifact's, bit for bit."""
+    """Returns whether the values that llama.cpp decodes from the file equal the artifact's, bit for bit."""
     decoded_file = work / "decoded.gguf"
     llamacpp.quantize(file, decoded_file, "F32", requantize=True)
     decoded = GGUFModel(decoded_file)
@@ -86,54 +87,57 @@ def loads_as_solved(artifact: Artifact, file: Path, work: Path) -> bool:
 
 
 class Judge:
-    """llama.cpp's logits of a file against the source's, which are computed once."""
+    """Compares llama.cpp's logits of a file with the source's, which are computed once."""
 
     def __init__(self, source: Source, text: str, windows: int) -> None:
         self.windows = windows_of(source, text, windows)
         self.reference = list(predictions(BlockModel(source), self.windows))
 
     def __call__(self, file: Path, adapter: Path | None = None) -> evaluate.Evaluation:
-        # As many threads as torch: on a busy machine more of them wait for each other.
+        # As many threads as torch has: on a busy machine, more threads would wait for each other.
         with llamacpp.LlamaCpp(file, 512, torch.get_num_threads(), adapter) as engine:
             test = evaluate.engine_logits(engine, self.windows, evaluate.LLAMACPP_512)
             return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
 
 
-def row(label: str, kind: str, file: Path, judge: Judge, exact: bool | None) -> dict[str, Any]:
+def row(label: str, tensor_type: str, file: Path, judge: Judge, exact: bool | None) -> dict[str, Any]:
+    """Judges a file. Returns and prints its figures."""
     result = judge(file)
-    entry = {"type": kind, "method": label, "bytes": file.stat().st_size, "kl": result.kl, "kl_error": result.kl_error,
-             "perplexity": result.perplexity, "perplexity_error": result.perplexity_error,
+    entry = {"type": tensor_type, "method": label, "bytes": file.stat().st_size, "kl": result.kl,
+             "kl_error": result.kl_error, "perplexity": result.perplexity, "perplexity_error": result.perplexity_error,
              "reference_perplexity": result.reference_perplexity, "top1": result.top1, "bitwise": exact}  # fmt: skip
     print(json.dumps(entry), flush=True)
     return entry
 
 
 def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Makes and judges every file. Returns their figures."""
     work: Path = arguments.work
     source = open_source(arguments.model)
     half = ours(Recipe(arguments.model, "gguf:F16", method="rtn"), work, "F16")
     matrix = importance_matrix(source, arguments.calibration, 32)
     judge = Judge(source, arguments.evaluation, arguments.windows)
     rows = [row("F16", "F16", half, judge, loads_as_solved(Artifact(work / "F16"), half, work))]
-    for kind in arguments.types:
-        for label, given in (("llama-quantize", None), ("llama-quantize, imatrix", matrix)):
-            file = work / f"llama-{kind}.gguf"
-            mix = f"{kind}_M" if kind in ("Q3_K", "Q4_K", "Q5_K") else kind  # `pure` makes it the type itself
-            llamacpp.quantize(half, file, mix, imatrix=given, pure=True, token_embedding="Q8_0", output="Q8_0")
-            rows.append(row(label, kind, file, judge, None))
+    for tensor_type in arguments.types:
+        for label, imatrix in (("llama-quantize", None), ("llama-quantize, imatrix", matrix)):
+            file = work / f"llama-{tensor_type}.gguf"
+            # With `pure`, llama-quantize uses the mix's main type alone.
+            mix = f"{tensor_type}_M" if tensor_type in ("Q3_K", "Q4_K", "Q5_K") else tensor_type
+            llamacpp.quantize(half, file, mix, imatrix=imatrix, pure=True, token_embedding="Q8_0", output="Q8_0")
+            rows.append(row(label, tensor_type, file, judge, None))
         for moments in arguments.moments:
-            recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration,
+            recipe = Recipe(arguments.model, f"gguf:{tensor_type}", calibration=arguments.calibration,
                             samples=arguments.samples, moments=moments, prefix=arguments.prefix, tune=arguments.tune,
                             compute_dtype=arguments.compute_dtype)  # fmt: skip
-            label = f"{kind}-{moments}-{arguments.samples}-{arguments.tune}"
+            label = f"{tensor_type}-{moments}-{arguments.samples}-{arguments.tune}"
             file = ours(recipe, work, label)
             exact = loads_as_solved(Artifact(work / label), file, work)
-            rows.append(row(f"lqexport, {moments} moments, tune {arguments.tune}", kind, file, judge, exact))
+            rows.append(row(f"lqexport, {moments} moments, tune {arguments.tune}", tensor_type, file, judge, exact))
     return rows
 
 
 def figures(entry: dict[str, Any]) -> str:
-    """Size, KL, perplexity and agreement of a `row`, as cells of a table."""
+    """Returns size, KL, perplexity and agreement of a `row` as table cells."""
     return (
         f"{entry['bytes'] / 1e6:.1f} | {entry['kl']:.4f} ± {entry['kl_error']:.4f} | {entry['perplexity']:.2f} ± "
         f"{entry['perplexity_error']:.2f} | {entry['top1']:.1%}"

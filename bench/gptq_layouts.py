@@ -1,10 +1,10 @@
-"""What GPTQ's layouts cost: the loss of real linears in each of them, beside a grid with a free offset.
+"""What GPTQ's layouts cost: the output error of real linears in each layout, beside a grid with a free offset.
 
     python bench/gptq_layouts.py MODEL --calibration FILE [--blocks 2] [--group 64]
 
-The linears of the first blocks are solved under plain second moments of 8 x 512 tokens, by GPTQ's own method (`gptq`:
-the range of each group, error feedback) and by ours (`lean`). Prints Markdown: output error relative to the output's
-energy, geometric mean over the linears.
+The linears of the first blocks are solved with plain second moments of 8 x 512 tokens, by GPTQ's own method (`gptq`:
+the range of each group, error feedback) and by lqexport's (`lean`). Prints Markdown: the output error divided by the
+output's energy, as the geometric mean over the linears.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def main() -> None:
     with torch.no_grad():
         for block in forward_moments(model, embed(model, tokens), "plain", lambda *_: True, arguments.blocks - 1):
             for name, hessian in by_weight(model, block).items():
-                for kind, method in errors:
-                    recipe = Recipe(arguments.model, kind, method=method)
-                    solved = solve_linear(name, source.read(name).float(), hessian, kind, recipe.solver_settings)
-                    errors[kind, method].append(solved.facts["relative_error"])
+                for codec_name, method in errors:
+                    recipe = Recipe(arguments.model, codec_name, method=method)
+                    solved = solve_linear(name, source.read(name).float(), hessian, codec_name, recipe.solver_settings)
+                    errors[codec_name, method].append(solved.facts["relative_error"])
     print(f"| {arguments.group} columns a group | bits | {' | '.join(METHODS)} |\n|---|---|---|---|")
     for name in names:
         means = (f"{np.exp(np.mean(np.log(errors[name, method]))):.5f}" for method in METHODS)

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one go: the GPU tests, each kernel's time beside its floor, and a model quantized and
-# verified on the GPU in three formats. Run from the repository after `pip install -e '.[test,cuda]'`, with a CUDA build
-# of torch.
+# Runs everything that needs a GPU: the GPU tests, each kernel's time beside its floor, and a model that is quantized
+# and verified on the GPU in three formats. Run it from the repository after `pip install -e '.[test,cuda]'`, with a CUDA
+# build of torch.
 #
-#     bench/gpu.sh MODEL [WORK]      MODEL: a Hugging Face folder; WORK: where the export goes (default: gpu-work)
+#     bench/gpu.sh MODEL [WORK]      MODEL: a Hugging Face folder; WORK: the folder for exports (default: gpu-work)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=${1:?give the folder of a Hugging Face model}
 work=${2:-gpu-work}
 python=${PYTHON:-python}
 
-# A run that skips everything would look like a pass.
+# Without this check, a run that skips all tests would look like a pass.
 $python -c 'from lqexport.kernels import cuda; import sys; sys.exit(cuda.missing())'
 $python -m pytest -m gpu tests
 $python bench/kernels.py time
 mkdir -p "$work"
-quantized() {  # TARGET, options ...: timed, into $work/artifact
+quantized() {  # TARGET, options ...: quantizes into $work/artifact and prints the time
   rm -rf "$work/artifact"
   time $python -m lqexport quantize "$model" "$work/artifact" --device cuda --target "$@"
 }
-verified() {  # FILE: its tensors decoded by the kernels too
+verified() {  # FILE: verifies it; the kernels decode its tensors
   $python -m lqexport verify "$1" --against "$model" --artifact "$work/artifact" --device cuda
 }
 quantized gguf:Q4_K

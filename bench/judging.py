@@ -1,4 +1,4 @@
-"""Judging quantized weights by the project's own forward: windows of 512 tokens, second half scored."""
+"""Judges quantized weights with lqexport's own forward pass, in windows of 512 tokens whose second half is scored."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lqexport.runtime.progress import Silent
 
 
 def windows_of(source: Source, text: str, count: int) -> np.ndarray:
-    """The first `count` windows [count, 512] of a text, as the source's tokenizer splits it."""
+    """Returns the first `count` windows, [count, 512], of a text in the source's tokens."""
     tokens = evaluate.tokenize(source.tokenizer(), texts.read_text(text).content)
     return evaluate.cut(tokens, evaluate.LLAMACPP_512, None, count)
 
 
 def predictions(model: BlockModel, windows: np.ndarray) -> evaluate.BlockLogits:
-    """The logits [256, vocabulary] that predict the scored tokens, window by window."""
+    """Returns the logits that predict the scored tokens, [256, vocabulary] for each window."""
     return evaluate.block_logits(model, windows, evaluate.LLAMACPP_512, Silent(), "")
 
 
 class Judge:
-    """KL divergence and perplexity of weights against a source, whose logits are computed once."""
+    """Computes KL divergence and perplexity of weights against a source, whose logits are computed once."""
 
     def __init__(self, source: Source, text: str, windows: int, device: torch.device | None = None) -> None:
         self.windows, self.device = windows_of(source, text, windows), device or torch.device("cpu")

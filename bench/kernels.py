@@ -1,10 +1,11 @@
-"""What each CUDA kernel must move and compute, and how long that takes at least: counted, or measured on a GPU.
+"""Counts what each CUDA kernel must move and compute, and measures its time on a GPU beside the least possible time.
 
-    python bench/kernels.py count   the tables of docs/kernels.md: needs no GPU, but NVRTC, for registers (extra `test`)
-    python bench/kernels.py time    each kernel's time on this machine's GPU beside its floor there: bytes over the
-                                    bandwidth that a copy reaches
+    python bench/kernels.py count   prints the tables of docs/kernels.md; needs no GPU, but NVRTC for registers
+                                    (extra `test`)
+    python bench/kernels.py time    prints each kernel's time on this machine's GPU beside its floor, which is bytes
+                                    divided by the bandwidth that a copy reaches
 
-A matrix of 4096 x 4096 weights throughout.
+All figures are for a matrix of 4096 x 4096 weights.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ REFINE_COLUMNS = 256
 
 
 class Gpu(NamedTuple):
-    """From NVIDIA's data sheets and the CUDA programming guide: bytes, float32 and float64 operations (a fused
-    multiply-add is two) a second, and what one SM holds."""
+    """A GPU's figures from NVIDIA's data sheets and the CUDA programming guide.
+
+    bandwidth   bytes per second
+    operations, double_operations   float32 and float64 operations per second; a fused multiply-add counts as two
+    warps, blocks   the most that one SM can hold
+    """
 
     name: str
     architecture: int
@@ -60,9 +65,9 @@ class Work:
     """One launch.
 
     moved       bytes that must cross the memory bus: every input once, every output once
-    operations  additions and multiplications, at most
+    operations  the most additions and multiplications
     prepare     makes the tensors and returns the launch
-    doubles     whether they are of float64, not float32
+    doubles     whether the operations are float64 instead of float32
     """
 
     name: str
@@ -76,23 +81,25 @@ class Work:
 
 
 def packed(name: str) -> dict[str, Tensor]:
-    """Planes of a random matrix on the GPU: one row's, repeated; of EXL2 32 rows'."""
-    chosen, few = codec_named(name), 32 if name == EXL2 else 1
+    """Returns the planes of a random matrix on the GPU. They repeat those of one row (EXL2: of 32 rows)."""
+    codec, few = codec_named(name), 32 if name == EXL2 else 1
     weights = torch.randn(few, SIZE)
-    if isinstance(chosen, SectionedCodec):
-        sections = fit_sections.minmax_sections(chosen, weights, torch.randperm(SIZE))
-        planes, repeated = chosen.encode(sections.numpy(), sections.nearest(weights).numpy()), {"q_weight", "q_scale"}
+    if isinstance(codec, SectionedCodec):
+        sections = fit_sections.minmax_sections(codec, weights, torch.randperm(SIZE))
+        planes, repeated = codec.encode(sections.numpy(), sections.nearest(weights).numpy()), {"q_weight", "q_scale"}
         shape: tuple[int, int] = (1, SIZE // few)
     else:
-        assert isinstance(chosen, GridCodec)
-        grid = fit.minmax(chosen, weights)
-        planes, shape = chosen.encode(grid.numpy(), grid.nearest(weights).numpy()), (SIZE, 1)
+        assert isinstance(codec, GridCodec)
+        grid = fit.minmax(codec, weights)
+        planes, shape = codec.encode(grid.numpy(), grid.nearest(weights).numpy()), (SIZE, 1)
         repeated = set(planes)
     tensors = {plane: torch.from_numpy(array) for plane, array in planes.items()}
-    return {plane: (part.repeat(shape) if plane in repeated else part).cuda() for plane, part in tensors.items()}
+    return {plane: (rows.repeat(shape) if plane in repeated else rows).cuda() for plane, rows in tensors.items()}
 
 
 def decoding(name: str) -> Work:
+    """Returns the launch that decodes a matrix to float16."""
+
     def prepare() -> Callable[[], object]:
         planes = packed(name)
         return lambda: cuda_decode.decode(name, planes, SIZE, torch.float16)
@@ -108,6 +115,8 @@ def decoding(name: str) -> Work:
 
 
 def multiplying(name: str, tokens: int) -> Work:
+    """Returns the launch that multiplies activations by a packed matrix."""
+
     def prepare() -> Callable[[], object]:
         planes, x = packed(name), torch.randn(tokens, SIZE, device="cuda", dtype=torch.float16)
         return lambda: cuda_multiply.multiply(x, name, planes)
@@ -119,21 +128,21 @@ def multiplying(name: str, tokens: int) -> Work:
         kernel = f"multiply<{cuda_decode.READERS[name].type}, __half, {tile}>"
         source, threads = cuda_multiply.SOURCE, cuda_multiply.THREADS
     moved = nbytes(codec_named(name), SIZE, SIZE) + 2 * tokens * (SIZE + SIZE)
-    passes = -(-tokens // tile)  # each decodes the weights anew
+    passes = -(-tokens // tile)  # each pass decodes the weights again
     operations = 2 * WEIGHTS * tokens + 2 * WEIGHTS * passes
     label = f"multiply {name}, {tokens} token{'s' * (tokens > 1)}"
     return Work(label, source, kernel, threads, moved, operations, prepare)
 
 
 def feedback() -> Work:
-    """One block of columns: weights, scales and offsets in, codes and errors out."""
+    """Returns the launch for one block of columns: weights, scales and offsets in, codes and errors out."""
     width = FEEDBACK_COLUMNS
 
     def prepare() -> Callable[[], object]:
         weights, scale = torch.randn(SIZE, width, device="cuda"), torch.full((SIZE, width), 0.2, device="cuda")
-        factor = torch.eye(width, device="cuda") + 0.1 * torch.randn(width, width, device="cuda").triu(1)
+        upper = torch.eye(width, device="cuda") + 0.1 * torch.randn(width, width, device="cuda").triu(1)
         levels = torch.arange(16.0, device="cuda")[None]
-        return lambda: cuda_solve.feedback_block(weights, factor, scale, -8 * scale, levels, True, False)
+        return lambda: cuda_solve.feedback_block(weights, upper, scale, -8 * scale, levels, True, False)
 
     moved = SIZE * width * (3 * 4 + 5) + 4 * width * width
     operations = SIZE * (width * (width - 1) + 6 * width)
@@ -142,14 +151,17 @@ def feedback() -> Work:
 
 
 def refining() -> Work:
-    """One sweep over a superblock of Q4_K, each number and each code moving: every move changes the whole gradient."""
-    width, chosen = REFINE_COLUMNS, codec_named("gguf:Q4_K")
-    assert isinstance(chosen, GridCodec)
+    """Returns the launch of one sweep over a superblock of Q4_K.
+
+    It counts a move of every number and every code. Each move changes the whole gradient.
+    """
+    width, codec = REFINE_COLUMNS, codec_named("gguf:Q4_K")
+    assert isinstance(codec, GridCodec)
 
     def prepare() -> Callable[[], object]:
         weights, mixing = torch.randn(SIZE, width, device="cuda"), torch.randn(width, width, device="cuda")
         hessian = mixing @ mixing.T / width + torch.eye(width, device="cuda")
-        grid = fit.fit(chosen, weights, torch.ones(width, device="cuda"))
+        grid = fit.fit(codec, weights, torch.ones(width, device="cuda"))
         codes = grid.nearest(weights)
 
         def run() -> None:
@@ -160,13 +172,15 @@ def refining() -> Work:
         return run
 
     moved = SIZE * (width * (2 * 8 + 2) + 2 * 8 * 2 * 2 + 2 * 2 * 4) + 4 * width * width
-    steps = 2 * (2 * width * width + 8 * 2 * 32 * 32)  # H d for a float16 and eight integers, of scale and offset
+    steps = 2 * (2 * width * width + 8 * 2 * 32 * 32)  # H d for a float16 and eight integers, for scale and offset each
     pushes = (2 * 2 * width + width) * 2 * width
     label = f"coordinate descent, {width} columns of Q4_K"
     return Work(label, "refine.cu", "refine_block", cuda_solve.THREADS, moved, SIZE * (steps + pushes), prepare)
 
 
 def fitting() -> Work:
+    """Returns the launch that fits Q4_K's groups."""
+
     def prepare() -> Callable[[], object]:
         weights, importance = torch.randn(SIZE, SIZE, device="cuda"), torch.ones(SIZE, device="cuda")
         return lambda: fit.fit(codec_named("gguf:Q4_K"), weights, importance)
@@ -178,14 +192,14 @@ def fitting() -> Work:
 
 
 def clustering() -> Work:
-    """Tables of 16; what sorts the rows and sums them up before is torch's."""
+    """Returns the launch for tables of 16 values. torch sorts the rows and computes the prefix sums before it."""
 
     def prepare() -> Callable[[], object]:
         weights, importance = torch.randn(SIZE, SIZE, device="cuda"), torch.ones(SIZE, device="cuda")
         return lambda: cuda_kmeans.weighted_kmeans(weights, importance, 16)
 
     levels = SIZE.bit_length()
-    candidates = SIZE * 16 * SIZE * (levels + 1)  # of a level, one a value and one more for each that is looked for
+    candidates = SIZE * 16 * SIZE * (levels + 1)  # a level tries one per value, and one more per searched value
     moved = 8 * SIZE * (SIZE + 3 * (SIZE + 1))
     label = "k-means, tables of 16"
     return Work(
@@ -194,7 +208,7 @@ def clustering() -> Work:
 
 
 def choosing() -> Work:
-    """EXL2's scale codes of one group of 128 columns at 4 bits, under all maxima of the first search."""
+    """Returns the launch for EXL2's scale codes: a group of 128 columns at 4 bits, all maxima of the first search."""
     width, maxima = 128, len(fit_sections.COARSE)
 
     def prepare() -> Callable[[], object]:
@@ -204,13 +218,14 @@ def choosing() -> Work:
         return lambda: cuda_squared.best_subs(weights, weight, scales, -8.0, 7.0)
 
     moved = 4 * SIZE * width + 6 * SIZE * maxima
-    operations = SIZE * maxima * 16 * 6 * width  # all 16 codes; most of a row's are not tried
+    operations = SIZE * maxima * 16 * 6 * width  # counts all 16 codes; most are not tried
     label = "EXL2's scale codes, 128 columns"
     source, kernel, threads = cuda_squared.SOURCE, cuda_squared.KERNEL, cuda_squared.THREADS
     return Work(label, source, kernel, threads, moved, operations, prepare)
 
 
 def works() -> list[Work]:
+    """Returns all launches."""
     products = [multiplying(name, tokens) for name in FORMATS for tokens in (1, 16)]
     return [
         *(decoding(name) for name in FORMATS),
@@ -224,21 +239,24 @@ def works() -> list[Work]:
 
 
 def occupancy(gpu: Gpu, registers: int, threads: int) -> int:
-    """Warps that one SM holds: registers are given out in units of 256 a warp. Shared memory never limits these."""
+    """Returns the number of warps that one SM can hold.
+
+    Registers are allocated in units of 256 per warp. Shared memory never limits these kernels.
+    """
     warps = threads // 32
     of_a_warp = -(-registers * 32 // 256) * 256
     return min(gpu.warps // warps, gpu.blocks, REGISTERS_OF_AN_SM // of_a_warp // warps) * warps
 
 
 def floor(gpu: Gpu, work: Work) -> tuple[float, str]:
-    """Seconds at least, and what bounds them."""
+    """Returns the least seconds of a launch, and what bounds them."""
     peak = gpu.double_operations if work.doubles else gpu.operations
     memory, arithmetic = work.moved / gpu.bandwidth, work.operations / peak
     return max(memory, arithmetic), "memory" if memory > arithmetic else "arithmetic"
 
 
 def count() -> None:
-    """Print the tables of docs/kernels.md."""
+    """Prints the tables of docs/kernels.md."""
     print("| launch | MB | million operations | RTX 4090 | bound | H100 | bound |\n|---|---|---|---|---|---|---|")
     for work in works():
         floors = [floor(gpu, work) for gpu in GPUS]
@@ -256,6 +274,7 @@ def count() -> None:
 
 
 def usage(work: Work, architecture: int):  # type: ignore[no-untyped-def]  # a Usage of tests/cudacpu/nvrtc.py
+    """Compiles a kernel and returns its registers and memory."""
     nvrtc, harness = (_load(f"tests/cudacpu/{name}.py") for name in ("nvrtc", "harness"))
     options = [*cuda.options(), f"-I{harness.headers()}"]
     return nvrtc.compile_kernels(cuda.FOLDER / work.source, [work.kernel], architecture, options)[0]
@@ -273,14 +292,17 @@ def _load(path: str) -> ModuleType:
 
 
 def seconds(run: Callable[[], object], repeats: int = 20) -> float:
-    """The median of some launches on the GPU alone, each after the L2 cache has been filled with other data. The GPU
-    sleeps until everything is queued, so the time that launching takes on the host is not part of it."""
-    other = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
+    """Returns the median seconds of a launch on the GPU.
+
+    The L2 cache is filled with other data before each launch. The GPU sleeps until everything is queued, so the host's
+    time to launch is not part of the result.
+    """
+    filler = torch.empty(1 << 28, dtype=torch.uint8, device="cuda")
     times = []
     for _ in range(repeats + 3):
-        other.zero_()
+        filler.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(2_000_000)  # cycles: about a millisecond
+        torch.cuda._sleep(2_000_000)  # in cycles: about a millisecond
         start.record()
         run()
         end.record()
@@ -290,7 +312,7 @@ def seconds(run: Callable[[], object], repeats: int = 20) -> float:
 
 
 def host_seconds(run: Callable[[], object], repeats: int = 100) -> float:
-    """The mean of what a launch takes the host, which does not wait for the GPU."""
+    """Returns the host's mean seconds for a launch. The host does not wait for the GPU."""
     torch.cuda.synchronize()
     began = perf_counter()
     for _ in range(repeats):
@@ -301,7 +323,7 @@ def host_seconds(run: Callable[[], object], repeats: int = 100) -> float:
 
 
 def time() -> None:
-    """Print each launch's time and how near it is to the memory's floor."""
+    """Prints each launch's time and how near it is to the memory's floor."""
     if reason := cuda.missing():
         sys.exit(reason)
     large = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
@@ -311,7 +333,7 @@ def time() -> None:
     for work in works():
         run = work.prepare()
         took, least = seconds(run), work.moved / bandwidth
-        host = host_seconds(run) if took < 1e-3 else float("nan")  # the queue of launches is not endless
+        host = host_seconds(run) if took < 1e-3 else float("nan")  # a slow kernel would fill the queue of launches
         print(f"| {work.name} | {took * 1e6:.1f} | {least * 1e6:.1f} | {least / took:.0%} | {host * 1e6:.0f} |")
 
 

@@ -1,8 +1,8 @@
-"""kill -9 at random moments, then resume: is the artifact byte-identical to one made in one go?
+"""Kills runs at random moments (kill -9), resumes them, and checks that the artifact is that of an undisturbed run.
 
     python bench/kill.py MODEL --work FOLDER [--kills 10] [--seed 0] -- --target gguf:Q2_K --samples 8 ...
 
-What follows `--` goes to `lqexport quantize`. Prints a line per kill and exits with 1 where a byte differs.
+The arguments after `--` go to `lqexport quantize`. Prints a line per kill. Exits with 1 if a byte differs.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from common import digests, split_arguments
 
 
 def kill_and_resume(model: str, work: Path, options: list[str], *, kills: int, seed: int) -> dict[str, Any]:
-    """Run once undisturbed and time it; then run and kill until `kills` have hit an unfinished run, each life going on
-    from the one before; finish, and compare all files. A run that finished before its kill is compared and begun anew.
+    """Kills and resumes a run until `kills` kills have hit an unfinished run, finishes it, and compares all files.
+
+    A first undisturbed run gives the expected files and the time within which kills are drawn. A run that finished
+    before its kill is compared, deleted and started again. Returns the seconds of the undisturbed run, the number of
+    finished tensors at each kill, and whether all files are identical.
     """
     whole, killed = work / "whole", work / "killed"
     began = time.monotonic()
@@ -50,7 +53,7 @@ def _command(model: str, out: Path, options: list[str]) -> list[str]:
 
 
 def _run_until(command: list[str], seconds: float) -> None:
-    """Start the command, and kill it after `seconds` if it still runs."""
+    """Starts the command, and kills it after `seconds` if it still runs."""
     process = subprocess.Popen(command)
     try:
         process.wait(seconds)

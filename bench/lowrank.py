@@ -1,11 +1,11 @@
-"""What a low-rank correction gains in llama.cpp, against the same bytes spent on a wider type.
+"""What a low-rank correction gains in llama.cpp, compared with spending the same bytes on a wider type.
 
     python bench/lowrank.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--samples 16] [--windows 12]
 
-Pure types (embedding and output Q8_0) without correction; then Q2_K and Q3_K with adapters of several ranks and types,
-cut out of one correction of rank 96 in float32, and with a correction that was solved for in two rounds. Every file is
-judged in llama.cpp; bytes are those of the files. Second moments are normalized ones and nothing is tuned end to end.
-Artifacts that FOLDER holds from a stopped run are not solved again. Prints Markdown.
+The script judges pure types (embedding and output Q8_0) without a correction; Q2_K and Q3_K with adapters of several
+ranks and types, which are cut from one correction of rank 96 in float32; and Q2_K with a correction that was solved in
+two rounds. llama.cpp runs every file, and the bytes are those of the files. Second moments are normalized, and there is
+no end-to-end tuning. Artifacts that a stopped run left in FOLDER are not solved again. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ LARGEST = 96
 VARIANTS = [(16, "F16"), (32, "F16"), (64, "F16"), (32, "Q8_0"), (64, "Q8_0")]
 
 
-def artifact(arguments: argparse.Namespace, kind: str, name: str, **options: Any) -> tuple[Artifact, Recipe]:
-    """A finished artifact; one that an earlier run of this script left is taken as it is."""
-    recipe = Recipe(arguments.model, f"gguf:{kind}", calibration=arguments.calibration, samples=arguments.samples,
-                    moments="normalized", prefix="full", tune=0, **options)  # fmt: skip
+def artifact(arguments: argparse.Namespace, tensor_type: str, name: str, **options: Any) -> tuple[Artifact, Recipe]:
+    """Makes an artifact, or reuses a finished one of an earlier run. Returns it and its recipe."""
+    recipe = Recipe(arguments.model, f"gguf:{tensor_type}", calibration=arguments.calibration,
+                    samples=arguments.samples, moments="normalized", prefix="full", tune=0, **options)  # fmt: skip
     quantize(recipe, arguments.work / name)
     return Artifact(arguments.work / name), recipe
 
 
-def adapter(large: Artifact, ranks: dict[str, int], kind: str, work: Path) -> Path:
-    """A GGUF adapter with the first ranks of each correction of `large`, rounded to another type."""
+def adapter(large: Artifact, ranks: dict[str, int], factor_type: str, work: Path) -> Path:
+    """Writes a GGUF adapter with the first ranks of each correction of `large`, rounded to `factor_type`."""
     folder = work / "cut"
     shutil.rmtree(folder, ignore_errors=True)
     small, names = Artifact(folder), []
@@ -56,8 +56,8 @@ def adapter(large: Artifact, ranks: dict[str, int], kind: str, work: Path) -> Pa
         stored, rank = large.read(name), ranks[corrected_linear(name)]
         if rank:
             rows, columns = stored.shape
-            part = cut(stored, (rank, columns) if name.endswith(A) else (rows, rank))
-            small.write(round_tensor(name, values_of(part), block_codec(kind, "factors")))
+            shortened = cut(stored, (rank, columns) if name.endswith(A) else (rows, rank))
+            small.write(round_tensor(name, values_of(shortened), block_codec(factor_type, "factors")))
             names.append(name)
     small.finish(names, {})
     gguf_adapter.write(small, work / "adapter.gguf")
@@ -65,7 +65,7 @@ def adapter(large: Artifact, ranks: dict[str, int], kind: str, work: Path) -> Pa
 
 
 def shared_ranks(large: Artifact, arguments: argparse.Namespace, recipe: Recipe, rank: int) -> dict[str, int]:
-    """Ranks that take as many bytes as `rank` everywhere does, shared by what each linear gains."""
+    """Returns ranks that take as many bytes in total as `rank` for every linear, divided by the gain of each linear."""
     linears = [tensor for tensor in plan_recipe(open_source(arguments.model), recipe) if tensor.linear]
     numbers = sum(rank * sum(tensor.matrix) for tensor in linears)
     copy = Artifact(arguments.work / "shared")
@@ -74,38 +74,43 @@ def shared_ranks(large: Artifact, arguments: argparse.Namespace, recipe: Recipe,
     return share(copy, linears, replace(recipe, factor_bytes=4 * numbers))
 
 
-def row(kind: str, label: str, file: Path, found: Evaluation, adapter: Path | None = None) -> dict[str, Any]:
+def row(tensor_type: str, label: str, file: Path, result: Evaluation, adapter: Path | None = None) -> dict[str, Any]:
+    """Returns the figures of a file and its adapter."""
     sizes = [path.stat().st_size for path in (file, adapter) if path]
-    return {"type": kind, "label": label, "bytes": sum(sizes), "kl": found.kl, "kl_error": found.kl_error,
-            "perplexity": found.perplexity, "perplexity_error": found.perplexity_error, "top1": found.top1}  # fmt: skip
+    return {
+        "type": tensor_type, "label": label, "bytes": sum(sizes), "kl": result.kl, "kl_error": result.kl_error,
+        "perplexity": result.perplexity, "perplexity_error": result.perplexity_error, "top1": result.top1,
+    }  # fmt: skip
 
 
-def corrected(arguments: argparse.Namespace, judge: Judge, kind: str) -> Iterator[dict[str, Any]]:
-    """The base alone, then with adapters cut from one correction."""
-    large, recipe = artifact(arguments, kind, kind, rank=LARGEST, factors="F32")
-    base = arguments.work / f"{kind}.gguf"
+def corrected(arguments: argparse.Namespace, judge: Judge, tensor_type: str) -> Iterator[dict[str, Any]]:
+    """Yields the figures of a file alone, and then with adapters that are cut from one correction."""
+    large, recipe = artifact(arguments, tensor_type, tensor_type, rank=LARGEST, factors="F32")
+    base = arguments.work / f"{tensor_type}.gguf"
     gguf.write(large, base)
-    yield row(kind, "none", base, judge(base))
+    yield row(tensor_type, "none", base, judge(base))
     linears = {corrected_linear(name) for name in large.manifest() if is_factor(name)}
     for rank, factors in VARIANTS:
         file = adapter(large, dict.fromkeys(linears, rank), factors, arguments.work)
-        yield row(kind, f"rank {rank}, {factors}", base, judge(base, file), file)
+        yield row(tensor_type, f"rank {rank}, {factors}", base, judge(base, file), file)
     file = adapter(large, shared_ranks(large, arguments, recipe, 32), "F16", arguments.work)
-    yield row(kind, "rank 32 on average, shared, F16", base, judge(base, file), file)
+    yield row(tensor_type, "rank 32 on average, shared, F16", base, judge(base, file), file)
 
 
-def in_rounds(arguments: argparse.Namespace, judge: Judge, kind: str) -> Iterator[dict[str, Any]]:
-    stored, _ = artifact(arguments, kind, f"{kind}-rounds", rank=32, rounds=2)
-    base, file = arguments.work / f"{kind}-rounds.gguf", arguments.work / "adapter.gguf"
+def in_rounds(arguments: argparse.Namespace, judge: Judge, tensor_type: str) -> Iterator[dict[str, Any]]:
+    """Yields the figures of a file with a correction that was solved in two rounds."""
+    stored, _ = artifact(arguments, tensor_type, f"{tensor_type}-rounds", rank=32, rounds=2)
+    base, file = arguments.work / f"{tensor_type}-rounds.gguf", arguments.work / "adapter.gguf"
     gguf.write(stored, base)
     gguf_adapter.write(stored, file)
-    yield row(kind, "rank 32, F16, 2 rounds", base, judge(base, file), file)
+    yield row(tensor_type, "rank 32, F16, 2 rounds", base, judge(base, file), file)
 
 
-def plain(arguments: argparse.Namespace, judge: Judge, kind: str) -> Iterator[dict[str, Any]]:
-    base = arguments.work / f"{kind}.gguf"
-    gguf.write(artifact(arguments, kind, kind)[0], base)
-    yield row(kind, "none", base, judge(base))
+def plain(arguments: argparse.Namespace, judge: Judge, tensor_type: str) -> Iterator[dict[str, Any]]:
+    """Yields the figures of a file without a correction."""
+    base = arguments.work / f"{tensor_type}.gguf"
+    gguf.write(artifact(arguments, tensor_type, tensor_type)[0], base)
+    yield row(tensor_type, "none", base, judge(base))
 
 
 STAGES = [("Q2_K", corrected), ("Q3_K", corrected), ("Q4_K", plain), ("IQ4_XS", plain), ("Q2_K", in_rounds)]
@@ -127,8 +132,8 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     judge = Judge(open_source(arguments.model), arguments.evaluation, arguments.windows)
     rows = []
-    for kind, stage in STAGES:
-        for measured in stage(arguments, judge, kind):
+    for tensor_type, stage in STAGES:
+        for measured in stage(arguments, judge, tensor_type):
             rows.append(measured)
             print(json.dumps(measured), flush=True)
     print(markdown(rows))

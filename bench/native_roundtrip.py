@@ -1,11 +1,12 @@
-"""Load, generate, save and reload native folders of real models; are the logits those of `verify`?
+"""Loads, saves and reloads native folders of real models, and checks that the logits are those of `verify`.
 
     python bench/reference_models.py .models
     python bench/native_roundtrip.py .models/smollm2 .models/smollm2-k
 
-Tables of 2, 3 and 4 bits, with and without low-rank corrections, rounded to nearest (about a minute each; what is
-checked does not depend on how codes were chosen). `verify` runs a model block by block from decoded weights,
-transformers all at once from packed ones; both in float32 over the same tokens, compared bit by bit. Prints Markdown.
+The folders have tables of 2, 3 and 4 bits, with and without low-rank corrections. Weights are rounded to nearest, which
+takes about a minute each; the check does not depend on how codes were chosen. `verify` runs a model block by block from
+decoded weights, and transformers runs it as a whole from packed weights. Both run the same tokens in float32, and the
+logits are compared bit by bit. The generated tokens are compared too. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ TOKENS, RANK = 64, 16
 
 
 def verifiers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """Logits [1, tokens, vocabulary] as `verify` computes them, from the files alone."""
+    """Returns the logits [1, tokens, vocabulary] as `verify` computes them, from the files alone."""
     export = open_export(folder)
     factors = open_factors(folder, None, export.config)
     model = BlockModel(CorrectedModel(export, factors) if factors else export)
@@ -39,40 +40,40 @@ def verifiers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
 
 
 def made(source: Path, width: int, rank: int, work: Path) -> Path:
-    """The native folder of a table of `width` bits."""
+    """Makes the native folder with tables of `width` bits and returns its path."""
     options = {"method": "rtn", "rank": rank, "scaling": "lqer", "moments": "plain", "samples": 2, "tune": 0}
     recipe = lqexport.Recipe(str(source), f"native:table-{width}", sequence_length=64, **options)
     lqexport.quantize(recipe, work / "artifact", device="cpu")
     return lqexport.export(work / "artifact", work / "folder")
 
 
-def written(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
-    """Eight more tokens, greedily."""
+def generated(model: PreTrainedModel, ids: torch.Tensor) -> list[int]:
+    """Generates eight more tokens greedily and returns them."""
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
     return out[0, ids.shape[1] :].tolist()
 
 
 @torch.no_grad()
 def checked(source: Path, width: int, rank: int) -> list[object]:
-    """A row of the table."""
+    """Makes and checks one folder. Returns its table row."""
     with tempfile.TemporaryDirectory() as place:
         folder = made(source, width, rank, Path(place))
         tokenizer = AutoTokenizer.from_pretrained(folder)
         ids = tokenizer(read_text("python-heldout").content[:2000], return_tensors="pt")["input_ids"][:, :TOKENS]
         model = lqexport.load(folder, dtype=torch.float32)
-        logits, text = model(ids).logits, written(model, ids)
+        logits, text = model(ids).logits, generated(model, ids)
         model.save_pretrained(Path(place) / "again")
         again = lqexport.load(Path(place) / "again", dtype=torch.float32)
         return [
             source.name, width, rank, f"{bits(inspect(folder).entries):.3f}",
-            *(same(logits, other) for other in (verifiers_logits(folder, ids), again(ids).logits)),
-            "the same" if written(again, ids) == text else "others",
+            *(same(logits, expected) for expected in (verifiers_logits(folder, ids), again(ids).logits)),
+            "the same" if generated(again, ids) == text else "others",
         ]  # fmt: skip
 
 
-def same(logits: torch.Tensor, other: torch.Tensor) -> str:
-    """Whether all bits are, else the largest difference."""
-    return "the same" if torch.equal(logits, other) else f"{float((logits - other).abs().max()):.1e} off"
+def same(logits: torch.Tensor, expected: torch.Tensor) -> str:
+    """Returns "the same" if all bits are equal, otherwise the largest difference."""
+    return "the same" if torch.equal(logits, expected) else f"{float((logits - expected).abs().max()):.1e} off"
 
 
 def main() -> None:

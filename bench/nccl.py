@@ -1,9 +1,10 @@
-"""A run in a group of one process over NCCL, and each of our exchanges once: one GPU shows no more than that they work.
+"""Runs quantize in a group of one process over NCCL, and each exchange between processes once.
 
     torchrun --standalone --nproc-per-node 1 bench/nccl.py MODEL --work FOLDER -- --target gguf:Q4_K ...
 
-What follows `--` goes to `quantize`, which runs alone too. Prints JSON, and exits with 1 where a byte differs or an
-exchange gives back something else than it was given. NCCL has no two processes on one GPU, so none sends to another.
+The arguments after `--` go to `quantize`, which also runs without a group. Prints JSON. Exits with 1 if a byte differs
+or an exchange does not return what it was given. NCCL does not allow two processes on one GPU, so on one GPU no process
+sends to another: this test only shows that the calls work.
 """
 
 from __future__ import annotations
@@ -22,14 +23,17 @@ from lqexport.runtime.processes import PATIENCE, Processes
 
 
 def run(model: str, out: Path, options: list[str]) -> dict[str, str]:
-    """Quantize in this process; the digests of what came out."""
+    """Quantizes in this process. Returns the digests of the artifact."""
     if status := app(["quantize", model, str(out), "--device", "cuda", *options], standalone_mode=False):
         sys.exit(f"quantize ended with exit status {status}.")
     return digests(out)
 
 
 def exchanged() -> bool:
-    """Whether what goes through NCCL comes back. Called as if there were two, since alone nothing is exchanged."""
+    """Returns whether NCCL gives back what it is given.
+
+    The processes are told that there are two of them, since a single process exchanges nothing.
+    """
     processes, tensor = Processes(0, 2), torch.arange(1 << 20, device="cuda", dtype=torch.float32)
     processes.wait()
     agreed = processes.from_first({"any": ["thing"]}) == {"any": ["thing"]}

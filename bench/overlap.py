@@ -1,10 +1,11 @@
-"""What is saved by writing the last tensor and reading the next block while the solver works (lqexport/storage/background.py).
+"""The time saved by writing the last tensor and reading the next block while the solver works.
 
     python bench/overlap.py --work FOLDER [--layers 2] [--hidden 4096] [--intermediate 14336] [--times 3]
 
-The same runs with and without, by turns, on a random Llama whose files are dropped from the system's cache before each:
-rounding to Q4_0, where there is the least to do besides, and solving in Q4_K from 2 x 32 tokens with one sweep. Prints
-Markdown: the least seconds of each, and their ratio.
+lqexport/storage/background.py does this work. The script makes the same runs with and without it, in turns, on a random
+Llama, and drops the Llama's files from the system's cache before each run. One run rounds to Q4_0, which leaves the
+least other work. The other solves Q4_K from 2 x 32 tokens with one sweep. Prints Markdown: the least seconds with and
+without, and their ratio.
 """
 
 from __future__ import annotations
@@ -27,17 +28,19 @@ RUNS = {"rounded to Q4_0": ("gguf:Q4_0", {"method": "rtn"}), "solved in Q4_K": (
 
 
 def forget(folder: Path) -> None:
-    """Drop a folder's files from the system's cache."""
+    """Drops a folder's files from the system's cache."""
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def at_once(_: background.OneBehind, work: Callable[[], None]) -> None:
+    """Does the work now, in place of `OneBehind.start`."""
     work()
 
 
 def seconds(model: Path, out: Path, target: str, options: dict[str, object], overlap: bool) -> float:
+    """Quantizes the model, with or without overlap. Returns the seconds."""
     forget(model)
     shutil.rmtree(out, ignore_errors=True)
     kept = background.OneBehind.start, background._read

