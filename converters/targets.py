@@ -34,7 +34,7 @@ from lqexport.converters.models.tensor_names import (
     needed_names,
 )
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import UserError
+from lqexport.errors import UserError, listed
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import AUTO, Target, full_name
@@ -129,15 +129,13 @@ def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Sh
     known = gguf_names(architecture, _layers(config))
     unknown = [name for name in shapes if name not in known and not _is_unused(architecture, name)]
     if unknown:
-        raise UserError(f"{architecture.classes[0]} has no tensor {_listed(unknown)}; cannot export this model.")
+        raise UserError(f"{architecture.classes[0]} has no tensor {listed(unknown)}; cannot export this model.")
     unneeded = {architecture.output} if is_tied(config) else set()
     needed = [*needed_names(architecture, _layers(config)), architecture.output]
     missing = [name for name in needed if name not in shapes and name not in unneeded]
     if missing:
         hint = " If the output is the embedding, config.json must say tie_word_embeddings: true."
-        raise UserError(
-            f"The model has no tensor {_listed(missing)}.{hint if missing == [architecture.output] else ''}"
-        )
+        raise UserError(f"The model has no tensor {listed(missing)}.{hint if missing == [architecture.output] else ''}")
     kept = {name: tuple(shapes[name]) for name in known if name in shapes and name not in unneeded}
     for name, shape in kept.items():
         _check_shape(architecture, config, name, shape)
@@ -234,9 +232,4 @@ def _fallback(wanted: str, columns: int) -> str:
 def _refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
     fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
     if fallen:
-        raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {_listed(fallen)}.")
-
-
-def _listed(items: list[str], most: int = 5) -> str:
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more
+        raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {listed(fallen)}.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 LONGEST = 1500
 """The most characters of a message that are shown. Parts of it may come from a file and be of any length."""
@@ -39,6 +39,12 @@ def printable(text: str) -> str:
         for letter in text
     )
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 300]} ... {shown[-300:]}"
+
+
+def listed(items: Sequence[str], most: int = 5) -> str:
+    """Returns the first `most` items with commas between, and how many more there are: `a, b and 3 more`."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 @contextlib.contextmanager

@@ -33,12 +33,12 @@ def check_fixed(engine: str, architecture: Architecture, config: Config) -> None
     for key, allowed in architecture.fixed.items():
         if key in config and config[key] not in allowed:
             raise UserError(
-                f"{engine} computes {architecture.classes[0]} with {key} {_listed(allowed)}, and config.json has "
+                f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and config.json has "
                 f"{config[key]!r}."
             )
 
 
-def _listed(allowed: tuple[Any, ...]) -> str:
+def _alternatives(allowed: tuple[Any, ...]) -> str:
     return " or ".join(repr(value) for value in allowed)
 
 

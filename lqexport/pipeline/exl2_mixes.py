@@ -95,7 +95,7 @@ def _pure(bits: int, columns: int) -> Exl2:
 
 
 def _assembled(runs: tuple[Run, ...], pure: dict[int, TensorSections]) -> TensorSections:
-    """Returns the grid of a mix: each group is as in the grid of its width alone, since groups are fitted one by one."""
+    """Returns the grid of a mix. Groups are fitted one by one, so each is as in the grid of its width alone."""
     parts, start = [], 0
     for run in runs:
         parts.append(pure[run.bits].sections[0].part(slice(start, start + run.count)))
@@ -117,6 +117,9 @@ def _mixes(hessian: Tensor, cholesky: CholeskyFactor) -> list[tuple[Run, ...]]:
 
 
 def chosen_mixes(losses: Losses, shapes: dict[str, tuple[int, int]], bits: float) -> Allocation:
-    """Returns the mix of every linear, all together at most `bits` per weight. Raises UserError if that is too little."""
+    """Returns the mix of every linear, all together at most `bits` per weight.
+
+    Raises UserError if no mixes are so small.
+    """
     weights = sum(int(np.prod(shape)) for shape in shapes.values())
     return allocate({name: options(losses[name], shape) for name, shape in shapes.items()}, int(bits * weights / 8))

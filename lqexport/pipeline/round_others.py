@@ -1,4 +1,4 @@
-"""The stage that stores what the solver does not work on: embeddings, norms, and weights that keep the source's grid."""
+"""The stage that stores what the solver does not work on: embeddings, norms, weights that keep the source's grid."""
 
 from __future__ import annotations
 

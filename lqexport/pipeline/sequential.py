@@ -1,7 +1,7 @@
 """Problems of the quantized prefix: each linear is solved on the inputs that the quantized linears before it give.
 
-Linears come in the order in which data flows (true-sequential, as GPTQ and LeanQuant do it). With asymmetric calibration
-the full-precision model runs beside the quantized one, and says what each linear should aim at
+Linears come in the order in which data flows (true-sequential, as GPTQ and LeanQuant do it). With asymmetric
+calibration the full-precision model runs beside the quantized one, and says what each linear should aim at
 (`lqexport.calibration.asymmetric`).
 """
 

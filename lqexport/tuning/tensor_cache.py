@@ -1,6 +1,6 @@
-"""The tensors of a solved artifact as tuning works with them, unpacked once where memory allows it.
+"""Unpacks the tensors of a solved artifact for tuning, and keeps them unpacked where memory allows it.
 
-Unpacking is the codecs' NumPy, on the host; tuning needs every tensor twice for each sequence.
+Tuning needs every tensor twice for each sequence, and unpacking is slow: the codecs do it in NumPy, on the host.
 """
 
 from __future__ import annotations
@@ -18,68 +18,78 @@ from lqexport.models.source_grids import KEPT
 from lqexport.storage.artifact import Artifact, StoredTensor, decoded
 
 NUMBERS = 0.5
-"""Bytes of a grid's numbers for each code, at most."""
+"""Bytes of a grid's scales, offsets and tables for each code, at most."""
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """A solved tensor's grid, with `codes` uint8 [R, C]. None as the grid: `codes` are the values themselves, of a
-    tensor that is stored as it is, or that has the source's own grid and no error that tuning could make smaller."""
+    """A solved tensor, unpacked on a device.
+
+    grid    the tensor's grid, or None
+    codes   uint8 [R, C]; if there is no grid, the tensor's values
+
+    There is no grid if the tensor is stored as plain numbers. There is none either if the tensor keeps the grid of a
+    quantized source: it has no error that tuning could reduce.
+    """
 
     grid: TensorGrid | TensorSections | None
     codes: Tensor
 
 
-Parts = tuple[Grid | Sections | None, Tensor]
-"""The same on the host, as the codecs have it."""
+OnHost = tuple[Grid | Sections | None, Tensor]
+"""A tensor's grid and codes on the host, as the codecs return them; grid and codes are as in `Unpacked`."""
 
 
 def unpack(tensor: StoredTensor, device: torch.device) -> Unpacked:
-    """A tensor's grid and codes on the device."""
-    return _on(device, _parts(tensor))
+    """Returns a tensor unpacked on a device."""
+    return _moved_to(device, _on_host(tensor))
 
 
-def _parts(tensor: StoredTensor) -> Parts:
-    kind = codec_named(tensor.codec_name)
-    if isinstance(kind, PlainCodec) or tensor.facts.get("source_grid") == KEPT:
+def _on_host(tensor: StoredTensor) -> OnHost:
+    codec = codec_named(tensor.codec_name)
+    if isinstance(codec, PlainCodec) or tensor.facts.get("source_grid") == KEPT:
         return None, torch.from_numpy(decoded(tensor))
-    grid, codes = kind.unpack(tensor.planes, tensor.shape[1])
+    grid, codes = codec.unpack(tensor.planes, tensor.shape[1])
     return grid, torch.from_numpy(codes)
 
 
-def _on(device: torch.device, parts: Parts) -> Unpacked:
-    grid, codes = parts[0], parts[1].to(device)
+def _moved_to(device: torch.device, on_host: OnHost) -> Unpacked:
+    grid, codes = on_host[0], on_host[1].to(device)
     if grid is None:
         return Unpacked(None, codes)
     return Unpacked(TensorGrid.of(grid, device) if isinstance(grid, Grid) else TensorSections.of(grid, device), codes)
 
 
-class Shelf:
-    """An artifact's tensors by name, unpacked. They are kept on the device as far as there is room, then on the host.
+class TensorCache:
+    """The unpacked tensors of an artifact, by name.
 
-    cache_bytes   bytes on the device and on the host
+    They are kept on the device while there is room, then on the host. Tensors that fit nowhere are read again each
+    time.
+
+    cache_bytes   bytes that may be used on the device and on the host
     """
 
     def __init__(self, artifact: Artifact, device: torch.device, cache_bytes: tuple[int, int]) -> None:
         self._artifact, self._device = artifact, device
-        self._device_room, self._host_room = cache_bytes
-        self._made: dict[str, Unpacked] = {}
-        self._parts: dict[str, Parts] = {}
+        self._device_bytes, self._host_bytes = cache_bytes  # what is left of them
+        self._on_device: dict[str, Unpacked] = {}
+        self._on_host: dict[str, OnHost] = {}
 
     def __getitem__(self, name: str) -> Unpacked:
-        if name in self._made:
-            return self._made[name]
-        parts = self._parts.get(name) or _parts(self._artifact.read(name))
-        made, size = _on(self._device, parts), _size(parts)
-        if size <= self._device_room:
-            self._made[name] = made
-            self._device_room -= size
-        elif name not in self._parts and size <= self._host_room:
-            self._parts[name] = parts
-            self._host_room -= size
-        return made
+        if name in self._on_device:
+            return self._on_device[name]
+        on_host = self._on_host.get(name) or _on_host(self._artifact.read(name))
+        unpacked, size = _moved_to(self._device, on_host), _size(on_host)
+        if size <= self._device_bytes:
+            self._on_device[name] = unpacked
+            self._device_bytes -= size
+        elif name not in self._on_host and size <= self._host_bytes:
+            self._on_host[name] = on_host
+            self._host_bytes -= size
+        return unpacked
 
 
-def _size(parts: Parts) -> int:
-    grid, codes = parts
+def _size(on_host: OnHost) -> int:
+    """Returns the bytes that an unpacked tensor takes, at most."""
+    grid, codes = on_host
     return codes.nbytes if grid is None else int((1 + NUMBERS) * codes.nbytes)

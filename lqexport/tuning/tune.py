@@ -1,16 +1,16 @@
-"""End-to-end tuning: what a file stores as floating-point numbers, moved until the model predicts as its source does.
+"""End-to-end tuning: moves the floating-point numbers that a file stores until the model predicts as its source does.
 
-Codes and integers stay as they were solved. Tuned are the gains of the norms (and biases, where there are any), and of
-every solved linear the float16 numbers of its grid: the scales and offsets of superblocks or groups, the tables, or
-EXL2's maxima. The file does not grow. The loss is the mean KL(source || quantized) over every position of some
-calibration sequences. The method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP) with the source's
-predictions in the place of the next token, and with the norms.
+Codes and integers stay as they were solved, so the file does not grow. These numbers are tuned: the gains of the norms,
+biases, and the float16 numbers of every solved linear's grid. The latter are the scales and offsets of superblocks or
+groups, the tables, or EXL2's maxima. The loss is the mean KL(source || quantized) over all positions of some
+calibration sequences. The method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP), but it aims at the
+source's predictions instead of the next token, and it tunes the norms, too.
 
-A step runs one sequence forward through all blocks, keeping the inputs of each, then backward, running each block again
-with gradients. On the device are one block's decoded weights and both models' outputs; on the host, where the optimizer
-works, are the tuned numbers with its moments, and the sequence's hidden states. Codes and grids are read anew for each
-block where they have no room (`lqexport.tuning.tensor_cache`). The last steps are kept on disk, so a stopped run goes on from
-there and ends in the same bits.
+A step runs one sequence forward through all blocks and keeps the inputs of each block. Then it goes backward and runs
+each block again, with gradients. The device holds one block's decoded weights and both models' outputs. The host holds
+the tuned numbers, where the optimizer works, the optimizer's moments, and the sequence's hidden states. Codes and grids
+that do not fit into memory are read again for each block (`lqexport.tuning.tensor_cache`). The state is saved every few
+steps, so a stopped run goes on from there and ends in the same bits.
 """
 
 from __future__ import annotations
@@ -39,25 +39,30 @@ from lqexport.runtime.progress import Listener
 from lqexport.solver.corrected_linear import stored_correction
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
-from lqexport.tuning.tensor_cache import Shelf, Unpacked, unpack
+from lqexport.tuning.tensor_cache import TensorCache, Unpacked, unpack
 
 SAVE_EVERY = 4
-"""Steps after which a stopped run need not start over."""
+"""Number of steps after which the state is saved."""
 HELD_OUT = 8
-"""Sequences that are not tuned on, to see whether tuning helped."""
+"""Number of sequences that are not tuned on. They tell whether tuning helped."""
 WARM_UP = 4
-"""Steps over which the rate rises; then it falls to zero, linearly."""
+"""Steps over which the learning rate rises. The rate also falls linearly to zero over all steps."""
 BETAS = (0.9, 0.95)
+"""Adam's decay rates of the first and the second moments."""
 
 State = dict[str, Tensor]
+"""Tensors by name."""
 Decoder = Callable[[], Tensor]
-"""A tensor's values with the changes so far, differentiable by them."""
+"""Returns a tensor's values with the changes so far. They have gradients with respect to the changes."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Mean loss on the held-out sequences, before and after: KL in nats per token; of an encoder, the cosine distance
-    of embeddings."""
+    """The mean loss on the held-out sequences before and after tuning.
+
+    before, after   KL divergence in nats per token; for an encoder, the cosine distance of embeddings
+    loss            `kl` or `distance`
+    """
 
     before: float
     after: float
@@ -65,52 +70,58 @@ class Outcome:
 
     @property
     def kept(self) -> bool:
-        """Whether the tuned numbers are better than the solved ones, and so are what the artifact holds."""
+        """Whether the tuned numbers are better than the solved ones. Only then the artifact holds them."""
         return self.after < self.before
 
     def facts(self) -> dict[str, Any]:
+        """Returns what the report records."""
         name = f"held_out_{self.loss}"
         return {f"{name}_before": self.before, f"{name}_after": self.after, "kept": self.kept}
 
 
 def numbers(grid: TensorGrid | TensorSections) -> State:
-    """The float16 numbers that a grid is made of, as float32: `scale` and `offset`, `levels`, or `sections`."""
+    """Returns the float16 numbers that a grid is made of, as float32, by name.
+
+    The names are `scale` and `offset`, `levels` for tables, or `sections`.
+    """
     if isinstance(grid, TensorSections):
         return {"sections": grid.numbers()}
     if grid.scale is None:
         return {"levels": grid.levels}
-    parts = {"scale": grid.scale, "offset": grid.offset}
-    # A power of two has no small changes.
-    return {name: part.supers for name, part in parts.items() if part is not None and not part.format.power}
+    stored = {"scale": grid.scale, "offset": grid.offset}
+    # A power of two cannot change by a little, so it is not tuned.
+    return {name: each.supers for name, each in stored.items() if each is not None and not each.format.power}
 
 
 def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
-    """The grid with other numbers in the place of `numbers(grid)`."""
+    """Returns the grid with other numbers in the place of `numbers(grid)`."""
     if "levels" in new:
         return replace(grid, levels=new["levels"])
     scale, offset = (
-        replace(part, supers=new[name]) if part and name in new else part
-        for name, part in (("scale", grid.scale), ("offset", grid.offset))
+        replace(stored, supers=new[name]) if stored and name in new else stored
+        for name, stored in (("scale", grid.scale), ("offset", grid.offset))
     )
     return replace(grid, scale=scale, offset=offset)
 
 
 def tuned_values(grid: TensorGrid | TensorSections, codes: Tensor, new: State) -> Tensor:
-    """The grid's values with other numbers, differentiable by them."""
+    """Returns the grid's values with other numbers. The values have gradients with respect to these numbers."""
     if isinstance(grid, TensorSections):
         return grid.with_numbers(new["sections"]).straight_through(codes)
     return with_numbers(grid, new).values(codes)
 
 
 def _handing_on(decode: Decoder, dtype: torch.dtype) -> Tensor:
-    """A tensor's values, which hand their gradient on to its changes as soon as it is there. So only one tensor of a
-    block at a time has a gradient and what its values were made from."""
-    made = decode()
-    values = made.detach().to(dtype)
-    if not made.requires_grad:
+    """Returns a tensor's values, which hand their gradient on to the tensor's changes as soon as they have one.
+
+    So only one tensor of a block at a time holds a gradient and the intermediate results of decoding.
+    """
+    decoded = decode()
+    values = decoded.detach().to(dtype)
+    if not decoded.requires_grad:
         return values
     values.requires_grad_()
-    exact = made.dtype
+    exact = decoded.dtype
 
     def hand_on(values: Tensor) -> None:
         assert values.grad is not None
@@ -123,20 +134,24 @@ def _handing_on(decode: Decoder, dtype: torch.dtype) -> Tensor:
 
 
 def _unit(name: str, values: Tensor) -> Tensor:
-    """What a change of 1 means: a scale or offset itself, the spread of a row's table, or a vector's mean size."""
+    """Returns the unit in which changes are counted.
+
+    It is the scale, offset or maximum itself, the standard deviation of a row's table, or a vector's mean magnitude.
+    """
     if name == "levels":
         return values.std(1, keepdim=True)
     return values if name in ("scale", "offset", "sections") else values.abs().mean()
 
 
 class Tuner:
-    """Tunes a solved artifact, all of whose tensors are written.
+    """Tunes a solved artifact whose tensors are all written.
 
-    solved    the artifact's model, as its tensors decode
-    source    the full-precision model
-    tokens    int64 [sequences + HELD_OUT, length]; those held out come last
-    folder    for what a stopped run goes on from
-    cache_bytes   bytes on the device and on the host in which to keep tensors unpacked
+    solved        the model whose weights are what the artifact's tensors decode to
+    source        the full-precision model
+    tokens        int64 [sequences + HELD_OUT, length]; the held-out sequences come last
+    rate          the learning rate, over the square root of the held-out loss before tuning
+    folder        holds what a stopped run goes on from
+    cache_bytes   bytes on the device and on the host in which tensors may be kept unpacked
     """
 
     def __init__(
@@ -145,7 +160,7 @@ class Tuner:
     ) -> None:  # fmt: skip
         self.artifact, self.solved, self.source, self.folder, self.listener = artifact, solved, source, folder, listener
         self.tokens, self.rate = tokens, rate
-        self.shelf = Shelf(artifact, solved.device, cache_bytes)
+        self.tensors = TensorCache(artifact, solved.device, cache_bytes)
         self.steps = len(tokens) - HELD_OUT
         self.blocks = [solved.names(index) for index in range(len(solved))]
         self.encoder = solved.architecture.encoder
@@ -153,30 +168,30 @@ class Tuner:
         self.deltas = self._zeros()
 
     def _zeros(self) -> State:
-        """One change per tuned number, in units of `_unit`; keys are TENSOR/NUMBER."""
+        """Returns a change of zero for each tuned number, in units of `_unit`. The keys are TENSOR/NUMBER."""
         deltas = {}
-        last = [] if self.encoder else [self.norm]
-        for name in [name for names in self.blocks for name in names] + last:
+        final = [] if self.encoder else [self.norm]
+        for name in [name for names in self.blocks for name in names] + final:
             for number, values in self._numbers(name).items():
                 deltas[f"{name}/{number}"] = torch.zeros_like(values, device="cpu", requires_grad=True)
         return deltas
 
     def _numbers(self, name: str) -> State:
-        unpacked = self.shelf[name]
+        unpacked = self.tensors[name]
         if unpacked.grid is not None:
             return numbers(unpacked.grid)
         return {"vector": unpacked.codes} if unpacked.codes.ndim == 1 else {}
 
     def _moved(self, name: str, values: State) -> State:
-        """A tensor's numbers with the changes so far, differentiable by them."""
+        """Returns a tensor's numbers with the changes so far. They have gradients with respect to the changes."""
         moved = {}
         for number, base in values.items():
             moved[number] = base + _unit(number, base) * self.deltas[f"{name}/{number}"].to(base.device)
         return moved
 
     def _decoder(self, name: str) -> Decoder:
-        """Loads a tensor."""
-        unpacked = self.shelf[name]
+        """Loads a tensor and returns its decoder, with the low-rank correction added if there is one."""
+        unpacked = self.tensors[name]
         grid, codes = unpacked.grid, unpacked.codes
         if grid is None:
             return lambda: self._moved(name, {"vector": codes})["vector"] if codes.ndim == 1 else codes
@@ -189,13 +204,16 @@ class Tuner:
         return decode
 
     def _block(self, index: int) -> dict[str, tuple[Decoder, torch.dtype]]:
-        """Block `index`, by the names of its own parameters, with the dtypes that they are used in."""
+        """Returns the decoders of block `index` by the names of the block's parameters, and the parameters' dtypes."""
         prefix, dtypes = f"{self.solved.architecture.blocks}.{index}.", self.solved.multiplied(index)
-        own = {name.removeprefix(prefix): name for name in self.blocks[index]}
-        return {key: (self._decoder(name), dtypes.get(key, self.solved.dtype)) for key, name in own.items()}
+        tensors = {name.removeprefix(prefix): name for name in self.blocks[index]}
+        return {key: (self._decoder(name), dtypes.get(key, self.solved.dtype)) for key, name in tensors.items()}
 
     def run(self) -> Outcome:
-        """Tune, then write what was tuned into the artifact, unless the held-out sequences got worse by it."""
+        """Tunes, and writes the tuned numbers into the artifact if the held-out loss got smaller.
+
+        Raises UserError if a file that a stopped run has left in `folder` is damaged.
+        """
         done = self.folder / "tuned.safetensors"
         if not done.is_file():
             self._optimize(done)
@@ -203,19 +221,19 @@ class Tuner:
             new = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
             outcome = Outcome(**json.loads(file.metadata()["facts"])["outcome"])
         for name in sorted({key.rpartition("/")[0] for key in new}):
-            mine = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}
-            self._store(name, {number: values.to(self.solved.device) for number, values in mine.items()})
+            tuned = {key.rpartition("/")[2]: values for key, values in new.items() if key.rpartition("/")[0] == name}
+            self._store(name, {number: values.to(self.solved.device) for number, values in tuned.items()})
         return outcome
 
     def _optimize(self, done: Path) -> None:
-        """All steps; `done` gets the tuned numbers and the outcome."""
+        """Runs all steps, and writes the tuned numbers and the outcome to the file `done`."""
         targets, inputs = self._targets(), embed_batches(self.solved, list(self.tokens.split(1)))
         self.solved.let_go()
         optimizer = torch.optim.Adam(list(self.deltas.values()), betas=BETAS)
         reached, before = self._resume(optimizer)
         self.listener.stage("Tuning end to end", self.steps - reached)
         before = self._held_out(inputs, targets) if before is None else before
-        # Solved weights are off by about sqrt(KL), and so are the numbers to tune.
+        # Solved weights are off by about sqrt(KL), relatively, and so are the numbers to tune.
         top = self.rate * before**0.5
         for step in range(reached, self.steps):
             rate = top * min(1.0, (step + 1) / WARM_UP) * (1 - step / self.steps)
@@ -228,7 +246,10 @@ class Tuner:
         _write(done, content, {"outcome": asdict(outcome)})
 
     def _targets(self) -> list[Tensor]:
-        """Hidden states [length, hidden] of the source after its last block, for every sequence; kept on disk."""
+        """Returns the source's hidden states [length, hidden] after its last block, for every sequence.
+
+        They are kept on disk. Raises UserError if the file is damaged.
+        """
         path = self.folder / "source.safetensors"
         if not path.is_file():
             hidden = final_states(self.source, self.tokens, self.listener, "Predictions of the source")
@@ -238,7 +259,7 @@ class Tuner:
             return list(file.get_tensor("hidden"))
 
     def _step(self, inputs: Tensor, target: Tensor, optimizer: torch.optim.Optimizer, rate: float) -> None:
-        """One sequence's hidden states [1, length, hidden] forward and backward, and the changes that follow."""
+        """Takes one sequence's hidden states [1, length, hidden] forward and backward, and makes one step of Adam."""
         hidden = self._forward(inputs)
         gradient = self._head_backward(hidden[-1], target)
         for index in reversed(range(len(self.blocks))):
@@ -250,7 +271,7 @@ class Tuner:
 
     @torch.no_grad()
     def _forward(self, inputs: Tensor) -> list[Tensor]:
-        """Hidden states [1, length, hidden] before each block and after the last, on the host."""
+        """Returns the hidden states [1, length, hidden] before each block and after the last, on the host."""
         hidden = [inputs]
         for index in range(len(self.blocks)):
             state = {name: decode().to(dtype) for name, (decode, dtype) in self._block(index).items()}
@@ -258,7 +279,10 @@ class Tuner:
         return hidden
 
     def _head_backward(self, hidden: Tensor, target: Tensor) -> Tensor:
-        """The gradient of the mean KL by the last block's outputs; that by the final norm is added to its change."""
+        """Returns the gradient of the loss with respect to the last block's outputs.
+
+        The gradient with respect to the final norm is added to that of its change.
+        """
         with torch.enable_grad():
             hidden = hidden.to(self.solved.device).detach().requires_grad_()
             self._divergence(hidden[0], target).backward()
@@ -266,17 +290,22 @@ class Tuner:
         return hidden.grad
 
     def _divergence(self, state: Tensor, target: Tensor) -> Tensor:
-        """Mean KL(source || solved) over a sequence, for hidden states [length, hidden] after the last blocks; of an
-        encoder, 1 - cosine of its embeddings."""
+        """Returns the loss of a sequence, from both models' hidden states [length, hidden] after the last block.
+
+        It is the mean KL(source || solved) over the positions; for an encoder, 1 - cosine of the embeddings.
+        """
         if self.encoder:
             pair = (self.solved.embedding(state[None]), self.source.embedding(target[None].to(state.device)))
             return 1 - (pair[0] * pair[1]).sum()
-        ours = log_softmax(self.solved.logits(state, {"weight": self._decoder(self.norm)()}), -1)
-        theirs = log_softmax(self.source.logits(target.to(state.device)), -1)
-        return kl_div(ours, theirs, reduction="batchmean", log_target=True)
+        solved = log_softmax(self.solved.logits(state, {"weight": self._decoder(self.norm)()}), -1)
+        source = log_softmax(self.source.logits(target.to(state.device)), -1)
+        return kl_div(solved, source, reduction="batchmean", log_target=True)
 
     def _block_backward(self, index: int, hidden: Tensor, gradient: Tensor) -> Tensor:
-        """The gradient by a block's inputs; those by its numbers are added to their changes."""
+        """Returns the gradient with respect to a block's inputs, from that of its outputs.
+
+        The gradients with respect to the block's numbers are added to those of their changes.
+        """
         with torch.enable_grad():
             state = {name: _handing_on(*tensor) for name, tensor in self._block(index).items()}
             hidden = hidden.to(self.solved.device).detach().requires_grad_()
@@ -286,12 +315,12 @@ class Tuner:
 
     @torch.no_grad()
     def _held_out(self, inputs: list[Tensor], targets: list[Tensor]) -> float:
-        """Mean KL over the held-out sequences."""
+        """Returns the mean loss of the held-out sequences."""
         device, pairs = self.solved.device, zip(inputs[-HELD_OUT:], targets[-HELD_OUT:], strict=True)
         return sum(float(self._divergence(self._forward(x)[-1][0].to(device), y)) for x, y in pairs) / HELD_OUT
 
     def _save(self, step: int, before: float, optimizer: torch.optim.Adam) -> None:
-        """What the next step needs."""
+        """Saves what the next step needs."""
         content: State = {}
         for key, delta in self.deltas.items():
             content |= {f"{key}/{name}": optimizer.state[delta][name] for name in ("exp_avg", "exp_avg_sq")}
@@ -299,7 +328,10 @@ class Tuner:
         _write(self.folder / "tuning.safetensors", content, {"step": step, "before": before})
 
     def _resume(self, optimizer: torch.optim.Adam) -> tuple[int, float | None]:
-        """Go on from the last step that was kept: how many are done, and the held-out KL before the first."""
+        """Loads the last saved state.
+
+        Returns how many steps are done, and the held-out loss before the first; 0 and None if nothing is saved.
+        """
         path = self.folder / "tuning.safetensors"
         if not path.is_file():
             return 0, None
@@ -312,7 +344,7 @@ class Tuner:
         return state["step"], state["before"]
 
     def _finished(self) -> State:
-        """Every tuned number as the file will hold it."""
+        """Returns every tuned number as the file will hold it."""
         new: State = {}
         for name in sorted({key.rpartition("/")[0] for key in self.deltas}):
             for number, values in self._moved(name, self._numbers(name)).items():
@@ -321,18 +353,22 @@ class Tuner:
         return new
 
     def _store(self, name: str, new: State) -> None:
-        """Write a tensor again, with new numbers. Writing it twice does no harm: nothing is relative to the old."""
+        """Writes a tensor again with new numbers.
+
+        A repetition does no harm, since the new numbers are not relative to the old ones.
+        """
         tensor = self.artifact.read(name)
-        kind = codec_named(tensor.codec_name)
-        if isinstance(kind, PlainCodec):
-            planes = kind.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
+        codec = codec_named(tensor.codec_name)
+        if isinstance(codec, PlainCodec):
+            planes = codec.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
         else:
-            planes = kind.encode(*_with_stored(unpack(tensor, self.solved.device), new))  # type: ignore[arg-type]  # its own grid
+            grid, codes = _with_stored(unpack(tensor, self.solved.device), new)
+            planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
 
 
 def _with_stored(unpacked: Unpacked, new: State) -> tuple[Grid | Sections, NDArray[np.uint8]]:
-    """The format's own grid with the tuned numbers, and its codes."""
+    """Returns the format's grid with the tuned numbers, and its codes."""
     grid, codes = unpacked.grid, unpacked.codes
     assert grid is not None
     if isinstance(grid, TensorSections):
@@ -343,4 +379,4 @@ def _with_stored(unpacked: Unpacked, new: State) -> tuple[Grid | Sections, NDArr
 
 def _write(path: Path, content: State, facts: dict[str, Any]) -> None:
     metadata = {"facts": json.dumps(facts | {"sha256": SEAL}, sort_keys=True)}
-    write_sealed(path, safetensors.torch.save({key: part.contiguous() for key, part in content.items()}, metadata))
+    write_sealed(path, safetensors.torch.save({key: tensor.contiguous() for key, tensor in content.items()}, metadata))

@@ -16,7 +16,7 @@ from torch import Tensor
 from lqexport.converters.factors import is_factor
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_tied
-from lqexport.errors import ANEW, well_formed
+from lqexport.errors import ANEW, listed, well_formed
 from lqexport.models.adapters import LowRankFactors, misfits
 from lqexport.models.interface import Weights
 from lqexport.models.modules import expected_shapes
@@ -45,13 +45,13 @@ def check_structure(result: Verification, export: Weights, factors: LowRankFacto
         if name in present and present[name] != shape
     ]
     if missing:
-        result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}.")
+        result.failed.append(f"{len(missing)} of {len(expected)} tensors are missing: {listed(missing, 3)}.")
     if wrong:
-        result.failed.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}.")
+        result.failed.append(f"{len(wrong)} tensors have another shape: {listed(wrong, 3)}.")
     # ExLlamaV2's folders hold a separate output where the source's output shares the embedding's weights.
     separate = architecture_of(source.config).output if is_tied(source.config) else None
     if unknown := [name for name in present if name not in expected and name != separate]:
-        result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {_listed(unknown)}.")
+        result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {listed(unknown, 3)}.")
     unfit = misfits(export, factors) if factors else []
     result.failed += unfit
     return not missing and not wrong and not unfit
@@ -68,7 +68,7 @@ def check_files(result: Verification, artifact: Artifact | None) -> None:
     is_verified = artifact.folder.samefile(result.file)
     if damaged := artifact.damaged(None if is_verified else READ):
         result.failed.append(
-            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {_listed(damaged)}."
+            f"{len(damaged)} files of {artifact.folder} are gone or not as they were written: {listed(damaged, 3)}."
         )
 
 
@@ -99,19 +99,21 @@ def check_tensors(
         listener.advance(1)
     result.decoding = kernels.sentence(len(names))
     if kernels.different:
-        listed = _listed(kernels.different)
-        result.failed.append(f"{len(kernels.different)} tensors decode to other values by the CUDA kernels: {listed}.")
+        names_shown = listed(kernels.different, 3)
+        result.failed.append(
+            f"{len(kernels.different)} tensors decode to other values by the CUDA kernels: {names_shown}."
+        )
     if broken := [tensor.name for tensor in result.tensors if not tensor.finite]:
-        result.failed.append(f"{len(broken)} tensors hold values that are not finite: {_listed(broken)}.")
+        result.failed.append(f"{len(broken)} tensors hold values that are not finite: {listed(broken, 3)}.")
     changed = [tensor.name for tensor in result.tensors if tensor.same_bytes is False]
     if artifact and changed:
-        result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {_listed(changed)}.")
+        result.failed.append(f"{len(changed)} tensors are not those of {artifact.folder}: {listed(changed, 3)}.")
     absent = [name for name in manifest or () if name not in holders]
     if not factors and any(is_factor(name) for name in absent):
         result.warnings.append("The artifact holds low-rank corrections, and the file is read without an adapter.")
         absent = [name for name in absent if not is_factor(name)]
     if absent:
-        result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {_listed(absent)}.")
+        result.failed.append(f"{len(absent)} tensors of the artifact are not in the file: {listed(absent, 3)}.")
 
 
 def _same_bytes(tensor: StoredTensor, manifest: dict[str, dict[str, Any]]) -> bool | None:
@@ -169,7 +171,3 @@ def lossiest(tensors: list[TensorCheck]) -> str | None:
     """Returns the name of the matrix whose weights have the largest relative error; None if no matrix has an error."""
     matrices = [tensor for tensor in tensors if len(tensor.shape) == 2 and (tensor.weight_error or 0) > 0]
     return max(matrices, key=lambda tensor: tensor.weight_error or 0).name if matrices else None
-
-
-def _listed(items: list[str], most: int = 3) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
