@@ -1,10 +1,14 @@
-"""Which type each tensor gets, so that the predicted loss is least and the file is no larger than a budget.
+"""Chooses one option for every tensor, so that the predicted loss is least within a number of bytes.
 
-The multiple-choice knapsack problem: for every tensor exactly one of its options, least sum of losses, sum of bytes at
-most the budget. Tensor by tensor, all partial choices are kept that may still lead to the best whole: none that another
-one beats in both bytes and loss, and none whose bound is above a whole choice that is known. The bound of a partial
-choice is its Lagrangian (= linear) relaxation: the tensors that are left may mix their options in any shares. All of it
-is arithmetic in a fixed order, so equal input gives the equal choice on any machine.
+This is the multiple-choice knapsack problem: exactly one option for every tensor, the least sum of losses, and a sum of
+bytes that is at most the limit. The search goes tensor by tensor and keeps the partial choices that may still lead to
+the best whole choice. It drops a partial choice if another one has fewer bytes and less loss. It also drops one whose
+bound is above the loss of a whole choice that is known. The bound comes from the linear (= Lagrangian) relaxation, in
+which the remaining tensors may mix their options in any shares. All arithmetic has a fixed order, so equal input gives
+the equal choice on any machine.
+
+Example: tensors a and b have options of 1 byte (losses 5 and 3) and 2 bytes (losses 1 and 2). Within 3 bytes, a takes 2
+bytes and b takes 1, with loss 1 + 3 = 4; the other way round would lose 5 + 2 = 7.
 """
 
 from __future__ import annotations
@@ -19,17 +23,21 @@ from numpy.typing import NDArray
 from lqexport.errors import UserError
 
 RELATIVE_GAP = 1e-4
-"""Partial choices that could lower the loss by less than this share are dropped; predictions are far less exact."""
+"""Partial choices that could lower the loss by less than this share are dropped: predictions are far less exact."""
 MOST_STATES = 20_000
-"""Most partial choices kept, those of the lowest bounds; what dropping others may cost is in `gap`."""
+"""Largest number of partial choices that are kept, those of the lowest bounds. `gap` says what that may cost."""
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Option:
-    """One way to store a tensor: its name, its bytes, and the loss that it is predicted to cost (any unit, but the
-    same for all tensors, since losses are added)."""
+    """One way to store a tensor.
+
+    name     such as the name of a codec
+    nbytes   bytes of the stored tensor
+    loss     predicted loss, in any unit that is the same for all tensors, since losses are added
+    """
 
     name: str
     nbytes: int
@@ -38,8 +46,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Allocation:
-    """chosen   one option per tensor;  nbytes, loss   their sums;  gap   by how much at most another choice within the
-    budget could have a lower loss"""
+    """A choice of options.
+
+    chosen   one option for every tensor, by name
+    nbytes   the sum of their bytes
+    loss     the sum of their losses
+    gap      how much lower the loss of another choice within the limit can be at most
+    """
 
     chosen: dict[str, Option]
     nbytes: int
@@ -48,16 +61,16 @@ class Allocation:
 
 
 def reachable(tensors: Mapping[str, Sequence[Option]]) -> tuple[int, int]:
-    """The least and the most bytes that any choice takes."""
+    """Returns the fewest and the most bytes that any choice takes."""
     sizes = [[option.nbytes for option in options] for options in tensors.values()]
     return sum(map(min, sizes)), sum(map(max, sizes))
 
 
 def allocate(tensors: Mapping[str, Sequence[Option]], limit_bytes: int) -> Allocation:
-    """The option of every tensor that makes the sum of losses least within `limit_bytes` bytes.
+    """Returns the options that make the sum of losses least within `limit_bytes`.
 
-    Raises UserError where even the smallest options take more, naming the reachable sizes, and ValueError for an option
-    whose loss is negative or not finite.
+    Raises UserError if even the smallest options take more, naming the sizes that can be reached. Raises ValueError for
+    an option whose loss is negative or not finite.
     """
     for name, options in tensors.items():
         if wrong := [option for option in options if not 0 <= option.loss < np.inf]:
@@ -73,7 +86,7 @@ def allocate(tensors: Mapping[str, Sequence[Option]], limit_bytes: int) -> Alloc
 
 
 def _undominated(options: Sequence[Option]) -> list[Option]:
-    """By rising bytes and falling loss."""
+    """Returns the options that no other beats in both bytes and loss, by rising bytes and falling loss."""
     kept: list[Option] = []
     for option in sorted(options, key=lambda option: (option.nbytes, option.loss)):
         if not kept or option.loss < kept[-1].loss:
@@ -83,8 +96,12 @@ def _undominated(options: Sequence[Option]) -> list[Option]:
 
 @dataclass(frozen=True)
 class _Steps:
-    """The relaxation of some tensors: from the smallest options on, steps [n] along each tensor's lower convex hull,
-    the steepest first. bytes_used, loss [n + 1] are the sums after each step; tensor, index [n] say where it leads.
+    """The linear relaxation of some tensors.
+
+    It starts at the smallest options and takes n steps along the lower convex hulls of the tensors, the steepest first.
+
+    bytes_used, loss   the sums after each number of steps, [n + 1]
+    tensor, index      the tensor that each step is of, and the option that it leads to, [n]
     """
 
     bytes_used: Floats
@@ -93,12 +110,12 @@ class _Steps:
     index: NDArray[np.int64]
 
     def bound(self, limit_bytes: Floats) -> Floats:
-        """The least loss of these tensors within each budget; infinite where none fits."""
+        """Returns the least relaxed loss of these tensors within each number of bytes; infinite if no choice fits."""
         return np.where(limit_bytes < self.bytes_used[0], np.inf, np.interp(limit_bytes, self.bytes_used, self.loss))
 
 
 def _steps(tensors: list[list[Option]], first: int) -> _Steps:
-    """The relaxation of all tensors from number `first` on."""
+    """Returns the relaxation of all tensors from number `first` on."""
     rows = []
     for number, options in enumerate(tensors[first:], first):
         hull = _hull(options)
@@ -112,7 +129,7 @@ def _steps(tensors: list[list[Option]], first: int) -> _Steps:
 
 
 def _hull(options: list[Option]) -> list[int]:
-    """Indices of the options on the lower convex hull of loss over bytes."""
+    """Returns the indices of the options on the lower convex hull of loss over bytes."""
     hull: list[int] = []
     for index, option in enumerate(options):
         while len(hull) > 1 and _above(options[hull[-2]], options[hull[-1]], option):
@@ -122,7 +139,7 @@ def _hull(options: list[Option]) -> list[int]:
 
 
 def _above(left: Option, middle: Option, right: Option) -> bool:
-    """Whether the middle one lies on or above the line through the others."""
+    """Whether the middle option lies on or above the line through the other two."""
     across = (middle.loss - left.loss) * (right.nbytes - left.nbytes)
     return across >= (right.loss - left.loss) * (middle.nbytes - left.nbytes)
 
@@ -130,7 +147,7 @@ def _above(left: Option, middle: Option, right: Option) -> bool:
 def _complete(
     tensors: list[list[Option]], steps: _Steps, picked: list[int], limit_bytes: int
 ) -> tuple[float, list[int]]:
-    """Loss and choice where the tensors after those `picked` take every step of the relaxation that still fits."""
+    """Returns loss and choice if the tensors after those `picked` take every step of the relaxation that still fits."""
     choice = picked + [0] * (len(tensors) - len(picked))
     left = limit_bytes - sum(options[index].nbytes for options, index in zip(tensors, choice, strict=True))
     for number, index in zip(steps.tensor.tolist(), steps.index.tolist(), strict=True):
@@ -142,7 +159,7 @@ def _complete(
 
 
 def _search(tensors: list[list[Option]], limit_bytes: int) -> tuple[list[int], float]:
-    """The option's index of every tensor, and a lower bound on the loss of any choice."""
+    """Returns the index of every tensor's option, and a lower bound on the loss of any choice."""
     best, choice = _complete(tensors, _steps(tensors, 0), [], limit_bytes)
     nbytes, loss, history = np.zeros(1), np.zeros(1), np.zeros((1, 0), np.uint8)
     dropped = np.inf
@@ -164,7 +181,7 @@ def _search(tensors: list[list[Option]], limit_bytes: int) -> tuple[list[int], f
 
 
 def _promising(nbytes: Floats, loss: Floats, bound: Floats, best: float) -> tuple[NDArray[np.int64], float]:
-    """Indices of the partial choices to keep, and the lowest bound of those that are dropped for their bound."""
+    """Returns the indices of the partial choices to keep, and the lowest bound of those dropped for their bound."""
     order = np.lexsort((loss, nbytes))
     least = np.minimum.accumulate(loss[order])
     order = order[np.concatenate([[True], least[1:] < least[:-1]])]

@@ -1,8 +1,8 @@
 """Types by size: the type of every tensor is chosen so that the whole model loses least at a given size.
 
 The loss of each tensor in each type is measured once. Rows of a linear are solved (error feedback, no descent) under
-its guided second moments, whose loss estimates nats per token of the model (`lqexport.calibration.moments`). The embedding
-and the output are rounded, and the model's KL divergence is measured with that tensor alone replaced. The losses are
+its guided second moments, whose loss estimates nats per token of the model (`lqexport.calibration.moments`). The
+embedding and the output are rounded, and the model's KL divergence is measured with that tensor alone replaced. The losses are
 added up, and `lqexport.pipeline.allocate` finds the choice of least sum within the size.
 """
 
@@ -181,7 +181,7 @@ def _kl(theirs: Tensor, ours: Tensor) -> float:
 
 
 def best_choice(planned: list[PlannedTensor], losses: Losses, limit_bytes: int) -> dict[str, Any]:
-    """Returns the choice of least loss within a limit, as JSON values, with all losses and the curve of loss over bytes.
+    """Returns the choice of least loss within a limit, with all losses and the curve of loss over bytes, as JSON.
 
     Raises UserError if no choice fits, naming the sizes that can be reached.
     """
