@@ -192,7 +192,7 @@ def test_general_metadata(tmp_path: Path, tokenizer: Tokenizer) -> None:
         "general.file_type": 2,
         "general.quantization_version": 2,
         "lqexport.recipe": '{"source": "some/tiny-llama", "target": "gguf:Q4_0"}',
-        "lqexport.calibration.sequences": '{"name": "none"}',
+        "lqexport.calibration": '{"name": "none"}',
         "llama.rope.dimension_count": 16,
         "tokenizer.chat_template": "{{ messages }}",
     }

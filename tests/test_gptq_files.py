@@ -36,7 +36,7 @@ Artifacts = dict[str, Artifact]
 
 @pytest.fixture(scope="module")
 def artifacts(tiny_model: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """Target -> the tiny model's artifact in this target."""
+    """Codec name -> the tiny model's artifact in this codec."""
     artifacts, cache = {}, tmp_path_factory.mktemp("gptq") / "moments"
     for codec_name in CODEC_NAMES:
         recipe = Recipe(str(tiny_model), codec_name, calibration=str(text), samples=2, sequence_length=64,

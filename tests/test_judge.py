@@ -33,7 +33,7 @@ class Endpoint(ThreadingHTTPServer):
     def __init__(self, reply: Callable[[str], str]) -> None:
         super().__init__(("127.0.0.1", 0), Answers)
         self.reply = reply
-        self.asked: list[dict[str, Any]] = []
+        self.requests: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
 
 
@@ -43,12 +43,12 @@ class Answers(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: Any) -> None: ...
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.server.asked.append(asked)
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.requests.append(request)
         self.server.keys.append(self.headers["Authorization"])
-        message = {"role": "assistant", "content": self.server.reply(asked["messages"][0]["content"])}
+        message = {"role": "assistant", "content": self.server.reply(request["messages"][0]["content"])}
         choice = {"index": 0, "message": message, "finish_reason": "stop"}
-        known = self.path == "/v1/chat/completions" and asked["model"] == "judge"
+        known = self.path == "/v1/chat/completions" and request["model"] == "judge"
         content = {"id": "1", "object": "chat.completion", "created": 0, "model": "judge", "choices": [choice]}
         body = json.dumps(content if known else {"error": {"message": "no such model"}}).encode()
         self.send_response(200 if known else 404)
@@ -89,21 +89,21 @@ def test_the_command(
     assert judged["question"] == {"id": "81", "turns": ["def f(x):", "    return"]}
     assert [len(judged[name]) for name in ("answers", "source_answers", "replies")] == [2, 2, 4]
     assert (judged["grade"], judged["source_grade"], judged["verdict"]) == (7, 7, "same")
-    assert len(endpoint.asked) == 4
+    assert len(endpoint.requests) == 4
     assert set(endpoint.keys) == {"Bearer key of the test"}
-    messages = [asked["messages"][0]["content"] for asked in endpoint.asked]
-    assert all(said in messages[0] for said in ("def f(x):", *judged["answers"]))
+    messages = [request["messages"][0]["content"] for request in endpoint.requests]
+    assert all(text in messages[0] for text in ("def f(x):", *judged["answers"]))
     assert "Conversation with A" not in messages[0]
     assert messages[2].index("Conversation with A") < messages[2].index("Conversation with B")
     shown = CliRunner().invoke(app, arguments).stdout
-    for part in ("7.00", "0 / 1 / 0", "no verdict"):
-        assert part in shown
+    for text in ("7.00", "0 / 1 / 0", "no verdict"):
+        assert text in shown
 
 
 @needs_client
 def test_a_file_alone_is_graded_by_our_own_questions(folder: Path, endpoint: Endpoint) -> None:
     judgement = judge(folder, address(endpoint), "judge", tokens=1, device="cpu")
-    assert len(judgement.judged) == len(endpoint.asked) == len(read_questions())
+    assert len(judgement.judged) == len(endpoint.requests) == len(read_questions())
     assert judgement.grades == [7.0] * len(judgement.judged)
     assert judgement.source_grades == []
 

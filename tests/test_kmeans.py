@@ -22,8 +22,8 @@ def test_equals_the_best_of_all_splits(seed: int) -> None:
     order = np.argsort(values)
     best = np.inf
     for cuts in itertools.combinations(range(1, 9), 2):
-        parts = np.split(order, cuts)
-        means = np.array([np.average(values[part], weights=weight[part]) for part in parts])
+        clusters = np.split(order, cuts)
+        means = np.array([np.average(values[cluster], weights=weight[cluster]) for cluster in clusters])
         best = min(best, objective(values, weight, means))
     assert objective(values, weight, centers[0]) == pytest.approx(best)
     assert errors[0] == pytest.approx(best)

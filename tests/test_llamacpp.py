@@ -273,9 +273,9 @@ def test_quantizer_follows_the_imatrix(f32: Path, tmp_path: Path, as_file: bool)
     name = "blk.0.ffn_up.weight"
     sums = matrix_sums({name: HIDDEN}, tokens=64)
     write_imatrix(tmp_path / "i.gguf", sums, 64, 1, "test")
-    given = tmp_path / "i.gguf" if as_file else {key: value / 64 for key, value in sums.items()}
+    imatrix = tmp_path / "i.gguf" if as_file else {key: value / 64 for key, value in sums.items()}
     errors = []
-    for matrix in (None, given):
+    for matrix in (None, imatrix):
         quantize(f32, tmp_path / "q.gguf", "Q4_0", imatrix=matrix, pure=True, threads=1)
         (tensor,) = (tensor for tensor in gguf.GGUFReader(tmp_path / "q.gguf").tensors if tensor.name == name)
         (source,) = (tensor for tensor in gguf.GGUFReader(f32).tensors if tensor.name == name)

@@ -1,4 +1,4 @@
-"""Low-rank corrections: they are optimal, their tensors in a run, and how they share a number of bytes."""
+"""Low-rank corrections: their optimality, their tensors in a run, and how a number of bytes is shared among them."""
 
 from __future__ import annotations
 
@@ -66,12 +66,12 @@ def test_a_correction_is_the_svds(problem: tuple[torch.Tensor, ...], scaling: An
     assert (up.shape, down.shape) == ((len(error), 8), (8, error.shape[1]))
     assert float(up.norm()) == pytest.approx(float(down.norm()), rel=1e-4)
 
-    def left(product: torch.Tensor) -> float:
+    def loss_with(product: torch.Tensor) -> float:
         remaining = error.double() - product
         return float(((remaining @ (weighting if weighting.ndim == 2 else weighting.diag())) * remaining).sum())
 
-    best = left(reference(error, weighting, 8))
-    assert best * (1 - 1e-6) < left(up.double() @ down.double()) < best * 1.001 < left(torch.zeros(1))
+    best = loss_with(reference(error, weighting, 8))
+    assert best * (1 - 1e-6) < loss_with(up.double() @ down.double()) < best * 1.001 < loss_with(torch.zeros(1))
 
 
 def test_only_the_second_moments_themselves_give_the_least_loss(problem: tuple[torch.Tensor, ...]) -> None:
@@ -86,11 +86,11 @@ def test_only_the_second_moments_themselves_give_the_least_loss(problem: tuple[t
 
 def test_losses_by_rank_are_those_of_the_cut_factors(problem: tuple[torch.Tensor, ...]) -> None:
     error, hessian, _ = problem
-    up, down = (part.half().double() for part in correction(error, hessian.double(), 6))
+    up, down = (factor.half().double() for factor in correction(error, hessian.double(), 6))
     losses = loss_by_rank(error, hessian, up, down)
     for rank in range(7):
-        left = error.double() - up[:, :rank] @ down[:rank]
-        assert float(losses[rank]) == pytest.approx(float(((left @ hessian.double()) * left).sum()), rel=1e-9)
+        remaining = error.double() - up[:, :rank] @ down[:rank]
+        assert float(losses[rank]) == pytest.approx(float(((remaining @ hessian.double()) * remaining).sum()), rel=1e-9)
     assert torch.all(losses.diff() < 0)
     assert torch.all(losses.diff().diff() > 0), "gains fall from rank to rank, which `allocate` rests on"
 
@@ -102,7 +102,7 @@ def test_no_error_needs_no_correction() -> None:
     assert float((up @ down).abs().max()) == 0
 
 
-# Sharing bytes.
+# A number of bytes shared among the linears.
 
 
 def falling(draw: np.random.Generator, steps: int) -> list[float]:
@@ -128,7 +128,7 @@ def test_no_other_choice_of_the_budget_gains_more(seed: int, largest: int) -> No
     used, loss = total(allocate_steps(candidates, budget))
     assert used <= budget
     every = (total(dict(zip("abcd", steps, strict=True))) for steps in itertools.product(range(5), repeat=4))
-    best = min(other for other_used, other in every if other_used <= budget)
+    best = min(choice_loss for choice_bytes, choice_loss in every if choice_bytes <= budget)
     step = max(one.losses[0] - one.losses[1] for one in candidates.values())
     assert loss == pytest.approx(best) if largest == 1 else loss < best + step
 
@@ -225,8 +225,8 @@ def test_output_groups_have_losses_of_their_own() -> None:
     down, up, solved = solve_corrected(
         "w.weight", weight, hessians, None, "gguf:Q3_K", recipe.solver_settings, recipe.correction_settings
     )
-    left = weight - values_of(solved) - values_of(up) @ values_of(down)
-    expected = sum(float(((part @ h) * part).sum()) for part, h in zip(left.chunk(2), hessians, strict=True))
+    remaining = weight - values_of(solved) - values_of(up) @ values_of(down)
+    expected = sum(float(((part @ h) * part).sum()) for part, h in zip(remaining.chunk(2), hessians, strict=True))
     assert solved.facts["correction"]["losses"][-1] == pytest.approx(expected, rel=1e-4)
 
 
@@ -263,19 +263,19 @@ def test_bytes_are_shared_and_a_stopped_run_shares_them_alike(
     ]
     assert report["correction"]["corrected"] < np.mean(losses)
     for method, stop in (("write", 30), ("write", 50), ("remove", 3)):
-        whole, left = getattr(Artifact, method), [stop]
+        original, calls_left = getattr(Artifact, method), [stop]
 
-        def until(self: Artifact, what: Any, whole: Any = whole, left: list[int] = left) -> None:
-            left[0] -= 1
-            if left[0] < 0:
+        def until(self: Artifact, argument: Any, original: Any = original, calls_left: list[int] = calls_left) -> None:
+            calls_left[0] -= 1
+            if calls_left[0] < 0:
                 raise KeyboardInterrupt
-            whole(self, what)
+            original(self, argument)
 
         monkeypatch.setattr(Artifact, method, until)
         folder = tmp_path / f"{method}{stop}"
         with pytest.raises(KeyboardInterrupt):
             quantize(recipe, folder)
-        monkeypatch.setattr(Artifact, method, whole)
+        monkeypatch.setattr(Artifact, method, original)
         quantize(recipe, folder)
         assert contents(folder) == contents(tmp_path / "whole")
 

@@ -34,20 +34,20 @@ def tokens() -> Tensor:
 def by_autograd(folder: Path, tokens: Tensor) -> dict[str, Tensor]:
     """Returns the guided Hessian of every linear, from transformers' model and one backward pass per sequence."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    captured: dict[str, tuple[Tensor, Tensor]] = {}
     linears = {name: module for name, module in model.named_modules() if name.endswith("_proj")}
     for name, module in linears.items():
 
         def keep(_: object, arguments: tuple[Tensor], output: Tensor, name: str = name) -> None:
             output.retain_grad()
-            seen[name] = (arguments[0].detach()[0], output)
+            captured[name] = (arguments[0].detach()[0], output)
 
         module.register_forward_hook(keep)
     total = {name: torch.zeros(module.in_features, module.in_features) for name, module in linears.items()}
     for sequence in tokens:
         logits = model(sequence[None]).logits[0, :-1]
         torch.nn.functional.cross_entropy(logits, sequence[1:], reduction="sum").backward()
-        for name, (x, z) in seen.items():
+        for name, (x, z) in captured.items():
             assert z.grad is not None
             total[name] += torch.einsum("t,ti,tj->ij", z.grad[0].square().mean(1), x, x)
     return {name: moments / tokens.numel() for name, moments in total.items()}
@@ -75,8 +75,8 @@ def test_powers_of_the_weights_keep_the_trace(groups: int) -> None:
     by_power = {}
     for power in (1.0, 0.5):
         moments = SecondMoments(12, "guided", CPU, groups, power=power)
-        for part in halves:
-            moments.add(*part)
+        for half in halves:
+            moments.add(*half)
             moments.end_shard()
         by_power[power] = moments.hessian().reshape(groups, 12, 12)
     weights = gradient.unflatten(1, (groups, -1)).square().mean(2)
@@ -132,8 +132,8 @@ def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path
 def test_panels_make_a_whole_matrix(columns: int) -> None:
     x = torch.randn(30, columns)
     moments = SecondMoments(columns, "plain", CPU)
-    for part in x.split(11):
-        moments.add(part)
+    for batch in x.split(11):
+        moments.add(batch)
     torch.testing.assert_close(moments.hessian(), x.T @ x / 30)
     assert torch.equal(moments.hessian(), moments.hessian().T)
 
@@ -162,8 +162,8 @@ def test_a_cache_is_shared_by_targets(recipe: Recipe, tmp_path: Path, monkeypatc
     quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
     monkeypatch.setattr(second_moments, "guided_moments", None)  # nothing is collected again
     quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
-    other = Recipe(**{**vars(recipe), "target": "native:table-3"})
-    quantize(other, tmp_path / "other", cache=tmp_path / "cache")
+    other_recipe = Recipe(**{**vars(recipe), "target": "native:table-3"})
+    quantize(other_recipe, tmp_path / "other", cache=tmp_path / "cache")
     assert Artifact(tmp_path / "alone").manifest() == Artifact(tmp_path / "first").manifest()
     assert Artifact(tmp_path / "alone").manifest() == Artifact(tmp_path / "second").manifest()
     with pytest.raises(TypeError):
@@ -207,7 +207,7 @@ def drifted(tokens: int, noise: float) -> tuple[Tensor, Tensor]:
 def cross_moments(tokens: int, noise: float) -> CrossMoments:
     moments = CrossMoments(16, "plain", all_on_device(CPU))
     for half in (0, 1):
-        moments.add(half, *(Entering(part.chunk(2)[half]) for part in drifted(tokens, noise)))
+        moments.add(half, *(Entering(inputs.chunk(2)[half]) for inputs in drifted(tokens, noise)))
     return moments
 
 
@@ -291,11 +291,11 @@ def test_cross_moments_with_token_weights_are_guided(power: float) -> None:
     inputs, gradient = torch.randn(40, 16, generator=draw), torch.randn(40, 6, generator=draw) ** 3
     alone, weights = SecondMoments(16, "guided", CPU, power=power), TokenWeights(16, power)
     both = CrossMoments(16, "guided", all_on_device(CPU))
-    for part in (slice(0, 25), slice(25, 40)):
-        alone.add(inputs[part], gradient[part])
-        weights.add(inputs[part], gradient[part])
-    for half, part in enumerate((slice(0, 25), slice(25, 40))):
-        both.add(half, Entering(inputs[part]), Entering(inputs[part]), weights.hessian()[part])
+    for tokens in (slice(0, 25), slice(25, 40)):
+        alone.add(inputs[tokens], gradient[tokens])
+        weights.add(inputs[tokens], gradient[tokens])
+    for half, tokens in enumerate((slice(0, 25), slice(25, 40))):
+        both.add(half, Entering(inputs[tokens]), Entering(inputs[tokens]), weights.hessian()[tokens])
     expected, weighted = alone.hessian(), both.hessian()
     assert 0.5 < float(weighted.trace() / expected.trace()) < 2
     torch.testing.assert_close(weighted / weighted.trace(), expected / expected.trace(), rtol=1e-4, atol=1e-7)
@@ -306,14 +306,14 @@ def test_tokens_that_are_not_finite_are_left_out(moments_type: str) -> None:
     draw = torch.Generator().manual_seed(2)
     inputs, gradient = torch.randn(12, 8, generator=draw), torch.randn(12, 6, generator=draw)
     broken, good = SecondMoments(8, moments_type, CPU, 2 if moments_type == "guided" else 1), slice(4, 12)
-    whole = SecondMoments(8, moments_type, CPU, 2 if moments_type == "guided" else 1)
-    whole.add(inputs[good], gradient[good])
+    finite = SecondMoments(8, moments_type, CPU, 2 if moments_type == "guided" else 1)
+    finite.add(inputs[good], gradient[good])
     inputs[0, 3], inputs[1, 2], inputs[2, 1] = torch.nan, torch.inf, 1e30  # the last one's square overflows
     gradient[3, 4] = torch.nan
     if moments_type != "guided":
         inputs[3, 0] = -torch.inf
     broken.add(inputs, gradient)
-    torch.testing.assert_close(broken.hessian(), whole.hessian())
+    torch.testing.assert_close(broken.hessian(), finite.hessian())
     nothing = SecondMoments(8, moments_type, CPU)
     nothing.add(torch.full((4, 8), torch.nan), gradient[:4])
     assert torch.equal(nothing.hessian(), torch.eye(8))

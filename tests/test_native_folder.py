@@ -38,14 +38,14 @@ UP = "model.layers.0.mlp.up_proj"
 @pytest.fixture(scope="module")
 def make(rounded_artifact: Callable[..., Artifact], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A function that makes the native folder of a target and a rank, once each; its artifact is beside it."""
-    made: dict[tuple[str, int], Path] = {}
+    folders: dict[tuple[str, int], Path] = {}
 
     def make(target: str, rank: int = 0) -> Path:
-        if (target, rank) not in made:
+        if (target, rank) not in folders:
             base = tmp_path_factory.mktemp("native")
             native.write(rounded_artifact(base / "artifact", target, rank), base / "folder")
-            made[target, rank] = base / "folder"
-        return made[target, rank]
+            folders[target, rank] = base / "folder"
+        return folders[target, rank]
 
     return make
 
@@ -160,9 +160,9 @@ def test_device_map_and_a_model_without_its_head(make: Callable[..., Path]) -> N
 
 def test_weights_that_are_offloaded_to_the_disk(make: Callable[..., Path], tmp_path: Path) -> None:
     folder = make("native:table-4", 8)
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
-    places |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
-    model = lqexport.load(folder, dtype=torch.float32, device_map=places, offload_folder=tmp_path / "offload")
+    device_map = {"model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu"}
+    device_map |= {"model.rotary_emb": "cpu", "lm_head": "cpu"}
+    model = lqexport.load(folder, dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offload")
     assert torch.equal(logits(model), verifier_logits(folder))
 
 

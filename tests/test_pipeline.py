@@ -16,8 +16,7 @@ import torch
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
 from lqexport.models.source import open_source
-from lqexport.pipeline import prepare
-from lqexport.pipeline import solve_model as solving
+from lqexport.pipeline import prepare, solve_model
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage import files
@@ -84,23 +83,23 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
 ) -> None:
     """The run is stopped before various of the files that it writes."""
     recipe = changed(recipe, **options)
-    replace, left = Path.replace, [10_000]
+    replace, writes_left = Path.replace, [10_000]
 
     def until(self: Path, target: Path) -> Path:
-        if left[0] == 0:
+        if writes_left[0] == 0:
             raise KeyboardInterrupt
-        left[0] -= 1
+        writes_left[0] -= 1
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", until)
     quantize(recipe, tmp_path / "whole")
-    expected, writes = contents(tmp_path / "whole"), 10_000 - left[0]
+    expected, writes = contents(tmp_path / "whole"), 10_000 - writes_left[0]
     for stop in sorted({*range(0, writes, writes // 5), writes - 1}):
-        left[0] = stop
+        writes_left[0] = stop
         with pytest.raises(KeyboardInterrupt):
             quantize(recipe, tmp_path / str(stop))
         assert not Artifact(tmp_path / str(stop)).complete
-        left[0] = 10_000
+        writes_left[0] = 10_000
         quantize(recipe, tmp_path / str(stop))
         assert contents(tmp_path / str(stop)) == expected
 
@@ -115,7 +114,7 @@ def test_killed_outright_resumes_to_the_same_bytes(tiny_model: Path, text: Path,
 
 def test_a_finished_artifact_is_left_alone(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report = quantize(recipe, tmp_path / "out")
-    monkeypatch.setattr(solving, "solve_linear", None)
+    monkeypatch.setattr(solve_model, "solve_linear", None)
     assert quantize(recipe, tmp_path / "out") == report
 
 

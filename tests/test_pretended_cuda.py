@@ -1,6 +1,6 @@
 """Whole runs on a pretended CUDA device (tests/cudacpu/device.py), on which a tensor on the wrong device raises.
 
-The runs use torch alone, as where CuPy is not installed, or the CUDA kernels, which the harness runs on the CPU.
+The runs use torch alone, as on a machine without CuPy, or the CUDA kernels, which the harness runs on the CPU.
 """
 
 from __future__ import annotations
@@ -15,19 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from lqexport.converters.exl2 import writer as exl2
-from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.exl2 import writer as exl2_writer
+from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.formats.registry import codec_named
 from lqexport.grids import fit_sections
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import minmax_sections
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared
-from lqexport.pipeline import exl2_mixes as choose
+from lqexport.pipeline import exl2_mixes
 from lqexport.pipeline.quantize import quantize
 from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
-from lqexport.solver import cholesky as factorization
-from lqexport.solver import feedback as solve
+from lqexport.solver import cholesky, feedback
 from lqexport.solver.cholesky import factorize
 from lqexport.storage.artifact import Artifact
 from lqexport.tuning import tune
@@ -106,10 +105,10 @@ MIXED: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
-@pytest.mark.parametrize("what", MIXED)
-def test_what_mixes_devices_raises(what: str, pretended: Any) -> None:
+@pytest.mark.parametrize("operation", MIXED)
+def test_what_mixes_devices_raises(operation: str, pretended: Any) -> None:
     with pytest.raises(RuntimeError, match="same device"):
-        MIXED[what](torch.randn(4, 4, device=CUDA))
+        MIXED[operation](torch.randn(4, 4, device=CUDA))
 
 
 def test_what_a_device_takes_from_the_cpu_is_taken(pretended: Any) -> None:
@@ -155,14 +154,14 @@ def test_gradients_are_on_the_device(pretended: Any) -> None:
 def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
     weights, inputs = torch.randn(2, 256, device=CUDA), torch.randn(300, 256, device=CUDA)
     hessian = inputs.T @ inputs
-    cholesky, matrix = factorize(hessian.double(), 0.05, True), solve.damped(hessian, 0.05)
+    cholesky_factor, damped = factorize(hessian.double(), 0.05, True), feedback.damped(hessian, 0.05)
     assert minmax(codec_named(name), weights).levels.device.type == "cuda"
     grid = fit(codec_named(name), weights, hessian.diagonal())
-    codes = solve.feedback(weights, grid, cholesky)
-    before = solve.layer_loss(grid.values(codes) - weights, matrix)
-    grid, codes = solve.refine(weights, matrix, grid, codes, sweeps=1, refit=True)
+    codes = feedback.feedback(weights, grid, cholesky_factor)
+    before = feedback.layer_loss(grid.values(codes) - weights, damped)
+    grid, codes = feedback.refine(weights, damped, grid, codes, sweeps=1, refit=True)
     assert grid.values(codes).device.type == grid.nearest(weights).device.type == "cuda"
-    assert solve.layer_loss(grid.values(codes) - weights, matrix) <= before
+    assert feedback.layer_loss(grid.values(codes) - weights, damped) <= before
 
 
 def test_exl2s_range(pretended: Any) -> None:
@@ -223,7 +222,7 @@ def test_a_whole_run(
 ) -> None:  # fmt: skip
     options, kernels = TARGETS[target]
     monkeypatch.setattr(fit_sections, "COARSE", (0.8, 1.0))  # torch alone would try all of them for a minute
-    monkeypatch.setattr(choose, "AVERAGES", (2.5, 3.5))
+    monkeypatch.setattr(exl2_mixes, "AVERAGES", (2.5, 3.5))
     recipe = changed(recipe, target=target, **options)
     torch.set_float32_matmul_precision("high")  # TF32, which the run must not take over
     report = quantize(recipe, tmp_path / "out", device="cuda")
@@ -258,7 +257,7 @@ def test_other_recipes(
 def test_the_same_bytes_where_the_device_keeps_nothing(
     host: int, recipe: Recipe, pretended: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(factorization, "PANEL", 48)
+    monkeypatch.setattr(cholesky, "PANEL", 48)
     recipe = changed(recipe, tune=1)
     names = []
     for name, memory_limits in (("much", MemoryLimits()), ("little", MemoryLimits(1, host))):
@@ -301,7 +300,7 @@ def test_a_written_file_is_verified(
     path = tmp_path / "out"
     if not target.startswith("native:"):
         path = tmp_path / "model.gguf"
-        (exl2 if target == "exl2" else gguf).write(Artifact(tmp_path / "out"), path)
+        (exl2_writer if target == "exl2" else gguf_writer).write(Artifact(tmp_path / "out"), path)
     result = verify(path, recipe.source, text=str(text), protocols=("llama.cpp-512",), windows=1, device="cuda")
     count = len(result.tensors)
     assert result.decoding == f"NumPy and the CUDA kernels, the same bits in {count} of {count} tensors"

@@ -75,16 +75,16 @@ def test_two_processes_write_the_bytes_of_one(
         plan = [[recipe, str(tmp_path / str(count) / name)] for name, recipe in recipes.items()]
         (tmp_path / f"{count}.json").write_text(json.dumps(plan))
         running.append(started([root / "tests" / "quantize_all.py", tmp_path / f"{count}.json", device], count))
-    assert [each.wait() for each in running] == [0, 0]
+    assert [process.wait() for process in running] == [0, 0]
     for name in recipes:
         assert contents(tmp_path / "1" / name) == contents(tmp_path / "2" / name), name
 
 
 def test_one_of_two_is_killed_and_three_go_on(options: dict[str, Any], tmp_path: Path) -> None:
     keys = ("samples", "sequence_length", "descent", "tune", "target", "calibration")
-    given = [part for key in keys for part in (f"--{key.replace('_', '-')}", options[key])]
+    arguments = [argument for key in keys for argument in (f"--{key.replace('_', '-')}", options[key])]
     source, whole = options["source"], tmp_path / "whole"
-    command = ["-m", "lqexport", "quantize", source, tmp_path / "out", *given, "--device", "cpu"]
+    command = ["-m", "lqexport", "quantize", source, tmp_path / "out", *arguments, "--device", "cpu"]
     running = started(command, 2)
     while not list((tmp_path / "out" / "tensors").glob("*layers.1.*proj*")):
         assert running.poll() is None
@@ -94,7 +94,7 @@ def test_one_of_two_is_killed_and_three_go_on(options: dict[str, Any], tmp_path:
     assert running.wait() != 0
     assert not Artifact(tmp_path / "out").complete
     assert started(command, 3).wait() == 0
-    assert started(["-m", "lqexport", "quantize", source, whole, *given, "--device", "cpu"]).wait() == 0
+    assert started(["-m", "lqexport", "quantize", source, whole, *arguments, "--device", "cpu"]).wait() == 0
     assert contents(tmp_path / "out") == contents(whole)
 
 
@@ -135,11 +135,11 @@ def test_tiles_are_dealt_out_in_order(count: int, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(tiles, "ROW_TILE", 64)
     rows = [200, 64, 1, 96]
     shares = tiles.dealt(rows, count)
-    runs = [run for each in shares for run in each]
+    runs = [run for share in shares for run in share]
     covered = [(number, row) for number, run in runs for row in range(run.start, run.stop)]
-    assert covered == [(number, row) for number, each in enumerate(rows) for row in range(each)]
+    assert covered == [(number, row) for number, row_count in enumerate(rows) for row in range(row_count)]
     assert all(run.start % 64 == 0 and (run.stop % 64 == 0 or run.stop == rows[number]) for number, run in runs)
-    sizes = [sum(-(-(run.stop - run.start) // 64) for _, run in each) for each in shares]
+    sizes = [sum(-(-(run.stop - run.start) // 64) for _, run in share) for share in shares]
     assert sum(sizes) == 8
     assert max(sizes) - min(sizes) <= 1
     assert sizes[0] == max(sizes)

@@ -193,12 +193,12 @@ def test_an_unverified_file_is_refused(
     (tmp_path / "verification.json").write_text('{"passed": true, "adapter": 1, "files": []}')
     with pytest.raises(UserError, match="damaged, or of another form"):
         upload_list(file, record=tmp_path)
-    other = tmp_path / file.name
-    other.write_bytes(file.read_bytes()[:-1] + b"x")
+    changed = tmp_path / file.name
+    changed.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(UserError, match=r"not of these files: tiny\.gguf is another"):
-        upload_list(other, record=record)
-    assert upload_list(other, record=record, unverified=True)["tiny.gguf"] == other
-    assert upload_list(other, unverified=True) == {"tiny.gguf": other}
+        upload_list(changed, record=record)
+    assert upload_list(changed, record=record, unverified=True)["tiny.gguf"] == changed
+    assert upload_list(changed, unverified=True) == {"tiny.gguf": changed}
     with pytest.raises(UserError, match="no written model"):
         upload_list(file.with_name("artifact"), unverified=True)
     common = ["verify", str(file), "--against", str(tiny_model), "--text", str(text), "--windows", "1"]
