@@ -1,4 +1,4 @@
-"""NVRTC compiles every kernel for every architecture with CuPy's options, without spills and with few registers."""
+"""NVRTC compiles every kernel for every architecture with CuPy's options: no spills, and registers within limits."""
 
 from __future__ import annotations
 

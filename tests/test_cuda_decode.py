@@ -19,7 +19,7 @@ EXTREMES = np.array([0.0, 2.0**-24, -1.5, 65504.0, -0.0, -(2.0**-24), -65504.0],
 
 
 def shapes(name: str) -> list[tuple[int, int]]:
-    """Odd numbers of rows; one block or several; for formats without blocks, tails of less than eight columns."""
+    """Returns shapes [rows, columns]: one block or several; without blocks, tails of fewer than eight columns too."""
     block = codec_named(name).block
     return [(3, block), (5, 3 * block)] if block > 1 else [(3, 1), (2, 13), (5, 264)]
 
@@ -59,7 +59,7 @@ def tame(halves: np.ndarray) -> np.ndarray:
 
 
 def with_extreme_scales(name: str) -> Planes:
-    """The float16 members are zeros, subnormals, negative numbers and the largest numbers, in turn."""
+    """Returns planes whose float16 members are zeros, subnormals, negative numbers and the largest, in turn."""
     rows, columns = shapes(name)[-1]
     planes = random_planes(name, rows, columns)
     for plane, array in planes.items():

@@ -1,4 +1,4 @@
-"""A finished artifact in which any byte of any file has changed is reported as damaged."""
+"""An artifact in which any byte of any file has changed is reported as damaged, finished or not."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def logits_of(probabilities: list[list[float]]) -> torch.Tensor:
 
 
 def test_evaluation_by_hand() -> None:
-    """Two windows of two scored tokens. The source gives the target 1/2 each time, the file gives it 1/4 and 1/8."""
+    """Two windows of two scored tokens. The source gives every target 1/2; the file gives 1/4, 1/4, 1/8 and 1/2."""
     protocol = Protocol("tiny", window=3, first=1, bos=False)
     accumulator = Accumulator(protocol)
     sure, half, quarter = [0.5, 0.3, 0.2], [0.25, 0.5, 0.25], [0.125, 0.5, 0.375]
@@ -214,7 +214,7 @@ def test_blocks_give_the_models_logits_at_the_scored_positions() -> None:
 
 
 def test_perplexity_is_that_of_transformers() -> None:
-    """Returns transformers' loss over windows in which every token but the first is a target."""
+    """Compares with transformers' own loss over windows in which every token but the first is a target."""
     protocol = Protocol("all", window=8, first=1, bos=False)
     model, other = small_model(0), small_model(1)
     windows = np.random.default_rng(0).integers(0, 30, (3, 8))

@@ -137,7 +137,7 @@ def test_nearest_is_nearest(seed: int) -> None:
 
 
 def test_what_a_file_spends_on_a_weight() -> None:
-    """The fact sheet's formula: codes, 16 + 32 bits per group, 4 bits per group and row, 32 bits per column."""
+    """Counts the format's bits: the codes, 16 + 32 per group, 4 per group and row, 32 per column."""
     rows, columns = 4096, 4096
     for bits in BITS:
         expected = bits + (32 * (16 + 32) + 4 * 32 * rows + 32 * columns) / (rows * columns)
