@@ -2,8 +2,8 @@
 
 The loss of each tensor in each type is measured once. Rows of a linear are solved (error feedback, no descent) under
 its guided second moments, whose loss estimates nats per token of the model (`lqexport.calibration.moments`). The
-embedding and the output are rounded, and the model's KL divergence is measured with that tensor alone replaced. The losses are
-added up, and `lqexport.pipeline.allocate` finds the choice of least sum within the size.
+embedding and the output are rounded, and the model's KL divergence is measured with that tensor alone replaced. The
+losses are added up, and `lqexport.pipeline.allocate` finds the choice of least sum within the size.
 """
 
 from __future__ import annotations
