@@ -73,7 +73,7 @@ def to_peft(
 
 
 def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
-    """The command that comes after an export; of few windows, since a whole text takes hours of a large model."""
+    """Prints the command that comes after an export. It has few windows: a whole text takes hours for a large model."""
     from lqexport.storage.artifact import Artifact
 
     source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
@@ -82,6 +82,7 @@ def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> No
 
 
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
+    """Exports to a folder, and prints what comes next."""
     from lqexport.converters.factors import is_factor
     from lqexport.exporting import export
     from lqexport.models.inspect import inspect, size

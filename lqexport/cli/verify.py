@@ -14,51 +14,79 @@ from lqexport.runtime.progress import terminal_listener
 if TYPE_CHECKING:
     from lqexport.verification.result import Verification
 
-Protocols = Annotated[
-    list[str], typer.Option(help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.")
-]
-MadeFrom = Annotated[
-    Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
-]
-MaxPerplexityRatio = Annotated[
-    float, typer.Option(min=0, help="Fail where the perplexity grew by more than this factor; 0: no such limit.")
-]
+LIMITS, REPORTS, MORE = "Limits", "What to write", "More to measure"
+"""Panels of `verify --help`."""
 
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")],
     against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
     text: EvaluationText = "python-heldout",
-    protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
     windows: Windows = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
-    artifact: MadeFrom = None,
-    adapter: Annotated[
-        Path | None, typer.Option(help="The adapter with its low-rank corrections: measured with and without.")
-    ] = None,
-    activations: Annotated[
-        str | None, typer.Option(help="Emulate inputs of linears rounded to this type, such as native:mxint-8-g16.")
-    ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Fail where the mean KL divergence is above this.")] = None,
-    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
-    min_cosine: Annotated[
-        float | None, typer.Option(help="Of an encoder: fail where the mean cosine of embeddings is below this.")
-    ] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.")] = None,
-    linear: Annotated[
-        str | None, typer.Option(help="The matrix whose weights and grid the page shows. [default: the lossiest]")
-    ] = None,
-    card: Annotated[Path | None, typer.Option(help="Write a model card here, in Markdown.")] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="Folder for card, page and numbers: what push-to-hub wants beside the file.")
+    artifact: Annotated[
+        Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
     ] = None,
     as_json: Json = False,
     device: Device = "auto",
+    max_kl: Annotated[
+        float | None, typer.Option(help="Fail if the mean KL divergence is above this.", rich_help_panel=LIMITS)
+    ] = None,
+    max_perplexity_ratio: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Fail if the perplexity grew by more than this factor; 0: no such limit.",
+            rich_help_panel=LIMITS,
+        ),
+    ] = 2.0,
+    min_cosine: Annotated[
+        float | None,
+        typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with plots per layer here.", rich_help_panel=REPORTS)
+    ] = None,
+    linear: Annotated[
+        str | None,
+        typer.Option(
+            help="The matrix whose weights and grid the page shows. [default: the lossiest]", rich_help_panel=REPORTS
+        ),
+    ] = None,
+    card: Annotated[
+        Path | None, typer.Option(help="Write a model card here, in Markdown.", rich_help_panel=REPORTS)
+    ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for card, page and numbers: what push-to-hub wants beside the file.", rich_help_panel=REPORTS
+        ),
+    ] = None,
+    protocol: Annotated[
+        list[str],
+        typer.Option(
+            help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.",
+            rich_help_panel=MORE,
+        ),
+    ] = ["llama.cpp-512"],  # noqa: B006  # typer copies it
+    adapter: Annotated[
+        Path | None,
+        typer.Option(
+            help="The adapter with the file's low-rank corrections: measure with it and without.", rich_help_panel=MORE
+        ),
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(
+            help="Emulate inputs of linears that are rounded to this type, such as native:mxint-8-g16.",
+            rich_help_panel=MORE,
+        ),
+    ] = None,
 ) -> None:
     """Open the written file again and measure it against its source.
 
-    Checks its structure and, with --artifact, every tensor; then perplexity, KL divergence and top-1 agreement, or of
-    an encoder its embeddings of the text's sentences and how they rank each other.
+    Checks its structure and, with --artifact, every tensor. Then measures perplexity, KL divergence and top-1
+    agreement; of an encoder, the embeddings of the text's sentences and how they rank each other.
 
     Examples:
 
@@ -68,58 +96,49 @@ def verify(
     """
     with plain_endings(NOTHING_WRITTEN):
         from lqexport.verification import report
-        from lqexport.verification.card import save_card
-        from lqexport.verification.publish import save_record
         from lqexport.verification.verifying import verify as check
 
         if html:
             report.check_installed()
         with terminal_listener() as listener:
             result = check(
-                file,
-                against,
-                text=text,
-                protocols=tuple(protocol),
-                windows=windows,
+                file, against, text=text, protocols=tuple(protocol), windows=windows,
                 engine=engine,  # type: ignore[arg-type]  # checked there
-                artifact=artifact,
-                adapter=adapter,
-                activations=activations,
-                max_kl=max_kl,
-                max_perplexity_ratio=max_perplexity_ratio or None,
-                min_cosine=min_cosine,
-                linear=linear,
-                device=device,
-                listener=listener,
-            )
-        tell_verification(result, html, as_json)
-        if card:
-            save_card(result, card)
-        if record:
-            save_record(result, record)
+                artifact=artifact, adapter=adapter, activations=activations, max_kl=max_kl,
+                max_perplexity_ratio=max_perplexity_ratio or None, min_cosine=min_cosine, linear=linear,
+                device=device, listener=listener,
+            )  # fmt: skip
+        _print(result, as_json=as_json)
+        written = _write_reports(result, html, card, record)
         if not as_json:
-            _say_written(html, card, record)
+            for path in written:
+                print(f"Wrote {path}.")
     if result.failed:
         raise typer.Exit(1)
 
 
-def _say_written(html: Path | None, card: Path | None, record: Path | None) -> None:
-    """Where to find what `verify` wrote besides its table."""
-    for path in (html, card, record):
-        if path:
-            print(f"Wrote {path}.")
+def _print(result: Verification, *, as_json: bool) -> None:
+    from lqexport.verification.report import for_terminal
 
-
-def tell_verification(result: Verification, html: Path | None, as_json: bool) -> None:
-    """Print a verification, and write its page where one is asked for."""
-    from lqexport.verification.report import for_terminal, save_html
-
-    if html:
-        save_html(result, html)
     if as_json:
         print(json.dumps(result.as_json(), indent=1))
     else:
         output().print(for_terminal(result))
+
+
+def _write_reports(result: Verification, html: Path | None, card: Path | None, record: Path | None) -> list[Path]:
+    """Writes the page, the card and the record that are asked for, and returns where."""
+    from lqexport.verification.card import save_card
+    from lqexport.verification.publish import save_record
+    from lqexport.verification.report import save_html
+
+    if html:
+        save_html(result, html)
+    if card:
+        save_card(result, card)
+    if record:
+        save_record(result, record)
+    return [path for path in (html, card, record) if path]
 
 
 def compare(
