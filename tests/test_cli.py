@@ -21,6 +21,7 @@ import torch
 import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from lqexport.cli.app import app
@@ -92,7 +93,7 @@ def test_help_teaches_by_example(command: str) -> None:
 
 
 def test_version() -> None:
-    assert run("--version").output == "lqexport 0.1.0\n"
+    assert run("--version").output == "lqexport 0.2.0\n"
 
 
 def test_every_recipe_option_is_a_command_line_option() -> None:
@@ -101,6 +102,30 @@ def test_every_recipe_option_is_a_command_line_option() -> None:
     for field in dataclasses.fields(Recipe):
         assert field.name in parameters
         assert parameters[field.name].default is None  # else it would override the recipe file
+
+
+def test_help_shows_the_common_path_first() -> None:
+    """Options without a panel come first; every other one is in a panel with a name."""
+    parameters = get_command(app).commands["quantize"].params  # type: ignore[attr-defined]  # it is a group
+    panels = {option.name: option.rich_help_panel for option in parameters if option.param_type_name == "option"}
+    common = [name for name, panel in panels.items() if panel is None]
+    assert common == list(panels)[: len(common)]
+    assert {"target", "size", "bits", "calibration", "device", "dry_run"} <= set(common)
+    assert len(common) < 15
+    output = run("quantize", "--help").output
+    assert "A stopped run goes on" in output
+    assert output.index("--target") < output.index("--dampening")
+
+
+def test_options_are_declared_once() -> None:
+    """Help, panel and default of an option come from the recipe's field."""
+    parameters = {option.name: option for option in get_command(app).commands["quantize"].params}  # type: ignore[attr-defined]
+    for option in dataclasses.fields(Recipe):
+        if option.name != "source":
+            shown = parameters[option.name]
+            assert shown.help.startswith(option.metadata["help"])
+            assert shown.rich_help_panel == option.metadata["panel"]
+            assert shown.default is None
 
 
 def test_command_line_overrides_the_recipe_file(tmp_path: Path) -> None:
