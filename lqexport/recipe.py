@@ -41,7 +41,7 @@ TUNING, CORRECTION = "End-to-end tuning", "Low-rank correction"
 
 
 def _help(text: str, panel: str | None = None, flags: str | None = None) -> dict[str, str | None]:
-    """What the command line says of an option, as the metadata of its field.
+    """Returns the command line's text on an option, as the metadata of its field.
 
     text    its help, to which the default is added if there is one
     flags   its names on the command line, if they are not made from the field's name
@@ -51,7 +51,7 @@ def _help(text: str, panel: str | None = None, flags: str | None = None) -> dict
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """What the solver of one linear needs of a recipe; the fields are `Recipe`'s."""
+    """The options of a recipe that the solver of one linear needs."""
 
     method: Method
     solver: Solver
@@ -64,7 +64,7 @@ class SolverSettings:
 
 @dataclass(frozen=True)
 class CorrectionSettings:
-    """What the low-rank correction of one linear needs of a recipe; the fields are `Recipe`'s."""
+    """The options of a recipe that the low-rank correction of one linear needs."""
 
     rank: int
     scaling: Scaling
@@ -317,12 +317,12 @@ class Recipe:
 
     @property
     def solver_settings(self) -> SolverSettings:
-        """What the solver needs."""
+        """The options that the solver of a linear needs."""
         return SolverSettings(**_same_fields(self, SolverSettings))
 
     @property
     def correction_settings(self) -> CorrectionSettings:
-        """What a low-rank correction needs."""
+        """The options that a low-rank correction needs."""
         return CorrectionSettings(**_same_fields(self, CorrectionSettings))
 
     @property

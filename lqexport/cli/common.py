@@ -1,4 +1,4 @@
-"""What several commands share: how they end, where they print, and options that they have in common."""
+"""Parts that several commands share: their endings, their output, and common options."""
 
 from __future__ import annotations
 

@@ -50,14 +50,14 @@ def evaluate(
             raise UserError("Say what to evaluate: --text wikitext2, or --tasks arc_easy,piqa.")
         names = scores.task_names(tasks)
         with terminal_listener() as listener:
-            found = scores.evaluate(
+            result = scores.evaluate(
                 file, text or [], names, include=include, shots=shots, limit=limit, protocol=protocol, windows=windows,
                 device=device, listener=listener,
             )  # fmt: skip
         if as_json:
-            print(json.dumps(found.as_json(), indent=1))
+            print(json.dumps(result.as_json(), indent=1))
         else:
-            output().print(scores.table(found))
+            output().print(scores.table(result))
 
 
 def judge(
@@ -87,11 +87,11 @@ def judge(
         from lqexport.evaluation import judging
 
         with terminal_listener() as listener:
-            found = judging.judge(
+            result = judging.judge(
                 file, endpoint, model, against=against, questions=questions, tokens=tokens, device=device,
                 listener=listener,
             )  # fmt: skip
         if as_json:
-            print(json.dumps(found.as_json(), indent=1))
+            print(json.dumps(result.as_json(), indent=1))
         else:
-            output().print(judging.table(found))
+            output().print(judging.table(result))

@@ -29,10 +29,10 @@ def inspect(
         from lqexport.models.inspect import inspect as look
         from lqexport.models.inspect import table
 
-        found = look(path)
+        inspection = look(path)
         if as_json:
-            print(json.dumps(found.as_json(), indent=1))
+            print(json.dumps(inspection.as_json(), indent=1))
         else:
             console = output()
-            console.print(f"{found.path}: {found.container}", markup=False, highlight=False)
-            console.print(table(found.entries, verbose))
+            console.print(f"{inspection.path}: {inspection.container}", markup=False, highlight=False)
+            console.print(table(inspection.entries, verbose))

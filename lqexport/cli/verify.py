@@ -166,16 +166,16 @@ def compare(
         if plot:
             report.check_installed()
         with terminal_listener() as listener:
-            found = comparison.compare(
+            result = comparison.compare(
                 files, against, text=text, protocol=protocol, windows=windows,
                 engine=engine, device=device, listener=listener,  # type: ignore[arg-type]  # checked there
             )  # fmt: skip
         if plot:
-            comparison.save_plot(found, plot)
+            comparison.save_plot(result, plot)
         if as_json:
-            print(json.dumps(found.as_json(), indent=1))
+            print(json.dumps(result.as_json(), indent=1))
         else:
-            output().print(comparison.table(found))
+            output().print(comparison.table(result))
 
 
 def push_to_hub(

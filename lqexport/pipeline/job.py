@@ -29,7 +29,7 @@ from lqexport.storage.artifact import Artifact
 
 @dataclass(frozen=True, eq=False)
 class Job:
-    """What a run works on. `prepare` makes it; a stage that changes it returns another one.
+    """All that a run works on. `prepare` makes it; a stage that changes it returns another one.
 
     recipe                 the options, with nothing left open
     identity               what two runs must have in common to write the same artifact, as JSON values

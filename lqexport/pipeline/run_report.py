@@ -16,7 +16,7 @@ from lqexport.tuning.tune import Outcome
 
 @dataclass(frozen=True)
 class Results:
-    """What the stages of a run give to the report; None or empty if the recipe did not ask for it.
+    """Results of the stages for the report; None or empty if the recipe did not ask for them.
 
     type_choice   the types chosen for a size, as budget.json holds them
     allocation    the mixes of widths chosen for EXL2
