@@ -120,8 +120,9 @@ def _quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None
         if not dry_run:
             run.quantize()
         return
+    device = choose_device(run.device)  # an unknown device is said before the source is read
     shown = preview(run.recipe, run.out)
-    placement = choose_placement(shown.work, choose_device(run.device), run.out, run.limits)
+    placement = choose_placement(shown.work, device, run.out, run.limits)
     if not as_json:
         _show_plan(shown, placement, verbose=verbose, estimates=dry_run)
     if dry_run:
