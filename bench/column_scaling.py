@@ -34,7 +34,7 @@ def middle_block(source: Source, calibration: str, samples: int) -> dict[str, Te
     model = BlockModel(source)
     tokens = load_calibration(calibration, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
     with tempfile.TemporaryDirectory() as work:
-        for block in guided_moments(model, tokens, 1, Path(work), Silent()):
+        for block in guided_moments(model, tokens, output_groups=1, folder=Path(work), listener=Silent()):
             if block[0] == len(model) // 2:
                 return by_weight(model, block)
     raise AssertionError

@@ -34,7 +34,7 @@ def moments(source: Source, text: str, samples: int, block: int) -> dict[str, Te
     """Returns the Hessians of a block's linears on one text, by weight name."""
     tokens = load_calibration(text, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
     model = BlockModel(source)
-    *_, last = forward_moments(model, tokens, "normalized", lambda index, _: index == block, block)
+    *_, last = forward_moments(model, tokens, "normalized", wanted=lambda index, _: index == block, last=block)
     return by_weight(model, last)
 
 

@@ -40,7 +40,9 @@ def main() -> None:
     model = BlockModel(source)
     errors: dict[tuple[str, str], list[float]] = {(name, method): [] for name in names for method in METHODS}
     with torch.no_grad():
-        for block in forward_moments(model, embed(model, tokens), "plain", lambda *_: True, arguments.blocks - 1):
+        for block in forward_moments(
+            model, embed(model, tokens), "plain", wanted=lambda *_: True, last=arguments.blocks - 1
+        ):
             for name, hessian in by_weight(model, block).items():
                 for codec_name, method in errors:
                     recipe = Recipe(arguments.model, codec_name, method=method)

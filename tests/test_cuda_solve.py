@@ -127,7 +127,9 @@ def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
     tokens = source.tokenizer()(read_text("python-docs").content[:20000], return_tensors="pt")["input_ids"]
     model, firsts = BlockModel(source, torch.device("cpu")), ("self_attn.q_proj", "mlp.gate_proj")
     with torch.no_grad():
-        (moments,) = forward_moments(model, tokens[:, :1024], "normalized", lambda _, group: group[0] in firsts, 0)
+        (moments,) = forward_moments(
+            model, tokens[:, :1024], "normalized", wanted=lambda _, group: group[0] in firsts, last=0
+        )
     hessians = by_weight(model, moments)
     return [(source.read(name).float(), hessians[name]) for name in (model.weight_name(0, first) for first in firsts)]
 

@@ -57,7 +57,7 @@ def test_guided_moments_are_those_of_autograd(tiny_model: Path, tokens: Tensor, 
     expected = by_autograd(tiny_model, tokens)
     model = BlockModel(open_source(str(tiny_model)))
     guided = {}
-    for index, groups in guided_moments(model, tokens, 1, tmp_path / "work", Silent()):
+    for index, groups in guided_moments(model, tokens, output_groups=1, folder=tmp_path / "work", listener=Silent()):
         guided |= {f"model.layers.{index}.{linear}": hessian for (linear,), hessian in groups.items()}
     assert guided.keys() == expected.keys()
     for name, hessian in guided.items():
@@ -91,8 +91,10 @@ def test_powers_of_the_weights_keep_the_trace(groups: int) -> None:
 def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     """States that are held in memory leave no file, not even during the pass."""
     model = BlockModel(open_source(str(tiny_model)))
-    expected = dict(guided_moments(model, tokens, 1, tmp_path / "files", Silent()))
-    for index, groups in guided_moments(model, tokens, 1, tmp_path / "held", Silent(), held=True):
+    expected = dict(guided_moments(model, tokens, output_groups=1, folder=tmp_path / "files", listener=Silent()))
+    for index, groups in guided_moments(
+        model, tokens, output_groups=1, folder=tmp_path / "held", listener=Silent(), held=True
+    ):
         assert not (tmp_path / "held").exists()
         for group, hessian in groups.items():
             assert torch.equal(hessian, expected[index][group])
@@ -101,16 +103,18 @@ def test_states_held_in_memory_give_the_same_moments(tiny_model: Path, tokens: T
 def test_one_pass_gives_moments_and_weights(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     """A pass that collects moments and token weights gives what separate passes give."""
     model, weights = BlockModel(open_source(str(tiny_model))), []
-    alone = dict(guided_moments(model, tokens, 1, tmp_path / "alone", Silent()))
-    both = guided_moments(model, tokens, 1, tmp_path / "both", Silent(), power=0.5, weights=weights.append)
-    moments = guided_moments(model, tokens, 1, tmp_path / "moments", Silent(), power=0.5)
+    alone = dict(guided_moments(model, tokens, output_groups=1, folder=tmp_path / "alone", listener=Silent()))
+    both = guided_moments(
+        model, tokens, output_groups=1, folder=tmp_path / "both", listener=Silent(), power=0.5, weights=weights.append
+    )
+    moments = guided_moments(model, tokens, output_groups=1, folder=tmp_path / "moments", listener=Silent(), power=0.5)
     for (index, groups), (_, expected) in zip(both, moments, strict=True):
         assert weights[-1][0] == index
         for group, hessian in groups.items():
             assert torch.equal(hessian, expected[group])
             assert not torch.equal(hessian, alone[index][group])
     sums = [partial(TokenWeights, power=0.5)]
-    passed = [block for (block,) in guided_pass(model, tokens, sums, tmp_path / "weights", Silent())]
+    passed = [block for (block,) in guided_pass(model, tokens, sums, folder=tmp_path / "weights", listener=Silent())]
     for (_, groups), (_, expected) in zip(weights, passed, strict=True):
         assert all(
             torch.equal(weight, expected[group]) and len(weight) == tokens.numel() for group, weight in groups.items()
@@ -119,7 +123,10 @@ def test_one_pass_gives_moments_and_weights(tiny_model: Path, tokens: Tensor, tm
 
 def test_output_groups_average_to_one(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     model = BlockModel(open_source(str(tiny_model)))
-    one, four = (dict(guided_moments(model, tokens, n, tmp_path / str(n), Silent())) for n in (1, 4))
+    one, four = (
+        dict(guided_moments(model, tokens, output_groups=n, folder=tmp_path / str(n), listener=Silent()))
+        for n in (1, 4)
+    )
     for index, groups in one.items():
         for group, hessian in groups.items():
             several = four[index][group]
@@ -141,7 +148,15 @@ def test_panels_make_a_whole_matrix(columns: int) -> None:
 def test_passes_in_bfloat16_give_nearly_the_same(tiny_model: Path, tokens: Tensor, tmp_path: Path) -> None:
     source = open_source(str(tiny_model))
     exact, near = (
-        dict(guided_moments(BlockModel(source, compute_dtype=dtype), tokens, 1, tmp_path / str(dtype), Silent()))
+        dict(
+            guided_moments(
+                BlockModel(source, compute_dtype=dtype),
+                tokens,
+                output_groups=1,
+                folder=tmp_path / str(dtype),
+                listener=Silent(),
+            )
+        )
         for dtype in (torch.float32, torch.bfloat16)
     )
     for index, groups in exact.items():

@@ -40,7 +40,7 @@ def test_the_gradient_is_that_of_the_divergence(tiny_model: Path, target: str, t
     solved = SolvedModel(artifact, source.config, list(artifact.manifest()))
     tokens = torch.randint(0, 512, (3 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
     models = BlockModel(solved, dtype=torch.float64), BlockModel(source, dtype=torch.float64)
-    tuner = Tuner(artifact, *models, tokens, 0.0, tmp_path / "work", Silent())
+    tuner = Tuner(artifact, *models, tokens, rate=0.0, folder=tmp_path / "work", listener=Silent())
     tuner.deltas = {key: delta.detach().double().requires_grad_() for key, delta in tuner.deltas.items()}
     targets, inputs = tuner._targets(), tuner.solved.start(tokens[:1])
 
@@ -95,7 +95,16 @@ def tuner_of(folder: Path, source: Path, cache_bytes: tuple[int, int] = (0, 0)) 
     artifact, model = Artifact(folder), open_source(str(source))
     solved = SolvedModel(artifact, model.config, list(artifact.manifest()))
     tokens = torch.randint(0, 512, (8 + HELD_OUT, 32), generator=torch.Generator().manual_seed(1))
-    return Tuner(artifact, BlockModel(solved), BlockModel(model), tokens, 0.03, folder / "work", Silent(), cache_bytes)
+    return Tuner(
+        artifact,
+        BlockModel(solved),
+        BlockModel(model),
+        tokens,
+        rate=0.03,
+        folder=folder / "work",
+        listener=Silent(),
+        cache_bytes=cache_bytes,
+    )
 
 
 @pytest.mark.parametrize("cache_bytes", [(1 << 62, 0), (0, 1 << 62), (100_000, 100_000)])

@@ -58,7 +58,7 @@ def embed_batches(model: BlockModel, ids: list[Tensor], keep: Keep = Tensor.cpu)
 
 
 def forward_moments(
-    model: BlockModel, tokens: Tensor, moments_type: Moments, wanted: Callable[[int, Group], bool], last: int,
+    model: BlockModel, tokens: Tensor, moments_type: Moments, *, wanted: Callable[[int, Group], bool], last: int,
     processes: Processes = ALONE, keep: Keep = in_place, parts: int = 1, keep_states: Keep = Tensor.cpu,
 ) -> Iterator[BlockMoments]:  # fmt: skip
     """Yields the plain or normalized second moments of the linears, block by block.
@@ -83,7 +83,9 @@ def forward_moments(
         for number in range(count):
             states = [list(batches) for batches in hidden]  # for each part, the blocks start from the same states
             for owner, collector in enumerate(blocks):
-                _pass_forward(model, collector, number, states, rounds, processes, owner, keep_states)
+                _pass_forward(
+                    model, collector, number, states, rounds, processes=processes, owner=owner, keep_states=keep_states
+                )
             if number + 1 < count or window[-1] < last:
                 model.expect(window[0] if number + 1 < count else window[-1] + 1)
             if processes.rank < len(blocks):
@@ -93,7 +95,7 @@ def forward_moments(
 
 def _pass_forward(
     model: BlockModel, collector: BlockCollector, number: int, states: list[list[Tensor]],
-    rounds: list[tuple[int | None, int]], processes: Processes, owner: int, keep_states: Keep,
+    rounds: list[tuple[int | None, int]], *, processes: Processes, owner: int, keep_states: Keep,
 ) -> None:  # fmt: skip
     """Replaces this process's hidden states by a block's outputs, and collects part `number` for process `owner`."""
     block = model.block(collector.index)
@@ -137,7 +139,7 @@ def add_outputs(moments: SecondMoments, model: BlockModel, tokens: Tensor, proce
 
 
 def input_magnitudes(
-    model: BlockModel, tokens: Tensor, processes: Processes = ALONE, listener: Listener | None = None,
+    model: BlockModel, tokens: Tensor, processes: Processes = ALONE, *, listener: Listener | None = None,
     description: str = "",
 ) -> dict[str, Tensor]:  # fmt: skip
     """Returns the largest mean |x_i| of any sequence for the inputs of every linear, float32 [C] by the weight's name.

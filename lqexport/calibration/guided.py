@@ -29,7 +29,7 @@ from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
 
 
 def guided_moments(
-    model: BlockModel, tokens: Tensor, output_groups: int, folder: Path, listener: Listener,
+    model: BlockModel, tokens: Tensor, *, output_groups: int, folder: Path, listener: Listener,
     processes: Processes = ALONE, keep: Keep = in_place, held: bool = False, power: float = 1.0,
     weights: Callable[[BlockMoments], None] | None = None, parts: int = 1,
 ) -> Iterator[BlockMoments]:  # fmt: skip
@@ -53,14 +53,16 @@ def guided_moments(
     ]
     if weights is not None:
         collector_types.append(partial(TokenWeights, power=power))
-    for moments, *others in guided_pass(model, tokens, collector_types, folder, listener, processes, held, parts):
+    for moments, *others in guided_pass(
+        model, tokens, collector_types, folder=folder, listener=listener, processes=processes, held=held, parts=parts
+    ):
         if weights is not None:
             weights(*others)
         yield moments
 
 
 def guided_pass(
-    model: BlockModel, tokens: Tensor, collector_types: Sequence[Callable[[int], Collector]], folder: Path,
+    model: BlockModel, tokens: Tensor, collector_types: Sequence[Callable[[int], Collector]], *, folder: Path,
     listener: Listener, processes: Processes = ALONE, held: bool = False, parts: int = 1,
 ) -> Iterator[list[BlockMoments]]:  # fmt: skip
     """Yields, block by block and the last one first, what each type of collector has collected.

@@ -35,14 +35,16 @@ def _collected(job: Job, model: BlockModel, wanted: Callable[[int, Group], bool]
         # Asymmetric calibration later takes its weights of the tokens from the same guided pass.
         keep_weights = job.token_weights_cache.write if recipe.asymmetric and job.token_weights_cache else None
         return guided_moments(
-            model, job.sequences, recipe.output_groups, job.work_folder / "guided", job.listener, job.processes, keep,
-            _keeps_states_in_memory(job), recipe.guided_power, keep_weights, parts,
+            model, job.sequences, output_groups=recipe.output_groups, folder=job.work_folder / "guided",
+            listener=job.listener, processes=job.processes, keep=keep, held=_keeps_states_in_memory(job),
+            power=recipe.guided_power, weights=keep_weights, parts=parts,
         )  # fmt: skip
     groups = model.architecture.linears_of
     last = max(block for block in range(len(model)) for group in groups(block) if wanted(block, group))
     return forward_moments(
-        model, job.sequences, job.moments_type, wanted, last, job.processes, keep, parts, job.placement.hidden.keep
-    )
+        model, job.sequences, job.moments_type, wanted=wanted, last=last, processes=job.processes, keep=keep,
+        parts=parts, keep_states=job.placement.hidden.keep,
+    )  # fmt: skip
 
 
 def token_weights(job: Job, model: BlockModel) -> dict[str, Tensor]:
@@ -55,8 +57,8 @@ def token_weights(job: Job, model: BlockModel) -> dict[str, Tensor]:
     if not job.processes.from_first(all(block in cache for block in range(len(model)))):
         collectors = [partial(TokenWeights, power=job.recipe.guided_power)]
         passed = guided_pass(
-            model, job.sequences, collectors, job.work_folder / "guided", job.listener, job.processes,
-            _keeps_states_in_memory(job),
+            model, job.sequences, collectors, folder=job.work_folder / "guided", listener=job.listener,
+            processes=job.processes, held=_keeps_states_in_memory(job),
         )  # fmt: skip
         for _ in cache.fill(weights for (weights,) in passed):
             pass

@@ -24,7 +24,7 @@ def smooth_source(job: Job) -> Job:
     if not solved_pairs:
         return job
     magnitudes = input_magnitudes(
-        job.model(), job.sequences[:SEQUENCES], job.processes, job.listener, "Sizes of inputs"
+        job.model(), job.sequences[:SEQUENCES], job.processes, listener=job.listener, description="Sizes of inputs"
     )
     scales = {pair: column_scales(magnitudes[pair.takers[0]]) for pair in solved_pairs}
     return replace(job, source=Smoothed(job.source, scales))

@@ -17,8 +17,8 @@ def tune_model(job: Job) -> Outcome | None:
     solved = SolvedModel(job.artifact, job.source.config, [tensor.name for tensor in job.planned])
     tokens = torch.cat([job.calibration.tokens[:count], job.calibration.tokens[-HELD_OUT:]])
     outcome = Tuner(
-        job.artifact, job.model_of(solved), job.model(), tokens, job.recipe.tune_rate, job.work_folder, job.listener,
-        job.placement.unpacked,
+        job.artifact, job.model_of(solved), job.model(), tokens, rate=job.recipe.tune_rate, folder=job.work_folder,
+        listener=job.listener, cache_bytes=job.placement.unpacked,
     ).run()  # fmt: skip
     if not outcome.kept:
         job.listener.message("Tuning did not help on the held-out sequences: the model stays as it was solved.")

@@ -155,7 +155,7 @@ class Tuner:
     """
 
     def __init__(
-        self, artifact: Artifact, solved: BlockModel, source: BlockModel, tokens: Tensor, rate: float,
+        self, artifact: Artifact, solved: BlockModel, source: BlockModel, tokens: Tensor, *, rate: float,
         folder: Path, listener: Listener, cache_bytes: tuple[int, int] = (0, 0),
     ) -> None:  # fmt: skip
         self.artifact, self.solved, self.source, self.folder, self.listener = artifact, solved, source, folder, listener

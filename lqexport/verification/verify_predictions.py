@@ -36,7 +36,7 @@ TOKENIZER_LIMIT = 0.01
 
 
 def compare_predictions(
-    result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, text: Text,
+    result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, *, text: Text,
     protocols: tuple[str, ...], windows: int | None, listener: Listener,
 ) -> None:  # fmt: skip
     """Compares the file with its source on a text by every protocol, and stores the results in `result`.
@@ -48,7 +48,8 @@ def compare_predictions(
     if result.engine == "llama.cpp":
         check_tokenizer(result, tokenizer, text)
     if architecture_of(source.config).encoder:
-        compare_embeddings(result, export, factors, source, sentences(text.content, windows), tokenizer, listener)
+        texts = sentences(text.content, windows)
+        compare_embeddings(result, export, factors, source, texts=texts, tokenizer=tokenizer, listener=listener)
     else:
         cut = cut_text(tokenizer, text, protocols, windows)
         evaluate_file(result, export, factors, source, cut, listener)
@@ -118,6 +119,7 @@ def compare_embeddings(
     export: Weights,
     factors: LowRankFactors | None,
     source: Weights,
+    *,
     texts: list[str],
     tokenizer: PreTrainedTokenizerBase,
     listener: Listener,

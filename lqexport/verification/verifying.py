@@ -97,7 +97,16 @@ def verify(
     check_tensors(result, export, factors, smoothed, made_from, listener)
     check_overlap(result, evaluation_text)
     if usable and all(tensor.finite for tensor in result.tensors):
-        compare_predictions(result, export, factors, source, evaluation_text, protocols, windows, listener)
+        compare_predictions(
+            result,
+            export,
+            factors,
+            source,
+            text=evaluation_text,
+            protocols=protocols,
+            windows=windows,
+            listener=listener,
+        )
         result.portrait = _matrix_view(result, export, smoothed, linear)
         check_limits(result)
     return result
