@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from common import comparison_parser
@@ -27,7 +28,7 @@ from lqexport.converters.gguf import writer as gguf
 from lqexport.evaluation.evaluate import Evaluation
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
-from lqexport.pipeline.ranks import cut, share
+from lqexport.pipeline.ranks import cut, share_ranks
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.solver.linear import round_tensor
@@ -71,7 +72,13 @@ def shared_ranks(large: Artifact, arguments: argparse.Namespace, recipe: Recipe,
     copy = Artifact(arguments.work / "shared")
     shutil.rmtree(copy.folder, ignore_errors=True)
     shutil.copytree(large.folder, copy.folder)
-    return share(copy, linears, replace(recipe, factor_bytes=4 * numbers))
+    # `share_ranks` reads only these three fields of a job.
+    job = SimpleNamespace(
+        recipe=replace(recipe, factor_bytes=4 * numbers),
+        artifact=copy,
+        linears={tensor.name: tensor for tensor in linears},
+    )
+    return share_ranks(job)  # type: ignore[arg-type]
 
 
 def row(tensor_type: str, label: str, file: Path, result: Evaluation, adapter: Path | None = None) -> dict[str, Any]:
