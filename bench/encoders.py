@@ -127,7 +127,7 @@ def gathered(source: Source, tokens: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yields every weight's name and its guided second moments."""
     model = BlockModel(source)
     with tempfile.TemporaryDirectory() as folder:
-        for block in guided_moments(model, tokens, 1, Path(folder), Silent()):
+        for block in guided_moments(model, tokens, output_groups=1, folder=Path(folder), listener=Silent()):
             yield from by_weight(model, block).items()
 
 

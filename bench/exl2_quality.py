@@ -134,7 +134,7 @@ def baselines(source: Source, tokens: Tensor, choices: dict[Choice, Codecs]) -> 
     """Quantizes every linear by ExLlamaV2's recipe, in the codecs of each choice. One pass collects plain second
     moments for all choices."""
     model, linears = BlockModel(source), {choice: {} for choice in choices}
-    blocks = forward_moments(model, tokens, "plain", lambda *_: True, len(model) - 1)
+    blocks = forward_moments(model, tokens, "plain", wanted=lambda *_: True, last=len(model) - 1)
     for block in blocks:
         for name, hessian in by_weight(model, block).items():
             weight = source.read(name).float()
