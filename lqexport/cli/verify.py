@@ -17,6 +17,56 @@ if TYPE_CHECKING:
 LIMITS, REPORTS, MORE = "Limits", "What to write", "More to measure"
 """Panels of `verify --help`."""
 
+MadeFrom = Annotated[
+    Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
+]
+MaxKl = Annotated[
+    float | None, typer.Option(help="Fail if the mean KL divergence is above this.", rich_help_panel=LIMITS)
+]
+MaxPerplexityRatio = Annotated[
+    float,
+    typer.Option(
+        min=0, help="Fail if the perplexity grew by more than this factor; 0: no such limit.", rich_help_panel=LIMITS
+    ),
+]
+MinCosine = Annotated[
+    float | None,
+    typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
+]
+Html = Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.", rich_help_panel=REPORTS)]
+ShownLinear = Annotated[
+    str | None,
+    typer.Option(
+        help="The matrix whose weights and grid the page shows. [default: the lossiest]", rich_help_panel=REPORTS
+    ),
+]
+Card = Annotated[Path | None, typer.Option(help="Write a model card here, in Markdown.", rich_help_panel=REPORTS)]
+Record = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder for card, page and numbers: what push-to-hub wants beside the file.", rich_help_panel=REPORTS
+    ),
+]
+Protocols = Annotated[
+    list[str],
+    typer.Option(
+        help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.", rich_help_panel=MORE
+    ),
+]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(
+        help="The adapter with the file's low-rank corrections: measure with it and without.", rich_help_panel=MORE
+    ),
+]
+Activations = Annotated[
+    str | None,
+    typer.Option(
+        help="Emulate inputs of linears that are rounded to this type, such as native:mxint-8-g16.",
+        rich_help_panel=MORE,
+    ),
+]
+
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")],
@@ -24,64 +74,19 @@ def verify(
     text: EvaluationText = "python-heldout",
     windows: Windows = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport or llama.cpp.")] = "lqexport",
-    artifact: Annotated[
-        Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
-    ] = None,
+    artifact: MadeFrom = None,
     as_json: Json = False,
     device: Device = "auto",
-    max_kl: Annotated[
-        float | None, typer.Option(help="Fail if the mean KL divergence is above this.", rich_help_panel=LIMITS)
-    ] = None,
-    max_perplexity_ratio: Annotated[
-        float,
-        typer.Option(
-            min=0,
-            help="Fail if the perplexity grew by more than this factor; 0: no such limit.",
-            rich_help_panel=LIMITS,
-        ),
-    ] = 2.0,
-    min_cosine: Annotated[
-        float | None,
-        typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
-    ] = None,
-    html: Annotated[
-        Path | None, typer.Option(help="Write a page with plots per layer here.", rich_help_panel=REPORTS)
-    ] = None,
-    linear: Annotated[
-        str | None,
-        typer.Option(
-            help="The matrix whose weights and grid the page shows. [default: the lossiest]", rich_help_panel=REPORTS
-        ),
-    ] = None,
-    card: Annotated[
-        Path | None, typer.Option(help="Write a model card here, in Markdown.", rich_help_panel=REPORTS)
-    ] = None,
-    record: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for card, page and numbers: what push-to-hub wants beside the file.", rich_help_panel=REPORTS
-        ),
-    ] = None,
-    protocol: Annotated[
-        list[str],
-        typer.Option(
-            help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.",
-            rich_help_panel=MORE,
-        ),
-    ] = ["llama.cpp-512"],  # noqa: B006  # typer copies it
-    adapter: Annotated[
-        Path | None,
-        typer.Option(
-            help="The adapter with the file's low-rank corrections: measure with it and without.", rich_help_panel=MORE
-        ),
-    ] = None,
-    activations: Annotated[
-        str | None,
-        typer.Option(
-            help="Emulate inputs of linears that are rounded to this type, such as native:mxint-8-g16.",
-            rich_help_panel=MORE,
-        ),
-    ] = None,
+    max_kl: MaxKl = None,
+    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    min_cosine: MinCosine = None,
+    html: Html = None,
+    linear: ShownLinear = None,
+    card: Card = None,
+    record: Record = None,
+    protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
+    adapter: Adapter = None,
+    activations: Activations = None,
 ) -> None:
     """Open the written file again and measure it against its source.
 
