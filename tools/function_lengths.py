@@ -38,7 +38,8 @@ def summary(counts: list[int]) -> tuple[float, int, int]:
 def table(root: Path) -> dict[str, tuple[int, float, int, int]]:
     """Returns by package: the number of functions, and the summary of their lengths; last, of all together."""
     folders = [folder for top in TOP_FOLDERS for folder in (root / top, *sorted((root / top).iterdir()))]
-    packages = [folder for folder in folders if (folder / "__init__.py").is_file()]
+    # The links within lqexport/ lead to folders that are in the list themselves.
+    packages = [folder for folder in folders if (folder / "__init__.py").is_file() and not folder.is_symlink()]
     rows = {str(folder.relative_to(root)): lengths(folder) for folder in packages}
     rows["all"] = [length for top in TOP_FOLDERS for length in lengths(root / top)]
     return {name: (len(counts), *summary(counts)) for name, counts in rows.items() if counts}
