@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,10 @@ class Tuner:
         self.blocks = [solved.names(index) for index in range(len(solved))]
         self.encoder = solved.architecture.encoder
         self.norm = f"{solved.architecture.final_norm}.weight"
-        self.deltas = self._zeros()
 
-    def _zeros(self) -> State:
-        """Returns a change of zero for each tuned number, in units of `_unit`. The keys are TENSOR/NUMBER."""
+    @cached_property
+    def deltas(self) -> State:
+        """The change of each tuned number, in units of `_unit`, zero at first. The keys are TENSOR/NUMBER."""
         deltas = {}
         final = [] if self.encoder else [self.norm]
         for name in [name for names in self.blocks for name in names] + final:
