@@ -20,7 +20,7 @@ from lqexport.calibration import texts
 from lqexport.calibration.collect import batches, input_of
 from lqexport.calibration.experts import fill_up
 from lqexport.calibration.moments import SecondMoments
-from lqexport.converters.models.architectures import MIXTRAL
+from lqexport.converters.models.families.mixtral import MIXTRAL
 from lqexport.evaluation import evaluate
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source

@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.cli.options import merged_recipe
-from lqexport.converters.models.architectures import LLAMA
+from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.models import inspect as inspection
 from lqexport.planning import cost, dryrun

@@ -14,7 +14,7 @@ from lqexport.calibration import collect
 from lqexport.calibration.block_collector import BlockCollector, BlockMoments
 from lqexport.calibration.experts import FILL, fill_up, parts, pooled
 from lqexport.calibration.moments import SecondMoments
-from lqexport.converters.models.architectures import MIXTRAL
+from lqexport.converters.models.families.mixtral import MIXTRAL
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source

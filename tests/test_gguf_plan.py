@@ -12,7 +12,7 @@ import pytest
 from lqexport.converters.gguf.mixes import MIXES, file_type
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.row_order import rope_order
-from lqexport.converters.models.architectures import LLAMA
+from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.converters.targets import plan, targets
 from lqexport.errors import UserError

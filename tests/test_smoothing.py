@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lqexport.converters.gguf import writer as gguf
-from lqexport.converters.models.architectures import LLAMA, MIXTRAL
+from lqexport.converters.models.families.llama import LLAMA
+from lqexport.converters.models.families.mixtral import MIXTRAL
 from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
 from lqexport.models.smoothing import Smoothed, column_scales, pairs, scales_between

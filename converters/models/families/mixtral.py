@@ -1,0 +1,35 @@
+"""Architectures: Mixtral."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lqexport.converters.models.architecture import ExLlamaV2
+from lqexport.converters.models.families.llama import LLAMA
+from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, EXPERT_LINEARS, EXPERTS, QKV, RMS_NORM
+
+MIXTRAL = replace(
+    LLAMA,
+    family="Mixtral",
+    classes=("MixtralForCausalLM",),
+    model_type="mixtral",
+    exl2=ExLlamaV2(
+        renamed={
+            r"\.mlp\.": ".block_sparse_moe.",
+            r"\.gate_proj\.": ".w1.",
+            r"\.up_proj\.": ".w3.",
+            r"\.down_proj\.": ".w2.",
+        }
+    ),
+    linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
+    gguf_block={"input_layernorm": "attn_norm", **ATTENTION, "post_attention_layernorm": "ffn_norm", **EXPERTS},
+    experts="num_local_experts",
+    renamed={
+        r"\.block_sparse_moe\.": ".mlp.",
+        r"(experts\.\d+)\.w1\.": r"\1.gate_proj.",
+        r"(experts\.\d+)\.w3\.": r"\1.up_proj.",
+        r"(experts\.\d+)\.w2\.": r"\1.down_proj.",
+    },
+    keys=(replace(RMS_NORM, default=1e-5), *EXPERT_KEYS),
+    flags={},
+)

@@ -1,0 +1,19 @@
+"""Architectures: SmolLM3."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lqexport.converters.models.families.llama import LLAMA
+
+SMOLLM3 = replace(
+    LLAMA,
+    family="SmolLM3",
+    classes=("SmolLM3ForCausalLM",),
+    model_type="smollm3",
+    gguf="smollm3",
+    exl2=None,
+    defaults={"tie_word_embeddings": True, "use_sliding_window": False},
+    fixed={"hidden_act": ("silu",), "no_rope_layer_interval": (4,)},
+    rope_types=("default", "dynamic", "yarn"),
+)
