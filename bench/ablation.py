@@ -1,4 +1,4 @@
-"""What each step of the solver gains: compares named variants of the recipe for several models and targets.
+"""Measures what each step of the solver gains: compares named variants of the recipe for several models and targets.
 
     python bench/ablation.py MODEL... --calibration FILE --evaluation FILE [FILE...] --work FOLDER
                              [--targets gguf:Q2_K ...] [--variants NAME ...] [--samples 64] [--windows 12]

@@ -1,4 +1,6 @@
-"""What scaling the columns before solving would gain (AWQ, SmoothQuant): the solved loss divided by the unscaled one.
+"""Measures what scaling the columns before solving would gain (AWQ, SmoothQuant).
+
+Prints the solved loss divided by the unscaled one.
 
     python bench/column_scaling.py MODEL --calibration FILE [--samples 8] [--targets gguf:Q2_K gguf:Q4_K]
 

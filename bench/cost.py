@@ -1,4 +1,6 @@
-"""What quantizing costs: time and peak memory of whole processes, beside forward passes alone over the same tokens.
+"""Measures what quantizing costs: time and peak memory of whole processes, beside bare forward passes.
+
+The forward passes are over the same tokens.
 
     python bench/cost.py MODEL --text FILE --work FOLDER [--target gguf:Q4_K] [--samples 64] [--sequence-length 512]
 

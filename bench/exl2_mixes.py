@@ -1,4 +1,4 @@
-"""What mixes of widths gain, by the options that a run with the target exl2 measured.
+"""Measures what mixes of widths gain, by the options that a run with the target exl2 measured.
 
     python bench/exl2_mixes.py OUT
 

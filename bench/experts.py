@@ -1,4 +1,4 @@
-"""What filling up experts' second moments gains on held-out tokens (lqexport/calibration/experts.py).
+"""Measures what filling up experts' second moments gains on held-out tokens (lqexport/calibration/experts.py).
 
     python bench/experts.py MODEL --calibration FILE [--block 12] [--target gguf:Q4_0] [--samples 48]
 

@@ -1,4 +1,4 @@
-"""What GPTQ's layouts cost: the output error of real linears in each layout, beside a grid with a free offset.
+"""Measures what GPTQ's layouts cost: the output error of real linears in each layout, beside a grid with a free offset.
 
     python bench/gptq_layouts.py MODEL --calibration FILE [--blocks 2] [--group 64]
 

@@ -1,4 +1,4 @@
-"""What a low-rank correction gains in llama.cpp, compared with spending the same bytes on a wider type.
+"""Measures what a low-rank correction gains in llama.cpp, compared with spending the same bytes on a wider type.
 
     python bench/lowrank.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--samples 16] [--windows 12]
 

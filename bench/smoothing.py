@@ -1,4 +1,6 @@
-"""What llama.cpp's rounding of inputs to 8 bits costs a model, by group of linears, with and without smoothing.
+"""Measures what llama.cpp's rounding of inputs to 8 bits costs a model, by group of linears.
+
+With and without smoothing.
 
     python bench/smoothing.py MODEL --calibration FILE --evaluation FILE [--windows 4] [--powers 0 0.1 0.2 0.35 0.5]
 

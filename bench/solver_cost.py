@@ -1,4 +1,6 @@
-"""What refinement costs: processor seconds of the default solver and of one pass of error feedback, for one linear.
+"""Measures what refinement costs for one linear.
+
+Processor seconds of the default solver, and of one pass of error feedback.
 
     python bench/solver_cost.py [--rows 768] [--columns 2048] [--targets gguf:Q4_K ...]
 

@@ -36,7 +36,7 @@ def test_every_name_is_there() -> None:
 
 
 def documented_names(page: str) -> set[str]:
-    """What docs/python.md calls `lqexport.name` anywhere, or `name(...)` in its table."""
+    """Returns the names that docs/python.md has as `lqexport.name` anywhere, or as `name(...)` in its table."""
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     calls = {name for row in rows for name in re.findall(r"`(\w+)\(", row.split("|")[1])}
     return calls | set(re.findall(r"\blqexport\.(\w+)", page))

@@ -317,7 +317,7 @@ RECIPES = (
 
 @dataclass
 class Result:
-    """What the comparison of one recipe found.
+    """The result of comparing one recipe.
 
     files, nbytes   compared, on the side of BEFORE
     differences     file -> first byte that differs, or None where the file is on one side only

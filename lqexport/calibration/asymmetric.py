@@ -27,7 +27,7 @@ from lqexport.solver.cholesky import factorize, runs
 
 @dataclass(frozen=True)
 class Entering:
-    """What enters a linear in one of the two models.
+    """The inputs of a linear in one of the two models.
 
     inputs   [..., C]
     stream   the hidden states [..., R] that the linear's output is added to; None if it is not added to any

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from lqexport.errors import UserError
 
@@ -37,6 +38,24 @@ def plain_endings(stopped: str) -> Iterator[None]:
     except KeyboardInterrupt:
         errors.print(stopped, markup=False, highlight=False)
         raise typer.Exit(130) from None
+
+
+class HasJson(Protocol):
+    """A result that can be printed as JSON."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything, as JSON values."""
+
+
+Result = TypeVar("Result", bound=HasJson)
+
+
+def print_result(result: Result, table: Callable[[Result], RenderableType], *, as_json: bool) -> None:
+    """Prints a result: as JSON, or as what `table` makes of it."""
+    if as_json:
+        print(json.dumps(result.as_json(), indent=1))
+    else:
+        output().print(table(result))
 
 
 def output() -> Console:

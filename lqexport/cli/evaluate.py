@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Windows, output, plain_endings
+from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Windows, plain_endings, print_result
 from lqexport.errors import UserError
 from lqexport.runtime.progress import terminal_listener
 
@@ -54,10 +53,7 @@ def evaluate(
                 file, text or [], names, include=include, shots=shots, limit=limit, protocol=protocol, windows=windows,
                 device=device, listener=listener,
             )  # fmt: skip
-        if as_json:
-            print(json.dumps(result.as_json(), indent=1))
-        else:
-            output().print(scores.table(result))
+        print_result(result, scores.table, as_json=as_json)
 
 
 def judge(
@@ -91,7 +87,4 @@ def judge(
                 file, endpoint, model, against=against, questions=questions, tokens=tokens, device=device,
                 listener=listener,
             )  # fmt: skip
-        if as_json:
-            print(json.dumps(result.as_json(), indent=1))
-        else:
-            output().print(judging.table(result))
+        print_result(result, judging.table, as_json=as_json)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, EvaluationText, Json, Windows, output, plain_endings
+from lqexport.cli.common import NOTHING_WRITTEN, Device, EvaluationText, Json, Windows, plain_endings, print_result
 from lqexport.runtime.progress import terminal_listener
 
 if TYPE_CHECKING:
@@ -113,22 +112,13 @@ def verify(
                 max_perplexity_ratio=max_perplexity_ratio or None, min_cosine=min_cosine, linear=linear,
                 device=device, listener=listener,
             )  # fmt: skip
-        _print(result, as_json=as_json)
+        print_result(result, report.for_terminal, as_json=as_json)
         written = _write_reports(result, html, card, record)
         if not as_json:
             for path in written:
                 print(f"Wrote {path}.")
     if result.failed:
         raise typer.Exit(1)
-
-
-def _print(result: Verification, *, as_json: bool) -> None:
-    from lqexport.verification.report import for_terminal
-
-    if as_json:
-        print(json.dumps(result.as_json(), indent=1))
-    else:
-        output().print(for_terminal(result))
 
 
 def _write_reports(result: Verification, html: Path | None, card: Path | None, record: Path | None) -> list[Path]:
@@ -177,10 +167,7 @@ def compare(
             )  # fmt: skip
         if plot:
             comparison.save_plot(result, plot)
-        if as_json:
-            print(json.dumps(result.as_json(), indent=1))
-        else:
-            output().print(comparison.table(result))
+        print_result(result, comparison.table, as_json=as_json)
 
 
 def push_to_hub(

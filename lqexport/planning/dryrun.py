@@ -30,7 +30,7 @@ from lqexport.storage.artifact import Artifact
 
 @dataclass(frozen=True)
 class Preview:
-    """What a run would do.
+    """The plan of a run, shown before any work.
 
     recipe    the recipe with nothing left open
     out       the output folder
@@ -54,7 +54,7 @@ class Preview:
 
     @property
     def work(self) -> Work:
-        """What the estimates are computed from."""
+        """The facts that the estimates are computed from."""
         return Work(self.recipe, self.config, self.tensors)
 
     @property

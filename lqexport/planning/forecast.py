@@ -64,7 +64,7 @@ class Forecast:
 
     @cached_property
     def placement(self) -> Placement:
-        """Where the run would keep its large tensors, to fit into the memory."""
+        """The places where the run would keep its large tensors, to fit into the memory."""
         return choose_placement(self.work, self.device, Path(), self.limits)
 
     @property

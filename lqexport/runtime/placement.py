@@ -1,4 +1,4 @@
-"""Where a run keeps its large tensors, and how many rows and experts it processes at once.
+"""Placement: where a run keeps its large tensors, and how many rows and experts it processes at once.
 
 The choice follows from the memory limits; results do not depend on it. All arithmetic is done on the device, in steps
 of fixed sizes. Tensors that are kept between steps may be on the device, in the host's memory, or in a file that is
@@ -83,7 +83,7 @@ def mapped(tensor: Tensor, folder: Path) -> Tensor:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where each group of large tensors is kept, and how much is processed at once.
+    """The place of each group of large tensors, and how much is processed at once.
 
     device    the device that computes
     moments   where the Hessians of a block are kept, except the one that is in use
