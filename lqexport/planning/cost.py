@@ -38,7 +38,9 @@ linears of 4096 x 14336 on one core (docs/scale.md)."""
 
 @dataclass(frozen=True)
 class Work:
-    """The facts that the estimates are computed from: a recipe, the model's config.json, and every tensor that will be stored.
+    """The facts that the estimates are computed from.
+
+    They are a recipe, the model's config.json, and every tensor that will be stored.
 
     `recipe` must have nothing left open (`defaults.settled`).
     """
