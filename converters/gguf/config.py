@@ -47,9 +47,10 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     Raises UserError if the metadata lacks a value, or has one that config.json cannot express.
     """
     architecture = metadata.architecture
-    config = {key: allowed[0] for key, allowed in architecture.fixed.items() if allowed[0] is not None}
+    fixed, defaults = architecture.fixed.items(), architecture.defaults
+    config = {key: allowed[0] for key, allowed in fixed if allowed[0] is not None or key in defaults}
     config |= {key: values[0] for key, values in architecture.when.items()}
-    config |= _sizes(metadata) | _keys(metadata) | _special_tokens(metadata)
+    config |= _sizes(metadata) | _keys(metadata, rope=False) | _special_tokens(metadata)
     config |= {
         "architectures": [architecture.classes[0]],
         "model_type": architecture.model_type,
@@ -100,9 +101,9 @@ def _latent_head_sizes(metadata: Metadata, config: Config) -> Config:
     }
 
 
-def _keys(metadata: Metadata) -> Config:
+def _keys(metadata: Metadata, *, rope: bool) -> Config:
     settings = {}
-    for key in metadata.architecture.keys:
+    for key in (key for key in metadata.architecture.keys if key.rope == rope):
         value = metadata.values.get(f"{metadata.architecture.gguf}.{key.name}", key.default)
         if value is None or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.{key.name}.")
@@ -134,9 +135,10 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
     if (columns := head_dim(config)) < 1:
         raise UserError(f"{metadata.source} is damaged: its hidden size is smaller than the number of its heads.")
     rotated = metadata.number("rope.dimension_count", columns)
-    if rotated != columns and not metadata.architecture.latent:
+    partial = rotated != columns or "partial_rotary_factor" in metadata.architecture.defaults
+    if partial and not metadata.architecture.latent:
         rope["partial_rotary_factor"] = rotated / columns
-    rope |= _scaling(metadata, factors)
+    rope |= _scaling(metadata, factors) | _keys(metadata, rope=True)
     if ROPE_FACTORS in factors:
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
     if metadata.get(WINDOW_THETA) is not None:
@@ -165,9 +167,10 @@ def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[st
 
 
 def _mscale(metadata: Metadata) -> dict[str, Any]:
-    if (multiplier := metadata.get("rope.scaling.yarn_log_multiplier")) is None:
+    multiplier, usual = metadata.get("rope.scaling.yarn_log_multiplier"), metadata.architecture.mscale
+    if multiplier is None or usual is None:
         return {}
-    mscale = _decimal(10 * multiplier)
+    mscale = _decimal(multiplier / usual)
     return {"mscale": mscale, "mscale_all_dim": mscale}
 
 

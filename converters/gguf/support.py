@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
@@ -22,11 +23,12 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     check_fixed("llama.cpp", architecture, config)
     _check_rope(architecture, config)
     _check_scale(architecture, config)
+    _check_heads(architecture, config)
     window_period(architecture, config)
 
 
 def check_fixed(engine: str, architecture: Architecture, config: Config) -> None:
-    """Raises UserError if config.json has a value that is not among the architecture's `fixed` ones.
+    """Raises UserError if config.json has a value that is not among the architecture's `fixed` ones, or not `same`.
 
     engine   name of the program that runs the model, for the message
     """
@@ -35,6 +37,12 @@ def check_fixed(engine: str, architecture: Architecture, config: Config) -> None
             raise UserError(
                 f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and config.json has "
                 f"{config[key]!r}."
+            )
+    for key, other in architecture.same.items():
+        if config.get(key) not in (None, config.get(other)):
+            raise UserError(
+                f"{engine} computes {architecture.classes[0]} with {key} equal to {other}, and config.json has "
+                f"{config[key]!r} and {config.get(other)!r}."
             )
 
 
@@ -56,12 +64,17 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
 
 def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:
     # GGUF has keys for some of these settings, but llama.cpp does not read them for every architecture.
-    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
-    variable = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    variable = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    # transformers ignores a context length that is given beside the original one.
+    variable |= {"max_position_embeddings"} | {key.config for key in architecture.keys if key.rope}
     others = {key: value for key, value in settings.items() if key not in variable and value is not None}
-    if architecture.latent and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
-        # Equal values scale the products of queries and keys, which llama.cpp does, and leave the rotation unchanged.
+    if architecture.mscale and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
+        # Equal values leave the rotation unchanged. In latent attention they scale the products of queries and keys.
         del others["mscale"], others["mscale_all_dim"]
+    usual = 0.1 * math.log(settings.get("factor") or 1) + 1
+    if math.isclose(others.get("attention_factor", 0), usual, rel_tol=1e-6):
+        del others["attention_factor"]
     if strange := [key for key, value in others.items() if value != fixed.get(key)]:
         raise UserError(
             f"llama.cpp computes yarn for {architecture.classes[0]} without {', '.join(strange)} of config.json."
@@ -81,6 +94,15 @@ def _check_scale(architecture: Architecture, config: Config) -> None:
         raise UserError(
             f"llama.cpp computes {architecture.classes[0]} with query_pre_attn_scalar {computed} for these sizes, and "
             f"config.json has {wanted}."
+        )
+
+
+def _check_heads(architecture: Architecture, config: Config) -> None:
+    heads, size, hidden = head_count(config), head_dim(config), config["hidden_size"]
+    if architecture.square_heads and heads * size != hidden:
+        raise UserError(
+            f"llama.cpp wants heads of {architecture.classes[0]} that add up to hidden_size; config.json has {heads} heads "
+            f"of {size} columns, and hidden_size {hidden}."
         )
 
 
