@@ -124,9 +124,10 @@ def _windows(metadata: Metadata, config: Config) -> Config:
     if layers > 1 << 16:
         raise UserError(f"{metadata.source} is damaged: it says that it has {layers} blocks.")
     period = given if isinstance(given, int) and given > 0 else period
+    width = metadata.get("attention.sliding_window")
     return {
         "layer_types": layer_types(period, layers),
-        "sliding_window": int(metadata.number("attention.sliding_window", 4096)),
+        "sliding_window": None if width == 0 else int(metadata.number("attention.sliding_window", 4096)),
     }
 
 

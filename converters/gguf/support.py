@@ -101,8 +101,8 @@ def _check_heads(architecture: Architecture, config: Config) -> None:
     heads, size, hidden = head_count(config), head_dim(config), config["hidden_size"]
     if architecture.square_heads and heads * size != hidden:
         raise UserError(
-            f"llama.cpp wants heads of {architecture.classes[0]} that add up to hidden_size; config.json has {heads} heads "
-            f"of {size} columns, and hidden_size {hidden}."
+            f"llama.cpp wants heads of {architecture.classes[0]} that add up to hidden_size; config.json has {heads} "
+            f"heads of {size} columns, and hidden_size {hidden}."
         )
 
 

@@ -95,7 +95,8 @@ class Architecture:
     rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
     mscale      `rope.scaling.yarn_log_multiplier` for `mscale_all_dim` 1; None where llama.cpp does not read it
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
-                tokens; None where llama.cpp ignores windows, so that the context may be no longer than one window
+                tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
+                no longer than one window
     free_heads  whether config.json may give heads another size than hidden_size / heads
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and

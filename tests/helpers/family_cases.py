@@ -59,6 +59,8 @@ UNSMOOTHED = ("mixtral", "qwen3moe", "deepseek-v2", "deepseek-v2-lite", "deepsee
 UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
 UNSMOOTHED += ("cohere", "cohere2", "exaone4", "phi2")
 """Cases that are not smoothed: models with experts, or without a norm whose output enters linears only."""
+PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
+"""Cases whose norms multiply by 1 + weight."""
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
 
 QWEN2_MOE = EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 96, "rope_parameters": YARN}
@@ -134,7 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gptneox-serial": ("GPTNeoXConfig", ONE_KEY_A_QUERY | {"use_parallel_residual": False}, "gpt-2"),
     "cohere": ("CohereConfig", SIZES | {"logit_scale": 0.5}, "smollm"),
     "cohere2": ("Cohere2Config", SIZES | COHERE_WINDOWS, "smollm"),
-    "exaone4": ("Exaone4Config", SIZES | {"rope_parameters": LLAMA3, "head_dim": 32} | NO_WINDOWS, "gpt-2"),
+    "exaone4": ("Exaone4Config", SIZES | {"rope_parameters": LLAMA3} | NO_WINDOWS, "gpt-2"),
     "phi2": ("PhiConfig", ONE_KEY_A_QUERY, "gpt-2"),
     "stablelm": ("StableLmConfig", SIZES | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}, "qwen2"),
     "nemotron": ("NemotronConfig", SIZES, "smaug-bpe"),
@@ -168,7 +170,7 @@ def make_model(name: str) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options)).eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or ".ln_" in parameter_name:
-            low = -0.5 if "gemma" in name or parameter_name.endswith("bias") else 0.5
+            low = -0.5 if name in PLUS_ONE or parameter_name.endswith("bias") else 0.5
             parameter.data.uniform_(low, low + 1)
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
