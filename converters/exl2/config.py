@@ -40,7 +40,7 @@ def check_supported(architecture: Architecture, config: Config) -> None:
 def _unscaled(config: Config) -> Config:
     """Returns the config without longrope's explicit scale, which then follows from the lengths of the contexts."""
     rope = {key: value for key, value in rope_settings(config).items() if key not in ("attention_factor", "factor")}
-    return config | {"rope_parameters": rope}
+    return config | {"rope_parameters": rope, "rope_scaling": None}
 
 
 def exl2_config(architecture: Architecture, config: Config) -> Config:
