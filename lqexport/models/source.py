@@ -22,6 +22,7 @@ from lqexport.converters.models.architectures import find_architecture, normaliz
 from lqexport.converters.models.tensor_names import block_module
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
+from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json, written_whole
@@ -92,6 +93,21 @@ class HuggingFaceSource:
         self.config.pop("quantization_config", None)  # what is written from this source is not quantized in this way
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
         self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
+        self._rows = self._unstacked()
+
+    def _unstacked(self) -> dict[str, ExpertRows]:
+        """Lists the linears of experts instead of the tensors that hold them; returns where these hold each of them."""
+        rows: dict[str, ExpertRows] = {}
+        stacked = [name for name in self._stored if self._architecture and is_stacked(self._architecture, name)]
+        for name in stacked:
+            stored = self._stored.pop(name)
+            if len(shape := self.stored_shape(stored)) != 3:
+                raise UserError(f"{self.folder}: {stored} should have 3 dimensions, but its shape is {list(shape)}.")
+            assert self._architecture is not None
+            linears = linears_within(self._architecture, name, shape)
+            self._stored |= dict.fromkeys(linears, stored)
+            rows |= linears
+        return rows
 
     @property
     def fingerprint(self) -> str:
@@ -135,6 +151,8 @@ class HuggingFaceSource:
 
     def nbytes(self, name: str) -> int:
         """Returns the bytes of the stored tensors that a tensor is made of."""
+        if name in self._rows:
+            return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 1)
         forms = map(self.stored_form, self._parts(name))
         return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
 
@@ -145,6 +163,12 @@ class HuggingFaceSource:
 
     def file_spans(self, name: str) -> list[FileSpan]:
         """Returns where on disk the stored tensors of a tensor are."""
+        if rows := self._rows.get(name):
+            path, stored = self._files[self._stored_name(name)], self._stored_name(name)
+            start, nbytes = self._spans(path)[stored]
+            experts, count, _ = self.stored_shape(stored)
+            row = nbytes // (experts * count)
+            return [FileSpan(path, start + row * (rows.expert * count + rows.first), row * (rows.last - rows.first))]
         parts = [(self._files[stored], stored) for stored in self._parts(name)]
         return [FileSpan(path, *self._spans(path)[stored]) for path, stored in parts]
 
@@ -156,11 +180,17 @@ class HuggingFaceSource:
         if self.layout and (module := self.module(name)):
             return self.layout.shape(module)
         shape = self.stored_shape(self._stored_name(name))
+        if rows := self._rows.get(name):
+            return (rows.last - rows.first, shape[2])
         return shape[::-1] if self._is_transposed(name) else shape
 
     def read(self, name: str) -> torch.Tensor:
         if self.layout and (module := self.module(name)):
             return torch.from_numpy(self.layout.read(module))
+        if rows := self._rows.get(name):
+            with self._opened(self._stored_name(name)) as file:
+                part: torch.Tensor = file.get_slice(self._stored_name(name))[rows.expert, rows.first : rows.last]
+                return part
         tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
 

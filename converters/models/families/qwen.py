@@ -67,3 +67,42 @@ QWEN3_MOE = replace(
     defaults=QWEN2.defaults | {"norm_topk_prob": False},
     fixed=QWEN3.fixed | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
 )
+
+QWEN2_MOE = replace(
+    QWEN2,
+    family="Qwen1.5 MoE, Qwen2 MoE",
+    classes=("Qwen2MoeForCausalLM",),
+    model_type="qwen2_moe",
+    gguf="qwen2moe",
+    exl2=None,
+    linears=(
+        QKV,
+        ("self_attn.o_proj",),
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        ("mlp.shared_expert.down_proj",),
+        *EXPERT_LINEARS,
+    ),
+    gguf_block={
+        "input_layernorm": "attn_norm",
+        **ATTENTION,
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+        "mlp.shared_expert.up_proj": "ffn_up_shexp",
+        "mlp.shared_expert.down_proj": "ffn_down_shexp",
+        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        **EXPERTS,
+    },
+    one_row=("mlp.shared_expert_gate",),
+    experts="num_local_experts",
+    keys=(*QWEN3_MOE.keys, Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size")),
+    aliases=QWEN3_MOE.aliases,
+    fixed=QWEN2.fixed
+    | {
+        "norm_topk_prob": (False,),
+        "decoder_sparse_step": (1,),
+        "mlp_only_layers": ([], None),
+        "tie_word_embeddings": (False,),
+    },
+    flags={"qkv_bias": "self_attn.q_proj"},
+    square_heads=True,
+)
