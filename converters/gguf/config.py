@@ -142,8 +142,9 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
     rope |= _scaling(metadata, factors) | _keys(metadata, rope=True)
     if ROPE_FACTORS in factors:
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
-    if metadata.get(WINDOW_THETA) is not None:
-        local = {"rope_type": "default", "rope_theta": _decimal(metadata.number(WINDOW_THETA))}
+    if metadata.architecture.one_theta or metadata.get(WINDOW_THETA) is not None:
+        theta = rope["rope_theta"] if metadata.architecture.one_theta else _decimal(metadata.number(WINDOW_THETA))
+        local = {"rope_type": "default", "rope_theta": theta}
         return {"rope_parameters": {FULL: rope, SLIDING: local}}
     original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
     return {"rope_parameters": rope} | ({"original_max_position_embeddings": original} if original else {})

@@ -83,7 +83,7 @@ def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) 
         return
     writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
     writer.add_sliding_window(window(config) or 0)
-    if (theta := window_theta(config)) is not None:
+    if (theta := window_theta(config)) is not None and not architecture.one_theta:
         writer.add_float32(f"{writer.arch}.{WINDOW_THETA}", theta)
 
 

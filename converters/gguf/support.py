@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.rope import head_dim, rope_settings
+from lqexport.converters.models.rope import head_dim, rope_settings, window_theta
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 
@@ -55,11 +55,27 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
     rope_type = settings["rope_type"]
     if architecture.rope_types and rope_type not in architecture.rope_types:
         raise UserError(f"llama.cpp has no rope scaling of type {rope_type!r} for {architecture.classes[0]}.")
+    if rope_type in ("linear", "yarn") and not settings.get("factor"):
+        raise UserError(f"config.json: rope scaling of type {rope_type} needs factor.")
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
+    if architecture.period is not None:
+        _check_window_rope(architecture, config)
     rotated = config.get("no_rope_layers")  # 1 for a block with rotation, despite the name
     if rotated and rotated != [int((layer + 1) % 4 != 0) for layer in range(len(rotated))]:
         raise UserError(f"llama.cpp leaves out the rotation in every fourth block; no_rope_layers is {rotated}.")
+
+
+def _check_window_rope(architecture: Architecture, config: Config) -> None:
+    window_type = ((config.get("rope_parameters") or {}).get(SLIDING) or {}).get("rope_type", "default")
+    if window_type != "default":
+        raise UserError(f"llama.cpp has no rope scaling within windows, and config.json has {window_type!r}.")
+    theta, within = float(rope_settings(config)["rope_theta"]), window_theta(config)
+    if architecture.one_theta and within not in (None, theta):
+        raise UserError(
+            f"llama.cpp rotates all blocks of {architecture.classes[0]} with rope_theta {theta:g}, and config.json has "
+            f"{within:g} within windows."
+        )
 
 
 def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:

@@ -97,6 +97,8 @@ class Architecture:
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
                 no longer than one window
+    one_theta   whether config.json has rotary settings for each type of blocks, and llama.cpp rotates all blocks with
+                one `rope_theta`
     free_heads  whether config.json may give heads another size than hidden_size / heads
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
@@ -137,6 +139,7 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     mscale: float | None = None
     period: int | None = None
+    one_theta: bool = False
     free_heads: bool = True
     square_heads: bool = False
     latent: bool = False

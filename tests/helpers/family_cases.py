@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +84,10 @@ COHERE_WINDOWS |= {"layer_types": ["sliding_attention", "sliding_attention", "fu
 MINISTRAL_ROPE = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
 GLM_ROPE = YARN | {"partial_rotary_factor": 0.5}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+OLMO3_ROPE = {"rope_type": "default", "rope_theta": 1e4}
 OLMO3_WINDOWS = WINDOWS | {"sliding_window": 16}
-OLMO3_WINDOWS |= {"rope_parameters": {"full_attention": YARN, "sliding_attention": GEMMA3_ROPE["sliding_attention"]}}
+OLMO3_YARN = YARN | {"attention_factor": 1 + 0.1 * math.log(16)}
+OLMO3_WINDOWS |= {"rope_parameters": {"full_attention": OLMO3_YARN, "sliding_attention": OLMO3_ROPE}}
 UNSMOOTHED += ("olmo3",)
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {

@@ -19,4 +19,5 @@ ERNIE = replace(
     defaults={"tie_word_embeddings": True, "head_dim": 128},
     fixed={"hidden_act": ("silu",), "use_bias": (False,)},
     flags={},
+    rope_types=("default", "dynamic", "linear", "yarn"),
 )

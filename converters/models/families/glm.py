@@ -26,6 +26,7 @@ GLM = replace(
     keys=(replace(RMS_NORM, default=1.5625e-7),),
     defaults={"partial_rotary_factor": 0.5},
     flags={"attention_bias": "self_attn.q_proj"},
+    rope_types=("default", "dynamic", "linear", "yarn"),
 )
 
 GLM4 = replace(

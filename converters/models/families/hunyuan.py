@@ -28,4 +28,5 @@ HUNYUAN = replace(
     derived=rope_of_alpha,
     fixed={"hidden_act": ("silu",)},
     flags={"attention_bias": "self_attn.q_proj"},
+    rope_types=("default", "dynamic", "linear", "yarn"),
 )

@@ -69,4 +69,5 @@ OLMO3 = replace(
     derived=rope_of_both_types,
     rope_types=("default", "dynamic", "linear", "yarn"),
     period=4,
+    one_theta=True,
 )
