@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,17 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from family_cases import DEEPSEEK_ROPE, ONE_KEY_A_QUERY, config_and_shapes, export, make_model, make_tokenizer
+from family_cases import (
+    DEEPSEEK_ROPE,
+    LLAMA3,
+    MINISTRAL_ROPE,
+    ONE_KEY_A_QUERY,
+    YARN,
+    config_and_shapes,
+    export,
+    make_model,
+    make_tokenizer,
+)
 from family_cases import texts as texts
 from transformers import AutoModelForCausalLM
 
@@ -53,7 +64,26 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th block"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth block"),
         ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob False"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv None"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads equal to num_attention_heads"),
+        ("glm4moe", {"n_group": 2}, "n_group 1"),
+        ("minimax-m2", {"tie_word_embeddings": True}, "tie_word_embeddings False"),
+        ("ernie4_5-moe", {"moe_layer_end_index": 1}, "moe_layer_end_index -1"),
+        ("ernie4_5-moe", {"moe_layer_interval": 2}, "moe_layer_interval 1"),
+        ("hunyuan-moe", {"attention_bias": True}, "attention_bias False"),
         ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn'"),
+        ("ministral3", {"rope_parameters": MINISTRAL_ROPE | {"mscale": 0.7}}, "without mscale, mscale_all_dim"),
+        ("ministral3", {"rope_parameters": MINISTRAL_ROPE | {"beta_fast": 16}}, "without beta_fast"),
+        ("ministral3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
+        ("glm4", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "without attention_factor"),
+        ("glm", {"rope_parameters": LLAMA3}, "rope scaling of type 'llama3'"),
+        ("seed-oss", {"attention_out_bias": True}, "attention_out_bias False"),
+        ("ernie4_5", {"use_bias": True}, "use_bias False"),
+        ("arcee", {"hidden_act": "silu"}, "hidden_act 'relu2'"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention None or False"),
+        ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e5}}}, "10000"),
+        ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}}, "scaling within windows"),
         ("falcon", {"alibi": True}, "alibi"),
         ("cohere", {"use_qk_norm": True}, "use_qk_norm False"),
         ("cohere2", {"head_dim": 32}, "add up to hidden_size"),
@@ -82,26 +112,37 @@ def test_exl2_is_refused_by_name(name: str) -> None:
         plan_exl2(config, shapes, bits=4, head_bits=6)
 
 
-def test_text_part_of_a_model_with_images(tmp_path: Path) -> None:
-    """Gemma 3 of 4B and more, as on the hub: sizes in text_config, other tensor names, parts besides the text model."""
-    model = make_model("gemma3")
+@pytest.mark.parametrize(
+    ("name", "family", "rope", "pattern", "prefix"),
+    [
+        ("gemma3", "Gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "^", "language_model."),
+        ("mistral", "Mistral3", {"rope_theta": 1e4}, "^", "language_model."),
+        ("ministral3", "Mistral3", {"rope_parameters": MINISTRAL_ROPE}, "^", "language_model."),
+        ("ministral3", "Mistral3", {"rope_parameters": MINISTRAL_ROPE}, r"^model\.", "model.language_model."),
+    ],
+)
+def test_text_part_of_a_model_with_images(
+    tmp_path: Path, name: str, family: str, rope: dict[str, Any], pattern: str, prefix: str
+) -> None:
+    """Models as on the hub: sizes in text_config, other tensor names, parts besides the text model."""
+    model = make_model(name)
     model.save_pretrained(tmp_path / "text")
     make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "text")
     shutil.copytree(tmp_path / "text", tmp_path / "images")
     config = json.loads((tmp_path / "text/config.json").read_text())
     text = {key: value for key, value in config.items() if key not in ("architectures", "rope_parameters")}
-    text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
-    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    whole = {"architectures": [f"{family}ForConditionalGeneration"], "model_type": family.lower()}
+    whole["text_config"] = text | rope
     (tmp_path / "images/config.json").write_text(json.dumps(whole))
     tensors = safetensors.torch.load_file(tmp_path / "text/model.safetensors")
-    renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    renamed = {re.sub(pattern, prefix, tensor_name): tensor for tensor_name, tensor in tensors.items()}
     vision = {"vision_tower.vision_model.post_layernorm.weight": torch.ones(8)}
     safetensors.torch.save_file(renamed | vision, tmp_path / "images/model.safetensors")
     files = []
-    for name in ("text", "images"):
-        path = export(tmp_path / name, Recipe(str(tmp_path / name), "gguf:F16"))
+    for folder in (tmp_path / "text", tmp_path / "images"):
+        path = export(folder, Recipe(str(folder), "gguf:F16"))
         metadata = {key: value for key, value in GGUFModel(path).metadata.items() if not key.startswith("lqexport.")}
-        manifest = Artifact(tmp_path / name / "artifact-F16").manifest()
+        manifest = Artifact(folder / "artifact-F16").manifest()
         files.append((metadata | {"general.name": None}, manifest))
     assert files[0] == files[1]
 
