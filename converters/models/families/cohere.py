@@ -36,7 +36,7 @@ COHERE2 = replace(
     classes=("Cohere2ForCausalLM",),
     model_type="cohere2",
     gguf="cohere2",
-    defaults={"tie_word_embeddings": True, "head_dim": 128, "sliding_window": 4096},
+    defaults={"tie_word_embeddings": True, "sliding_window": 4096},
     fixed={key: values for key, values in COHERE.fixed.items() if key != "use_qk_norm"},
     period=4,
     free_heads=True,
