@@ -77,6 +77,7 @@ def outcome(config: Config) -> Outcome:
     writer = GGUFWriter(None, str(architecture.gguf))
     add_model(writer, architecture, config, 512)
     metadata = {key: value.value for key, value in writer.kv_data[0].items()}
+    metadata = {key: float(np.float32(value)) if isinstance(value, float) else value for key, value in metadata.items()}
     factors = {name: values.tolist() for name, values in rope_factors(config).items()}
     return architecture.family, is_tied(config), metadata, factors
 
@@ -142,6 +143,30 @@ def changed(config: Config) -> dict[str, tuple[Config, Outcome]]:
     return changes
 
 
+def in_file(config: Config, result: Outcome, names: set[str]) -> Config:
+    """Returns the config.json that is rebuilt from the metadata in an outcome.
+
+    names   the names of the model's tensors
+    """
+    architecture = architecture_of(config)
+    factors = {tensor: np.array(values, np.float32) for tensor, values in result[3].items()}
+    present = names - ({architecture.output} if result[1] else set())
+    return config_of(Metadata("file", architecture, result[2]), 512, present, factors)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_config_in_a_file_gives_the_same_file(name: str) -> None:
+    """No default is added to a rebuilt config.json that changes what it says."""
+    class_name, options, _ = CASES[name]
+    config = completed(class_name, options)
+    expected = outcome(config)
+    rebuilt = in_file(config, expected, set(meta_model(copy.deepcopy(config)).state_dict()))
+    result = outcome(rebuilt)
+    assert result[1:3] == expected[1:3]
+    for tensor, values in expected[3].items():
+        assert np.allclose(result[3][tensor], values, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_logits_without_a_key_are_those_of_the_config_in_the_file(name: str) -> None:
     class_name, options, _ = CASES[name]
@@ -150,10 +175,7 @@ def test_logits_without_a_key_are_those_of_the_config_in_the_file(name: str) -> 
             model, expected = random_logits(lacking)
         except (RuntimeError, ValueError):  # such as heads that key heads do not divide
             continue
-        architecture = architecture_of(lacking)
-        factors = {tensor: np.array(values, np.float32) for tensor, values in result[3].items()}
-        names = set(model.state_dict()) - ({architecture.output} if result[1] else set())
-        rebuilt = config_of(Metadata("file", architecture, result[2]), 512, names, factors)
+        rebuilt = in_file(lacking, result, set(model.state_dict()))
         assert torch.allclose(random_logits(rebuilt, model.state_dict())[1], expected, atol=1e-4), key
 
 
