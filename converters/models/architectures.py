@@ -114,7 +114,7 @@ def architecture_of(config: Config) -> Architecture:
     """
     if (architecture := find_architecture(config)) is None:
         names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
-        known = ", ".join(name for entry in ARCHITECTURES for name in entry.classes)
+        known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
         raise UserError(f"Unknown architecture {names}. Known: {known}.")
     if architecture.experts is None:
         return architecture
@@ -134,7 +134,7 @@ def normalized(config: Config) -> Config:
     if (architecture := find_architecture(config)) is None:
         return config
     if "text_config" in config:
-        whole = {key: config[key] for key in ("quantization_config",) if key in config}
+        whole = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
         config = config["text_config"] | whole | {"architectures": [architecture.classes[0]]}
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}

@@ -19,7 +19,7 @@ from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.architecture import FIRST, MEAN
 from lqexport.converters.models.architectures import find_architecture, normalized
-from lqexport.converters.models.tensor_names import block_module
+from lqexport.converters.models.tensor_names import block_module, is_tied
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
@@ -94,6 +94,20 @@ class HuggingFaceSource:
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
         self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
         self._rows = self._unstacked()
+        if self._has_own_output():
+            self.config["tie_word_embeddings"] = False
+
+    def _has_own_output(self) -> bool:
+        """Whether the files hold an output other than the embedding, although config.json says that it is tied.
+
+        transformers 5 computes with that output (`PreTrainedModel.tie_weights`).
+        """
+        if self._architecture is None or self._architecture.encoder or not is_tied(self.config):
+            return False
+        output, embedding = self._architecture.output, self._architecture.embedding
+        if output not in self._stored or embedding not in self._stored:
+            return False
+        return not torch.equal(self.read(output), self.read(embedding))
 
     def _unstacked(self) -> dict[str, ExpertRows]:
         """Lists the linears of experts instead of the tensors that hold them; returns where these hold each of them."""
