@@ -11,17 +11,14 @@ from lqexport.converters.models.families.arcee import ARCEE
 from lqexport.converters.models.families.bert import BERT
 from lqexport.converters.models.families.cohere import COHERE, COHERE2
 from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, DEEPSEEK_V3_LITE
-from lqexport.converters.models.families.ernie import ERNIE
-from lqexport.converters.models.families.ernie_moe import ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
+from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B
 from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3
-from lqexport.converters.models.families.glm import GLM, GLM4
-from lqexport.converters.models.families.glm_moe import GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
+from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import GRANITE, GRANITE_MOE
-from lqexport.converters.models.families.hunyuan import HUNYUAN
-from lqexport.converters.models.families.hunyuan_moe import HUNYUAN_MOE
+from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL

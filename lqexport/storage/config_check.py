@@ -36,7 +36,7 @@ NUMBERS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rms_n
 """Keys whose value is a finite number."""
 TYPES: dict[str, type] = {"model_type": str, "text_config": dict, "quantization_config": dict}
 """Keys whose value must have this type; its content is not checked."""
-LISTS = {"architectures": str, "layer_types": str, "no_rope_layers": int}
+LISTS = {"architectures": str, "layer_types": str, "mlp_layer_types": str, "no_rope_layers": int}
 """Keys whose value is a list, with the type of its items."""
 
 

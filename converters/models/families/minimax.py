@@ -13,9 +13,9 @@ from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, EX
 def _rotated_share(config: Config) -> Config:
     """Returns the share of a head's columns that is rotated, where config.json gives their number `rotary_dim`."""
     columns = config.get("rotary_dim")
-    if columns is None or config.get("partial_rotary_factor") is not None:
+    if not columns or config.get("partial_rotary_factor") is not None:
         return {}
-    return {"partial_rotary_factor": columns / config["head_dim"]}
+    return {"partial_rotary_factor": columns / (config.get("head_dim") or columns)}
 
 
 MINIMAX_M2 = replace(
