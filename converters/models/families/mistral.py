@@ -12,7 +12,7 @@ MISTRAL = replace(
     family="Mistral, Mistral Small 3 (of models with images: the text part)",
     classes=("MistralForCausalLM", "Mistral3ForConditionalGeneration"),
     model_type="mistral",
-    when={"model_type": ("mistral",)},
+    when={"model_type": ("mistral", None)},
     renamed={r"^language_model\.lm_head\.": "lm_head.", r"^(model\.)?language_model\.(model\.)?": "model."},
     unused=(*LLAMA.unused, r"vision_tower\.", r"multi_modal_projector\."),
 )
