@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Config
+from lqexport.converters.models.hf_defaults import default_of
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
 from lqexport.errors import UserError
 
@@ -47,8 +48,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     Raises UserError if the metadata lacks a value, or has one that config.json cannot express.
     """
     architecture = metadata.architecture
-    fixed, defaults = architecture.fixed.items(), architecture.defaults
-    config = {key: allowed[0] for key, allowed in fixed if allowed[0] is not None or key in defaults}
+    config = {key: allowed[0] for key, allowed in architecture.fixed.items() if _is_said(architecture, key, allowed[0])}
     config |= {key: values[0] for key, values in architecture.when.items()}
     config |= _sizes(metadata) | _keys(metadata, rope=False) | _special_tokens(metadata)
     config |= {
@@ -73,6 +73,11 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
     return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
+
+
+def _is_said(architecture: Architecture, key: str, value: Any) -> bool:
+    """Whether config.json must have a key: not where None is the default."""
+    return value is not None or default_of(architecture, {}, key) is not None
 
 
 def _sizes(metadata: Metadata) -> Config:
@@ -136,8 +141,7 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
     if (columns := head_dim(config)) < 1:
         raise UserError(f"{metadata.source} is damaged: its hidden size is smaller than the number of its heads.")
     rotated = metadata.number("rope.dimension_count", columns)
-    partial = rotated != columns or "partial_rotary_factor" in metadata.architecture.defaults
-    if partial and not metadata.architecture.latent:
+    if (rotated != columns or metadata.architecture.partial) and not metadata.architecture.latent:
         rope["partial_rotary_factor"] = rotated / columns
     rope |= _scaling(metadata, factors) | _keys(metadata, rope=True)
     if ROPE_FACTORS in factors:

@@ -57,6 +57,10 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
         raise UserError(f"llama.cpp has no rope scaling of type {rope_type!r} for {architecture.classes[0]}.")
     if rope_type in ("linear", "yarn") and not settings.get("factor"):
         raise UserError(f"config.json: rope scaling of type {rope_type} needs factor.")
+    if not architecture.partial and (share := settings.get("partial_rotary_factor") or 1) != 1:
+        raise UserError(
+            f"llama.cpp rotates whole heads of {architecture.classes[0]}; config.json gives partial_rotary_factor {share}."
+        )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
     if architecture.period is not None:

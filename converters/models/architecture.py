@@ -87,12 +87,12 @@ class Architecture:
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     keys        GGUF metadata beyond the sizes that every architecture has
     aliases     this family's name of a key of config.json -> the usual name
-    defaults    values of keys that config.json leaves out
     derived     returns values that follow from the rest of config.json; they replace what it says
     fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
     same        key of config.json -> the key whose value it must have; any other value is refused
     flags       key of config.json -> the module whose bias shows that it is true
     rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
+    partial     whether only a part of each head is rotated where `partial_rotary_factor` of config.json says so
     mscale      `rope.scaling.yarn_log_multiplier` for `mscale_all_dim` 1; None where llama.cpp does not read it
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
@@ -131,12 +131,12 @@ class Architecture:
     norm_plus: int = 0
     keys: tuple[Key, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
-    defaults: Config = field(default_factory=dict)
     derived: Callable[[Config], Config] = lambda config: {}
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
+    partial: bool = False
     mscale: float | None = None
     period: int | None = None
     one_theta: bool = False

@@ -135,5 +135,5 @@ def normalized(config: Config) -> Config:
         config = config["text_config"] | whole | {"architectures": [architecture.classes[0]]}
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
-    complete = filled_in(architecture, {"model_type": architecture.model_type} | architecture.defaults | usual | config)
+    complete = filled_in(architecture, {"model_type": architecture.model_type} | usual | config)
     return complete | architecture.derived(complete)

@@ -18,7 +18,6 @@ COHERE = replace(
     gguf_block={"input_layernorm": "attn_norm", **ATTENTION, **GATED},
     rows={},  # both rotate neighbouring rows
     keys=(LAYER_NORM, Key("logit_scale", "logit_scale", float, 0.0625)),
-    defaults={"tie_word_embeddings": True, "rope_theta": 5e5},
     fixed={
         "hidden_act": ("silu",),
         "attention_bias": (False,),
@@ -36,7 +35,6 @@ COHERE2 = replace(
     classes=("Cohere2ForCausalLM",),
     model_type="cohere2",
     gguf="cohere2",
-    defaults={"tie_word_embeddings": True, "sliding_window": 4096},
     fixed={key: values for key, values in COHERE.fixed.items() if key != "use_qk_norm"},
     period=4,
     free_heads=True,

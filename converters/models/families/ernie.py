@@ -18,7 +18,6 @@ ERNIE = replace(
     exl2=None,
     rows={},  # transformers rotates neighbouring rows, too
     keys=(replace(RMS_NORM, default=1e-5),),
-    defaults={"tie_word_embeddings": True, "head_dim": 128},
     fixed={"hidden_act": ("silu",), "use_bias": (False,)},
     flags={},
     rope_types=("default", "dynamic", "linear", "yarn"),

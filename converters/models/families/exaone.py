@@ -12,7 +12,6 @@ EXAONE4 = replace(
     classes=("Exaone4ForCausalLM",),
     model_type="exaone4",
     gguf="exaone4",
-    defaults={"sliding_window": 4096},
     # With windows, only the blocks that have them are rotated. llama.cpp does that only in models of 64 blocks.
     fixed={"hidden_act": ("silu",), "sliding_window": (None,)},
     rope_types=("default", "dynamic", "llama3"),

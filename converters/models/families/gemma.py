@@ -14,17 +14,6 @@ from lqexport.converters.models.families.parts import (
 )
 from lqexport.converters.models.families.qwen import QWEN2
 
-GEMMA3_SIZES = {
-    "vocab_size": 262208,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 131072,
-    "query_pre_attn_scalar": 256,
-    "sliding_window": 4096,
-}
-"""transformers' defaults for the sizes that a config.json leaves out, as those of Gemma 3 models with images do."""
-
-
 GEMMA = replace(
     QWEN2,
     family="Gemma 1",
@@ -33,7 +22,6 @@ GEMMA = replace(
     gguf="gemma",
     exl2=ExLlamaV2(),
     norm_plus=1,
-    defaults={"tie_word_embeddings": True, "head_dim": 256},
     # transformers takes "gelu", which the first config.json files have, for the approximation by tanh, too.
     fixed={
         "hidden_act": ("gelu_pytorch_tanh", "gelu"),
@@ -59,7 +47,6 @@ GEMMA2 = replace(
         Key("attn_logit_softcapping", "attn_logit_softcapping", float, 50.0),
         Key("final_logit_softcapping", "final_logit_softcapping", float, 30.0),
     ),
-    defaults={"tie_word_embeddings": True, "head_dim": 256},
     fixed={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "tie_word_embeddings": (True,)},
     rope_types=("default", "dynamic"),
     period=2,
@@ -78,7 +65,6 @@ GEMMA3 = replace(
     renamed={r"^(model\.)?language_model\.(model\.)?": "model."},
     unused=(*GEMMA2.unused, r"vision_tower\.", r"multi_modal_projector\."),
     keys=(RMS_NORM,),
-    defaults=GEMMA2.defaults | GEMMA3_SIZES,
     derived=rope_of_both_types,
     fixed=GEMMA2.fixed
     | {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False,)},

@@ -26,7 +26,7 @@ GLM = replace(
     },
     rows={},  # transformers rotates neighbouring rows, too
     keys=(replace(RMS_NORM, default=1.5625e-7),),
-    defaults={"partial_rotary_factor": 0.5},
+    partial=True,
     flags={"attention_bias": "self_attn.q_proj"},
     rope_types=("default", "dynamic", "linear", "yarn"),
 )
@@ -72,7 +72,7 @@ GLM4_MOE = replace(
         Key("expert_weights_norm", "norm_topk_prob", bool, True),
         Key("expert_gating_func", "expert_gating_func", int, SIGMOID),
     ),
-    defaults={"partial_rotary_factor": 0.5},
+    partial=True,
     fixed={"hidden_act": ("silu",), "n_group": (1,), "topk_group": (1,)},
     flags={"attention_bias": "self_attn.q_proj"},
     rope_types=("default", "dynamic"),

@@ -41,6 +41,7 @@ MINIMAX_M2 = replace(
         Key("expert_gating_func", "expert_gating_func", int, SIGMOID),
     ),
     derived=_rotated_share,
+    partial=True,
     fixed={"hidden_act": ("silu",), "tie_word_embeddings": (False,)},
     rope_types=("default", "dynamic"),
 )

@@ -26,7 +26,7 @@ NEMOTRON = replace(
     rows={},
     norm_plus=1,
     keys=(replace(LAYER_NORM, config="norm_eps"),),
-    defaults={"partial_rotary_factor": 0.5},
+    partial=True,
     fixed={"hidden_act": ("relu2",), "tie_word_embeddings": (False,)},
     flags={"attention_bias": "self_attn.q_proj", "mlp_bias": "mlp.up_proj"},
     rope_types=("default", "dynamic"),

@@ -35,7 +35,6 @@ OLMO2 = replace(
     keys=(replace(RMS_NORM, default=1e-5),),
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
     rope_types=("default", "dynamic"),
-    defaults={},
 )
 
 OLMOE = replace(

@@ -35,7 +35,7 @@ PHI = replace(
     },
     rows={},
     keys=(LAYER_NORM,),
-    defaults={"partial_rotary_factor": 0.5},
+    partial=True,
     fixed={
         "hidden_act": ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"),
         "qk_layernorm": (False,),
@@ -66,5 +66,5 @@ PHI3 = replace(
         "mlp.down_proj": "ffn_down",
     },
     rope_types=("default", "longrope"),
-    defaults={},
+    partial=True,
 )

@@ -23,7 +23,6 @@ QWEN2 = replace(
     model_type="qwen2",
     gguf="qwen2",
     exl2=ExLlamaV2(biased=QKV),
-    defaults={"use_sliding_window": False},
     rows={},
     flags={},
     rope_types=("default", "dynamic", "yarn"),
@@ -43,7 +42,6 @@ QWEN3 = replace(
         "post_attention_layernorm": "ffn_norm",
         **GATED,
     },
-    defaults=QWEN2.defaults | {"head_dim": 128},
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
 )
 
@@ -64,7 +62,6 @@ QWEN3_MOE = replace(
     experts="num_local_experts",
     keys=(RMS_NORM, *EXPERT_KEYS, Key("expert_feed_forward_length", "moe_intermediate_size")),
     aliases={"num_experts": "num_local_experts"},
-    defaults=QWEN2.defaults | {"norm_topk_prob": False},
     fixed=QWEN3.fixed | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
 )
 

@@ -21,7 +21,6 @@ SEED_OSS = replace(
         "post_attention_layernorm": "post_attention_norm",
         **GATED,
     },
-    defaults={"head_dim": 128},
     fixed={"hidden_act": ("silu",), "attention_out_bias": (False,), "mlp_bias": (False,)},
     flags={"attention_bias": "self_attn.q_proj"},
     rope_types=("default", "dynamic", "linear", "yarn"),

@@ -13,7 +13,6 @@ SMOLLM3 = replace(
     model_type="smollm3",
     gguf="smollm3",
     exl2=None,
-    defaults={"tie_word_embeddings": True, "use_sliding_window": False},
     fixed={"hidden_act": ("silu",), "no_rope_layer_interval": (4,)},
     rope_types=("default", "dynamic", "yarn"),
 )

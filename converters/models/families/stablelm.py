@@ -17,7 +17,7 @@ STABLELM = replace(
     gguf_top=LLAMA.gguf_top | {"model.norm.bias": "output_norm.bias"},
     rows={},
     keys=(LAYER_NORM,),
-    defaults={"partial_rotary_factor": 0.25},
+    partial=True,
     fixed={
         "hidden_act": ("silu",),
         "qk_layernorm": (False,),
