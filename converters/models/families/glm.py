@@ -29,6 +29,7 @@ GLM = replace(
     partial=True,
     flags={"attention_bias": "self_attn.q_proj"},
     rope_types=("default", "dynamic", "linear", "yarn"),
+    square_heads=True,
 )
 
 GLM4 = replace(
@@ -39,6 +40,7 @@ GLM4 = replace(
     gguf="glm4",
     gguf_block=GLM.gguf_block
     | {"post_self_attn_layernorm": "post_attention_norm", "post_mlp_layernorm": "post_ffw_norm"},
+    square_heads=False,
     adds=False,  # norms come between the outputs and the sum
 )
 

@@ -35,8 +35,8 @@ HUNYUAN = replace(
     rows={},
     keys=(replace(RMS_NORM, default=1e-5),),
     derived=rope_of_alpha,
-    fixed={"hidden_act": ("silu",)},
-    flags={"attention_bias": "self_attn.q_proj"},
+    fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
+    flags={},
     rope_types=("default", "dynamic", "linear", "yarn"),
 )
 

@@ -33,8 +33,9 @@ OLMO2 = replace(
     },
     adds=False,
     keys=(replace(RMS_NORM, default=1e-5),),
-    fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
+    fixed={"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (False,)},
     rope_types=("default", "dynamic"),
+    square_heads=True,
 )
 
 OLMOE = replace(
@@ -55,9 +56,8 @@ OLMOE = replace(
     adds=True,
     keys=(*OLMO2.keys, *EXPERT_KEYS),
     aliases={"num_experts": "num_local_experts"},
-    fixed=OLMO2.fixed | {"clip_qkv": (None,), "norm_topk_prob": (False,), "tie_word_embeddings": (False,)},
+    fixed=OLMO2.fixed | {"clip_qkv": (None,), "norm_topk_prob": (False,)},
     same={"num_key_value_heads": "num_attention_heads"},
-    square_heads=True,
 )
 
 OLMO3 = replace(
