@@ -14,6 +14,7 @@ from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_s
 from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Config
 from lqexport.converters.models.hf_defaults import default_of
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
+from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.errors import UserError
 
 
@@ -49,7 +50,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     """
     architecture = metadata.architecture
     config = {key: allowed[0] for key, allowed in architecture.fixed.items() if _is_said(architecture, key, allowed[0])}
-    config |= {key: values[0] for key, values in architecture.when.items()}
+    config |= {key: values[0] for key, values in architecture.when.items() if _is_said(architecture, key, values[0])}
     config |= _sizes(metadata) | _keys(metadata, rope=False) | _special_tokens(metadata)
     config |= {
         "architectures": [architecture.classes[0]],
@@ -70,6 +71,8 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
         del config["head_dim"]
     if architecture.rope_types:
         config |= _rope(metadata, config, factors)
+    if architecture.rope_sections:
+        config[SECTIONS] = _sections(metadata)
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
     return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
@@ -152,6 +155,13 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
         return {"rope_parameters": {FULL: rope, SLIDING: local}}
     original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
     return {"rope_parameters": rope} | ({"original_max_position_embeddings": original} if original else {})
+
+
+def _sections(metadata: Metadata) -> list[int]:
+    sections = metadata.get("rope.dimension_sections")
+    if not isinstance(sections, list) or not all(isinstance(size, int) for size in sections):
+        raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.rope.dimension_sections.")
+    return sections[:3]
 
 
 def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:

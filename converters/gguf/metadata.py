@@ -11,7 +11,14 @@ from gguf import GGUFWriter, RopeScalingType
 from lqexport.converters.gguf.mixes import file_type
 from lqexport.converters.gguf.support import check_supported, window, window_period
 from lqexport.converters.models.architecture import Architecture, Config, Key
-from lqexport.converters.models.rope import head_dim, longrope_attention, rope_settings, rotary_dim, window_theta
+from lqexport.converters.models.rope import (
+    head_dim,
+    longrope_attention,
+    rope_sections,
+    rope_settings,
+    rotary_dim,
+    window_theta,
+)
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 from lqexport.storage.files import read_json
@@ -50,6 +57,8 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     _add_window(writer, architecture, config)
     if architecture.rope_types:
         _add_rope(writer, architecture, config)
+    if architecture.rope_sections:
+        writer.add_rope_dimension_sections([*rope_sections(architecture, config), 0])
 
 
 def _size(config: Config, key: str) -> int:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.rope import head_dim, rope_settings, window_theta
+from lqexport.converters.models.rope import head_dim, rope_sections, rope_settings, window_theta
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 
@@ -65,6 +65,8 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
         _check_yarn(architecture, settings)
     if architecture.period is not None:
         _check_window_rope(architecture, config)
+    if architecture.rope_sections:
+        rope_sections(architecture, config)
     rotated = config.get("no_rope_layers")  # 1 for a block with rotation, despite the name
     if rotated and rotated != [int((layer + 1) % 4 != 0) for layer in range(len(rotated))]:
         raise UserError(f"llama.cpp leaves out the rotation in every fourth block; no_rope_layers is {rotated}.")

@@ -93,6 +93,8 @@ class Architecture:
     flags       key of config.json -> the module whose bias shows that it is true
     rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
     partial     whether only a part of each head is rotated where `partial_rotary_factor` of config.json says so
+    rope_sections  the default of `mrope_section`: how many pairs of columns are rotated by the position in time, in
+                height and in width. In text these positions are equal. () where llama.cpp has no such sections
     mscale      `rope.scaling.yarn_log_multiplier` for `mscale_all_dim` 1; None where llama.cpp does not read it
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
@@ -137,6 +139,7 @@ class Architecture:
     flags: dict[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     partial: bool = False
+    rope_sections: tuple[int, ...] = ()
     mscale: float | None = None
     period: int | None = None
     one_theta: bool = False

@@ -27,12 +27,13 @@ from lqexport.converters.models.families.nemotron import NEMOTRON
 from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
 from lqexport.converters.models.families.opt import OPT
 from lqexport.converters.models.families.phi import PHI, PHI3
-from lqexport.converters.models.families.qwen import QWEN2, QWEN2_MOE, QWEN3, QWEN3_MOE
+from lqexport.converters.models.families.qwen import QWEN2, QWEN2_MOE, QWEN2_VL, QWEN3, QWEN3_MOE, QWEN3_VL
 from lqexport.converters.models.families.seed import SEED_OSS
 from lqexport.converters.models.families.smollm import SMOLLM3
 from lqexport.converters.models.families.stablelm import STABLELM
 from lqexport.converters.models.families.starcoder import STARCODER2
 from lqexport.converters.models.hf_defaults import default_of, filled_in
+from lqexport.converters.models.text_parts import WITH_TEXT_PARTS, is_whole, text_part
 from lqexport.errors import UserError
 
 ARCHITECTURES = (
@@ -40,7 +41,9 @@ ARCHITECTURES = (
     MISTRAL,
     MINISTRAL3,
     QWEN2,
+    QWEN2_VL,
     QWEN3,
+    QWEN3_VL,
     GEMMA,
     GEMMA2,
     GEMMA3,
@@ -93,7 +96,11 @@ def find_architecture(config: Config) -> Architecture | None:
     Returns None where config.json names an architecture that the table does not have.
     """
     names = config.get("architectures") or []
-    named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
+    if any(name in WITH_TEXT_PARTS for name in names):
+        model_type = (config.get("text_config") or {}).get("model_type")
+        named = [entry for entry in ARCHITECTURES if entry.model_type == model_type]
+    else:
+        named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
     return next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
 
 
@@ -130,9 +137,8 @@ def normalized(config: Config) -> Config:
     """
     if (architecture := find_architecture(config)) is None:
         return config
-    if "text_config" in config:
-        whole = {key: config[key] for key in ("quantization_config", "tie_word_embeddings") if key in config}
-        config = config["text_config"] | whole | {"architectures": [architecture.classes[0]]}
+    if is_whole(config):
+        config = text_part(config, architecture)
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
     complete = filled_in(architecture, {"model_type": architecture.model_type} | usual | config)

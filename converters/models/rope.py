@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.tensor_names import head_count
+from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.errors import UserError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -57,6 +59,18 @@ def rotary_dim(config: dict[str, Any]) -> int:
     if "qk_rope_head_dim" in config:
         return int(config["qk_rope_head_dim"])
     return int(head_dim(config) * (rope_settings(config).get("partial_rotary_factor") or 1.0))
+
+
+def rope_sections(architecture: Architecture, config: dict[str, Any]) -> list[int]:
+    """Returns `mrope_section` of config.json: how many pairs of columns each of three positions rotates.
+
+    Raises UserError if these are not three whole numbers whose sum is the number of rotated pairs.
+    """
+    sections = config.get(SECTIONS) or list(architecture.rope_sections)
+    pairs, whole = rotary_dim(config) // 2, all(isinstance(size, int) and size >= 0 for size in sections)
+    if not whole or len(sections) != 3 or sum(sections) != pairs:
+        raise UserError(f"config.json: {SECTIONS} must be three whole numbers with the sum {pairs}, not {sections}.")
+    return sections
 
 
 def rope_factors(config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:

@@ -20,6 +20,8 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.architecture import FIRST, MEAN
 from lqexport.converters.models.architectures import find_architecture, normalized
 from lqexport.converters.models.tensor_names import block_module, is_tied
+from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
+from lqexport.converters.models.text_parts import RENAMED as TEXT_PART
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
@@ -83,7 +85,9 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
+        whole = read_config(folder / "config.json", _missing(folder / "config.json"))
+        self.config: dict[str, Any] = normalized(whole)
+        self._has_other_parts = is_whole(whole)
         self._architecture = find_architecture(self.config)
         if self._architecture and self._architecture.encoder:
             self.config.setdefault("pooling_type", _pooling_type(folder))
@@ -92,7 +96,8 @@ class HuggingFaceSource:
             self.layout: CheckpointLayout | None = layout_of(folder, self.config, self._files, self)
         self.config.pop("quantization_config", None)  # what is written from this source is not quantized in this way
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
-        self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
+        kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
+        self._stored = {self._renamed(tensor): tensor for tensor in kept}
         self._rows = self._unstacked()
         if self._has_own_output():
             self.config["tie_word_embeddings"] = False
@@ -135,7 +140,8 @@ class HuggingFaceSource:
 
     def _renamed(self, name: str) -> str:
         """Returns the name in the model of a stored tensor. Checkpoints of some architectures use other names."""
-        for pattern, new in (self._architecture.renamed if self._architecture else {}).items():
+        patterns = TEXT_PART if self._has_other_parts else {}
+        for pattern, new in (patterns | (self._architecture.renamed if self._architecture else {})).items():
             name = re.sub(pattern, new, name)
         return name
 

@@ -95,6 +95,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
     "qwen2": ("Qwen2Config", SIZES | {"rope_parameters": YARN}, "qwen2"),
     "qwen3": ("Qwen3Config", SIZES | {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": YARN}, "qwen2"),
+    "qwen2vl": ("Qwen2Config", SIZES | {"text_part_of": "qwen2_vl", "mrope_section": [2, 3, 3]}, "qwen2"),
+    "qwen3vl": (
+        "Qwen3Config",
+        SIZES | {"head_dim": 32, "num_hidden_layers": 4, "text_part_of": "qwen3_vl", "mrope_section": [6, 5, 5]},
+        "qwen2",
+    ),
     "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
     "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
     "phi3": ("Phi3Config", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, "pieces"),
@@ -170,14 +176,19 @@ def make_model(name: str) -> PreTrainedModel:
     """
     torch.manual_seed(0)
     config_class, options, _ = CASES[name]
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options)).eval()
+    return randomized(AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options)), name)
+
+
+def randomized(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Returns the model with the random weights of a case."""
+    model.eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or ".ln_" in parameter_name:
             low = -0.5 if name in PLUS_ONE or parameter_name.endswith("bias") else 0.5
             parameter.data.uniform_(low, low + 1)
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-    if model.config.num_hidden_layers > 10:  # so that rounding errors do not grow with depth
+    if model.config.get_text_config().num_hidden_layers > 10:  # so that rounding errors do not grow with depth
         for parameter_name, parameter in model.named_parameters():
             parameter.data *= 0.2 if parameter_name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")) else 1
     for buffer_name, buffer in model.named_buffers():

@@ -23,9 +23,22 @@ QWEN2 = replace(
     model_type="qwen2",
     gguf="qwen2",
     exl2=ExLlamaV2(biased=QKV),
+    when={"text_part_of": (None,)},
     rows={},
     flags={},
     rope_types=("default", "dynamic", "yarn"),
+)
+
+QWEN2_VL = replace(
+    QWEN2,
+    family="Qwen2-VL, Qwen2.5-VL (the text part)",
+    classes=("Qwen2ForCausalLM", "Qwen2VLForConditionalGeneration", "Qwen2_5_VLForConditionalGeneration"),
+    gguf="qwen2vl",
+    when={"text_part_of": ("qwen2_vl", None)},
+    derived=lambda config: {"text_part_of": "qwen2_vl"},
+    rope_types=("default",),
+    rope_sections=(16, 24, 24),
+    square_heads=True,
 )
 
 QWEN3 = replace(
@@ -43,6 +56,18 @@ QWEN3 = replace(
         **GATED,
     },
     fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
+)
+
+QWEN3_VL = replace(
+    QWEN3,
+    family="Qwen3-VL (the text part)",
+    classes=("Qwen3ForCausalLM", "Qwen3VLForConditionalGeneration"),
+    gguf="qwen3vl",
+    when={"text_part_of": ("qwen3_vl", None)},
+    keys=(*QWEN3.keys, Key("n_deepstack_layers", "deepstack_layers", default=3)),
+    derived=lambda config: {"text_part_of": "qwen3_vl"},
+    rope_types=("default",),
+    rope_sections=(24, 20, 20),
 )
 
 QWEN3_MOE = replace(
