@@ -6,7 +6,7 @@ It also checks, before any work, that ExLlamaV2 computes a model as transformers
 from __future__ import annotations
 
 from lqexport.converters.exl2.names import rules_of
-from lqexport.converters.gguf.support import check_fixed, window, window_period
+from lqexport.converters.gguf.support import check_fixed, check_window_scaling, window, window_period
 from lqexport.converters.models.architecture import Architecture, Config
 from lqexport.converters.models.rope import longrope_attention, rope_settings, window_theta
 from lqexport.errors import UserError
@@ -24,6 +24,8 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     if architecture.exl2 is None:
         raise UserError(f"EXL2 folders of {name} are not written. Choose another target.")
     check_fixed("ExLlamaV2", architecture, config)
+    if architecture.period is not None:
+        check_window_scaling("ExLlamaV2", architecture, config)
     rope = rope_settings(config)
     if rope["rope_type"] not in ROPE_TYPES:
         raise UserError(f"ExLlamaV2 has no rope scaling of type {rope['rope_type']!r}, or another than transformers.")

@@ -101,6 +101,7 @@ class Architecture:
                 no longer than one window
     one_theta   whether config.json has rotary settings for each type of blocks, and llama.cpp rotates all blocks with
                 one `rope_theta`
+    needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
     free_heads  whether config.json may give heads another size than hidden_size / heads
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
@@ -143,6 +144,7 @@ class Architecture:
     mscale: float | None = None
     period: int | None = None
     one_theta: bool = False
+    needs_windows: bool = False
     free_heads: bool = True
     square_heads: bool = False
     latent: bool = False

@@ -30,6 +30,11 @@ def default_of(architecture: Architecture, config: Config, key: str) -> Any:
     return values.get(_name_of(architecture, values, key))
 
 
+def default_rope(architecture: Architecture) -> Config:
+    """Returns the rotary settings that transformers takes where config.json has none; {} if positions are learned."""
+    return _class_defaults(_config_class(architecture, {}))[1]
+
+
 def filled_in(architecture: Architecture, config: Config) -> Config:
     """Returns the config under the usual names of its keys, with keys added that the program reads and it leaves out.
 

@@ -37,6 +37,7 @@ COHERE2 = replace(
     gguf="cohere2",
     fixed={key: values for key, values in COHERE.fixed.items() if key != "use_qk_norm"},
     period=4,
+    needs_windows=True,
     free_heads=True,
     square_heads=True,
 )

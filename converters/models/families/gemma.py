@@ -50,6 +50,7 @@ GEMMA2 = replace(
     fixed={"hidden_activation": ("gelu_pytorch_tanh",), "attention_bias": (False,), "tie_word_embeddings": (True,)},
     rope_types=("default", "dynamic"),
     period=2,
+    needs_windows=True,
     wide_scale=46,
 )
 
@@ -62,13 +63,19 @@ GEMMA3 = replace(
     # ExLlamaV2 knows only the model with images; it also loads one without image tensors.
     exl2=ExLlamaV2(renamed={"^": "language_model."}, called="Gemma3ForConditionalGeneration"),
     gguf_block={**BEFORE_AND_AFTER, **ATTENTION, **HEAD_NORMS, **GATED},
-    renamed={r"^(model\.)?language_model\.(model\.)?": "model."},
+    renamed={r"^(model\.)?language_model\.(model\.)?": "model.", r"^model\.lm_head\.": "lm_head."},
     unused=(*GEMMA2.unused, r"vision_tower\.", r"multi_modal_projector\."),
     keys=(RMS_NORM,),
     derived=rope_of_both_types,
-    fixed=GEMMA2.fixed
-    | {"attn_logit_softcapping": (None,), "final_logit_softcapping": (None,), "use_bidirectional_attention": (False,)},
+    fixed={
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "attn_logit_softcapping": (None,),
+        "final_logit_softcapping": (None,),
+        "use_bidirectional_attention": (False,),
+    },
     rope_types=("default", "dynamic", "linear"),
     period=6,
+    needs_windows=False,
     wide_scale=62,
 )
