@@ -9,7 +9,7 @@ from lqexport.converters.models.families.parts import ATTENTION, LAYER_NORM, QKV
 
 NEMOTRON = replace(
     LLAMA,
-    family="Nemotron 3 and 4, Minitron",
+    family="Nemotron 4, Minitron 4B",
     classes=("NemotronForCausalLM",),
     model_type="nemotron",
     gguf="nemotron",
