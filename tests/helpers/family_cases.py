@@ -132,7 +132,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "seed-oss": ("SeedOssConfig", SIZES | {"head_dim": 32}, "seed-coder"),
     "ernie4_5": ("Ernie4_5Config", SIZES | {"head_dim": 32}, "pieces without prefix"),
     "hunyuan": ("HunYuanDenseV1Config", SIZES | {"head_dim": 32, "rope_parameters": ALPHA}, "deepseek-v3"),
-    "arcee": ("ArceeConfig", SIZES | {"head_dim": 32, "rope_parameters": YARN}, "llama-bpe"),
+    "arcee": ("ArceeConfig", SIZES | {"head_dim": 32, "rope_parameters": YARN | {"mscale": 0.7}}, "llama-bpe"),
     "gemma": ("GemmaConfig", SIZES | {"head_dim": 32}, "pieces without prefix"),
     "olmo2": ("Olmo2Config", SIZES, "smaug-bpe"),
     "olmo3": ("Olmo3Config", SIZES | OLMO3_WINDOWS, "smaug-bpe"),
