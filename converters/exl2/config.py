@@ -24,8 +24,6 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     if architecture.exl2 is None:
         raise UserError(f"EXL2 folders of {name} are not written. Choose another target.")
     check_fixed("ExLlamaV2", architecture, config)
-    if architecture.period is not None:
-        check_window_scaling("ExLlamaV2", architecture, config)
     rope = rope_settings(config)
     if rope["rope_type"] not in ROPE_TYPES:
         raise UserError(f"ExLlamaV2 has no rope scaling of type {rope['rope_type']!r}, or another than transformers.")
@@ -37,6 +35,8 @@ def check_supported(architecture: Architecture, config: Config) -> None:
         raise UserError(
             f"ExLlamaV2 rotates within windows with rope_theta {WINDOW_THETA:g}, not {window_theta(config)}."
         )
+    if architecture.period is not None:
+        check_window_scaling("ExLlamaV2", architecture, config)
 
 
 def _unscaled(config: Config) -> Config:

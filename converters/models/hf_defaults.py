@@ -82,7 +82,7 @@ def _config_class(architecture: Architecture, config: Config) -> Any:
     """Returns transformers' config class for `model_type` of config.json; for an unknown one, the architecture's."""
     from transformers import CONFIG_MAPPING
 
-    model_type = config.get("model_type")
+    model_type = str(config.get("model_type"))
     return CONFIG_MAPPING[model_type if model_type in CONFIG_MAPPING else architecture.model_type]
 
 
