@@ -1,4 +1,4 @@
-"""The text part of models with images: transformers' whole model against the GGUF of its text part in llama.cpp."""
+"""The text part of models with images or sound: its GGUF file in llama.cpp against transformers' whole model."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "n
 VISION |= {"image_size": 32, "patch_size": 16}
 CLIP = VISION | {"model_type": "clip_vision_model", "projection_dim": 16}
 INTERN = VISION | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [16, 16]}
+EARS = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
 QWEN2_EYES = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
 QWEN2_5_EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
-QWEN3_EYES = QWEN2_5_EYES | {"deepstack_visual_indexes": [0, 0], "num_position_embeddings": 16}
+QWEN3_EYES = QWEN2_5_EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
 QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -41,24 +42,26 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "VipLlava": ("llama", CLIP, "llama-bpe"),
     "Idefics3": ("llama", VISION, "smollm"),
     "InternVL": ("qwen3", INTERN, "qwen2"),
+    "Qwen2Audio": ("qwen2", EARS, "qwen2"),
     "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
     "Qwen2_5_VL": ("qwen2_5_vl_text", QWEN2_5_EYES, "qwen2"),
     "Qwen3VL": ("qwen3_vl_text", QWEN3_EYES, "qwen2"),
 }
-"""Name of transformers' config class -> `model_type` of the text part, options of the vision part, tokenizer."""
+"""Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
 ARCHITECTURES |= {"VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
-ARCHITECTURES |= {"Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
+ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
 
 
 def whole_model(name: str) -> transformers.PreTrainedModel:
-    """Returns a small random model with a text part and a vision part."""
-    model_type, vision, _ = MODELS[name]
+    """Returns a small random model with a text part and a part for images or sound."""
+    model_type, other, _ = MODELS[name]
     text = CASES["qwen2" if model_type.startswith("qwen") else model_type][1]
     text = {key: value for key, value in text.items() if key != "rope_parameters"} | {"model_type": model_type}
-    if name.startswith("Qwen"):
+    if model_type.endswith("_text"):
         text |= {"rope_parameters": QWEN3_ROPE if name == "Qwen3VL" else QWEN2_ROPE}
-    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, tie_word_embeddings=False)
+    other_part = {"audio_config" if name == "Qwen2Audio" else "vision_config": other}
+    config = getattr(transformers, f"{name}Config")(text_config=text, tie_word_embeddings=False, **other_part)
     torch.manual_seed(0)
     return randomized(getattr(transformers, f"{name}ForConditionalGeneration")(config), name)
 

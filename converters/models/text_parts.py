@@ -1,4 +1,4 @@
-"""Models with images whose text part is a model of a known family: their class names, configs and tensors.
+"""Models with images or sound whose text part is a model of a known family: their class names, configs and tensors.
 
 The text part alone is quantized. llama.cpp takes the other parts as a file of their own (`--mmproj`).
 """
@@ -13,6 +13,7 @@ WITH_TEXT_PARTS = (
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration",
     "SmolVLMForConditionalGeneration",
     "VipLlavaForConditionalGeneration",
 )
@@ -23,7 +24,7 @@ RENAMED = {
 }
 """Regular expression -> replacement; together they turn the text part's tensor names into those of its family."""
 OTHER_PARTS = (
-    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector)\.|"
+    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower)\.|"
     r"^(model\.)?image_newline$"
 )
 """A regular expression for the tensors of the other parts."""
