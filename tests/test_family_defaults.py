@@ -28,6 +28,7 @@ from lqexport.converters.models.tensor_names import is_tied
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.models.modules import meta_model
+from lqexport.planning.forecast import forecast
 from lqexport.recipe import Recipe
 
 Config = dict[str, Any]
@@ -231,6 +232,14 @@ def test_a_config_that_has_its_keys_stays_as_it_is() -> None:
     for class_name, options, _ in CASES.values():
         config = normalized(completed(class_name, options))
         assert normalized(copy.deepcopy(config)) == config
+
+
+def test_forecast_of_a_config_under_the_familys_names_of_keys(tmp_path: Path) -> None:
+    """GPT-2's sizes have names of their own, and this config.json leaves all of them out."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
+    work = forecast(path, Recipe("model", "gguf:Q4_K")).work
+    assert (work.blocks, work.hidden, work.outer) == (12, 768, 50257 * 768)
 
 
 def test_help_does_not_import_transformers() -> None:
