@@ -6,16 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
-from family_cases import EXPERTS, SIZES, config_and_shapes, make_model, make_tokenizer
+from family_cases import EXPERTS, SIZES, config_and_shapes, export, make_model, make_tokenizer
 from family_cases import texts as texts
 from transformers import AutoModelForCausalLM
 
+from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.rope import rotary_dim
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
+from lqexport.models.source import HuggingFaceSource
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
+from lqexport.storage.config_check import check_config
 from lqexport.target import Target
 
 
@@ -55,3 +62,84 @@ def test_experts_of_a_block_share_their_type() -> None:
     assert {tensor.codec_name for tensor in everything if "down_proj" in tensor.name} == {"gguf:Q4_0"}
     with pytest.raises(UserError, match="experts of a block in one type"):
         plan(Target.parse("gguf:Q8_0"), config, shapes, types={"*.experts.1.down_proj.weight": "gguf:Q4_0"})
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("glm4moe", "model.layers.92.eh_proj.weight"),
+        ("glm4moe-air", "model.layers.46.mlp.experts.0.up_proj.weight"),
+        ("glm4moe-lite", "model.layers.47.shared_head.norm.weight"),
+        ("ernie4_5-moe", "model.mtp_block.0.mlp.up_proj.weight"),
+    ],
+)
+def test_blocks_that_predict_further_tokens_are_left_out(name: str, tensor: str) -> None:
+    config, shapes = config_and_shapes(name)
+    target = Target.parse("gguf:Q4_0")
+    assert plan(target, config, shapes | {tensor: (64, 64)}) == plan(target, config, shapes)
+
+
+def test_experts_that_a_checkpoint_stores_in_one_tensor(tmp_path: Path) -> None:
+    model = make_model("granitemoe")
+    model.save_pretrained(tmp_path)
+    source, block = HuggingFaceSource(tmp_path, ""), model.model.layers[1].block_sparse_moe.experts
+    assert not any("input_linear" in name for name in source.names())
+    gate, up = block.gate_up_proj[2].chunk(2)
+    for linear, weight in (("gate_proj", gate), ("up_proj", up), ("down_proj", block.down_proj[2])):
+        name = f"model.layers.1.block_sparse_moe.experts.2.{linear}.weight"
+        assert torch.equal(source.read(name), weight)
+        assert source.shape(name) == tuple(weight.shape)
+        (span,) = source.file_spans(name)
+        assert span.nbytes == source.nbytes(name)
+        stored = span.path.read_bytes()[span.start : span.start + span.nbytes]
+        assert stored == weight.detach().numpy().tobytes()
+
+
+def test_experts_in_one_tensor_of_other_dimensions(tmp_path: Path) -> None:
+    model = make_model("granitemoe")
+    state = {name: tensor for name, tensor in model.state_dict().items() if "experts" not in name}
+    state["model.layers.0.block_sparse_moe.input_linear.weight"] = torch.zeros(4, 64)
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(tmp_path)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match="should have 3 dimensions"):
+        HuggingFaceSource(tmp_path, "")
+
+
+@pytest.mark.llamacpp
+def test_matrices_of_one_row_that_another_program_stores_as_vectors(tmp_path: Path) -> None:
+    """llama.cpp's quantizer drops dimensions of size 1."""
+    make_model("qwen2moe").save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    llamacpp_quantize(
+        export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16")), tmp_path / "theirs.gguf", "Q8_0", threads=1
+    )
+    name = "model.layers.0.mlp.shared_expert_gate.weight"
+    ours, theirs = GGUFModel(tmp_path / "F16.gguf"), GGUFModel(tmp_path / "theirs.gguf")
+    assert ours.shape(name) == theirs.shape(name) == (1, 64)
+    assert (ours.read(name) == theirs.read(name)).all()
+
+
+def test_hunyuan_gives_numbers_of_each_block() -> None:
+    config, shapes = config_and_shapes("hunyuan-moe")
+    listed = config | {"moe_topk": [2, 2], "moe_intermediate_size": [96, 96]}
+    assert check_config(listed, "config.json") is listed
+    assert normalized(listed)["num_experts_per_tok"] == 2
+    plan(Target.parse("gguf:Q4_0"), listed, shapes)
+    assert normalized(listed | {"moe_topk": [2, 1]})["num_experts_per_tok"] is None
+
+
+def test_minimax_gives_the_number_of_rotated_columns() -> None:
+    config, _ = config_and_shapes("minimax-m2")
+    old = {key: value for key, value in config.items() if key not in ("rope_parameters", "partial_rotary_factor")}
+    assert rotary_dim(normalized(old | {"rotary_dim": 16})) == 16
+    assert normalized(old)["rope_theta"] == 5e6
+
+
+def test_glm_gives_the_types_of_mlps() -> None:
+    config, _ = config_and_shapes("glm4moe-lite")
+    types = ["dense", "dense", "sparse"]
+    assert architecture_of(config | {"mlp_layer_types": types, "first_k_dense_replace": 1}).leading == 2
+    assert normalized(config | {"mlp_layer_types": None, "first_k_dense_replace": 2})["mlp_layer_types"] == types
+    with pytest.raises(UserError, match="first_k_dense_replace"):
+        architecture_of(config | {"mlp_layer_types": ["sparse", "dense", "sparse"]})

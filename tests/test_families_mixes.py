@@ -57,6 +57,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         kept = {key: value for key, value in options.items() if key not in ("rope_parameters", "layer_types")}
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
+        sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64, "mrope_section": [16, 8, 8]}
+        if options.get("sliding_window", 0) is None:
+            kept["layer_types"] = ["full_attention"] * 17
         if options.get("q_lora_rank", 0) is None:
             del sizes["num_hidden_layers"]
         hf = getattr(transformers, config_class)(**{key: sizes.get(key, value) for key, value in kept.items()})

@@ -3,28 +3,50 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from family_cases import DEEPSEEK_ROPE, ONE_KEY_A_QUERY, config_and_shapes, export, make_model, make_tokenizer
+from family_cases import (
+    CASES,
+    DEEPSEEK_ROPE,
+    GEMMA3_ROPE,
+    LLAMA3,
+    MINISTRAL_ROPE,
+    ONE_KEY_A_QUERY,
+    YARN,
+    config_and_shapes,
+    export,
+    make_model,
+    make_tokenizer,
+)
+from family_cases import pieces as pieces
 from family_cases import texts as texts
 from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
 
 from lqexport.converters.exl2.plan import plan_exl2
 from lqexport.converters.folders import native
 from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.support import SAME_ACTIVATIONS
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 from lqexport.target import Target
 from lqexport.verification.verifying import verify
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
 def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str, str]) -> None:
@@ -53,8 +75,52 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th block"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth block"),
         ("qwen3moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen2moe", {"norm_topk_prob": True}, "norm_topk_prob False"),
+        ("olmoe", {"clip_qkv": 8.0}, "clip_qkv None"),
+        ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads equal to num_attention_heads"),
+        ("glm4moe", {"n_group": 2}, "n_group 1"),
+        ("minimax-m2", {"tie_word_embeddings": True}, "tie_word_embeddings False"),
+        ("ernie4_5-moe", {"moe_layer_end_index": 1}, "moe_layer_end_index -1"),
+        ("ernie4_5-moe", {"moe_layer_interval": 2}, "moe_layer_interval 1"),
+        ("hunyuan-moe", {"attention_bias": True}, "attention_bias False"),
         ("phi3", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling of type 'yarn'"),
+        ("ministral3", {"rope_parameters": MINISTRAL_ROPE | {"mscale": 0.7}}, "without mscale, mscale_all_dim"),
+        ("ministral3", {"rope_parameters": MINISTRAL_ROPE | {"beta_fast": 16}}, "without beta_fast"),
+        ("ministral3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
+        ("glm4", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "without attention_factor"),
+        ("glm", {"rope_parameters": LLAMA3}, "rope scaling of type 'llama3'"),
+        ("glm", {"head_dim": 32}, "add up to hidden_size"),
+        ("hunyuan", {"attention_bias": True}, "attention_bias False"),
+        ("olmo3", {"tie_word_embeddings": True}, "tie_word_embeddings False"),
+        ("seed-oss", {"attention_out_bias": True}, "attention_out_bias False"),
+        ("ernie4_5", {"use_bias": True}, "use_bias False"),
+        ("arcee", {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}, "without mscale, mscale_all_dim"),
+        ("arcee", {"hidden_act": "silu"}, "hidden_act 'relu2'"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention None or False"),
+        ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 1e5}}}, "10000"),
+        ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": YARN}}, "scaling within windows"),
         ("falcon", {"alibi": True}, "alibi"),
+        ("cohere", {"use_qk_norm": True}, "use_qk_norm False"),
+        ("cohere2", {"head_dim": 32}, "add up to hidden_size"),
+        ("exaone4", {"sliding_window": 64}, "sliding_window None"),
+        ("phi2", {"qk_layernorm": True}, "qk_layernorm False"),
+        ("gptneox", {"tie_word_embeddings": True}, "tie_word_embeddings False, and config.json has True"),
+        ("smollm3", {"attention_bias": True}, "attention_bias False"),
+        ("smollm3", {"mlp_bias": True}, "mlp_bias False"),
+        ("mistral", {"partial_rotary_factor": 0.5}, "rotates whole heads of MistralForCausalLM"),
+        ("olmo2", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor of config.json is 0.5"),
+        ("qwen3", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "type yarn needs factor"),
+        ("gemma2", {"sliding_window": None}, "sliding windows in some blocks, and config.json has none"),
+        ("gemma2", {"layer_types": ["full_attention"] * 2}, "sliding windows in some blocks, and config.json has none"),
+        ("gemma3", {"rope_parameters": GEMMA3_ROPE | {"sliding_attention": LINEAR}}, "scaling within windows"),
+        (
+            "cohere2",
+            {"layer_types": ["full_attention"] * 3},
+            "sliding windows in some blocks, and config.json has none",
+        ),
+        ("gemma3", {"rope_parameters": LINEAR}, "must have settings of full_attention and sliding_attention"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual False"),
+        ("qwen2vl", {"mrope_section": [2, 2, 3]}, "with the sum 8"),
         ("granite", {"rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
         ("deepseek-v2", {"topk_method": "group_limited_greedy"}, "topk_method 'greedy'"),
         ("deepseek-v3", {"rope_parameters": DEEPSEEK_ROPE | {"mscale": 1.0}}, "without mscale, mscale_all_dim"),
@@ -70,6 +136,90 @@ def test_what_llamacpp_computes_otherwise_is_refused_before_any_work(
     plan(Target.parse("native:table-4"), config | change, shapes)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("llama", {"hidden_act": "swish"}),
+        ("gpt2", {"activation_function": "gelu_pytorch_tanh"}),
+        ("starcoder2", {"hidden_act": "gelu_new"}),
+        ("gptneox", {"hidden_act": "gelu_python"}),
+        ("gemma3", {"hidden_activation": "gelu_fast"}),
+    ],
+)
+def test_other_names_of_an_activation(name: str, change: dict[str, Any]) -> None:
+    config, shapes = config_and_shapes(name)
+    assert plan(Target.parse("gguf:Q4_K"), config | change, shapes) == plan(Target.parse("gguf:Q4_K"), config, shapes)
+
+
+@pytest.mark.parametrize(("name", "other"), SAME_ACTIVATIONS.items())
+def test_activations_of_two_names_are_the_same(name: str, other: str) -> None:
+    inputs = torch.linspace(-8, 8, 1000)
+    assert torch.allclose(ACT2FN[name](inputs), ACT2FN[other](inputs), atol=1e-5)
+
+
+def test_exl2_has_no_rope_scaling_within_windows() -> None:
+    config, shapes = config_and_shapes("gemma3")
+    change = {"rope_parameters": GEMMA3_ROPE | {"sliding_attention": LINEAR}}
+    with pytest.raises(UserError, match="ExLlamaV2 has no rope scaling within windows"):
+        plan_exl2(config | change, shapes, bits=4, head_bits=6)
+
+
+def test_unknown_architecture_lists_each_known_one_once() -> None:
+    with pytest.raises(UserError, match="Unknown architecture Nobody") as refusal:
+        architecture_of({"architectures": ["Nobody"]})
+    names = str(refusal.value).partition("Known: ")[2].rstrip(".").split(", ")
+    assert len(names) == len(set(names)) > 20
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_output_of_its_own_counts_though_it_is_said_to_be_tied(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in transformers 5, for every architecture, or else a refusal that says it."""
+    class_name, options, tokenizer = CASES[name]
+    monkeypatch.setitem(CASES, name, (class_name, options | {"tie_word_embeddings": True}, tokenizer))
+    model, folder = make_model(name), tmp_path / "hf"
+    model.save_pretrained(folder)
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
+    embedding = model.get_input_embeddings().weight.detach()
+    output = "embed_out.weight" if name.startswith("gptneox") else "lm_head.weight"
+    tensors[output] = embedding.flip(0)
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    source = open_source(str(folder))
+    assert not source.config["tie_word_embeddings"]
+    expected = AutoModelForCausalLM.from_pretrained(folder).get_output_embeddings().weight
+    assert torch.equal(expected, source.read("lm_head.weight"))
+    shapes = {key: source.shape(key) for key in source.names()}
+    if True in architecture_of(source.config).fixed.get("tie_word_embeddings", ()):
+        with pytest.raises(UserError, match="and the model's output is not its embedding"):
+            plan(Target.parse("gguf:F16"), source.config, shapes)
+    else:
+        planned = plan(Target.parse("gguf:F16"), source.config, shapes)
+        assert "lm_head.weight" in {tensor.name for tensor in planned}
+    tensors[output] = embedding.clone()
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert open_source(str(folder)).config["tie_word_embeddings"]
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_llamacpp_computes_with_an_output_of_its_own(
+    name: str, tmp_path: Path, pieces: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class_name, options, tokenizer = CASES[name]
+    monkeypatch.setitem(CASES, name, (class_name, options | {"tie_word_embeddings": False}, tokenizer))
+    model, folder = make_model(name), tmp_path / "hf"
+    model.save_pretrained(folder)
+    make_tokenizer(tokenizer, pieces).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    tokens = list(range(3, 40))
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    with LlamaCpp(export(tmp_path, Recipe(str(folder), "gguf:F16")), 48, threads=1) as engine:
+        assert np.abs(engine.logits(tokens) - expected).mean() < 0.003
+
+
 @pytest.mark.parametrize("name", ["qwen3", "granite", "falcon"])
 def test_exl2_is_refused_by_name(name: str) -> None:
     config, shapes = config_and_shapes(name)
@@ -77,26 +227,37 @@ def test_exl2_is_refused_by_name(name: str) -> None:
         plan_exl2(config, shapes, bits=4, head_bits=6)
 
 
-def test_text_part_of_a_model_with_images(tmp_path: Path) -> None:
-    """Gemma 3 of 4B and more, as on the hub: sizes in text_config, other tensor names, parts besides the text model."""
-    model = make_model("gemma3")
+@pytest.mark.parametrize(
+    ("name", "family", "rope", "pattern", "prefix"),
+    [
+        ("gemma3", "Gemma3", {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}, "^", "language_model."),
+        ("mistral", "Mistral3", {"rope_theta": 1e4}, "^", "language_model."),
+        ("ministral3", "Mistral3", {"rope_parameters": MINISTRAL_ROPE}, "^", "language_model."),
+        ("ministral3", "Mistral3", {"rope_parameters": MINISTRAL_ROPE}, r"^model\.", "model.language_model."),
+    ],
+)
+def test_text_part_of_a_model_with_images(
+    tmp_path: Path, name: str, family: str, rope: dict[str, Any], pattern: str, prefix: str
+) -> None:
+    """Models as on the hub: sizes in text_config, other tensor names, parts besides the text model."""
+    model = make_model(name)
     model.save_pretrained(tmp_path / "text")
     make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "text")
     shutil.copytree(tmp_path / "text", tmp_path / "images")
     config = json.loads((tmp_path / "text/config.json").read_text())
     text = {key: value for key, value in config.items() if key not in ("architectures", "rope_parameters")}
-    text["rope_scaling"] = {"rope_type": "linear", "factor": 8.0}
-    whole = {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3", "text_config": text}
+    whole = {"architectures": [f"{family}ForConditionalGeneration"], "model_type": family.lower()}
+    whole["text_config"] = text | rope
     (tmp_path / "images/config.json").write_text(json.dumps(whole))
     tensors = safetensors.torch.load_file(tmp_path / "text/model.safetensors")
-    renamed = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    renamed = {re.sub(pattern, prefix, tensor_name): tensor for tensor_name, tensor in tensors.items()}
     vision = {"vision_tower.vision_model.post_layernorm.weight": torch.ones(8)}
     safetensors.torch.save_file(renamed | vision, tmp_path / "images/model.safetensors")
     files = []
-    for name in ("text", "images"):
-        path = export(tmp_path / name, Recipe(str(tmp_path / name), "gguf:F16"))
+    for folder in (tmp_path / "text", tmp_path / "images"):
+        path = export(folder, Recipe(str(folder), "gguf:F16"))
         metadata = {key: value for key, value in GGUFModel(path).metadata.items() if not key.startswith("lqexport.")}
-        manifest = Artifact(tmp_path / name / "artifact-F16").manifest()
+        manifest = Artifact(folder / "artifact-F16").manifest()
         files.append((metadata | {"general.name": None}, manifest))
     assert files[0] == files[1]
 

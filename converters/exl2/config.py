@@ -6,7 +6,7 @@ It also checks, before any work, that ExLlamaV2 computes a model as transformers
 from __future__ import annotations
 
 from lqexport.converters.exl2.names import rules_of
-from lqexport.converters.gguf.support import check_fixed, window, window_period
+from lqexport.converters.gguf.support import check_fixed, check_window_scaling, window, window_period
 from lqexport.converters.models.architecture import Architecture, Config
 from lqexport.converters.models.rope import longrope_attention, rope_settings, window_theta
 from lqexport.errors import UserError
@@ -35,12 +35,14 @@ def check_supported(architecture: Architecture, config: Config) -> None:
         raise UserError(
             f"ExLlamaV2 rotates within windows with rope_theta {WINDOW_THETA:g}, not {window_theta(config)}."
         )
+    if architecture.period is not None:
+        check_window_scaling("ExLlamaV2", architecture, config)
 
 
 def _unscaled(config: Config) -> Config:
     """Returns the config without longrope's explicit scale, which then follows from the lengths of the contexts."""
     rope = {key: value for key, value in rope_settings(config).items() if key not in ("attention_factor", "factor")}
-    return config | {"rope_parameters": rope}
+    return config | {"rope_parameters": rope, "rope_scaling": None}
 
 
 def exl2_config(architecture: Architecture, config: Config) -> Config:

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Config
+from lqexport.converters.models.hf_defaults import default_of
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
+from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.errors import UserError
 
 
@@ -47,9 +49,9 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     Raises UserError if the metadata lacks a value, or has one that config.json cannot express.
     """
     architecture = metadata.architecture
-    config = {key: allowed[0] for key, allowed in architecture.fixed.items() if allowed[0] is not None}
-    config |= {key: values[0] for key, values in architecture.when.items()}
-    config |= _sizes(metadata) | _keys(metadata) | _special_tokens(metadata)
+    config = {key: allowed[0] for key, allowed in architecture.fixed.items() if _is_said(architecture, key, allowed[0])}
+    config |= {key: values[0] for key, values in architecture.when.items() if _is_said(architecture, key, values[0])}
+    config |= _sizes(metadata) | _keys(metadata, rope=False) | _special_tokens(metadata)
     config |= {
         "architectures": [architecture.classes[0]],
         "model_type": architecture.model_type,
@@ -69,9 +71,16 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
         del config["head_dim"]
     if architecture.rope_types:
         config |= _rope(metadata, config, factors)
+    if architecture.rope_sections:
+        config[SECTIONS] = _sections(metadata)
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
     return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
+
+
+def _is_said(architecture: Architecture, key: str, value: Any) -> bool:
+    """Whether config.json must have a key: not where None is the default."""
+    return value is not None or default_of(architecture, {}, key) is not None
 
 
 def _sizes(metadata: Metadata) -> Config:
@@ -100,9 +109,9 @@ def _latent_head_sizes(metadata: Metadata, config: Config) -> Config:
     }
 
 
-def _keys(metadata: Metadata) -> Config:
+def _keys(metadata: Metadata, *, rope: bool) -> Config:
     settings = {}
-    for key in metadata.architecture.keys:
+    for key in (key for key in metadata.architecture.keys if key.rope == rope):
         value = metadata.values.get(f"{metadata.architecture.gguf}.{key.name}", key.default)
         if value is None or not isinstance(value, int | float) or not math.isfinite(value):
             raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.{key.name}.")
@@ -123,9 +132,10 @@ def _windows(metadata: Metadata, config: Config) -> Config:
     if layers > 1 << 16:
         raise UserError(f"{metadata.source} is damaged: it says that it has {layers} blocks.")
     period = given if isinstance(given, int) and given > 0 else period
+    width = metadata.get("attention.sliding_window")
     return {
         "layer_types": layer_types(period, layers),
-        "sliding_window": int(metadata.number("attention.sliding_window", 4096)),
+        "sliding_window": None if width == 0 else int(metadata.number("attention.sliding_window", 4096)),
     }
 
 
@@ -134,16 +144,24 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
     if (columns := head_dim(config)) < 1:
         raise UserError(f"{metadata.source} is damaged: its hidden size is smaller than the number of its heads.")
     rotated = metadata.number("rope.dimension_count", columns)
-    if rotated != columns and not metadata.architecture.latent:
+    if (rotated != columns or metadata.architecture.partial) and not metadata.architecture.latent:
         rope["partial_rotary_factor"] = rotated / columns
-    rope |= _scaling(metadata, factors)
+    rope |= _scaling(metadata, factors) | _keys(metadata, rope=True)
     if ROPE_FACTORS in factors:
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
-    if metadata.get(WINDOW_THETA) is not None:
-        local = {"rope_type": "default", "rope_theta": _decimal(metadata.number(WINDOW_THETA))}
+    if metadata.architecture.one_theta or metadata.get(WINDOW_THETA) is not None:
+        theta = rope["rope_theta"] if metadata.architecture.one_theta else _decimal(metadata.number(WINDOW_THETA))
+        local = {"rope_type": "default", "rope_theta": theta}
         return {"rope_parameters": {FULL: rope, SLIDING: local}}
     original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
     return {"rope_parameters": rope} | ({"original_max_position_embeddings": original} if original else {})
+
+
+def _sections(metadata: Metadata) -> list[int]:
+    sections = metadata.get("rope.dimension_sections")
+    if not isinstance(sections, list) or not all(isinstance(size, int) for size in sections):
+        raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.rope.dimension_sections.")
+    return sections[:3]
 
 
 def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[str, Any]:
@@ -165,9 +183,10 @@ def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[st
 
 
 def _mscale(metadata: Metadata) -> dict[str, Any]:
-    if (multiplier := metadata.get("rope.scaling.yarn_log_multiplier")) is None:
+    multiplier, usual = metadata.get("rope.scaling.yarn_log_multiplier"), metadata.architecture.mscale
+    if multiplier is None or usual is None:
         return {}
-    mscale = _decimal(10 * multiplier)
+    mscale = _decimal(multiplier / usual)
     return {"mscale": mscale, "mscale_all_dim": mscale}
 
 

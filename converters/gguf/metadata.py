@@ -11,7 +11,14 @@ from gguf import GGUFWriter, RopeScalingType
 from lqexport.converters.gguf.mixes import file_type
 from lqexport.converters.gguf.support import check_supported, window, window_period
 from lqexport.converters.models.architecture import Architecture, Config, Key
-from lqexport.converters.models.rope import head_dim, longrope_attention, rope_settings, rotary_dim, window_theta
+from lqexport.converters.models.rope import (
+    head_dim,
+    longrope_attention,
+    rope_sections,
+    rope_settings,
+    rotary_dim,
+    window_theta,
+)
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 from lqexport.storage.files import read_json
@@ -49,7 +56,9 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
         _add_key(writer, key, config)
     _add_window(writer, architecture, config)
     if architecture.rope_types:
-        _add_rope(writer, config)
+        _add_rope(writer, architecture, config)
+    if architecture.rope_sections:
+        writer.add_rope_dimension_sections([*rope_sections(architecture, config), 0])
 
 
 def _size(config: Config, key: str) -> int:
@@ -70,7 +79,7 @@ def _context(architecture: Architecture, config: Config) -> int:
 
 
 def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
-    value = config.get(key.config, key.default)
+    value = (rope_settings(config) if key.rope else config).get(key.config, key.default)
     if value is None:
         raise UserError(f"config.json gives no {key.config}.")
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.value_type]
@@ -83,11 +92,11 @@ def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) 
         return
     writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
     writer.add_sliding_window(window(config) or 0)
-    if (theta := window_theta(config)) is not None:
+    if (theta := window_theta(config)) is not None and not architecture.one_theta:
         writer.add_float32(f"{writer.arch}.{WINDOW_THETA}", theta)
 
 
-def _add_rope(writer: GGUFWriter, config: Config) -> None:
+def _add_rope(writer: GGUFWriter, architecture: Architecture, config: Config) -> None:
     settings = rope_settings(config)
     rope_type = settings["rope_type"]
     writer.add_rope_dimension_count(rotary_dim(config))
@@ -100,8 +109,10 @@ def _add_rope(writer: GGUFWriter, config: Config) -> None:
     if rope_type in ("yarn", "longrope"):
         original = settings.get("original_max_position_embeddings") or config["max_position_embeddings"]
         writer.add_rope_scaling_orig_ctx_len(int(original))
-    if rope_type == "yarn" and settings.get("mscale_all_dim"):
-        writer.add_rope_scaling_yarn_log_mul(0.1 * settings["mscale_all_dim"])
+    if rope_type == "yarn" and architecture.mscale and settings.get("mscale_all_dim"):
+        # Without latent attention any number has the effect of 1, since `mscale` is the same (check_supported).
+        mscale = settings["mscale_all_dim"] if architecture.latent else 1
+        writer.add_rope_scaling_yarn_log_mul(architecture.mscale * mscale)
     if rope_type == "longrope":
         writer.add_rope_scaling_type(RopeScalingType.LONGROPE)
         writer.add_rope_scaling_attn_factors(longrope_attention(config))

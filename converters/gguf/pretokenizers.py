@@ -24,6 +24,7 @@ _SYMBOLS_AND_SLASHES = r" ?[^\s\p{L}\p{N}]+[\r\n/]*"
 
 _LLAMA3 = "|".join([_CONTRACTIONS, _WORDS, r"\p{N}{1,3}", _SYMBOLS, _SPACES])
 _QWEN2 = "|".join([_CONTRACTIONS, _WORDS, r"\p{N}", _SYMBOLS, _SPACES])
+_SEED = "|".join([_CONTRACTIONS, _WORDS, r"\p{N}{1}", r" ?[^\s\p{L}\p{N}\r\n]+", _SPACES])
 _TEKKEN = "|".join([*_CASED, r"\p{N}", _SYMBOLS_AND_SLASHES, _SPACES])
 _GPT4O = "|".join([*(cased + _CONTRACTIONS + "?" for cased in _CASED), r"\p{N}{1,3}", _SYMBOLS_AND_SLASHES, _SPACES])
 
@@ -42,6 +43,7 @@ PRETOKENIZERS: dict[tuple[tuple[str, ...], bool], str] = {
     ((_LLAMA3,), True): "llama-bpe",
     ((_LLAMA3,), False): "smaug-bpe",
     ((_QWEN2,), False): "qwen2",
+    ((_SEED,), False): "seed-coder",
     ((_TEKKEN,), True): "tekken",
     ((_GPT4O,), False): "gpt-4o",
     ((r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", _DEEPSEEK), False): "deepseek-v3",

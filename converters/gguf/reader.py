@@ -16,12 +16,12 @@ from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
-from lqexport.converters.models.tensor_names import expert_number, gguf_names, is_norm, needed_names
+from lqexport.converters.models.tensor_names import block_module, expert_number, gguf_names, is_norm, needed_names
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec_named, names
 
-EXPERTS, LEADING = "expert_count", "leading_dense_block_count"
+EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
@@ -47,7 +47,10 @@ class GGUFModel:
         self._identify()
 
     def _candidates(self) -> list[Architecture]:
-        """Returns the entries of the table that have the file's architecture, expanded to its number of experts."""
+        """Returns the entries of the table that have the file's architecture, expanded to its number of experts.
+
+        Entries that have sliding windows if the file does come first.
+        """
         name = self.metadata.get("general.architecture")
         experts, leading = (self.metadata.get(f"{name}.{key}", 0) for key in (EXPERTS, LEADING))
         same_name = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
@@ -58,9 +61,11 @@ class GGUFModel:
             raise UserError(f"{self.path} is damaged: it says that it has {experts} experts.")
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
-        return [
+        candidates = [
             entry.expanded(experts, leading) for entry in same_name if bool(entry.experts) == bool(experts)
         ] or same_name
+        windows = f"{name}.{WINDOW}" in self.metadata
+        return sorted(candidates, key=lambda entry: (entry.period is not None) != windows)
 
     def _identify(self) -> None:
         """Sets the architecture to the first candidate that has exactly the file's tensors."""
@@ -100,7 +105,13 @@ class GGUFModel:
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape as in a checkpoint, rows first."""
         shape = self._tensor(name).shape
+        if len(shape) == 1 and self._has_one_row(name):
+            return (1, *shape)
         return shape if expert_number(name) is None else shape[1:]
+
+    def _has_one_row(self, name: str) -> bool:
+        module = block_module(self._architecture, name)
+        return module is not None and {module[1], f"{module[1]}.{module[2]}"} & set(self._architecture.one_row) != set()
 
     def codec_name(self, name: str) -> str:
         """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.rope import head_dim, rope_settings
+from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_rope
+from lqexport.converters.models.rope import head_dim, rope_sections, rope_settings, window_theta
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+SAME_ACTIVATIONS = {"swish": "silu", "gelu_python": "gelu", "gelu_new": "gelu_pytorch_tanh"}
+SAME_ACTIVATIONS |= {"gelu_fast": "gelu_pytorch_tanh", "gelu_python_tanh": "gelu_pytorch_tanh"}
+"""transformers' other names of an activation (`ACT2FN`), and the usual one."""
 
 
 def check_supported(architecture: Architecture, config: Config) -> None:
@@ -22,20 +26,33 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     check_fixed("llama.cpp", architecture, config)
     _check_rope(architecture, config)
     _check_scale(architecture, config)
+    _check_heads(architecture, config)
     window_period(architecture, config)
 
 
 def check_fixed(engine: str, architecture: Architecture, config: Config) -> None:
-    """Raises UserError if config.json has a value that is not among the architecture's `fixed` ones.
+    """Raises UserError if config.json has a value that is not among the architecture's `fixed` ones, or not `same`.
 
     engine   name of the program that runs the model, for the message
     """
     for key, allowed in architecture.fixed.items():
-        if key in config and config[key] not in allowed:
+        if key in config and not _is_allowed(config[key], allowed):
+            own = "the model's output is not its embedding" if key == "tie_word_embeddings" and not config[key] else ""
             raise UserError(
-                f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and config.json has "
-                f"{config[key]!r}."
+                f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and "
+                f"{own or f'config.json has {config[key]!r}'}."
             )
+    for key, other in architecture.same.items():
+        if config.get(key) not in (None, config.get(other)):
+            raise UserError(
+                f"{engine} computes {architecture.classes[0]} with {key} equal to {other}, and config.json has "
+                f"{config[key]!r} and {config.get(other)!r}."
+            )
+
+
+def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:
+    names = {SAME_ACTIVATIONS.get(each, each) for each in allowed if isinstance(each, str)}
+    return value in allowed or (isinstance(value, str) and SAME_ACTIVATIONS.get(value, value) in names)
 
 
 def _alternatives(allowed: tuple[Any, ...]) -> str:
@@ -47,21 +64,64 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
     rope_type = settings["rope_type"]
     if architecture.rope_types and rope_type not in architecture.rope_types:
         raise UserError(f"llama.cpp has no rope scaling of type {rope_type!r} for {architecture.classes[0]}.")
+    if rope_type in ("linear", "yarn") and not settings.get("factor"):
+        raise UserError(f"config.json: rope scaling of type {rope_type} needs factor.")
+    if not architecture.partial and (share := settings.get("partial_rotary_factor") or 1) != 1:
+        raise UserError(
+            f"llama.cpp rotates whole heads of {architecture.classes[0]}, and partial_rotary_factor of config.json is "
+            f"{share}."
+        )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
+    if architecture.period is not None:
+        check_window_scaling("llama.cpp", architecture, config)
+        _check_window_theta(architecture, config)
+    if architecture.rope_sections:
+        rope_sections(architecture, config)
     rotated = config.get("no_rope_layers")  # 1 for a block with rotation, despite the name
     if rotated and rotated != [int((layer + 1) % 4 != 0) for layer in range(len(rotated))]:
         raise UserError(f"llama.cpp leaves out the rotation in every fourth block; no_rope_layers is {rotated}.")
 
 
+def check_window_scaling(engine: str, architecture: Architecture, config: Config) -> None:
+    """Raises UserError if blocks with a sliding window have rope scaling, or if it is not said for which blocks it is.
+
+    engine   name of the program that runs the model, for the message
+    """
+    rope = config.get("rope_parameters") or {}
+    window_type = (rope.get(SLIDING) or {}).get("rope_type", "default")
+    if window_type != "default":
+        raise UserError(f"{engine} has no rope scaling within windows, and config.json has {window_type!r}.")
+    # transformers ignores such settings of these models.
+    if rope and SLIDING in default_rope(architecture) and not rope.keys() & {FULL, SLIDING}:
+        raise UserError(f"rope_parameters of config.json must have settings of {FULL} and {SLIDING}, not {rope}.")
+
+
+def _check_window_theta(architecture: Architecture, config: Config) -> None:
+    theta, within = float(rope_settings(config)["rope_theta"]), window_theta(config)
+    if architecture.one_theta and within not in (None, theta):
+        raise UserError(
+            f"llama.cpp rotates all blocks of {architecture.classes[0]} with rope_theta {theta:g}, and config.json has "
+            f"{within:g} within windows."
+        )
+
+
 def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:
     # GGUF has keys for some of these settings, but llama.cpp does not read them for every architecture.
-    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True, "partial_rotary_factor": 1.0}
-    variable = ("rope_type", "rope_theta", "factor", "original_max_position_embeddings")
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    variable = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
+    # transformers ignores a context length that is given beside the original one.
+    variable |= {"max_position_embeddings"} | {key.config for key in architecture.keys if key.rope}
     others = {key: value for key, value in settings.items() if key not in variable and value is not None}
-    if architecture.latent and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
-        # Equal values scale the products of queries and keys, which llama.cpp does, and leave the rotation unchanged.
+    if architecture.mscale and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
+        # Equal values leave the rotation unchanged. In latent attention they scale the products of queries and keys.
         del others["mscale"], others["mscale_all_dim"]
+    if not architecture.mscale and not (others.get("mscale") and others.get("mscale_all_dim")):
+        # transformers ignores one without the other.
+        others = {key: value for key, value in others.items() if key not in ("mscale", "mscale_all_dim")}
+    usual = 0.1 * math.log(settings.get("factor") or 1) + 1
+    if math.isclose(others.get("attention_factor", 0), usual, rel_tol=1e-6):
+        del others["attention_factor"]
     if strange := [key for key, value in others.items() if value != fixed.get(key)]:
         raise UserError(
             f"llama.cpp computes yarn for {architecture.classes[0]} without {', '.join(strange)} of config.json."
@@ -84,6 +144,15 @@ def _check_scale(architecture: Architecture, config: Config) -> None:
         )
 
 
+def _check_heads(architecture: Architecture, config: Config) -> None:
+    heads, size, hidden = head_count(config), head_dim(config), config["hidden_size"]
+    if architecture.square_heads and heads * size != hidden:
+        raise UserError(
+            f"llama.cpp wants heads of {architecture.classes[0]} that add up to hidden_size; config.json has {heads} "
+            f"heads of {size} columns, and hidden_size {hidden}."
+        )
+
+
 def window(config: Config) -> int | None:
     """Returns the size of the sliding window in tokens; None where all blocks attend to the whole context."""
     if config.get("use_sliding_window") is False or SLIDING not in config.get("layer_types", [SLIDING]):
@@ -97,6 +166,11 @@ def window_period(architecture: Architecture, config: Config) -> int | None:
     Returns None for an architecture whose windows llama.cpp ignores. Raises UserError if the blocks of config.json do
     not follow such a pattern.
     """
+    if architecture.needs_windows and window(config) is None:
+        raise UserError(
+            f"llama.cpp computes {architecture.classes[0]} with sliding windows in some blocks, and config.json has "
+            "none."
+        )
     if architecture.period is None or window(config) is None:
         return architecture.period and 1
     types = config.get("layer_types")

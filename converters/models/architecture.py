@@ -27,12 +27,14 @@ class Key:
     config       its key in config.json
     value_type   int, float or bool
     default      the value where config.json does not have the key; None where it must have it
+    rope         whether config.json has it among the settings of the rotary embedding (`rope_parameters`)
     """
 
     name: str
     config: str
     value_type: type = int
     default: Any = None
+    rope: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,8 @@ class Architecture:
     gguf_block  Hugging Face module of a block -> GGUF name of that module; where the GGUF name ends in `.bias`, both
                 are names of tensors
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
-    when        key of config.json -> the values that tell this entry from others of the same class
+    when        key of config.json (of its text part, if it has one) -> the values that tell this entry from others of
+                the same class
     experts     key of config.json with the number of experts; `*` in the names of modules is expanded by that number
     dense       key of config.json with the number of leading blocks that have a gated MLP instead of experts; None
                 where all blocks are alike
@@ -75,20 +78,32 @@ class Architecture:
                 groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all keys, then
                 all values
     transposed  linears that a checkpoint stores as [inputs, outputs]
+    stacked     module whose weight in a checkpoint is [experts, rows, columns] -> the linears of each expert, which
+                have equal runs of its rows
+    one_row     modules and tensors of a block that are matrices of one row, which GGUF files may hold as vectors
     renamed     regular expression -> replacement; together they turn a checkpoint's tensor names into the modules'
     unused      regular expressions for tensors of a checkpoint that are ignored, such as tables that follow from
                 config.json
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     keys        GGUF metadata beyond the sizes that every architecture has
     aliases     this family's name of a key of config.json -> the usual name
-    defaults    values of keys that config.json leaves out
     derived     returns values that follow from the rest of config.json; they replace what it says
     fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
+    same        key of config.json -> the key whose value it must have; any other value is refused
     flags       key of config.json -> the module whose bias shows that it is true
     rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
+    partial     whether only a part of each head is rotated where `partial_rotary_factor` of config.json says so
+    rope_sections  the default of `mrope_section`: how many pairs of columns are rotated by the position in time, in
+                height and in width. In text these positions are equal. () where llama.cpp has no such sections
+    mscale      `rope.scaling.yarn_log_multiplier` for `mscale_all_dim` 1; None where llama.cpp does not read it
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
-                tokens; None where llama.cpp ignores windows, so that the context may be no longer than one window
+                tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
+                no longer than one window
+    one_theta   whether config.json has rotary settings for each type of blocks, and llama.cpp rotates all blocks with
+                one `rope_theta`
+    needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
     free_heads  whether config.json may give heads another size than hidden_size / heads
+    square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
                 only a part of each head is rotated
     encoder     whether every token sees the whole text and there is no output layer: the model returns an embedding of
@@ -112,18 +127,26 @@ class Architecture:
     leading: int = 0
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
+    stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    one_row: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     norm_plus: int = 0
     keys: tuple[Key, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
-    defaults: Config = field(default_factory=dict)
     derived: Callable[[Config], Config] = lambda config: {}
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
+    partial: bool = False
+    rope_sections: tuple[int, ...] = ()
+    mscale: float | None = None
     period: int | None = None
+    one_theta: bool = False
+    needs_windows: bool = False
     free_heads: bool = True
+    square_heads: bool = False
     latent: bool = False
     encoder: bool = False
     adds: bool = True

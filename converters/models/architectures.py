@@ -7,28 +7,47 @@ llama.cpp and compares it with transformers. `tools/models_table.py` makes the t
 from __future__ import annotations
 
 from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.families.arcee import ARCEE
 from lqexport.converters.models.families.bert import BERT
+from lqexport.converters.models.families.cohere import COHERE, COHERE2
 from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, DEEPSEEK_V3_LITE
+from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
+from lqexport.converters.models.families.exaone import EXAONE4
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B
-from lqexport.converters.models.families.gemma import GEMMA2, GEMMA3
+from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
-from lqexport.converters.models.families.granite import GRANITE
+from lqexport.converters.models.families.granite import GRANITE, GRANITE_MOE
+from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
 from lqexport.converters.models.families.llama import LLAMA
+from lqexport.converters.models.families.minimax import MINIMAX_M2
+from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL
 from lqexport.converters.models.families.mixtral import MIXTRAL
-from lqexport.converters.models.families.olmo import OLMO2
+from lqexport.converters.models.families.nemotron import NEMOTRON
+from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
 from lqexport.converters.models.families.opt import OPT
-from lqexport.converters.models.families.phi import PHI3
-from lqexport.converters.models.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from lqexport.converters.models.families.phi import PHI, PHI3
+from lqexport.converters.models.families.qwen import QWEN2, QWEN2_MOE, QWEN2_VL, QWEN3, QWEN3_MOE, QWEN3_VL
+from lqexport.converters.models.families.seed import SEED_OSS
 from lqexport.converters.models.families.smollm import SMOLLM3
+from lqexport.converters.models.families.stablelm import STABLELM
 from lqexport.converters.models.families.starcoder import STARCODER2
+from lqexport.converters.models.hf_defaults import default_of, filled_in
+from lqexport.converters.models.text_parts import WITH_TEXT_PARTS, is_whole, text_part
 from lqexport.errors import UserError
 
 ARCHITECTURES = (
     LLAMA,
+    MISTRAL,
+    MINISTRAL3,
     QWEN2,
+    QWEN2_VL,
     QWEN3,
+    QWEN3_VL,
+    GEMMA,
     GEMMA2,
     GEMMA3,
+    PHI,
     PHI3,
     MIXTRAL,
     QWEN3_MOE,
@@ -36,10 +55,32 @@ ARCHITECTURES = (
     DEEPSEEK_V3,
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V2,
+    QWEN2_MOE,
+    OLMOE,
+    GLM4_MOE,
+    GLM4_MOE_NORMED,
+    GLM4_MOE_LITE,
+    MINIMAX_M2,
+    ERNIE_MOE_WITHOUT_SHARED,
+    ERNIE_MOE,
+    HUNYUAN_MOE,
+    GRANITE_MOE,
+    GLM,
+    GLM4,
+    SEED_OSS,
+    ERNIE,
+    HUNYUAN,
+    ARCEE,
     OLMO2,
+    OLMO3,
     SMOLLM3,
     GRANITE,
     STARCODER2,
+    COHERE,
+    COHERE2,
+    EXAONE4,
+    STABLELM,
+    NEMOTRON,
     FALCON,
     FALCON_7B,
     GPT_NEOX,
@@ -55,8 +96,18 @@ def find_architecture(config: Config) -> Architecture | None:
     Returns None where config.json names an architecture that the table does not have.
     """
     names = config.get("architectures") or []
-    named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
-    return next((entry for entry in named if all(config.get(key) in said for key, said in entry.when.items())), None)
+    if any(name in WITH_TEXT_PARTS for name in names):
+        model_type = (config.get("text_config") or {}).get("model_type")
+        named = [entry for entry in ARCHITECTURES if entry.model_type == model_type]
+    else:
+        named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
+    return next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
+
+
+def _is_told_by(entry: Architecture, config: Config) -> bool:
+    """Whether a config.json, which names the entry's class, has the values by which the entry is told from others."""
+    values = {key: config[key] if key in config else default_of(entry, config, key) for key in entry.when}
+    return all(value in entry.when[key] for key, value in values.items())
 
 
 def architecture_of(config: Config) -> Architecture:
@@ -67,7 +118,7 @@ def architecture_of(config: Config) -> Architecture:
     """
     if (architecture := find_architecture(config)) is None:
         names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
-        known = ", ".join(name for entry in ARCHITECTURES for name in entry.classes)
+        known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
         raise UserError(f"Unknown architecture {names}. Known: {known}.")
     if architecture.experts is None:
         return architecture
@@ -80,15 +131,15 @@ def architecture_of(config: Config) -> Architecture:
 
 
 def normalized(config: Config) -> Config:
-    """Returns config.json under the usual names of its keys, with the architecture's defaults filled in.
+    """Returns config.json under the usual names of its keys, with transformers' defaults of keys that it leaves out.
 
     For a model with images, this is the config of its text part.
     """
     if (architecture := find_architecture(config)) is None:
         return config
-    if "text_config" in config:
-        config = config["text_config"] | {"architectures": [architecture.classes[0]]}
+    if is_whole(config):
+        config = text_part(config, architecture)
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
-    complete = architecture.defaults | usual | config
+    complete = filled_in(architecture, {"model_type": architecture.model_type} | usual | config)
     return complete | architecture.derived(complete)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.tensor_names import head_count
+from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.errors import UserError
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -24,11 +26,13 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     `rope_type` or `type` in it. Where blocks with a sliding window have other settings, these are the settings of the
     blocks that attend to the whole context.
     """
-    scaling = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    scaling = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
     scaling = dict(scaling.get("full_attention") or scaling)
     old_type = scaling.pop("type", "default")
     scaling.setdefault("rope_type", old_type)
     scaling.setdefault("rope_theta", config.get("rope_theta", 10000.0))
+    if config.get("partial_rotary_factor") is not None:
+        scaling.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     if scaling["rope_type"] in ("su", "longrope"):
         scaling["rope_type"] = "longrope"
         original = scaling.get("original_max_position_embeddings")
@@ -54,8 +58,19 @@ def rotary_dim(config: dict[str, Any]) -> int:
     """Returns how many columns of a head are rotated."""
     if "qk_rope_head_dim" in config:
         return int(config["qk_rope_head_dim"])
-    share = rope_settings(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return int(head_dim(config) * share)
+    return int(head_dim(config) * (rope_settings(config).get("partial_rotary_factor") or 1.0))
+
+
+def rope_sections(architecture: Architecture, config: dict[str, Any]) -> list[int]:
+    """Returns `mrope_section` of config.json: how many pairs of columns each of three positions rotates.
+
+    Raises UserError if these are not three whole numbers whose sum is the number of rotated pairs.
+    """
+    sections = config.get(SECTIONS) or list(architecture.rope_sections)
+    pairs, whole = rotary_dim(config) // 2, all(isinstance(size, int) and size >= 0 for size in sections)
+    if not whole or len(sections) != 3 or sum(sections) != pairs:
+        raise UserError(f"config.json: {SECTIONS} must be three whole numbers with the sum {pairs}, not {sections}.")
+    return sections
 
 
 def rope_factors(config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
@@ -106,7 +121,7 @@ def llama3_factors(config: dict[str, Any]) -> NDArray[np.float32]:
     settings = rope_settings(config)
     try:
         factor, low, high = (float(settings[key]) for key in ("factor", "low_freq_factor", "high_freq_factor"))
-        original = float(settings["original_max_position_embeddings"])
+        original = float(settings.get("original_max_position_embeddings") or config["max_position_embeddings"])
     except KeyError as error:
         raise UserError(f"config.json: rope scaling of type llama3 needs {error.args[0]}.") from None
     size = rotary_dim(config)

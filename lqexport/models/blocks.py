@@ -150,7 +150,7 @@ class BlockModel:
 
     def _embeddings(self) -> list[str]:
         """Returns the names of the modules before the first block: token embedding, and learned position embedding."""
-        after_blocks = (self.architecture.final_norm, self.architecture.output)
+        after_blocks = (self.architecture.final_norm, self.architecture.output.removesuffix("weight"))
         names = [name for name in self.architecture.gguf_top if not name.startswith(after_blocks)]
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 

@@ -57,6 +57,9 @@ def pairs(architecture: Architecture, layers: int) -> list[Pair]:
     norms also compute hidden states.
     """
     modules = {gguf: module for module, gguf in architecture.gguf_block.items()}
+    if architecture.adds and "post_attention_norm" in modules:
+        # Nothing is between attention's output and the sum, so this norm is the MLP's.
+        modules.setdefault("ffn_norm", modules["post_attention_norm"])
     shared = "ffn_norm" not in modules or "attn_norm_2" in modules
     if shared or architecture.experts or architecture.encoder:
         return []

@@ -19,9 +19,12 @@ from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.architecture import FIRST, MEAN
 from lqexport.converters.models.architectures import find_architecture, normalized
-from lqexport.converters.models.tensor_names import block_module
+from lqexport.converters.models.tensor_names import block_module, is_tied
+from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
+from lqexport.converters.models.text_parts import RENAMED as TEXT_PART
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
+from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json, written_whole
@@ -82,7 +85,9 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
-        self.config: dict[str, Any] = normalized(read_config(folder / "config.json", _missing(folder / "config.json")))
+        whole = read_config(folder / "config.json", _missing(folder / "config.json"))
+        self.config: dict[str, Any] = normalized(whole)
+        self._has_other_parts = is_whole(whole)
         self._architecture = find_architecture(self.config)
         if self._architecture and self._architecture.encoder:
             self.config.setdefault("pooling_type", _pooling_type(folder))
@@ -91,7 +96,37 @@ class HuggingFaceSource:
             self.layout: CheckpointLayout | None = layout_of(folder, self.config, self._files, self)
         self.config.pop("quantization_config", None)  # what is written from this source is not quantized in this way
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
-        self._stored = {self._renamed(tensor): tensor for tensor in tensors.values()}
+        kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
+        self._stored = {self._renamed(tensor): tensor for tensor in kept}
+        self._rows = self._unstacked()
+        if self._has_own_output():
+            self.config["tie_word_embeddings"] = False
+
+    def _has_own_output(self) -> bool:
+        """Whether the files hold an output other than the embedding, although config.json says that it is tied.
+
+        transformers 5 computes with that output (`PreTrainedModel.tie_weights`).
+        """
+        if self._architecture is None or self._architecture.encoder or not is_tied(self.config):
+            return False
+        output, embedding = self._architecture.output, self._architecture.embedding
+        if output not in self._stored or embedding not in self._stored:
+            return False
+        return not torch.equal(self.read(output), self.read(embedding))
+
+    def _unstacked(self) -> dict[str, ExpertRows]:
+        """Lists the linears of experts instead of the tensors that hold them; returns where these hold each of them."""
+        rows: dict[str, ExpertRows] = {}
+        stacked = [name for name in self._stored if self._architecture and is_stacked(self._architecture, name)]
+        for name in stacked:
+            stored = self._stored.pop(name)
+            if len(shape := self.stored_shape(stored)) != 3:
+                raise UserError(f"{self.folder}: {stored} should have 3 dimensions, but its shape is {list(shape)}.")
+            assert self._architecture is not None
+            linears = linears_within(self._architecture, name, shape)
+            self._stored |= dict.fromkeys(linears, stored)
+            rows |= linears
+        return rows
 
     @property
     def fingerprint(self) -> str:
@@ -105,7 +140,8 @@ class HuggingFaceSource:
 
     def _renamed(self, name: str) -> str:
         """Returns the name in the model of a stored tensor. Checkpoints of some architectures use other names."""
-        for pattern, new in (self._architecture.renamed if self._architecture else {}).items():
+        patterns = TEXT_PART if self._has_other_parts else {}
+        for pattern, new in (patterns | (self._architecture.renamed if self._architecture else {})).items():
             name = re.sub(pattern, new, name)
         return name
 
@@ -135,6 +171,8 @@ class HuggingFaceSource:
 
     def nbytes(self, name: str) -> int:
         """Returns the bytes of the stored tensors that a tensor is made of."""
+        if name in self._rows:
+            return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 1)
         forms = map(self.stored_form, self._parts(name))
         return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
 
@@ -145,6 +183,12 @@ class HuggingFaceSource:
 
     def file_spans(self, name: str) -> list[FileSpan]:
         """Returns where on disk the stored tensors of a tensor are."""
+        if rows := self._rows.get(name):
+            path, stored = self._files[self._stored_name(name)], self._stored_name(name)
+            start, nbytes = self._spans(path)[stored]
+            experts, count, _ = self.stored_shape(stored)
+            row = nbytes // (experts * count)
+            return [FileSpan(path, start + row * (rows.expert * count + rows.first), row * (rows.last - rows.first))]
         parts = [(self._files[stored], stored) for stored in self._parts(name)]
         return [FileSpan(path, *self._spans(path)[stored]) for path, stored in parts]
 
@@ -156,11 +200,17 @@ class HuggingFaceSource:
         if self.layout and (module := self.module(name)):
             return self.layout.shape(module)
         shape = self.stored_shape(self._stored_name(name))
+        if rows := self._rows.get(name):
+            return (rows.last - rows.first, shape[2])
         return shape[::-1] if self._is_transposed(name) else shape
 
     def read(self, name: str) -> torch.Tensor:
         if self.layout and (module := self.module(name)):
             return torch.from_numpy(self.layout.read(module))
+        if rows := self._rows.get(name):
+            with self._opened(self._stored_name(name)) as file:
+                part: torch.Tensor = file.get_slice(self._stored_name(name))[rows.expert, rows.first : rows.last]
+                return part
         tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
 

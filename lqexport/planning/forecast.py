@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lqexport.converters.models.architectures import normalized
 from lqexport.models.modules import expected_shapes
 from lqexport.planning.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.planning.defaults import settled
@@ -32,8 +33,8 @@ class ConfigModel:
     """The names and shapes of a model's tensors, computed from its config.json. It has no weights."""
 
     def __init__(self, config: dict[str, Any]) -> None:
-        self.config = config
-        self._shapes = expected_shapes(config)
+        self.config = normalized(config)
+        self._shapes = expected_shapes(self.config)
 
     def names(self) -> list[str]:
         return list(self._shapes)

@@ -13,11 +13,16 @@ COUNTS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "num_attention_heads", "num_key_value_heads",
     "num_kv_heads", "head_dim", "vocab_size", "max_position_embeddings", "sliding_window", "num_local_experts",
     "num_experts", "num_experts_per_tok", "original_max_position_embeddings", "ffn_dim", "n_embd", "n_head", "n_inner",
-    "n_positions", "word_embed_proj_dim", "sliding_window_pattern",
+    "n_positions", "word_embed_proj_dim", "sliding_window_pattern", "moe_topk", "moe_num_experts", "moe_k",
+    "moe_num_shared_experts", "n_routed_experts", "n_shared_experts", "shared_expert_intermediate_size", "rotary_dim",
 )  # fmt: skip
 """Keys whose value, if given, is a whole number from 0 to 2^31 - 1: GGUF holds them in 32 bits."""
+COUNTS_OF_BLOCKS = ("moe_intermediate_size", "moe_topk")
+"""Keys whose value may also be a list of such numbers, one for each block."""
 LAYERS = ("num_hidden_layers", "n_layer")
 """Keys that hold the number of decoder blocks."""
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+"""Keys that hold the number of experts of a block."""
 MOST_LAYERS = 1024
 MOST_EXPERTS = 2**17
 """The most experts of all layers together.
@@ -31,7 +36,7 @@ NUMBERS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rms_n
 """Keys whose value is a finite number."""
 TYPES: dict[str, type] = {"model_type": str, "text_config": dict, "quantization_config": dict}
 """Keys whose value must have this type; its content is not checked."""
-LISTS = {"architectures": str, "layer_types": str, "no_rope_layers": int}
+LISTS = {"architectures": str, "layer_types": str, "mlp_layer_types": str, "no_rope_layers": int}
 """Keys whose value is a list, with the type of its items."""
 
 
@@ -54,7 +59,7 @@ def check_config(config: dict[str, Any], source: object) -> dict[str, Any]:
         if (requirement := _unmet_requirement(name, value)) is not None:
             raise UserError(f"{source}: {name} must be {requirement}, not {value!r}.")
     layers = next((config[name] for name in LAYERS if config.get(name)), 1)
-    experts = max(config.get(name) or 0 for name in ("num_local_experts", "num_experts"))
+    experts = max(config.get(name) or 0 for name in EXPERTS)
     if layers * experts > MOST_EXPERTS:
         raise UserError(f"{source}: {layers} layers of {experts} experts each are more than any model has.")
     if config.get("text_config"):
@@ -66,6 +71,8 @@ def _unmet_requirement(name: str, value: Any) -> str | None:
     """Returns what the value of the key `name` should be; None if it is that, is not given, or is not checked here."""
     if value is None:
         return None
+    if name in COUNTS_OF_BLOCKS and isinstance(value, list):
+        return None if all(_is_whole(item, 2**31 - 1) for item in value) else "a list of whole numbers"
     if name in COUNTS:
         return None if _is_whole(value, 2**31 - 1) else "a whole number from 0 to 2147483647"
     if name in LAYERS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -57,14 +58,49 @@ PLAIN_QUERIES = {"q_lora_rank": None, "num_hidden_layers": 26, "first_k_dense_re
 PLAIN_QUERIES |= {"n_routed_experts": 4, "num_experts_per_tok": 2}
 UNSMOOTHED = ("mixtral", "qwen3moe", "deepseek-v2", "deepseek-v2-lite", "deepseek-v3", "deepseek-v3-lite")
 UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
+UNSMOOTHED += ("cohere", "cohere2", "exaone4", "phi2")
 """Cases that are not smoothed: models with experts, or without a norm whose output enters linears only."""
+PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
+"""Cases whose norms multiply by 1 + weight."""
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
+
+QWEN2_MOE = EXPERTS | {"norm_topk_prob": False, "shared_expert_intermediate_size": 96, "rope_parameters": YARN}
+GLM4_MOE = SIZES | {"head_dim": 32, "num_hidden_layers": 3, "n_routed_experts": 4, "num_experts_per_tok": 2}
+GLM4_MOE |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
+GLM4_LITE = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "q_lora_rank": 32, "n_routed_experts": 4}
+GLM4_LITE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MINIMAX = SIZES | {"head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
+ERNIE_MOE = SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+HUNYUAN = SIZES | {"head_dim": 32, "num_experts": 4, "moe_topk": 2, "tie_word_embeddings": True}
+HUNYUAN |= {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}}
+EXPERT_CASES = ("qwen2moe", "olmoe", "glm4moe", "glm4moe-air", "glm4moe-lite", "minimax-m2", "ernie4_5-moe")
+EXPERT_CASES += ("ernie4_5-moe-unshared", "hunyuan-moe", "granitemoe")
+UNSMOOTHED += EXPERT_CASES
+
+COHERE_WINDOWS = {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 3, "logit_scale": 0.5}
+NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "tie_word_embeddings": True}
+COHERE_WINDOWS |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
+
+MINISTRAL_ROPE = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+GLM_ROPE = YARN | {"partial_rotary_factor": 0.5}
+ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
+OLMO3_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+OLMO3_WINDOWS = WINDOWS | {"sliding_window": 16}
+OLMO3_YARN = YARN | {"attention_factor": 1 + 0.1 * math.log(16)}
+OLMO3_WINDOWS |= {"rope_parameters": {"full_attention": OLMO3_YARN, "sliding_attention": OLMO3_ROPE}}
+UNSMOOTHED += ("olmo3",)
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
     "qwen2": ("Qwen2Config", SIZES | {"rope_parameters": YARN}, "qwen2"),
     "qwen3": ("Qwen3Config", SIZES | {"head_dim": 32, "tie_word_embeddings": True, "rope_parameters": YARN}, "qwen2"),
+    "qwen2vl": ("Qwen2Config", SIZES | {"text_part_of": "qwen2_vl", "mrope_section": [2, 3, 3]}, "qwen2"),
+    "qwen3vl": (
+        "Qwen3Config",
+        SIZES | {"head_dim": 32, "num_hidden_layers": 4, "text_part_of": "qwen3_vl", "mrope_section": [6, 5, 5]},
+        "qwen2",
+    ),
     "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
     "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
     "phi3": ("Phi3Config", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, "pieces"),
@@ -80,7 +116,26 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v3-lite": ("DeepseekV3Config", DEEPSEEK_V3 | PLAIN_QUERIES | {"n_group": 2}, "smaug-bpe"),
     "deepseek-v2": ("DeepseekV2Config", DEEPSEEK_V2 | {"q_lora_rank": 32}, "smaug-bpe"),
     "deepseek-v2-lite": ("DeepseekV2Config", DEEPSEEK_V2 | PLAIN_QUERIES, "smaug-bpe"),
+    "qwen2moe": ("Qwen2MoeConfig", SIZES | QWEN2_MOE, "qwen2"),
+    "olmoe": ("OlmoeConfig", ONE_KEY_A_QUERY | {"num_experts": 4, "num_experts_per_tok": 2}, "gpt-2"),
+    "glm4moe": ("Glm4MoeConfig", GLM4_MOE | {"use_qk_norm": True, "attention_bias": True}, "smaug-bpe"),
+    "glm4moe-air": ("Glm4MoeConfig", GLM4_MOE | {"attention_bias": True, "num_hidden_layers": 2}, "smaug-bpe"),
+    "glm4moe-lite": ("Glm4MoeLiteConfig", GLM4_LITE, "smaug-bpe"),
+    "minimax-m2": ("MiniMaxM2Config", MINIMAX, "smaug-bpe"),
+    "ernie4_5-moe": ("Ernie4_5_MoeConfig", ERNIE_MOE, "pieces"),
+    "ernie4_5-moe-unshared": ("Ernie4_5_MoeConfig", ERNIE_MOE | {"moe_num_shared_experts": 0}, "pieces"),
+    "hunyuan-moe": ("HunYuanMoEV1Config", HUNYUAN, "smaug-bpe"),
+    "granitemoe": ("GraniteMoeConfig", SIZES | SCALES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "smollm"),
+    "ministral3": ("Ministral3Config", SIZES | {"head_dim": 32, "rope_parameters": MINISTRAL_ROPE}, "tekken"),
+    "glm": ("GlmConfig", SIZES | {"head_dim": 16}, "llama-bpe"),
+    "glm4": ("Glm4Config", SIZES | {"head_dim": 32, "rope_parameters": GLM_ROPE}, "smaug-bpe"),
+    "seed-oss": ("SeedOssConfig", SIZES | {"head_dim": 32}, "seed-coder"),
+    "ernie4_5": ("Ernie4_5Config", SIZES | {"head_dim": 32}, "pieces without prefix"),
+    "hunyuan": ("HunYuanDenseV1Config", SIZES | {"head_dim": 32, "rope_parameters": ALPHA}, "deepseek-v3"),
+    "arcee": ("ArceeConfig", SIZES | {"head_dim": 32, "rope_parameters": YARN | {"mscale": 0.7}}, "llama-bpe"),
+    "gemma": ("GemmaConfig", SIZES | {"head_dim": 32}, "pieces without prefix"),
     "olmo2": ("Olmo2Config", SIZES, "smaug-bpe"),
+    "olmo3": ("Olmo3Config", SIZES | OLMO3_WINDOWS, "smaug-bpe"),
     "smollm3": ("SmolLM3Config", SIZES | {"num_hidden_layers": 4, "rope_parameters": YARN}, "llama-bpe"),
     "granite": ("GraniteConfig", SIZES | SCALES, "smollm"),
     "starcoder2": ("Starcoder2Config", SIZES, "smollm"),
@@ -88,6 +143,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon-7b": ("FalconConfig", NARROW, "falcon"),
     "gptneox": ("GPTNeoXConfig", ONE_KEY_A_QUERY, "gpt-2"),
     "gptneox-serial": ("GPTNeoXConfig", ONE_KEY_A_QUERY | {"use_parallel_residual": False}, "gpt-2"),
+    "cohere": ("CohereConfig", SIZES | {"logit_scale": 0.5}, "smollm"),
+    "cohere2": ("Cohere2Config", SIZES | COHERE_WINDOWS, "smollm"),
+    "exaone4": ("Exaone4Config", SIZES | {"rope_parameters": LLAMA3} | NO_WINDOWS, "gpt-2"),
+    "phi2": ("PhiConfig", ONE_KEY_A_QUERY, "gpt-2"),
+    "stablelm": ("StableLmConfig", SIZES | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}, "qwen2"),
+    "nemotron": ("NemotronConfig", SIZES, "smaug-bpe"),
     "gpt2": ("GPT2Config", GPT2_SIZES, "gpt-2"),
 }
 """Name -> name of transformers' config class, its options, and the tokenizer for `make_tokenizer`."""
@@ -115,14 +176,19 @@ def make_model(name: str) -> PreTrainedModel:
     """
     torch.manual_seed(0)
     config_class, options, _ = CASES[name]
-    model = AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options)).eval()
+    return randomized(AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**options)), name)
+
+
+def randomized(model: PreTrainedModel, name: str) -> PreTrainedModel:
+    """Returns the model with the random weights of a case."""
+    model.eval()
     for parameter_name, parameter in model.named_parameters():
         if "norm" in parameter_name or ".ln_" in parameter_name:
-            low = -0.5 if "gemma" in name or parameter_name.endswith("bias") else 0.5
+            low = -0.5 if name in PLUS_ONE or parameter_name.endswith("bias") else 0.5
             parameter.data.uniform_(low, low + 1)
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
-    if model.config.num_hidden_layers > 10:  # so that rounding errors do not grow with depth
+    if model.config.get_text_config().num_hidden_layers > 10:  # so that rounding errors do not grow with depth
         for parameter_name, parameter in model.named_parameters():
             parameter.data *= 0.2 if parameter_name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")) else 1
     for buffer_name, buffer in model.named_buffers():

@@ -46,7 +46,6 @@ BERT = Architecture(
         Key("attention.causal", "is_decoder", bool, False),
         Key("pooling_type", "pooling_type", int, MEAN),
     ),
-    defaults={"max_position_embeddings": 512, "type_vocab_size": 2},
     fixed={"hidden_act": ("gelu",), "is_decoder": (False,), "position_embedding_type": ("absolute",)},
     # There is no output layer; a tied output is the way to say that none is missing.
     derived=lambda config: {"tie_word_embeddings": True},

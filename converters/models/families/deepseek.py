@@ -34,16 +34,20 @@ BESIDE_EXPERTS = (
     ("mlp.shared_experts.down_proj",),
 )
 
-DEEPSEEK_KEYS = (
-    RMS_NORM,
-    Key("leading_dense_block_count", "first_k_dense_replace"),
-    Key("attention.q_lora_rank", "q_lora_rank"),
-    Key("attention.kv_lora_rank", "kv_lora_rank"),
+ROUTED_KEYS = (
     Key("expert_count", "n_routed_experts"),
     Key("expert_used_count", "num_experts_per_tok"),
     Key("expert_shared_count", "n_shared_experts"),
     Key("expert_feed_forward_length", "moe_intermediate_size"),
     Key("expert_weights_scale", "routed_scaling_factor", float, 1.0),
+)
+
+DEEPSEEK_KEYS = (
+    RMS_NORM,
+    Key("leading_dense_block_count", "first_k_dense_replace"),
+    Key("attention.q_lora_rank", "q_lora_rank"),
+    Key("attention.kv_lora_rank", "kv_lora_rank"),
+    *ROUTED_KEYS,
 )
 
 SOFTMAX, SIGMOID = 1, 2
@@ -110,6 +114,7 @@ DEEPSEEK_V3 = replace(
     },
     flags={},
     latent=True,
+    mscale=0.1,
     rope_types=("default", "dynamic", "yarn"),
 )
 

@@ -36,7 +36,6 @@ FALCON = Architecture(
     rows={"self_attention.query_key_value": ("qkv", "num_key_value_heads")},
     keys=(replace(LAYER_NORM, config="layer_norm_epsilon"),),
     aliases={"ffn_hidden_size": "intermediate_size", "num_kv_heads": "num_key_value_heads"},
-    defaults={"max_position_embeddings": 2048, "tie_word_embeddings": True},
     derived=four_times,
     fixed={"activation": ("gelu",), "alibi": (False,), "bias": (False,), "parallel_attn": (True,)},
     free_heads=False,

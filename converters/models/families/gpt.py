@@ -36,8 +36,9 @@ GPT_NEOX = Architecture(
     renamed={r"^embed_out\.": "lm_head."},
     unused=(r"rotary_emb\.inv_freq$", r"attention\.(bias|masked_bias)$"),
     keys=(LAYER_NORM, Key("use_parallel_residual", "use_parallel_residual", bool, True)),
+    partial=True,
     aliases={"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"},
-    fixed={"hidden_act": ("gelu",), "attention_bias": (True,)},
+    fixed={"hidden_act": ("gelu",), "attention_bias": (True,), "tie_word_embeddings": (False,)},
     free_heads=False,
     blocks="gpt_neox.layers",
     embedding="gpt_neox.embed_in.weight",
@@ -77,7 +78,6 @@ GPT2 = Architecture(
         "n_positions": "max_position_embeddings",
         "n_inner": "intermediate_size",
     },
-    defaults={"tie_word_embeddings": True},
     derived=four_times,
     fixed={
         "activation_function": ("gelu_new",),

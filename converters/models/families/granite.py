@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from lqexport.converters.models.architecture import Key
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import RMS_NORM
+from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, QKV, RMS_NORM
 
 GRANITE = replace(
     LLAMA,
@@ -25,4 +25,39 @@ GRANITE = replace(
         Key("logit_scale", "logits_scaling", float, 1.0),
     ),
     rope_types=("default", "dynamic"),
+)
+
+
+GRANITE_MOE = replace(
+    GRANITE,
+    family="Granite 3 MoE",
+    classes=("GraniteMoeForCausalLM",),
+    model_type="granitemoe",
+    gguf="granitemoe",
+    linears=(
+        QKV,
+        ("self_attn.o_proj",),
+        ("block_sparse_moe.experts.*.gate_proj", "block_sparse_moe.experts.*.up_proj"),
+        ("block_sparse_moe.experts.*.down_proj",),
+    ),
+    gguf_block={
+        "input_layernorm": "attn_norm",
+        **ATTENTION,
+        "post_attention_layernorm": "ffn_norm",
+        "block_sparse_moe.router": "ffn_gate_inp",
+        "block_sparse_moe.experts.*.gate_proj": "ffn_gate_exps",
+        "block_sparse_moe.experts.*.up_proj": "ffn_up_exps",
+        "block_sparse_moe.experts.*.down_proj": "ffn_down_exps",
+    },
+    experts="num_local_experts",
+    stacked={
+        "block_sparse_moe.input_linear": (
+            "block_sparse_moe.experts.*.gate_proj",
+            "block_sparse_moe.experts.*.up_proj",
+        ),
+        "block_sparse_moe.output_linear": ("block_sparse_moe.experts.*.down_proj",),
+    },
+    renamed={r"\.router\.layer\.": ".router."},
+    keys=(*GRANITE.keys, *EXPERT_KEYS),
+    flags={"attention_bias": "self_attn.q_proj"},
 )

@@ -1,4 +1,4 @@
-"""Architectures: Llama and Mistral."""
+"""Architectures: Llama."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from lqexport.converters.models.architecture import GATED, Architecture, ExLlama
 from lqexport.converters.models.families.parts import ATTENTION, INTERLEAVED, QKV, RMS_NORM
 
 LLAMA = Architecture(
-    family="Llama 1 to 3.3, SmolLM2, Mistral",
-    classes=("LlamaForCausalLM", "MistralForCausalLM"),
+    family="Llama 1 to 3.3, SmolLM2",
+    classes=("LlamaForCausalLM",),
     model_type="llama",
     gguf="llama",
     exl2=ExLlamaV2(),

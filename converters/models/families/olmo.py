@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lqexport.converters.models.architecture import GATED
-from lqexport.converters.models.families.parts import ATTENTION, HEAD_NORMS, RMS_NORM
+from lqexport.converters.models.families.parts import (
+    ATTENTION,
+    EXPERT_KEYS,
+    EXPERT_LINEARS,
+    EXPERTS,
+    HEAD_NORMS,
+    QKV,
+    RMS_NORM,
+    rope_of_both_types,
+)
 from lqexport.converters.models.families.qwen import QWEN2
 
 OLMO2 = replace(
@@ -24,7 +33,40 @@ OLMO2 = replace(
     },
     adds=False,
     keys=(replace(RMS_NORM, default=1e-5),),
-    fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
+    fixed={"hidden_act": ("silu",), "attention_bias": (False,), "tie_word_embeddings": (False,)},
     rope_types=("default", "dynamic"),
-    defaults={},
+    square_heads=True,
+)
+
+OLMOE = replace(
+    OLMO2,
+    family="OLMoE",
+    classes=("OlmoeForCausalLM",),
+    model_type="olmoe",
+    gguf="olmoe",
+    linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
+    gguf_block={
+        "input_layernorm": "attn_norm",
+        **ATTENTION,
+        **HEAD_NORMS,
+        "post_attention_layernorm": "ffn_norm",
+        **EXPERTS,
+    },
+    experts="num_local_experts",
+    adds=True,
+    keys=(*OLMO2.keys, *EXPERT_KEYS),
+    aliases={"num_experts": "num_local_experts"},
+    fixed=OLMO2.fixed | {"clip_qkv": (None,), "norm_topk_prob": (False,)},
+    same={"num_key_value_heads": "num_attention_heads"},
+)
+
+OLMO3 = replace(
+    OLMO2,
+    family="OLMo 3",
+    classes=("Olmo3ForCausalLM",),
+    model_type="olmo3",
+    derived=rope_of_both_types,
+    rope_types=("default", "dynamic", "linear", "yarn"),
+    period=4,
+    one_theta=True,
 )

@@ -32,7 +32,6 @@ OPT = Architecture(
     },
     renamed={r"^decoder\.": "model.decoder."},
     aliases={"ffn_dim": "intermediate_size"},
-    defaults={"tie_word_embeddings": True},
     rope_types=(),
     free_heads=False,
     blocks="model.decoder.layers",

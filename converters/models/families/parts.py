@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lqexport.converters.models.architecture import Config, Key
+from lqexport.converters.models.rope import head_dim, rope_settings
 
 RMS_NORM = Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float, 1e-6)
 
@@ -41,6 +42,34 @@ INTERLEAVED = {
     "self_attn.q_proj": ("rope", "num_attention_heads"),
     "self_attn.k_proj": ("rope", "num_key_value_heads"),
 }
+
+
+def rope_of_both_types(config: Config) -> Config:
+    """Returns the rotary settings of blocks with and without a window, where config.json is older than transformers 5.
+
+    Rope scaling is for the blocks that attend to the whole context.
+    """
+    if config.get("rope_parameters"):
+        return {}
+    scaling = dict(config.get("rope_scaling") or {})
+    rope_type = scaling.pop("type", "default")
+    full = {"rope_type": rope_type, "rope_theta": config.get("rope_theta"), **scaling}
+    local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq")}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}, "rope_scaling": None}
+
+
+def rope_of_alpha(config: Config) -> Config:
+    """Returns the rotary settings where `alpha` changes the base, as in Hunyuan's models; else {}.
+
+    The base is theta * alpha ^ (n / (n - 2)) for heads of n columns (`compute_ntk_alpha_rope_parameters` of
+    transformers), whatever the length of the text.
+    """
+    settings = rope_settings(config)
+    if settings["rope_type"] != "dynamic" or not settings.get("alpha"):
+        return {}
+    columns = head_dim(config)
+    theta = settings["rope_theta"] * settings["alpha"] ** (columns / (columns - 2))
+    return {"rope_parameters": {"rope_type": "default", "rope_theta": theta}, "rope_scaling": None}
 
 
 def four_times(config: Config) -> Config:

@@ -13,7 +13,12 @@ SMOLLM3 = replace(
     model_type="smollm3",
     gguf="smollm3",
     exl2=None,
-    defaults={"tie_word_embeddings": True, "use_sliding_window": False},
-    fixed={"hidden_act": ("silu",), "no_rope_layer_interval": (4,)},
+    fixed={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "mlp_bias": (False,),
+        "no_rope_layer_interval": (4,),
+    },
+    flags={},
     rope_types=("default", "dynamic", "yarn"),
 )

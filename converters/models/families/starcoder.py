@@ -28,7 +28,6 @@ STARCODER2 = replace(
     },
     gguf_top=LLAMA.gguf_top | {"model.norm.bias": "output_norm.bias"},
     keys=(replace(LAYER_NORM, config="norm_epsilon"),),
-    defaults={"tie_word_embeddings": True},
     fixed={"hidden_act": ("gelu_pytorch_tanh",), "use_bias": (True,)},
     rope_types=("default", "dynamic"),
 )

@@ -1,0 +1,111 @@
+"""The text part of models with images or sound: its GGUF file in llama.cpp against transformers' whole model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from family_cases import CASES, export, make_tokenizer, randomized
+from transformers import AutoConfig
+
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.text_parts import WITH_TEXT_PARTS
+from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.source import open_source
+from lqexport.pipeline.quantize import quantize
+from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
+
+TOKENS = [1, *(int(token) for token in np.random.default_rng(0).integers(3, 480, 40))]
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VISION |= {"image_size": 32, "patch_size": 16}
+CLIP = VISION | {"model_type": "clip_vision_model", "projection_dim": 16}
+INTERN = VISION | {"model_type": "internvl_vision", "image_size": [32, 32], "patch_size": [16, 16]}
+EARS = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32}
+QWEN2_EYES = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
+QWEN2_5_EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
+QWEN3_EYES = QWEN2_5_EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Llava": ("llama", CLIP, "llama-bpe"),
+    "LlavaNext": ("mistral", CLIP, "smaug-bpe"),
+    "LlavaOnevision": ("qwen2", VISION | {"model_type": "siglip_vision_model"}, "qwen2"),
+    "SmolVLM": ("llama", VISION, "smollm"),
+    "VipLlava": ("llama", CLIP, "llama-bpe"),
+    "Idefics3": ("llama", VISION, "smollm"),
+    "InternVL": ("qwen3", INTERN, "qwen2"),
+    "Qwen2Audio": ("qwen2", EARS, "qwen2"),
+    "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
+    "Qwen2_5_VL": ("qwen2_5_vl_text", QWEN2_5_EYES, "qwen2"),
+    "Qwen3VL": ("qwen3_vl_text", QWEN3_EYES, "qwen2"),
+}
+"""Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
+ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
+ARCHITECTURES |= {"VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
+ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
+
+
+def whole_model(name: str) -> transformers.PreTrainedModel:
+    """Returns a small random model with a text part and a part for images or sound."""
+    model_type, other, _ = MODELS[name]
+    text = CASES["qwen2" if model_type.startswith("qwen") else model_type][1]
+    text = {key: value for key, value in text.items() if key != "rope_parameters"} | {"model_type": model_type}
+    if model_type.endswith("_text"):
+        text |= {"rope_parameters": QWEN3_ROPE if name == "Qwen3VL" else QWEN2_ROPE}
+    other_part = {"audio_config" if name == "Qwen2Audio" else "vision_config": other}
+    config = getattr(transformers, f"{name}Config")(text_config=text, tie_word_embeddings=False, **other_part)
+    torch.manual_seed(0)
+    return randomized(getattr(transformers, f"{name}ForConditionalGeneration")(config), name)
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_the_text_part_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+    model = whole_model(name)
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer(MODELS[name][2], tmp_path).save_pretrained(tmp_path / "hf")
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([TOKENS])).logits[0].numpy()
+    path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
+    assert open_source(str(path)).metadata["general.architecture"] == ARCHITECTURES[name]  # type: ignore[attr-defined]
+    with LlamaCpp(path, 64, threads=1) as engine:
+        assert np.abs(engine.logits(TOKENS) - expected).mean() < 0.003
+
+
+def test_older_config_of_qwen2_vl_has_the_text_keys_at_the_top(tmp_path: Path) -> None:
+    """The same artifact comes from config.json as on the hub, and from that of transformers 5."""
+    model = whole_model("Qwen2_5_VL")
+    model.save_pretrained(tmp_path / "new")
+    config = json.loads((tmp_path / "new/config.json").read_text())
+    text = config.pop("text_config")
+    rope = {"rope_theta": 1e4, "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]}}
+    del text["rope_parameters"]
+    shutil.copytree(tmp_path / "new", tmp_path / "old")
+    (tmp_path / "old/config.json").write_text(json.dumps(text | config | rope))
+    manifests = []
+    for name in ("new", "old"):
+        quantize(Recipe(str(tmp_path / name), "native:affine-4-g32", method="rtn"), tmp_path / f"{name}-artifact")
+        artifact = Artifact(tmp_path / f"{name}-artifact")
+        found = architecture_of(artifact.config())
+        assert (found.gguf, artifact.config()["mrope_section"]) == ("qwen2vl", [2, 3, 3])
+        assert AutoConfig.for_model(**artifact.config()).rope_parameters["rope_type"] == "default"
+        manifests.append(artifact.manifest())
+    assert manifests[0] == manifests[1]
+
+
+def test_text_parts_of_unknown_families_are_refused() -> None:
+    config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "persimmon"}}
+    with pytest.raises(UserError, match="Unknown architecture LlavaForConditionalGeneration"):
+        architecture_of(config)
+
+
+def test_every_class_with_text_parts_is_one_of_transformers() -> None:
+    assert all(hasattr(transformers, name) for name in WITH_TEXT_PARTS)
