@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from lqexport.cli import app as cli_app
 from lqexport.cli.app import app
 from lqexport.cli.options import merged_recipe
 from lqexport.converters.models.families.llama import LLAMA
@@ -325,12 +328,60 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_unexpected_error_is_not_hidden(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Path) -> None:
-        raise ZeroDivisionError("a bug")
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError("a bug\nof two lines")
 
+
+def test_unexpected_error_is_not_hidden(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one line with a status of its own, and its traceback is in the log file that the line names."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("LQEXPORT_TRACEBACK", raising=False)
     monkeypatch.setattr(inspection, "inspect", broken)
-    assert isinstance(CliRunner().invoke(app, ["inspect", str(tiny_model)]).exception, ZeroDivisionError)
+    result = run("inspect", tiny_model, status=3)
+    (log,) = tmp_path.iterdir()
+    expected = "error: The command ended with an unexpected ZeroDivisionError (a bug of two lines)"
+    assert result.stderr == f"{expected}; its traceback is in {log}.\n"
+    logged = log.read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in logged
+    assert "in broken" in logged
+    assert f"lqexport {importlib.metadata.version('lqexport')}" in logged
+
+
+def test_traceback_is_printed_where_it_is_asked_for(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "inspect", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("LQEXPORT_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in run("inspect", tiny_model, status=3).stderr
+    monkeypatch.setenv("LQEXPORT_TRACEBACK", "0")
+    assert "Traceback" not in run("inspect", tiny_model, status=3).stderr
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # no log file, so it must be printed
+    assert "Traceback (most recent call last)" in run("inspect", tiny_model, status=3).stderr
+
+
+def test_unexpected_error_outside_of_a_command_has_the_same_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cli_app, "app", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli_app.main()
+    assert ended.value.code == 3
+    assert "ZeroDivisionError (a bug of two lines)" in capsys.readouterr().err
+
+
+def test_all_exit_statuses_are_documented(root: Path) -> None:
+    told = " ".join(run("--help").output.replace("│", " ").split())
+    for page in (told, (root / "README.md").read_text(encoding="utf-8")):
+        assert "3 an error that nobody expected" in page
+
+
+def test_a_reader_that_has_gone_is_no_exceeded_limit(tiny_model: Path) -> None:
+    process = start("inspect", tiny_model, "--verbose")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:
