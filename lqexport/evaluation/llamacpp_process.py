@@ -34,6 +34,13 @@ LINES = 6
 WARNINGS = 5
 """The most warnings of llama.cpp that are passed on."""
 
+IGNORED = ("n_ctx_seq", "default special token")
+"""Parts of warnings that say nothing of a file.
+
+llama.cpp rounds the length of a context up, and then warns that it is longer than the model's. And it warns that its
+own default ids of special tokens are not in a small vocabulary.
+"""
+
 # A child that starts with the modules' paths of this process finds the same lqexport.
 _START = "import sys; sys.path[:] = sys.argv[1:]; from lqexport.evaluation.llamacpp_child import main; main()"
 
@@ -182,12 +189,11 @@ def _result(answer: dict[str, Any]) -> Any:
 def _few(lines: list[str]) -> list[str]:
     """Returns a sentence for each sort of warning, at most WARNINGS.
 
-    Warnings of one sort differ in numbers and in quoted names. That a sequence is longer than the model's context is
-    left out, since the length is the caller's choice.
+    Warnings of one sort differ in numbers and in quoted names.
     """
     sorts: dict[str, list[str]] = {}
     for line in lines:
-        if "n_ctx_seq" not in line:
+        if not any(part in line for part in IGNORED):
             sorts.setdefault(re.sub(r"'.*?'|\d+", "", line), []).append(line)
     sentences = []
     for first, *others in list(sorts.values())[:WARNINGS]:
