@@ -50,9 +50,11 @@ def run(*arguments: object, status: int = 0) -> Any:
 
 
 @pytest.fixture(scope="module")
-def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of zeros whose hidden size, 96, no block of 256 divides; it has no tokenizer."""
+def odd_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of zeros whose hidden size, 96, no block of 256 divides, with the tiny model's tokenizer."""
     folder = tmp_path_factory.mktemp("odd")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, folder)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
     config |= {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
@@ -162,6 +164,36 @@ def test_dry_run_as_json_adds_up(odd_model: Path, tmp_path: Path) -> None:
     weights = 64 * 96 + 2 * (4 * 96 * 96 + 3 * 96 * 256 + 2 * 96) + 96
     assert told["bits_per_weight"] == pytest.approx(8 * told["tensor_bytes"] / weights)
     assert {tensor["codec"] for tensor in told["tensors"]} == {"gguf:Q5_0", "gguf:Q4_K", "gguf:Q8_0", "gguf:F32"}
+
+
+def dry_run(source: Path, out: Path, *options: object, status: int) -> str:
+    """Runs `quantize --dry-run`, and returns what it says on standard error."""
+    return str(run("quantize", source, out, "--target", "gguf:Q4_0", "--dry-run", *options, status=status).stderr)
+
+
+def test_dry_run_refuses_what_the_run_would(odd_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "There is no text file none.txt" in dry_run(odd_model, out, "--calibration", "none.txt", status=2)
+    assert "has no split 'best'" in dry_run(odd_model, out, "--calibration", "c4:best", status=2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "other exists and is not an lqexport artifact" in dry_run(odd_model, tmp_path / "other", status=2)
+    assert not out.exists()
+
+
+def test_dry_run_without_a_tokenizer_refuses_what_must_be_calibrated(odd_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(odd_model / name, source)
+    assert "The tokenizer in" in dry_run(source, tmp_path / "out", status=2)
+    dry_run(source, tmp_path / "out", "--method", "rtn", "--calibration", "none.txt", status=0)  # needs neither
+
+
+@pytest.mark.parametrize(("inside", "relation"), [("", "is"), ("out", "lies in"), ("deep/out", "lies in")])
+def test_dry_run_refuses_to_write_into_the_source(inside: str, relation: str, odd_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").symlink_to(odd_model)
+    assert f"{relation} the source" in dry_run(odd_model, tmp_path / "odd" / inside, status=2)
 
 
 def test_no_fallback_refuses(odd_model: Path, tmp_path: Path) -> None:
