@@ -6,6 +6,7 @@ Where llama.cpp runs the file, its tokenizer is compared too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -28,8 +29,10 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
 from lqexport.runtime.progress import Listener
+from lqexport.verification.expected_loss import expected_loss
 from lqexport.verification.matrix_view import in_context
 from lqexport.verification.result import Verification
+from lqexport.verification.rounded_source import RoundedSource
 
 TOKENIZER_LINES = 1000
 """How many lines of the text are compared."""
@@ -39,11 +42,12 @@ TOKENIZER_LIMIT = 0.01
 
 def compare_predictions(
     result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, *, text: Text,
-    protocols: tuple[str, ...], windows: int | None, listener: Listener,
+    protocols: tuple[str, ...], windows: int | None, listener: Listener, rounded: RoundedSource | None = None,
 ) -> None:  # fmt: skip
     """Compares the file with its source on a text by every protocol, and stores the results in `result`.
 
-    `windows` is the largest number of windows per protocol, or of sentences for an encoder. Where llama.cpp runs the
+    `windows` is the largest number of windows per protocol, or of sentences for an encoder. `rounded` is the source
+    rounded to the file's types, to measure the expected loss with; None to leave that out. Where llama.cpp runs the
     file, its tokenizer is compared too, and a file that it does not load or run fails.
     """
     tokenizer = source.tokenizer()
@@ -58,7 +62,7 @@ def compare_predictions(
         for name in protocols:
             result.warnings += window_warnings(PROTOCOLS[name], source.config)
         try:
-            evaluate_file(result, export, factors, source, cut, listener)
+            evaluate_file(result, export, factors, source, cut, listener, rounded)
         finally:
             if result.evaluations:
                 result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), tokenizer)
@@ -128,10 +132,11 @@ def evaluate_file(
     source: Weights,
     windows: dict[evaluate.Protocol, NDArray[np.int64]],
     listener: Listener,
+    rounded: RoundedSource | None = None,
 ) -> None:
     """Evaluates the file by every protocol, with and without its adapter if it has one.
 
-    The source runs in float32, by this program's own decoding.
+    The source runs in float32, by this program's own decoding. With `rounded`, the expected loss is measured too.
     """
     for protocol, cut in windows.items():
         # The file runs first, so that a file that does not load is known before the source has run.
@@ -142,6 +147,13 @@ def evaluate_file(
         if factors:
             with logits_of_file(result, export, None, cut, protocol, listener) as test:
                 result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
+        if rounded:
+            file, measured = CorrectedModel(export, factors) if factors else export, result.evaluations[-1]
+            loss = expected_loss(result, measured, file, rounded, reference, cut, protocol, listener)
+            result.expected += [loss] if loss else []
+            result.tensors = [
+                dataclasses.replace(tensor, rounding_error=rounded.errors.get(tensor.name)) for tensor in result.tensors
+            ]
 
 
 def compare_embeddings(
