@@ -20,7 +20,7 @@ from lqexport.cli.app import app
 from lqexport.converters.folders import native
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
-from lqexport.evaluation import papers, zero_shot_tasks
+from lqexport.evaluation import papers, scores, zero_shot_tasks
 from lqexport.evaluation.evaluate import HF_2048, tokenize
 from lqexport.evaluation.papers import perplexity
 from lqexport.evaluation.zero_shot_tasks import runnable, zero_shot
@@ -177,6 +177,20 @@ def test_a_task_of_the_harness(folder: Path, tasks: Path, tmp_path: Path, monkey
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: SimpleNamespace(match_tasks=lambda _: []))
     with pytest.raises(UserError, match="no task nothing_such"):
         zero_shot(folder, ["nothing_such"])
+
+
+@needs_harness
+@pytest.mark.parametrize("texts", [[], ["python-heldout"]])
+def test_tasks_out_of_reach_are_said_before_any_work(
+    texts: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions are on the hub, which no test reaches: the model was loaded and the text read before that."""
+    (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: someone/somewhere\noutput_type: generate_until\n")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(zero_shot_tasks, "runnable", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(scores, "perplexity", lambda *_, **__: pytest.fail("the text was read"))
+    with pytest.raises(UserError, match=r"^The questions of far_away cannot be loaded \(.+\)\. The harness's tasks"):
+        scores.evaluate(folder, texts, ["far_away"], include=tmp_path, device="cpu")
 
 
 @needs_harness
