@@ -326,7 +326,8 @@ def test_a_blown_up_file_fails_without_any_option(tiny_model: Path, tmp_path: Pa
     run("quantize", tmp_path / "broken", tmp_path / "out", "--target", "gguf:F16", "--device", "cpu")
     verify = ("verify", tmp_path / "out", "--against", tiny_model, "--windows", 1, "--device", "cpu")
     assert "above the limit of 2" in run(*verify, status=1).stdout
-    assert "no limit was set" in run(*verify, "--max-perplexity-ratio", 0).stdout
+    unlimited = ("--max-perplexity-ratio", 0, "--max-over-expected", 0)
+    assert "no limit was set" in run(*verify, *unlimited).stdout
 
 
 def test_page_that_cannot_be_made_is_said_before_any_work(
