@@ -119,7 +119,7 @@ def test_warnings_of_llamacpp_are_passed_on_once(
 
 def test_warnings_of_one_sort_are_one_sentence() -> None:
     lines = [f"load: token {number} '<{number}|>' is odd" for number in range(9)]
-    few = llamacpp_process._few([*lines, "a\x1b[2J", "llama_context: n_ctx_seq (512) > n_ctx_train (64)"])
+    few = llamacpp_process._few([*lines, "a\x1b[2J", "load: default special token 7 is odd"])
     assert few == [
         "llama.cpp warns: load: token 0 '<0|>' is odd (and 8 more such lines)",
         "llama.cpp warns: a\\x1b[2J",

@@ -271,6 +271,8 @@ class LlamaCpp:
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}.{self._log.said()}")
+        # Later ones are about the context, whose settings are not the file's.
+        self.warnings = list(self._log.warnings)
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx = n_ctx
@@ -282,7 +284,6 @@ class LlamaCpp:
         self._llama.llama_set_abort_callback(self._context, ctypes.cast(self._running, ctypes.c_void_p), None)
         if adapter is not None:
             self._set_adapter(adapter)
-        self.warnings = list(self._log.warnings)
 
     def _set_adapter(self, adapter: Path) -> None:
         """Loads an adapter and applies it with scale 1. llama.cpp frees it together with the model."""

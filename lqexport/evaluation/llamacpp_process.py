@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-import lqexport
 from lqexport.errors import UserError, printable
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.llamacpp_child import LENGTH
@@ -34,12 +33,8 @@ LINES = 6
 WARNINGS = 5
 """The most warnings of llama.cpp that are passed on."""
 
-IGNORED = ("n_ctx_seq", "default special token")
-"""Parts of warnings that say nothing of a file.
-
-llama.cpp rounds the length of a context up, and then warns that it is longer than the model's. And it warns that its
-own default ids of special tokens are not in a small vocabulary.
-"""
+IGNORED = "default special token"
+"""A part of warnings that say nothing of a file: llama.cpp's own default ids are not in a small vocabulary."""
 
 # A child that starts with the modules' paths of this process finds the same lqexport.
 _START = "import sys; sys.path[:] = sys.argv[1:]; from lqexport.evaluation.llamacpp_child import main; main()"
@@ -70,7 +65,7 @@ class LlamaCppProcess:
         self._path, self._patience = path, patience
         self._printed = tempfile.TemporaryFile()  # noqa: SIM115  # closed in `close`
         self._child = subprocess.Popen(
-            [sys.executable, "-c", _START, str(Path(lqexport.__file__).parent.parent), *sys.path],
+            [sys.executable, "-c", _START, str(Path(__file__).parents[2]), *sys.path],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._printed,
             env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace is long, and may start a debugger
             start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
@@ -193,7 +188,7 @@ def _few(lines: list[str]) -> list[str]:
     """
     sorts: dict[str, list[str]] = {}
     for line in lines:
-        if not any(part in line for part in IGNORED):
+        if IGNORED not in line:
             sorts.setdefault(re.sub(r"'.*?'|\d+", "", line), []).append(line)
     sentences = []
     for first, *others in list(sorts.values())[:WARNINGS]:
