@@ -27,10 +27,8 @@ from lqexport.verification.walk import Walk
 TOKENS = 1024
 """Scored tokens that the expected loss is measured on, in at most WINDOWS windows."""
 WINDOWS = 4
-FLOORS = {"lqexport": 1e-5, "llama.cpp": 5e-5}
-"""Mean KL divergence, in nats, that is put down to an engine's arithmetic.
-
-llama.cpp has a larger one since it rounds keys, values and what enters float16 products to float16."""
+FLOOR = 1e-5
+"""Mean KL divergence, in nats, that is put down to an engine's arithmetic: an F16 file has 2e-6 in llama.cpp."""
 
 
 def expected_loss(
@@ -49,12 +47,12 @@ def expected_loss(
     file         the file's weights, with its adapter if it has one
     reference    the source's logits on all windows
 
-    Returns None where the file loses no more than the engine's floor, so that nothing need be run, and where the
+    Returns None where the file loses no more than FLOOR, so that nothing need be run, and where the
     rounded source cannot be computed, which adds a warning.
     """
     count = min(len(windows), WINDOWS, math.ceil(TOKENS / protocol.scored))
-    measured, floor = float(np.mean(evaluation.kl_by_window[:count])), FLOORS[result.engine]
-    if measured <= floor or not math.isfinite(measured):
+    measured = float(np.mean(evaluation.kl_by_window[:count]))
+    if measured <= FLOOR or not math.isfinite(measured):
         return None
     models = (reference.model, BlockModel(file, result.device), rounded_model(result, rounded))
     try:
@@ -64,7 +62,7 @@ def expected_loss(
         return None
     first = BlockLogits(reference.model, reference.hidden[:count])
     expected = evaluate.compare(first, walk.rounded, windows[:count], protocol, listener).kl
-    return ExpectedLoss(protocol.name, count, measured, expected, floor, walk.parts, walk.kl)
+    return ExpectedLoss(protocol.name, count, measured, expected, FLOOR, walk.parts, walk.kl)
 
 
 def rounded_model(result: Verification, rounded: RoundedSource) -> BlockModel:
