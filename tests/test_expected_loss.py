@@ -247,6 +247,7 @@ def test_settings_are_compared_by_value() -> None:
     assert (
         different_settings({"rope_theta": 1e4, "rms_norm_eps": float(np.float32(1e-6)), "vocab_size": 4}, source) == []
     )
+    assert len(different_settings({"rms_norm_eps": 10**400}, source)) == 1
     assert different_settings({"rope_theta": 1.1e4, "sliding_window": 8}, source) == [
         "The file's config has rope_theta 11000.0, and the source's 10000.0."
     ]

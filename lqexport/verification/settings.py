@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
@@ -36,5 +37,6 @@ def _settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _equal(ours: Any, theirs: Any) -> bool:
     if isinstance(ours, (int, float)) and isinstance(theirs, (int, float)):
-        return math.isclose(ours, theirs, rel_tol=1e-5)  # GGUF stores float32
+        with contextlib.suppress(OverflowError):  # of an integer that no float holds
+            return math.isclose(ours, theirs, rel_tol=1e-5)  # GGUF stores float32
     return bool(ours == theirs)
