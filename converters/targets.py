@@ -36,8 +36,9 @@ from lqexport.converters.models.tensor_names import (
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
 from lqexport.formats.codec import PlainCodec
+from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import codec_named, names
-from lqexport.target import AUTO, Target, full_name
+from lqexport.target import AUTO, Target, did_you_mean, full_name
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -104,14 +105,15 @@ def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
 
 
 def _check_target(target: Target) -> None:
-    if str(target) not in [*targets(), str(AUTO)]:
-        raise UserError(f"Unknown target {str(target)!r}. Known: {', '.join(targets())}, {AUTO}.")
+    known = [*targets(), str(AUTO)]
+    if str(target) not in known:
+        raise UserError(f"Unknown target {str(target)!r}. {did_you_mean(str(target), [*known, *GPTQ, 'exl2'])}")
 
 
 def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
     for pattern, codec_name in types.items():
         if codec_name not in names():
-            raise UserError(f"Unknown type {codec_name!r} for {pattern}. Known: {', '.join(names())}.")
+            raise UserError(f"Unknown type {codec_name!r} for {pattern}. {did_you_mean(codec_name, names())}")
         if not any(_matches(pattern, name, shape) for name, shape in shapes.items()):
             raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
 
@@ -172,7 +174,8 @@ def _overrides(
     overrides = {name: full_name(type_name) for name, type_name in chosen.items() if type_name}
     for codec_name in overrides.values():
         if codec_name not in names():
-            raise UserError(f"Unknown type {codec_name!r} for embedding or output. Known: {', '.join(names('gguf'))}.")
+            near = did_you_mean(codec_name, names())
+            raise UserError(f"Unknown type {codec_name!r} for embedding or output. {near}")
     return overrides
 
 

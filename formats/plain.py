@@ -9,6 +9,10 @@ from lqexport.formats.checks import check_planes, check_shape
 from lqexport.formats.codec import PlainCodec, Planes
 
 
+class TooLarge(ValueError):
+    """A finite weight would become infinite in a type."""
+
+
 class _Plain(PlainCodec):
     """A type that stores each weight as one number.
 
@@ -27,7 +31,8 @@ class _Plain(PlainCodec):
     def encode_values(self, weights: NDArray[np.float32]) -> Planes:
         """Packs weights float32 [rows, columns]. Each is rounded to nearest, ties to even.
 
-        Raises ValueError if a finite weight would become infinite, and for another dtype or number of dimensions.
+        Raises TooLarge if a finite weight would become infinite, and ValueError for another dtype or number of
+        dimensions.
         """
         if weights.dtype != np.float32 or weights.ndim != 2:
             raise ValueError(f"{self.name} stores float32 [rows, columns], not {weights.dtype} {list(weights.shape)}.")
@@ -35,7 +40,7 @@ class _Plain(PlainCodec):
         planes = {"blocks": rounded.view(np.uint8)}
         check_planes(self, planes, weights.shape[1])
         if np.any(np.isinf(self._widen(rounded)) & np.isfinite(weights)):
-            raise ValueError(f"The weight {_largest(weights)} is too large for {self.name}: it would become infinite.")
+            raise TooLarge(f"The weight {_largest(weights)} is too large for {self.name}: it would become infinite.")
         return planes
 
     def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:

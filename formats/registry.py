@@ -7,8 +7,6 @@ one tensor.
 
 from __future__ import annotations
 
-import difflib
-
 from lqexport.formats.codec import GridCodec, PlainCodec, SectionedCodec
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.formats.gguf import GGUF
@@ -16,6 +14,7 @@ from lqexport.formats.gptq import GPTQ
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
+from lqexport.target import did_you_mean
 
 _ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *NATIVE, *MXINT)
 _CODECS = {codec.name: codec for codec in _ALL}
@@ -29,11 +28,7 @@ def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
         return Exl2(runs_named(name))
     if name in GPTQ:
         return GPTQ[name]
-    # Users forget the family and the case, so the names without the family are compared too, all in lower case.
-    known = {full.lower(): full for full in _CODECS} | {full.split(":")[1].lower(): full for full in _CODECS}
-    near = dict.fromkeys(known[match] for match in difflib.get_close_matches(name.lower(), known, n=5, cutoff=0.7))
-    hint = f"Near: {', '.join(near)}." if near else f"Known: {', '.join(_CODECS)}."
-    raise ValueError(f"Unknown format {name!r}. {hint}")
+    raise ValueError(f"Unknown format {name!r}. {did_you_mean(name, _CODECS)}")
 
 
 def family_of(name: str) -> str:

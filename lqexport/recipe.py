@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lqexport.errors import UserError
-from lqexport.target import AUTO, Target, full_name
+from lqexport.target import AUTO, Target, full_name, spelled
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -245,6 +245,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.target:
             raise UserError("No target: give --target, such as gguf:Q4_K_M, or a --recipe file that has one.")
+        self._spell_names()
         for name, literal in CHOICES.items():
             if (value := getattr(self, name)) is not None and value not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
@@ -257,6 +258,16 @@ class Recipe:
         self._check_correction()
         self._check_exl2()
         self._check_fixed_types()
+
+    def _spell_names(self) -> None:
+        """Puts the names of targets and types into their one spelling, in which run.json stores them."""
+        names: dict[str, Any] = {"target": str(self.parsed_target)}
+        for name in ("size", "embedding_type", "output_type", "factors"):
+            if isinstance(given := getattr(self, name), str):
+                names[name] = spelled(given)
+        names["types"] = [_spelled_type(entry) for entry in self.types]
+        for name, value in names.items():
+            object.__setattr__(self, name, value)  # a frozen dataclass settles its fields here alone
 
     def _check_size(self) -> None:
         if (self.size is not None) != self.parsed_target.is_auto:
@@ -347,6 +358,12 @@ class Recipe:
     def compute_dtype_on(self, device_type: str) -> ComputeDtype:
         """Dtype of the passes on a type of device, `cpu` or `cuda`: `compute_dtype`, or the device's default."""
         return self.compute_dtype or ("bfloat16" if device_type == "cuda" else "float32")
+
+
+def _spelled_type(entry: str) -> str:
+    """Returns an entry of `types`, PATTERN=TYPE, with the type in its one spelling."""
+    pattern, equals, type_name = entry.partition("=")
+    return f"{pattern}{equals}{spelled(type_name)}"
 
 
 def _same_fields(recipe: Recipe, settings: type) -> dict[str, Any]:

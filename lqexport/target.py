@@ -1,9 +1,20 @@
-"""The target of a run: the format that a model is quantized into, parsed once from a text such as `gguf:Q4_K_M`."""
+"""The target of a run: the format that a model is quantized into, parsed once from a text such as `gguf:Q4_K_M`.
+
+Names of targets and types are accepted as llama.cpp's users type them (`q4_k_m`, `Q4KM`), and stored in one spelling
+(`spelled`).
+"""
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+GGUF_NAME = re.compile(r"(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|B?F16|F32|AUTO", re.IGNORECASE)
+"""GGUF's types and mixes as users type them: in any case, with or without the underscores."""
+FAMILIES = ("gguf", "native", "gptq", "exl2")
+EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 
 
 @dataclass(frozen=True)
@@ -19,8 +30,12 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """The target that a text names. Any text is one: planning refuses what no format has."""
-        family, _, type_name = text.partition(":")
+        """The target that a text names: `gguf:Q4_K_M`, or `q4_k_m` for short.
+
+        Any text is one: planning refuses what no format has.
+        """
+        name = spelled(text)
+        family, _, type_name = (full_name(name) if GGUF_NAME.fullmatch(name) else name).partition(":")
         return cls(family, type_name)
 
     def __str__(self) -> str:
@@ -57,5 +72,34 @@ AUTO = Target("gguf", "auto")
 
 
 def full_name(type_name: str) -> str:
-    """The name of a type with its family: `Q6_K` is short for `gguf:Q6_K`, as users write it."""
-    return type_name if ":" in type_name else f"gguf:{type_name}"
+    """The name of a type with its family: `Q6_K` or `q6_k` is short for `gguf:Q6_K`."""
+    name = spelled(type_name)
+    return name if ":" in name else f"gguf:{name}"
+
+
+def spelled(name: str) -> str:
+    """The one spelling of a target or type: `gguf:Q4_K_M` for `GGUF:q4km`, `Q4_K_M` for `q4_k_m`.
+
+    A name without a family stays without one. What looks like no name, such as a size, stays as it is.
+    """
+    family, colon, type_name = name.strip().rpartition(":")
+    if family.lower() in ("", "gguf") and (match := GGUF_NAME.fullmatch(type_name)):
+        parts = [part for part in match.groups() if part] or [type_name]
+        gguf_name = "_".join(parts).upper()
+        return f"{family.lower()}{colon}{'auto' if gguf_name == 'AUTO' else gguf_name}"
+    if (family or type_name).lower() in FAMILIES:
+        return f"{family.lower()}{colon}{type_name if family.lower() == 'gguf' else type_name.lower()}"
+    return name
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: at most three known ones that are like it, else some examples.
+
+    Users forget the family and the case, so names are compared without both, too.
+    """
+    by_spelling = {full.partition(":")[2].lower(): full for full in known} | {full.lower(): full for full in known}
+    near = [by_spelling[match] for match in difflib.get_close_matches(name.lower(), by_spelling, n=6, cutoff=0.6)]
+    if not near:
+        return f"Known are such as {', '.join([full for full in EXAMPLES if full in by_spelling.values()][:3])}."
+    *others, last = list(dict.fromkeys(near))[:3]
+    return f"Did you mean {', '.join(others) + ' or ' if others else ''}{last}?"

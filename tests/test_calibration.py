@@ -10,8 +10,16 @@ from typing import Any
 import pytest
 import torch
 
+from lqexport.calibration import texts
 from lqexport.calibration.sequences import load_calibration, overlap, read_text
-from lqexport.calibration.texts import BUILT_IN, CALIBRATION_MODULES, HELDOUT_MODULES, HUB_TEXTS, _hub_documents
+from lqexport.calibration.texts import (
+    BUILT_IN,
+    CALIBRATION_MODULES,
+    HELDOUT_MODULES,
+    HUB_TEXTS,
+    _hub_documents,
+    check_text,
+)
 from lqexport.errors import UserError
 
 
@@ -99,6 +107,49 @@ def test_jsonl_documents_are_joined_by_blank_lines(tmp_path: Path) -> None:
     documents = ["one\nline", "two \u2028 separators"]
     path.write_text("\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in documents) + "\n", "utf-8")
     assert read_text(str(path)).content == "\n\n".join(documents)
+
+
+@pytest.mark.parametrize("name", ["DOCUMENTS.JSONL", "documents.ndjson", "documents.txt", "documents", "c4.json"])
+def test_json_lines_are_known_by_any_name(name: str, tmp_path: Path) -> None:
+    """They were taken as plain text, and the model calibrated on JSON's syntax."""
+    (tmp_path / name).write_text('{"text": "one"}\n\n{"text": "two", "url": "x"}\n')
+    assert read_text(str(tmp_path / name)).content == "one\n\ntwo"
+
+
+@pytest.mark.parametrize("content", ['{"text": "one"}\nplain', "{ braces }\n{ too }", "[1] a note", "7", '"quoted"'])
+def test_text_that_looks_a_little_like_json_is_plain(content: str, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text(content)
+    assert read_text(str(tmp_path / "notes.txt")).content == content
+
+
+def test_json_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "all.json").write_text(json.dumps([{"text": "one"}], indent=1))
+    with pytest.raises(UserError, match=r"all\.json is JSON, and not text: give JSON Lines"):
+        read_text(str(tmp_path / "all.json"))
+    (tmp_path / "other.txt").write_text('{"content": "one"}\n{"content": "two"}\n')
+    with pytest.raises(UserError, match=r'other\.txt, line 1: not a JSON object with a string "text"'):
+        read_text(str(tmp_path / "other.txt"))
+
+
+@pytest.mark.parametrize("name", ["none.txt", "wikitext2:best", "no-text", "bad.jsonl"])
+def test_a_text_is_checked_as_it_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.jsonl").write_text("{}\n")
+    sentences = []
+    for look in (check_text, read_text):
+        with pytest.raises(UserError) as caught:
+            look(name)
+        sentences.append(str(caught.value))
+    assert sentences[0] == sentences[1]
+
+
+def test_a_text_of_the_hub_is_checked_without_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda _: True)
+    check_text("wikitext2:test")
+    check_text("python-docs")
+    monkeypatch.setattr(texts.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(UserError, match="needs the `datasets` package"):
+        check_text("c4")
 
 
 @pytest.mark.parametrize("line", ["{", '{"texts": "a"}', '{"text": 3}', "[1]", "3"])

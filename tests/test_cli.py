@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import io
 import json
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from lqexport.cli import app as cli_app
 from lqexport.cli.app import app
 from lqexport.cli.options import merged_recipe
 from lqexport.converters.models.families.llama import LLAMA
@@ -47,9 +50,11 @@ def run(*arguments: object, status: int = 0) -> Any:
 
 
 @pytest.fixture(scope="module")
-def odd_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of zeros whose hidden size, 96, no block of 256 divides; it has no tokenizer."""
+def odd_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of zeros whose hidden size, 96, no block of 256 divides, with the tiny model's tokenizer."""
     folder = tmp_path_factory.mktemp("odd")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_model / name, folder)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
     config |= {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "vocab_size": 64}
     config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "rms_norm_eps": 1e-5}
@@ -159,6 +164,36 @@ def test_dry_run_as_json_adds_up(odd_model: Path, tmp_path: Path) -> None:
     weights = 64 * 96 + 2 * (4 * 96 * 96 + 3 * 96 * 256 + 2 * 96) + 96
     assert told["bits_per_weight"] == pytest.approx(8 * told["tensor_bytes"] / weights)
     assert {tensor["codec"] for tensor in told["tensors"]} == {"gguf:Q5_0", "gguf:Q4_K", "gguf:Q8_0", "gguf:F32"}
+
+
+def dry_run(source: Path, out: Path, *options: object, status: int) -> str:
+    """Runs `quantize --dry-run`, and returns what it says on standard error."""
+    return str(run("quantize", source, out, "--target", "gguf:Q4_0", "--dry-run", *options, status=status).stderr)
+
+
+def test_dry_run_refuses_what_the_run_would(odd_model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert "There is no text file none.txt" in dry_run(odd_model, out, "--calibration", "none.txt", status=2)
+    assert "has no split 'best'" in dry_run(odd_model, out, "--calibration", "c4:best", status=2)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").touch()
+    assert "other exists and is not an lqexport artifact" in dry_run(odd_model, tmp_path / "other", status=2)
+    assert not out.exists()
+
+
+def test_dry_run_without_a_tokenizer_refuses_what_must_be_calibrated(odd_model: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(odd_model / name, source)
+    assert "The tokenizer in" in dry_run(source, tmp_path / "out", status=2)
+    dry_run(source, tmp_path / "out", "--method", "rtn", "--calibration", "none.txt", status=0)  # needs neither
+
+
+@pytest.mark.parametrize(("inside", "relation"), [("", "is"), ("out", "lies in"), ("deep/out", "lies in")])
+def test_dry_run_refuses_to_write_into_the_source(inside: str, relation: str, odd_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "odd").symlink_to(odd_model)
+    assert f"{relation} the source" in dry_run(odd_model, tmp_path / "odd" / inside, status=2)
 
 
 def test_no_fallback_refuses(odd_model: Path, tmp_path: Path) -> None:
@@ -291,7 +326,8 @@ def test_a_blown_up_file_fails_without_any_option(tiny_model: Path, tmp_path: Pa
     run("quantize", tmp_path / "broken", tmp_path / "out", "--target", "gguf:F16", "--device", "cpu")
     verify = ("verify", tmp_path / "out", "--against", tiny_model, "--windows", 1, "--device", "cpu")
     assert "above the limit of 2" in run(*verify, status=1).stdout
-    assert "no limit was set" in run(*verify, "--max-perplexity-ratio", 0).stdout
+    unlimited = ("--max-perplexity-ratio", 0, "--max-over-expected", 0)
+    assert "no limit was set" in run(*verify, *unlimited).stdout
 
 
 def test_page_that_cannot_be_made_is_said_before_any_work(
@@ -325,12 +361,60 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
-def test_unexpected_error_is_not_hidden(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(_: Path) -> None:
-        raise ZeroDivisionError("a bug")
+def broken(*_: object, **__: object) -> None:
+    raise ZeroDivisionError("a bug\nof two lines")
 
+
+def test_unexpected_error_is_not_hidden(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one line with a status of its own, and its traceback is in the log file that the line names."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv("LQEXPORT_TRACEBACK", raising=False)
     monkeypatch.setattr(inspection, "inspect", broken)
-    assert isinstance(CliRunner().invoke(app, ["inspect", str(tiny_model)]).exception, ZeroDivisionError)
+    result = run("inspect", tiny_model, status=3)
+    (log,) = tmp_path.iterdir()
+    expected = "error: The command ended with an unexpected ZeroDivisionError (a bug of two lines)"
+    assert result.stderr == f"{expected}; its traceback is in {log}.\n"
+    logged = log.read_text(encoding="utf-8")
+    assert "Traceback (most recent call last)" in logged
+    assert "in broken" in logged
+    assert f"lqexport {importlib.metadata.version('lqexport')}" in logged
+
+
+def test_traceback_is_printed_where_it_is_asked_for(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "inspect", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("LQEXPORT_TRACEBACK", "1")
+    assert "Traceback (most recent call last)" in run("inspect", tiny_model, status=3).stderr
+    monkeypatch.setenv("LQEXPORT_TRACEBACK", "0")
+    assert "Traceback" not in run("inspect", tiny_model, status=3).stderr
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))  # no log file, so it must be printed
+    assert "Traceback (most recent call last)" in run("inspect", tiny_model, status=3).stderr
+
+
+def test_unexpected_error_outside_of_a_command_has_the_same_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(cli_app, "app", broken)
+    with pytest.raises(SystemExit) as ended:
+        cli_app.main()
+    assert ended.value.code == 3
+    assert "ZeroDivisionError (a bug of two lines)" in capsys.readouterr().err
+
+
+def test_all_exit_statuses_are_documented(root: Path) -> None:
+    told = " ".join(run("--help").output.replace("│", " ").split())
+    for page in (told, (root / "README.md").read_text(encoding="utf-8")):
+        assert "3 an error that nobody expected" in page
+
+
+def test_a_reader_that_has_gone_is_no_exceeded_limit(tiny_model: Path) -> None:
+    process = start("inspect", tiny_model, "--verbose")
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.wait(timeout=60) == 141
 
 
 def start(*arguments: object) -> subprocess.Popen[str]:

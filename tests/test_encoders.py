@@ -21,6 +21,7 @@ from lqexport.calibration.sequences import load_calibration
 from lqexport.errors import UserError
 from lqexport.evaluation.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.evaluation.llamacpp_process import LlamaCppProcess
 from lqexport.evaluation.zero_shot_tasks import runnable
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
@@ -224,7 +225,9 @@ def test_gguf_in_llamacpp(pooling: str, bert: Path, prose: Path, tmp_path: Path)
     expected = by_transformers(AutoModel.from_pretrained(folder), folder, texts, pooling)
     ids = token_ids(AutoTokenizer.from_pretrained(folder), texts, 64)
     ours = embeddings(BlockModel(open_source(str(file))), ids, Silent(), "")
-    for embedded in (ours, engine_embeddings(file, ids, Silent())):
+    with LlamaCppProcess(file, 64, embeddings=True) as engine:
+        theirs = engine_embeddings(engine, ids, Silent())
+    for embedded in (ours, theirs):
         assert float((embedded * expected).sum(1).min()) > 0.9995
 
 

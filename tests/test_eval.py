@@ -20,8 +20,8 @@ from lqexport.cli.app import app
 from lqexport.converters.folders import native
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
-from lqexport.evaluation import papers, zero_shot_tasks
-from lqexport.evaluation.evaluate import tokenize
+from lqexport.evaluation import papers, scores, zero_shot_tasks
+from lqexport.evaluation.evaluate import HF_2048, tokenize
 from lqexport.evaluation.papers import perplexity
 from lqexport.evaluation.zero_shot_tasks import runnable, zero_shot
 from lqexport.models.tokenizers import tokenizer_of
@@ -92,7 +92,7 @@ def test_joined_texts(
     name: str, split: str, separator: str, most: int | None, hub: dict[str, list[str]], folder: Path
 ) -> None:
     tokenizer = tokenizer_of(folder)
-    windows = papers.TEXTS[name](tokenizer)
+    windows = papers.TEXTS[name](tokenizer, HF_2048)
     tokens = tokenize(tokenizer, separator.join(hub["documents"][:most]))
     assert hub["asked"] == [split]
     assert windows.shape == (min(len(tokens) // 2048, 256 if most else 10**6), 2048)
@@ -104,19 +104,19 @@ def test_c4_takes_places_in_long_documents(
 ) -> None:
     monkeypatch.setattr(papers, "WINDOWS", 4)
     tokenizer = tokenizer_of(folder)
-    windows = papers.TEXTS["c4"](tokenizer)
+    windows = papers.TEXTS["c4"](tokenizer, HF_2048)
     assert windows.shape == (4, 2048)
     long = [tokenize(tokenizer, piece) for piece in hub["documents"] if len(piece) == 12_000]
     for window in windows:
         assert any(window.tobytes() in tokens.tobytes() for tokens in long)
     assert len({window.tobytes() for window in windows}) == 4
-    assert np.array_equal(papers.TEXTS["c4"](tokenizer), windows)
+    assert np.array_equal(papers.TEXTS["c4"](tokenizer, HF_2048), windows)
 
 
 def test_c4_without_long_documents_is_an_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(papers, "documents", lambda *_: ["short"])
     with pytest.raises(UserError, match="more than 2048 tokens"):
-        papers.TEXTS["c4"](tokenizer_of(folder))
+        papers.TEXTS["c4"](tokenizer_of(folder), HF_2048)
 
 
 # Tasks.
@@ -177,6 +177,20 @@ def test_a_task_of_the_harness(folder: Path, tasks: Path, tmp_path: Path, monkey
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **_: SimpleNamespace(match_tasks=lambda _: []))
     with pytest.raises(UserError, match="no task nothing_such"):
         zero_shot(folder, ["nothing_such"])
+
+
+@needs_harness
+@pytest.mark.parametrize("texts", [[], ["python-heldout"]])
+def test_tasks_out_of_reach_are_said_before_any_work(
+    texts: list[str], folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The questions are on the hub, which no test reaches: the model was loaded and the text read before that."""
+    (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: someone/somewhere\noutput_type: generate_until\n")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    monkeypatch.setattr(zero_shot_tasks, "runnable", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(scores, "perplexity", lambda *_, **__: pytest.fail("the text was read"))
+    with pytest.raises(UserError, match=r"^The questions of far_away cannot be loaded \(.+\)\. The harness's tasks"):
+        scores.evaluate(folder, texts, ["far_away"], include=tmp_path, device="cpu")
 
 
 @needs_harness

@@ -219,8 +219,9 @@ def test_rotary_frequencies_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("target", "change", "message"),
     [
-        ("gguf:Q9_K", {}, "Unknown target"),
-        ("Q4_K", {}, "Unknown target"),
+        ("gguf:Q9_K", {}, r"Unknown target 'gguf:Q9_K'\. Did you mean gguf:\w+, gguf:\w+ or gguf:\w+\?$"),
+        ("table-3", {}, r"Unknown target 'table-3'\. Did you mean native:table-3"),
+        ("awq:4", {}, r"Unknown target 'awq:4'\. Known are such as gguf:Q4_K_M, native:table-3, gptq:4-g128\.$"),
         ("gguf:Q4_K", {"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM"),
         ("gguf:Q4_K", {"num_hidden_layers": 3}, r"no tensor model\.layers\.2\.input_layernorm"),
         ("gguf:Q4_K", {"num_hidden_layers": 1}, r"has no tensor model\.layers\.1"),
@@ -253,7 +254,7 @@ def test_missing_output_says_what_to_do() -> None:
 
 
 def test_unknown_embedding_type() -> None:
-    with pytest.raises(UserError, match="Q7_K"):
+    with pytest.raises(UserError, match=r"'gguf:Q7_K' for embedding or output\. Did you mean gguf:Q\d_K"):
         plan(Target.parse("gguf:Q4_K"), make_config(), make_shapes(make_config()), embedding_type="Q7_K")
 
 

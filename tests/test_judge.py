@@ -89,9 +89,10 @@ def test_the_command(
     assert judged["question"] == {"id": "81", "turns": ["def f(x):", "    return"]}
     assert [len(judged[name]) for name in ("answers", "source_answers", "replies")] == [2, 2, 4]
     assert (judged["grade"], judged["source_grade"], judged["verdict"]) == (7, 7, "same")
-    assert len(endpoint.requests) == 4
+    assert len(endpoint.requests) == 1 + 4
     assert set(endpoint.keys) == {"Bearer key of the test"}
-    messages = [request["messages"][0]["content"] for request in endpoint.requests]
+    first, *messages = [request["messages"][0]["content"] for request in endpoint.requests]
+    assert first == judging.FIRST
     assert all(text in messages[0] for text in ("def f(x):", *judged["answers"]))
     assert "Conversation with A" not in messages[0]
     assert messages[2].index("Conversation with A") < messages[2].index("Conversation with B")
@@ -103,7 +104,7 @@ def test_the_command(
 @needs_client
 def test_a_file_alone_is_graded_by_our_own_questions(folder: Path, endpoint: Endpoint) -> None:
     judgement = judge(folder, address(endpoint), "judge", tokens=1, device="cpu")
-    assert len(judgement.judged) == len(endpoint.requests) == len(read_questions())
+    assert len(judgement.judged) == len(endpoint.requests) - 1 == len(read_questions())
     assert judgement.grades == [7.0] * len(judgement.judged)
     assert judgement.source_grades == []
 
@@ -112,6 +113,18 @@ def test_a_file_alone_is_graded_by_our_own_questions(folder: Path, endpoint: End
 def test_an_endpoint_that_does_not_answer_is_named(endpoint: Endpoint) -> None:
     with pytest.raises(UserError, match=r"127\.0\.0\.1.* does not answer as other: .*no such model"):
         asking(address(endpoint), "other")("Hello")
+
+
+@needs_client
+@pytest.mark.parametrize("reachable", [True, False])
+def test_an_endpoint_that_does_not_answer_is_said_before_any_work(
+    reachable: bool, folder: Path, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was asked only after the file had answered all questions, for minutes."""
+    monkeypatch.setattr(judging, "runnable", lambda *_: pytest.fail("the file was loaded"))
+    url = address(endpoint) if reachable else "http://127.0.0.1:9/v1"
+    with pytest.raises(UserError, match="does not answer as other"):
+        judge(folder, url, "other", tokens=1, device="cpu")
 
 
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,15 @@ def test_logits_agree_with_transformers(model: LlamaForCausalLM, tmp_path: Path,
 
 
 @pytest.mark.llamacpp
+def test_signs_of_life_while_loading_and_running(f32: Path) -> None:
+    signs: list[None] = []
+    with LlamaCpp(f32, n_ctx=64, threads=1, alive=lambda: signs.append(None)) as engine:
+        loading = len(signs)
+        engine.logits(TOKENS)
+    assert 0 < loading < len(signs) - 10
+
+
+@pytest.mark.llamacpp
 def test_windows_do_not_see_each_other(f32: Path) -> None:
     with LlamaCpp(f32, n_ctx=64, threads=1) as engine:
         before = engine.logits(TOKENS)

@@ -178,8 +178,21 @@ def test_what_the_hub_says_is_told(verified: tuple[Path, Path], hub: Hub, monkey
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     with pytest.raises(UserError, match=r"did not take .* as me/tiny: .*401.*hf auth login"):
         push_to_hub(file, "me/tiny", record=record)
-    with pytest.raises(UserError, match=r"did not take .* as a/b/c"):
+    with pytest.raises(UserError, match=r"did not take .* as a/b/c") as refused:
         push_to_hub(file, "a/b/c", record=record)
+    assert "auth login" not in str(refused.value)
+
+
+@pytest.mark.parametrize("offline", [True, False])
+def test_a_missing_network_is_not_a_missing_login(
+    offline: bool, verified: tuple[Path, Path], hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, record = verified
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(UserError, match=r"^The hub cannot be reached, .* Check the network and HF_HUB_OFFLINE") as said:
+        push_to_hub(file, "me/tiny", record=record)
+    assert "auth login" not in str(said.value)
 
 
 def test_an_unverified_file_is_refused(

@@ -26,11 +26,11 @@ from verified_models import text as text
 
 from lqexport.calibration.texts import Text, read_text
 from lqexport.errors import UserError
-from lqexport.evaluation import llamacpp
 from lqexport.models.modules import expected_shapes
 from lqexport.models.source import open_source
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import write_json
+from lqexport.verification import verify_predictions
 from lqexport.verification.limits import check_limits
 from lqexport.verification.result import Verification
 from lqexport.verification.verify_predictions import check_tokenizer
@@ -282,8 +282,8 @@ def test_another_split_into_tokens_is_said(
     def tokenize(line: str) -> list[int]:
         return tokenizer(line)["input_ids"] + [0] * (lines.index(line) < wrong)
 
-    engine = SimpleNamespace(tokenize=tokenize)
-    monkeypatch.setattr(llamacpp, "LlamaCpp", lambda path, n_ctx: contextlib.nullcontext(engine))
+    engine = SimpleNamespace(tokenize=tokenize, warnings=[])
+    monkeypatch.setattr(verify_predictions, "LlamaCppProcess", lambda *_, **__: contextlib.nullcontext(engine))
     result = dataclasses.replace(found, failed=[], warnings=[])
     check_tokenizer(result, tokenizer, Text("t", "\n".join(lines)))
     assert (len(result.failed), len(result.warnings)) == (failed, warned)

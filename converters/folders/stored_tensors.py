@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lqexport.errors import UserError
-from lqexport.storage.tensor_files import open_tensors
+from lqexport.storage.tensor_files import forms, open_tensors
 
 
 class StoredTensors(Mapping[str, Any]):
@@ -22,13 +22,16 @@ class StoredTensors(Mapping[str, Any]):
     def __init__(self, folder: Path, framework: Literal["np", "pt"]) -> None:
         self._folder, self._framework = folder, framework
         self._files: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with self._open(path) as file:
-                for name in file.keys():  # noqa: SIM118 (not a dict)
-                    if name in self._files:
-                        first = self._files[name].name
-                        raise UserError(f"{folder} holds {name} twice, in {first} and {path.name}.")
-                    self._files[name] = path
+                shapes = {name: shape for name, (_, shape) in forms(file).items()}
+            for name in shapes:
+                if name in self._files:
+                    first = self._files[name].name
+                    raise UserError(f"{folder} holds {name} twice, in {first} and {path.name}.")
+                self._files[name] = path
+            self._shapes |= shapes
         if not self._files:
             raise UserError(f"{folder} has no .safetensors files.")
 
@@ -47,8 +50,8 @@ class StoredTensors(Mapping[str, Any]):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading its data. Raises UserError if there is no such tensor."""
-        with self._open(self._file(name)) as file:
-            return tuple(file.get_slice(name).get_shape())
+        self._file(name)
+        return self._shapes[name]
 
     def _file(self, name: str) -> Path:
         if name not in self._files:

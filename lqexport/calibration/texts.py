@@ -72,6 +72,11 @@ HELDOUT_MODULES = (
     "zipfile",
 )
 
+JSON_LINES = (".jsonl", ".ndjson")
+"""Suffixes of files of JSON Lines, in lower case."""
+INSTEAD = "Give a local .txt or .jsonl file, or python-docs, which needs no network."
+"""What a user can do if a text of the hub is out of reach."""
+
 CODE_MODULES = ("collections", "functools", "heapq", "textwrap")
 HELDOUT_CODE_MODULES = ("bisect", "fractions")
 
@@ -137,7 +142,8 @@ def read_text(name_or_file: str) -> Text:
 
     Names on the hub are `wikitext2`, `c4` and `ptb`, with an optional `:split`. Documents are joined by blank lines.
 
-    Anything else is a file: .jsonl with a "text" field in every line, or plain text.
+    Anything else is a file: JSON Lines with a "text" field in every line, or plain text. JSON Lines are known by the
+    suffix (.jsonl or .ndjson, in any case), or by their content, each line being a JSON object.
 
     Raises UserError if there is no such text or it cannot be read.
     """
@@ -148,8 +154,30 @@ def read_text(name_or_file: str) -> Text:
     name, _, split = name_or_file.partition(":")
     if name in HUB_TEXTS:
         return Text(name_or_file, "\n\n".join(_read_hub(name, split, HUB_TEXTS[name])))
+    raise _unknown(name_or_file)
+
+
+def check_text(name_or_file: str) -> None:
+    """Raises UserError if `read_text` will not find the text, or cannot read it.
+
+    A file is read whole. Of a text on the hub only the name, the split and the package `datasets` are checked.
+    """
+    if name_or_file in BUILT_IN:
+        return
+    if (path := Path(name_or_file)).is_file():
+        _read_file(path)
+        return
+    name, _, split = name_or_file.partition(":")
+    if name not in HUB_TEXTS:
+        raise _unknown(name_or_file)
+    _known_split(name, split, HUB_TEXTS[name])
+    if importlib.util.find_spec("datasets") is None:
+        raise _no_datasets(name)
+
+
+def _unknown(name_or_file: str) -> UserError:
     known = ", ".join([*BUILT_IN, *HUB_TEXTS])
-    raise UserError(f"There is no text file {name_or_file}, and no text of that name. Known names: {known}.")
+    return UserError(f"There is no text file {name_or_file}, and no text of that name. Known names: {known}.")
 
 
 def _read_file(path: Path) -> str:
@@ -159,7 +187,27 @@ def _read_file(path: Path) -> str:
         raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
-    return "\n\n".join(_jsonl_documents(path, content)) if path.suffix == ".jsonl" else content
+    if path.suffix.lower() in JSON_LINES or _is_json_lines(content):
+        return "\n\n".join(_jsonl_documents(path, content))
+    if _is_json(content):
+        raise UserError(
+            f'{path} is JSON, and not text: give JSON Lines, a {{"text": "..."}} in every line, or plain text.'
+        )
+    return content
+
+
+def _is_json_lines(content: str) -> bool:
+    """Returns whether every line that is not blank holds a JSON object, so that the text is not meant to be plain."""
+    lines = [line for line in content.split("\n") if line.strip()]
+    return bool(lines) and all(line.lstrip().startswith("{") and _is_json(line) for line in lines)
+
+
+def _is_json(content: str) -> bool:
+    """Returns whether a text is a JSON object or array as a whole."""
+    try:
+        return isinstance(json.loads(content), (dict, list))
+    except (ValueError, RecursionError):
+        return False
 
 
 def _jsonl_documents(path: Path, content: str) -> Iterator[str]:
@@ -187,20 +235,28 @@ def documents(name_and_split: str, most: int | None) -> list[str]:
 
 def _read_hub(name: str, split: str, text: HubText) -> list[str]:
     """Returns the documents of a split, up to the text's limit of characters."""
-    split = split or text.splits[0]
-    if split not in text.splits:
-        raise UserError(f"{name} has no split {split!r}; it has {', '.join(text.splits)}.")
-    instead = "Give a local .txt or .jsonl file, or python-docs, which needs no network."
+    split = _known_split(name, split, text)
     try:
         import datasets
     except ImportError:
-        message = f"The text {name} needs the `datasets` package: pip install 'lqexport[datasets]'. {instead}"
-        raise UserError(message) from None
+        raise _no_datasets(name) from None
     try:
         return list(_hub_documents(datasets.load_dataset, text, split))
     except Exception as error:  # whatever the hub's client raises: no network, no such file, a full disk
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {instead}") from error
+        raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {INSTEAD}") from error
+
+
+def _known_split(name: str, split: str, text: HubText) -> str:
+    """Returns the split that is meant, the first one if none is named. Raises UserError if there is no such split."""
+    split = split or text.splits[0]
+    if split not in text.splits:
+        raise UserError(f"{name} has no split {split!r}; it has {', '.join(text.splits)}.")
+    return split
+
+
+def _no_datasets(name: str) -> UserError:
+    return UserError(f"The text {name} needs the `datasets` package: pip install 'lqexport[datasets]'. {INSTEAD}")
 
 
 def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) -> Iterator[str]:

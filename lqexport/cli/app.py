@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import sys
 from importlib.metadata import version
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from lqexport.cli.evaluate import evaluate, judge
 from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_native, to_peft
 from lqexport.cli.inspect import inspect
 from lqexport.cli.quantize import plan, quantize
+from lqexport.cli.unexpected import STATUS, unexpected
 from lqexport.cli.verify import compare, push_to_hub, verify
 
 app = typer.Typer(
@@ -45,7 +47,8 @@ def about(
         lqexport to-gguf ./out model.gguf
         lqexport verify model.gguf --against ./SmolLM2-135M
 
-    Exit status: 0 done; 1 a limit of `verify` exceeded, or `plan` does not fit; 2 wrong input; 130 stopped with Ctrl-C.
+    Exit status: 0 done; 1 a limit of `verify` exceeded, or `plan` does not fit; 2 wrong input; 3 an error that nobody
+    expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1 prints it); 130 stopped with Ctrl-C.
     """
 
 
@@ -59,5 +62,12 @@ for command in (judge, push_to_hub, inspect):
 
 
 def main() -> None:
-    """Runs the command line."""
-    app()
+    """Runs the command line.
+
+    What commands do outside of `plain_endings` ends with the same sentence and status as within.
+    """
+    try:
+        app()
+    except Exception as error:
+        print(unexpected(error), file=sys.stderr)
+        sys.exit(STATUS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +13,12 @@ from typing import Annotated, Any, Protocol, TypeVar
 import typer
 from rich.console import Console, RenderableType
 
+from lqexport.cli.unexpected import STATUS, unexpected
 from lqexport.errors import UserError
 
 NOTHING_WRITTEN = "Stopped. Nothing was written under a final name; run the same command again."
+BROKEN_PIPE = 141
+"""The exit status after SIGPIPE: 128 and the signal's number."""
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
@@ -28,7 +32,12 @@ Windows = Annotated[int | None, typer.Option(help="Largest number of windows. [d
 
 @contextlib.contextmanager
 def plain_endings(stopped: str) -> Iterator[None]:
-    """Turns a UserError into one line and exit status 2, and Ctrl-C into `stopped` and exit status 130."""
+    """Ends a command with sentences and exit statuses instead of tracebacks.
+
+    A UserError becomes one line and status 2; Ctrl-C becomes `stopped` and status 130; a reader of the output that has
+    gone becomes status 141, as of a process that SIGPIPE ends; any other exception becomes one line that names a log
+    file, and status 3.
+    """
     errors = Console(stderr=True, soft_wrap=True)
     try:
         yield
@@ -38,6 +47,14 @@ def plain_endings(stopped: str) -> Iterator[None]:
     except KeyboardInterrupt:
         errors.print(stopped, markup=False, highlight=False)
         raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it ends
+        raise typer.Exit(BROKEN_PIPE) from None
+    except Exception as error:
+        errors.print(unexpected(error), style="red", markup=False, highlight=False)
+        raise typer.Exit(STATUS) from error
 
 
 class HasJson(Protocol):
@@ -58,6 +75,14 @@ def print_result(result: Result, table: Callable[[Result], RenderableType], *, a
         output().print(table(result))
 
 
+class _Output(Console):
+    """Standard output, which leaves it to `plain_endings` what happens if its reader has gone."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises BrokenPipeError again. rich would end the process with status 1, which means an exceeded limit."""
+        raise BrokenPipeError
+
+
 def output() -> Console:
     """Returns standard output; wide if it is not a terminal, so that no table is folded in a log."""
-    return Console() if sys.stdout.isatty() else Console(width=120)
+    return _Output() if sys.stdout.isatty() else _Output(width=120)

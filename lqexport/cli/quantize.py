@@ -211,5 +211,6 @@ def plan(
             print(json.dumps(result.as_json(), indent=1))
         else:
             show(result, output())
-    if result.too_large:
+        too_large = result.too_large
+    if too_large:
         raise typer.Exit(1)

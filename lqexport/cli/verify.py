@@ -28,6 +28,15 @@ MaxPerplexityRatio = Annotated[
         min=0, help="Fail if the perplexity grew by more than this factor; 0: no such limit.", rich_help_panel=LIMITS
     ),
 ]
+MaxOverExpected = Annotated[
+    float,
+    typer.Option(
+        min=0,
+        help="Fail if the mean KL divergence is above this many times what rounding to the file's types costs; "
+        "0: no such limit.",
+        rich_help_panel=LIMITS,
+    ),
+]
 MinCosine = Annotated[
     float | None,
     typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
@@ -78,6 +87,7 @@ def verify(
     device: Device = "auto",
     max_kl: MaxKl = None,
     max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    max_over_expected: MaxOverExpected = 3.0,
     min_cosine: MinCosine = None,
     html: Html = None,
     linear: ShownLinear = None,
@@ -109,7 +119,8 @@ def verify(
                 file, against, text=text, protocols=tuple(protocol), windows=windows,
                 engine=engine,  # type: ignore[arg-type]  # checked there
                 artifact=artifact, adapter=adapter, activations=activations, max_kl=max_kl,
-                max_perplexity_ratio=max_perplexity_ratio or None, min_cosine=min_cosine, linear=linear,
+                max_perplexity_ratio=max_perplexity_ratio or None,
+                max_over_expected=max_over_expected or None, min_cosine=min_cosine, linear=linear,
                 device=device, listener=listener,
             )  # fmt: skip
         print_result(result, report.for_terminal, as_json=as_json)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lqexport.errors import UserError
 from lqexport.evaluation.evaluate import mean_and_error
-from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.evaluation.llamacpp_process import LlamaCppProcess
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener
 
@@ -103,17 +102,16 @@ def embeddings(model: BlockModel, ids: list[list[int]], listener: Listener, desc
     return by_batch[order.argsort()]
 
 
-def engine_embeddings(file: Path, ids: list[list[int]], listener: Listener) -> Tensor:
-    """Returns the same embeddings as `embeddings` for a .gguf file, computed by llama.cpp.
+def engine_embeddings(engine: LlamaCppProcess, ids: list[list[int]], listener: Listener) -> Tensor:
+    """Returns the same embeddings as `embeddings` for the file that llama.cpp has loaded.
 
-    Raises UserError as `LlamaCpp` does.
+    Raises UserError as `LlamaCppProcess.embedding` does.
     """
     listener.stage("Run the file in llama.cpp", len(ids))
     rows = []
-    with LlamaCpp(file, max(map(len, ids)), embeddings=True) as engine:
-        for sentence in ids:
-            rows.append(torch.from_numpy(engine.embedding(sentence)))
-            listener.advance(1)
+    for sentence in ids:
+        rows.append(torch.from_numpy(engine.embedding(sentence)))
+        listener.advance(1)
     return normalize(torch.stack(rows), dim=1)
 
 

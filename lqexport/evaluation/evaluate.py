@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lqexport.converters.models.architecture import Architecture
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.evaluation.llamacpp_process import LlamaCppProcess
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener, Silent
 
@@ -128,7 +129,9 @@ def block_logits(
     return BlockLogits(model, [state[:, protocol.first - 1 : -1] for state in hidden])
 
 
-def engine_logits(engine: LlamaCpp, windows: NDArray[np.int64], protocol: Protocol) -> Iterator[torch.Tensor]:
+def engine_logits(
+    engine: LlamaCpp | LlamaCppProcess, windows: NDArray[np.int64], protocol: Protocol
+) -> Iterator[torch.Tensor]:
     """Yields the logits [protocol.scored, vocabulary] of each window, computed by llama.cpp when they are asked for."""
     for window in windows:
         yield torch.from_numpy(engine.logits(window.tolist(), protocol.first - 1)[:-1])

@@ -43,6 +43,8 @@ one stands first. Reason in a few sentences, then end with [[A]], [[B]], or [[C]
 
 === Conversation with B ===
 {{}}"""
+FIRST = "Reply with the word ready."
+"""What the judge is asked before any work, to learn that it answers."""
 
 Ask = Callable[[str], str]
 """A function that sends the judge a message and returns its reply."""
@@ -126,10 +128,12 @@ def judge(
     tokens     the most tokens of an answer
 
     The environment variable OPENAI_API_KEY holds the key, if the endpoint wants one. Raises UserError if the package
-    openai is missing, a model or the questions cannot be read, or the endpoint does not answer.
+    openai is missing, a model or the questions cannot be read, or the endpoint does not answer: it is asked a first
+    question before the file answers any, which may take long.
     """
     ask, question_list, listener = asking(endpoint, model), read_questions(questions), listener or Silent()
     chosen = choose_device(device)
+    ask(FIRST)
     answers = _answers(partial(runnable, Path(file)), tokenizer_of(Path(file)), question_list, tokens, chosen, listener)
     source_answers: list[list[str]] = [[] for _ in question_list]
     if against is not None:

@@ -13,7 +13,8 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +27,7 @@ from lqexport.errors import UserError
 
 MISSING = "llama.cpp is not installed; it comes with: pip install 'lqexport[llamacpp]'"
 
-_ERROR = 4  # ggml_log_level
+_WARNING, _ERROR = 3, 4  # ggml_log_level
 _CONTINUED = 5  # the level of a text that continues the line before it
 _NO_VOCABULARY = 0  # llama_vocab_type
 
@@ -112,6 +113,7 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     ),
     "llama_get_memory": (ctypes.c_void_p, [ctypes.c_void_p]),
     "llama_memory_clear": (None, [ctypes.c_void_p, ctypes.c_bool]),
+    "llama_set_abort_callback": (None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]),
     "llama_decode": (ctypes.c_int32, [ctypes.c_void_p, _Batch]),
     "llama_model_n_embd": (ctypes.c_int32, [ctypes.c_void_p]),
     "llama_get_embeddings_seq": (ctypes.POINTER(ctypes.c_float), [ctypes.c_void_p, ctypes.c_int32]),
@@ -133,17 +135,28 @@ _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
 
 
 class _Log:
-    """Keeps llama.cpp's last error lines, and prints nothing."""
+    """Keeps llama.cpp's last error lines, and its warnings. Prints nothing unless `echo` is set.
+
+    warnings   the lines of all warnings; the user of the log empties it
+    echo       whether warnings and errors are written to standard error at once
+    """
 
     def __init__(self) -> None:
         self.errors: collections.deque[str] = collections.deque(maxlen=6)
+        self.warnings: list[str] = []
+        self.echo = False
         self._level = 0
         self.callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(self._line)
 
     def _line(self, level: int, text: bytes, _: Any) -> None:
         self._level = self._level if level == _CONTINUED else level
-        if self._level == _ERROR and text.strip():
-            self.errors.append(text.decode(errors="replace").strip())
+        line = text.decode(errors="replace").strip()
+        if self._level not in (_WARNING, _ERROR) or not line:
+            return
+        lines: collections.deque[str] | list[str] = self.errors if self._level == _ERROR else self.warnings
+        lines.append(line)
+        if self.echo:
+            print(line, file=sys.stderr, flush=True)
 
     def said(self) -> str:
         """Returns the error lines since the last call of this method, as the end of a message, and forgets them."""
@@ -190,6 +203,14 @@ def _library() -> tuple[Any, _Log]:
     return llama, log
 
 
+def echo_log() -> None:
+    """Makes llama.cpp's warnings and errors appear on standard error, where they stay if it ends the process.
+
+    Loads the library. Raises UserError if the wheel is missing or has another version.
+    """
+    _library()[1].echo = True
+
+
 def _check_layout(llama: Any, name: str) -> None:
     structure, expected = _DEFAULTS[name]
     getattr(llama, name).restype = structure
@@ -203,6 +224,21 @@ def _threads(threads: int | None) -> int:
     return threads or os.cpu_count() or 1
 
 
+def _callbacks(alive: Callable[[], None]) -> tuple[Any, Any]:
+    """Returns the callbacks for the progress of loading and of running, which only call `alive`."""
+
+    def loading(*_: Any) -> bool:
+        alive()
+        return True  # go on
+
+    def running(_: Any) -> bool:
+        alive()
+        return False  # do not stop
+
+    progress = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_float, ctypes.c_void_p)
+    return progress(loading), ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(running)
+
+
 class LlamaCpp:
     """A GGUF file loaded in llama.cpp on the CPU, with default options (KV cache in float16).
 
@@ -212,21 +248,31 @@ class LlamaCpp:
     threads   the number of CPU threads; None: all cores
     adapter   a GGUF LoRA adapter to apply at run time, as llama.cpp's --lora does
     embeddings   whether to compute an encoder's embeddings instead of logits
+    alive     called again and again while llama.cpp loads the file, and before each operation of a sequence's graph;
+              must not raise
+
+    The attribute `warnings` has the lines in which llama.cpp warned while it loaded the file.
 
     Raises UserError, with llama.cpp's own reason, if the wheel is missing or llama.cpp does not load a file.
     """
 
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
-                 embeddings: bool = False) -> None:  # fmt: skip
+                 embeddings: bool = False, alive: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self._llama, self._log = _library()
         self._model = self._context = None
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
         self._log.said()
+        self._log.warnings.clear()
+        # Kept as attributes, since llama.cpp only holds pointers to them.
+        self._loading, self._running = _callbacks(alive)
         parameters = self._llama.llama_model_default_params()
+        parameters.progress_callback = ctypes.cast(self._loading, ctypes.c_void_p)
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}.{self._log.said()}")
+        # Later ones are about the context, whose settings are not the file's.
+        self.warnings = list(self._log.warnings)
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx = n_ctx
@@ -235,6 +281,7 @@ class LlamaCpp:
         if not self._context:
             self.close()
             raise UserError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}.{self._log.said()}")
+        self._llama.llama_set_abort_callback(self._context, ctypes.cast(self._running, ctypes.c_void_p), None)
         if adapter is not None:
             self._set_adapter(adapter)
 

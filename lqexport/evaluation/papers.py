@@ -5,7 +5,8 @@
     c4          256 windows of the first validation file, each from a random position of a random document that is long
                 enough, seed 0;  c4-new: the file's first 1100 documents joined by spaces, 256 windows
 
-Every token of a window but its first is scored, and windows are independent (`evaluate.HF_2048`). GPTQ's published code
+Every token of a window but its first is scored, and windows are independent (`evaluate.HF_2048`). A model with fewer
+learned positions gets shorter windows (`fitting.fitted`). GPTQ's published code
 (gptq/datautils.py) builds these texts; LeanQuant and most other papers use the same.
 """
 
@@ -26,6 +27,7 @@ from lqexport.calibration.texts import documents, read_text
 from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, perplexity_and_error, tokenize
+from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.tokenizers import tokenizer_of
@@ -57,16 +59,20 @@ class Perplexity:
     error: float
 
 
-def _joined(name: str, separator: str, most: int | None = None) -> Callable[[PreTrainedTokenizerBase], Windows]:
-    def windows(tokenizer: PreTrainedTokenizerBase) -> Windows:
+WindowsOf = Callable[[PreTrainedTokenizerBase, Protocol], Windows]
+"""Returns the windows of a text, as long as the protocol says."""
+
+
+def _joined(name: str, separator: str, most: int | None = None) -> WindowsOf:
+    def windows(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Windows:
         text = separator.join(documents(name, 1100 if most else None))
-        return cut(tokenize(tokenizer, text), HF_2048, None, most)
+        return cut(tokenize(tokenizer, text), protocol, None, most)
 
     return windows
 
 
-def _random_positions(tokenizer: PreTrainedTokenizerBase) -> Windows:
-    texts, draw, length = documents("c4:validation", None), random.Random(0), HF_2048.window
+def _random_positions(tokenizer: PreTrainedTokenizerBase, protocol: Protocol) -> Windows:
+    texts, draw, length = documents("c4:validation", None), random.Random(0), protocol.window
     windows: list[NDArray[np.int64]] = []
     if not any(len(text) > length for text in texts):
         raise UserError(f"No document of c4's validation file has more than {length} tokens.")
@@ -78,14 +84,14 @@ def _random_positions(tokenizer: PreTrainedTokenizerBase) -> Windows:
     return np.stack(windows)
 
 
-TEXTS: dict[str, Callable[[PreTrainedTokenizerBase], Windows]] = {
+TEXTS: dict[str, WindowsOf] = {
     "wikitext2": _joined("wikitext2:test", "\n\n"),
     "ptb": _joined("ptb:validation", "\n\n"),
     "ptb-new": _joined("ptb:test", " "),
     "c4": _random_positions,
     "c4-new": _joined("c4:validation", " ", WINDOWS),
 }
-"""The function that makes the windows of each text of the papers."""
+"""The texts of the papers by name."""
 
 
 def perplexity(
@@ -111,19 +117,22 @@ def perplexity(
     if protocol not in PROTOCOLS:
         raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
     tokenizer, export = tokenizer_of(path), open_export(path)
-    windows_of = {text: _windows(text, PROTOCOLS[protocol], tokenizer, windows) for text in texts}
+    protocols = {text: HF_2048 if text in TEXTS else PROTOCOLS[protocol] for text in texts}
+    for chosen in dict.fromkeys(protocols.values()):
+        for sentence in window_warnings(chosen, export.config):
+            listener.message(sentence)
+    fitting = {text: fitted(chosen, export.config) for text, chosen in protocols.items()}
+    windows_of = {text: _windows(text, chosen, tokenizer, windows) for text, chosen in fitting.items()}
     factors = open_factors(path, None, export.config)
     model = BlockModel(CorrectedModel(export, factors) if factors else export, choose_device(device))
-    return [_measured(model, text, *windows_of[text], listener) for text in windows_of]
+    return [_measured(model, text, fitting[text], windows_of[text], listener) for text in windows_of]
 
 
-def _windows(
-    text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, limit: int | None
-) -> tuple[Protocol, Windows]:
+def _windows(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Windows:
     if text in TEXTS:
-        return HF_2048, TEXTS[text](tokenizer)[:limit]
+        return TEXTS[text](tokenizer, protocol)[:limit]
     bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    return protocol, cut(tokenize(tokenizer, read_text(text).content), protocol, bos, limit)
+    return cut(tokenize(tokenizer, read_text(text).content), protocol, bos, limit)
 
 
 def _measured(model: BlockModel, text: str, protocol: Protocol, windows: Windows, listener: Listener) -> Perplexity:

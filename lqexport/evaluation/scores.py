@@ -54,8 +54,8 @@ def evaluate(
 
     Raises UserError as they do.
     """
-    if tasks:
-        zero_shot_tasks.check_installed()
+    if tasks and texts:  # the tasks come last, and what they lack is said first
+        zero_shot_tasks.opened_tasks(tasks, include)
     options: dict[str, Any] = {"protocol": protocol, "windows": windows, "device": device, "listener": listener}
     perplexities = perplexity(file, texts, **options) if texts else []
     scored = (

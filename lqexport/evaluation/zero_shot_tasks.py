@@ -64,14 +64,13 @@ def zero_shot(
     limit     the most questions of a task
     dtype     the dtype to run in; a native folder's linears stay packed, all others are decoded to it
 
-    Raises UserError if the harness is missing, a task is unknown or the model cannot be read.
+    Raises UserError if the harness is missing, a task is unknown, its questions are out of reach, or the model cannot
+    be read.
     """
-    check_installed()
-    path = Path(file)
+    manager, path = opened_tasks(tasks, include), Path(file)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    manager = _manager(tasks, include)
     model = runnable(path, choose_device(device), dtype)
     harness = HFLM(pretrained=model, tokenizer=tokenizer_of(path), batch_size=batch_size)
     evaluation = simple_evaluate(
@@ -79,6 +78,26 @@ def zero_shot(
         bootstrap_iters=0,
     )  # fmt: skip
     return [score for task, results in evaluation["results"].items() for score in _scores(task, results)]
+
+
+def opened_tasks(tasks: Sequence[str], include: str | Path | None) -> Any:
+    """Returns the harness's task manager, after it has loaded all questions of the tasks, which may come from the hub.
+
+    Raises UserError if the harness is missing, a task is unknown, or its questions cannot be loaded.
+    """
+    check_installed()
+    manager = _manager(tasks, include)
+    from lm_eval.tasks import get_task_dict
+
+    try:
+        manager.load(list(tasks)) if hasattr(manager, "load") else get_task_dict(list(tasks), manager)
+    except Exception as error:  # whatever the hub's client raises: no network, no such data set, a full disk
+        reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+        raise UserError(
+            f"The questions of {', '.join(tasks)} cannot be loaded ({type(error).__name__}: {reason}). The harness's "
+            "tasks take them from the hub: connect to it once, or give --include FOLDER for tasks of your own."
+        ) from error
+    return manager
 
 
 def _manager(tasks: Sequence[str], include: str | Path | None) -> Any:

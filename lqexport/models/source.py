@@ -28,7 +28,7 @@ from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json, written_whole
-from lqexport.storage.tensor_files import open_tensors, spans
+from lqexport.storage.tensor_files import forms, open_tensors, spans
 
 MODEL_FILES = (
     "config.json",
@@ -218,10 +218,16 @@ class HuggingFaceSource:
         """Returns the dtype, by safetensors' name, and the shape of a stored tensor.
 
         stored   its name in the files
+
+        Raises UserError if it is missing.
         """
-        with self._opened(stored) as file:
-            header = file.get_slice(stored)
-            return str(header.get_dtype()), tuple(header.get_shape())
+        return self._forms(self._file(stored))[stored]
+
+    @functools.cache  # noqa: B019 (a source is kept for the whole run anyway)
+    def _forms(self, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns the dtype and the shape of all tensors of a file, which is opened once for all of them."""
+        with _open(path) as file:
+            return forms(file)
 
     def stored_shape(self, stored: str) -> tuple[int, ...]:
         """Returns the shape of a stored tensor."""
@@ -229,14 +235,14 @@ class HuggingFaceSource:
 
     def stored_tensor(self, stored: str) -> torch.Tensor:
         """Returns a stored tensor by its name in the files. Raises UserError if it is missing or damaged."""
-        with self._opened(stored) as file:
+        with _open(self._file(stored)) as file:  # not kept open: its mapped pages would count as memory of the run
             tensor: torch.Tensor = file.get_tensor(stored)
             return tensor
 
-    def _opened(self, stored: str) -> AbstractContextManager[Any]:
+    def _file(self, stored: str) -> Path:
         if stored not in self._files:
             raise UserError(f"{self.folder} has no tensor {stored}. Is the download complete?")
-        return _open(self._files[stored])
+        return self._files[stored]
 
     def _stored_name(self, name: str) -> str:
         if name not in self._stored:
@@ -369,10 +375,13 @@ def _check_shards(files: dict[str, Path]) -> None:
 
     This is checked at the start, so that the run does not fail hours later.
     """
-    for path in sorted(set(files.values())):
+    listed: dict[Path, list[str]] = {}
+    for name, path in files.items():
+        listed.setdefault(path, []).append(name)
+    for path, names in sorted(listed.items()):
         with _open(path) as file:
             present = set(file.keys())
-        if missing := [name for name, shard in files.items() if shard == path and name not in present]:
+        if missing := [name for name in names if name not in present]:
             raise UserError(f"{path} has no tensor {', '.join(missing[:5])}, which its index says it has.")
 
 

@@ -13,14 +13,13 @@ from lqexport.calibration.sequences import Calibration, load_calibration
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
-from lqexport.formats.codec import PlainCodec
-from lqexport.formats.registry import codec_named
+from lqexport.models.context import trained_positions
 from lqexport.models.source import Source, open_source
 from lqexport.pipeline.job import Job, work_folder
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
-from lqexport.planning.recipe_plan import plan_factors, plan_recipe
+from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
 from lqexport.runtime.placement import Placement
@@ -47,6 +46,7 @@ def prepare(
     planned = plan_recipe(source, recipe)
     factors = plan_factors(source, planned, recipe)
     check_recipe(recipe, source.config, planned)
+    check_sequence_length(recipe, source, planned)
     calibration = _calibration(recipe, source, planned, listener)
     artifact = Artifact(out)
     identity = _identity(recipe, source, calibration, device)
@@ -97,19 +97,15 @@ def _check_experts(recipe: Recipe, model_class: str) -> None:
 def _calibration(
     recipe: Recipe, source: Source, planned: list[PlannedTensor], listener: Listener
 ) -> Calibration | None:
-    """Returns the calibration sequences; None if nothing is solved.
-
-    Rounding to nearest needs no calibration, and a plain type has no grid. A low-rank correction needs calibration
-    whatever the method.
-    """
-    architecture = architecture_of(source.config)
-    linears = [tensor for tensor in planned if tensor.linear and tensor.name != architecture.output]
-    solved = any(not isinstance(codec_named(tensor.codec_name), PlainCodec) for tensor in linears)
-    if (recipe.method == "rtn" and not recipe.rank) or not solved:
+    """Returns the calibration sequences; None if nothing is solved."""
+    if not calibrates(recipe, source, planned):
         return None
-    positions = int(source.config.get("max_position_embeddings") or 0)
-    if architecture.encoder and recipe.sequence_length > positions:
-        raise UserError(f"The model has {positions} positions: take at most that as --sequence-length.")
+    trained = trained_positions(source.config)
+    if trained is not None and recipe.sequence_length > trained:
+        listener.message(
+            f"The model was trained on {trained} positions (max_position_embeddings), and calibration sequences have "
+            f"{recipe.sequence_length} tokens: --sequence-length {trained} would calibrate on what it knows."
+        )
     needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
     calibration = load_calibration(
         recipe.calibration, source.tokenizer(), samples=needed, sequence_length=recipe.sequence_length, seed=recipe.seed

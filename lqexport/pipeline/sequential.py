@@ -23,7 +23,7 @@ from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import token_weights
 from lqexport.runtime.tiles import dealt
 from lqexport.solver.corrected_linear import stored_correction
-from lqexport.solver.linear import check_finite, rows_are_apart
+from lqexport.solver.linear import check_finite, check_target, inputs_of, rows_are_apart
 from lqexport.storage.artifact import values_of
 
 
@@ -119,7 +119,9 @@ class Sequential:
             weight = self.job.source.read(name).to(self.job.device).float()
             check_finite(name, weight)
             # Every process that solves a part of the linear computes the whole target: the strength is of all rows.
-            target, strength = cross[name].target(weight, self.recipe.dampening)
+            with inputs_of(name):
+                target, strength = cross[name].target(weight, self.recipe.dampening)
+                check_target(target)
             yield Problem(name, target, cross[name].hessian(), rows, share, {"asymmetric_strength": strength})
 
     def _dealt(self, names: list[str]) -> tuple[list[tuple[str, slice | None]], float]:

@@ -21,7 +21,8 @@ from lqexport.models.source_grids import sentences
 from lqexport.planning.cost import Rates, Work, seconds_estimate
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import memory_estimate, placement_sentence
-from lqexport.planning.recipe_plan import plan_factors, plan_recipe
+from lqexport.planning.needs import check_needs
+from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.sizes import human_bytes
@@ -72,15 +73,17 @@ class Preview:
 
 
 def preview(recipe: Recipe, out: str | Path) -> Preview:
-    """Returns what a run of `recipe` into the folder `out` would do; reads names and shapes only.
+    """Returns what a run of `recipe` into the folder `out` would do; reads no weights.
 
-    Raises UserError if the source cannot be read, or if the target cannot hold the model.
+    Raises UserError if the source cannot be read, if the target cannot hold the model, or as `check_needs` does.
     """
     out = Path(out)
     source = open_source(recipe.source)
     recipe = settled(recipe, source.config)
     artifact = Artifact(out)
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
+    check_sequence_length(recipe, source, tensors)
+    check_needs(source, recipe, tensors, artifact)
     tensors += plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())

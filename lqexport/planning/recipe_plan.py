@@ -9,6 +9,10 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_linear
 from lqexport.converters.plan import PlannedTensor
 from lqexport.converters.targets import plan
+from lqexport.errors import UserError
+from lqexport.formats.codec import PlainCodec
+from lqexport.formats.registry import codec_named
+from lqexport.models.context import learned_positions
 from lqexport.models.interface import ModelShapes
 from lqexport.models.source_grids import outer_types, with_moves
 from lqexport.recipe import Recipe
@@ -26,6 +30,28 @@ def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | No
         check_exact(tensor for tensor in planned if tensor.linear)
     # Corrections and choices of types measure the loss of solving, so every linear is solved.
     return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
+
+
+def check_sequence_length(recipe: Recipe, source: ModelShapes, planned: list[PlannedTensor]) -> None:
+    """Raises UserError if the calibration sequences are longer than the positions that the model has learned."""
+    positions = learned_positions(source.config)
+    if positions is not None and recipe.sequence_length > positions and calibrates(recipe, source, planned):
+        raise UserError(
+            f"The model has {positions} positions, and calibration sequences of {recipe.sequence_length} tokens do not "
+            f"fit: take at most {positions} as --sequence-length."
+        )
+
+
+def calibrates(recipe: Recipe, source: ModelShapes, planned: list[PlannedTensor]) -> bool:
+    """Returns whether a run of `recipe` needs calibration sequences.
+
+    Rounding to nearest needs none, and a plain type has no grid. A low-rank correction needs calibration whatever the
+    method.
+    """
+    output = architecture_of(source.config).output
+    linears = [tensor for tensor in planned if tensor.linear and tensor.name != output]
+    solved = any(not isinstance(codec_named(tensor.codec_name), PlainCodec) for tensor in linears)
+    return solved and (recipe.method != "rtn" or bool(recipe.rank))
 
 
 def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:

@@ -22,6 +22,12 @@ PANEL = 2048
 SHARE_OF_MEDIAN = 0.5
 """The default dampening, over the median of the diagonal (see `usual_dampening`)."""
 
+OVERFLOW = (
+    "the inputs of this linear are not finite, or too large for a Hessian in float32, so a tensor before it has far "
+    "too large weights. Get the checkpoint again, or take --method rtn, which needs no inputs."
+)
+"""The message where a Hessian overflows, or cannot be factorized even with dampening 10."""
+
 
 @dataclass(frozen=True)
 class CholeskyFactor:
@@ -94,7 +100,7 @@ def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: K
             level *= 10
             continue
         return CholeskyFactor(_inverted(root, hessian.device, keep), order, level)
-    raise UserError("The Hessian cannot be factorized even with dampening 10: are the activations finite?")
+    raise UserError(OVERFLOW)
 
 
 def _root(hessian: Tensor, order: Tensor, dampening: float, keep: Keep) -> list[Tensor]:

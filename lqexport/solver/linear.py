@@ -5,6 +5,7 @@ A Hessian in this package is the second moments of a linear's inputs (`lqexport.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from lqexport.errors import UserError
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
+from lqexport.formats.plain import TooLarge
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
@@ -23,7 +25,7 @@ from lqexport.grids.sections import TensorSections
 from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import Placement, all_on_device
 from lqexport.runtime.tiles import in_chunks, tiles
-from lqexport.solver.cholesky import CholeskyFactor, factorize
+from lqexport.solver.cholesky import OVERFLOW, CholeskyFactor, factorize
 from lqexport.solver.feedback import damped, feedback, layer_loss, refine
 from lqexport.solver.importance import importance
 from lqexport.solver.solve_exact import in_own_order
@@ -65,14 +67,48 @@ def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
     """Returns a tensor with every weight rounded by itself to a value of the codec.
 
     It is for tensors that no solver works on: embeddings, norms, biases. `weight` has one or two dimensions and any
-    float dtype. Raises UserError if a weight is NaN or infinite.
+    float dtype. Raises UserError if a weight is NaN or infinite, or too large for the codec.
     """
     check_finite(name, weight)
     codec = codec_named(codec_name)
     matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
-    parts = [_rounded(codec, part.float()) for part in matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))]
+    try:
+        parts = [_rounded(codec, part.float()) for part in matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))]
+    except TooLarge:
+        raise _too_large(name, weight, codec_name) from None
     planes = {plane: np.concatenate([part[plane] for part in parts]) for plane in parts[0]}
     return StoredTensor(name, codec_name, tuple(weight.shape), planes)
+
+
+def _too_large(name: str, weight: Tensor, codec_name: str) -> UserError:
+    """Returns the error for a tensor with a finite weight that `codec_name` cannot hold."""
+    largest = float(weight.flatten()[weight.abs().argmax()])
+    return UserError(
+        f"{name} has a weight of {largest:.6g}, which is too large for {codec_name}: give it BF16 or F32 with "
+        "--type, --embedding-type, --output-type or --factors; EXL2 and GPTQ's layout have no other type for it, so "
+        "take another target there."
+    )
+
+
+@contextlib.contextmanager
+def inputs_of(name: str) -> Iterator[None]:
+    """Names the linear in a UserError of the context, which works with the second moments of the linear's inputs."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def check_target(target: Tensor) -> None:
+    """Raises UserError if what a linear is solved for, computed from its inputs, is NaN or infinite."""
+    if not bool(torch.isfinite(target).all()):
+        raise UserError(OVERFLOW)
+
+
+def check_moments(hessian: Tensor) -> None:
+    """Raises UserError if the second moments of a linear's inputs, [C, C], are NaN or infinite."""
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise UserError(OVERFLOW)
 
 
 def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> dict[str, np.ndarray]:
@@ -103,7 +139,7 @@ def solve_linear(
     the loss over the output's energy. `weight_error` is the squared error of the weights over their squared sum.
     `dampening` is the dampening that the Cholesky factorization took.
 
-    Raises UserError if a weight is NaN or infinite, or if the Hessian cannot be factorized.
+    Raises UserError if a weight or the Hessian is NaN or infinite, or if the Hessian cannot be factorized.
     """
     check_finite(name, weight)
     if isinstance(codec_named(codec_name), PlainCodec):
@@ -146,7 +182,9 @@ def solve_rows(
     hessian = None if hessian is None else hessian.to(placement.device)
     cholesky = None
     if hessian is not None and settings.method != "rtn":
-        cholesky = factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep)
+        with inputs_of(name):
+            check_moments(hessian)
+            cholesky = factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep)
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()

@@ -286,10 +286,16 @@ class Artifact:
                     "Choose another output folder, or delete this one."
                 )
             return
+        self.check_own()
+        write_json(self.folder / "run.json", run)
+
+    def check_own(self) -> None:
+        """Raises UserError if the folder holds anything but an artifact. It may be missing or empty."""
+        if (self.folder / "run.json").is_file():
+            return
         leftovers = {unfinished(self.folder / "run.json")}
         if self.folder.exists() and (not self.folder.is_dir() or set(self.folder.iterdir()) - leftovers):
             raise UserError(f"{self.folder} exists and is not an lqexport artifact. Choose another output folder.")
-        write_json(self.folder / "run.json", run)
 
     def log(self, entry: dict[str, Any]) -> None:
         """Appends one line to log.jsonl. Raises UserError if it cannot be written."""

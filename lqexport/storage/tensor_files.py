@@ -36,6 +36,12 @@ def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device
         raise UserError(f"{path} is cut short or damaged ({error}). {advice}") from error
 
 
+def forms(file: Any) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Returns the dtype (by safetensors' name, such as BF16) and the shape of each tensor in an opened file."""
+    slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    return {name: (str(header.get_dtype()), tuple(header.get_shape())) for name, header in slices.items()}
+
+
 def spans(path: Path) -> dict[str, tuple[int, int]]:
     """Returns the offset of the first byte and the number of bytes of each tensor in a safetensors file.
 

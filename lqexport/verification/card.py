@@ -56,7 +56,8 @@ def _base_model(source: str) -> list[str]:
 
 
 def _sentences(result: Verification) -> list[str]:
-    lines = [f"- {sentence}" for sentence in (*result.failed, *result.warnings)]
+    likely = [f"Likely: {sentence}" for sentence in result.causes]
+    lines = [f"- {sentence}" for sentence in (*result.failed, *likely, *result.warnings)]
     return [*lines, ""] if lines else []
 
 

@@ -19,6 +19,7 @@ from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import BlockLogits, Evaluation
 from lqexport.evaluation.figures import figure, finite_or_null, share, with_error
+from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import bits, inspect, size
@@ -95,10 +96,13 @@ def compare(
     source, evaluation_text = open_source(against), read_text(text)
     device = str(choose_device(device))
     opened = [_opened(empty_result(path, source, None, evaluation_text, engine, device), source) for path in paths]
-    ((chosen, cut),) = cut_text(source.tokenizer(), evaluation_text, (protocol,), windows).items()
+    chosen = fitted(evaluate.PROTOCOLS[protocol], source.config)
+    cut = cut_text(source.tokenizer(), evaluation_text, [chosen], windows)[chosen]
+    for sentence in window_warnings(evaluate.PROTOCOLS[protocol], source.config):
+        listener.message(sentence)
     model = BlockModel(source, device)
-    reference = evaluate.block_logits(model, cut, chosen, listener, f"Run the source, {protocol}")
-    comparison = Comparison(source.name, evaluation_text.name, evaluation_text.sha256, protocol, engine, device)
+    reference = evaluate.block_logits(model, cut, chosen, listener, f"Run the source, {chosen.name}")
+    comparison = Comparison(source.name, evaluation_text.name, evaluation_text.sha256, chosen.name, engine, device)
     comparison.files.extend(_compared(file, reference, cut, chosen, listener) for file in opened)
     return comparison
 
@@ -133,6 +137,8 @@ def _compared(
         if head.engine == "lqexport":  # has run the file by now; llama.cpp has only loaded it
             clock.seconds += time.perf_counter() - began
         evaluation = evaluate.compare(reference, clock.timed(test), windows, protocol, listener)
+    for sentence in head.warnings:
+        listener.message(f"{head.file}: {sentence}")
     entries = inspect(Path(head.file)).entries
     rate = windows.size / max(clock.seconds, 1e-9)
     return Compared(head.file, head.sha256, size(entries), bits(entries), rate, evaluation)

@@ -109,8 +109,25 @@ def push_to_hub(
         if public or not seen_by_all:
             return str(api.create_commit(repository, operations, commit_message="Upload by lqexport").commit_url)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(
-            f"The hub did not take {file} as {repository}: {reason} `hf auth login` stores a token that may write."
-        ) from error
+        raise UserError(_refusal(error, file, repository)) from error
     raise UserError(f"{repository} is public, and --public was not given. Give it, or choose another repository.")
+
+
+def _refusal(error: Exception, file: str | Path, repository: str) -> str:
+    """Returns what an exception of huggingface_hub means for the user: no network, no token, or what the hub says.
+
+    Its versions raise the exceptions of requests or of httpx, so they are told apart by the names of their classes.
+    """
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if kinds & {"ConnectionError", "TransportError", "Timeout", "TimeoutError"}:
+        return (
+            f"The hub cannot be reached, so {file} was not uploaded as {repository}: {reason}. Check the network and "
+            "HF_HUB_OFFLINE, and run the same command again."
+        )
+    status = getattr(error.response, "status_code", None) if isinstance(error, HfHubHTTPError) else None
+    login = isinstance(error, LocalTokenNotFoundError) or status in (401, 403)
+    advice = " `hf auth login` stores a token that may write." if login else ""
+    return f"The hub did not take {file} as {repository}: {reason}.{advice}"

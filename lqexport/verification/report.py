@@ -24,7 +24,7 @@ from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification.limits import LIMITS
 from lqexport.verification.matrix_view import MatrixView
-from lqexport.verification.result import TensorCheck, Verification
+from lqexport.verification.result import ExpectedLoss, TensorCheck, Verification
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -109,7 +109,8 @@ def measures(result: Verification) -> list[tuple[str, list[str]]]:
 
 
 def checks(result: Verification) -> list[tuple[str, str]]:
-    """Returns (label, text) for the checks of the file's tensors: number, size, finite values, digests."""
+    """Returns (label, text) for the checks of the file's tensors: number, size, finite values, digests,
+    and what its types should cost."""
     compared = [tensor for tensor in result.tensors if tensor.same_bytes is not None]
     same = sum(tensor.same_bytes is True for tensor in compared)
     digests = f"{same} of {len(compared)} tensors are the artifact's" if compared else "no artifact given"
@@ -119,7 +120,15 @@ def checks(result: Verification) -> list[tuple[str, str]]:
         ("size", f"{human_bytes(result.nbytes)}, {result.bits_per_weight:.3f} bits per weight"),
         ("finite", f"{sum(tensor.finite for tensor in result.tensors)} of {len(result.tensors)} tensors"),
         ("digests", digests),
+        *((f"expected loss, {loss.protocol}", _expectation(loss)) for loss in result.expected),
     ]
+
+
+def _expectation(loss: ExpectedLoss) -> str:
+    return (
+        f"KL {figure(loss.expected)} by rounding the source to the file's types; the file loses "
+        f"{figure(loss.measured)} on the same {loss.windows} windows"
+    )
 
 
 def verdict(result: Verification) -> str:
@@ -148,6 +157,7 @@ def for_terminal(result: Verification) -> RenderableType:
         table.add_row(Text(label), *map(Text, values))
     lines = [Text(f"warning: {sentence}", style="yellow") for sentence in result.warnings]
     lines += [Text(f"failed: {sentence}", style="red") for sentence in result.failed]
+    lines += [Text(f"likely: {sentence}", style="red") for sentence in result.causes]
     lines.append(Text(f"result: {verdict(result)}", style="bold red" if result.failed else "bold"))
     numbers: list[RenderableType] = [table, Text()] if result.columns else []
     return Group(head, Text(), *numbers, *lines)

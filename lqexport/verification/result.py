@@ -30,6 +30,7 @@ class TensorCheck:
                    the file.
     finite         whether all decoded values are finite
     same_bytes     whether the digest of the planes is the artifact's; None without an artifact
+    rounding_error  weight_error of the source's own weights, rounded to nearest in the codec; None if not measured
     """
 
     name: str
@@ -40,10 +41,46 @@ class TensorCheck:
     output_error: float | None
     finite: bool
     same_bytes: bool | None
+    rounding_error: float | None = None
 
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the model, run on the source's hidden states: the embedding, a decoder block, or norm and output layer.
+
+    error      relative error of what the part adds to the hidden states; of the logits, for the output
+    expected   the same of the source's own weights, rounded to the file's types
+    tensors    names of its tensors
+    """
+
+    name: str
+    error: float
+    expected: float
+    tensors: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ExpectedLoss:
+    """A file's mean KL divergence on the first windows, and what its types should cost there, in nats.
+
+    measured         of the file
+    expected         of the source's own weights, rounded to nearest in the file's types
+    floor            what is put down to the engine's arithmetic
+    parts            the same for each part of the model by itself, on the first window
+    kl_by_position   the file's KL divergence in bins of positions of the first window, by our own forward
+    """
+
+    protocol: str
+    windows: int
+    measured: float
+    expected: float
+    floor: float
+    parts: list[Part] = field(default_factory=list)
+    kl_by_position: list[float] = field(default_factory=list)
 
 
 @dataclass
@@ -59,6 +96,8 @@ class Verification:
     evaluations        one for each protocol, of the file with its adapter if it has one; limits are checked on these
     worst              tokens of the largest KL divergence in the first evaluation, with the text before them
     portrait           one linear's weights and grid
+    expected           what the file's types should cost, for each protocol; none where the file loses next to nothing
+    causes             one sentence for each likely cause of a loss that is too large
     base_evaluations   one for each protocol, of the file without its adapter
     similarity         of an encoder's embeddings; an encoder has this instead of evaluations
     warnings           one sentence for each doubt that does not fail the file
@@ -84,6 +123,8 @@ class Verification:
     evaluations: list[Evaluation] = field(default_factory=list)
     worst: list[InContext] = field(default_factory=list)
     portrait: MatrixView | None = None
+    expected: list[ExpectedLoss] = field(default_factory=list)
+    causes: list[str] = field(default_factory=list)
     base_evaluations: list[Evaluation] = field(default_factory=list)
     similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)

@@ -6,6 +6,7 @@ Where llama.cpp runs the file, its tokenizer is compared too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,17 +18,21 @@ from transformers import PreTrainedTokenizerBase
 from lqexport.calibration.sequences import begins_with_bos
 from lqexport.calibration.texts import Text
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.evaluation import evaluate, llamacpp
+from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.evaluate import PROTOCOLS
+from lqexport.evaluation.fitting import fitted, window_warnings
+from lqexport.evaluation.llamacpp_process import LlamaCppFailed, LlamaCppProcess
 from lqexport.models.adapters import CorrectedModel, LowRankFactors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
 from lqexport.runtime.progress import Listener
+from lqexport.verification.expected_loss import expected_loss
 from lqexport.verification.matrix_view import in_context
 from lqexport.verification.result import Verification
+from lqexport.verification.rounded_source import RoundedSource
 
 TOKENIZER_LINES = 1000
 """How many lines of the text are compared."""
@@ -37,33 +42,62 @@ TOKENIZER_LIMIT = 0.01
 
 def compare_predictions(
     result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, *, text: Text,
-    protocols: tuple[str, ...], windows: int | None, listener: Listener,
+    protocols: tuple[str, ...], windows: int | None, listener: Listener, rounded: RoundedSource | None = None,
 ) -> None:  # fmt: skip
     """Compares the file with its source on a text by every protocol, and stores the results in `result`.
 
-    `windows` is the largest number of windows per protocol, or of sentences for an encoder. Where llama.cpp runs the
-    file, its tokenizer is compared too.
+    `windows` is the largest number of windows per protocol, or of sentences for an encoder. `rounded` is the source
+    rounded to the file's types, to measure the expected loss with; None to leave that out. Where llama.cpp runs the
+    file, its tokenizer is compared too, and a file that it does not load or run fails.
     """
     tokenizer = source.tokenizer()
-    if result.engine == "llama.cpp":
-        check_tokenizer(result, tokenizer, text)
-    if architecture_of(source.config).encoder:
-        texts = sentences(text.content, windows)
-        compare_embeddings(result, export, factors, source, texts=texts, tokenizer=tokenizer, listener=listener)
-    else:
-        cut = cut_text(tokenizer, text, protocols, windows)
-        evaluate_file(result, export, factors, source, cut, listener)
-        result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), tokenizer)
+    with _llamacpp_failures(result):
+        if result.engine == "llama.cpp":
+            check_tokenizer(result, tokenizer, text)
+        if architecture_of(source.config).encoder:
+            texts = sentences(text.content, windows)
+            compare_embeddings(result, export, factors, source, texts=texts, tokenizer=tokenizer, listener=listener)
+            return
+        cut = cut_text(tokenizer, text, [fitted(PROTOCOLS[name], source.config) for name in protocols], windows)
+        for name in protocols:
+            result.warnings += window_warnings(PROTOCOLS[name], source.config)
+        try:
+            evaluate_file(result, export, factors, source, cut, listener, rounded)
+        finally:
+            if result.evaluations:
+                result.worst = in_context(result.evaluations[0].worst, next(iter(cut.values())), tokenizer)
+
+
+@contextlib.contextmanager
+def _llamacpp_failures(result: Verification) -> Iterator[None]:
+    """Makes a failed check of a file that llama.cpp does not load or run."""
+    try:
+        yield
+    except LlamaCppFailed as failure:
+        result.failed.append(str(failure))
 
 
 def cut_text(
-    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: tuple[str, ...], limit: int | None
+    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: Iterable[evaluate.Protocol], limit: int | None
 ) -> dict[evaluate.Protocol, NDArray[np.int64]]:
     """Returns protocol -> the text's windows, token ids [windows, window length]. Raises UserError if the text is too
     short for a window."""
     tokens = evaluate.tokenize(tokenizer, text.content)
     bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    return {PROTOCOLS[name]: evaluate.cut(tokens, PROTOCOLS[name], bos, limit) for name in protocols}
+    return {protocol: evaluate.cut(tokens, protocol, bos, limit) for protocol in protocols}
+
+
+@contextlib.contextmanager
+def _in_llamacpp(
+    result: Verification, n_ctx: int, adapter: Path | None = None, embeddings: bool = False
+) -> Iterator[LlamaCppProcess]:
+    """Yields the file, loaded in llama.cpp in a child process, whose warnings become the result's.
+
+    The arguments are those of `LlamaCppProcess`. Raises LlamaCppFailed as it does.
+    """
+    with LlamaCppProcess(Path(result.file), n_ctx, adapter=adapter, embeddings=embeddings) as engine:
+        result.warnings += [sentence for sentence in engine.warnings if sentence not in result.warnings]
+        yield engine
 
 
 @contextlib.contextmanager
@@ -79,7 +113,7 @@ def logits_of_file(
     label = f"Run the file{' with its adapter' if factors else ''}, {protocol.name}"
     if result.engine == "llama.cpp":
         adapter = Path(str(result.adapter)) if factors else None
-        with llamacpp.LlamaCpp(Path(result.file), protocol.window, adapter=adapter) as engine:
+        with _in_llamacpp(result, protocol.window, adapter) as engine:
             yield evaluate.engine_logits(engine, windows, protocol)
     else:
         yield evaluate.block_logits(_model_of_file(result, export, factors), windows, protocol, listener, label)
@@ -98,10 +132,11 @@ def evaluate_file(
     source: Weights,
     windows: dict[evaluate.Protocol, NDArray[np.int64]],
     listener: Listener,
+    rounded: RoundedSource | None = None,
 ) -> None:
     """Evaluates the file by every protocol, with and without its adapter if it has one.
 
-    The source runs in float32, by this program's own decoding.
+    The source runs in float32, by this program's own decoding. With `rounded`, the expected loss is measured too.
     """
     for protocol, cut in windows.items():
         # The file runs first, so that a file that does not load is known before the source has run.
@@ -112,6 +147,13 @@ def evaluate_file(
         if factors:
             with logits_of_file(result, export, None, cut, protocol, listener) as test:
                 result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
+        if rounded:
+            file, measured = CorrectedModel(export, factors) if factors else export, result.evaluations[-1]
+            loss = expected_loss(result, measured, file, rounded, reference, cut, protocol, listener)
+            result.expected += [loss] if loss else []
+            result.tensors = [
+                dataclasses.replace(tensor, rounding_error=rounded.errors.get(tensor.name)) for tensor in result.tensors
+            ]
 
 
 def compare_embeddings(
@@ -130,7 +172,8 @@ def compare_embeddings(
     """
     ids = token_ids(tokenizer, texts, source.config["max_position_embeddings"])
     if result.engine == "llama.cpp":
-        embedded = engine_embeddings(Path(result.file), ids, listener)
+        with _in_llamacpp(result, max(map(len, ids)), embeddings=True) as engine:
+            embedded = engine_embeddings(engine, ids, listener)
     else:
         embedded = embeddings(_model_of_file(result, export, factors), ids, listener, "Run the file")
     reference = embeddings(BlockModel(source, result.device), ids, listener, "Run the source")
@@ -145,7 +188,7 @@ def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, te
     """
     lines = [line for line in text.content.split("\n") if line.strip()][:TOKENIZER_LINES]
     expected = tokenizer(lines, add_special_tokens=False)["input_ids"]
-    with llamacpp.LlamaCpp(Path(result.file), n_ctx=32) as engine:
+    with _in_llamacpp(result, n_ctx=32) as engine:
         different = [line for line, ids in zip(lines, expected, strict=True) if engine.tokenize(line) != ids]
     if different:
         sentence = (

@@ -18,7 +18,7 @@ from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import PROTOCOLS
-from lqexport.models.adapters import open_factors
+from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.interface import Weights
 from lqexport.models.smoothing import Smoothed, scales_between
 from lqexport.models.source import Source, open_source
@@ -27,12 +27,17 @@ from lqexport.runtime.environment import PACKAGES, choose_device, full_float32, 
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import file_digest
-from lqexport.verification.limits import check_limits, limits_for
+from lqexport.verification.blame import causes
+from lqexport.verification.limits import above_expected, check_limits, limits_for
 from lqexport.verification.matrix_view import MatrixView, matrix_view
 from lqexport.verification.result import Engine, Verification
+from lqexport.verification.rounded_source import RoundedSource, not_contradicted
+from lqexport.verification.settings import different_settings
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 
+MAX_OVER_EXPECTED = 3.0
+"""A file may lose this many times what its types should cost (`lqexport.verification.expected_loss`)."""
 OVERLAP_WARNING = 0.01
 """Largest share of the evaluation text that may also be in the calibration text without a warning."""
 
@@ -51,6 +56,7 @@ def verify(
     activations: str | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = None,
+    max_over_expected: float | None = MAX_OVER_EXPECTED,
     min_cosine: float | None = None,
     linear: str | None = None,
     device: str = "auto",
@@ -70,6 +76,10 @@ def verify(
                  holds its own). The file is evaluated with and without them.
     activations  a type that the inputs of the file's linears are rounded to, emulated by this program's own decoding
     max_kl, max_perplexity_ratio   limits on each protocol's results
+    max_over_expected   limit on the mean KL divergence over that of the source's own weights, rounded to the file's
+                 types (`expected_loss`); None for no such limit and no pass for it. Where a file is above it, its
+                 likely causes are looked for. With it, settings of the file's config that differ from the source's
+                 fail too
     min_cosine   limit on the result of an encoder, which takes no other limit
     linear       name of the matrix whose weights and grid the report shows; None for the one with the largest relative
                  error of its weights
@@ -88,15 +98,23 @@ def verify(
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
-    limits = {"max_kl": max_kl, "max_perplexity_ratio": max_perplexity_ratio, "min_cosine": min_cosine}
+    limits = {
+        "max_kl": max_kl,
+        "max_perplexity_ratio": max_perplexity_ratio,
+        "max_over_expected": max_over_expected,
+        "min_cosine": min_cosine,
+    }
     result.limits = limits_for(limits, source)
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
-    scales = scales_between(source, export)
+    scales = not_contradicted(source, export, scales_between(source, export))
     smoothed, result.smoothed = Smoothed(source, scales), len(scales)
     check_tensors(result, export, factors, smoothed, made_from, listener)
     check_overlap(result, evaluation_text)
+    if max_over_expected is not None:
+        result.failed += different_settings(export.config, source.config)
     if usable and all(tensor.finite for tensor in result.tensors):
+        rounded = RoundedSource(smoothed, export) if "max_over_expected" in result.limits else None
         compare_predictions(
             result,
             export,
@@ -106,9 +124,12 @@ def verify(
             protocols=protocols,
             windows=windows,
             listener=listener,
+            rounded=rounded,
         )
         result.portrait = _matrix_view(result, export, smoothed, linear)
         check_limits(result)
+        if rounded and above_expected(result):
+            result.causes = causes(result, CorrectedModel(export, factors) if factors else export, rounded, smoothed)
     return result
 
 

@@ -1,0 +1,36 @@
+"""Checks what a run will need, before any work: a free output folder, the tokenizer, the calibration text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lqexport.calibration.texts import check_text
+from lqexport.converters.plan import PlannedTensor
+from lqexport.errors import UserError
+from lqexport.models.source import GGUFSource, Source
+from lqexport.planning.recipe_plan import calibrates
+from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact
+
+
+def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> None:
+    """Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
+
+    The output folder must be new, empty or an artifact's, and neither the source's folder nor in it. A run that
+    calibrates needs a tokenizer and a text, and one of a .gguf file always writes a tokenizer. Of texts on the hub only
+    the name and the split are checked.
+    """
+    _check_apart(Path(recipe.source), artifact.folder)
+    artifact.check_own()
+    with_text = calibrates(recipe, source, planned)
+    if with_text or isinstance(source, GGUFSource):
+        source.tokenizer()
+    if with_text:
+        check_text(recipe.calibration)
+
+
+def _check_apart(source: Path, out: Path) -> None:
+    """Raises UserError if the output folder is the source's folder or lies in it. A hub id is no folder."""
+    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+        relation = "is the source" if out.resolve() == source.resolve() else "lies in the source"
+        raise UserError(f"The output folder {out} {relation} {source}. Choose a folder outside of it.")
