@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import shlex
@@ -21,7 +20,6 @@ from typing import Any
 import pytest
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -36,7 +34,6 @@ from lqexport.planning import cost, dryrun
 from lqexport.planning.memory import memory_estimate
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
-from lqexport.runtime.progress import Bars, Lines
 
 COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
             "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
@@ -443,67 +440,3 @@ def test_exit_status_of_the_installed_command() -> None:
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 2
     assert stderr == "error: There is no file or folder nowhere.\n"
-
-
-# --- progress ---
-
-
-def console() -> tuple[Console, io.StringIO]:
-    written = io.StringIO()
-    return Console(file=written, width=200), written
-
-
-def test_lines_tell_the_last_state() -> None:
-    target, written = console()
-    with Lines(target) as listener:
-        listener.stage("Solve", 4)
-        listener.advance(1)
-        listener.message("[bold] is no markup")
-        listener.stage("Write", 2)
-        listener.advance(2)
-    lines = written.getvalue().splitlines()
-    assert lines == ["Solve", "[bold] is no markup", "Solve: done, 25% in 0 s", "Write", "Write: done, 100% in 0 s"]
-
-
-def test_lines_tell_how_far_a_stopped_run_was() -> None:
-    target, written = console()
-    listener = Lines(target, interval=0)
-    listener.stage("Solve", 4)
-    listener.advance(3)
-    listener.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert "Solve: running, 75% in 0 s, about 0 s left" in written.getvalue()
-    assert written.getvalue().endswith("Solve: stopped, 75% in 0 s\n")
-
-
-@pytest.mark.parametrize("kind", [Lines, Bars])
-def test_the_first_ctrl_c_stops_at_the_next_advance(kind: type[Lines] | type[Bars]) -> None:
-    target, written = console()
-    listener = kind(target)
-    listener.stage("Compile", 1)
-    listener.advance(0.5)
-    listener.interrupt()
-    assert "Ctrl-C again" in written.getvalue()
-    with pytest.raises(KeyboardInterrupt):
-        listener.advance(0.5)
-    with pytest.raises(KeyboardInterrupt):
-        listener.stage("Write", 1)
-
-
-def test_the_second_ctrl_c_stops_at_once() -> None:
-    listener = Lines(console()[0])
-    listener.interrupt()
-    with pytest.raises(KeyboardInterrupt):
-        listener.interrupt()
-
-
-def test_bars_fill_when_a_stage_ends() -> None:
-    target, written = console()
-    with Bars(target) as listener:
-        listener.stage("Solve", 4)
-        listener.advance(1)
-        listener.stage("Write", 2)
-        assert listener.progress.tasks[0].finished
-        assert not listener.progress.tasks[1].finished
-        listener.message("kept")
-    assert "kept" in written.getvalue()
-    assert listener.progress.tasks[1].finished

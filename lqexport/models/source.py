@@ -208,8 +208,9 @@ class HuggingFaceSource:
         if self.layout and (module := self.module(name)):
             return torch.from_numpy(self.layout.read(module))
         if rows := self._rows.get(name):
-            with self._opened(self._stored_name(name)) as file:
-                part: torch.Tensor = file.get_slice(self._stored_name(name))[rows.expert, rows.first : rows.last]
+            stored = self._stored_name(name)
+            with _open(self._file(stored)) as file:
+                part: torch.Tensor = file.get_slice(stored)[rows.expert, rows.first : rows.last]
                 return part
         tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor
