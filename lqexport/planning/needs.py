@@ -16,9 +16,9 @@ from lqexport.storage.artifact import Artifact
 def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> None:
     """Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
 
-    The output folder must be new, empty or an artifact's, and neither the source's folder nor in it. A run that
-    calibrates needs a tokenizer and a text, and one of a .gguf file always writes a tokenizer. Of texts on the hub only
-    the name and the split are checked.
+    The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
+    tokenizer and a text, and one of a .gguf file always writes a tokenizer. Of texts on the hub only the name and the
+    split are checked.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
@@ -30,7 +30,6 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    """Raises UserError if the output folder is the source's folder or lies in it. A hub id is no folder."""
-    if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-        relation = "is the source" if out.resolve() == source.resolve() else "lies in the source"
-        raise UserError(f"The output folder {out} {relation} {source}. Choose a folder outside of it.")
+    """Raises UserError if the output folder is the source's folder. One within it is fine, and a hub id is no folder."""
+    if source.is_dir() and out.resolve() == source.resolve():
+        raise UserError(f"The output folder {out} is the source {source}. Choose another one.")
