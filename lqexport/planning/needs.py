@@ -30,6 +30,6 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
 
 
 def _check_apart(source: Path, out: Path) -> None:
-    """Raises UserError if the output folder is the source's folder. One within it is fine, and a hub id is no folder."""
+    """Raises UserError if the output folder is the source's folder; one within it is fine. A hub id is no folder."""
     if source.is_dir() and out.resolve() == source.resolve():
         raise UserError(f"The output folder {out} is the source {source}. Choose another one.")
