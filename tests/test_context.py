@@ -72,9 +72,15 @@ def test_windows_are_as_long_as_learned_positions() -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS.values(), ids=PROTOCOLS)
 def test_windows_that_fit_stay(protocol: object) -> None:
     assert isinstance(protocol, type(HF_2048))
-    for config in (GPT2 | {"n_positions": protocol.window}, LLAMA | {"max_position_embeddings": protocol.window}, GPT2):
+    for config in (GPT2 | {"n_positions": protocol.window}, LLAMA | {"max_position_embeddings": protocol.window}):
         assert fitted(protocol, config) is protocol
         assert window_warnings(protocol, config) == []
+
+
+def test_positions_that_config_json_leaves_out_are_those_of_transformers() -> None:
+    """GPT-2 has 1024 positions by default."""
+    assert fitted(HF_2048, GPT2).window == 1024
+    assert fitted(LLAMACPP_512, GPT2) is LLAMACPP_512
 
 
 def test_a_rotary_model_runs_past_its_context_with_a_warning() -> None:
