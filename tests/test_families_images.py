@@ -81,7 +81,7 @@ def test_logits_of_the_text_part_are_those_of_the_whole_model(name: str, tmp_pat
 
 
 def test_older_config_of_qwen2_vl_has_the_text_keys_at_the_top(tmp_path: Path) -> None:
-    """The same artifact comes from config.json as on the hub, and from that of transformers 5."""
+    """config.json as on the hub and config.json of transformers 5 give the same artifact."""
     model = whole_model("Qwen2_5_VL")
     model.save_pretrained(tmp_path / "new")
     config = json.loads((tmp_path / "new/config.json").read_text())

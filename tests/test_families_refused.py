@@ -175,7 +175,7 @@ def test_unknown_architecture_lists_each_known_one_once() -> None:
 def test_an_output_of_its_own_counts_though_it_is_said_to_be_tied(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in transformers 5, for every architecture, or else a refusal that says it."""
+    """Every architecture uses such an output, as transformers 5 does, or refuses it with a sentence."""
     class_name, options, tokenizer = CASES[name]
     monkeypatch.setitem(CASES, name, (class_name, options | {"tie_word_embeddings": True}, tokenizer))
     model, folder = make_model(name), tmp_path / "hf"

@@ -9,7 +9,7 @@ from lqexport.converters.models.tensor_names import block_module
 
 
 class ExpertRows(NamedTuple):
-    """Where a stored tensor [experts, rows, columns] holds one linear of one expert.
+    """The rows of a stored tensor [experts, rows, columns] that are one linear of one expert.
 
     expert        the expert's number
     first, last   the linear's rows: from `first` up to, not including, `last`

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import ATTENTION, LAYER_NORM, QKV
+from lqexport.converters.models.families.parts import LAYER_NORM, UNGATED_BLOCK, UNGATED_LINEARS
 
 NEMOTRON = replace(
     LLAMA,
@@ -14,14 +14,8 @@ NEMOTRON = replace(
     model_type="nemotron",
     gguf="nemotron",
     exl2=None,
-    linears=(QKV, ("self_attn.o_proj",), ("mlp.up_proj",), ("mlp.down_proj",)),
-    gguf_block={
-        "input_layernorm": "attn_norm",
-        **ATTENTION,
-        "post_attention_layernorm": "ffn_norm",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
-    },
+    linears=UNGATED_LINEARS,
+    gguf_block=UNGATED_BLOCK,
     gguf_top=LLAMA.gguf_top | {"model.norm.bias": "output_norm.bias"},
     rows={},
     norm_plus=1,

@@ -6,12 +6,11 @@ from dataclasses import replace
 
 from lqexport.converters.models.architecture import GATED
 from lqexport.converters.models.families.parts import (
+    ALL_EXPERTS_BLOCK,
+    ALL_EXPERTS_LINEARS,
     ATTENTION,
     EXPERT_KEYS,
-    EXPERT_LINEARS,
-    EXPERTS,
     HEAD_NORMS,
-    QKV,
     RMS_NORM,
     rope_of_both_types,
 )
@@ -44,14 +43,8 @@ OLMOE = replace(
     classes=("OlmoeForCausalLM",),
     model_type="olmoe",
     gguf="olmoe",
-    linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
-    gguf_block={
-        "input_layernorm": "attn_norm",
-        **ATTENTION,
-        **HEAD_NORMS,
-        "post_attention_layernorm": "ffn_norm",
-        **EXPERTS,
-    },
+    linears=ALL_EXPERTS_LINEARS,
+    gguf_block=ALL_EXPERTS_BLOCK,
     experts="num_local_experts",
     adds=True,
     keys=(*OLMO2.keys, *EXPERT_KEYS),

@@ -29,6 +29,26 @@ EXPERTS = {
 
 EXPERT_LINEARS = (("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj"), ("mlp.experts.*.down_proj",))
 
+ALL_EXPERTS_LINEARS = (QKV, ("self_attn.o_proj",), *EXPERT_LINEARS)
+ALL_EXPERTS_BLOCK = {
+    "input_layernorm": "attn_norm",
+    **ATTENTION,
+    **HEAD_NORMS,
+    "post_attention_layernorm": "ffn_norm",
+    **EXPERTS,
+}
+"""A block whose MLP is experts alone, with norms of the heads of queries and keys."""
+
+UNGATED_LINEARS = (QKV, ("self_attn.o_proj",), ("mlp.up_proj",), ("mlp.down_proj",))
+UNGATED_BLOCK = {
+    "input_layernorm": "attn_norm",
+    **ATTENTION,
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+"""A block whose MLP has no gate."""
+
 EXPERT_KEYS = (Key("expert_count", "num_local_experts"), Key("expert_used_count", "num_experts_per_tok"))
 
 BEFORE_AND_AFTER = {

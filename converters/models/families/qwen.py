@@ -7,6 +7,8 @@ from dataclasses import replace
 from lqexport.converters.models.architecture import GATED, ExLlamaV2, Key
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import (
+    ALL_EXPERTS_BLOCK,
+    ALL_EXPERTS_LINEARS,
     ATTENTION,
     EXPERT_KEYS,
     EXPERT_LINEARS,
@@ -76,14 +78,8 @@ QWEN3_MOE = replace(
     classes=("Qwen3MoeForCausalLM",),
     model_type="qwen3_moe",
     gguf="qwen3moe",
-    linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
-    gguf_block={
-        "input_layernorm": "attn_norm",
-        **ATTENTION,
-        **HEAD_NORMS,
-        "post_attention_layernorm": "ffn_norm",
-        **EXPERTS,
-    },
+    linears=ALL_EXPERTS_LINEARS,
+    gguf_block=ALL_EXPERTS_BLOCK,
     experts="num_local_experts",
     keys=(RMS_NORM, *EXPERT_KEYS, Key("expert_feed_forward_length", "moe_intermediate_size")),
     aliases={"num_experts": "num_local_experts"},
