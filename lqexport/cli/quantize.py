@@ -172,9 +172,9 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
 def _show_types(run: _Run, choice: dict[str, Any]) -> None:
     """Prints the types that were chosen by size. Writes the curve of loss over bytes to OUT/budget.svg, if matplotlib
     is installed."""
-    from lqexport.planning.dryrun import preview, show_plan
+    from lqexport.planning.dryrun import preview_of_finished, show_plan
 
-    show_plan(preview(run.recipe, run.out), output())
+    show_plan(preview_of_finished(run.recipe, run.out), output())
     print(f"Predicted KL: {choice['predicted_kl']:.4f}, at most {choice['predicted_kl_gap']:.1e} above the best choice")
     if importlib.util.find_spec("matplotlib"):
         from lqexport.verification.report import save_budget_plot

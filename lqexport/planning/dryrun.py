@@ -16,7 +16,7 @@ from rich.console import Console
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.inspect import TensorInfo, bits, size, table
-from lqexport.models.source import open_source
+from lqexport.models.source import Source, open_source
 from lqexport.models.source_grids import sentences
 from lqexport.planning.cost import Rates, Work, seconds_estimate
 from lqexport.planning.defaults import settled
@@ -77,14 +77,24 @@ def preview(recipe: Recipe, out: str | Path) -> Preview:
 
     Raises UserError if the source cannot be read, if the target cannot hold the model, or as `check_needs` does.
     """
-    out = Path(out)
-    source = open_source(recipe.source)
+    artifact, source = Artifact(Path(out)), open_source(recipe.source)
     recipe = settled(recipe, source.config)
-    artifact = Artifact(out)
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
     check_sequence_length(recipe, source, tensors)
     check_needs(source, recipe, tensors, artifact)
-    tensors += plan_factors(source, tensors, recipe)
+    return _preview_of(source, recipe, tensors, artifact)
+
+
+def preview_of_finished(recipe: Recipe, out: Path) -> Preview:
+    """Returns the preview of a run that has ended, with the types that it chose. What a run needs is not checked."""
+    artifact, source = Artifact(out), open_source(recipe.source)
+    recipe = settled(recipe, source.config)
+    return _preview_of(source, recipe, plan_recipe(source, recipe, artifact.chosen_types()), artifact)
+
+
+def _preview_of(source: Source, recipe: Recipe, tensors: list[PlannedTensor], artifact: Artifact) -> Preview:
+    out = artifact.folder
+    tensors = tensors + plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
     return Preview(recipe, out, source.config, tensors, already, shutil.disk_usage(existing).free)
