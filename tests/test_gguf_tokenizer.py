@@ -20,7 +20,13 @@ from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.pretokenizers import PRETOKENIZERS, pretokenizer_name
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.spaces import space_rules
-from lqexport.converters.gguf.tokenizer import added_ends, chat_templates, special_ids
+from lqexport.converters.gguf.tokenizer import (
+    added_ends,
+    chat_templates,
+    name_for_llamacpp,
+    special_ids,
+    stop_ids,
+)
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -182,6 +188,57 @@ def test_special_tokens(folder: Path) -> None:
     write_json(folder / "special_tokens_map.json", {"bos_token": {"content": "<s>"}, "unk_token": "<unk>"})
     write_json(folder / "tokenizer_config.json", {"eos_token": "</s>", "bos_token": "not a token"})
     assert special_ids(folder, vocabulary) == {"bos": 1, "eos": 2, "pad": 5, "unk": 0}
+
+
+def test_all_stop_tokens_go_into_the_file(tmp_path: Path) -> None:
+    """The list of generation_config.json becomes eos, eot and eom; ids of ordinary tokens are no stop tokens."""
+    tokenizer = byte_level_bpe()
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<end>", "<call>")])
+    numbers = [tokenizer.token_to_id(text) for text in ("<end>", "</s>", "<call>")]
+    artifact = make_artifact(tmp_path / "artifact", make_model(), "gguf:F16", tokenizer)
+    write_json(artifact.model_folder / "generation_config.json", {"eos_token_id": [40, *numbers, 9999]})
+    gguf_writer.write(artifact, tmp_path / "model.gguf")
+    model = GGUFModel(tmp_path / "model.gguf")
+    keys = [model.metadata[f"tokenizer.ggml.{role}_token_id"] for role in ("eos", "eot", "eom")]
+    assert keys == [numbers[1], numbers[0], numbers[2]]
+    assert model.config["eos_token_id"] == keys
+    open_source(str(tmp_path / "model.gguf")).copy_model_files(tmp_path / "back")
+    assert stop_ids(tmp_path / "back", read_vocabulary(tmp_path / "back")) == keys
+
+
+def phi3_tokenizer(*, strips: bool, ends: bool = True) -> Tokenizer:
+    """Returns a tokenizer with special tokens as Phi-3 has them; without <|endoftext|> if not `ends`."""
+    tokenizer = byte_level_bpe(bos=False)
+    texts = {"</s>": strips, "<|user|>": strips, "<|end|>": strips} | ({"<|endoftext|>": False} if ends else {})
+    tokenizer.add_special_tokens([AddedToken(text, normalized=False, rstrip=strip) for text, strip in texts.items()])
+    return tokenizer
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "name", "written"),
+    [
+        (phi3_tokenizer(strips=True), "tuned", "tuned (phi-3)"),
+        (phi3_tokenizer(strips=True), "Phi-3.5-mini", "Phi-3.5-mini"),
+        (phi3_tokenizer(strips=True), "", "(phi-3)"),
+        (phi3_tokenizer(strips=False), "tuned", "tuned"),
+        (phi3_tokenizer(strips=False), "My-Phi3", "My-Phi 3"),
+        (phi3_tokenizer(strips=True, ends=False), "phi-3", "phi 3"),  # llama.cpp would not load it
+    ],
+)
+def test_the_name_makes_llamacpp_strip_as_the_source_does(
+    tmp_path: Path, tokenizer: Tokenizer, name: str, written: str
+) -> None:
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert name_for_llamacpp(name, tmp_path) == written
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("strips", [True, False])
+def test_llamacpp_strips_behind_special_tokens_as_the_source_does(tmp_path: Path, strips: bool) -> None:
+    tokenizer = phi3_tokenizer(strips=strips)
+    with LlamaCpp(export(tmp_path, make_model(), "gguf:F16", tokenizer), 32) as engine:
+        for text in ("<|user|>\nHi<|end|>\n<|user|>", "<s> a"):
+            assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def test_tokenizer_config_decides_about_bos(folder: Path) -> None:

@@ -121,7 +121,12 @@ def _keys(metadata: Metadata, *, rope: bool) -> Config:
 
 def _special_tokens(metadata: Metadata) -> Config:
     ids = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
-    return {f"{key}_token_id": metadata.values.get(f"tokenizer.ggml.{gguf}_token_id") for key, gguf in ids.items()}
+    numbers = {key: metadata.values.get(f"tokenizer.ggml.{gguf}_token_id") for key, gguf in ids.items()}
+    ends = (numbers["eos"], *(metadata.values.get(f"tokenizer.ggml.{role}_token_id") for role in ("eot", "eom")))
+    different = list(dict.fromkeys(number for number in ends if isinstance(number, int)))
+    return {f"{key}_token_id": number for key, number in numbers.items()} | (
+        {"eos_token_id": different} if len(different) > 1 else {}
+    )
 
 
 def _windows(metadata: Metadata, config: Config) -> Config:

@@ -118,15 +118,22 @@ def _add_rope(writer: GGUFWriter, architecture: Architecture, config: Config) ->
         writer.add_rope_scaling_attn_factors(longrope_attention(config))
 
 
-def add_provenance(writer: GGUFWriter, run: dict[str, Any], main_type: str) -> None:
+def model_name(run: dict[str, Any]) -> str:
+    """Returns the last part of the source's name, by the artifact's run.json; "" if that has none."""
+    source = str((run.get("recipe") or {}).get("source", ""))
+    return source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
+def add_provenance(writer: GGUFWriter, run: dict[str, Any], main_type: str, name: str) -> None:
     """Adds the general keys to `writer`, and keys `lqexport.*` that say how the file was made.
 
     run         content of the artifact's run.json
+    name        the model's name; "" for none
     main_type   the type that holds most of the weights; `general.file_type` names it if types were chosen by size
     """
     recipe = run.get("recipe") or {}
     writer.add_type("model")
-    if name := str(recipe.get("source", "")).rstrip("/").rpartition("/")[2].removesuffix(".gguf"):
+    if name:
         writer.add_name(name)
     target = Target.parse(str(recipe.get("target", "")))
     if target.family == "gguf":

@@ -9,13 +9,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, Keys
+from gguf import GGUFWriter, Keys, TokenType
 
 from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.tokens import Vocabulary
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
 
+_PHI_3, _NEVER_STRIPPED = re.compile("(phi)-?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>")
 _SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "cls")
 
 
@@ -65,6 +66,9 @@ def _add_special_tokens(writer: GGUFWriter, folder: Path, vocabulary: Vocabulary
     }
     for role, number in ids.items():
         add[role](number)
+    others = [number for number in stop_ids(folder, vocabulary) if number < size and number != ids.get("eos")]
+    for add_other, number in zip((writer.add_eot_token_id, writer.add_eom_token_id), others, strict=False):
+        add_other(number)
     # Written even if false: llama.cpp adds a BOS by default for some values of tokenizer.ggml.pre.
     bos, eos = added_ends(folder, vocabulary)
     writer.add_add_bos_token(bos and "bos" in ids)
@@ -89,6 +93,38 @@ def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
     if vocabulary.unknown is not None:
         ids.setdefault("unk", vocabulary.unknown)
     return ids
+
+
+def stop_ids(folder: Path, vocabulary: Vocabulary) -> list[int]:
+    """Returns the ids that end an answer, by the list in generation_config.json, else by that in config.json.
+
+    Numbers that are no special or added token of the vocabulary are left out: some configs keep those of another model.
+    """
+    configs = [optional_json(folder / name) for name in ("generation_config.json", "config.json")]
+    given: Any = next((ids for config in configs if (ids := config.get("eos_token_id")) is not None), [])
+    added = {
+        number
+        for number, token in vocabulary.tokens.items()
+        if token.token_type in (TokenType.CONTROL, TokenType.USER_DEFINED)
+    }
+    return [number for number in (given if isinstance(given, list) else [given]) if number in added]
+
+
+def name_for_llamacpp(name: str, folder: Path) -> str:
+    """Returns the model's name, changed so that llama.cpp strips white space behind special tokens as the source does.
+
+    llama.cpp has no key for that (`llama_vocab::impl::load`). If the name contains phi-3 or phi3 in any case, it strips
+    behind all special tokens but <unk>, <s> and <|endoftext|>, and does not load a vocabulary that lacks one of these
+    or </s>. Otherwise it strips behind none.
+    """
+    with well_formed(f"The tokenizer in {folder}", "Copy or download its files again."):
+        added = optional_json(folder / "tokenizer.json").get("added_tokens") or ()
+        concerned = [token for token in added if token.get("special") and token["content"] not in _NEVER_STRIPPED]
+        strips = 2 * sum(bool(token.get("rstrip")) for token in concerned) > len(concerned)
+        loads = {*_NEVER_STRIPPED, "</s>"} <= {token["content"] for token in added}
+    if strips and loads:
+        return name if _PHI_3.search(name) else f"{name} (phi-3)".lstrip()
+    return _PHI_3.sub(r"\1 3", name)
 
 
 def _text(token: Any) -> str | None:

@@ -11,10 +11,10 @@ from gguf import GGUFWriter
 
 from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf.file import GGUFEntry, check_types, file_entry, type_of, write_tensors
-from lqexport.converters.gguf.metadata import add_model, add_provenance
+from lqexport.converters.gguf.metadata import add_model, add_provenance, model_name
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
-from lqexport.converters.gguf.tokenizer import add_tokenizer
+from lqexport.converters.gguf.tokenizer import add_tokenizer, name_for_llamacpp
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.rope import rope_factors
@@ -44,7 +44,8 @@ def write(
     check_supported(architecture, config)
     entries = _entries(artifact, architecture, config)
     writer = GGUFWriter(None, str(architecture.gguf))
-    add_provenance(writer, artifact.run(), _main_type(entries))
+    name = name_for_llamacpp(model_name(artifact.run()), artifact.model_folder)
+    add_provenance(writer, artifact.run(), _main_type(entries), name)
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, architecture, config, rows)
     add_tokenizer(writer, artifact.model_folder, rows)
