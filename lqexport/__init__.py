@@ -16,6 +16,8 @@ from lqexport.integration.registration import register
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
+    from lqexport.delivery.deliver import Delivery as Delivery
+    from lqexport.delivery.deliver import export_model as export_model
     from lqexport.errors import UserError as UserError
     from lqexport.evaluation.judging import judge as judge
     from lqexport.evaluation.papers import perplexity as perplexity
@@ -41,6 +43,7 @@ __version__ = version("lqexport")
 
 _MODULES = {
     "Callback": "runtime.progress",
+    "Delivery": "delivery.deliver",
     "LeanQuantModelForCausalLM": "integration.loading",
     "Listener": "runtime.progress",
     "MemoryLimits": "planning.memory",
@@ -49,6 +52,7 @@ _MODULES = {
     "Verification": "verification.result",
     "compare": "verification.comparison",
     "export": "exporting",
+    "export_model": "delivery.deliver",
     "forecast": "planning.forecast",
     "inspect": "models.inspect",
     "judge": "evaluation.judging",

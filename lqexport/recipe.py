@@ -85,16 +85,15 @@ class Recipe:
     target: str = field(
         default="",
         metadata=_help(
-            "What to quantize into: a type of the linears or a mix of llama.cpp. gguf:Q4_K_M, "
-            "gguf:Q3_K, gguf:auto (with --size), native:table-3, gptq:4-g128, exl2 (with --bits)."
+            "What to quantize into: gguf:Q4_K_M, gguf:Q3_K, gguf:auto (with --size), native:table-3, gptq:4-g128, exl2 "
+            "(with --bits)."
         ),
     )
     size: str | None = field(
         default=None,
         metadata=_help(
-            "With --target gguf:auto: choose each tensor's type so that all tensors together take at "
-            "most 4.25bpw, 3.9GB, 700MiB, or what a target such as Q4_K_M takes, and the model loses "
-            "least."
+            "Target gguf:auto: the most that all tensors may take, such as 4.25bpw, 3.9GB, 700MiB or Q4_K_M; their "
+            "types are chosen to lose least."
         ),
     )
     bits: float | None = field(
@@ -102,7 +101,7 @@ class Recipe:
     )
     calibration: str = field(
         default="python-docs",
-        metadata=_help("Text to calibrate on: python-docs, wikitext2, c4, ptb (any :split), or a .txt or .jsonl file."),
+        metadata=_help("Text to calibrate on: python-docs, wikitext2, c4, ptb, or a .txt or .jsonl file."),
     )
     samples: int = field(default=64, metadata=_help("Calibration sequences."))
 

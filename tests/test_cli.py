@@ -35,8 +35,8 @@ from lqexport.planning.memory import memory_estimate
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
 
-COMMANDS = ("quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors", "to-native",
-            "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
+COMMANDS = ("export", "quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors",
+            "to-native", "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:
@@ -114,7 +114,7 @@ def test_help_shows_the_common_path_first() -> None:
     assert common == list(panels)[: len(common)]
     assert {"target", "size", "bits", "calibration", "device", "dry_run"} <= set(common)
     assert len(common) < 15
-    output = run("quantize", "--help").output
+    output = run("quantize", "--help-all").output
     assert "A stopped run goes on" in output
     assert output.index("--target") < output.index("--dampening")
 

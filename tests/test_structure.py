@@ -36,6 +36,7 @@ LAYERS = (
     ("tuning", "evaluation"),
     ("planning", "verification"),
     ("pipeline",),
+    ("delivery",),
     ("cli",),
     ("__main__",),
 )

@@ -13,7 +13,9 @@ import typer
 
 from lqexport.cli.evaluate import evaluate, judge
 from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_native, to_peft
+from lqexport.cli.export_model import export
 from lqexport.cli.inspect import inspect
+from lqexport.cli.options import ShortHelp
 from lqexport.cli.quantize import plan, quantize
 from lqexport.cli.unexpected import STATUS, unexpected
 from lqexport.cli.verify import compare, push_to_hub, verify
@@ -43,18 +45,22 @@ def about(
 
     A whole run:
 
+        lqexport export ./SmolLM2-135M SmolLM2-135M-Q4_K_M.gguf
+
+    The same in steps:
+
         lqexport quantize ./SmolLM2-135M ./out --target gguf:Q4_K_M
         lqexport to-gguf ./out model.gguf
-        lqexport verify model.gguf --against ./SmolLM2-135M
+        lqexport verify model.gguf --against ./SmolLM2-135M --windows 16
 
-    Exit status: 0 done; 1 a limit of `verify` exceeded, or `plan` does not fit; 2 wrong input; 3 an error that nobody
-    expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1 prints it); 130 stopped with Ctrl-C.
+    Exit status: 0 done; 1 a limit of `export` or `verify` exceeded, or `plan` does not fit; 2 wrong input; 3 an error
+    that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1 prints it); 130 stopped with Ctrl-C.
     """
 
 
-for command in (
-    quantize, plan, to_gguf, to_peft, to_exl2, to_gptq, to_compressed_tensors, to_native, verify, compare,
-):  # fmt: skip
+for command in (export, quantize):
+    app.command(cls=ShortHelp)(command)
+for command in (plan, to_gguf, to_peft, to_exl2, to_gptq, to_compressed_tensors, to_native, verify, compare):
     app.command()(command)
 app.command(name="eval")(evaluate)
 for command in (judge, push_to_hub, inspect):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Verbose, output, plain_endings
-from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
+from lqexport.cli.options import MACHINE, RecipeFile, merged_recipe, with_recipe_options
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import terminal_listener
 
@@ -25,43 +25,46 @@ if TYPE_CHECKING:
     from lqexport.runtime.progress import Listener
 
 RESUME = "Stopped. Run the same command again to go on from the last finished tensor."
-MACHINE = "Machine"
+
+SourceModel = Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest use of a GPU's memory, such as 24GB. It does not change the result. [default: what is free]",
+        rich_help_panel=MACHINE,
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest use of this machine's memory, such as 64GB. It does not change the result. [default: what is "
+        "free]",
+        rich_help_panel=MACHINE,
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps second moments of the full prefix, for other runs over source and calibration.",
+        rich_help_panel=MACHINE,
+    ),
+]
 
 
-@with_recipe_options
+@with_recipe_options(target="[required, here or in the --recipe file]")
 def quantize(
-    source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")],
+    source: SourceModel,
     out: Annotated[Path, typer.Argument(help="Folder to write: new, empty, or of the same run, which then goes on.")],
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")
-    ] = False,
+    dry_run: DryRun = False,
     verbose: Verbose = False,
     as_json: Json = False,
     device: Device = "auto",
-    device_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Largest use of a GPU's memory, such as 24GB. It does not change the result. [default: what is free]",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    host_memory: Annotated[
-        str | None,
-        typer.Option(
-            help="Largest use of this machine's memory, such as 64GB. It does not change the result. [default: what is "
-            "free]",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder that keeps second moments of the full prefix, for other runs over source and calibration.",
-            rich_help_panel=MACHINE,
-        ),
-    ] = None,
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    cache: Cache = None,
 ) -> None:
     """Quantize SOURCE into the folder OUT.
 
@@ -76,13 +79,13 @@ def quantize(
     """
     with plain_endings(RESUME):
         recipe = merged_recipe(recipe_file, options | {"source": source})
-        run = _Run(recipe, out, device, cache, device_memory, host_memory)
+        run = Run(recipe, out, device, cache, device_memory, host_memory)
         _quantize(run, dry_run=dry_run, verbose=verbose, as_json=as_json)
 
 
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """A call of `quantize`, as given on the command line."""
+class Run:
+    """A run of the solver, as given on the command line."""
 
     recipe: Recipe
     out: Path
@@ -109,14 +112,14 @@ class _Run:
         return run(self.recipe, self.out, device=self.device, cache=self.cache, listener=listener, limits=self.limits)
 
 
-def _quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
+def _quantize(run: Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
     """Shows the plan; then, unless it is a dry run, checks the disk and runs."""
     from lqexport.planning.dryrun import as_json as preview_json
     from lqexport.planning.dryrun import preview
     from lqexport.planning.memory import choose_placement
     from lqexport.runtime.environment import choose_device
 
-    if int(os.environ.get("RANK", 0)):  # of several processes that torchrun started, only the first one prints
+    if is_another_process():
         if not dry_run:
             run.quantize()
         return
@@ -124,7 +127,7 @@ def _quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None
     shown = preview(run.recipe, run.out)
     placement = choose_placement(shown.work, device, run.out, run.limits)
     if not as_json:
-        _show_plan(shown, placement, verbose=verbose, estimates=dry_run)
+        print_plan(shown, placement, verbose=verbose, estimates=dry_run)
     if dry_run:
         if as_json:
             print(json.dumps(preview_json(shown, placement), indent=1))
@@ -138,7 +141,13 @@ def _quantize(run: _Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None
         _show_report(run, report)
 
 
-def _show_plan(shown: Preview, placement: Placement, *, verbose: bool, estimates: bool) -> None:
+def is_another_process() -> bool:
+    """Whether this is one of several processes that torchrun started, and not the first, which alone prints."""
+    return int(os.environ.get("RANK", 0)) > 0
+
+
+def print_plan(shown: Preview, placement: Placement, *, verbose: bool, estimates: bool) -> None:
+    """Prints types and fallbacks, and with `estimates` what the run would cost."""
     from lqexport.planning.dryrun import show_estimates, show_plan
 
     console = output()
@@ -147,7 +156,7 @@ def _show_plan(shown: Preview, placement: Placement, *, verbose: bool, estimates
         show_estimates(shown, console, placement)
 
 
-def _show_report(run: _Run, report: dict[str, Any]) -> None:
+def _show_report(run: Run, report: dict[str, Any]) -> None:
     """Prints what the run found out, and the command that comes next."""
     if "budget" in report:
         _show_types(run, report["budget"])
@@ -169,7 +178,7 @@ def _show_tuning(tuning: dict[str, Any]) -> None:
     print(f"Tuning: {name} on held-out calibration sequences {before:.4f} before, {after:.4f} after")
 
 
-def _show_types(run: _Run, choice: dict[str, Any]) -> None:
+def _show_types(run: Run, choice: dict[str, Any]) -> None:
     """Prints the types that were chosen by size. Writes the curve of loss over bytes to OUT/budget.svg, if matplotlib
     is installed."""
     from lqexport.planning.dryrun import preview_of_finished, show_plan

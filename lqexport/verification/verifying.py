@@ -104,7 +104,7 @@ def verify(
         "max_over_expected": max_over_expected,
         "min_cosine": min_cosine,
     }
-    result.limits = limits_for(limits, source)
+    result.limits = limits_for(limits, source.config)
     usable = check_structure(result, export, factors, source)
     check_files(result, made_from)
     scales = not_contradicted(source, export, scales_between(source, export))

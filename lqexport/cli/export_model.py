@@ -1,0 +1,141 @@
+"""The command export: the whole way from a model to a verified file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lqexport.cli.common import Device, EvaluationText, Json, Verbose, output, plain_endings
+from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
+from lqexport.cli.quantize import (
+    Cache,
+    DeviceMemory,
+    DryRun,
+    HostMemory,
+    Run,
+    SourceModel,
+    is_another_process,
+    print_plan,
+)
+from lqexport.cli.verify import MaxKl, MaxOverExpected, MaxPerplexityRatio, MinCosine
+from lqexport.runtime.progress import terminal_listener
+
+if TYPE_CHECKING:
+    from lqexport.delivery.deliver import Delivery
+    from lqexport.delivery.request import Request
+    from lqexport.planning.dryrun import Preview
+
+STOPPED = "Stopped. Run the same command again to go on; nothing has its final name yet."
+
+
+@with_recipe_options(target="[default: gguf: and the type in FILE's name; gguf:auto with --size, exl2 with --bits]")
+def export(
+    source: SourceModel,
+    file: Annotated[
+        Path, typer.Argument(help="The file to write, such as model-Q4_K_M.gguf; of other targets, the folder.")
+    ],
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    text: EvaluationText = "python-heldout",
+    windows: Annotated[int, typer.Option(min=0, help="Windows of the text to verify on; 0: all.")] = 16,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="What runs the file: llama.cpp or lqexport. [default: llama.cpp, where it is installed]"),
+    ] = None,
+    max_kl: MaxKl = None,
+    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    max_over_expected: MaxOverExpected = 3.0,
+    min_cosine: MinCosine = None,
+    keep_artifact: Annotated[
+        bool, typer.Option("--keep-artifact", help="Keep FILE.work/artifact once the file is verified.")
+    ] = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    cache: Cache = None,
+) -> None:
+    """Quantize SOURCE, write it as FILE, and verify FILE.
+
+    FILE gets its name once it has passed; FILE.record then has its model card, report and verification.json. A file
+    that exceeds a limit is called like model-Q4_K_M.failed.gguf, and the exit status is 1. A stopped export goes on
+    when the same command is given again; FILE.work has what it goes on from.
+
+    Examples:
+
+        lqexport export ./model model-Q4_K_M.gguf
+        lqexport export ./model model-Q4_K_M.gguf --dry-run
+        lqexport export ./model model.gguf --size 4.25bpw
+        lqexport export ./model ./model-exl2 --bits 3.5 --text wikitext2:test
+    """
+    with plain_endings(STOPPED):
+        from lqexport.delivery.places import Places, target_of
+        from lqexport.delivery.request import Measurement, Request
+
+        recipe = merged_recipe(
+            recipe_file, options | {"source": source},
+            lambda given: target_of(file, size=given.get("size"), bits=given.get("bits")),
+        )  # fmt: skip
+        places = Places(file)
+        run = Run(recipe, places.artifact, device, cache, device_memory, host_memory)
+        if is_another_process():
+            if not dry_run:
+                run.quantize()
+            return
+        measurement = Measurement(
+            text, windows or None, engine,  # type: ignore[arg-type]  # checked later
+            max_kl, max_perplexity_ratio or None, max_over_expected or None, min_cosine,
+        )  # fmt: skip
+        request = Request(recipe, places, measurement, device, cache, run.limits, keep_artifact)
+        if dry_run:
+            _preview(request, run, verbose=verbose, as_json=as_json)
+            return
+        delivery = _deliver(request, run, verbose=verbose, as_json=as_json)
+    if not delivery.passed:
+        raise typer.Exit(1)
+
+
+def _preview(request: Request, run: Run, *, verbose: bool, as_json: bool) -> None:
+    """Prints the plan and the estimates of an export, after all its checks."""
+    from lqexport.planning.dryrun import as_json as preview_json
+    from lqexport.planning.memory import choose_placement
+    from lqexport.runtime.environment import choose_device
+
+    shown = request.check()
+    request.check_room(shown)
+    placement = choose_placement(shown.work, choose_device(run.device), run.out, run.limits)
+    if as_json:
+        print(json.dumps(preview_json(shown, placement), indent=1))
+        return
+    print_plan(shown, placement, verbose=verbose, estimates=True)
+    print(f"While {request.places.model} is not verified, its artifact takes as much again on the disk.")
+    print(f"Verified in {request.engine}, on {_extent(request)}")
+
+
+def _extent(request: Request) -> str:
+    windows = request.measurement.windows
+    return f"{f'{windows} windows of ' if windows else 'the whole of '}{request.measurement.text}"
+
+
+def _deliver(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Delivery:
+    """Runs the export, and prints its plan before and its summary after."""
+    from lqexport.delivery.deliver import deliver
+    from lqexport.delivery.summary import summary
+    from lqexport.planning.dryrun import show_plan
+
+    def show(plan: Preview) -> None:
+        if not as_json:
+            show_plan(plan, output(), verbose)
+
+    with terminal_listener() as listener:
+        delivery = deliver(request, listener, show)
+    if as_json:
+        print(json.dumps(delivery.as_json(), indent=1))
+    else:
+        output().print(summary(delivery))
+    return delivery
