@@ -29,9 +29,9 @@ from lqexport.converters.models.tensor_names import (
     gguf_names,
     head_count,
     is_linear,
-    is_norm,
     is_tied,
     needed_names,
+    plain_codec,
 )
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
@@ -185,7 +185,7 @@ def _wanted(
     """Returns the codec name that the target asks for, whether the tensor's shape fits or not."""
     linear = is_linear(architecture, name)
     if not linear and name not in (architecture.embedding, architecture.output):
-        return "gguf-norm:F32" if target.family == "gguf" and architecture.norm_plus and is_norm(name) else "gguf:F32"
+        return plain_codec(architecture, name) if target.family == "gguf" else "gguf:F32"
     if target.family == "native":
         return str(target) if linear else "gguf:F16"
     if target.type in MIXES:

@@ -85,6 +85,24 @@ class NormPlusOne(F32):
         return stored.astype(np.float32) - np.float32(1)
 
 
+class Decay(F32):
+    """-exp(weight) in single precision, for the logarithms of decays (`A_log`) of state space models.
+
+    Hugging Face's models compute -exp(A_log); llama.cpp multiplies by the stored number. Both roundings move the
+    weight by a few units of its last place at most.
+    """
+
+    name = "gguf-decay:F32"
+
+    def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
+        with np.errstate(over="ignore"):  # encode_values reports an overflow
+            return -np.exp(weights.astype(np.float64)).astype(np.float32)
+
+    def _widen(self, stored: np.ndarray) -> NDArray[np.float32]:
+        with np.errstate(divide="ignore", invalid="ignore"):  # a reader reports what is not finite
+            return np.log(-stored.astype(np.float64)).astype(np.float32)
+
+
 class F16(_Plain):
     """IEEE half precision, 2 bytes."""
 
@@ -109,4 +127,4 @@ class BF16(_Plain):
         return (stored.astype(np.uint32) << 16).view(np.float32)
 
 
-PLAIN = (F32(), NormPlusOne(), F16(), BF16())
+PLAIN = (F32(), NormPlusOne(), Decay(), F16(), BF16())

@@ -19,7 +19,7 @@ from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Sca
 from lqexport.formats.native import pack_bits
 from lqexport.formats.registry import codec_named, names
 
-PLAIN = ["gguf:F32", "gguf-norm:F32", "gguf:F16", "gguf:BF16"]
+PLAIN = ["gguf:F32", "gguf-norm:F32", "gguf-decay:F32", "gguf:F16", "gguf:BF16"]
 GRIDS = [name for name in names() if name not in PLAIN]
 BLOCK_TYPES = [name for name in names("gguf") if name not in PLAIN]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "formats.json").read_text())
@@ -479,7 +479,7 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 
 
 def test_names_of_a_family() -> None:
-    assert {*names("gguf"), *names("gguf-norm"), *names("native")} == set(names())
+    assert {*names("gguf"), *names("gguf-norm"), *names("gguf-decay"), *names("native")} == set(names())
     assert names("gguf-norm") == ["gguf-norm:F32"]
     assert names("gguf")[:4] == ["gguf:F32", "gguf:F16", "gguf:BF16", "gguf:Q4_0"]
     assert names("gg") == []

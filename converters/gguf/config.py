@@ -32,8 +32,13 @@ class Metadata:
         return self.values.get(f"{self.architecture.gguf}.{key}")
 
     def number(self, key: str, default: float | None = None) -> Any:
-        """Returns a positive number by its key. Raises UserError if the file has none and there is no default."""
+        """Returns a positive number by its key; of an array with one number for each block, the largest.
+
+        Raises UserError if the file has none and there is no default.
+        """
         value = self.values.get(f"{self.architecture.gguf}.{key}", default)
+        if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
+            value = max(value)
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source} gives no {self.architecture.gguf}.{key}.")
         return value
@@ -75,6 +80,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
         config[SECTIONS] = _sections(metadata)
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
+    config |= {key: list(values) for key, values in architecture.per_block.items()}
     return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
 
 
@@ -113,9 +119,11 @@ def _keys(metadata: Metadata, *, rope: bool) -> Config:
     settings = {}
     for key in (key for key in metadata.architecture.keys if key.rope == rope):
         value = metadata.values.get(f"{metadata.architecture.gguf}.{key.name}", key.default)
-        if value is None or not isinstance(value, int | float) or not math.isfinite(value):
+        values = value if key.many and isinstance(value, list) else [value]
+        if any(not isinstance(each, int | float) or not math.isfinite(each) for each in values):
             raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.{key.name}.")
-        settings[key.config] = _decimal(value) if key.value_type is float else key.value_type(value)
+        typed = [_decimal(each) if key.value_type is float else key.value_type(each) for each in values]
+        settings[key.config] = typed if key.many else typed[0]
     return settings
 
 

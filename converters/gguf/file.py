@@ -26,12 +26,16 @@ from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import check_space, written_whole
 
+GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay")
+"""The families of codecs whose bytes are those of a GGUF type."""
+
 
 @dataclass(frozen=True)
 class GGUFEntry:
     """One tensor of the artifact and its place in the file: its names, its codec, and the manifest's shape and digest.
 
-    order   the Hugging Face row that each GGUF row holds; None where both have the same order
+    order        the Hugging Face row that each GGUF row holds; None where both have the same order
+    gguf_shape   its shape in the file, rows first
     """
 
     name: str
@@ -40,6 +44,7 @@ class GGUFEntry:
     shape: tuple[int, ...]
     sha256: str
     order: Order | None
+    gguf_shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
@@ -47,9 +52,15 @@ class GGUFEntry:
         return nbytes(codec_named(self.codec_name), rows, columns)
 
 
-def file_entry(name: str, gguf_name: str, facts: dict[str, Any], order: Order | None) -> GGUFEntry:
-    """Returns the entry of a tensor from its `facts` in the manifest."""
-    return GGUFEntry(name, gguf_name, facts["codec"], tuple(facts["shape"]), facts["sha256"], order)
+def file_entry(
+    name: str, gguf_name: str, facts: dict[str, Any], order: Order | None, gguf_shape: tuple[int, ...] | None = None
+) -> GGUFEntry:
+    """Returns the entry of a tensor from its `facts` in the manifest.
+
+    gguf_shape   its shape in the file; None for its shape in the manifest
+    """
+    shape = tuple(facts["shape"])
+    return GGUFEntry(name, gguf_name, facts["codec"], shape, facts["sha256"], order, gguf_shape or shape)
 
 
 def type_of(codec_name: str) -> str:
@@ -59,7 +70,7 @@ def type_of(codec_name: str) -> str:
 
 def check_types(entries: list[GGUFEntry], folder: Path, advice: str) -> None:
     """Raises UserError, which ends with `advice`, if a tensor is not stored in a GGUF type."""
-    foreign = [entry for entry in entries if not entry.codec_name.startswith(("gguf:", "gguf-norm:"))]
+    foreign = [entry for entry in entries if entry.codec_name.partition(":")[0] not in GGUF_FAMILIES]
     if foreign:
         raise UserError(
             f"{folder} cannot become a GGUF file by moving bytes: {len(foreign)} of its tensors are not "
@@ -131,7 +142,7 @@ def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
     """
     first = stack[0]
     if expert_number(first.name) is None:
-        return first.shape
+        return first.gguf_shape
     if different := [entry for entry in stack if (entry.codec_name, entry.shape) != (first.codec_name, first.shape)]:
         raise UserError(
             f"llama.cpp stores the experts of a block in one type: {first.name} is in {first.codec_name}, and "

@@ -44,9 +44,12 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     writer.add_block_count(_size(config, "num_hidden_layers"))
     writer.add_context_length(_context(architecture, config))
     writer.add_embedding_length(_size(config, "hidden_size"))
-    writer.add_feed_forward_length(_size(config, "intermediate_size"))
+    by_block = {key.name for key in architecture.keys if key.many}
+    if "feed_forward_length" not in by_block:
+        writer.add_feed_forward_length(_size(config, "intermediate_size"))
     writer.add_head_count(head_count(config))
-    writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
+    if "attention.head_count_kv" not in by_block:
+        writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(config.get("v_head_dim") or head_dim(config))
     writer.add_vocab_size(vocabulary)
@@ -82,6 +85,9 @@ def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
     value = (rope_settings(config) if key.rope else config).get(key.config, key.default)
     if value is None:
         raise UserError(f"config.json gives no {key.config}.")
+    if key.many:
+        writer.add_array(f"{writer.arch}.{key.name}", [key.value_type(each) for each in value])
+        return
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.value_type]
     add(f"{writer.arch}.{key.name}", key.value_type(value))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,21 @@ from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
-from lqexport.converters.models.tensor_names import block_module, expert_number, gguf_names, is_norm, needed_names
+from lqexport.converters.models.tensor_names import (
+    block_module,
+    expert_number,
+    gguf_names,
+    gguf_shape,
+    needed_names,
+    plain_codec,
+)
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"
+_OF_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+?)(?:\.weight|\.bias)?$")
+"""The name of a tensor of a block: the block's number and the GGUF name of the module."""
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
@@ -62,10 +73,24 @@ class GGUFModel:
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
         candidates = [
-            entry.expanded(experts, leading) for entry in same_name if bool(entry.experts) == bool(experts)
+            entry.expanded(experts, leading, self._values_per_block(entry))
+            for entry in same_name
+            if bool(entry.experts) == bool(experts)
         ] or same_name
         windows = f"{name}.{WINDOW}" in self.metadata
         return sorted(candidates, key=lambda entry: (entry.period is not None) != windows)
+
+    def _values_per_block(self, entry: Architecture) -> dict[str, tuple[Any, ...]]:
+        """Returns the values of `only` of an entry by which each block has the modules that the file holds of it."""
+        present: defaultdict[int, set[str]] = defaultdict(set)
+        for name in self._tensors:
+            if match := _OF_BLOCK.match(name):
+                present[int(match[1])].add(match[2])
+        layers = 1 + max(present, default=-1)
+        return {
+            key: tuple(_value_of(entry, key, present[layer]) for layer in range(min(layers, len(self._tensors))))
+            for key in {key for key, _ in entry.only.values()}
+        }
 
     def _identify(self) -> None:
         """Sets the architecture to the first candidate that has exactly the file's tensors."""
@@ -107,6 +132,8 @@ class GGUFModel:
         shape = self._tensor(name).shape
         if len(shape) == 1 and self._has_one_row(name):
             return (1, *shape)
+        if shape[-1] == 1 and gguf_shape(self._architecture, name, shape[:-1]) == shape:
+            return shape[:-1]
         return shape if expert_number(name) is None else shape[1:]
 
     def _has_one_row(self, name: str) -> bool:
@@ -115,9 +142,7 @@ class GGUFModel:
 
     def codec_name(self, name: str) -> str:
         """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""
-        codec_name = f"gguf:{self._tensor(name).tensor_type}"
-        if self._architecture.norm_plus and is_norm(name):
-            codec_name = codec_name.replace("gguf:", "gguf-norm:")
+        codec_name = plain_codec(self._architecture, name, self._tensor(name).tensor_type)
         if codec_name not in names():
             raise UserError(
                 f"{self.path}: {name} is of the type {codec_name}, which is not supported. Known: {names('gguf')}."
@@ -172,6 +197,20 @@ class GGUFModel:
         factors = {name: self._tensors[name].data.view(np.float32) for name in FACTORS if name in self._tensors}
         vocabulary = self.shape(self._architecture.embedding)[0]
         return config_of(self._keys, vocabulary, set(self._names), factors)
+
+
+def _value_of(entry: Architecture, key: str, present: set[str]) -> Any:
+    """Returns the first value of a key of `only` by which a block has modules that the file holds of it.
+
+    present   the GGUF names of the block's tensors, without the block's prefix, and without `.weight` or `.bias`
+    """
+    choices = [(start, values) for start, (of_key, values) in entry.only.items() if of_key == key]
+    names = entry.gguf_block | entry.gguf_tensors
+    gguf_modules = {name: gguf.removesuffix(".weight").removesuffix(".bias") for name, gguf in names.items()}
+    for start, values in choices:
+        if any(gguf in present for name, gguf in gguf_modules.items() if name.startswith(start)):
+            return values[0]
+    return None
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

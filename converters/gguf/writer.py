@@ -18,7 +18,7 @@ from lqexport.converters.gguf.tokenizer import add_tokenizer, name_for_llamacpp
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.rope import rope_factors
-from lqexport.converters.models.tensor_names import gguf_names
+from lqexport.converters.models.tensor_names import gguf_names, gguf_shape
 from lqexport.errors import UserError
 from lqexport.storage.artifact import Artifact
 
@@ -70,7 +70,8 @@ def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, A
         if name not in known:
             raise UserError(f"{artifact.folder} holds a tensor {name} that {architecture.gguf} does not have in GGUF.")
         order = row_order(architecture, config, name, facts["shape"][0])
-        entries.append(file_entry(name, known[name], facts, order))
+        shape = gguf_shape(architecture, name, tuple(facts["shape"]))
+        entries.append(file_entry(name, known[name], facts, order, shape))
     check_types(entries, artifact.folder, "Quantize again with a target gguf:TYPE.")
     if architecture.embedding not in {entry.name for entry in entries}:
         raise UserError(f"{artifact.folder} has no tensor {architecture.embedding}.")

@@ -28,6 +28,7 @@ class Key:
     value_type   int, float or bool
     default      the value where config.json does not have the key; None where it must have it
     rope         whether config.json has it among the settings of the rotary embedding (`rope_parameters`)
+    many         whether config.json has a list of such values, and GGUF an array, such as one value for each block
     """
 
     name: str
@@ -35,6 +36,7 @@ class Key:
     value_type: type = int
     default: Any = None
     rope: bool = False
+    many: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,8 @@ class Architecture:
     gguf        `general.architecture` of llama.cpp; None where llama.cpp does not run the architecture
     exl2        ExLlamaV2's rules; None where it does not load the architecture, or computes it wrongly
     linears     quantized linears of a block, in groups that share their input, in the order in which data flows
-    gguf_block  Hugging Face module of a block -> GGUF name of that module; where the GGUF name ends in `.bias`, both
-                are names of tensors
+    gguf_block  Hugging Face module of a block -> GGUF name of that module
+    gguf_tensors  Hugging Face tensor of a block that is no module's weight or bias -> GGUF tensor; both names are whole
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
     when        key of config.json (of its text part, if it has one) -> the values that tell this entry from others of
                 the same class
@@ -74,17 +76,23 @@ class Architecture:
     dense       key of config.json with the number of leading blocks that have a gated MLP instead of experts; None
                 where all blocks are alike
     leading     that number, in an entry for a certain model
+    only        start of the names of modules and tensors of a block -> key of config.json with one value for each
+                block, and the values with which a block has these, such as `layer_types` and `("full_attention",)`
+    per_block   key -> its value for each block, in an entry for a certain model
     rows        linear -> the order in which llama.cpp wants its rows, and the key of config.json with the number of
                 groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all keys, then
                 all values
     transposed  linears that a checkpoint stores as [inputs, outputs]
-    stacked     module whose weight in a checkpoint is [experts, rows, columns] -> the linears of each expert, which
+    stacked     tensor of a block that in a checkpoint is [experts, rows, columns] -> the linears of each expert, which
                 have equal runs of its rows
     one_row     modules and tensors of a block that are matrices of one row, which GGUF files may hold as vectors
     renamed     regular expression -> replacement; together they turn a checkpoint's tensor names into the modules'
     unused      regular expressions for tensors of a checkpoint that are ignored, such as tables that follow from
                 config.json
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
+    plain_norms   modules of a block that are norms to which nothing is added
+    decays      tensors of a block that GGUF holds as -exp(value)
+    columns     vectors of a block that GGUF holds as matrices of one column
     keys        GGUF metadata beyond the sizes that every architecture has
     aliases     this family's name of a key of config.json -> the usual name
     derived     returns values that follow from the rest of config.json; they replace what it says
@@ -120,11 +128,14 @@ class Architecture:
     linears: tuple[tuple[str, ...], ...]
     gguf_block: dict[str, str]
     gguf_top: dict[str, str]
+    gguf_tensors: dict[str, str] = field(default_factory=dict)
     exl2: ExLlamaV2 | None = None
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     experts: str | None = None
     dense: str | None = None
     leading: int = 0
+    only: dict[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
+    per_block: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -132,6 +143,9 @@ class Architecture:
     renamed: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     norm_plus: int = 0
+    plain_norms: tuple[str, ...] = ()
+    decays: tuple[str, ...] = ()
+    columns: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     derived: Callable[[Config], Config] = lambda config: {}
@@ -158,25 +172,42 @@ class Architecture:
 
     @property
     def adders(self) -> tuple[str | None, str | None]:
-        """The linears of attention and of the MLP whose outputs are added to the hidden states unchanged."""
+        """The linears of attention and of the MLP whose outputs are added to the hidden states unchanged.
+
+        None for both where blocks differ in their modules.
+        """
+        if not self.adds or self.experts or self.only:
+            return (None, None)
         modules = {gguf: module for module, gguf in self.gguf_block.items()}
-        return (modules["attn_output"], modules["ffn_down"]) if self.adds and not self.experts else (None, None)
+        return (modules["attn_output"], modules["ffn_down"])
 
     def modules_of(self, block: int) -> dict[str, str]:
         """Returns the entries of `gguf_block` that the block with this number has."""
         return {module: gguf for module, gguf in self.gguf_block.items() if self._has(block, module)}
+
+    def tensors_of(self, block: int) -> dict[str, str]:
+        """Returns the entries of `gguf_tensors` that the block with this number has."""
+        return {name: gguf for name, gguf in self.gguf_tensors.items() if self._has(block, name)}
 
     def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
         """Returns the groups of `linears` that the block with this number has."""
         return tuple(group for group in self.linears if self._has(block, group[0]))
 
     def _has(self, block: int, module: str) -> bool:
+        for start, (key, values) in self.only.items():
+            if module.startswith(start) and self.per_block[key][block] not in values:
+                return False
         if self.dense is None or not module.startswith("mlp."):
             return True
         return (module in GATED) == (block < self.leading)
 
-    def expanded(self, count: int, leading: int = 0) -> Architecture:
-        """Returns the entry with `count` experts in place of each `*`, from block `leading` on."""
+    def expanded(
+        self, count: int, leading: int = 0, per_block: dict[str, tuple[Any, ...]] | None = None
+    ) -> Architecture:
+        """Returns the entry with `count` experts in place of each `*`, from block `leading` on.
+
+        per_block   see the field of that name; None where all blocks have the same modules
+        """
         modules = [
             (module.replace(EACH, str(number)), gguf)
             for module, gguf in self.gguf_block.items()
@@ -187,4 +218,6 @@ class Architecture:
             for group in self.linears
             for number in range(count if EACH in group[0] else 1)
         ]
-        return replace(self, gguf_block=dict(modules), linears=tuple(groups), leading=leading)
+        return replace(
+            self, gguf_block=dict(modules), linears=tuple(groups), leading=leading, per_block=per_block or {}
+        )

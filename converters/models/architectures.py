@@ -6,6 +6,8 @@ llama.cpp and compares it with transformers. `tools/models_table.py` makes the t
 
 from __future__ import annotations
 
+from typing import Any
+
 from lqexport.converters.models.architecture import Architecture, Config
 from lqexport.converters.models.families.arcee import ARCEE
 from lqexport.converters.models.families.bert import BERT
@@ -120,14 +122,27 @@ def architecture_of(config: Config) -> Architecture:
         names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
         known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
         raise UserError(f"Unknown architecture {names}. Known: {known}.")
-    if architecture.experts is None:
+    if architecture.experts is None and not architecture.only:
         return architecture
-    count, leading = (normalized(config).get(key or "", 0) for key in (architecture.experts, architecture.dense))
-    if not isinstance(count, int) or not 1 <= count <= 4096:
+    config = normalized(config)
+    count, leading = (config.get(key, 0) if key else 0 for key in (architecture.experts, architecture.dense))
+    if architecture.experts and (not isinstance(count, int) or not 1 <= count <= 4096):
         raise UserError(f"config.json gives no {architecture.experts}.")
     if not isinstance(leading, int) or leading < 0:
         raise UserError(f"config.json gives no {architecture.dense}.")
-    return architecture.expanded(count, leading)
+    return architecture.expanded(count, leading, _values_per_block(architecture, config))
+
+
+def _values_per_block(architecture: Architecture, config: Config) -> dict[str, tuple[Any, ...]]:
+    """Returns the keys of `only` with their value for each block.
+
+    Raises UserError if config.json does not give one value for each block.
+    """
+    keys, layers = {key for key, _ in architecture.only.values()}, config.get("num_hidden_layers")
+    for key in keys:
+        if not isinstance(config.get(key), list) or len(config[key]) != layers:
+            raise UserError(f"config.json gives no {key} with one value for each of {layers} blocks.")
+    return {key: tuple(config[key]) for key in keys}
 
 
 def normalized(config: Config) -> Config:

@@ -21,16 +21,19 @@ def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
     blocks = [
         (f"{architecture.blocks}.{layer}.{name}", f"blk.{layer}.{gguf}")
         for layer in range(layers)
-        for module, gguf_module in architecture.modules_of(layer).items()
-        for name, gguf in _tensors(module, gguf_module)
+        for name, gguf in _tensors(architecture, layer)
     ]
     return dict([embedding, *blocks, *after_blocks])
 
 
-def _tensors(module: str, gguf: str) -> list[tuple[str, str]]:
-    """Returns (Hugging Face name, GGUF name) of a module's weight and bias, or of a tensor that `gguf` names itself."""
-    ends = ("weight", "bias")
-    return [(module, gguf)] if gguf.endswith(".bias") else [(f"{module}.{end}", f"{gguf}.{end}") for end in ends]
+def _tensors(architecture: Architecture, layer: int) -> list[tuple[str, str]]:
+    """Returns (Hugging Face name, GGUF name) of every tensor that a block may have, without the block's prefix."""
+    of_modules = [
+        (f"{module}.{end}", f"{gguf}.{end}")
+        for module, gguf in architecture.modules_of(layer).items()
+        for end in ("weight", "bias")
+    ]
+    return [*of_modules, *architecture.tensors_of(layer).items()]
 
 
 def needed_names(architecture: Architecture, layers: int) -> list[str]:
@@ -74,6 +77,27 @@ def is_linear(architecture: Architecture, name: str) -> bool:
 def is_norm(name: str) -> bool:
     """Whether a tensor is the weight of a norm."""
     return name.endswith("norm.weight")
+
+
+def plain_codec(architecture: Architecture, name: str, type_name: str = "F32") -> str:
+    """Returns the codec in which GGUF holds a tensor that is no matrix: `gguf:F32`, or one that changes its values.
+
+    type_name   the tensor's GGUF type; only F32 has codecs that change values
+    """
+    module = block_module(architecture, name)
+    within = (module[1], f"{module[1]}.{module[2]}") if module else ("", "")
+    if within[1] in architecture.decays:
+        return f"gguf-decay:{type_name}"
+    if architecture.norm_plus and is_norm(name) and within[0] not in architecture.plain_norms:
+        return f"gguf-norm:{type_name}"
+    return f"gguf:{type_name}"
+
+
+def gguf_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a tensor in GGUF, rows first, from its shape in the model."""
+    module = block_module(architecture, name)
+    is_column = module is not None and f"{module[1]}.{module[2]}" in architecture.columns
+    return (*shape, 1) if is_column else shape
 
 
 def is_tied(config: dict[str, Any]) -> bool:

@@ -291,7 +291,10 @@ class BlockModel:
         state = {key: self.weights.read(name).to(self.device, all_dtypes[key]) for key, name in names.items()}
         parameters = module.state_dict()
         for key, tensor in state.items():
-            if tensor.shape != parameters[key].shape:
+            if [size for size in parameters[key].shape if size > 1] == [size for size in tensor.shape if size > 1]:
+                # A convolution over single channels is a matrix [channels, width] here, and [channels, 1, width] there.
+                state[key] = tensor.reshape(parameters[key].shape)
+            else:
                 raise UserError(
                     f"{names[key]} has the shape {list(tensor.shape)}, where by config.json it is "
                     f"{list(parameters[key].shape)}. Copy or download the model again."

@@ -202,7 +202,7 @@ class HuggingFaceSource:
         shape = self.stored_shape(self._stored_name(name))
         if rows := self._rows.get(name):
             return (rows.last - rows.first, shape[2])
-        return shape[::-1] if self._is_transposed(name) else shape
+        return shape[::-1] if self._is_transposed(name) else _as_matrix(shape)
 
     def read(self, name: str) -> torch.Tensor:
         if self.layout and (module := self.module(name)):
@@ -213,7 +213,7 @@ class HuggingFaceSource:
                 part: torch.Tensor = file.get_slice(stored)[rows.expert, rows.first : rows.last]
                 return part
         tensor = self.stored_tensor(self._stored_name(name))
-        return tensor.T.contiguous() if self._is_transposed(name) else tensor
+        return tensor.T.contiguous() if self._is_transposed(name) else tensor.reshape(_as_matrix(tuple(tensor.shape)))
 
     def stored_form(self, stored: str) -> tuple[str, tuple[int, ...]]:
         """Returns the dtype, by safetensors' name, and the shape of a stored tensor.
@@ -293,6 +293,11 @@ class GGUFSource(GGUFModel):
                 with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
                     file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
         write_json(folder / "config.json", self.config)
+
+
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
 
 
 def _pooling_type(folder: Path) -> int:

@@ -23,7 +23,7 @@ class ExpertRows(NamedTuple):
 def is_stacked(architecture: Architecture, name: str) -> bool:
     """Whether a checkpoint's tensor holds linears of all experts of a block, by `stacked` of the architecture."""
     module = block_module(architecture, name)
-    return module is not None and module[1] in architecture.stacked
+    return module is not None and f"{module[1]}.{module[2]}" in architecture.stacked
 
 
 def linears_within(architecture: Architecture, name: str, shape: tuple[int, ...]) -> dict[str, ExpertRows]:
@@ -32,8 +32,8 @@ def linears_within(architecture: Architecture, name: str, shape: tuple[int, ...]
     name    the tensor's name, with the modules' names as in the model
     shape   its shape [experts, rows, columns]
     """
-    layer, module, _ = block_module(architecture, name) or (0, "", "")
-    linears = architecture.stacked[module]
+    layer, module, end = block_module(architecture, name) or (0, "", "")
+    linears = architecture.stacked[f"{module}.{end}"]
     experts, rows = shape[:2]
     size = rows // len(linears)
     return {

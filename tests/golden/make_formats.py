@@ -98,6 +98,8 @@ def main() -> None:
         content |= {f"native:mxint-{bits}-g{group}": mxint(bits, group, rng) for group in (16, 32)}
     plus_one = rng.standard_normal((2, 5)).astype("<f4")
     content["gguf-norm:F32"] = entry(5, {"blocks": plus_one.view(np.uint8)}, plus_one - np.float32(1))
+    decay = -np.exp(rng.standard_normal((2, 5))).astype("<f4")
+    content["gguf-decay:F32"] = entry(5, {"blocks": decay.view(np.uint8)}, np.log(-decay.astype("<f8")))
     json.dump(content, sys.stdout, indent=1)
     print()
 

@@ -51,11 +51,11 @@ GRANITE_MOE = replace(
     },
     experts="num_local_experts",
     stacked={
-        "block_sparse_moe.input_linear": (
+        "block_sparse_moe.input_linear.weight": (
             "block_sparse_moe.experts.*.gate_proj",
             "block_sparse_moe.experts.*.up_proj",
         ),
-        "block_sparse_moe.output_linear": ("block_sparse_moe.experts.*.down_proj",),
+        "block_sparse_moe.output_linear.weight": ("block_sparse_moe.experts.*.down_proj",),
     },
     renamed={r"\.router\.layer\.": ".router."},
     keys=(*GRANITE.keys, *EXPERT_KEYS),

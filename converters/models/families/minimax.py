@@ -30,9 +30,9 @@ MINIMAX_M2 = replace(
         **ATTENTION,
         **HEAD_NORMS,
         "post_attention_layernorm": "ffn_norm",
-        "mlp.e_score_correction_bias": "exp_probs_b.bias",
         **EXPERTS,
     },
+    gguf_tensors={"mlp.e_score_correction_bias": "exp_probs_b.bias"},
     rows={},
     keys=(
         RMS_NORM,
