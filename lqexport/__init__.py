@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lqexport.recipe import Recipe as Recipe
     from lqexport.runtime.progress import Callback as Callback
     from lqexport.runtime.progress import Listener as Listener
+    from lqexport.verification.checks import check as check
     from lqexport.verification.comparison import compare as compare
     from lqexport.verification.publish import push_to_hub as push_to_hub
     from lqexport.verification.publish import save_record as save_record
@@ -50,6 +51,7 @@ _MODULES = {
     "Recipe": "recipe",
     "UserError": "errors",
     "Verification": "verification.result",
+    "check": "verification.checks",
     "compare": "verification.comparison",
     "export": "exporting",
     "export_model": "delivery.deliver",

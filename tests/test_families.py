@@ -20,6 +20,7 @@ from family_cases import texts as texts
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lqexport.calibration.collect import to_the_end
+from lqexport.checking.checking import check_file
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -99,6 +100,11 @@ def test_file_comes_back_as_the_model(case: Case) -> None:
     for _, block in model.blocks():
         states = model.run(block, states)
     assert np.abs(model.logits(states)[0].numpy() - expected_logits(case.model, TOKENS)).mean() < 0.003
+
+
+def test_check_has_nothing_to_say_of_a_right_file(case: Case) -> None:
+    """llama.cpp loads the same file in the tests above."""
+    assert check_file(case.f16, engine=False).problems == []
 
 
 def tied_output(case: Case) -> str | None:

@@ -34,6 +34,7 @@ LAYERS = (
     ("models", "solver", "integration"),
     ("calibration", "exporting"),
     ("tuning", "evaluation"),
+    ("checking",),
     ("planning", "verification"),
     ("pipeline",),
     ("delivery",),

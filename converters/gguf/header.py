@@ -32,7 +32,8 @@ _STRING, _ARRAY = 8, 9
 class TensorData:
     """One tensor of a file: its shape (rows first), its GGUF type, and where its bytes are.
 
-    begin   offset of its first byte in the file
+    begin        offset of its first byte in the file
+    data_begin   offset of the file's first tensor by its header
     """
 
     shape: tuple[int, ...]
@@ -40,6 +41,7 @@ class TensorData:
     path: Path
     begin: int
     nbytes: int
+    data_begin: int
 
     @property
     def data(self) -> NDArray[np.uint8]:
@@ -117,7 +119,7 @@ def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, Tenso
         raise ValueError(f"its alignment is {alignment}")
     begin = -(-cursor.position // alignment) * alignment
     tensors = {
-        name: TensorData(shape, ggml_type.name, path, begin + offset, _size(name, shape, ggml_type))
+        name: TensorData(shape, ggml_type.name, path, begin + offset, _size(name, shape, ggml_type), begin)
         for name, shape, ggml_type, offset in infos
     }
     if len(tensors) != len(infos):

@@ -11,7 +11,7 @@ reader opens the first file and finds the others by their names.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence, Set
+from collections.abc import Collection, Sequence, Set
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -51,11 +51,16 @@ def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:
     return files
 
 
+def is_gguf(path: Path) -> bool:
+    """Whether a path has the suffix .gguf, in any case."""
+    return path.suffix.lower() == ".gguf"
+
+
 def split_paths(path: Path, count: int) -> list[Path]:
     """Returns the paths of a model's files: `path` itself, or model-00001-of-00003.gguf and so on beside it."""
     if count == 1:
         return [path]
-    stem = path.name.removesuffix(".gguf")
+    stem = path.stem if is_gguf(path) else path.name
     return [path.with_name(SHARD_NAME_FORMAT.format(stem, number, count)) for number in range(1, count + 1)]
 
 
@@ -85,13 +90,13 @@ def _split_files(path: Path, metadata: dict[str, Any], count: int) -> list[Path]
     number = metadata.get(Keys.Split.LLM_KV_SPLIT_NO)
     if not isinstance(number, int) or not 0 <= number < count < 1 << 16:
         raise UserError(f"{path} is damaged: it says that it is number {number} of {count} files, counted from 0.")
-    stem = re.fullmatch(rf"(.*)-{number + 1:05}-of-{count:05}\.gguf", path.name)
+    stem = re.fullmatch(rf"(.*)-{number + 1:05}-of-{count:05}\.gguf", path.name, re.IGNORECASE)
     if stem is None:
         raise UserError(
             f"{path} is one of the {count} files of a split model, renamed: the first must be called like "
             f"model-00001-of-{count:05}.gguf."
         )
-    paths = split_paths(path.with_name(f"{stem[1]}.gguf"), count)
+    paths = [part.with_suffix(path.suffix) for part in split_paths(path.with_name(f"{stem[1]}.gguf"), count)]
     if number != 0:
         raise UserError(f"{path} is not the first of the {count} files of a split model: give {paths[0].name}.")
     return paths
@@ -107,3 +112,11 @@ def _tensors_of_file(path: Path, number: int, count: int, earlier: Set[str]) -> 
     if position != (number, count) or tensors.keys() & earlier:
         raise UserError(f"{path} is not file {number + 1} of {count} of this model. Copy or download it again.")
     return tensors
+
+
+def is_later_part(path: Path, among: Collection[Path]) -> bool:
+    """Whether a path is called like a later file of a split model whose first file is in `among`."""
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.IGNORECASE)
+    if match is None or match[2] == "00001":
+        return False
+    return path.with_name(f"{match[1]}-00001-of-{match[3]}{path.suffix}") in among

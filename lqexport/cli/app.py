@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from lqexport.cli.check import check
 from lqexport.cli.evaluate import evaluate, judge
 from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_native, to_peft
 from lqexport.cli.export_model import export
@@ -60,7 +61,7 @@ def about(
 
 for command in (export, quantize):
     app.command(cls=ShortHelp)(command)
-for command in (plan, to_gguf, to_peft, to_exl2, to_gptq, to_compressed_tensors, to_native, verify, compare):
+for command in (plan, to_gguf, to_peft, to_exl2, to_gptq, to_compressed_tensors, to_native, check, verify, compare):
     app.command()(command)
 app.command(name="eval")(evaluate)
 for command in (judge, push_to_hub, inspect):

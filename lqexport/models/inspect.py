@@ -17,6 +17,7 @@ from lqexport.converters.folders.folder_model import method_of
 from lqexport.converters.folders.native import METHOD
 from lqexport.converters.folders.native_read import NativeModel
 from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
@@ -135,7 +136,7 @@ def inspect(path: str | Path) -> Inspection:
     """
     path = Path(path)
     if path.is_file():
-        if path.suffix != ".gguf":
+        if not is_gguf(path):
             raise UserError(f"{path} is not a .gguf file.")
         return Inspection(str(path), "GGUF file", _model_entries(GGUFModel(path)))
     if not path.is_dir():

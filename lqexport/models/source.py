@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lqexport.converters.checkpoints.detect import layout_of
 from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architecture import FIRST, MEAN
 from lqexport.converters.models.architectures import find_architecture, normalized
 from lqexport.converters.models.tensor_names import block_module, is_tied
@@ -322,7 +323,7 @@ def open_source(name: str) -> Source:
     Raises UserError if there is no such model or it is incomplete.
     """
     path = Path(name)
-    if path.suffix == ".gguf":
+    if is_gguf(path):
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
         return GGUFSource(path)

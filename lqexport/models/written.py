@@ -12,6 +12,7 @@ from lqexport.converters.folder_formats import MODELS
 from lqexport.converters.folders.folder_model import FolderModel, method_of
 from lqexport.converters.folders.native import METHOD
 from lqexport.converters.folders.native_read import NativeModel
+from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.models.interface import Weights
@@ -101,6 +102,6 @@ def open_export(path: Path) -> Export:
         )
     if path.is_dir():
         return ArtifactModel(path)
-    if path.suffix != ".gguf" or not path.is_file():
+    if not is_gguf(path) or not path.is_file():
         raise UserError(f"{path} is neither a .gguf file nor a folder that lqexport wrote.")
     return GGUFSource(path)

@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from lqexport.converters.gguf.split import read_split
+from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.errors import UserError, well_formed
 from lqexport.storage.files import file_digest, read_json, write_json
 from lqexport.verification.card import save_card
@@ -46,7 +46,7 @@ def _files(path: Path, prefix: str) -> dict[str, Path]:
     """Returns name -> file, for all parts of a file or all files of a folder that are not hidden. A folder's names
     begin with `prefix`."""
     if path.is_file():
-        return {part.name: part for part in (read_split(path)[2] if path.suffix == ".gguf" else [path])}
+        return {part.name: part for part in (read_split(path)[2] if is_gguf(path) else [path])}
     inside = {file.relative_to(path): file for file in sorted(path.rglob("*")) if file.is_file()}
     visible = {name: file for name, file in inside.items() if not any(part.startswith(".") for part in name.parts)}
     return {f"{prefix}{name.as_posix()}": file for name, file in visible.items()}

@@ -12,8 +12,10 @@ from typing import Any, get_args
 
 from lqexport.calibration.sequences import overlap
 from lqexport.calibration.texts import Text, read_text
+from lqexport.checking.checking import metadata_problems
+from lqexport.checking.opened import open_file
 from lqexport.converters.folders.native import RECORD
-from lqexport.converters.gguf.split import read_split
+from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.activations import rounding
@@ -106,6 +108,7 @@ def verify(
     }
     result.limits = limits_for(limits, source.config)
     usable = check_structure(result, export, factors, source)
+    check_metadata(result)
     check_files(result, made_from)
     scales = not_contradicted(source, export, scales_between(source, export))
     smoothed, result.smoothed = Smoothed(source, scales), len(scales)
@@ -131,6 +134,13 @@ def verify(
         if rounded and above_expected(result):
             result.causes = causes(result, CorrectedModel(export, factors) if factors else export, rounded, smoothed)
     return result
+
+
+def check_metadata(result: Verification) -> None:
+    """Adds the errors of a GGUF file's metadata to `result.failed`: those that `check` finds without a source."""
+    if is_gguf(Path(result.file)):
+        problems = metadata_problems(open_file(Path(result.file)))
+        result.failed += [problem.sentence for problem in problems if problem.level == "error"]
 
 
 def _record_in(file: Path) -> Artifact | None:
