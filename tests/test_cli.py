@@ -36,7 +36,7 @@ from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
 
 COMMANDS = ("export", "quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-gptq", "to-compressed-tensors",
-            "to-native", "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
+            "to-native", "check", "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:

@@ -54,8 +54,9 @@ def about(
         lqexport to-gguf ./out model.gguf
         lqexport verify model.gguf --against ./SmolLM2-135M --windows 16
 
-    Exit status: 0 done; 1 a limit of `export` or `verify` exceeded, or `plan` does not fit; 2 wrong input; 3 an error
-    that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1 prints it); 130 stopped with Ctrl-C.
+    Exit status: 0 done; 1 a limit of `export` or `verify` exceeded, an error found by `check`, or `plan` does not fit;
+    2 wrong input; 3 an error that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1 prints it);
+    130 stopped with Ctrl-C.
     """
 
 
