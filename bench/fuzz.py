@@ -41,7 +41,7 @@ from lqexport.exporting import export
 from lqexport.models.adapters import misfits, open_factors
 from lqexport.models.inspect import inspect
 from lqexport.models.modules import meta_model
-from lqexport.models.source import load_tokenizer, open_source
+from lqexport.models.source import GGUFSource, open_source
 from lqexport.models.written import open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.planning.recipe_plan import plan_recipe
@@ -286,7 +286,7 @@ def subjects(work: Path) -> dict[str, Subject]:
         "tokenizer": Subject(work / "model", ("tokenizer*.json",), read_tokenizer),
         "sentencepiece": Subject(work / "pieces", ("*.model",), read_tokenizer),
         "gguf": Subject(gguf, (), read_export),
-        "gguf tokenizer": Subject(gguf, (), lambda path: load_tokenizer(path.parent, gguf_file=path.name)),
+        "gguf tokenizer": Subject(gguf, (), lambda path: GGUFSource(path).tokenizer()),
         "gguf adapter": Subject(work / "adapter.gguf", (), adapter),
         "peft": Subject(work / "peft", ("*.json", "*.safetensors"), adapter),
         "exl2": Subject(work / "exl2", weights, read_export),

@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast
 
 from lqexport.converters.gguf import writer as gguf_writer
-from lqexport.converters.gguf.pretokenizers import PRETOKENIZERS, pretokenizer_name
+from lqexport.converters.gguf.pretokenizers import SPLITTERS, Splitter, pretokenizer_name, splitter_named
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.spaces import space_rules
 from lqexport.converters.gguf.tokenizer import (
@@ -26,6 +26,7 @@ from lqexport.converters.gguf.tokenizer import (
     name_for_llamacpp,
     special_ids,
     stop_ids,
+    write_vocabulary,
 )
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
@@ -61,17 +62,20 @@ def splitter_of(expressions: tuple[str, ...]) -> Any:
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize(("splitter", "name"), PRETOKENIZERS.items(), ids=PRETOKENIZERS.values())
-def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, splitter: tuple[tuple[str, ...], bool], name: str) -> None:
-    tokenizer = byte_level_bpe(splitter_of(splitter[0]), ignore_merges=splitter[1])
-    path = export(tmp_path, make_model(), "gguf:F16", tokenizer)
-    assert GGUFModel(path).metadata["tokenizer.ggml.pre"] == name
-    check_tokens(path, tokenizer)
+@pytest.mark.parametrize("splitter", SPLITTERS, ids=[splitter.names[0] for splitter in SPLITTERS])
+def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, splitter: Splitter) -> None:
+    tokenizer = byte_level_bpe(splitter_of(splitter.expressions), ignore_merges=splitter.ignore_merges)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    for name in splitter.names:
+        write_json(tmp_path / "tokenizer_config.json", {"bos_token": "<s>", "tokenizer.ggml.pre": name})
+        write_vocabulary(tmp_path, tmp_path / "model.gguf", tokenizer.get_vocab_size())
+        check_tokens(tmp_path / "model.gguf", tokenizer)
+    assert splitter_named(pretokenizer_name(json.loads(tokenizer.to_str()))).expressions == splitter.expressions
 
 
 def check_tokens(path: Path, tokenizer: Tokenizer) -> None:
     """Asserts that llama.cpp, with the GGUF file, makes the same tokens of test strings as the tokenizer."""
-    with LlamaCpp(path, 32) as engine:
+    with LlamaCpp(path, 32, vocabulary_only=True) as engine:
         for text in (*STRINGS, "<s>with</s> special<tool>tokens"):
             assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
 
@@ -81,9 +85,21 @@ def test_other_spellings_of_a_splitter() -> None:
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     smollm = {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [digits, byte_level]}, "model": {}}
     assert pretokenizer_name(smollm) == "smollm"
-    ((qwen,),) = [expressions for (expressions, _), name in PRETOKENIZERS.items() if name == "qwen2"]
-    split = {"type": "Split", "pattern": {"Regex": qwen}, "behavior": "Removed", "invert": True}
-    assert pretokenizer_name({"pre_tokenizer": split, "model": {}}) == "qwen2"
+
+    def of_splits(expressions: tuple[str, ...], **options: Any) -> dict[str, Any]:
+        form = {"type": "Split", "behavior": "Isolated"} | options
+        splits = [form | {"pattern": {"Regex": expression}} for expression in expressions]
+        return {"pre_tokenizer": {"type": "Sequence", "pretokenizers": splits}, "model": {}}
+
+    known = {splitter.names[0]: splitter.expressions for splitter in SPLITTERS}
+    assert pretokenizer_name(of_splits(known["qwen2"], behavior="Removed", invert=True)) == "qwen2"
+    with_characters = tuple(part.replace(r"\r\n", "\r\n") for part in known["deepseek-v3"])
+    assert with_characters != known["deepseek-v3"]
+    assert pretokenizer_name(of_splits(with_characters)) == "deepseek-v3"
+    possessive = known["bailingmoe"][0].replace("]?", "]?+").replace("{N}]+[", "{N}]++[")
+    assert pretokenizer_name(of_splits((possessive,))) == "bailingmoe"
+    gpt4o = of_splits(known["gpt-4o"]) | {"model": {"ignore_merges": True}}  # as gpt-oss has it
+    assert pretokenizer_name(gpt4o) == "gpt-4o"
 
 
 def test_unknown_splitter_says_what_to_do_and_can_be_named(tmp_path: Path) -> None:

@@ -123,6 +123,12 @@ def write_tensors(
     return paths
 
 
+def write_metadata(writer: GGUFWriter, path: Path) -> None:
+    """Writes the metadata of `writer` as a GGUF file without tensors, whole or not at all."""
+    with written_whole(path) as file:
+        _write_headers(writer, [file], [[]])
+
+
 def _write_tensor(
     artifact: Artifact, file: BinaryIO, tensor: _Tensor, on_tensor: Callable[[str, int], None] | None
 ) -> None:

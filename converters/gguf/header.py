@@ -15,7 +15,7 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
@@ -49,6 +49,14 @@ class TensorData:
         return np.memmap(self.path, np.uint8, "r", self.begin, (self.nbytes,))
 
 
+class TypedValue(NamedTuple):
+    """A value of the metadata with GGUF's codes of its type and, of an array, of its elements' type (else None)."""
+
+    value: Any
+    type_code: int
+    element_code: int | None
+
+
 class _Cursor:
     """Reads the values of a header one after the other. Raises ValueError at the end of the file."""
 
@@ -77,14 +85,15 @@ class _Cursor:
         dtype = np.dtype(_NUMBERS[type_code])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 
-    def value(self) -> Any:
+    def value(self) -> TypedValue:
         type_code = self.u32()
         if type_code == _STRING:
-            return self.string()
+            return TypedValue(self.string(), type_code, None)
         if type_code != _ARRAY:
-            return self.numbers(type_code, 1)[0]
-        type_code, count = self.u32(), self.u64()
-        return [self.string() for _ in range(count)] if type_code == _STRING else self.numbers(type_code, count)
+            return TypedValue(self.numbers(type_code, 1)[0], type_code, None)
+        element, count = self.u32(), self.u64()
+        values = [self.string() for _ in range(count)] if element == _STRING else self.numbers(element, count)
+        return TypedValue(values, type_code, element)
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorData]]:
@@ -92,6 +101,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorData]]:
 
     Raises UserError if the file is missing, truncated, damaged or not GGUF.
     """
+    metadata, tensors = _read(path)
+    return {key: typed.value for key, typed in metadata.items()}, tensors
+
+
+def read_typed(path: Path) -> dict[str, TypedValue]:
+    """Returns the metadata with the types of the values. Raises UserError as `read_header` does."""
+    return _read(path)[0]
+
+
+def _read(path: Path) -> tuple[dict[str, TypedValue], dict[str, TensorData]]:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
@@ -104,17 +123,17 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorData]]:
         raise UserError(f"{path} is truncated or damaged: {error}. Copy or download it again.") from error
 
 
-def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorData]]:
+def _parse(path: Path, cursor: _Cursor) -> tuple[dict[str, TypedValue], dict[str, TensorData]]:
     cursor.take(4)
     if (version := cursor.u32()) not in (2, 3):
         raise ValueError(f"its version is {version}, not 2 or 3 of little-endian GGUF")
     tensor_count, key_count = cursor.u64(), cursor.u64()
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, TypedValue] = {}
     for _ in range(key_count):
         key = cursor.string()
         metadata[key] = cursor.value()
     infos = [_info(cursor) for _ in range(tensor_count)]
-    alignment = metadata.get("general.alignment", 32)
+    alignment = metadata["general.alignment"].value if "general.alignment" in metadata else 32
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"its alignment is {alignment}")
     begin = -(-cursor.position // alignment) * alignment

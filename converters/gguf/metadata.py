@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from lqexport.storage.files import read_json
 from lqexport.target import Target
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
+_TYPE = re.compile(r"(?i)[-._ ](?:(?:UD-)?I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|BF16|FP?16|FP?32)$")
+"""The end of a name that says how a file was quantized: `-Q4_K_M`."""
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
@@ -125,9 +128,18 @@ def _add_rope(writer: GGUFWriter, architecture: Architecture, config: Config) ->
 
 
 def model_name(run: dict[str, Any]) -> str:
-    """Returns the last part of the source's name, by the artifact's run.json; "" if that has none."""
+    """Returns the last part of the source's name, by the artifact's run.json; "" if that has none.
+
+    The name of a .gguf file is without its type.
+    """
     source = str((run.get("recipe") or {}).get("source", ""))
-    return source.rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    name = source.rstrip("/").rpartition("/")[2]
+    return without_type(name.removesuffix(".gguf")) if name.endswith(".gguf") else name
+
+
+def without_type(name: str) -> str:
+    """Returns a file's name without the type at its end: `llama` for `llama-Q4_K_M`."""
+    return _TYPE.sub("", name)
 
 
 def add_provenance(writer: GGUFWriter, run: dict[str, Any], main_type: str, name: str) -> None:

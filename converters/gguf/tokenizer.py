@@ -11,13 +11,14 @@ from typing import Any
 
 from gguf import GGUFWriter, Keys, TokenType
 
+from lqexport.converters.gguf.added_tokens import ROLES, text_of
+from lqexport.converters.gguf.file import write_metadata
 from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.tokens import Vocabulary
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
 
-_PHI_3, _NEVER_STRIPPED = re.compile("(phi)-?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>")
-_SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask", "cls")
+PHI_3, NEVER_STRIPPED = re.compile("(phi)-?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>")
 
 
 def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -29,6 +30,20 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     """
     with well_formed(f"The tokenizer in {folder}", "Copy or download its files again."):
         _add_tokenizer(writer, folder, size)
+
+
+def write_vocabulary(folder: Path, path: Path, size: int, name: str = "") -> None:
+    """Writes the tokenizer of a model folder as a GGUF file without tensors, which llama.cpp can load for it alone.
+
+    size   number of rows of the embedding
+    name   the model's name, by which llama.cpp knows some tokens that swallow spaces
+
+    Raises UserError as `add_tokenizer` does.
+    """
+    writer = GGUFWriter(None, "llama")
+    writer.add_name(name)
+    add_tokenizer(writer, folder, size)
+    write_metadata(writer, path)
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
@@ -84,8 +99,8 @@ def special_ids(folder: Path, vocabulary: Vocabulary) -> dict[str, int]:
     files = [optional_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
     configs = [optional_json(folder / name) for name in ("config.json", "generation_config.json")]
     ids = {}
-    for role in _SPECIAL:
-        texts = [_text(file.get(f"{role}_token")) for file in files]
+    for role in ROLES:
+        texts = [text_of(file.get(f"{role}_token")) for file in files]
         by_text = [vocabulary.id_of(text) for text in texts if text]
         by_number = [_first(config.get(f"{role}_token_id")) for config in configs]
         if (number := next((i for i in (*by_text, *by_number) if i is not None), None)) is not None:
@@ -119,17 +134,12 @@ def name_for_llamacpp(name: str, folder: Path) -> str:
     """
     with well_formed(f"The tokenizer in {folder}", "Copy or download its files again."):
         added = optional_json(folder / "tokenizer.json").get("added_tokens") or ()
-        concerned = [token for token in added if token.get("special") and token["content"] not in _NEVER_STRIPPED]
+        concerned = [token for token in added if token.get("special") and token["content"] not in NEVER_STRIPPED]
         strips = 2 * sum(bool(token.get("rstrip")) for token in concerned) > len(concerned)
-        loads = {*_NEVER_STRIPPED, "</s>"} <= {token["content"] for token in added}
+        loads = {*NEVER_STRIPPED, "</s>"} <= {token["content"] for token in added}
     if strips and loads:
-        return name if _PHI_3.search(name) else f"{name} (phi-3)".lstrip()
-    return _PHI_3.sub(r"\1 3", name)
-
-
-def _text(token: Any) -> str | None:
-    """Returns the text of a token of the tokenizer's files: a text, or an object with the text as `content`."""
-    return token.get("content") if isinstance(token, dict) else token
+        return name if PHI_3.search(name) else f"{name} (phi-3)".lstrip()
+    return PHI_3.sub(r"\1 3", name)
 
 
 def _first(ids: Any) -> int | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from gguf import TokenType
+
+from lqexport.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's visible space
 
@@ -43,6 +46,16 @@ class Vocabulary:
         """Returns the id of the token with this text, or None."""
         return next((number for number, token in self.tokens.items() if token.text == text), None)
 
+    def source_text(self, number: int) -> str:
+        """Returns the text that the tokenizer's own files have for a token.
+
+        Their WordPiece marks tokens that continue a word; a SentencePiece model has visible spaces.
+        """
+        token = self.tokens[number]
+        if self.model == "bert" and token.token_type == TokenType.NORMAL:
+            return token.text[1:] if token.text.startswith(SPACE) else f"##{token.text}"
+        return token.text
+
     @property
     def unknown(self) -> int | None:
         """The id of the unknown token, which stands for what no other token holds; None where there is none."""
@@ -52,8 +65,24 @@ class Vocabulary:
         """Returns exactly `size` tokens, one per row of the embedding.
 
         Ids without a token get a filler. Tokens beyond the last row, which the model cannot have learned, are left out.
+        Raises UserError if two tokens have the same text, since llama.cpp does not load such a file.
         """
-        return [self.tokens.get(i) or Token(f"[PAD{i}]", TokenType.UNUSED, -1000.0) for i in range(size)]
+        numbers: dict[str, int] = {}
+        for number, token in self.tokens.items():
+            if number < size and numbers.setdefault(token.text, number) != number:
+                raise UserError(
+                    f"The tokens {numbers[token.text]} and {number} have the same text {token.text!r}, and llama.cpp "
+                    "loads no such vocabulary. Name each token once in the tokenizer's files."
+                )
+        return [self.tokens.get(i) or Token(_filler(i, numbers), TokenType.UNUSED, -1000.0) for i in range(size)]
+
+
+def _filler(number: int, texts: Container[str]) -> str:
+    """Returns a text for an id without a token, other than all `texts`."""
+    text = f"[PAD{number}]"
+    while text in texts:
+        text += "_"
+    return text
 
 
 def visible(text: str, token_type: int) -> str:

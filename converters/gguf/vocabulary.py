@@ -19,6 +19,7 @@ from gguf import TokenType
 
 from lqexport.converters.gguf import unigram as gguf_unigram
 from lqexport.converters.gguf import wordpiece as gguf_wordpiece
+from lqexport.converters.gguf.added_tokens import AddedToken, added_tokens
 from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.pretokenizers import pretokenizer_name
 from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
@@ -38,14 +39,14 @@ def read_vocabulary(folder: Path) -> Vocabulary:
         optional_json(folder / "tokenizer_config.json"),
     )
     if _is_byte_level(tokenizer):
-        return _byte_level(tokenizer, options)
-    if (folder / "tokenizer.model").is_file():
+        vocabulary = _byte_level(tokenizer, options)
+    elif (folder / "tokenizer.model").is_file():
         vocabulary = _sentencepiece(folder / "tokenizer.model")
     elif tokenizer:
         vocabulary = _sentencepiece_like(tokenizer)
     else:
         raise UserError(f"{folder} has no tokenizer.json and no tokenizer.model, so there is no tokenizer to export.")
-    return _with_added(vocabulary, _added_tokens(folder, tokenizer, options))
+    return _with_added(vocabulary, added_tokens(folder, vocabulary))
 
 
 def _is_byte_level(tokenizer: dict[str, Any]) -> bool:
@@ -60,8 +61,7 @@ def _byte_level(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabular
         raise UserError(f"tokenizer.json changes text before splitting it ({', '.join(changes)}); llama.cpp does not.")
     pre = options.get("tokenizer.ggml.pre") or pretokenizer_name(tokenizer)
     tokens = {number: Token(text) for text, number in tokenizer["model"]["vocab"].items()}
-    vocabulary = Vocabulary("gpt2", str(pre), tokens, _merges(tokenizer))
-    return _with_added(vocabulary, tokenizer.get("added_tokens") or ())
+    return Vocabulary("gpt2", str(pre), tokens, _merges(tokenizer))
 
 
 def _merges(tokenizer: dict[str, Any]) -> list[str]:
@@ -69,26 +69,17 @@ def _merges(tokenizer: dict[str, Any]) -> list[str]:
     return [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"].get("merges") or ()]
 
 
-def _with_added(vocabulary: Vocabulary, added: Iterable[dict[str, Any]]) -> Vocabulary:
+def _with_added(vocabulary: Vocabulary, added: Iterable[AddedToken]) -> Vocabulary:
     """Returns the vocabulary with the added tokens at their ids; special ones become control tokens."""
     tokens = dict(vocabulary.tokens)
     for token in added:
-        known = tokens.get(token["id"])
+        known = tokens.get(token.number)
         kept = known is not None and known.token_type in (TokenType.UNKNOWN, TokenType.CONTROL)
-        added_type = TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED
-        text = token["content"] if vocabulary.model == "gpt2" else visible(token["content"], added_type)
+        added_type = TokenType.CONTROL if token.special else TokenType.USER_DEFINED
+        text = token.text if vocabulary.model == "gpt2" else visible(token.text, added_type)
         token_type = known.token_type if known and kept else added_type
-        tokens[token["id"]] = Token(text, token_type, known.score if known else -1000.0)
+        tokens[token.number] = Token(text, token_type, known.score if known else -1000.0)
     return replace(vocabulary, tokens=tokens)
-
-
-def _added_tokens(folder: Path, tokenizer: dict[str, Any], options: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the added tokens, with id, content and special, from the first file that lists any."""
-    if tokenizer.get("added_tokens"):
-        return list(tokenizer["added_tokens"])
-    if decoder := options.get("added_tokens_decoder"):
-        return [{"id": int(number), **token} for number, token in decoder.items()]
-    return [{"id": number, "content": text} for text, number in optional_json(folder / "added_tokens.json").items()]
 
 
 def _sentencepiece(path: Path) -> Vocabulary:

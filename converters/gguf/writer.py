@@ -11,6 +11,7 @@ from gguf import GGUFWriter
 
 from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf.file import GGUFEntry, check_types, file_entry, type_of, write_tensors
+from lqexport.converters.gguf.kept import add_kept, kept_name, read_kept
 from lqexport.converters.gguf.metadata import add_model, add_provenance, model_name
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
@@ -44,11 +45,14 @@ def write(
     check_supported(architecture, config)
     entries = _entries(artifact, architecture, config)
     writer = GGUFWriter(None, str(architecture.gguf))
-    name = name_for_llamacpp(model_name(artifact.run()), artifact.model_folder)
+    kept = read_kept(artifact.model_folder)
+    name = kept_name(kept) or name_for_llamacpp(model_name(artifact.run()), artifact.model_folder)
     add_provenance(writer, artifact.run(), _main_type(entries), name)
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, architecture, config, rows)
-    add_tokenizer(writer, artifact.model_folder, rows)
+    if not kept:
+        add_tokenizer(writer, artifact.model_folder, rows)
+    add_kept(writer, kept)
     return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
 
 

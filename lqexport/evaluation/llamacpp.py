@@ -253,6 +253,7 @@ class LlamaCpp:
     threads   the number of CPU threads; None: all cores
     adapter   a GGUF LoRA adapter to apply at run time, as llama.cpp's --lora does
     embeddings   whether to compute an encoder's embeddings instead of logits
+    vocabulary_only   whether only `tokenize` is wanted: the file needs no tensors then, and none are read
     alive     called again and again while llama.cpp loads the file, and before each operation of a sequence's graph;
               must not raise
 
@@ -262,7 +263,8 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
-                 embeddings: bool = False, alive: Callable[[], None] = lambda: None) -> None:  # fmt: skip
+                 embeddings: bool = False, vocabulary_only: bool = False,
+                 alive: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self._llama, self._log = _library()
         self._model = self._context = None
         if not path.is_file():
@@ -273,6 +275,7 @@ class LlamaCpp:
         self._loading, self._running = _callbacks(alive)
         parameters = self._llama.llama_model_default_params()
         parameters.progress_callback = ctypes.cast(self._loading, ctypes.c_void_p)
+        parameters.vocab_only = vocabulary_only
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}.{self._log.said()}")
@@ -281,14 +284,18 @@ class LlamaCpp:
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx = n_ctx
-        parameters = self._context_parameters(_threads(threads), embeddings)
+        if not vocabulary_only:
+            self._make_context(path, _threads(threads), embeddings)
+        if adapter is not None:
+            self._set_adapter(adapter)
+
+    def _make_context(self, path: Path, threads: int, embeddings: bool) -> None:
+        parameters = self._context_parameters(threads, embeddings)
         self._context = self._llama.llama_init_from_model(self._model, parameters)
         if not self._context:
             self.close()
-            raise UserError(f"llama.cpp cannot make a context of {n_ctx} tokens for {path}.{self._log.said()}")
+            raise UserError(f"llama.cpp cannot make a context of {self.n_ctx} tokens for {path}.{self._log.said()}")
         self._llama.llama_set_abort_callback(self._context, ctypes.cast(self._running, ctypes.c_void_p), None)
-        if adapter is not None:
-            self._set_adapter(adapter)
 
     def _set_adapter(self, adapter: Path) -> None:
         """Loads an adapter and applies it with scale 1. llama.cpp frees it together with the model."""

@@ -49,7 +49,7 @@ class LlamaCppProcess:
 
     It is a context manager; the child lives until `close`.
 
-    n_ctx, threads, adapter, embeddings   as of `LlamaCpp`
+    n_ctx, threads, adapter, embeddings, vocabulary_only   as of `LlamaCpp`
     patience   the most seconds without a sign of life
 
     The attribute `warnings` has the different warnings of llama.cpp while it loaded the file, at most WARNINGS. Raises
@@ -58,7 +58,8 @@ class LlamaCppProcess:
     """
 
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
-                 embeddings: bool = False, patience: float = PATIENCE) -> None:  # fmt: skip
+                 embeddings: bool = False, vocabulary_only: bool = False,
+                 patience: float = PATIENCE) -> None:  # fmt: skip
         llamacpp.check_installed()
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
@@ -70,7 +71,8 @@ class LlamaCppProcess:
             env=os.environ | {"GGML_NO_BACKTRACE": "1"},  # a backtrace is long, and may start a debugger
             start_new_session=True,  # Ctrl-C reaches this process alone, which then ends the child
         )  # fmt: skip
-        options = {"path": str(path.absolute()), "n_ctx": n_ctx, "threads": threads, "embeddings": embeddings}
+        options = {"path": str(path.absolute()), "n_ctx": n_ctx, "threads": threads, "embeddings": embeddings,
+                   "vocabulary_only": vocabulary_only}  # fmt: skip
         try:
             loaded = self._ask(options | {"adapter": str(adapter.absolute()) if adapter else None}, "loaded")
         except BaseException:

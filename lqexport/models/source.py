@@ -16,8 +16,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lqexport.converters.checkpoints.detect import layout_of
 from lqexport.converters.checkpoints.layout import CheckpointLayout
+from lqexport.converters.gguf.kept import keep
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
+from lqexport.converters.gguf.tokenizer_json import template_files, tokenizer_config, tokenizer_json
 from lqexport.converters.models.architecture import FIRST, MEAN
 from lqexport.converters.models.architectures import find_architecture, normalized
 from lqexport.converters.models.tensor_names import block_module, is_tied
@@ -281,18 +283,23 @@ class GGUFSource(GGUFModel):
         return torch.from_numpy(super().read(name))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.metadata.get("tokenizer.ggml.model") == "t5":  # transformers would read it as a BPE tokenizer
-            raise UserError(f"The tokenizer in {self.path}, a unigram model, cannot be read from a GGUF file here.")
-        return load_tokenizer(self.path.parent, gguf_file=self.path.name)
+        with tempfile.TemporaryDirectory() as temporary:
+            self._write_tokenizer(Path(temporary))
+            return load_tokenizer(Path(temporary), self.path)
+
+    def _write_tokenizer(self, folder: Path) -> None:
+        """Writes the tokenizer and the chat templates as files of a Hugging Face folder."""
+        with well_formed(f"The tokenizer in {self.path}"):
+            write_json(folder / "tokenizer.json", tokenizer_json(self.metadata))
+            write_json(folder / "tokenizer_config.json", tokenizer_config(self.metadata))
+        with well_formed(f"{self.path}: tokenizer.chat_templates"):
+            for file_name, text in template_files(self.metadata).items():
+                with written_whole(folder / file_name) as file:
+                    file.write(text.encode())
 
     def copy_model_files(self, folder: Path) -> None:
-        with tempfile.TemporaryDirectory() as temporary:
-            self.tokenizer().save_pretrained(temporary)
-            copy_files(Path(temporary), [path for path in Path(temporary).rglob("*") if path.is_file()], folder)
-        with well_formed(f"{self.path}: tokenizer.chat_templates"):
-            for name in self.metadata.get("tokenizer.chat_templates", []):  # transformers reads only the default
-                with written_whole(folder / "additional_chat_templates" / f"{Path(name).name}.jinja") as file:
-                    file.write(str(self.metadata.get(f"tokenizer.chat_template.{name}", "")).encode())
+        self._write_tokenizer(folder)
+        keep(self.path, folder)
         write_json(folder / "config.json", self.config)
 
 
@@ -407,10 +414,13 @@ def _open(path: Path) -> AbstractContextManager[Any]:
     return open_tensors(path, "pt", "Download it again.")
 
 
-def load_tokenizer(folder: Path, **options: Any) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer in a folder. Raises UserError if there is none or it cannot be loaded."""
+def load_tokenizer(folder: Path, source: Path | None = None) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in a folder. Raises UserError if there is none or it cannot be loaded.
+
+    source   the file that the folder was made from, for the message
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"The tokenizer in {folder} cannot be loaded: {reason}") from error
+        raise UserError(f"The tokenizer in {source or folder} cannot be loaded: {reason}") from error

@@ -1,7 +1,8 @@
 """The artifact: the folder that `quantize` writes and every converter reads.
 
     OUT/run.json           what identifies the run: recipe, source, calibration, versions. Written first.
-    OUT/model/             config.json, tokenizer and other small files of the source
+    OUT/model/             config.json, tokenizer and other small files of the source; of a .gguf source also
+                           source-metadata.gguf, what its metadata says
     OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
     OUT/mixes.json         EXL2 only: the loss of each linear at each mix of widths
     OUT/budget.json        if a size was asked for: the loss of each tensor at each type, and the types that were chosen
@@ -48,6 +49,8 @@ from lqexport.storage.files import (
 )
 from lqexport.storage.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
 
+SOURCE_METADATA = "source-metadata.gguf"
+"""Name of the file in the model folder that holds the metadata of a .gguf source (`converters.gguf.kept`)."""
 LONGEST_NAME = 200
 """The most characters that a tensor's name may have. File systems allow 255 bytes for a file name."""
 
@@ -109,8 +112,9 @@ class Artifact:
         return self.folder / "model"
 
     def model_files(self) -> list[Path]:
-        """Returns the paths of all files in the model folder, sorted."""
-        return sorted(path for path in self.model_folder.rglob("*") if path.is_file())
+        """Returns the paths of those files of the model folder that a written folder gets a copy of, sorted."""
+        paths = (path for path in self.model_folder.rglob("*") if path.is_file())
+        return sorted(path for path in paths if path.name != SOURCE_METADATA)
 
     @property
     def complete(self) -> bool:

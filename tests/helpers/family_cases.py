@@ -17,7 +17,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lqexport.converters.gguf import writer as gguf
-from lqexport.converters.gguf.pretokenizers import PRETOKENIZERS
+from lqexport.converters.gguf.pretokenizers import splitter_named
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import find_architecture
 from lqexport.models.modules import expected_shapes
@@ -220,9 +220,10 @@ def isolating(expressions: tuple[str, ...]) -> pre_tokenizers.Sequence:
 
 def byte_level(splitter: str) -> Tokenizer:
     """Returns a byte-level BPE that splits words as llama.cpp's pre-tokenizer `splitter`."""
-    (expressions, ignore_merges) = next(settings for settings, name in PRETOKENIZERS.items() if name == splitter)
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = FALCON_SPLITTER if splitter == "falcon" else isolating(expressions)
+    known = splitter_named(splitter)
+    assert known is not None
+    tokenizer = Tokenizer(models.BPE(ignore_merges=known.ignore_merges))
+    tokenizer.pre_tokenizer = FALCON_SPLITTER if splitter == "falcon" else isolating(known.expressions)
     tokenizer.normalizer = normalizers.NFC() if splitter == "qwen2" else None
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
