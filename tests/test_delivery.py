@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -124,6 +125,19 @@ def test_a_folder_with_low_rank_corrections(smaller_model: Path, options: list[o
     assert told["verification"]["adapter"] == "tiny-gptq-adapter"
     listed = upload_list("tiny-gptq", record="tiny-gptq.record", unverified=True)
     assert "config.json" in listed
+
+
+@pytest.mark.parametrize("target", ["gguf:Q4_0", "native:table-3"])
+def test_no_path_of_this_machine_is_published(target: str, arguments: dict[str, Any], tmp_path: Path) -> None:
+    """The source, the texts and the output have absolute paths here, all of them below pytest's folder."""
+    recipe = dataclasses.replace(arguments["model"], target=target, rank=2)
+    path = tmp_path / ("tiny.gguf" if target.startswith("gguf") else "tiny")
+    done = lqexport.export_model(path=path, **arguments | {"model": recipe, "max_kl": 1e-12})
+    assert not done.passed  # so that its record has sentences about the file, too
+    places = [place for place in (done.path, done.record, done.adapter) if place]
+    files = [entry for place in places for entry in (place, *place.rglob("*")) if entry.is_file()]
+    assert len(files) > 3
+    assert [entry for entry in files if b"pytest-of" in entry.read_bytes()] == []
 
 
 def test_dry_run_shows_everything_and_writes_nothing(smaller_model: Path) -> None:

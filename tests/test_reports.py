@@ -114,7 +114,12 @@ def test_the_portrait_of_a_matrix(found: Verification, lossy: Artifact, tiny_mod
 def test_the_card_has_the_figures(found: Verification, tmp_path: Path) -> None:
     card.save_card(dataclasses.replace(found, warnings=["A | bar."], against="org/model-1.5"), tmp_path / "README.md")
     content = (tmp_path / "README.md").read_text()
-    assert content.startswith("---\nbase_model: org/model-1.5\n")
+    assert content.startswith("---\nbase_model: org/model-1.5\nbase_model_relation: quantized\nlibrary_name: gguf\n")
+    assert "\n# model-1.5, gguf:Q4_0\n" in content
+    assert "\n| type | gguf:Q4_0 |\n" in content
+    assert "`FROM ./model.gguf`" in content
+    licensed = card.card(dataclasses.replace(found, license={"license": "other", "license_name": 'a "b": c'}))
+    assert licensed.startswith('---\nlicense: "other"\nlicense_name: "a \\"b\\": c"\nlibrary_name')
     assert "base_model" not in card.card(found)  # the source is a local folder, which the hub would refuse
     for part in (
         found.sha256,
@@ -151,7 +156,7 @@ def test_a_browser_shows_the_page(found: Verification, tmp_path: Path, browser: 
     page.on("console", lambda message: errors.append(message.text))
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.goto(address)
-    assert page.title().endswith(found.file)
+    assert page.title().endswith(Path(found.file).name)
     assert page.locator("h2:visible").count() == 6
     assert page.locator(".plot svg:visible").count() == 6
     for part in ("Predictions that changed most", "KL divergence along the text", found.sha256):

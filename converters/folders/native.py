@@ -33,8 +33,9 @@ from lqexport.converters.folders.shards import FolderTensor, new_folder, write_s
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
-from lqexport.storage.artifact import Artifact, decoded
-from lqexport.storage.files import copy_files, write_json
+from lqexport.storage.artifact import Artifact, decoded, manifest_bytes
+from lqexport.storage.files import copy_files, file_digest, write_json, written_whole
+from lqexport.storage.published import public_run
 
 METHOD, VERSION = "lqexport", 1
 RECORD = "lqexport"
@@ -76,9 +77,19 @@ def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None
 
     with new_folder(folder, sum(tensor.nbytes for tensor in tensors)) as partial:
         copy_files(artifact.model_folder, artifact.model_files(), partial)
-        copy_files(artifact.folder, [artifact.folder / name for name in RECORDS], partial / RECORD)
+        _write_record(artifact, partial / RECORD)
         write_shards(partial, tensors, read, on_tensor)
         write_json(partial / "config.json", config)
+
+
+def _write_record(artifact: Artifact, folder: Path) -> None:
+    """Writes the artifact's run, report and manifest into `folder`, without paths of this machine."""
+    report, manifest = artifact.report(), artifact.whole_manifest()
+    write_json(folder / "run.json", public_run(artifact.run()))
+    write_json(folder / "report.json", report | ({"run": public_run(report["run"])} if "run" in report else {}))
+    files = manifest["files"] | {name: file_digest(folder / name) for name in ("run.json", "report.json")}
+    with written_whole(folder / "manifest.json") as file:
+        file.write(manifest_bytes(manifest | {"files": files}))
 
 
 def is_packed(entry: dict[str, Any]) -> bool:

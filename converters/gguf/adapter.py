@@ -30,6 +30,7 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec_named, names
 from lqexport.storage.artifact import Artifact
+from lqexport.storage.published import public_run
 
 SUFFIXES = (".lora_a", ".lora_b")
 
@@ -72,7 +73,7 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     writer.add_type("adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
-    writer.add_string("lqexport.recipe", json.dumps(artifact.run().get("recipe"), sort_keys=True))
+    writer.add_string("lqexport.recipe", json.dumps(public_run(artifact.run()).get("recipe"), sort_keys=True))
     write_tensors(artifact, path, writer, entries, on_tensor)
 
 

@@ -23,6 +23,7 @@ from lqexport.converters.models.rope import (
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 from lqexport.storage.files import read_json
+from lqexport.storage.published import public_run
 from lqexport.target import Target
 
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
@@ -149,6 +150,7 @@ def add_provenance(writer: GGUFWriter, run: dict[str, Any], main_type: str, name
     name        the model's name; "" for none
     main_type   the type that holds most of the weights; `general.file_type` names it if types were chosen by size
     """
+    run = public_run(run)
     recipe = run.get("recipe") or {}
     writer.add_type("model")
     if name:

@@ -73,6 +73,7 @@ def _next(delivery: Delivery) -> list[str]:
     if not delivery.passed:
         return [*lines, "The same command with other limits verifies again, and quantizes nothing again."]
     family = delivery.target.partition(":")[0]
-    lines += [f"Run:     {command}" for command in commands(str(delivery.path), family, delivery.adapter)]
+    adapter = str(delivery.adapter) if delivery.adapter else None
+    lines += [f"Run:     {command}" for command in commands(str(delivery.path), family, adapter)]
     push = ["lqexport", "push-to-hub", str(delivery.path), "YOU/NAME", "--record", str(delivery.record)]
     return [*lines, f"Publish: {shlex.join(push)}"]

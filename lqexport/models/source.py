@@ -346,7 +346,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [*MODEL_FILES, "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
+        patterns = [*MODEL_FILES, "README.md", "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None

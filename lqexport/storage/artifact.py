@@ -131,9 +131,10 @@ class Artifact:
         Raises UserError if the run is not finished, or if the manifest is damaged.
         """
         with well_formed(self.folder / "manifest.json", ANEW):
-            return {self._checked_name(entry["name"]): _checked(entry) for entry in self._manifest()["tensors"]}
+            return {self._checked_name(entry["name"]): _checked(entry) for entry in self.whole_manifest()["tensors"]}
 
-    def _manifest(self) -> dict[str, Any]:
+    def whole_manifest(self) -> dict[str, Any]:
+        """Returns the content of manifest.json. Raises UserError as `manifest` does."""
         if not self.complete and (self.folder / "run.json").is_file():
             raise UserError(f"{self.folder} is not finished: run the `lqexport quantize` command that began it again.")
         content = self._json("manifest.json")
@@ -156,7 +157,7 @@ class Artifact:
             return path.is_file() and file_digest(path) == expected
 
         with well_formed(self.folder / "manifest.json", ANEW):
-            files = self._manifest()["files"]
+            files = self.whole_manifest()["files"]
             return [name for name in paths or files if not is_whole(name, files[name])]
 
     def report(self) -> dict[str, Any]:

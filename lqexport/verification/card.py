@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
-from typing import Any
 
+from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
-from lqexport.target import Target
+from lqexport.storage.published import is_hub_id
 from lqexport.verification.report import checks, flat, measures, verdict
 from lqexport.verification.result import Verification
+from lqexport.verification.usage import INSTALL, LIBRARIES, card_lines
 
-USE = {
-    "gguf": "    llama-cli -m {name} -p 'Hello'",
-    "exl2": "    # a folder for ExLlamaV2 and what builds on it, such as TabbyAPI",
-    "native": "    import lqexport  # pip install lqexport\n    model = lqexport.load('{name}', device_map='auto')",
-}
-"""Target family -> the lines that show how to run the model."""
 SMOOTHED = (
     "Norms and rows are scaled, and the columns of the linears behind them by the inverse, so that inputs round "
     "better. The model is the same, but LoRA adapters that were trained on the source do not fit this file."
@@ -31,28 +26,39 @@ def save_card(result: Verification, path: Path) -> None:
 
 
 def card(result: Verification) -> str:
-    """Returns the model card of a verified file, beginning with the front matter that the Hugging Face hub reads."""
-    recipe: dict[str, Any] = result.run.get("recipe", {})
-    family = Target.parse(str(recipe.get("target", "gguf"))).family
-    name = Path(result.file).name
-    title = ["---", *_base_model(result.against), "tags: [quantized, lqexport]", "---", "", f"# {name}", ""]
-    about = [f"{result.against}, quantized with lqexport; verified from the written file: **{verdict(result)}**.", ""]
-    lines = [*title, *about, *_sentences(result), "## Measured", "", *_measured(result), ""]
-    lines += ["## Use", "", USE.get(family, USE["gguf"]).format(name=name), ""]
+    """Returns the model card of a verified file, beginning with the front matter that the Hugging Face hub reads.
+
+    It names no path of this machine.
+    """
+    result = result.published()
+    family, model = result.family, result.against.rpartition("/")[2].removesuffix(".gguf")
+    adapter = result.adapter if result.adapter != result.file else None
+    lines = [*_front_matter(result), "", f"# {model}, {result.target}", ""]
+    lines += [f"{result.against}, quantized with [lqexport]({INSTALL}) into {result.target}: `{result.file}`.", ""]
+    lines += [f"Verified from the written file: **{verdict(result)}**.", "", *_sentences(result)]
+    lines += ["## Measured", "", *_measured(result), ""]
+    lines += ["## Use", "", *card_lines(result.file, family, adapter), ""]
     lines += [SMOOTHED, ""] if result.smoothed else []
     facts = [*checks(result), ("sha256", result.sha256), ("sha256 of the text", result.text_sha256)]
     facts += [(f"version of {package}", version) for package, version in result.versions.items()]
     lines += ["## File", "", *_table(["", ""], [[label, value] for label, value in facts]), ""]
-    if recipe:
+    if recipe := result.run.get("recipe"):
         lines += ["## Recipe", "", *_table(["option", "value"], [list(line) for line in flat(recipe)]), ""]
     return "\n".join(lines)
 
 
-def _base_model(source: str) -> list[str]:
-    """Returns the front matter's line for the base model; none for a local source: the hub refuses a base model that is
-    not a repository id."""
-    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source) and not Path(source).exists()
-    return [f"base_model: {source}"] if is_id else []
+def _front_matter(result: Verification) -> list[str]:
+    """Returns the lines of the front matter.
+
+    A local source gets no base model: the hub refuses one that is not a repository id.
+    """
+    entries = {name: json.dumps(value, ensure_ascii=False) for name, value in result.license.items()}
+    if is_hub_id(result.against):
+        entries |= {"base_model": result.against, "base_model_relation": "quantized"}
+    entries["library_name"] = LIBRARIES.get(result.family, "transformers")
+    entries["pipeline_tag"] = "feature-extraction" if result.similarity else "text-generation"
+    entries["tags"] = f"[quantized, lqexport, {result.family}]"
+    return ["---", *(f"{name}: {value}" for name, value in entries.items()), "---"]
 
 
 def _sentences(result: Verification) -> list[str]:
@@ -64,9 +70,10 @@ def _sentences(result: Verification) -> list[str]:
 def _measured(result: Verification) -> list[str]:
     if not result.columns:
         return ["Nothing: the file could not be run."]
-    lines = _table(
-        ["", *(title for title, _ in result.columns)], [[label, *values] for label, values in measures(result)]
-    )
+    head = ["", *(title for title, _ in result.columns)]
+    size = [f"{human_bytes(result.nbytes)}, {result.bits_per_weight:.3f} bits per weight"] * len(result.columns)
+    types = ["type", *[result.target] * len(result.columns)]
+    lines = _table(head, [types, ["size", *size], *([label, *values] for label, values in measures(result))])
     return [*lines, "", f"On the text {result.text}, in {result.engine}. ± is one standard error."]
 
 

@@ -22,12 +22,12 @@ def save_record(result: Verification, folder: str | Path) -> None:
     """Writes the record of a verification into `folder`.
 
     README.md is the model card. verification.json holds every number, and the digest of every verified file.
-    report.html is the report page; it is left out if its packages are not installed. Raises UserError if a file cannot
-    be written.
+    report.html is the report page; it is left out if its packages are not installed. No file names a path of this
+    machine. Raises UserError if a file cannot be written.
     """
     folder = Path(folder)
     digests = {name: file_digest(path) for name, path in model_files(result.file, result.adapter).items()}
-    write_json(folder / RESULT, result.as_json() | {"files": digests})
+    write_json(folder / RESULT, result.published().as_json() | {"files": digests})
     save_card(result, folder / "README.md")
     if all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib")):
         save_html(result, folder / "report.html")
@@ -37,7 +37,7 @@ def model_files(file: str | Path, adapter: str | None = None) -> dict[str, Path]
     """Returns path in a repository -> file, for all files of a written model and of its adapter. An adapter's folder
     becomes a folder of the repository."""
     files = _files(Path(file), "")
-    if adapter and Path(adapter) != Path(file):
+    if adapter and Path(adapter).absolute() != Path(file).absolute():
         files |= _files(Path(adapter), f"{Path(adapter).name}/")
     return files
 
@@ -63,11 +63,24 @@ def upload_list(file: str | Path, *, record: str | Path | None = None, unverifie
         return model_files(file)
     result = read_json(Path(record) / RESULT, f"{record} is no record of a verification: it has no {RESULT}. {REMEDY}")
     with well_formed(Path(record) / RESULT, REMEDY):
-        # The record names the adapter's path. It is read only if its digest will be checked.
-        files = model_files(file, None if unverified else result["adapter"])
+        # The record names the adapter. It is read only if its digest will be checked.
+        files = model_files(file, None if unverified else _adapter_beside(file, result["adapter"]))
         if not unverified:
             _check_passed(result, record, files)
     return files | _files(Path(record), "")
+
+
+def _adapter_beside(file: str | Path, name: str | None) -> str | None:
+    """Returns the path of the adapter that a record names: beside the file, or the file itself.
+
+    Raises UserError if it is not there.
+    """
+    if name is None:
+        return None
+    adapter = Path(file).absolute().with_name(Path(name).name)
+    if not adapter.exists():
+        raise UserError(f"The adapter {adapter.name} that the record names is not beside {file}: put it there.")
+    return str(adapter)
 
 
 def _check_passed(result: dict[str, Any], record: str | Path, files: dict[str, Path]) -> None:

@@ -199,10 +199,12 @@ def check_installed() -> None:
 def as_html(result: Verification) -> str:
     """Returns the HTML page. Its plots are inside it; it has no script and fetches nothing.
 
-    Raises UserError if the extra `report` is not installed.
+    It names no path of this machine. Raises UserError if the extra `report` is not installed.
     """
     check_installed()
     import jinja2
+
+    result = result.published()
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"bytes": human_bytes, "figure": figure, "share": share}

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from lqexport.converters.factors import is_factor
 from lqexport.evaluation.embeddings import Similarity
 from lqexport.evaluation.evaluate import Evaluation
 from lqexport.evaluation.figures import finite_or_null
+from lqexport.sizes import human_bytes
+from lqexport.storage.published import public_name, public_run, public_sentence
 from lqexport.verification.matrix_view import InContext, MatrixView
 
 Engine = Literal["lqexport", "llama.cpp"]
@@ -83,11 +87,12 @@ class ExpectedLoss:
     kl_by_position: list[float] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(repr=False)
 class Verification:
     """The result of a verification. The file passes if `failed` is empty.
 
     adapter            file of low-rank corrections, or the artifact folder that holds them; None without corrections
+    license            what the source says of its license: license, license_name, license_link
     activations        type that the inputs of linears were rounded to (emulated); None if they were not rounded
     decoding           sentence that says by which path the tensors were decoded
     smoothed           number of norms and linears whose scales differ from the source's (`lqexport.models.smoothing`)
@@ -114,6 +119,7 @@ class Verification:
     text_sha256: str
     versions: dict[str, str]
     adapter: str | None = None
+    license: dict[str, str] = field(default_factory=dict)
     activations: str | None = None
     decoding: str = "NumPy"
     smoothed: int = 0
@@ -129,6 +135,22 @@ class Verification:
     similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+
+    @property
+    def family(self) -> str:
+        """The family of the format: gguf, native, gptq or exl2. Plain tensors of any folder count as GGUF's F16."""
+        families = [tensor.codec.partition(":")[0] for tensor in self.tensors]
+        return next((family for family in families if family != "gguf"), "gguf")
+
+    @property
+    def target(self) -> str:
+        """The target that the run names, else the type of most bytes."""
+        if target := self.run.get("recipe", {}).get("target"):
+            return str(target)
+        total: Counter[str] = Counter()
+        for tensor in self.tensors:
+            total[tensor.codec] += tensor.nbytes
+        return total.most_common(1)[0][0] if total else "gguf"
 
     @property
     def nbytes(self) -> int:
@@ -147,6 +169,27 @@ class Verification:
             return [("embeddings", self.similarity)]
         base = [(f"{evaluation.protocol}, base alone", evaluation) for evaluation in self.base_evaluations]
         return [(evaluation.protocol, evaluation) for evaluation in self.evaluations] + base
+
+    def __repr__(self) -> str:
+        loss = f", KL {self.evaluations[0].kl:.4g}" if self.evaluations else ""
+        size = f"{human_bytes(self.nbytes)}, {self.bits_per_weight:.3f} bits per weight"
+        verdict = f"{len(self.failed)} faults" if self.failed else "no fault"
+        return f"<Verification of {self.file}: {verdict}, {size}{loss}>"
+
+    def published(self) -> Verification:
+        """Returns the result with public names in the place of this machine's paths, for card, page and record."""
+        recipe, calibration = self.run.get("recipe", {}), self.run.get("calibration") or {}
+        sources = [path for path in (self.against, recipe.get("source")) if path]
+        files = [path for path in (self.file, self.adapter, self.text, calibration.get("name")) if path]
+        names = {path: public_name(path) for path in sources} | {path: Path(path).name for path in files}
+        warnings, failed, causes = (
+            [public_sentence(sentence, names) for sentence in sentences]
+            for sentences in (self.warnings, self.failed, self.causes)
+        )
+        return dataclasses.replace(
+            self, run=public_run(self.run), file=names[self.file], against=names[self.against], text=names[self.text],
+            adapter=names[self.adapter] if self.adapter else None, warnings=warnings, failed=failed, causes=causes,
+        )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:
         """Returns all fields as JSON values; numbers that are not finite become null."""

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import shlex
-from pathlib import Path
+
+INSTALL = "https://github.com/lqexport/lqexport"
+LIBRARIES = {"gguf": "gguf", "exl2": "exllamav2", "gptq": "transformers", "native": "transformers"}
+"""Family of a target -> the library that loads it, by the name that the hub has for it."""
 
 
-def commands(name: str, family: str, adapter: Path | None = None) -> list[str]:
+def commands(name: str, family: str, adapter: str | None = None) -> list[str]:
     """Returns the commands that run a model of a target family.
 
     name      its file or folder
-    adapter   its low-rank corrections, if they lie beside it
+    adapter   the file or folder of its low-rank corrections, if there are any
     """
     path = shlex.quote(name)
     if family == "gguf":
-        lora = f" --lora {shlex.quote(str(adapter))}" if adapter else ""
+        lora = f" --lora {shlex.quote(adapter)}" if adapter else ""
         return [f"llama-cli -m {path}{lora}", f"llama-server -m {path}{lora}"]
     if family == "gptq":
-        return [f"vllm serve {path}"]
+        lora = f" --enable-lora --lora-modules corrected={shlex.quote(adapter)}" if adapter else ""
+        return [f"vllm serve {path}{lora}"]
     if family == "exl2":
-        return [f"python -m exllamav2.test_inference -m {path} -p 'Hello'"]
-    return [f"python examples/generate.py {path} 'Hello'"]
+        return [f"python test_inference.py -m {path} -p Hello  # of exllamav2"]
+    return [f"python examples/generate.py {path} Hello  # of lqexport"]
+
+
+def card_lines(name: str, family: str, adapter: str | None = None) -> list[str]:
+    """Returns the Markdown lines of a card that say how the model is run; the arguments are those of `commands`."""
+    block = [f"    {command}" for command in commands(name, family, adapter)]
+    if family == "gguf":
+        lora = [f"ADAPTER ./{adapter}"] if adapter else []
+        modelfile = "; ".join(f"`{line}`" for line in [f"FROM ./{name}", *lora])
+        return [
+            "With [llama.cpp](https://github.com/ggml-org/llama.cpp):", "", *block, "",
+            f"With Ollama, from a file `Modelfile` with the line{'s' if lora else ''} {modelfile}:", "",
+            "    ollama create my-model -f Modelfile", "    ollama run my-model", "",
+            f"In LM Studio: `lms import {name}`, or put the file into its folder of models.",
+        ]  # fmt: skip
+    if family == "gptq":
+        return ["With vLLM, or with transformers and GPTQModel:", "", *block]
+    if family == "exl2":
+        return ["With ExLlamaV2, and what builds on it, such as TabbyAPI:", "", *block]
+    lines = [f"    import lqexport  # {INSTALL}", f"    model = lqexport.load({name!r}, device_map='auto')"]
+    return ["With transformers and lqexport:", "", *lines]

