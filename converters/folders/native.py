@@ -40,7 +40,6 @@ from lqexport.storage.published import public_run
 METHOD, VERSION = "lqexport", 1
 RECORD = "lqexport"
 """The sub-folder with the files that describe the run."""
-RECORDS = ("run.json", "report.json", "manifest.json")
 PLAIN: dict[str, np.dtype] = {"gguf:F16": np.dtype(np.float16), "gguf:F32": np.dtype(np.float32)}
 LOW_RANK = {"A": ".low_rank_A", "B": ".low_rank_B"}
 
