@@ -19,10 +19,10 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
-from lqexport.converters.gguf.mixes import MIXES, Layer, fallback_type, mix_output, mix_type
+from lqexport.converters.gguf.mixes import MIXES, Layer, fallback_type, holds_values, mix_output, mix_type
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
-from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architecture import KEY_HEADS, Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import (
     block_module,
@@ -198,10 +198,25 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
     if module is None:
         separate = name == architecture.embedding and not is_tied(config)
         return MIXES[mix] if separate else mix_output(str(architecture.gguf), columns)
-    queries_per_key = head_count(config) // head_count(config, "num_key_value_heads")
     experts = config.get(architecture.experts, 0) if architecture.experts else 0
-    layer = Layer(str(architecture.gguf), module[0], _layers(config), queries_per_key, experts)
-    return mix_type(mix, architecture.gguf_block[module[1]], layer)
+    gguf_module = architecture.gguf_block[module[1]]
+    index, count = module[0], _layers(config)
+    if architecture.only and (holds_values(gguf_module) or not experts):
+        # llama.cpp counts the matrices of this name; of all but values it takes that there is one in each block.
+        having = [block for block in range(count) if architecture.has(block, module[1])]
+        index, count = having.index(index), len(having) if holds_values(gguf_module) else count
+    layer = Layer(str(architecture.gguf), index, count, _queries_per_key(architecture, config), experts)
+    return mix_type(mix, gguf_module, layer)
+
+
+def _queries_per_key(architecture: Architecture, config: dict[str, Any]) -> int:
+    """Returns the number of query heads for each key head by which llama.cpp chooses types: that of the first block.
+
+    It is 0 where the first block has no attention.
+    """
+    of_blocks = [key.config for key in architecture.keys if key.many and key.name == KEY_HEADS]
+    keys = config[of_blocks[0]][0] if of_blocks else head_count(config, "num_key_value_heads")
+    return head_count(config) // keys if keys else 0
 
 
 def _is_plain(codec_name: str) -> bool:

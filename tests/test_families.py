@@ -21,7 +21,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from lqexport.calibration.collect import to_the_end
 from lqexport.checking.checking import check_file
-from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.models.blocks import BlockModel
@@ -141,8 +140,8 @@ def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
     """Checks the outputs of attention (with the MLP silenced) and of the MLP."""
     model = BlockModel(open_source(case.source))
     hidden, architecture = model.start(torch.tensor([TOKENS])), model.architecture
-    (attention,) = modules_called(architecture, "attn_output")
-    last = modules_called(architecture, "ffn_down", "ffn_down_exps", "ffn_down_shexp")
+    (attention,) = modules_called(model, "attn_output")
+    last = modules_called(model, "ffn_down", "ffn_down_exps", "ffn_down_shexp")
     for linear, without in ((attention, last), *((only, []) for only in last if len(last) == 1)):
         block = model.block(len(model) - 1)
         for other in without:
@@ -188,9 +187,9 @@ def test_weights_kept_in_bfloat16_are_those_that_autocast_makes(case: Case) -> N
         hidden = results[0][0].detach()
 
 
-def modules_called(architecture: Architecture, *names: str) -> list[str]:
-    """Returns the modules of a block that have one of these names in GGUF."""
-    return [module for module, gguf in architecture.modules_of(architecture.leading).items() if gguf in names]
+def modules_called(model: BlockModel, *names: str) -> list[str]:
+    """Returns the modules of a model's last block that have one of these names in GGUF."""
+    return [module for module, gguf in model.architecture.modules_of(len(model) - 1).items() if gguf in names]
 
 
 def silence(block: torch.nn.Module, linear: str) -> None:

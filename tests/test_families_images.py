@@ -41,6 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "SmolVLM": ("llama", VISION, "smollm"),
     "VipLlava": ("llama", CLIP, "llama-bpe"),
     "Idefics3": ("llama", VISION, "smollm"),
+    "Lfm2Vl": ("lfm2", VISION | {"model_type": "siglip2_vision_model"}, "llama-bpe"),
     "InternVL": ("qwen3", INTERN, "qwen2"),
     "Qwen2Audio": ("qwen2", EARS, "qwen2"),
     "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
@@ -49,7 +50,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 """Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
-ARCHITECTURES |= {"VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
+ARCHITECTURES |= {"Lfm2Vl": "lfm2", "VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
 ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
 
 

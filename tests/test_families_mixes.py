@@ -54,12 +54,15 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     @functools.cache
     def make(name: str, **more: Any) -> tuple[Path, Zeros]:
         config_class, options, _ = CASES[name]
-        kept = {key: value for key, value in options.items() if key not in ("rope_parameters", "layer_types")}
+        of_blocks = {
+            key: (value * 17)[:17]
+            for key, value in options.items()
+            if isinstance(value, list) and len(value) == options["num_hidden_layers"] and key != "mrope_section"
+        }
+        kept = {key: value for key, value in options.items() if key != "rope_parameters"} | of_blocks
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
         sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64, "mrope_section": [16, 8, 8]}
-        if options.get("sliding_window", 0) is None:
-            kept["layer_types"] = ["full_attention"] * 17
         if options.get("q_lora_rank", 0) is None:
             del sizes["num_hidden_layers"]
         hf = getattr(transformers, config_class)(**{key: sizes.get(key, value) for key, value in kept.items()})
@@ -78,6 +81,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     [
         *((name, "Q4_K_M") for name in CASES),
         *((name, mix) for name in ("phi3", "mixtral") for mix in ("Q2_K_M", "Q3_K_L")),
+        *((name, "Q2_K_M") for name in ("lfm2",)),
         *(("falcon", mix) for mix in MIXES if mix not in ("Q2_K_S", "Q4_K_M")),
         *(("deepseek-v2", mix) for mix in MIXES if mix not in ("Q2_K_S", "Q4_K_M")),
     ],

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
-from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Config
+from lqexport.converters.models.architecture import FIRST, KEY_HEADS, MEAN, Architecture, Config
 from lqexport.converters.models.hf_defaults import default_of
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
 from lqexport.converters.models.text_parts import SECTIONS
@@ -96,7 +96,7 @@ def _sizes(metadata: Metadata) -> Config:
         "intermediate_size": metadata.number("feed_forward_length"),
         "num_hidden_layers": metadata.number("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.number("attention.head_count_kv", heads),
+        "num_key_value_heads": metadata.number(KEY_HEADS, heads),
         "head_dim": metadata.number(
             "attention.key_length", metadata.number("rope.dimension_count", max(hidden // heads, 1))
         ),

@@ -11,7 +11,7 @@ from gguf import GGUFWriter, RopeScalingType
 
 from lqexport.converters.gguf.mixes import file_type
 from lqexport.converters.gguf.support import check_supported, window, window_period
-from lqexport.converters.models.architecture import Architecture, Config, Key
+from lqexport.converters.models.architecture import KEY_HEADS, Architecture, Config, Key
 from lqexport.converters.models.rope import (
     head_dim,
     longrope_attention,
@@ -52,7 +52,7 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     if "feed_forward_length" not in by_block:
         writer.add_feed_forward_length(_size(config, "intermediate_size"))
     writer.add_head_count(head_count(config))
-    if "attention.head_count_kv" not in by_block:
+    if KEY_HEADS not in by_block:
         writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(config.get("v_head_dim") or head_dim(config))

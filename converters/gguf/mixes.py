@@ -126,6 +126,11 @@ _ALIKE = {"attn_qkv": "attn_v", "attn_kv_b": "attn_v", "ffn_down_exps": "ffn_dow
 """Fused or stacked matrix -> the matrix whose rules it follows."""
 
 
+def holds_values(module: str) -> bool:
+    """Whether a linear, by the GGUF name of its module, computes the values of attention, alone or among others."""
+    return _ALIKE.get(module, module) == "attn_v"
+
+
 def mix_type(mix: str, module: str, layer: Layer) -> str:
     """Returns the type of a block's linear in one of `MIXES`, before any fallback.
 

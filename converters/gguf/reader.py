@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from collections import defaultdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lqexport.converters.gguf.block_types import values_per_block
 from lqexport.converters.gguf.config import Metadata, config_of
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.row_order import row_order
@@ -31,8 +30,6 @@ from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"
-_OF_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+?)(?:\.weight|\.bias)?$")
-"""The name of a tensor of a block: the block's number and the GGUF name of the module."""
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
@@ -73,24 +70,12 @@ class GGUFModel:
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
         candidates = [
-            entry.expanded(experts, leading, self._values_per_block(entry))
+            entry.expanded(experts, leading, values_per_block(entry, self._tensors))
             for entry in same_name
             if bool(entry.experts) == bool(experts)
         ] or same_name
         windows = f"{name}.{WINDOW}" in self.metadata
         return sorted(candidates, key=lambda entry: (entry.period is not None) != windows)
-
-    def _values_per_block(self, entry: Architecture) -> dict[str, tuple[Any, ...]]:
-        """Returns the values of `only` of an entry by which each block has the modules that the file holds of it."""
-        present: defaultdict[int, set[str]] = defaultdict(set)
-        for name in self._tensors:
-            if match := _OF_BLOCK.match(name):
-                present[int(match[1])].add(match[2])
-        layers = 1 + max(present, default=-1)
-        return {
-            key: tuple(_value_of(entry, key, present[layer]) for layer in range(min(layers, len(self._tensors))))
-            for key in {key for key, _ in entry.only.values()}
-        }
 
     def _identify(self) -> None:
         """Sets the architecture to the first candidate that has exactly the file's tensors."""
@@ -197,20 +182,6 @@ class GGUFModel:
         factors = {name: self._tensors[name].data.view(np.float32) for name in FACTORS if name in self._tensors}
         vocabulary = self.shape(self._architecture.embedding)[0]
         return config_of(self._keys, vocabulary, set(self._names), factors)
-
-
-def _value_of(entry: Architecture, key: str, present: set[str]) -> Any:
-    """Returns the first value of a key of `only` by which a block has modules that the file holds of it.
-
-    present   the GGUF names of the block's tensors, without the block's prefix, and without `.weight` or `.bias`
-    """
-    choices = [(start, values) for start, (of_key, values) in entry.only.items() if of_key == key]
-    names = entry.gguf_block | entry.gguf_tensors
-    gguf_modules = {name: gguf.removesuffix(".weight").removesuffix(".bias") for name, gguf in names.items()}
-    for start, values in choices:
-        if any(gguf in present for name, gguf in gguf_modules.items() if name.startswith(start)):
-            return values[0]
-    return None
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -15,6 +15,8 @@ MEAN, FIRST = 1, 2
 The numbers are llama.cpp's. A config.json that is rebuilt from GGUF has them as `pooling_type`."""
 EACH = "*"
 """The placeholder for an expert's number in the name of a module."""
+KEY_HEADS = "attention.head_count_kv"
+"""The name of the GGUF key with the number of key heads, which may be an array with one number for each block."""
 GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 """The modules of a gated MLP: Hugging Face module -> GGUF name."""
 
@@ -95,6 +97,8 @@ class Architecture:
     columns     vectors of a block that GGUF holds as matrices of one column
     keys        GGUF metadata beyond the sizes that every architecture has
     aliases     this family's name of a key of config.json -> the usual name
+    former      older key of config.json -> the usual name. transformers takes the older key where config.json has both
+    reads       further keys that `derived` reads
     derived     returns values that follow from the rest of config.json; they replace what it says
     fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
     same        key of config.json -> the key whose value it must have; any other value is refused
@@ -148,6 +152,8 @@ class Architecture:
     columns: tuple[str, ...] = ()
     keys: tuple[Key, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
+    former: dict[str, str] = field(default_factory=dict)
+    reads: tuple[str, ...] = ()
     derived: Callable[[Config], Config] = lambda config: {}
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
@@ -183,19 +189,21 @@ class Architecture:
 
     def modules_of(self, block: int) -> dict[str, str]:
         """Returns the entries of `gguf_block` that the block with this number has."""
-        return {module: gguf for module, gguf in self.gguf_block.items() if self._has(block, module)}
+        return {module: gguf for module, gguf in self.gguf_block.items() if self.has(block, module)}
 
     def tensors_of(self, block: int) -> dict[str, str]:
         """Returns the entries of `gguf_tensors` that the block with this number has."""
-        return {name: gguf for name, gguf in self.gguf_tensors.items() if self._has(block, name)}
+        return {name: gguf for name, gguf in self.gguf_tensors.items() if self.has(block, name)}
 
     def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
         """Returns the groups of `linears` that the block with this number has."""
-        return tuple(group for group in self.linears if self._has(block, group[0]))
+        return tuple(group for group in self.linears if self.has(block, group[0]))
 
-    def _has(self, block: int, module: str) -> bool:
+    def has(self, block: int, module: str) -> bool:
+        """Whether the block with this number has a module or tensor of `gguf_block` or `gguf_tensors`."""
         for start, (key, values) in self.only.items():
-            if module.startswith(start) and self.per_block[key][block] not in values:
+            # A damaged file may have fewer blocks than it says.
+            if module.startswith(start) and self.per_block[key][block : block + 1] not in [(v,) for v in values]:
                 return False
         if self.dense is None or not module.startswith("mlp."):
             return True

@@ -21,6 +21,7 @@ from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MO
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import GRANITE, GRANITE_MOE
 from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
+from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL
@@ -87,6 +88,8 @@ ARCHITECTURES = (
     FALCON_7B,
     GPT_NEOX,
     GPT2,
+    LFM2,
+    LFM2_MOE,
     OPT,
     BERT,
 )
@@ -154,6 +157,8 @@ def normalized(config: Config) -> Config:
         return config
     if is_whole(config):
         config = text_part(config, architecture)
+    given = {usual: config[older] for older, usual in architecture.former.items() if config.get(older) is not None}
+    config = {key: value for key, value in config.items() if key not in architecture.former} | given
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
     complete = filled_in(architecture, {"model_type": architecture.model_type} | usual | config)

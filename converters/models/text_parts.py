@@ -10,6 +10,7 @@ from lqexport.converters.models.architecture import Architecture, Config
 WITH_TEXT_PARTS = (
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "Lfm2VlForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration",

@@ -6,7 +6,7 @@ are replaced by linears, so that each has a name and a weight [rows, columns] of
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
 
@@ -22,7 +22,7 @@ from lqexport.errors import UserError
 class Expert(nn.Module):
     """One expert: a gated MLP without biases."""
 
-    def __init__(self, hidden: int, inner: int, activation: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, inner: int, activation: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
         super().__init__()
         self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
         self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
@@ -46,7 +46,7 @@ class Experts(nn.ModuleList):
     def __init__(self, stacked: nn.Module) -> None:
         weights, activation = stacked.gate_up_proj, stacked.act_fn
         assert isinstance(weights, Tensor)
-        assert isinstance(activation, nn.Module)
+        assert callable(activation)
         count, inner, hidden = weights.shape
         super().__init__(Expert(hidden, inner // 2, activation, weights.dtype) for _ in range(count))
 
@@ -127,4 +127,9 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     model = meta_model(config)
     stored = model.state_dict().keys()
     tensors = chain(model.named_parameters(), model.named_buffers())
-    return {name: tuple(tensor.shape) for name, tensor in tensors if name in stored}
+    return {name: as_matrix(tuple(tensor.shape)) for name, tensor in tensors if name in stored}
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape

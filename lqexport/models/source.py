@@ -27,6 +27,7 @@ from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.converters.models.text_parts import RENAMED as TEXT_PART
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
+from lqexport.models.modules import as_matrix
 from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
@@ -205,7 +206,7 @@ class HuggingFaceSource:
         shape = self.stored_shape(self._stored_name(name))
         if rows := self._rows.get(name):
             return (rows.last - rows.first, shape[2])
-        return shape[::-1] if self._is_transposed(name) else _as_matrix(shape)
+        return shape[::-1] if self._is_transposed(name) else as_matrix(shape)
 
     def read(self, name: str) -> torch.Tensor:
         if self.layout and (module := self.module(name)):
@@ -216,7 +217,7 @@ class HuggingFaceSource:
                 part: torch.Tensor = file.get_slice(stored)[rows.expert, rows.first : rows.last]
                 return part
         tensor = self.stored_tensor(self._stored_name(name))
-        return tensor.T.contiguous() if self._is_transposed(name) else tensor.reshape(_as_matrix(tuple(tensor.shape)))
+        return tensor.T.contiguous() if self._is_transposed(name) else tensor.reshape(as_matrix(tuple(tensor.shape)))
 
     def stored_form(self, stored: str) -> tuple[str, tuple[int, ...]]:
         """Returns the dtype, by safetensors' name, and the shape of a stored tensor.
@@ -301,11 +302,6 @@ class GGUFSource(GGUFModel):
         self._write_tokenizer(folder)
         keep(self.path, folder)
         write_json(folder / "config.json", self.config)
-
-
-def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels."""
-    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
 
 
 def _pooling_type(folder: Path) -> int:

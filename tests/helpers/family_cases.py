@@ -90,6 +90,14 @@ OLMO3_YARN = YARN | {"attention_factor": 1 + 0.1 * math.log(16)}
 OLMO3_WINDOWS |= {"rope_parameters": {"full_attention": OLMO3_YARN, "sliding_attention": OLMO3_ROPE}}
 UNSMOOTHED += ("olmo3",)
 
+LFM2 = SIZES | {"num_hidden_layers": 3, "full_attn_idxs": [1, 2], "conv_L_cache": 4, "intermediate_size": 144}
+LFM2 |= {"block_multiple_of": 32, "num_key_value_heads": 1, "tie_word_embeddings": False, "rope_parameters": YARN}
+LFM2_MOE = SIZES | {"num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "full_attention"]}
+LFM2_MOE |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, "num_dense_layers": 1}
+LFM2_MOE |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+EXPERT_CASES += ("lfm2moe",)
+UNSMOOTHED += ("lfm2", "lfm2moe")
+
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
@@ -150,6 +158,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "stablelm": ("StableLmConfig", SIZES | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}, "qwen2"),
     "nemotron": ("NemotronConfig", SIZES, "smaug-bpe"),
     "gpt2": ("GPT2Config", GPT2_SIZES, "gpt-2"),
+    "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),
+    "lfm2moe": ("Lfm2MoeConfig", LFM2_MOE, "llama-bpe"),
 }
 """Name -> name of transformers' config class, its options, and the tokenizer for `make_tokenizer`."""
 

@@ -1,0 +1,43 @@
+"""Finds out which type each block of a GGUF file has, by the tensors that the file holds of it."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection
+from typing import Any
+
+from lqexport.converters.models.architecture import Architecture
+
+_OF_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+?)(?:\.weight|\.bias)?$")
+"""The name of a tensor of a block: the block's number and the GGUF name of the module."""
+
+
+def values_per_block(entry: Architecture, tensors: Collection[str]) -> dict[str, tuple[Any, ...]]:
+    """Returns the keys of `only` of an entry with the values by which each block has the modules that a file holds.
+
+    tensors   the GGUF names of the file's tensors
+    """
+    present: defaultdict[int, set[str]] = defaultdict(set)
+    for name in tensors:
+        if match := _OF_BLOCK.match(name):
+            present[int(match[1])].add(match[2])
+    layers = 1 + max(present, default=-1)
+    return {
+        key: tuple(_value_of(entry, key, present[layer]) for layer in range(min(layers, len(tensors))))
+        for key in {key for key, _ in entry.only.values()}
+    }
+
+
+def _value_of(entry: Architecture, key: str, present: set[str]) -> Any:
+    """Returns the first value of a key of `only` by which a block has modules that the file holds of it.
+
+    present   the GGUF names of the block's tensors, without the block's prefix, and without `.weight` or `.bias`
+    """
+    choices = [(start, values) for start, (of_key, values) in entry.only.items() if of_key == key]
+    names = entry.gguf_block | entry.gguf_tensors
+    gguf_modules = {name: gguf.removesuffix(".weight").removesuffix(".bias") for name, gguf in names.items()}
+    for start, values in choices:
+        if any(gguf in present for name, gguf in gguf_modules.items() if name.startswith(start)):
+            return values[0]
+    return None
