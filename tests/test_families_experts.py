@@ -19,6 +19,7 @@ from lqexport.converters.models.rope import rotary_dim
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
+from lqexport.models.blocks import BlockModel
 from lqexport.models.source import HuggingFaceSource
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
@@ -93,6 +94,40 @@ def test_experts_that_a_checkpoint_stores_in_one_tensor(tmp_path: Path) -> None:
         assert span.nbytes == source.nbytes(name)
         stored = span.path.read_bytes()[span.start : span.start + span.nbytes]
         assert stored == weight.detach().numpy().tobytes()
+
+
+def test_experts_whose_rows_a_checkpoint_stores_in_turns(tmp_path: Path) -> None:
+    """gpt-oss: row 2 i is gate_proj's row i, and row 2 i + 1 is up_proj's. Weights are transposed."""
+    model = make_model("gpt-oss")
+    model.save_pretrained(tmp_path)
+    source, block = HuggingFaceSource(tmp_path, ""), model.model.layers[1].mlp.experts
+    gate_up, bias = block.gate_up_proj[2].T, block.gate_up_proj_bias[2]
+    expected = {"gate_proj.weight": gate_up[::2], "gate_proj.bias": bias[::2]}
+    expected |= {"up_proj.weight": gate_up[1::2], "up_proj.bias": bias[1::2]}
+    expected |= {"down_proj.weight": block.down_proj[2].T, "down_proj.bias": block.down_proj_bias[2]}
+    for end, values in expected.items():
+        name = f"model.layers.1.mlp.experts.2.{end}"
+        assert torch.equal(source.read(name), values)
+        assert source.shape(name) == tuple(values.shape)
+        assert source.nbytes(name) == 4 * values.numel()
+    stored = {"up_proj.weight": block.gate_up_proj, "up_proj.bias": block.gate_up_proj_bias}
+    for end, tensor in (stored | {"down_proj.weight": block.down_proj}).items():
+        (span,) = source.file_spans(f"model.layers.1.mlp.experts.2.{end}")
+        read = span.path.read_bytes()[span.start : span.start + span.nbytes]
+        assert read == tensor[2].detach().numpy().tobytes()
+
+
+def test_experts_compute_what_transformers_computes(tmp_path: Path) -> None:
+    """Inputs are so large that gpt-oss clamps many outputs of gate_proj and up_proj at 7."""
+    model = make_model("gpt-oss")
+    model.save_pretrained(tmp_path)
+    theirs = model.model.layers[0].mlp.experts
+    ours = BlockModel(HuggingFaceSource(tmp_path, "")).block(0).get_submodule("mlp.experts")
+    hidden = 8 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    chosen, weights = torch.tensor([[0, 3]] * 25 + [[2, 1]] * 25), torch.rand(50, 2)
+    with torch.no_grad():
+        assert (hidden @ theirs.gate_up_proj[0]).abs().gt(7).float().mean() > 0.1
+        assert torch.allclose(ours(hidden, chosen, weights), theirs(hidden, chosen, weights), atol=1e-4)
 
 
 def test_experts_in_one_tensor_of_other_dimensions(tmp_path: Path) -> None:

@@ -183,9 +183,11 @@ def _scaling(metadata: Metadata, factors: Mapping[str, NDArray[Any]]) -> dict[st
         return {}
     if rope_type not in ("linear", "yarn", "longrope"):
         raise UserError(f"{metadata.source} has rope scaling of type {rope_type!r}, which is not supported.")
-    settings = {"rope_type": rope_type}
+    settings: dict[str, Any] = {"rope_type": rope_type}
     if rope_type != "linear":
         settings["original_max_position_embeddings"] = metadata.number("rope.scaling.original_context_length")
+    if rope_type == "yarn" and metadata.architecture.unrounded_yarn:
+        settings["truncate"] = False
     if rope_type != "longrope":
         return settings | {"factor": _decimal(metadata.number("rope.scaling.factor"))} | _mscale(metadata)
     if missing := {LONG_FACTORS, SHORT_FACTORS} - factors.keys():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -109,8 +108,10 @@ def write_tensors(
 
     Returns the files. Raises UserError if a tensor does not match the manifest, or if the disk is too small.
     """
-    stacks = [list(stack) for _, stack in groupby(entries, key=lambda entry: entry.gguf_name)]
-    tensors = [_Tensor(stack[0].gguf_name, _shape(stack), stack[0].codec_name, stack) for stack in stacks]
+    stacks: dict[str, list[GGUFEntry]] = {}
+    for entry in entries:
+        stacks.setdefault(entry.gguf_name, []).append(entry)
+    tensors = [_Tensor(name, _shape(stack), stack[0].codec_name, stack) for name, stack in stacks.items()]
     tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
     split = in_files(tensors, split_max_size)
     paths = split_paths(path, len(split))

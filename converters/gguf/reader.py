@@ -95,9 +95,11 @@ class GGUFModel:
         layers = int(min(self._keys.number("block_count"), len(self._tensors)))
         known = gguf_names(self._architecture, layers)
         unknown = self._tensors.keys() - known.values() - set(FACTORS)
-        stacked = {known[name] for name in known if expert_number(name) is not None}
-        unknown |= {name for name, tensor in self._tensors.items() if len(tensor.shape) != 3 if name in stacked}
-        unknown |= {name for name, tensor in self._tensors.items() if len(tensor.shape) > 2 if name not in stacked}
+        stacked = {known[name]: 2 if name.endswith(".bias") else 3 for name in known if expert_number(name) is not None}
+        for name, tensor in self._tensors.items():
+            dimensions = len(tensor.shape)
+            if dimensions != stacked[name] if name in stacked else dimensions > 2:
+                unknown.add(name)
         if unknown:
             raise UserError(
                 f"{self.path} holds tensors that {self._architecture.gguf} does not have: {sorted(unknown)}."

@@ -108,11 +108,12 @@ def _check_window_theta(architecture: Architecture, config: Config) -> None:
 
 def _check_yarn(architecture: Architecture, settings: dict[str, Any]) -> None:
     # GGUF has keys for some of these settings, but llama.cpp does not read them for every architecture.
-    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": True}
+    fixed = {"beta_fast": 32, "beta_slow": 1, "truncate": not architecture.unrounded_yarn}
     variable = {"rope_type", "rope_theta", "factor", "original_max_position_embeddings", "partial_rotary_factor"}
     # transformers ignores a context length that is given beside the original one.
     variable |= {"max_position_embeddings"} | {key.config for key in architecture.keys if key.rope}
     others = {key: value for key, value in settings.items() if key not in variable and value is not None}
+    others.setdefault("truncate", True)
     if architecture.mscale and others.get("mscale") and others["mscale"] == others.get("mscale_all_dim"):
         # Equal values leave the rotation unchanged. In latent attention they scale the products of queries and keys.
         del others["mscale"], others["mscale_all_dim"]

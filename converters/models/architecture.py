@@ -42,6 +42,20 @@ class Key:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """A tensor of a checkpoint that holds tensors of all experts of a block, [experts, rows, ...].
+
+    tensors       the tensors of each expert, with `*` in place of its number; they have equal shares of the rows
+    interleaved   whether the tensors take turns row by row; if not, each has a run of rows
+    transposed    whether it is [experts, columns, rows]
+    """
+
+    tensors: tuple[str, ...]
+    interleaved: bool = False
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class ExLlamaV2:
     """The rules by which ExLlamaV2 0.3.2 loads an architecture (exllamav2/architecture.py).
 
@@ -85,8 +99,7 @@ class Architecture:
                 groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all keys, then
                 all values
     transposed  linears that a checkpoint stores as [inputs, outputs]
-    stacked     tensor of a block that in a checkpoint is [experts, rows, columns] -> the linears of each expert, which
-                have equal runs of its rows
+    stacked     tensor of a block in a checkpoint that holds tensors of all experts -> which ones, and how
     one_row     modules and tensors of a block that are matrices of one row, which GGUF files may hold as vectors
     renamed     regular expression -> replacement; together they turn a checkpoint's tensor names into the modules'
     unused      regular expressions for tensors of a checkpoint that are ignored, such as tables that follow from
@@ -107,6 +120,8 @@ class Architecture:
     partial     whether only a part of each head is rotated where `partial_rotary_factor` of config.json says so
     rope_sections  the default of `mrope_section`: how many pairs of columns are rotated by the position in time, in
                 height and in width. In text these positions are equal. () where llama.cpp has no such sections
+    unrounded_yarn  whether all models with yarn leave the borders of its ramp unrounded (`truncate` false in
+                config.json). They are taken, although llama.cpp rounds the borders
     mscale      `rope.scaling.yarn_log_multiplier` for `mscale_all_dim` 1; None where llama.cpp does not read it
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
@@ -142,7 +157,7 @@ class Architecture:
     per_block: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
-    stacked: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    stacked: dict[str, Stack] = field(default_factory=dict)
     one_row: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
@@ -161,6 +176,7 @@ class Architecture:
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     partial: bool = False
     rope_sections: tuple[int, ...] = ()
+    unrounded_yarn: bool = False
     mscale: float | None = None
     period: int | None = None
     one_theta: bool = False

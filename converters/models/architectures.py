@@ -28,6 +28,7 @@ from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL
 from lqexport.converters.models.families.mixtral import MIXTRAL
 from lqexport.converters.models.families.nemotron import NEMOTRON
 from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
+from lqexport.converters.models.families.openai import GPT_OSS
 from lqexport.converters.models.families.opt import OPT
 from lqexport.converters.models.families.phi import PHI, PHI3
 from lqexport.converters.models.families.qwen import QWEN2, QWEN2_MOE, QWEN2_VL, QWEN3, QWEN3_MOE, QWEN3_VL
@@ -64,6 +65,7 @@ ARCHITECTURES = (
     GLM4_MOE_NORMED,
     GLM4_MOE_LITE,
     MINIMAX_M2,
+    GPT_OSS,
     ERNIE_MOE_WITHOUT_SHARED,
     ERNIE_MOE,
     HUNYUAN_MOE,

@@ -6,6 +6,7 @@ are replaced by linears, so that each has a name and a weight [rows, columns] of
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection
 from itertools import chain
 from typing import Any
@@ -18,37 +19,40 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
 
+Gate = Callable[[Tensor, Tensor], Tensor]
+"""Returns the inputs of an expert's last linear, from the outputs of gate_proj and of up_proj."""
+
 
 class Expert(nn.Module):
-    """One expert: a gated MLP without biases."""
+    """One expert: a gated MLP."""
 
-    def __init__(self, hidden: int, inner: int, activation: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, inner: int, gate: Gate, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
-        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
-        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
-        self.activation = activation
+        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+        self.gate = gate
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.down_proj(self.activation(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return self.down_proj(self.gate(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
 class Experts(nn.ModuleList):
     """The experts of a block as separate modules; each processes the tokens that are routed to it.
 
-    Replaces transformers' module, which has the weights of all experts in one tensor [experts, 2 * inner, hidden].
+    Replaces transformers' module, which has the weights of all experts in one tensor [experts, 2 * inner, hidden], or
+    transposed.
 
     only   the numbers of the experts that run; the outputs of the others are left out. None for all
     """
 
     only: Collection[int] | None = None
 
-    def __init__(self, stacked: nn.Module) -> None:
-        weights, activation = stacked.gate_up_proj, stacked.act_fn
-        assert isinstance(weights, Tensor)
-        assert callable(activation)
-        count, inner, hidden = weights.shape
-        super().__init__(Expert(hidden, inner // 2, activation, weights.dtype) for _ in range(count))
+    def __init__(self, stacked: Any) -> None:
+        weights = stacked.gate_up_proj
+        hidden, inner = weights.shape[1:] if stacked.is_transposed else weights.shape[:0:-1]
+        gate = _gate(stacked)
+        super().__init__(Expert(hidden, inner // 2, gate, stacked.has_bias, weights.dtype) for _ in weights)
 
     def forward(self, hidden: Tensor, chosen: Tensor, routing_weights: Tensor) -> Tensor:
         """Returns the sum of the chosen experts' outputs, times their routing weights: [tokens, hidden].
@@ -64,6 +68,17 @@ class Experts(nn.ModuleList):
                 output = self[number](hidden[tokens]) * routing_weights[tokens, places, None]
                 total = total.index_add(0, tokens, output.to(total.dtype))
         return total
+
+
+def _gate(stacked: Any) -> Gate:
+    """Returns what transformers' module of all experts computes between its two products."""
+    if stacked.is_concatenated:
+        activation = stacked.act_fn
+        return lambda gate, up: activation(gate) * up
+    # Its rows of gate_proj and of up_proj take turns. The method reads only settings of the module.
+    settings = copy.copy(stacked)
+    settings._parameters = {}
+    return lambda gate, up: settings._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
 
 
 def run_only(block: nn.Module, experts: Collection[int]) -> None:

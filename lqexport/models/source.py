@@ -28,7 +28,7 @@ from lqexport.converters.models.text_parts import RENAMED as TEXT_PART
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.modules import as_matrix
-from lqexport.models.stacked import ExpertRows, is_stacked, linears_within
+from lqexport.models.stacked import ExpertRows, experts_within
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json, written_whole
@@ -96,13 +96,16 @@ class HuggingFaceSource:
         if self._architecture and self._architecture.encoder:
             self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
+        self._experts: dict[str, ExpertRows] = {}
+        self._experts = self._unstacked()
+        stacks = {rows.stored for rows in self._experts.values()}
+        names = [*(name for name in self._files if name not in stacks), *self._experts]
         with well_formed(f"quantization_config of {folder}"):
-            self.layout: CheckpointLayout | None = layout_of(folder, self.config, self._files, self)
+            self.layout: CheckpointLayout | None = layout_of(folder, self.config, names, self)
         self.config.pop("quantization_config", None)  # what is written from this source is not quantized in this way
-        tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in self._files}
+        tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in names}
         kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
         self._stored = {self._renamed(tensor): tensor for tensor in kept}
-        self._rows = self._unstacked()
         if self._has_own_output():
             self.config["tie_word_embeddings"] = False
 
@@ -119,18 +122,11 @@ class HuggingFaceSource:
         return not torch.equal(self.read(output), self.read(embedding))
 
     def _unstacked(self) -> dict[str, ExpertRows]:
-        """Lists the linears of experts instead of the tensors that hold them; returns where these hold each of them."""
-        rows: dict[str, ExpertRows] = {}
-        stacked = [name for name in self._stored if self._architecture and is_stacked(self._architecture, name)]
-        for name in stacked:
-            stored = self._stored.pop(name)
-            if len(shape := self.stored_shape(stored)) != 3:
-                raise UserError(f"{self.folder}: {stored} should have 3 dimensions, but its shape is {list(shape)}.")
-            assert self._architecture is not None
-            linears = linears_within(self._architecture, name, shape)
-            self._stored |= dict.fromkeys(linears, stored)
-            rows |= linears
-        return rows
+        """Returns where stored tensors hold tensors of experts, which count as stored tensors from here on."""
+        if self._architecture is None:
+            return {}
+        with well_formed(str(self.folder)):
+            return experts_within(self._architecture, self._files, self._renamed, self.stored_shape)
 
     @property
     def fingerprint(self) -> str:
@@ -175,8 +171,6 @@ class HuggingFaceSource:
 
     def nbytes(self, name: str) -> int:
         """Returns the bytes of the stored tensors that a tensor is made of."""
-        if name in self._rows:
-            return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 1)
         forms = map(self.stored_form, self._parts(name))
         return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
 
@@ -187,14 +181,15 @@ class HuggingFaceSource:
 
     def file_spans(self, name: str) -> list[FileSpan]:
         """Returns where on disk the stored tensors of a tensor are."""
-        if rows := self._rows.get(name):
-            path, stored = self._files[self._stored_name(name)], self._stored_name(name)
-            start, nbytes = self._spans(path)[stored]
-            experts, count, _ = self.stored_shape(stored)
-            row = nbytes // (experts * count)
-            return [FileSpan(path, start + row * (rows.expert * count + rows.first), row * (rows.last - rows.first))]
-        parts = [(self._files[stored], stored) for stored in self._parts(name)]
-        return [FileSpan(path, *self._spans(path)[stored]) for path, stored in parts]
+        return [self._span(stored) for stored in self._parts(name)]
+
+    def _span(self, stored: str) -> FileSpan:
+        if rows := self._experts.get(stored):
+            path, start, nbytes = self._span(rows.stored)
+            first, part = rows.span(self.stored_shape(rows.stored), nbytes)
+            return FileSpan(path, start + first, part)
+        path = self._file(stored)
+        return FileSpan(path, *self._spans(path)[stored])
 
     @functools.cache  # noqa: B019 (a source is kept for the whole run anyway)
     def _spans(self, path: Path) -> dict[str, tuple[int, int]]:
@@ -204,18 +199,11 @@ class HuggingFaceSource:
         if self.layout and (module := self.module(name)):
             return self.layout.shape(module)
         shape = self.stored_shape(self._stored_name(name))
-        if rows := self._rows.get(name):
-            return (rows.last - rows.first, shape[2])
         return shape[::-1] if self._is_transposed(name) else as_matrix(shape)
 
     def read(self, name: str) -> torch.Tensor:
         if self.layout and (module := self.module(name)):
             return torch.from_numpy(self.layout.read(module))
-        if rows := self._rows.get(name):
-            stored = self._stored_name(name)
-            with _open(self._file(stored)) as file:
-                part: torch.Tensor = file.get_slice(stored)[rows.expert, rows.first : rows.last]
-                return part
         tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor.reshape(as_matrix(tuple(tensor.shape)))
 
@@ -226,6 +214,9 @@ class HuggingFaceSource:
 
         Raises UserError if it is missing.
         """
+        if rows := self._experts.get(stored):
+            dtype, shape = self.stored_form(rows.stored)
+            return dtype, rows.shape(shape)
         return self._forms(self._file(stored))[stored]
 
     @functools.cache  # noqa: B019 (a source is kept for the whole run anyway)
@@ -240,6 +231,9 @@ class HuggingFaceSource:
 
     def stored_tensor(self, stored: str) -> torch.Tensor:
         """Returns a stored tensor by its name in the files. Raises UserError if it is missing or damaged."""
+        if rows := self._experts.get(stored):
+            with _open(self._file(rows.stored)) as file:
+                return rows.read(file.get_slice(rows.stored))
         with _open(self._file(stored)) as file:  # not kept open: its mapped pages would count as memory of the run
             tensor: torch.Tensor = file.get_tensor(stored)
             return tensor

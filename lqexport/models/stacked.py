@@ -1,45 +1,99 @@
-"""Finds the linears of experts in checkpoints that store all experts of a block in one tensor."""
+"""Finds the tensors of experts in checkpoints that store all experts of a block in one tensor."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-from lqexport.converters.models.architecture import EACH, Architecture
+from torch import Tensor
+
+from lqexport.converters.models.architecture import EACH, Architecture, Stack
 from lqexport.converters.models.tensor_names import block_module
+from lqexport.errors import UserError
 
 
 class ExpertRows(NamedTuple):
-    """The rows of a stored tensor [experts, rows, columns] that are one linear of one expert.
+    """The rows of a stored tensor [experts, rows, ...] that are one tensor of one expert.
 
-    expert        the expert's number
-    first, last   the linear's rows: from `first` up to, not including, `last`
+    stored       the name of the stored tensor
+    expert       the expert's number
+    number       which of the tensors that share the expert's rows it is
+    stack        which tensors share them, and how
     """
 
+    stored: str
     expert: int
-    first: int
-    last: int
+    number: int
+    stack: Stack
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, ...]:
+        """Returns the shape of the expert's tensor, from that of the stored tensor."""
+        rows, *others = _rows_first(stored, self.stack)
+        return (rows // len(self.stack.tensors), *others)
+
+    def read(self, stored: Any) -> Tensor:
+        """Returns the expert's tensor from an opened slice of the stored tensor, `safe_open(...).get_slice`."""
+        count, stack = len(self.stack.tensors), self.stack
+        if not stack.transposed and not stack.interleaved:  # only the bytes of these rows are read
+            size = stored.get_shape()[1] // count
+            part: Tensor = stored[self.expert, self.number * size : (self.number + 1) * size]
+            return part
+        whole: Tensor = stored[self.expert]
+        rows = whole.T if stack.transposed else whole
+        size = len(rows) // count
+        own = slice(self.number, None, count) if stack.interleaved else slice(self.number * size, None)
+        return rows[own][:size].contiguous()
+
+    def span(self, stored: tuple[int, ...], nbytes: int) -> tuple[int, int]:
+        """Returns the first byte and the number of bytes that must be read, within the stored tensor's bytes.
+
+        stored   shape of the stored tensor
+        nbytes   number of its bytes
+        """
+        expert = nbytes // stored[0]
+        if self.stack.transposed or self.stack.interleaved:
+            return self.expert * expert, expert
+        own = expert // len(self.stack.tensors)
+        return self.expert * expert + self.number * own, own
 
 
-def is_stacked(architecture: Architecture, name: str) -> bool:
-    """Whether a checkpoint's tensor holds linears of all experts of a block, by `stacked` of the architecture."""
-    module = block_module(architecture, name)
-    return module is not None and f"{module[1]}.{module[2]}" in architecture.stacked
+def experts_within(
+    architecture: Architecture, names: Iterable[str], renamed: Callable[[str], str],
+    shape: Callable[[str], tuple[int, ...]],
+) -> dict[str, ExpertRows]:  # fmt: skip
+    """Returns the tensors of experts that stored tensors hold, by `stacked` of the architecture: name -> where it is.
 
+    names     names of the stored tensors
+    renamed   returns the name of a stored tensor as the model has it
+    shape     returns the shape of a stored tensor
 
-def linears_within(architecture: Architecture, name: str, shape: tuple[int, ...]) -> dict[str, ExpertRows]:
-    """Returns the name of the weight of every linear that a stacked tensor holds, and where the tensor holds it.
-
-    name    the tensor's name, with the modules' names as in the model
-    shape   its shape [experts, rows, columns]
+    Raises UserError if a stored tensor cannot be such a stack by its shape.
     """
-    layer, module, end = block_module(architecture, name) or (0, "", "")
-    linears = architecture.stacked[f"{module}.{end}"]
-    experts, rows = shape[:2]
-    size = rows // len(linears)
-    return {
-        f"{architecture.blocks}.{layer}.{linear.replace(EACH, str(expert))}.weight": ExpertRows(
-            expert, index * size, (index + 1) * size
-        )
-        for expert in range(experts)
-        for index, linear in enumerate(linears)
-    }
+    found: dict[str, ExpertRows] = {}
+    for stored in names:
+        layer, module, end = block_module(architecture, renamed(stored)) or (0, "", "")
+        if stack := architecture.stacked.get(f"{module}.{end}"):
+            experts = _checked(stored, shape(stored), stack)[0]
+            found |= {
+                f"{architecture.blocks}.{layer}.{tensor.replace(EACH, str(expert))}": ExpertRows(
+                    stored, expert, number, stack
+                )
+                for expert in range(experts)
+                for number, tensor in enumerate(stack.tensors)
+            }
+    return found
+
+
+def _checked(stored: str, shape: tuple[int, ...], stack: Stack) -> tuple[int, ...]:
+    weight = stack.tensors[0].endswith(".weight")
+    if (weight and len(shape) != 3) or len(shape) < 2:
+        raise UserError(f"{stored} should have {3 if weight else 2} dimensions, but its shape is {list(shape)}.")
+    rows = _rows_first(shape, stack)[0]
+    if rows % len(stack.tensors):
+        raise UserError(f"{stored} has {rows} rows, which {' and '.join(stack.tensors)} cannot share.")
+    return shape
+
+
+def _rows_first(stored: tuple[int, ...], stack: Stack) -> tuple[int, ...]:
+    """Returns the shape of one expert's part of a stored tensor, rows first."""
+    return stored[:0:-1] if stack.transposed else stored[1:]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import Key
+from lqexport.converters.models.architecture import Key, Stack
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, QKV, RMS_NORM
 
@@ -51,11 +51,10 @@ GRANITE_MOE = replace(
     },
     experts="num_local_experts",
     stacked={
-        "block_sparse_moe.input_linear.weight": (
-            "block_sparse_moe.experts.*.gate_proj",
-            "block_sparse_moe.experts.*.up_proj",
+        "block_sparse_moe.input_linear.weight": Stack(
+            ("block_sparse_moe.experts.*.gate_proj.weight", "block_sparse_moe.experts.*.up_proj.weight")
         ),
-        "block_sparse_moe.output_linear.weight": ("block_sparse_moe.experts.*.down_proj",),
+        "block_sparse_moe.output_linear.weight": Stack(("block_sparse_moe.experts.*.down_proj.weight",)),
     },
     renamed={r"\.router\.layer\.": ".router."},
     keys=(*GRANITE.keys, *EXPERT_KEYS),
