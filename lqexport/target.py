@@ -92,17 +92,11 @@ def spelled(name: str) -> str:
     return name
 
 
-def is_gguf_name(name: str) -> bool:
-    """Whether a file of this name is a GGUF file, by its ending in any case."""
-    return name.lower().endswith(".gguf")
+def type_at_end(stem: str) -> str | None:
+    """The type or mix that the stem of a GGUF file's name ends with, in its one spelling; None if it ends with none.
 
-
-def named_type(file_name: str) -> str | None:
-    """The type or mix that the name of a GGUF file ends with, in its one spelling; None if it ends with none.
-
-    `Q4_K_M` for `model-Q4_K_M.gguf`, `IQ4_XS` for `Model.iq4_xs.gguf`.
+    `Q4_K_M` for `model-Q4_K_M`, `IQ4_XS` for `Model.iq4_xs`.
     """
-    stem = file_name[: -len(".gguf")] if is_gguf_name(file_name) else ""
     match = re.search(rf"(?:^|[-._])({GGUF_NAME.pattern})$", stem, re.IGNORECASE)
     name = spelled(match[1]) if match else None
     return None if name == AUTO.type else name

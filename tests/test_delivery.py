@@ -14,10 +14,9 @@ from typer.testing import CliRunner
 
 import lqexport
 from lqexport.cli.app import app
-from lqexport.delivery.places import Places, target_of
+from lqexport.delivery.places import Places, named_type, target_of
 from lqexport.delivery.summary import duration
 from lqexport.storage.files import file_digest
-from lqexport.target import named_type
 from lqexport.verification import report
 from lqexport.verification.publish import upload_list
 
@@ -179,7 +178,8 @@ def test_what_can_be_known_is_said_before_work(
     before = names()
     said = run(smaller_model, file, *options, status=2).stderr
     assert sentence in said
-    assert said.count("\n") == 1
+    assert said.count("error: ") == 1
+    assert said.splitlines()[-1].startswith("error: ")
     assert names() == before
 
 
@@ -204,7 +204,7 @@ def test_disk_and_folder_are_checked_before_work(smaller_model: Path, monkeypatc
     ],
 )  # fmt: skip
 def test_the_type_in_a_name(name: str, type_name: str | None) -> None:
-    assert named_type(name) == type_name
+    assert named_type(Path(name)) == type_name
 
 
 def test_the_target_where_none_is_given() -> None:

@@ -69,3 +69,16 @@ def test_bars_fill_when_a_stage_ends() -> None:
         listener.message("kept")
     assert "kept" in written.getvalue()
     assert listener.progress.tasks[1].finished
+
+
+def test_a_stage_of_unknown_length_moves_and_ends_full() -> None:
+    """It is shown from its beginning, so that nobody waits in front of a silent screen."""
+    for listener in (Bars(Console(file=io.StringIO())), Lines(Console(file=io.StringIO()))):
+        with listener:
+            listener.stage("Open the source", 0)
+            if isinstance(listener, Bars):
+                assert listener.progress.tasks[0].total is None
+        if isinstance(listener, Bars):
+            assert listener.progress.tasks[0].finished
+        else:
+            assert "Open the source: done in 0 s" in listener.console.file.getvalue()  # type: ignore[attr-defined]

@@ -120,6 +120,7 @@ def deliver(request: Request, listener: Listener, on_plan: Callable[[Preview], N
     places, seconds = request.places, dict[str, float]()
     shown = request.check()
     request.check_room(shown)
+    listener.stage(f"Read the evaluation text {request.measurement.text}", 0)
     request.check_text()
     if on_plan:
         on_plan(shown)
@@ -134,7 +135,7 @@ def deliver(request: Request, listener: Listener, on_plan: Callable[[Preview], N
             adapter = _write(request, unverified, listener)
         with _timed(seconds, "verify"):
             result = _verify(request, unverified, adapter, listener)
-        return _named(request, result, report, seconds)
+        return _named(request, result, report, seconds, listener)
 
 
 @contextlib.contextmanager
@@ -172,11 +173,14 @@ def _verify(request: Request, unverified: Places, adapter: Path | None, listener
     )  # fmt: skip
 
 
-def _named(request: Request, result: Verification, report: dict[str, Any], seconds: dict[str, float]) -> Delivery:
+def _named(
+    request: Request, result: Verification, report: dict[str, Any], seconds: dict[str, float], listener: Listener
+) -> Delivery:
     """Writes the record, and gives everything the final names: those of a failed file if the verification failed.
 
     The artifact of a failed file stays, so that the same command with other limits need not quantize again.
     """
+    listener.stage("Write the record", 0)
     places = request.places
     final = places.failed if result.failed else places
     ready = places.within_work(final)

@@ -13,8 +13,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
-from lqexport.target import AUTO, Target, is_gguf_name, named_type
+from lqexport.target import AUTO, Target, type_at_end
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Places:
     @property
     def _ending(self) -> str:
         """What follows the stem of the model's name: `.gguf` of a file, nothing of a folder."""
-        return self.model.suffix if is_gguf_name(self.model.name) else ""
+        return self.model.suffix if is_gguf(self.model) else ""
 
     def _beside(self, ending: str) -> Path:
         return self.model.with_name(f"{self.model.name.removesuffix(self._ending)}{ending}{self._ending}")
@@ -94,12 +95,17 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def named_type(path: Path) -> str | None:
+    """Returns the type or mix that the name of a GGUF file says, such as Q4_K_M of model-Q4_K_M.gguf; None if none."""
+    return type_at_end(path.stem) if is_gguf(path) else None
+
+
 def target_of(path: Path, *, size: str | None = None, bits: float | None = None) -> str:
     """Returns the target of an export for which none is given: by its size or bits, else the type in the file's name.
 
     Raises UserError if nothing says the target, or if the name and the size say two.
     """
-    type_name = named_type(path.name)
+    type_name = named_type(path)
     if size is not None and type_name:
         raise UserError(
             f"The name {path.name} says {type_name}, and --size chooses types: choose another name, or give "
@@ -119,7 +125,7 @@ def target_of(path: Path, *, size: str | None = None, bits: float | None = None)
 
 def check_name(path: Path, target: Target) -> None:
     """Raises UserError if a file or folder of this target cannot have this name."""
-    is_file = is_gguf_name(path.name)
+    is_file = is_gguf(path)
     if target.family == "gguf" and path.is_dir():
         example = path / f"model-{target.type}.gguf"
         raise UserError(f"{path} is a folder, and a GGUF model is a file: name it, such as {example}.")

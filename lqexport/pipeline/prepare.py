@@ -41,6 +41,7 @@ def prepare(
     Raises UserError for bad input: a source that cannot be read, a recipe that does not go with it, a folder that
     holds something else.
     """
+    listener.stage("Open the source and plan", 0)
     source = open_source(recipe.source)
     recipe = settled(recipe, source.config)
     planned = plan_recipe(source, recipe)
@@ -106,6 +107,7 @@ def _calibration(
             f"The model was trained on {trained} positions (max_position_embeddings), and calibration sequences have "
             f"{recipe.sequence_length} tokens: --sequence-length {trained} would calibrate on what it knows."
         )
+    listener.stage(f"Read the calibration text {recipe.calibration}", 0)
     needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
     calibration = load_calibration(
         recipe.calibration, source.tokenizer(), samples=needed, sequence_length=recipe.sequence_length, seed=recipe.seed

@@ -45,6 +45,7 @@ def finish(job: Job, results: Results) -> None:
         report["linears_bits_per_weight"] = _bits_per_weight(job.linears.values(), [])
     if results.allocation:
         report["allocation"] = {"predicted": results.allocation.loss, "gap": results.allocation.gap}
+    job.listener.stage("Write digests of all tensors", 0)
     job.artifact.finish([tensor.name for tensor in (*job.planned, *factors)], report)
     job.artifact.log({"finished": True, "peak_memory_gib": round(peak_memory() / 2**30, 3)})
 

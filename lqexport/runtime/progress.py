@@ -18,7 +18,10 @@ class Listener(Protocol):
     """The receiver of progress reports. One stage runs at a time; a new stage ends the one before."""
 
     def stage(self, description: str, total: float) -> None:
-        """Reports that a stage begins. `total` is its amount of work, in the unit that `advance` uses."""
+        """Reports that a stage begins. `total` is its amount of work, in the unit that `advance` uses.
+
+        A total of 0 means that the amount is not known.
+        """
 
     def advance(self, amount: float) -> None:
         """Reports that another `amount` of the stage's work is done."""
@@ -134,9 +137,9 @@ class Lines(Interruptible):
     def _print_state(self, state: str) -> None:
         self.reported = time.monotonic()
         seconds = self.reported - self.started
-        share = min(1.0, self.done / self.total) if self.total else 1.0
+        share = min(1.0, self.done / self.total) if self.total else 0.0
         left = f", about {seconds / share - seconds:.0f} s left" if state == "running" and share > 0 else ""
-        text = f"{self.description}: {state}, {share:.0%} in {seconds:.0f} s{left}"
+        text = f"{self.description}: {state}{f', {share:.0%}' if self.total else ''} in {seconds:.0f} s{left}"
         self.console.print(text, markup=False, highlight=False)
 
 
@@ -164,7 +167,7 @@ class Bars(Interruptible):
     def stage(self, description: str, total: float) -> None:
         self.check()
         self._end_stage()
-        self.task = self.progress.add_task(description, total=total)
+        self.task = self.progress.add_task(description, total=total or None)  # a bar without a total moves all the time
 
     def advance(self, amount: float) -> None:
         self.check()
@@ -177,7 +180,8 @@ class Bars(Interruptible):
     def _end_stage(self) -> None:
         """Fills the bar, since a stage may do less work than it announced, for example in a resumed run."""
         if self.task is not None:
-            self.progress.update(self.task, completed=self.progress.tasks[self.task].total)
+            total = self.progress.tasks[self.task].total or 1.0
+            self.progress.update(self.task, total=total, completed=total)
 
 
 @contextlib.contextmanager

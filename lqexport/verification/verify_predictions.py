@@ -50,6 +50,7 @@ def compare_predictions(
     rounded to the file's types, to measure the expected loss with; None to leave that out. Where llama.cpp runs the
     file, its tokenizer is compared too, and a file that it does not load or run fails.
     """
+    listener.stage(f"Cut {text.name} into windows", 0)
     tokenizer = source.tokenizer()
     with _llamacpp_failures(result):
         if result.engine == "llama.cpp":

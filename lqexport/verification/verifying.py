@@ -95,6 +95,7 @@ def verify(
     _check_engine(engine, adapter, activations)
     full_float32()
     listener = listener or Silent()
+    listener.stage(f"Open {file.name} and its source", 0)
     export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
     made_from = Artifact(artifact) if artifact else _record_in(file)
     factors = open_factors(file, adapter, source.config)
