@@ -366,6 +366,25 @@ def test_bad_input_is_one_sentence(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "adapter_config.json",
+            '{"base_model_name_or_path": "org/base"}',
+            "an adapter of org/base, and no whole model",
+        ),
+        ("model_index.json", "{}", "a diffusion model"),
+    ],
+)
+def test_what_people_take_for_a_model_is_said(name: str, content: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    for command in (("quantize", tmp_path, "out", "--target", "Q4_0"), ("export", tmp_path, "m-Q4_0.gguf")):
+        said = run(*command, status=2).stderr
+        assert sentence in said
+        assert said.count("\n") == 1
+
+
 def broken(*_: object, **__: object) -> None:
     raise ZeroDivisionError("a bug\nof two lines")
 

@@ -55,7 +55,8 @@ MODEL_FILES = (
     "1_Pooling/config.json",
 )
 
-
+OTHER_FILES = ("README.md", "adapter_config.json", "model_index.json")
+"""Files that are read where a source has them, and not copied: they say its license, or that it is no model."""
 DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 """Bytes per value of each dtype by safetensors' name. Dtypes that are not listed have one byte."""
 
@@ -89,6 +90,7 @@ class HuggingFaceSource:
     def __init__(self, folder: Path, name: str) -> None:
         self.folder = folder
         self.name = name
+        _check_is_model(folder)
         whole = read_config(folder / "config.json", _missing(folder / "config.json"))
         self.config: dict[str, Any] = normalized(whole)
         self._has_other_parts = is_whole(whole)
@@ -336,13 +338,31 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [*MODEL_FILES, "README.md", "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
+        patterns = [*MODEL_FILES, *OTHER_FILES, "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"There is no folder {name}, and the hub has no such model within reach: {reason}") from error
+
+
+def _check_is_model(folder: Path) -> None:
+    """Raises UserError for a folder of an adapter or of a diffusion model, which people take for a model's."""
+    if (folder / "config.json").exists():
+        return
+    if (folder / "adapter_config.json").is_file():
+        settings = read_json(folder / "adapter_config.json", "")
+        base = settings.get("base_model_name_or_path") or "its base model"
+        raise UserError(
+            f"{folder} holds an adapter of {base}, and no whole model: load both with PEFT, call merge_and_unload(), "
+            "save the result with save_pretrained(), and give that folder."
+        )
+    if (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{folder} holds a diffusion model (model_index.json), and only language models and encoders of text are "
+            "quantized: give the folder of one of them."
+        )
 
 
 def _missing(path: Path) -> str:
