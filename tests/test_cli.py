@@ -372,7 +372,7 @@ def test_bad_input_is_one_sentence(
         (
             "adapter_config.json",
             '{"base_model_name_or_path": "org/base"}',
-            "an adapter of org/base, and no whole model",
+            "an adapter of org/base, and no",
         ),
         ("model_index.json", "{}", "a diffusion model"),
     ],
