@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from family_cases import CASES, export, make_tokenizer, randomized
+from family_cases import pieces as pieces
 from transformers import AutoConfig
 
 from lqexport.converters.models.architectures import architecture_of
@@ -32,6 +33,7 @@ EARS = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encod
 QWEN2_EYES = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
 QWEN2_5_EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 QWEN3_EYES = QWEN2_5_EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+GEMMA4_EYES = VISION | {"head_dim": 16, "pooling_kernel_size": 1}
 QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -44,6 +46,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Lfm2Vl": ("lfm2", VISION | {"model_type": "siglip2_vision_model"}, "llama-bpe"),
     "InternVL": ("qwen3", INTERN, "qwen2"),
     "Qwen2Audio": ("qwen2", EARS, "qwen2"),
+    "Gemma4": ("gemma4_text", GEMMA4_EYES, "pieces without prefix"),
     "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
     "Qwen2_5_VL": ("qwen2_5_vl_text", QWEN2_5_EYES, "qwen2"),
     "Qwen3VL": ("qwen3_vl_text", QWEN3_EYES, "qwen2"),
@@ -51,15 +54,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 """Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
 ARCHITECTURES |= {"Lfm2Vl": "lfm2", "VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
+ARCHITECTURES |= {"Gemma4": "gemma4"}
 ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
 
 
 def whole_model(name: str) -> transformers.PreTrainedModel:
     """Returns a small random model with a text part and a part for images or sound."""
     model_type, other, _ = MODELS[name]
-    text = CASES["qwen2" if model_type.startswith("qwen") else model_type][1]
+    text = CASES["qwen2" if model_type.startswith("qwen") else model_type.removesuffix("_text")][1]
     text = {key: value for key, value in text.items() if key != "rope_parameters"} | {"model_type": model_type}
-    if model_type.endswith("_text"):
+    if model_type.startswith("qwen") and model_type.endswith("_text"):
         text |= {"rope_parameters": QWEN3_ROPE if name == "Qwen3VL" else QWEN2_ROPE}
     other_part = {"audio_config" if name == "Qwen2Audio" else "vision_config": other}
     config = getattr(transformers, f"{name}Config")(text_config=text, tie_word_embeddings=False, **other_part)
@@ -69,10 +73,10 @@ def whole_model(name: str) -> transformers.PreTrainedModel:
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_of_the_text_part_are_those_of_the_whole_model(name: str, tmp_path: Path) -> None:
+def test_logits_of_the_text_part_are_those_of_the_whole_model(name: str, tmp_path: Path, pieces: Path) -> None:
     model = whole_model(name)
     model.save_pretrained(tmp_path / "hf")
-    make_tokenizer(MODELS[name][2], tmp_path).save_pretrained(tmp_path / "hf")
+    make_tokenizer(MODELS[name][2], pieces).save_pretrained(tmp_path / "hf")
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([TOKENS])).logits[0].numpy()
     path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))

@@ -89,7 +89,9 @@ def outcome_or_refusal(config: Config) -> Outcome:
     except UserError as error:
         return ("refused", str(error))
     name = next((key for key in metadata if key.endswith(PATTERN)), None)
-    pattern = layer_types(metadata[name], config.get("num_hidden_layers", 3)) if name else None
+    pattern = metadata[name] if name else None
+    if isinstance(pattern, int):
+        pattern = layer_types(pattern, config.get("num_hidden_layers", 3))
     return family, tied, {key: value for key, value in metadata.items() if key != name}, pattern, factors
 
 

@@ -47,6 +47,7 @@ def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
         return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2 is not None), "native"
     windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
     windows = "-" if entry.period == 1 or entry.encoder else windows if entry.period else "context cut to one"
+    windows = "any blocks" if entry.any_windows else windows
     tests = "test_encoders.py" if entry.encoder else ", ".join(cases)
     return entry.family, classes, f"`{entry.gguf}`", rope_types, windows, _yes(entry.exl2 is not None), tests
 

@@ -13,7 +13,14 @@ from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.models.architecture import FIRST, KEY_HEADS, MEAN, Architecture, Config
 from lqexport.converters.models.hf_defaults import default_of
-from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS, head_dim, llama3_factors
+from lqexport.converters.models.rope import (
+    LONG_FACTORS,
+    NOT_ROTATED,
+    ROPE_FACTORS,
+    SHORT_FACTORS,
+    head_dim,
+    llama3_factors,
+)
 from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.errors import UserError
 
@@ -81,6 +88,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
     config |= {key: list(values) for key, values in architecture.per_block.items()}
+    config |= architecture.restored(config)
     return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
 
 
@@ -138,6 +146,8 @@ def _special_tokens(metadata: Metadata) -> Config:
 
 
 def _windows(metadata: Metadata, config: Config) -> Config:
+    if metadata.architecture.any_windows:
+        return _any_windows(metadata, config)
     period = metadata.architecture.period
     if period is None:
         return {}
@@ -152,6 +162,14 @@ def _windows(metadata: Metadata, config: Config) -> Config:
     }
 
 
+def _any_windows(metadata: Metadata, config: Config) -> Config:
+    given = metadata.get(WINDOW_PERIOD)
+    if not isinstance(given, list) or len(given) != config["num_hidden_layers"]:
+        raise UserError(f"{metadata.source} does not say for each block whether it has a sliding window.")
+    types = [SLIDING if has_window else FULL for has_window in given]
+    return {"layer_types": types, "sliding_window": int(metadata.number("attention.sliding_window"))}
+
+
 def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]]) -> Config:
     rope = {"rope_type": "default", "rope_theta": _decimal(metadata.number("rope.freq_base", 10000.0))}
     if (columns := head_dim(config)) < 1:
@@ -160,7 +178,9 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
     if (rotated != columns or metadata.architecture.partial) and not metadata.architecture.latent:
         rope["partial_rotary_factor"] = rotated / columns
     rope |= _scaling(metadata, factors) | _keys(metadata, rope=True)
-    if ROPE_FACTORS in factors:
+    if ROPE_FACTORS in factors and "proportional" in metadata.architecture.rope_types:
+        rope |= _proportional(factors[ROPE_FACTORS])
+    elif ROPE_FACTORS in factors:
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
     if metadata.architecture.one_theta or metadata.get(WINDOW_THETA) is not None:
         theta = rope["rope_theta"] if metadata.architecture.one_theta else _decimal(metadata.number(WINDOW_THETA))
@@ -203,6 +223,12 @@ def _mscale(metadata: Metadata) -> dict[str, Any]:
         return {}
     mscale = _decimal(multiplier / usual)
     return {"mscale": mscale, "mscale_all_dim": mscale}
+
+
+def _proportional(factors: NDArray[Any]) -> dict[str, Any]:
+    rotated = factors[factors < NOT_ROTATED / 2]
+    factor = {"factor": _decimal(rotated[0])} if len(rotated) and rotated[0] != 1 else {}
+    return {"rope_type": "proportional", "partial_rotary_factor": len(rotated) / len(factors)} | factor
 
 
 def _llama3(metadata: Metadata, config: Config, rope: dict[str, Any], factors: NDArray[Any]) -> dict[str, Any]:

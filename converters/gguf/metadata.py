@@ -12,6 +12,7 @@ from gguf import GGUFWriter, RopeScalingType
 from lqexport.converters.gguf.mixes import file_type
 from lqexport.converters.gguf.support import check_supported, window, window_period
 from lqexport.converters.models.architecture import KEY_HEADS, Architecture, Config, Key
+from lqexport.converters.models.hf_defaults import SLIDING
 from lqexport.converters.models.rope import (
     head_dim,
     longrope_attention,
@@ -81,12 +82,13 @@ def _context(architecture: Architecture, config: Config) -> int:
     Where llama.cpp ignores sliding windows, that is at most one window.
     """
     longest = _size(config, "max_position_embeddings")
-    narrow = window(config) if architecture.period is None else None
+    narrow = window(config) if architecture.period is None and not architecture.any_windows else None
     return min(longest, narrow or longest)
 
 
 def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
-    value = (rope_settings(config) if key.rope else config).get(key.config, key.default)
+    value = (rope_settings(config) if key.rope else config).get(key.config)
+    value = key.default if value is None else value
     if value is None:
         raise UserError(f"config.json gives no {key.config}.")
     if key.many:
@@ -98,9 +100,12 @@ def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
 
 def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) -> None:
     period = window_period(architecture, config)
-    if period is None:
+    if period is None and not architecture.any_windows:
         return
-    writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
+    if period is not None:
+        writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
+    else:
+        writer.add_sliding_window_pattern([block_type == SLIDING for block_type in config["layer_types"]])
     writer.add_sliding_window(window(config) or 0)
     if (theta := window_theta(config)) is not None and not architecture.one_theta:
         writer.add_float32(f"{writer.arch}.{WINDOW_THETA}", theta)

@@ -73,7 +73,7 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
         )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
-    if architecture.period is not None:
+    if architecture.period is not None or architecture.any_windows:
         check_window_scaling("llama.cpp", architecture, config)
         _check_window_theta(architecture, config)
     if architecture.rope_sections:

@@ -28,7 +28,7 @@ class Key:
     name         its GGUF key is `ARCHITECTURE.name`
     config       its key in config.json
     value_type   int, float or bool
-    default      the value where config.json does not have the key; None where it must have it
+    default      the value where config.json does not have the key or has null; None where it must have it
     rope         whether config.json has it among the settings of the rotary embedding (`rope_parameters`)
     many         whether config.json has a list of such values, and GGUF an array, such as one value for each block
     """
@@ -113,6 +113,7 @@ class Architecture:
     former      older key of config.json -> the usual name. transformers takes the older key where config.json has both
     reads       further keys that `derived` reads
     derived     returns values that follow from the rest of config.json; they replace what it says
+    restored    returns values of config.json that follow from those read from a GGUF file; they replace these
     fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
     same        key of config.json -> the key whose value it must have; any other value is refused
     flags       key of config.json -> the module whose bias shows that it is true
@@ -126,6 +127,7 @@ class Architecture:
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
                 no longer than one window
+    any_windows  whether GGUF says for each block whether it has a sliding window, so that no pattern is needed
     one_theta   whether config.json has rotary settings for each type of blocks, and llama.cpp rotates all blocks with
                 one `rope_theta`
     needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
@@ -170,6 +172,7 @@ class Architecture:
     former: dict[str, str] = field(default_factory=dict)
     reads: tuple[str, ...] = ()
     derived: Callable[[Config], Config] = lambda config: {}
+    restored: Callable[[Config], Config] = lambda config: {}
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
@@ -179,6 +182,7 @@ class Architecture:
     unrounded_yarn: bool = False
     mscale: float | None = None
     period: int | None = None
+    any_windows: bool = False
     one_theta: bool = False
     needs_windows: bool = False
     free_heads: bool = True
@@ -213,7 +217,8 @@ class Architecture:
 
     def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
         """Returns the groups of `linears` that the block with this number has."""
-        return tuple(group for group in self.linears if self.has(block, group[0]))
+        groups = (tuple(linear for linear in group if self.has(block, linear)) for group in self.linears)
+        return tuple(group for group in groups if group)
 
     def has(self, block: int, module: str) -> bool:
         """Whether the block with this number has a module or tensor of `gguf_block` or `gguf_tensors`."""

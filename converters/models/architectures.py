@@ -16,7 +16,7 @@ from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B
-from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3
+from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE
 from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import GRANITE, GRANITE_MOE
@@ -51,6 +51,8 @@ ARCHITECTURES = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA4,
+    GEMMA4_MOE,
     PHI,
     PHI3,
     MIXTRAL,

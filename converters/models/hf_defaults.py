@@ -50,7 +50,7 @@ def filled_in(architecture: Architecture, config: Config) -> Config:
         return config
     made = _made(config_class, config)
     rotary = _missing_rotary(config, getattr(made, "rope_parameters", None) or {})
-    return config | {key: getattr(made, name) for key, name in names.items()} | rotary
+    return config | {key: _value(made, name) for key, name in names.items()} | rotary
 
 
 def _name_of(architecture: Architecture, values: Config, key: str) -> str:
@@ -73,8 +73,9 @@ def _missing_rotary(config: Config, rope: Config) -> Config:
         return {"rope_parameters": rope}
     keys = ("rope_theta", "partial_rotary_factor")
     missing = {key: full[key] for key in keys if key in full and key not in own_full}
-    if SLIDING in rope and "rope_theta" not in (own.get(SLIDING) or {}):
-        missing["rope_local_base_freq"] = rope[SLIDING]["rope_theta"]
+    theta = (rope.get(SLIDING) or {}).get("rope_theta")
+    if theta is not None and "rope_theta" not in (own.get(SLIDING) or {}):
+        missing["rope_local_base_freq"] = theta
     return {key: value for key, value in missing.items() if config.get(key) is None}
 
 
@@ -104,3 +105,8 @@ def _made(config_class: Any, config: Config) -> Any:
         return config_class(**copy.deepcopy(options))  # transformers adds keys to the rotary settings in place
     except Exception:  # each class raises exceptions of its own
         return config_class()
+
+
+def _value(made: Any, name: str) -> Any:
+    """Returns a value of a config. An attribute that some blocks replace by their own cannot be asked for by name."""
+    return vars(made)[name] if name in vars(made) else getattr(made, name)

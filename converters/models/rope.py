@@ -14,7 +14,9 @@ from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.errors import UserError
 
 ROPE_FACTORS = "rope_freqs.weight"
-"""The GGUF tensor that holds `llama3_factors`."""
+"""The GGUF tensor that holds `llama3_factors` or `proportional_factors`."""
+NOT_ROTATED = 1e30
+"""The divisor of the rotary frequency of a pair of columns that is not rotated; llama.cpp's converter has the same."""
 LONG_FACTORS, SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 """The GGUF tensors that hold longrope's `long_factor` and `short_factor`."""
 
@@ -48,16 +50,23 @@ def window_theta(config: dict[str, Any]) -> float | None:
 
 
 def head_dim(config: dict[str, Any]) -> int:
-    """Returns the number of columns of a query head; the default is hidden_size / heads."""
+    """Returns the number of columns of a query head; the default is hidden_size / heads.
+
+    Where heads have another size in blocks with a sliding window, it is the size in the blocks that attend to the whole
+    context.
+    """
     if "qk_rope_head_dim" in config:
         return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
-    return int(config.get("head_dim") or config["hidden_size"] // head_count(config))
+    size = config.get("global_head_dim") or config.get("head_dim")
+    return int(size or config["hidden_size"] // head_count(config))
 
 
 def rotary_dim(config: dict[str, Any]) -> int:
-    """Returns how many columns of a head are rotated."""
+    """Returns how many columns of a head are rotated; the type `proportional` rotates all, some of them by zero."""
     if "qk_rope_head_dim" in config:
         return int(config["qk_rope_head_dim"])
+    if rope_settings(config)["rope_type"] == "proportional":
+        return head_dim(config)
     return int(head_dim(config) * (rope_settings(config).get("partial_rotary_factor") or 1.0))
 
 
@@ -81,6 +90,8 @@ def rope_factors(config: dict[str, Any]) -> dict[str, NDArray[np.float32]]:
     settings = rope_settings(config)
     if settings["rope_type"] == "llama3":
         return {ROPE_FACTORS: llama3_factors(config)}
+    if settings["rope_type"] == "proportional":
+        return {ROPE_FACTORS: proportional_factors(config)}
     if settings["rope_type"] == "longrope":
         keys = {LONG_FACTORS: "long_factor", SHORT_FACTORS: "short_factor"}
         return {name: _long_factors(settings, key, rotary_dim(config) // 2) for name, key in keys.items()}
@@ -108,6 +119,19 @@ def longrope_attention(config: dict[str, Any]) -> float:
         raise UserError("config.json: rope scaling of type longrope needs original_max_position_embeddings.")
     factor = settings.get("factor") or config["max_position_embeddings"] / original
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+
+
+def proportional_factors(config: dict[str, Any]) -> NDArray[np.float32]:
+    """Returns the divisors of the rotary frequencies for rope_type `proportional`, float32 [rotary_dim / 2].
+
+    The first `partial_rotary_factor` of the pairs of columns have the divisor `factor`. The others are not rotated:
+    `NOT_ROTATED` makes their frequency zero (`_compute_proportional_rope_parameters` of transformers).
+    """
+    settings, pairs = rope_settings(config), rotary_dim(config) // 2
+    rotated = int((settings.get("partial_rotary_factor") or 1.0) * rotary_dim(config) // 2)
+    factors = np.full(pairs, NOT_ROTATED, np.float32)
+    factors[:rotated] = settings.get("factor") or 1.0
+    return factors
 
 
 def llama3_factors(config: dict[str, Any]) -> NDArray[np.float32]:

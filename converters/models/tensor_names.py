@@ -8,7 +8,7 @@ from typing import Any
 from lqexport.converters.models.architecture import EACH, Architecture
 from lqexport.errors import UserError
 
-_EXPERT = re.compile(r"\.experts\.(\d+)\.")
+_EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
 
 
 def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
@@ -60,12 +60,12 @@ def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] 
 def expert_number(name: str) -> int | None:
     """Returns the number of the expert that a tensor belongs to; None for a tensor of no expert."""
     match = _EXPERT.search(name)
-    return int(match[1]) if match else None
+    return int(match[2]) if match else None
 
 
 def of_each_expert(name: str) -> str:
     """Returns a tensor's name with `*` in place of an expert's number."""
-    return _EXPERT.sub(f".experts.{EACH}.", name)
+    return _EXPERT.sub(rf"\1experts.{EACH}.", name)
 
 
 def is_linear(architecture: Architecture, name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from lqexport.converters.models.architecture import Architecture, Config
 
 WITH_TEXT_PARTS = (
+    "Gemma4ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
@@ -25,7 +26,7 @@ RENAMED = {
 }
 """Regular expression -> replacement; together they turn the text part's tensor names into those of its family."""
 OTHER_PARTS = (
-    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower)\.|"
+    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower|embed_(vision|audio))\.|"
     r"^(model\.)?image_newline$"
 )
 """A regular expression for the tensors of the other parts."""

@@ -16,7 +16,8 @@ Sizes = dict[str, set[tuple[int, ...]]]
 def check_shapes(file: OpenFile) -> Iterator[Problem]:
     """Yields the tensors whose shape is not the one that the metadata gives.
 
-    A tensor whose shape the metadata does not give as one number, or of an attention with latent keys, is not compared.
+    A tensor whose shape the metadata does not give as one number, or of an attention with latent keys or with heads of
+    two sizes, is not compared.
     In an architecture of which we have no entry, another shape is a warning.
     """
     expected = _expected(file)
@@ -57,7 +58,8 @@ def _expected(file: OpenFile) -> Sizes:
 def _attention(file: OpenFile, hidden: int | None) -> dict[str, list[tuple[int | None, ...]]]:
     heads, keys = file.count("attention.head_count"), file.get("attention.head_count_kv") or None
     keys = heads if keys is None else file.count("attention.head_count_kv")
-    if not file.entries or any(entry.latent for entry in file.entries) or hidden is None or heads is None:
+    several_sizes = file.get("attention.key_length_swa") is not None or any(entry.latent for entry in file.entries)
+    if not file.entries or several_sizes or hidden is None or heads is None:
         return {}
     width = file.count("attention.key_length") or hidden // heads
     value_width = file.count("attention.value_length") or width

@@ -254,11 +254,13 @@ class BlockModel:
         tied = self.architecture.output not in self.weights.names()
         self._loaded(self.architecture.output.removesuffix(".weight"), self.architecture.embedding if tied else None)
         states = self.normed(hidden, norm_state)
-        # The model itself computes the logits, since it may scale or cap them. It takes three dimensions.
-        self._model.set_submodule(self._body_name, _FixedBody(states.reshape(1, -1, states.shape[-1])))
-        logits = self._model(input_ids=None).logits
+        # The model itself computes the logits, since it may scale or cap them. It takes three dimensions, and some
+        # models look at the shape of the token ids.
+        states = states.reshape(1, -1, states.shape[-1])
+        self._model.set_submodule(self._body_name, _FixedBody(states))
+        logits = self._model(torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)).logits
         self._model.set_submodule(self._body_name, self._body)
-        return logits.reshape(*states.shape[:-1], -1)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns an encoder's embeddings [batch, hidden], normalized to length 1.

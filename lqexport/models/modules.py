@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import expert_number
 from lqexport.errors import UserError
 
 Gate = Callable[[Tensor, Tensor], Tensor]
@@ -113,8 +114,9 @@ def _made_by_transformers(config: dict[str, Any], auto_class: Any, dtype: torch.
 
 def _replace_by_linears(block: nn.Module, architecture: Architecture) -> None:
     if architecture.experts:
-        # `mlp.experts.*.gate_proj` -> `mlp.experts`. The first blocks may have no experts.
-        name = architecture.linears[-1][0].split(".experts.")[0] + ".experts"
+        # `mlp.experts.0.gate_proj` -> `mlp.experts`. The first blocks may have no experts.
+        linear = next(name for group in architecture.linears for name in group if expert_number(name) is not None)
+        name = linear.partition("experts.")[0] + "experts"
         if name in dict(block.named_modules()):
             block.set_submodule(name, Experts(block.get_submodule(name)))
     for name in architecture.transposed:

@@ -101,6 +101,13 @@ LFM2_MOE |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size"
 EXPERT_CASES += ("lfm2moe",)
 UNSMOOTHED += ("lfm2", "lfm2moe")
 
+GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
+GEMMA4 |= {"pad_token_id": 0, "sliding_window": 16, "num_hidden_layers": 3, "hidden_size_per_layer_input": 0}
+GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+GEMMA4_EXPERTS |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
+UNSMOOTHED += ("gemma4", "gemma4-moe")
+
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
@@ -114,6 +121,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
     "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
+    "gemma4": ("Gemma4TextConfig", SIZES | GEMMA4 | {"final_logit_softcapping": 5.0}, "pieces without prefix"),
+    "gemma4-moe": ("Gemma4TextConfig", SIZES | GEMMA4 | GEMMA4_EXPERTS, "pieces without prefix"),
     "phi3": ("Phi3Config", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, "pieces"),
     "phi3-short": (
         "Phi3Config",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, ExLlamaV2, Key
+from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key
 from lqexport.converters.models.families.parts import (
     ATTENTION,
     BEFORE_AND_AFTER,
@@ -13,6 +13,7 @@ from lqexport.converters.models.families.parts import (
     rope_of_both_types,
 )
 from lqexport.converters.models.families.qwen import QWEN2
+from lqexport.converters.models.hf_defaults import FULL, SLIDING
 
 GEMMA = replace(
     QWEN2,
@@ -78,4 +79,129 @@ GEMMA3 = replace(
     period=6,
     needs_windows=False,
     wide_scale=62,
+)
+
+
+def _gemma4(config: Config) -> Config:
+    """Returns the types and sizes of the blocks, which config.json gives for both types of blocks, or for each block.
+
+    `per_layer_config` is what transformers 5.23 makes of `global_head_dim` and `num_global_key_value_heads`.
+    """
+    layers, width = config.get("num_hidden_layers", 0), config.get("intermediate_size", 0)
+    types = list(config.get("layer_types") or [FULL if (layer + 1) % 6 == 0 else SLIDING for layer in range(layers)])
+    types[-1:] = [FULL]
+    by_block = {int(block): values for block, values in (config.get("per_layer_config") or {}).items()}
+    full = next(iter(by_block.values()), None) or _given_for_full_blocks(config)
+    size = full.get("head_dim") or config.get("head_dim")
+    heads = full.get("num_key_value_heads") or config.get("num_key_value_heads")
+    equal = all(by_block.get(layer, {}) == (full if types[layer] == FULL else {}) for layer in range(len(types)))
+    first, double = layers - config.get("num_kv_shared_layers", 0), 1 + bool(config.get("use_double_wide_mlp"))
+    return {
+        "layer_types": types,
+        "global_head_dim": size,
+        "num_global_key_value_heads": heads,
+        "window_head_dim": config.get("head_dim"),
+        "equal_full_blocks": (equal or not by_block) and full.keys() <= {"head_dim", "num_key_value_heads"},
+        "key_value_heads": [heads if each == FULL else config.get("num_key_value_heads") for each in types],
+        "feed_forward_lengths": [width * (double if layer >= first else 1) for layer in range(layers)],
+        "value_projections": [each == SLIDING or not config.get("attention_k_eq_v") for each in types],
+    }
+
+
+def _given_for_full_blocks(config: Config) -> Config:
+    heads = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
+    return {"head_dim": config.get("global_head_dim") or 512, "num_key_value_heads": heads}
+
+
+def _gemma4_from_gguf(config: Config) -> Config:
+    """Returns the keys of config.json of which `_gemma4` makes what a GGUF file says of each block."""
+    types, heads, widths = config["layer_types"], config["key_value_heads"], config["feed_forward_lengths"]
+    own = range(len(types) - config["num_kv_shared_layers"])
+    in_windows = [count for count, each in zip(heads * len(types), types, strict=False) if each == SLIDING]
+    in_full = [count for count, each in zip(heads * len(types), types, strict=False) if each == FULL]
+    return {
+        "head_dim": config["window_head_dim"],
+        "global_head_dim": config["head_dim"],
+        "num_key_value_heads": max(in_windows or heads),
+        "num_global_key_value_heads": max(in_full or heads),
+        "attention_k_eq_v": not all(config["value_projections"][layer] for layer in own),
+        "intermediate_size": widths[0],
+        "use_double_wide_mlp": widths[-1] != widths[0],
+        "final_logit_softcapping": config["final_logit_softcapping"] or None,
+    }
+
+
+GEMMA4 = replace(
+    GEMMA3,
+    family="Gemma 4 31B (of models with images: the text part)",
+    classes=("Gemma4ForCausalLM",),
+    model_type="gemma4_text",
+    gguf="gemma4",
+    exl2=None,
+    when={"enable_moe_block": (False,), "hidden_size_per_layer_input": (0, None)},
+    gguf_tensors={"layer_scalar": "layer_output_scale.weight"},
+    only={"self_attn.v_proj": ("value_projections", (True,))},
+    renamed={},
+    unused=GEMMA2.unused,
+    norm_plus=0,
+    keys=(
+        RMS_NORM,
+        Key("final_logit_softcapping", "final_logit_softcapping", float, 0.0),
+        Key("attention.head_count_kv", "key_value_heads", many=True),
+        Key("feed_forward_length", "feed_forward_lengths", many=True),
+        Key("attention.key_length_swa", "window_head_dim"),
+        Key("attention.value_length_swa", "window_head_dim"),
+        Key("rope.dimension_count_swa", "window_head_dim"),
+        Key("attention.shared_kv_layers", "num_kv_shared_layers", default=0),
+        Key("embedding_length_per_layer_input", "hidden_size_per_layer_input", default=0),
+    ),
+    reads=("attention_k_eq_v", "use_double_wide_mlp", "num_kv_shared_layers"),
+    derived=_gemma4,
+    restored=_gemma4_from_gguf,
+    fixed={
+        "hidden_activation": ("gelu_pytorch_tanh",),
+        "attention_bias": (False,),
+        "use_bidirectional_attention": (None, "vision"),  # text is read from left to right in both
+        "equal_full_blocks": (True,),
+        "num_kv_shared_layers": (0,),
+    },
+    rope_types=("proportional",),
+    partial=True,
+    period=None,
+    any_windows=True,
+    wide_scale=None,
+)
+
+GEMMA4_MOE = replace(
+    GEMMA4,
+    family="Gemma 4 26B A4B (of models with images: the text part)",
+    when={"enable_moe_block": (True,), "hidden_size_per_layer_input": (0, None)},
+    linears=(
+        *GEMMA4.linears,
+        ("experts.*.gate_proj", "experts.*.up_proj"),
+        ("experts.*.down_proj",),
+    ),
+    gguf_block=GEMMA4.gguf_block
+    | {
+        "post_feedforward_layernorm_1": "post_ffw_norm_1",
+        "pre_feedforward_layernorm_2": "pre_ffw_norm_2",
+        "post_feedforward_layernorm_2": "post_ffw_norm_2",
+        "router.proj": "ffn_gate_inp",
+        "experts.*.gate_proj": "ffn_gate_exps",
+        "experts.*.up_proj": "ffn_up_exps",
+        "experts.*.down_proj": "ffn_down_exps",
+    },
+    gguf_tensors=GEMMA4.gguf_tensors
+    | {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"},
+    stacked={
+        "experts.gate_up_proj": ("experts.*.gate_proj", "experts.*.up_proj"),
+        "experts.down_proj": ("experts.*.down_proj",),
+    },
+    experts="num_experts",
+    keys=(
+        *GEMMA4.keys,
+        Key("expert_count", "num_experts"),
+        Key("expert_used_count", "top_k_experts"),
+        Key("expert_feed_forward_length", "moe_intermediate_size"),
+    ),
 )
