@@ -44,8 +44,7 @@ class Layer:
     """The facts about a tensor's decoder block and model by which llama.cpp's rules choose its type.
 
     architecture     llama.cpp's name of the architecture
-    index, count     number of the tensor's decoder block, and number of all blocks; for one of `VALUES`, among the blocks
-                     that have one
+    index, count     number of the tensor's decoder block, and number of all blocks
     queries_per_key  number of query heads that share one key head
     experts          number of experts of a block, 0 where there are none
     """
@@ -122,9 +121,6 @@ _FALCON: dict[str, dict[str, Rule]] = {
     },
 }
 """The rules that are different for Falcon."""
-
-VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
-"""Matrices that compute values, alone or with others. llama.cpp counts them to choose their types."""
 
 _ALIKE = {"attn_qkv": "attn_v", "attn_kv_b": "attn_v", "ffn_down_exps": "ffn_down", "ffn_down_shexp": "ffn_down"}
 """Fused or stacked matrix -> the matrix whose rules it follows."""
