@@ -3,7 +3,7 @@
     gguf:TYPE       every linear of the decoder blocks in one GGUF type; embedding and output in Q8_0 (for F32, F16 and
                     BF16: in that type); norms and biases in F32
     gguf:MIX        llama.cpp's mixes, which give each tensor its type by llama.cpp's rules: Q3_K_S/M/L, Q4_K_S/M,
-                    Q5_K_S/M, Q2_K_S, and Q2_K_M and Q6_K_M, which llama.cpp calls Q2_K and Q6_K
+                    Q5_K_S/M, Q2_K_S, Q2_K_M and Q6_K_M, which llama.cpp calls Q2_K and Q6_K, and MXFP4_MOE
     gguf:auto       the types that the caller gives (`lqexport.pipeline.types_by_size` chooses them), else Q8_0
     native:CODEC    every linear in a native codec; embedding and output in F16; norms and biases in F32
 
@@ -197,7 +197,7 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
     module = block_module(architecture, name)
     if module is None:
         separate = name == architecture.embedding and not is_tied(config)
-        return MIXES[mix] if separate else mix_output(str(architecture.gguf), columns)
+        return MIXES[mix] if separate else mix_output(mix, str(architecture.gguf), columns)
     experts = config.get(architecture.experts, 0) if architecture.experts else 0
     gguf_module = architecture.gguf_block[module[1]]
     index, count = module[0], _layers(config)

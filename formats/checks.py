@@ -81,8 +81,8 @@ def _check_scales(
     if not isinstance(scales, Scales) or expected is None or scales.format != expected:
         raise ValueError(f"The grid is not one of {codec.name}: it has another {number} format.")
     rows, groups = shape[0], expected.groups(shape[1])
-    arrays = {
-        "supers": (scales.supers, np.float16, (rows, groups // expected.span)),
+    arrays: dict[str, tuple[np.ndarray, type[np.generic] | np.dtype, tuple[int, ...]]] = {
+        "supers": (scales.supers, expected.dtype, (rows, groups // expected.span)),
         "subs": (scales.subs, np.int16, (rows, groups)),
     }
     for name, (array, dtype, expected_shape) in arrays.items():
@@ -93,7 +93,10 @@ def _check_scales(
             )
     if not np.isfinite(scales.supers).all():
         raise ValueError(f"A {number} of {codec.name} is infinite or not a number.")
-    if expected.power and np.any(np.frexp(scales.supers)[0] != 0.5):
-        raise ValueError(f"A {number} of {codec.name} is not a power of two.")
+    if expected.powers is not None:
+        mantissa, power = np.frexp(scales.supers)  # frexp writes 2^k as 0.5 * 2^(k + 1)
+        low, high = expected.powers
+        if np.any(mantissa != 0.5) or power.min() <= low or power.max() > high + 1:
+            raise ValueError(f"A {number} of {codec.name} is not a power of two from 2^{low} to 2^{high}.")
     if scales.subs.min() < expected.low or scales.subs.max() > expected.high:
         raise ValueError(f"The {number} subs of {codec.name} must lie in {expected.low}..{expected.high}.")

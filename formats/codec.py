@@ -36,7 +36,8 @@ class ScaleFormat:
     span    groups that share one float16 (a superblock has `span` groups)
     low, high   range of the integer that each group stores; both are 1 if the float16 alone is the number
     sign    -1 if the format subtracts the stored number (the mins of K-quants), else 1
-    power   whether the float16 must be a power of two, because the format stores only its exponent
+    powers  where the format stores only an exponent: the lowest and the highest, and the float16 is a float32 then,
+            a power of two; None for any float16
     """
 
     group: int
@@ -44,7 +45,12 @@ class ScaleFormat:
     low: int = 1
     high: int = 1
     sign: int = 1
-    power: bool = False
+    powers: tuple[int, int] | None = None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of `Scales.supers`."""
+        return np.dtype(np.float32 if self.powers else np.float16)
 
     @property
     def two_level(self) -> bool:
@@ -74,12 +80,12 @@ class GroupNumbers(Protocol):
 class Scales:
     """Scales or offsets as a file stores them, one per row and group.
 
-    supers   float16 [rows, groups / span], the float16 of each superblock
+    supers   format.dtype [rows, groups / span], the float16 or the power of two of each superblock
     subs     int16 [rows, groups], the integer of each group, within [format.low, format.high]
     """
 
     format: ScaleFormat
-    supers: NDArray[np.float16]
+    supers: NDArray[np.floating]
     subs: NDArray[np.int16]
 
     def values(self) -> NDArray[np.float32]:

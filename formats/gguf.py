@@ -24,6 +24,11 @@ from lqexport.formats.codec import Grid, GridCodec, Planes, ScaleFormat, Scales
 CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 """The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
 
+E2M1 = np.array([-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
+"""The levels of MXFP4: twice the values of a floating-point number of 4 bits (`kvalues_mxfp4`), ascending.
+
+Its two zeros have a sign bit or none. ggml decodes both to 0."""
+
 Subs = tuple[NDArray[np.int16], ...]
 """The stored integers of the scale and, if there is one, of the offset: each [rows, blocks, groups of a block]."""
 
@@ -74,6 +79,11 @@ def write_bits(blocks: np.ndarray, fields: tuple[Bits, ...], integers: NDArray[n
         shift += field.bits
 
 
+def e2m1_ranks(stored: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns the rank among the levels `E2M1` of each stored code, a sign bit above three bits of magnitude."""
+    return np.where(stored < 8, stored + np.uint8(8), np.uint8(15) - stored)
+
+
 def integer_levels(low: int, high: int) -> NDArray[np.float32]:
     """Returns the integers low .. high as float32."""
     return np.arange(low, high + 1, dtype=np.float32)
@@ -111,7 +121,7 @@ class _BlockType(GridCodec):
         self._write_codes(blocks, codes.reshape(*blocks.shape, self.block))
         stored = [scales for scales in (grid.scale, grid.offset) if isinstance(scales, Scales)]
         for member, scales in zip(self.supers, stored, strict=True):
-            blocks[member] = scales.supers
+            self._write_super(blocks, member, scales.supers)
         self._write_subs(blocks, tuple(scales.subs.reshape(*blocks.shape, -1) for scales in stored))
         return {"blocks": blocks.view(np.uint8)}
 
@@ -121,7 +131,7 @@ class _BlockType(GridCodec):
         blocks = np.ascontiguousarray(planes["blocks"]).view(self.members)
         formats = [scale_format for scale_format in (self.scale, self.offset) if scale_format is not None]
         scales = [
-            Scales(scale_format, blocks[member].astype(np.float16), subs.reshape(rows, -1))
+            Scales(scale_format, self._read_super(blocks, member), subs.reshape(rows, -1))
             for scale_format, member, subs in zip(formats, self.supers, self._read_subs(blocks), strict=True)
         ]
         return Grid(columns, self.levels, *scales), self._read_codes(blocks).reshape(rows, columns)
@@ -136,6 +146,12 @@ class _BlockType(GridCodec):
 
     def _write_codes(self, blocks: np.ndarray, codes: NDArray[np.uint8]) -> None:
         write_bits(blocks, self.code_bits, codes)
+
+    def _read_super(self, blocks: np.ndarray, member: str) -> NDArray[np.floating]:
+        return blocks[member].astype(np.float16)
+
+    def _write_super(self, blocks: np.ndarray, member: str, supers: NDArray[np.floating]) -> None:
+        blocks[member] = supers
 
     def _read_subs(self, blocks: np.ndarray) -> Subs:
         """Returns ones: the float16 alone is a group's number, unless a subclass says otherwise."""
@@ -239,6 +255,33 @@ class IQ4_XS(_BlockType):
 
     def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
         write_bits(blocks, self.sub_bits, (subs[0] + 32).astype(np.uint8))
+
+
+class MXFP4(_BlockType):
+    """32 weights, 17 bytes: 2^(e - 128) * q with q in E2M1. The byte e is stored without a sign (E8M0).
+
+    A stored code has the sign in its highest bit and the magnitude's rank in the others.
+    """
+
+    name = "gguf:MXFP4"
+    block = 32
+    members = np.dtype([("e", "u1"), ("qs", "u1", 16)])
+    code_bits = (Bits("qs", 4, 16),)
+    supers = ("e",)
+    levels = E2M1
+    scale = ScaleFormat(32, powers=(-128, 127))
+
+    def _read_codes(self, blocks: np.ndarray) -> NDArray[np.uint8]:
+        return e2m1_ranks(super()._read_codes(blocks))
+
+    def _write_codes(self, blocks: np.ndarray, codes: NDArray[np.uint8]) -> None:
+        super()._write_codes(blocks, np.where(codes < 8, 15 - codes, codes - 8))
+
+    def _read_super(self, blocks: np.ndarray, member: str) -> NDArray[np.floating]:
+        return np.ldexp(np.float32(1), blocks[member].astype(np.int32) - 128)
+
+    def _write_super(self, blocks: np.ndarray, member: str, supers: NDArray[np.floating]) -> None:
+        blocks[member] = np.frexp(supers)[1] + 127  # frexp writes 2^k as 0.5 * 2^(k + 1)
 
 
 class Q2_K(_BlockType):
@@ -345,4 +388,4 @@ class Q6_K(_BlockType):
         blocks["scales"] = subs[0]
 
 
-GGUF = (Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K())
+GGUF = (Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), MXFP4(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K())

@@ -156,7 +156,7 @@ def _scales(numbers: NDArray[np.float32], scale_format: ScaleFormat, subs: NDArr
     """Returns scales that store `numbers` with the integers `subs`. Raises ValueError if `scale_format` cannot hold
     the numbers."""
     shared = numbers.reshape(len(numbers), -1, scale_format.span)
-    if scale_format.power or np.any(shared != shared[..., :1]):
+    if scale_format.powers or np.any(shared != shared[..., :1]):
         raise ValueError(
             f"its groups have scales of their own, and here {scale_format.span * scale_format.group} columns share one"
         )

@@ -19,7 +19,7 @@ BITS = (2, 3, 4, 6, 8)
 GROUPS = (16, 32)
 BIAS = 127
 LOWEST, HIGHEST = -24, 15
-"""The lowest and highest power of two that a float16 holds: `Scales` keeps a group's 2^(e - (B - 1)) as a float16."""
+"""The lowest and highest exponent of a group's 2^(e - (B - 1)): those of a float16."""
 
 
 class MXInt(GridCodec):
@@ -41,7 +41,7 @@ class MXInt(GridCodec):
         self.level_count = 2**bits - 1
         largest = 2 ** (bits - 1) - 1
         self.levels = np.arange(-largest, largest + 1, dtype=np.float32)
-        self.scale = ScaleFormat(group, power=True)
+        self.scale = ScaleFormat(group, powers=(LOWEST, HIGHEST))
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """See `codec.Codec`. Raises ValueError if the columns are not a multiple of N."""
@@ -70,7 +70,7 @@ class MXInt(GridCodec):
         codes = unpack_bits(planes["codes"], self.bits, columns)
         if int(codes.max()) >= self.level_count:
             raise ValueError(f"A code of {self.name} has no value.")
-        supers = np.ldexp(np.float16(1), power).astype(np.float16)
+        supers = np.ldexp(np.float32(1), power)
         return Grid(columns, self.levels, Scales(self.scale, supers, np.ones(supers.shape, np.int16))), codes
 
     def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:

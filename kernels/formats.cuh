@@ -20,7 +20,7 @@ struct Planes {
 
 __device__ __forceinline__ float half_at(const u8* bytes) { return to_float(*reinterpret_cast<const __half*>(bytes)); }
 
-// ---- GGUF: rows of blocks. A block has an even number of bytes, so its 16-bit words are aligned.
+// ---- GGUF: rows of blocks. A block has an even number of bytes, so its 16-bit words are aligned (but for MXFP4).
 
 __device__ __forceinline__ u64 eight_bytes(const u8* bytes) {
   const u16* words = reinterpret_cast<const u16*>(bytes);
@@ -121,6 +121,27 @@ struct IQ4_NL : Block32 {
   static const int bytes = 18;
   static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 16>(block + 2, n); }
   static __device__ int level(int code) { return codebook(code); }
+};
+
+// E2M1 of formats/gguf.py, in the order of stored codes: a sign bit above 0 1 2 3 4 6 8 12. ggml has no negative zero.
+struct MXFP4 : Block32 {
+  static const int bytes = 17;
+  // A block has an odd number of bytes, so its words are not aligned.
+  static __device__ u64 codes(const u8* block, u32 n) {
+    u64 integers = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k++) integers |= (u64)integer<4, 16>(block + 1, n + k) << 8 * k;
+    return integers;
+  }
+  static __device__ int level(int code) {
+    const int magnitude = (int)(0x0c08060403020100ull >> 8 * (code & 7) & 255);
+    return code < 8 ? magnitude : -magnitude;
+  }
+  // 2^(e - 128). The two least are subnormal, and a compiler with -ftz=true makes their products 0.
+  static __device__ float scale(const u8* block, u32) {
+    const u32 e = block[0];
+    return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+  }
 };
 
 struct IQ4_XS : Block256 {

@@ -11,7 +11,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-GGUF_NAME = re.compile(r"(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|B?F16|F32|AUTO", re.IGNORECASE)
+GGUF_NAME = re.compile(
+    r"(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|(MXFP4)(?:[_-]?(MOE))?|B?F16|F32|AUTO", re.IGNORECASE
+)
 """GGUF's types and mixes as users type them: in any case, with or without the underscores."""
 FAMILIES = ("gguf", "native", "gptq", "exl2")
 EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
@@ -63,8 +65,8 @@ class Target:
 
     @property
     def gguf_bits(self) -> int | None:
-        """Bits of a GGUF type or mix by its name, such as 4 of `Q4_K_M` and `IQ4_XS`; None for other targets."""
-        bits = re.match(r"I?Q(\d)", self.type) if self.family == "gguf" else None
+        """Bits of a GGUF type or mix by its name, such as 4 of `Q4_K_M` and `MXFP4`; None for other targets."""
+        bits = re.match(r"(?:I?Q|MXFP)(\d)", self.type) if self.family == "gguf" else None
         return int(bits[1]) if bits else None
 
 

@@ -17,6 +17,9 @@ from lqexport.kernels import cuda, cuda_decode
 
 EXTREMES = np.array([0.0, 2.0**-24, -1.5, 65504.0, -0.0, -(2.0**-24), -65504.0], dtype=np.float16)
 
+EXPONENTS = np.array([2, 3, 127, 252], dtype=np.uint8)
+"""Exponents of MXFP4: the two least of normal numbers, that of 1/2, and the largest. GPUs make subnormal numbers 0."""
+
 
 def shapes(name: str) -> list[tuple[int, int]]:
     """Returns shapes [rows, columns]: one block or several; without blocks, tails of fewer than eight columns too."""
@@ -48,7 +51,8 @@ def finite(name: str, array: np.ndarray) -> np.ndarray:
         return array
     blocks = array.view(members)
     for member in codec_named(name).supers:
-        blocks[member] = tame(blocks[member])
+        if blocks[member].dtype == np.float16:
+            blocks[member] = tame(blocks[member])
     return array
 
 
@@ -68,7 +72,8 @@ def with_extreme_scales(name: str) -> Planes:
         elif hasattr(codec_named(name), "members"):
             blocks = planes[plane].view(codec_named(name).members)
             for shift, member in enumerate(codec_named(name).supers):
-                blocks[member] = np.resize(np.roll(EXTREMES, shift), blocks.shape)
+                extremes = EXTREMES if blocks[member].dtype == np.float16 else EXPONENTS
+                blocks[member] = np.resize(np.roll(extremes, shift), blocks.shape)
     return planes
 
 

@@ -55,7 +55,7 @@ def test_every_type_comes_back_bitwise(tmp_path: Path, tokenizer: Tokenizer, nam
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("target", ["gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q4_K", "gguf:Q6_K"])
+@pytest.mark.parametrize("target", ["gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q4_K", "gguf:Q6_K", "gguf:MXFP4"])
 def test_llamacpp_sees_the_weights_that_we_read(tmp_path: Path, target: str) -> None:
     """llama.cpp rounds activations to 8 bits, so its logits are only near ours. Rows in the wrong order are far off."""
     model = make_model(hidden_size=256, intermediate_size=256, attention_bias=True)

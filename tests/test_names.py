@@ -33,6 +33,8 @@ def test_names_that_are_known_keep_their_spelling(name: str) -> None:
         ("Q4_K_M", "gguf:Q4_K_M"),
         ("Q4KM", "gguf:Q4_K_M"),
         ("q4-k-m", "gguf:Q4_K_M"),
+        ("mxfp4", "gguf:MXFP4"),
+        ("mxfp4moe", "gguf:MXFP4_MOE"),
         ("gguf:q4_k_m", "gguf:Q4_K_M"),
         (" GGUF:Q4_K_M ", "gguf:Q4_K_M"),
         ("q2_k", "gguf:Q2_K"),

@@ -9,6 +9,8 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from gguf import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 
 from lqexport.calibration.moments import SecondMoments
 from lqexport.errors import UserError
@@ -29,6 +31,7 @@ FEW = [
     "gguf:Q4_0",
     "gguf:Q4_1",
     "gguf:IQ4_XS",
+    "gguf:MXFP4",
     "native:table-3",
     "native:affine-3-g64",
     "native:mxint-3-g32",
@@ -147,6 +150,21 @@ def test_torch_fit_equals_the_kernel(name: str, problem: tuple[torch.Tensor, tor
         return float((importances * (groups - scale[..., None] * level - shift[..., None]).square()).sum())
 
     assert error(*ours) == pytest.approx(error(*theirs), rel=1e-3)
+
+
+def test_powers_of_mxfp4_are_the_best_of_all(problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """The fit tries five powers of two. Trying all gives the same error, and ggml's rule for them a greater one."""
+    weights = problem[0]
+    codec = codec_named("gguf:MXFP4")
+    grid = fitting.fit(codec, weights, torch.ones_like(weights[0]))
+    fitted = (grid.values(grid.nearest(weights)) - weights).square().unflatten(1, (-1, 32)).sum(2)
+    groups, least = weights.unflatten(1, (-1, 32)), torch.full_like(fitted, torch.inf)
+    for power in range(-24, 16):
+        level = fitting._chosen(groups, torch.full_like(least, 2.0**power), torch.zeros_like(least), grid.levels, False)
+        least = least.minimum((2.0**power * level - groups).square().sum(2))
+    torch.testing.assert_close(fitted, least)
+    theirs = dequantize(quantize(weights.numpy(), GGMLQuantizationType.MXFP4), GGMLQuantizationType.MXFP4)
+    assert float(fitted.sum()) < 0.97 * float(np.square(theirs - weights.numpy()).sum())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

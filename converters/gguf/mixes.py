@@ -22,6 +22,7 @@ MIXES = {
     "Q5_K_S": "Q5_K",
     "Q5_K_M": "Q5_K",
     "Q6_K_M": "Q6_K",
+    "MXFP4_MOE": "Q8_0",
 }
 """Mix -> the type of most of its tensors.
 
@@ -136,6 +137,8 @@ def mix_type(mix: str, module: str, layer: Layer) -> str:
 
     module   GGUF name of the linear's module, such as `attn_v`
     """
+    if mix == "MXFP4_MOE":
+        return "MXFP4" if module.endswith("_exps") else MIXES[mix]
     module = _ALIKE.get(module, module)
     if layer.experts == 8 and module in ("attn_k", "attn_v", "attn_output"):
         return _beside_eight_experts(mix, module)
@@ -152,8 +155,10 @@ def _beside_eight_experts(mix: str, module: str) -> str:
     return "Q8_0"
 
 
-def mix_output(architecture: str, columns: int) -> str:
-    """Returns the type of the output, or of an embedding tied to it, in all `MIXES`."""
+def mix_output(mix: str, architecture: str, columns: int) -> str:
+    """Returns the type of the output, or of an embedding tied to it, in one of `MIXES`."""
+    if mix == "MXFP4_MOE":
+        return MIXES[mix]
     return "Q6_K" if columns % 256 == 0 and architecture != "falcon" else "Q8_0"
 
 
@@ -163,6 +168,7 @@ def file_type(name: str) -> int:
     A pure K type has the number of its S mix, as `llama-quantize --pure` writes it.
     """
     renamed = {"F32": "ALL_F32", "Q2_K_M": "MOSTLY_Q2_K", "Q6_K_M": "MOSTLY_Q6_K"}
+    renamed |= {"MXFP4": "MOSTLY_MXFP4_MOE"}  # llama.cpp has no number for the pure type
     renamed |= {pure: f"MOSTLY_{pure}_S" for pure in ("Q3_K", "Q4_K", "Q5_K")}
     return int(LlamaFileType[renamed.get(name, f"MOSTLY_{name}")])
 

@@ -49,8 +49,8 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
     group_importance = normalized(importance.unflatten(0, (-1, group)))
-    if codec.scale.power:
-        scale = _fit_powers(weights.unflatten(1, (-1, group)), group_importance, levels)
+    if codec.scale.powers:
+        scale = _fit_powers(weights.unflatten(1, (-1, group)), group_importance, levels, uniform)
         offset = torch.zeros_like(scale)
     else:
         scale, offset = search(weights, group_importance, levels, uniform, codec.offset)
@@ -111,7 +111,7 @@ def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
         return TensorGrid(columns, round_half(table), False)
     levels, uniform = shared_levels(codec, weights.device)
     groups = weights.unflatten(1, (-1, codec.scale.group or columns))
-    if codec.scale.power:
+    if codec.scale.powers:
         scale = _covering_power(groups, levels)
         offset = torch.zeros_like(scale)
     else:
@@ -164,25 +164,25 @@ def normalized(importance: Tensor) -> Tensor:
 
 
 def _covering_power(groups: Tensor, levels: Tensor) -> Tensor:
-    """Returns LQER's steps [R, G] for groups [R, G, g]: 2^(e - (B - 1)) with e = ceil(log2 max |w|), for B bits.
+    """Returns the least powers of two [R, G] that put groups [R, G, g] at most 1 beyond the last level.
 
-    The largest weight is then at most one step beyond the last level, 2^(B-1) - 1.
+    In MXINT these are LQER's steps: 2^(e - (B - 1)) with e = ceil(log2 max |w|), for B bits.
     """
     least = (groups.abs().amax(2) / (levels[0, -1] + 1)).clamp(2.0**-24, 2.0**15)
     mantissa = least.frexp().mantissa
     return torch.where(mantissa == 0.5, least, least / mantissa)
 
 
-def _fit_powers(groups: Tensor, importance: Tensor, levels: Tensor) -> Tensor:
+def _fit_powers(groups: Tensor, importance: Tensor, levels: Tensor, uniform: bool) -> Tensor:
     """Returns the powers of two [R, G] with the least weighted squared error for groups [R, G, g].
 
     LQER's power, the next above it and the three below it are tried. `importance` is [G, g].
     """
     covering = _covering_power(groups, levels)
-    best, error = covering, torch.full_like(covering, torch.inf)
+    best, error, none = covering, torch.full_like(covering, torch.inf), torch.zeros_like(covering)
     for multiple in (2.0, 1.0, 0.5, 0.25, 0.125):
         step = (covering * multiple).clamp(2.0**-24, 2.0**15)
-        value = step[..., None] * (groups / step[..., None]).round().clamp(levels[0, 0], levels[0, -1])
+        value = step[..., None] * _chosen(groups, step, none, levels, uniform)
         step_error = (importance * (groups - value).square()).sum(-1)
         best, error = torch.where(step_error < error, step, best), error.minimum(step_error)
     return best

@@ -20,7 +20,7 @@ class Numbers:
     """Stored scales or offsets of a matrix with R rows and G groups of columns in a row.
 
     format   how the file stores them
-    supers   float32 [R, G / span], each exactly a float16: one for each superblock
+    supers   float32 [R, G / span], each as `ScaleFormat` says: one for each superblock
     subs     int16 [R, G], one for each group
     """
 
@@ -42,7 +42,7 @@ class Numbers:
         return Numbers(scales.format, supers, torch.from_numpy(scales.subs).to(device))
 
     def numpy(self) -> Scales:
-        return Scales(self.format, self.supers.cpu().numpy().astype(np.float16), self.subs.cpu().numpy())
+        return Scales(self.format, self.supers.cpu().numpy().astype(self.format.dtype), self.subs.cpu().numpy())
 
 
 def half(values: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ def round_half(values: Tensor) -> Tensor:
 
 def round_super(values: Tensor, format: ScaleFormat) -> Tensor:
     """Returns float32 values rounded to the nearest float16 that the format stores: any, or only powers of two."""
-    if not format.power:
+    if not format.powers:
         return round_half(values)
     values = values.clamp(2.0**-24, 2.0**15)
     below = values / values.frexp().mantissa / 2  # not exp2(log2(x)), which some devices round

@@ -54,4 +54,6 @@ def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stor
     first, last = block.start // grid.group, block.stop // grid.group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), form.power)
+    return cpu.Stored(
+        True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), form.powers is not None
+    )

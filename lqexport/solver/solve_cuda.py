@@ -58,4 +58,4 @@ def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_sol
         return cuda_solve.Stored()
     form, (supers, subs) = numbers.format, _slices(numbers, grid, block)
     copies = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
-    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.power)
+    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.powers is not None)

@@ -91,7 +91,7 @@ def numbers(grid: TensorGrid | TensorSections) -> State:
         return {"levels": grid.levels}
     stored = {"scale": grid.scale, "offset": grid.offset}
     # A power of two cannot change by a little, so it is not tuned.
-    return {name: each.supers for name, each in stored.items() if each is not None and not each.format.power}
+    return {name: each.supers for name, each in stored.items() if each is not None and not each.format.powers}
 
 
 def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:

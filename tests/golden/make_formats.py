@@ -16,6 +16,7 @@ import libgguf
 import numpy as np
 
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
+SMALL_FLOATS = ["MXFP4"]
 SUPERS = {"Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82)} | dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
 """Byte offsets of the float16 numbers in a block; elsewhere at 0."""
 
@@ -30,6 +31,14 @@ def block_type(name: str, rng: np.random.Generator) -> dict:
     blocks = rng.integers(0, 256, (2, size), dtype=np.uint8)
     for at in SUPERS.get(name, (0,)):
         blocks[:, at : at + 2] = floats(rng, (2, 1)).view(np.uint8)
+    return entry(weights, {"blocks": blocks}, libgguf.dequantize_rows(blocks, gguf.GGMLQuantizationType[name]))
+
+
+def small_floats(name: str, rng: np.random.Generator) -> dict:
+    """A type whose blocks begin with exponents or small floating-point scales, one byte each."""
+    weights, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    blocks = rng.integers(0, 256, (2, size), dtype=np.uint8)
+    blocks[:, 0] = (1, 120)  # 2^-127, which is subnormal, and 2^-8
     return entry(weights, {"blocks": blocks}, libgguf.dequantize_rows(blocks, gguf.GGMLQuantizationType[name]))
 
 
@@ -100,6 +109,7 @@ def main() -> None:
     content["gguf-norm:F32"] = entry(5, {"blocks": plus_one.view(np.uint8)}, plus_one - np.float32(1))
     decay = -np.exp(rng.standard_normal((2, 5))).astype("<f4")
     content["gguf-decay:F32"] = entry(5, {"blocks": decay.view(np.uint8)}, np.log(-decay.astype("<f8")))
+    content |= {f"gguf:{name}": small_floats(name, rng) for name in SMALL_FLOATS}
     json.dump(content, sys.stdout, indent=1)
     print()
 

@@ -83,7 +83,9 @@ def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
         groups, most = scale_format.groups(columns), max(abs(scale_format.low), scale_format.high)
         supers = size * random.uniform(0.5, 1, (rows, groups // scale_format.span)) / most
         subs = random.integers(scale_format.low, scale_format.high + 1, (rows, groups))
-        return Scales(scale_format, supers.astype(np.float16), subs.astype(np.int16))
+        if scale_format.powers:
+            supers = np.exp2(np.floor(np.log2(supers)))
+        return Scales(scale_format, supers.astype(scale_format.dtype), subs.astype(np.int16))
 
     span = float(np.ptp(codec.levels))
     offset = scales(codec.offset, -0.2 * (codec.offset.sign if codec.offset else 1))
