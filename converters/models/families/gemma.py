@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key
+from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key, Stack
 from lqexport.converters.models.families.parts import (
     ATTENTION,
     BEFORE_AND_AFTER,
@@ -194,8 +194,8 @@ GEMMA4_MOE = replace(
     gguf_tensors=GEMMA4.gguf_tensors
     | {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"},
     stacked={
-        "experts.gate_up_proj": ("experts.*.gate_proj", "experts.*.up_proj"),
-        "experts.down_proj": ("experts.*.down_proj",),
+        "experts.gate_up_proj": Stack(("experts.*.gate_proj.weight", "experts.*.up_proj.weight")),
+        "experts.down_proj": Stack(("experts.*.down_proj.weight",)),
     },
     experts="num_experts",
     keys=(
