@@ -62,7 +62,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         kept = {key: value for key, value in options.items() if key != "rope_parameters"} | of_blocks
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
-        sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64, "mrope_section": [16, 8, 8]}
+        sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64}
+        sizes |= {} if "linear_num_key_heads" in options else {"mrope_section": [16, 8, 8]}  # others rotate a quarter
         if options.get("q_lora_rank", 0) is None:
             del sizes["num_hidden_layers"]
         hf = getattr(transformers, config_class)(**{key: sizes.get(key, value) for key, value in kept.items()})

@@ -22,8 +22,9 @@ from gguf import GGUFWriter
 from lqexport.converters.factors import B, check_present, corrected_linear, factor_names, is_factor
 from lqexport.converters.gguf.file import check_types, file_entry, write_tensors
 from lqexport.converters.gguf.header import read_header
-from lqexport.converters.gguf.row_order import Order, row_order
+from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
+from lqexport.converters.models.architecture import Order
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.errors import UserError

@@ -22,6 +22,7 @@ from lqexport.converters.models.rope import (
     llama3_factors,
 )
 from lqexport.converters.models.text_parts import SECTIONS
+from lqexport.converters.models.value_heads import TILED
 from lqexport.errors import UserError
 
 
@@ -88,6 +89,8 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
     config |= {key: list(values) for key, values in architecture.per_block.items()}
+    config |= {key: config[other] for key, other in architecture.same.items() if other in config}
+    config |= {TILED: True} if architecture.tiled else {}
     config |= architecture.restored(config)
     return config | {alias: config[name] for alias, name in architecture.aliases.items() if name in config}
 

@@ -16,8 +16,8 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
-from lqexport.converters.gguf.row_order import Order
 from lqexport.converters.gguf.split import ALIGNMENT, in_files, split_paths
+from lqexport.converters.models.architecture import Order
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes

@@ -89,8 +89,6 @@ def _context(architecture: Architecture, config: Config) -> int:
 def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
     value = (rope_settings(config) if key.rope else config).get(key.config)
     value = key.default if value is None else value
-    if value is None:
-        raise UserError(f"config.json gives no {key.config}.")
     if key.many:
         writer.add_array(f"{writer.arch}.{key.name}", [key.value_type(each) for each in value])
         return

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architecture import Architecture, Order
 from lqexport.converters.models.tensor_names import block_module, head_count
+from lqexport.converters.models.value_heads import keys_before, tiled_after
 from lqexport.errors import UserError
-
-Order = NDArray[np.int64]
 
 
 def row_order(architecture: Architecture, config: dict[str, Any], name: str, rows: int) -> Order | None:
@@ -20,9 +18,14 @@ def row_order(architecture: Architecture, config: dict[str, Any], name: str, row
     Returns None where both have the same order. Raises UserError if config.json does not fit the number of rows.
     """
     module = block_module(architecture, name)
-    layout, key = architecture.rows.get(module[1], (None, "")) if module else (None, "")
+    if module is None:
+        return None
+    whole = f"{module[1]}.{module[2]}"
+    layout, key = architecture.rows.get(module[1]) or architecture.rows.get(whole) or (None, "")
     if layout is None:
         return None
+    if layout.startswith("values"):
+        return tiled_after(keys_before(config) if layout == "values_last" else 0, rows, config)
     count = head_count(config, key)
     return rope_order(rows, count) if layout == "rope" else qkv_order(rows, count, head_count(config))
 

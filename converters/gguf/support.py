@@ -24,6 +24,7 @@ def check_supported(architecture: Architecture, config: Config) -> None:
             f"llama.cpp does not run {name}, so there is no GGUF of it. Choose a native target, such as native:table-4."
         )
     check_fixed("llama.cpp", architecture, config)
+    _check_keys(architecture, config)
     _check_rope(architecture, config)
     _check_scale(architecture, config)
     _check_heads(architecture, config)
@@ -48,6 +49,13 @@ def check_fixed(engine: str, architecture: Architecture, config: Config) -> None
                 f"{engine} computes {architecture.classes[0]} with {key} equal to {other}, and config.json has "
                 f"{config[key]!r} and {config.get(other)!r}."
             )
+
+
+def _check_keys(architecture: Architecture, config: Config) -> None:
+    """Raises UserError if config.json lacks a setting that llama.cpp needs."""
+    for key in architecture.keys:
+        if key.default is None and (rope_settings(config) if key.rope else config).get(key.config) is None:
+            raise UserError(f"config.json gives no {key.config}.")
 
 
 def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:

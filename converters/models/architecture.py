@@ -6,8 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Config = dict[str, Any]
 """The content of config.json."""
+Order = NDArray[np.int64]
+"""Numbers of rows or columns, in an order in which they are put or taken."""
 
 MEAN, FIRST = 1, 2
 """How an encoder pools: the mean of all tokens' hidden states, or the first token's hidden state.
@@ -95,9 +100,13 @@ class Architecture:
     only        start of the names of modules and tensors of a block -> key of config.json with one value for each
                 block, and the values with which a block has these, such as `layer_types` and `("full_attention",)`
     per_block   key -> its value for each block, in an entry for a certain model
-    rows        linear -> the order in which llama.cpp wants its rows, and the key of config.json with the number of
-                groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all keys, then
-                all values
+    rows        linear or tensor -> the order in which llama.cpp wants its rows, and the key of config.json with the
+                number of groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all
+                keys, then all values, `values` tiles value heads (`value_heads.py`), and `values_last` those that come
+                after the rows of all queries and keys
+    tiled       linears whose columns are value heads, which llama.cpp wants tiled (`value_heads.py`)
+    parts       fused linear of a checkpoint -> a function of config.json that returns the linears which take its place,
+                each with the numbers of its rows in the fused linear. They are submodules of the fused linear
     transposed  linears that a checkpoint stores as [inputs, outputs]
     stacked     tensor of a block in a checkpoint that holds tensors of all experts -> which ones, and how
     one_row     modules and tensors of a block that are matrices of one row, which GGUF files may hold as vectors
@@ -131,6 +140,7 @@ class Architecture:
     one_theta   whether config.json has rotary settings for each type of blocks, and llama.cpp rotates all blocks with
                 one `rope_theta`
     needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
+    gated       whether the query projection has a query and a gate of the output for each head
     free_heads  whether config.json may give heads another size than hidden_size / heads
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
@@ -158,6 +168,8 @@ class Architecture:
     only: dict[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
     per_block: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
+    tiled: tuple[str, ...] = ()
+    parts: dict[str, Callable[[Config], dict[str, Order]]] = field(default_factory=dict)
     transposed: tuple[str, ...] = ()
     stacked: dict[str, Stack] = field(default_factory=dict)
     one_row: tuple[str, ...] = ()
@@ -185,6 +197,7 @@ class Architecture:
     any_windows: bool = False
     one_theta: bool = False
     needs_windows: bool = False
+    gated: bool = False
     free_heads: bool = True
     square_heads: bool = False
     latent: bool = False

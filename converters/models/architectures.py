@@ -31,7 +31,17 @@ from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
 from lqexport.converters.models.families.openai import GPT_OSS
 from lqexport.converters.models.families.opt import OPT
 from lqexport.converters.models.families.phi import PHI, PHI3
-from lqexport.converters.models.families.qwen import QWEN2, QWEN2_MOE, QWEN2_VL, QWEN3, QWEN3_MOE, QWEN3_VL
+from lqexport.converters.models.families.qwen import (
+    QWEN2,
+    QWEN2_MOE,
+    QWEN2_VL,
+    QWEN3,
+    QWEN3_5,
+    QWEN3_5_MOE,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_VL,
+)
 from lqexport.converters.models.families.seed import SEED_OSS
 from lqexport.converters.models.families.smollm import SMOLLM3
 from lqexport.converters.models.families.stablelm import STABLELM
@@ -62,6 +72,9 @@ ARCHITECTURES = (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V2,
     QWEN2_MOE,
+    QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
     OLMOE,
     GLM4_MOE,
     GLM4_MOE_NORMED,

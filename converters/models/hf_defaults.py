@@ -62,7 +62,8 @@ def _name_of(architecture: Architecture, values: Config, key: str) -> str:
 def _read_keys(architecture: Architecture) -> list[str]:
     counts = [key for key in (architecture.experts, architecture.dense) if key]
     keys = [*READ, *(key.config for key in architecture.keys), *counts, *architecture.reads]
-    return list(dict.fromkeys([*keys, *architecture.when, *architecture.fixed, *architecture.flags]))
+    keys += [*architecture.when, *architecture.fixed, *architecture.same, *architecture.flags]
+    return list(dict.fromkeys(keys))
 
 
 def _missing_rotary(config: Config, rope: Config) -> Config:

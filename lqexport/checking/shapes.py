@@ -66,6 +66,8 @@ def _attention(file: OpenFile, hidden: int | None) -> dict[str, list[tuple[int |
     queries, outputs = heads * width, heads * value_width
     rows = {"attn_q": queries, "attn_k": keys and keys * width, "attn_v": keys and keys * value_width}
     rows["attn_qkv"] = keys and queries + keys * (width + value_width)
+    if any(entry.gated for entry in file.entries):
+        rows |= {"attn_q": 2 * queries, "attn_qkv": None}  # the latter is of blocks with another attention
     table: dict[str, list[tuple[int | None, ...]]] = {f"{name}.weight": [(size, hidden)] for name, size in rows.items()}
     table |= {f"{name}.bias": [(size,)] for name, size in rows.items()}
     return table | {"attn_output.weight": [(hidden, outputs)]}

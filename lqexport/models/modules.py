@@ -7,17 +7,19 @@ are replaced by linears, so that each has a name and a weight [rows, columns] of
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
-from lqexport.converters.models.architecture import Architecture
-from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.architecture import Architecture, Order
+from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import expert_number
+from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.errors import UserError
 
 Gate = Callable[[Tensor, Tensor], Tensor]
@@ -82,6 +84,33 @@ def _gate(stacked: Any) -> Gate:
     return lambda gate, up: settings._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
 
 
+class Parts(nn.Module):
+    """The linears that take the place of a fused linear, and compute its outputs together.
+
+    rows   the name of each of them, and the numbers of its rows in the fused linear
+    """
+
+    def __init__(self, fused: nn.Linear, rows: Mapping[str, Order]) -> None:
+        super().__init__()
+        for name, numbers in rows.items():
+            linear = nn.Linear(fused.in_features, len(numbers), bias=False, dtype=fused.weight.dtype)
+            self.add_module(name, linear)
+        self._order = np.argsort(np.concatenate(list(rows.values())))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        outputs = torch.cat([linear(hidden) for linear in self.children()], dim=-1)
+        return outputs[..., torch.from_numpy(self._order).to(outputs.device)]
+
+
+def _in_order(order: Order) -> Callable[..., Tensor]:
+    """Returns a hook that puts the columns of a linear's inputs into an order before the linear is computed."""
+
+    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> Tensor:
+        return arguments[0][..., torch.from_numpy(order).to(arguments[0].device)]
+
+    return before
+
+
 def run_only(block: nn.Module, experts: Collection[int]) -> None:
     """Makes the block run only the given experts."""
     for module in block.modules():
@@ -94,11 +123,13 @@ def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pr
 
     Tensors are named as in the table of architectures. Raises UserError if transformers makes no model of the config.
     """
-    architecture = architecture_of(config)
+    architecture, usual = architecture_of(config), normalized(config)
     with torch.device("meta"):
         model = _made_by_transformers(config, AutoModel if architecture.encoder else AutoModelForCausalLM, dtype)
         for block in model.get_submodule(architecture.blocks).children():
-            _replace_by_linears(block, architecture)
+            _replace_by_linears(block, architecture, usual)
+            if config.get(TILED):
+                _tile_inputs(block, architecture, usual)
     return model
 
 
@@ -112,7 +143,7 @@ def _made_by_transformers(config: dict[str, Any], auto_class: Any, dtype: torch.
         raise UserError(f"transformers can make no model of config.json ({type(error).__name__}: {reason}).") from error
 
 
-def _replace_by_linears(block: nn.Module, architecture: Architecture) -> None:
+def _replace_by_linears(block: nn.Module, architecture: Architecture, config: dict[str, Any]) -> None:
     if architecture.experts:
         # `mlp.experts.0.gate_proj` -> `mlp.experts`. The first blocks may have no experts.
         linear = next(name for group in architecture.linears for name in group if expert_number(name) is not None)
@@ -124,6 +155,18 @@ def _replace_by_linears(block: nn.Module, architecture: Architecture) -> None:
         assert isinstance(stored, Tensor)
         inputs, outputs = stored.shape
         block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.dtype))
+    for name, rows_of in architecture.parts.items():
+        if isinstance(fused := dict(block.named_modules()).get(name), nn.Linear):
+            block.set_submodule(name, Parts(fused, rows_of(config)))
+
+
+def _tile_inputs(block: nn.Module, architecture: Architecture, config: dict[str, Any]) -> None:
+    """Makes linears whose columns are in llama.cpp's order take their inputs in that order."""
+    for name in architecture.tiled:
+        if isinstance(linear := dict(block.named_modules()).get(name), nn.Linear):
+            weight = f"{architecture.blocks}.0.{name}.weight"
+            if (order := tiled_columns(architecture, config, weight, linear.in_features)) is not None:
+                linear.register_forward_pre_hook(_in_order(order))
 
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:

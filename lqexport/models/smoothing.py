@@ -14,17 +14,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
-from lqexport.storage.background import FileSpan, HasFileSpans
+from lqexport.models.source_view import SourceView
 
 POWER = 0.2
 """The exponent of the mean input size in s."""
@@ -123,38 +121,23 @@ def _sizes(values: Tensor, plus: float) -> Tensor:
     return (values.double() + plus).abs() if values.ndim == 1 else values.norm(dim=1).double()
 
 
-class Smoothed:
+class Smoothed(SourceView):
     """A source with some pairs smoothed by scales s [columns]. Changed tensors are read as float32.
 
     The giver of a pair is divided by s, and the columns of its takers are multiplied by s.
     """
 
     def __init__(self, source: Source, scales: Mapping[Pair, Tensor]) -> None:
-        self._source, self.name, self.fingerprint, self.config = source, source.name, source.fingerprint, source.config
+        super().__init__(source)
         self._plus = architecture_of(source.config).norm_plus
         self._columns = {taker: scale for pair, scale in scales.items() for taker in pair.takers}
         parameters = ("weight", "bias")
         self._givers = {f"{pair.giver}.{name}": scale for pair, scale in scales.items() for name in parameters}
 
-    def names(self) -> list[str]:
-        return self._source.names()
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._source.shape(name)
-
     def read(self, name: str) -> Tensor:
-        values = self._source.read(name)
+        values = self.source.read(name)
         if name in self._givers:
             plus = self._plus if values.ndim == 1 and name.endswith(".weight") else 0.0
             scale = self._givers[name]
             values = (values.float() + plus) / (scale if values.ndim == 1 else scale[:, None]) - plus
         return values.float() * self._columns[name] if name in self._columns else values
-
-    def file_spans(self, name: str) -> list[FileSpan]:
-        return self._source.file_spans(name) if isinstance(self._source, HasFileSpans) else []
-
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        return self._source.tokenizer()
-
-    def copy_model_files(self, folder: Path) -> None:
-        self._source.copy_model_files(folder)

@@ -20,7 +20,7 @@ from lqexport.converters.gguf.kept import keep
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.gguf.tokenizer_json import template_files, tokenizer_config, tokenizer_json
-from lqexport.converters.models.architecture import FIRST, MEAN
+from lqexport.converters.models.architecture import FIRST, MEAN, Order
 from lqexport.converters.models.architectures import find_architecture, normalized
 from lqexport.converters.models.tensor_names import block_module, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
@@ -108,6 +108,8 @@ class HuggingFaceSource:
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in names}
         kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
         self._stored = {self._renamed(tensor): tensor for tensor in kept}
+        self._fused: dict[str, Order] = {}
+        self._fused = self._taken_apart()
         if self._has_own_output():
             self.config["tie_word_embeddings"] = False
 
@@ -129,6 +131,23 @@ class HuggingFaceSource:
             return {}
         with well_formed(str(self.folder)):
             return experts_within(self._architecture, self._files, self._renamed, self.stored_shape)
+
+    def _taken_apart(self) -> dict[str, Order]:
+        """Lists the parts of fused linears instead of these; returns the rows of the fused linear that each has."""
+        rows: dict[str, Order] = {}
+        parts = self._architecture.parts if self._architecture else {}
+        for name in [name for name in self._stored if name.endswith(tuple(f".{fused}.weight" for fused in parts))]:
+            assert self._architecture is not None
+            _, module, end = block_module(self._architecture, name) or (0, "", "")
+            if module in parts:
+                taken = {
+                    name.replace(end, f"{part}.{end}"): order for part, order in parts[module](self.config).items()
+                }
+                if (count := self.shape(name)[0]) != (needed := sum(map(len, taken.values()))):
+                    raise UserError(f"{self.folder}: {name} has {count} rows, where by config.json it has {needed}.")
+                self._stored |= dict.fromkeys(taken, self._stored.pop(name))
+                rows |= taken
+        return rows
 
     @property
     def fingerprint(self) -> str:
@@ -157,7 +176,14 @@ class HuggingFaceSource:
         return list(self._stored)
 
     def module(self, name: str) -> str | None:
-        """Returns the name by which `layout` knows the module of a quantized weight; None for any other tensor."""
+        """Returns the name by which `layout` knows the module of a quantized weight; None for any other tensor.
+
+        Also None for a part of a fused linear, whose grid and codes are those of the whole.
+        """
+        return None if name in self._fused else self._packed_module(name)
+
+    def _packed_module(self, name: str) -> str | None:
+        """Returns the name by which `layout` knows the module that a quantized weight is, or is a part of."""
         module, _, parameter = self._stored_name(name).rpartition(".")
         return module if self.layout and parameter == "weight" and self.layout.is_packed(module) else None
 
@@ -166,19 +192,21 @@ class HuggingFaceSource:
 
         For a quantized weight it returns the method, the bits and the group size.
         """
-        module = self.module(name)
+        module = self._packed_module(name)
         if self.layout and module:
             return self.layout.quantization_name(module)
         return self.stored_form(self._stored_name(name))[0]
 
     def nbytes(self, name: str) -> int:
         """Returns the bytes of the stored tensors that a tensor is made of."""
+        if name in self._fused:
+            return math.prod(self.shape(name)) * DTYPE_BYTES.get(self.dtype(name), 1)
         forms = map(self.stored_form, self._parts(name))
         return sum(math.prod(shape) * DTYPE_BYTES.get(dtype, 1) for dtype, shape in forms)
 
     def _parts(self, name: str) -> list[str]:
         """Returns the names of the stored tensors that a tensor is made of."""
-        module = self.module(name)
+        module = self._packed_module(name)
         return self.layout.parts_of(module) if self.layout and module else [self._stored_name(name)]
 
     def file_spans(self, name: str) -> list[FileSpan]:
@@ -198,13 +226,23 @@ class HuggingFaceSource:
         return spans(path)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        if self.layout and (module := self.module(name)):
+        whole = self._whole_shape(name)
+        return (len(self._fused[name]), *whole[1:]) if name in self._fused else whole
+
+    def _whole_shape(self, name: str) -> tuple[int, ...]:
+        """Returns a tensor's shape; of a part of a fused linear, that of the fused linear."""
+        if self.layout and (module := self._packed_module(name)):
             return self.layout.shape(module)
         shape = self.stored_shape(self._stored_name(name))
         return shape[::-1] if self._is_transposed(name) else as_matrix(shape)
 
     def read(self, name: str) -> torch.Tensor:
-        if self.layout and (module := self.module(name)):
+        whole = self._whole(name)
+        return whole[torch.from_numpy(self._fused[name])] if name in self._fused else whole
+
+    def _whole(self, name: str) -> torch.Tensor:
+        """Reads a tensor; of a part of a fused linear, the fused linear."""
+        if self.layout and (module := self._packed_module(name)):
             return torch.from_numpy(self.layout.read(module))
         tensor = self.stored_tensor(self._stored_name(name))
         return tensor.T.contiguous() if self._is_transposed(name) else tensor.reshape(as_matrix(tuple(tensor.shape)))

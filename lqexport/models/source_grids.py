@@ -16,6 +16,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import PlainCodec, nbytes
 from lqexport.formats.moves import AffineGrid, TableGrid, move
 from lqexport.formats.registry import codec_named, family_of, names
+from lqexport.models.column_order import Reordered
 from lqexport.models.interface import ModelShapes
 from lqexport.models.source import HuggingFaceSource, Source
 from lqexport.storage.artifact import StoredTensor
@@ -31,10 +32,16 @@ def outer_types(source: ModelShapes, target: Target) -> tuple[str | None, str | 
     If the target is one GGUF type and the source a quantized checkpoint, they are the types that the checkpoint stores
     them in, since it left them unquantized. None stands for the target's own choice.
     """
-    if not isinstance(source, HuggingFaceSource) or source.layout is None or str(target) not in names("gguf"):
+    if (checkpoint := _checkpoint(source)) is None or str(target) not in names("gguf"):
         return None, None
     architecture = architecture_of(source.config)
-    return _stored_type(source, architecture.embedding), _stored_type(source, architecture.output)
+    return _stored_type(checkpoint, architecture.embedding), _stored_type(checkpoint, architecture.output)
+
+
+def _checkpoint(source: ModelShapes) -> HuggingFaceSource | None:
+    """Returns the quantized checkpoint that a source is; None if it is none, or a smoothed one."""
+    inner = source.source if isinstance(source, Reordered) else source
+    return inner if isinstance(inner, HuggingFaceSource) and inner.layout is not None else None
 
 
 def _stored_type(source: HuggingFaceSource, name: str) -> str | None:
@@ -49,9 +56,11 @@ def with_moves(source: ModelShapes, planned: list[PlannedTensor]) -> list[Planne
 
     It is KEPT if the weight is moved, in which case the solver does not work on it, else the reason why not.
     """
-    if not isinstance(source, HuggingFaceSource) or source.layout is None:
+    if (checkpoint := _checkpoint(source)) is None:
         return planned
-    return [_with_source_grid(source, tensor) for tensor in planned]
+    staying = [tensor for tensor in planned if not (isinstance(source, Reordered) and source.moves(tensor.name))]
+    moved_or_not = {tensor.name: _with_source_grid(checkpoint, tensor) for tensor in staying}
+    return [moved_or_not.get(tensor.name, tensor) for tensor in planned]
 
 
 def _with_source_grid(source: HuggingFaceSource, tensor: PlannedTensor) -> PlannedTensor:
@@ -87,12 +96,13 @@ def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
     Its values are the source's, bit for bit except for the sign of zeros. In GPTQ's layout they are first rounded to
     float16, as its readers do.
     """
-    assert isinstance(source, HuggingFaceSource)  # no other source has such weights
-    assert source.layout is not None
-    codec, module = codec_named(tensor.codec_name), source.module(tensor.name)
+    checkpoint = _checkpoint(source)
+    assert checkpoint is not None  # no other source has such weights
+    assert checkpoint.layout is not None
+    codec, module = codec_named(tensor.codec_name), checkpoint.module(tensor.name)
     assert not isinstance(codec, PlainCodec)
     assert module is not None
-    source_grid, source_codes = source.layout.grid(module), source.layout.codes(module)
+    source_grid, source_codes = checkpoint.layout.grid(module), checkpoint.layout.codes(module)
     assert source_grid is not None
     target = move(source_grid, codec)
     planes = codec.encode(target.grid, target.codes(source_codes))  # type: ignore[arg-type]  # a grid of this codec

@@ -13,8 +13,9 @@ from lqexport.calibration.sequences import Calibration, load_calibration
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
+from lqexport.models.column_order import source_of
 from lqexport.models.context import trained_positions
-from lqexport.models.source import Source, open_source
+from lqexport.models.source import Source
 from lqexport.pipeline.job import Job, work_folder
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
@@ -42,7 +43,7 @@ def prepare(
     holds something else.
     """
     listener.stage("Open the source and plan", 0)
-    source = open_source(recipe.source)
+    source = source_of(recipe)
     recipe = settled(recipe, source.config)
     planned = plan_recipe(source, recipe)
     factors = plan_factors(source, planned, recipe)

@@ -15,8 +15,9 @@ from rich.console import Console
 
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
+from lqexport.models.column_order import source_of
 from lqexport.models.inspect import TensorInfo, bits, size, table
-from lqexport.models.source import Source, open_source
+from lqexport.models.source import Source
 from lqexport.models.source_grids import sentences
 from lqexport.planning.cost import Rates, Work, seconds_estimate
 from lqexport.planning.defaults import settled
@@ -77,7 +78,7 @@ def preview(recipe: Recipe, out: str | Path) -> Preview:
 
     Raises UserError if the source cannot be read, if the target cannot hold the model, or as `check_needs` does.
     """
-    artifact, source = Artifact(Path(out)), open_source(recipe.source)
+    artifact, source = Artifact(Path(out)), source_of(recipe)
     recipe = settled(recipe, source.config)
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
     check_sequence_length(recipe, source, tensors)
@@ -87,7 +88,7 @@ def preview(recipe: Recipe, out: str | Path) -> Preview:
 
 def preview_of_finished(recipe: Recipe, out: Path) -> Preview:
     """Returns the preview of a run that has ended, with the types that it chose. What a run needs is not checked."""
-    artifact, source = Artifact(out), open_source(recipe.source)
+    artifact, source = Artifact(out), source_of(recipe)
     recipe = settled(recipe, source.config)
     return _preview_of(source, recipe, plan_recipe(source, recipe, artifact.chosen_types()), artifact)
 

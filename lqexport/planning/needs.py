@@ -8,6 +8,7 @@ from lqexport.calibration.texts import check_text
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.source import GGUFSource, Source
+from lqexport.models.source_view import opened
 from lqexport.planning.recipe_plan import calibrates
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
@@ -23,7 +24,7 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
     with_text = calibrates(recipe, source, planned)
-    if with_text or isinstance(source, GGUFSource):
+    if with_text or isinstance(opened(source), GGUFSource):
         source.tokenizer()
     if with_text:
         check_text(recipe.calibration)

@@ -16,11 +16,13 @@ from lqexport.checking.checking import metadata_problems
 from lqexport.checking.opened import open_file
 from lqexport.converters.folders.native import RECORD
 from lqexport.converters.gguf.split import is_gguf, read_split
+from lqexport.converters.models.value_heads import TILED
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.models.adapters import CorrectedModel, open_factors
+from lqexport.models.column_order import in_order
 from lqexport.models.interface import Weights
 from lqexport.models.licenses import license_of
 from lqexport.models.smoothing import Smoothed, scales_between
@@ -96,7 +98,8 @@ def verify(
     full_float32()
     listener = listener or Silent()
     listener.stage(f"Open {file.name} and its source", 0)
-    export, source, evaluation_text = open_export(file), open_source(against), read_text(text)
+    export, evaluation_text = open_export(file), read_text(text)
+    source = in_order(open_source(against), bool(export.config.get(TILED)))
     made_from = Artifact(artifact) if artifact else _record_in(file)
     factors = open_factors(file, adapter, source.config)
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))

@@ -100,6 +100,15 @@ LFM2_MOE |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_the
 LFM2_MOE |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 EXPERT_CASES += ("lfm2moe",)
 UNSMOOTHED += ("lfm2", "lfm2moe")
+DELTA_NET = {"head_dim": 32, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+DELTA_NET |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
+DELTA_NET |= {"linear_num_value_heads": 6, "shared_expert_intermediate_size": 96}
+QWEN3_5 = SIZES | DELTA_NET | {"mrope_section": [3, 3, 2]}
+QWEN3_5 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+UNSMOOTHED += ("qwen3next", "qwen3_5", "qwen3_5moe")
+PLUS_ONE += ("qwen3next", "qwen3_5", "qwen3_5moe")
+QWEN3_NEXT = SIZES | EXPERTS | DELTA_NET | {"linear_num_value_heads": 4}
+QWEN3_NEXT |= {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}
 
 GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
 GEMMA4 |= {"pad_token_id": 0, "sliding_window": 16, "num_hidden_layers": 3, "hidden_size_per_layer_input": 0}
@@ -137,6 +146,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v2": ("DeepseekV2Config", DEEPSEEK_V2 | {"q_lora_rank": 32}, "smaug-bpe"),
     "deepseek-v2-lite": ("DeepseekV2Config", DEEPSEEK_V2 | PLAIN_QUERIES, "smaug-bpe"),
     "qwen2moe": ("Qwen2MoeConfig", SIZES | QWEN2_MOE, "qwen2"),
+    "qwen3next": ("Qwen3NextConfig", QWEN3_NEXT, "qwen2"),
+    "qwen3_5": ("Qwen3_5TextConfig", QWEN3_5, "qwen2"),
+    "qwen3_5moe": ("Qwen3_5MoeTextConfig", QWEN3_5 | EXPERTS, "qwen2"),
     "olmoe": ("OlmoeConfig", ONE_KEY_A_QUERY | {"num_experts": 4, "num_experts_per_tok": 2}, "gpt-2"),
     "glm4moe": ("Glm4MoeConfig", GLM4_MOE | {"use_qk_norm": True, "attention_bias": True}, "smaug-bpe"),
     "glm4moe-air": ("Glm4MoeConfig", GLM4_MOE | {"attention_bias": True, "num_hidden_layers": 2}, "smaug-bpe"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, ExLlamaV2, Key
+from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key, Stack
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import (
     ALL_EXPERTS_BLOCK,
@@ -17,6 +17,8 @@ from lqexport.converters.models.families.parts import (
     QKV,
     RMS_NORM,
 )
+from lqexport.converters.models.hf_defaults import FULL
+from lqexport.converters.models.value_heads import KEY_HEADS, VALUE_HEADS, fused_parts
 
 QWEN2 = replace(
     LLAMA,
@@ -123,4 +125,165 @@ QWEN2_MOE = replace(
     },
     flags={"qkv_bias": "self_attn.q_proj"},
     square_heads=True,
+)
+
+STACKED = {
+    "mlp.experts.gate_up_proj": Stack(("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")),
+    "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
+}
+
+SHARED_BLOCK = {
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+SHARED_LINEARS = (
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    ("mlp.shared_expert.down_proj",),
+)
+
+LINEAR = "linear_attention"
+
+
+def _delta_net(config: Config) -> Config:
+    """Returns the types of the blocks, and values that llama.cpp has keys for.
+
+    `full_attention_interval` n says that every n-th block has attention. It is None where the types are other ones.
+    """
+    layers, types = config.get("num_hidden_layers") or 0, config.get("layer_types")
+    if not isinstance(types, list):
+        types = _with_attention(config.get("full_attention_interval") or 4, layers)
+    interval = types.index(FULL) + 1 if FULL in types else layers + 1
+    size, heads = config.get("linear_value_head_dim") or 0, config.get(VALUE_HEADS) or 0
+    return {
+        "layer_types": types,
+        "full_attention_interval": interval if types == _with_attention(interval, layers) else None,
+        "linear_inner_size": size * heads,
+    }
+
+
+def _with_attention(interval: int, layers: int) -> list[str]:
+    """Returns the types of blocks of which every `interval`-th has attention."""
+    return [LINEAR if (layer + 1) % interval else FULL for layer in range(layers)]
+
+
+QWEN3_5 = replace(
+    QWEN3,
+    family="Qwen3.5 (of models with images: the text part)",
+    classes=("Qwen3_5ForCausalLM", "Qwen3_5ForConditionalGeneration"),
+    model_type="qwen3_5_text",
+    gguf="qwen35",
+    linears=(
+        QKV,
+        ("self_attn.o_proj",),
+        (
+            "linear_attn.in_proj_qkv",
+            "linear_attn.in_proj_z",
+            "linear_attn.in_proj_b",
+            "linear_attn.in_proj_a",
+        ),
+        ("linear_attn.out_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    gguf_block={
+        "input_layernorm": "attn_norm",
+        **ATTENTION,
+        **HEAD_NORMS,
+        "linear_attn.in_proj_qkv": "attn_qkv",
+        "linear_attn.in_proj_z": "attn_gate",
+        "linear_attn.in_proj_b": "ssm_beta",
+        "linear_attn.in_proj_a": "ssm_alpha",
+        "linear_attn.conv1d": "ssm_conv1d",
+        "linear_attn.norm": "ssm_norm",
+        "linear_attn.out_proj": "ssm_out",
+        "post_attention_layernorm": "post_attention_norm",
+        **GATED,
+    },
+    gguf_tensors={"linear_attn.A_log": "ssm_a", "linear_attn.dt_bias": "ssm_dt.bias"},
+    only={"self_attn.": ("layer_types", (FULL,)), "linear_attn.": ("layer_types", (LINEAR,))},
+    rows={
+        "linear_attn.in_proj_qkv": ("values_last", KEY_HEADS),
+        "linear_attn.in_proj_z": ("values", KEY_HEADS),
+        "linear_attn.in_proj_b": ("values", KEY_HEADS),
+        "linear_attn.in_proj_a": ("values", KEY_HEADS),
+        "linear_attn.conv1d": ("values_last", KEY_HEADS),
+        "linear_attn.A_log": ("values", KEY_HEADS),
+        "linear_attn.dt_bias": ("values", KEY_HEADS),
+    },
+    tiled=("linear_attn.out_proj",),
+    unused=(*QWEN3.unused, r"^(model\.)?mtp\."),
+    norm_plus=1,
+    plain_norms=("linear_attn.norm",),
+    decays=("linear_attn.A_log",),
+    keys=(
+        RMS_NORM,
+        Key("full_attention_interval", "full_attention_interval"),
+        Key("ssm.conv_kernel", "linear_conv_kernel_dim"),
+        Key("ssm.state_size", "linear_key_head_dim"),
+        Key("ssm.group_count", KEY_HEADS),
+        Key("ssm.time_step_rank", VALUE_HEADS),
+        Key("ssm.inner_size", "linear_inner_size"),
+    ),
+    derived=_delta_net,
+    same={"linear_value_head_dim": "linear_key_head_dim"},
+    partial=True,
+    rope_sections=(11, 11, 10),
+    gated=True,
+)
+
+QWEN3_5_MOE = replace(
+    QWEN3_5,
+    family="Qwen3.5 MoE (of models with images: the text part)",
+    classes=("Qwen3_5MoeForCausalLM", "Qwen3_5MoeForConditionalGeneration"),
+    model_type="qwen3_5_moe_text",
+    gguf="qwen35moe",
+    linears=(*QWEN3_5.linears[:4], *SHARED_LINEARS, *EXPERT_LINEARS),
+    gguf_block={module: gguf for module, gguf in QWEN3_5.gguf_block.items() if module not in GATED}
+    | SHARED_BLOCK
+    | EXPERTS,
+    stacked=STACKED,
+    one_row=QWEN2_MOE.one_row,
+    experts="num_local_experts",
+    keys=(*QWEN3_5.keys, *QWEN2_MOE.keys[1:]),
+    aliases=QWEN3_MOE.aliases,
+    derived=lambda config: (
+        _delta_net(config)
+        | {"intermediate_size": config.get("intermediate_size") or config.get("moe_intermediate_size")}
+    ),
+)
+
+QWEN3_NEXT = replace(
+    QWEN3_5_MOE,
+    family="Qwen3-Next",
+    classes=("Qwen3NextForCausalLM",),
+    model_type="qwen3_next",
+    gguf="qwen3next",
+    linears=(
+        *QWEN3_5.linears[:2],
+        ("linear_attn.in_proj_qkvz.qkv", "linear_attn.in_proj_qkvz.z", "linear_attn.in_proj_ba"),
+        *QWEN3_5_MOE.linears[3:],
+    ),
+    gguf_block={
+        "input_layernorm": "attn_norm",
+        **ATTENTION,
+        **HEAD_NORMS,
+        "linear_attn.in_proj_qkvz.qkv": "attn_qkv",
+        "linear_attn.in_proj_qkvz.z": "attn_gate",
+        "linear_attn.in_proj_ba": "ssm_ba",
+        "linear_attn.conv1d": "ssm_conv1d",
+        "linear_attn.norm": "ssm_norm",
+        "linear_attn.out_proj": "ssm_out",
+        "post_attention_layernorm": "post_attention_norm",
+        **SHARED_BLOCK,
+        **EXPERTS,
+    },
+    rows={},
+    tiled=(),
+    parts={"linear_attn.in_proj_qkvz": fused_parts},
+    derived=_delta_net,
+    fixed=QWEN3_MOE.fixed,
+    rope_types=("default", "dynamic", "yarn"),
+    rope_sections=(),
 )

@@ -1,0 +1,65 @@
+"""Sources whose value heads are columns: in the order of transformers, or in that of llama.cpp.
+
+Rows are put into llama.cpp's order when a file is written. Columns are quantized in blocks that may span heads, so
+they are put into it before (`converters/models/value_heads.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lqexport.converters.models.architectures import find_architecture
+from lqexport.converters.models.value_heads import TILED, tiled_columns
+from lqexport.models.source import Source, open_source
+from lqexport.models.source_view import SourceView
+from lqexport.recipe import Recipe
+from lqexport.storage.files import write_json
+
+
+class Reordered(SourceView):
+    """A source whose `tiled` linears have their columns in llama.cpp's order, where the source has transformers'.
+
+    Or the other way round. Its config says in which order they are.
+    """
+
+    def __init__(self, source: Source) -> None:
+        super().__init__(source)
+        architecture = find_architecture(source.config)
+        assert architecture is not None
+        self._architecture, self._tiled = architecture, not source.config.get(TILED)
+        self.config = source.config | {TILED: self._tiled}
+
+    def moves(self, name: str) -> bool:
+        """Whether the columns of a tensor change places."""
+        return tiled_columns(self._architecture, self.config, name, self.shape(name)[-1]) is not None
+
+    def read(self, name: str) -> Tensor:
+        values = self.source.read(name)
+        order = tiled_columns(self._architecture, self.config, name, values.shape[-1])
+        if order is None:
+            return values
+        return values[..., torch.from_numpy(order if self._tiled else np.argsort(order))]
+
+    def copy_model_files(self, folder: Path) -> None:
+        super().copy_model_files(folder)
+        write_json(folder / "config.json", self.config)
+
+
+def in_order(source: Source, tiled: bool) -> Source:
+    """Returns the source with the columns of `tiled` linears in llama.cpp's order, or in transformers'."""
+    architecture = find_architecture(source.config)
+    if architecture is None or not architecture.tiled or bool(source.config.get(TILED)) == tiled:
+        return source
+    return Reordered(source)
+
+
+def source_of(recipe: Recipe) -> Source:
+    """Opens the source of a recipe, with columns in the order that the files of its target have.
+
+    Raises UserError as `open_source`.
+    """
+    return in_order(open_source(recipe.source), recipe.parsed_target.family == "gguf")
