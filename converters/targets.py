@@ -202,7 +202,8 @@ def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str
     gguf_module = architecture.gguf_block[module[1]]
     index, count = module[0], _layers(config)
     if architecture.only and (holds_values(gguf_module) or not experts):
-        # llama.cpp counts the matrices of this name, or all that hold values; of all but values it takes that there is one in each block.
+        # llama.cpp counts the matrices of this name, or all that hold values. Of all but values it takes that there is
+        # one in each block.
         alike = [other for other, gguf in architecture.gguf_block.items() if holds_values(gguf)]
         counted = alike if holds_values(gguf_module) else [module[1]]
         having = [block for block in range(count) if any(architecture.has(block, other) for other in counted)]

@@ -24,10 +24,10 @@ def check_supported(architecture: Architecture, config: Config) -> None:
             f"llama.cpp does not run {name}, so there is no GGUF of it. Choose a native target, such as native:table-4."
         )
     check_fixed("llama.cpp", architecture, config)
-    _check_keys(architecture, config)
     _check_rope(architecture, config)
     _check_scale(architecture, config)
     _check_heads(architecture, config)
+    _check_keys(architecture, config)
     window_period(architecture, config)
 
 

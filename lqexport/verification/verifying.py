@@ -27,7 +27,7 @@ from lqexport.models.interface import Weights
 from lqexport.models.licenses import license_of
 from lqexport.models.smoothing import Smoothed, scales_between
 from lqexport.models.source import Source, open_source
-from lqexport.models.written import open_export
+from lqexport.models.written import Export, open_export
 from lqexport.runtime.environment import PACKAGES, choose_device, full_float32, versions
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.artifact import Artifact
@@ -98,8 +98,7 @@ def verify(
     full_float32()
     listener = listener or Silent()
     listener.stage(f"Open {file.name} and its source", 0)
-    export, evaluation_text = open_export(file), read_text(text)
-    source = in_order(open_source(against), bool(export.config.get(TILED)))
+    (export, source), evaluation_text = _opened(file, against), read_text(text)
     made_from = Artifact(artifact) if artifact else _record_in(file)
     factors = open_factors(file, adapter, source.config)
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
@@ -139,6 +138,12 @@ def verify(
         if rounded and above_expected(result):
             result.causes = causes(result, CorrectedModel(export, factors) if factors else export, rounded, smoothed)
     return result
+
+
+def _opened(file: Path, against: str) -> tuple[Export, Source]:
+    """Opens a file and its source, with columns in the order that the file has them."""
+    export = open_export(file)
+    return export, in_order(open_source(against), bool(export.config.get(TILED)))
 
 
 def check_metadata(result: Verification) -> None:
