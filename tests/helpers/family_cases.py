@@ -104,11 +104,10 @@ DELTA_NET = {"head_dim": 32, "num_hidden_layers": 2, "layer_types": ["linear_att
 DELTA_NET |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
 DELTA_NET |= {"linear_num_value_heads": 6, "shared_expert_intermediate_size": 96}
 QWEN3_5 = SIZES | DELTA_NET | {"mrope_section": [3, 3, 2]}
-QWEN3_5 |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}}
+QWEN3_5 |= {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}
 UNSMOOTHED += ("qwen3next", "qwen3_5", "qwen3_5moe")
 PLUS_ONE += ("qwen3next", "qwen3_5", "qwen3_5moe")
-QWEN3_NEXT = SIZES | EXPERTS | DELTA_NET | {"linear_num_value_heads": 4}
-QWEN3_NEXT |= {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}}
+QWEN3_NEXT = SIZES | EXPERTS | DELTA_NET | {"linear_num_value_heads": 4, "rope_parameters": QWEN3_5["rope_parameters"]}
 
 GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
 GEMMA4 |= {"pad_token_id": 0, "sliding_window": 16, "num_hidden_layers": 3, "hidden_size_per_layer_input": 0}
