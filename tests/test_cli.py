@@ -340,7 +340,7 @@ def test_page_that_cannot_be_made_is_said_before_any_work(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     result = run("verify", "nowhere.gguf", "--against", tiny_model, "--html", tmp_path / "page.html", status=2)
-    assert "lqexport[report]" in result.stderr
+    assert "'.[report]'" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -220,5 +220,5 @@ def test_the_command(folder: Path, tasks: Path, text: Path) -> None:
 def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, ["eval", str(folder)]).exit_code == 2
     monkeypatch.setattr(zero_shot_tasks.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'lqexport\[eval\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[eval\]'"):
         zero_shot(folder, ["arc_easy"])

@@ -129,7 +129,7 @@ def test_an_endpoint_that_does_not_answer_is_said_before_any_work(
 
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=r"pip install 'lqexport\[judge\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[judge\]'"):
         asking("http://nowhere", "judge")
 
 

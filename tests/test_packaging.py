@@ -105,7 +105,7 @@ def test_links_of_the_readme_work_on_pypi_too(root: Path, project: dict[str, Any
 
 
 def test_the_newest_entry_of_the_changelog_is_this_version(root: Path, project: dict[str, Any]) -> None:
-    newest = re.search(r"^## (\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\d\S+)", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert newest is not None
     assert newest[1] == project["project"]["version"]
 

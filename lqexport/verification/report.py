@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lqexport.converters.factors import is_factor
-from lqexport.errors import UserError
+from lqexport.errors import UserError, install
 from lqexport.evaluation.embeddings import NEIGHBOURS
 from lqexport.evaluation.figures import figure, share, with_error
 from lqexport.sizes import human_bytes
@@ -29,7 +29,7 @@ from lqexport.verification.result import ExpectedLoss, TensorCheck, Verification
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-MISSING = "The HTML report needs jinja2 and matplotlib: pip install 'lqexport[report]'"
+MISSING = f"The HTML report needs jinja2 and matplotlib: {install('report')}"
 TEMPLATE = Path(__file__).with_name("report.html")
 BLOCK = re.compile(r"\.(\d+)\.")
 """Matches the index of the decoder block in a tensor's name."""
