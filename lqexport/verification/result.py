@@ -17,6 +17,7 @@ from lqexport.evaluation.figures import finite_or_null
 from lqexport.sizes import human_bytes
 from lqexport.storage.published import public_name, public_run, public_sentence
 from lqexport.verification.matrix_view import InContext, MatrixView
+from lqexport.verification.talk_record import Talk
 
 Engine = Literal["lqexport", "llama.cpp"]
 
@@ -104,6 +105,7 @@ class Verification:
     expected           what the file's types should cost, for each protocol; none where the file loses next to nothing
     causes             one sentence for each likely cause of a loss that is too large
     base_evaluations   one for each protocol, of the file without its adapter
+    talk               how the file talks: chat template, stop tokens, continuations; None of an encoder
     similarity         of an encoder's embeddings; an encoder has this instead of evaluations
     warnings           one sentence for each doubt that does not fail the file
     failed             one sentence for each reason why the file does not pass
@@ -132,6 +134,7 @@ class Verification:
     expected: list[ExpectedLoss] = field(default_factory=list)
     causes: list[str] = field(default_factory=list)
     base_evaluations: list[Evaluation] = field(default_factory=list)
+    talk: Talk | None = None
     similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)

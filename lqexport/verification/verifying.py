@@ -38,6 +38,7 @@ from lqexport.verification.matrix_view import MatrixView, matrix_view
 from lqexport.verification.result import Engine, Verification
 from lqexport.verification.rounded_source import RoundedSource, not_contradicted
 from lqexport.verification.settings import different_settings
+from lqexport.verification.talk import check_talk
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 
@@ -133,6 +134,7 @@ def verify(
             listener=listener,
             rounded=rounded,
         )
+        check_talk(result, export, source, listener)
         result.portrait = _matrix_view(result, export, smoothed, linear)
         check_limits(result)
         if rounded and above_expected(result):
