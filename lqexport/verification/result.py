@@ -192,6 +192,7 @@ class Verification:
         return dataclasses.replace(
             self, run=public_run(self.run), file=names[self.file], against=names[self.against], text=names[self.text],
             adapter=names[self.adapter] if self.adapter else None, warnings=warnings, failed=failed, causes=causes,
+            talk=self.talk.published(names) if self.talk else None,
         )  # fmt: skip
 
     def as_json(self) -> dict[str, Any]:

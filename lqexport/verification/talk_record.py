@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
+
+from lqexport.storage.published import public_sentence
 
 Renderer = Literal["transformers", "llama.cpp"]
 """What renders the file's chat template."""
@@ -92,3 +94,7 @@ class Talk:
     continuations: list[Continuation] = field(default_factory=list)
     not_checked: list[str] = field(default_factory=list)
     log: str = ""
+
+    def published(self, names: dict[str, str]) -> Talk:
+        """Returns the record with public names in the log, which has paths (`public_sentence`)."""
+        return replace(self, log="\n".join(public_sentence(line, names) for line in self.log.splitlines()))
