@@ -124,16 +124,9 @@ def verify(
     if usable and all(tensor.finite for tensor in result.tensors):
         rounded = RoundedSource(smoothed, export) if "max_over_expected" in result.limits else None
         compare_predictions(
-            result,
-            export,
-            factors,
-            source,
-            text=evaluation_text,
-            protocols=protocols,
-            windows=windows,
-            listener=listener,
-            rounded=rounded,
-        )
+            result, export, factors, source, text=evaluation_text, protocols=protocols, windows=windows,
+            listener=listener, rounded=rounded,
+        )  # fmt: skip
         check_talk(result, export, source, listener)
         result.portrait = _matrix_view(result, export, smoothed, linear)
         check_limits(result)
