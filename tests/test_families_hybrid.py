@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import safetensors.torch
 import torch
 from family_cases import config_and_shapes, make_model
 from transformers import CONFIG_MAPPING
 
+from lqexport.converters.folders.gptq import plan_gptq
 from lqexport.converters.models.architectures import normalized
-from lqexport.models.source import open_source
+from lqexport.converters.targets import plan
+from lqexport.errors import UserError
+from lqexport.models.modules import expected_shapes, meta_model
+from lqexport.models.source import HuggingFaceSource, open_source
+from lqexport.target import Target
 
 
 def test_older_keys_of_lfm2() -> None:
@@ -45,3 +51,58 @@ def test_names_of_experts_in_checkpoints_of_lfm2(tmp_path: Path) -> None:
     assert torch.equal(source.read(f"{prefix}.gate_proj.weight"), block.gate_up_proj[3].chunk(2)[0])
     assert torch.equal(source.read(f"{prefix}.up_proj.weight"), block.gate_up_proj[3].chunk(2)[1])
     assert torch.equal(source.read(f"{prefix}.down_proj.weight"), block.down_proj[3])
+
+
+@pytest.mark.parametrize("name", ["lfm2", "granite4"])
+def test_gptq_is_refused_by_name(name: str) -> None:
+    config, shapes = config_and_shapes(name)
+    with pytest.raises(UserError, match=r"GPTQ's layout of .*ForCausalLM is not written"):
+        plan_gptq(Target.parse("gptq:4-g32"), config, shapes)
+
+
+def test_linears_that_a_checkpoint_of_granite_stores_in_one_tensor(tmp_path: Path) -> None:
+    model = make_model("granite4")
+    model.save_pretrained(tmp_path)
+    source, mlp = HuggingFaceSource(tmp_path, ""), model.model.layers[1].shared_mlp
+    for number, linear in enumerate(("gate_proj", "up_proj")):
+        name = f"model.layers.1.shared_mlp.input_linear.{linear}.weight"
+        weight = mlp.input_linear.weight.chunk(2)[number].detach()
+        assert torch.equal(source.read(name), weight)
+        assert source.shape(name) == tuple(weight.shape)
+
+
+def test_older_keys_of_granite_4() -> None:
+    config, _ = config_and_shapes("granite4")
+    older = {key: value for key, value in config.items() if key not in ("layer_types", "layers_block_type")}
+    types = ["mamba", "mamba", "attention"]
+    for key in ("layer_types", "layers_block_type"):
+        complete = normalized(older | {key: types})
+        assert complete["layer_types"] == ["linear_attention", "linear_attention", "full_attention"]
+        assert complete["key_heads_of_blocks"] == [0, 0, 2]
+
+
+@pytest.mark.parametrize(
+    "limit", [None, [0.0, float("inf")], [0, "inf"], [0.0, {"__float__": "Infinity"}], (0.0, float("inf"))]
+)
+def test_spellings_of_time_steps_without_a_limit(limit: object) -> None:
+    config, _ = config_and_shapes("granite4")
+    complete = normalized(config | {"time_step_limit": limit})
+    assert complete["time_step_limit"] == [0.0, float("inf")]
+    meta_model(complete)
+
+
+@pytest.mark.parametrize(
+    ("name", "types", "lacking"),
+    [
+        ("lfm2", ["conv"] * 3, "full_attention"),
+        ("lfm2", ["full_attention"] * 3, "conv"),
+        ("granite4", ["mamba"] * 3, "full_attention"),
+        ("granite4", ["attention"] * 3, "linear_attention"),
+    ],
+)
+def test_models_whose_blocks_are_of_one_type_are_refused(name: str, types: list[str], lacking: str) -> None:
+    """llama.cpp stops with an assertion."""
+    config, _ = config_and_shapes(name)
+    config |= {"layer_types": types}
+    with pytest.raises(UserError, match=f"only where some block is '{lacking}' in layer_types"):
+        plan(Target.parse("gguf:Q4_K"), config, expected_shapes(config))

@@ -64,6 +64,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
         sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64}
         sizes |= {} if "linear_num_key_heads" in options else {"mrope_section": [16, 8, 8]}  # others rotate a quarter
+        if options.get("num_local_experts") == 0:
+            del sizes["num_local_experts"]
         if options.get("q_lora_rank", 0) is None:
             del sizes["num_hidden_layers"]
         hf = getattr(transformers, config_class)(**{key: sizes.get(key, value) for key, value in kept.items()})
@@ -82,8 +84,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
     [
         *((name, "Q4_K_M") for name in CASES),
         *((name, mix) for name in ("phi3", "mixtral") for mix in ("Q2_K_M", "Q3_K_L")),
-        *((name, "Q2_K_M") for name in ("lfm2",)),
         *((name, "MXFP4_MOE") for name in ("gpt-oss", "qwen2moe", "llama")),
+        *((name, "Q2_K_M") for name in ("lfm2", "granite4")),
         *(("falcon", mix) for mix in MIXES if mix not in ("Q2_K_S", "Q4_K_M")),
         *(("deepseek-v2", mix) for mix in MIXES if mix not in ("Q2_K_S", "Q4_K_M")),
     ],

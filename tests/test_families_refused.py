@@ -129,6 +129,14 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("gpt-oss", {"swiglu_limit": 5.0}, "swiglu_limit 7.0"),
         ("gpt-oss", {"attention_bias": False}, "attention_bias True"),
         ("granite", {"rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
+        ("lfm2", {"conv_bias": True}, "conv_bias False"),
+        ("lfm2", {"head_dim": 32}, "add up to hidden_size"),
+        ("lfm2moe", {"norm_topk_prob": False}, "norm_topk_prob True"),
+        ("lfm2moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 1.0"),
+        ("granite4", {"mamba_expand": 4, "mamba_d_head": "auto"}, "mamba_expand 2"),
+        ("granite4", {"mamba_proj_bias": True}, "mamba_proj_bias False"),
+        ("granite4", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
+        ("granite4moe", {"time_step_limit": [0.1, {"__float__": "Infinity"}]}, "time_step_limit"),
         ("deepseek-v2", {"topk_method": "group_limited_greedy"}, "topk_method 'greedy'"),
         ("deepseek-v3", {"rope_parameters": DEEPSEEK_ROPE | {"mscale": 1.0}}, "without mscale, mscale_all_dim"),
     ],
@@ -269,7 +277,7 @@ def test_text_part_of_a_model_with_images(
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "lfm2", "granite4"])
 def test_native_folders_that_transformers_could_not_load(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path / "hf")
     quantize(Recipe(str(tmp_path / "hf"), "native:affine-4-g32", method="rtn"), tmp_path / "artifact")

@@ -41,8 +41,8 @@ ONES = np.int32(0x11111111)
 def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[PlannedTensor]:
     """Returns every tensor of a model in GPTQ's layout, in the order of the model.
 
-    Raises UserError if the target is unknown, if the layout cannot hold a linear, if the model is an encoder, and as
-    `targets.model_tensors` does.
+    Raises UserError if the target is unknown, if the layout cannot hold a linear, if the model is an encoder or has
+    convolutions, and as `targets.model_tensors` does.
     """
     codec_name = str(target)
     if codec_name not in GPTQ:
@@ -50,6 +50,10 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
     architecture = architecture_of(config)
     if architecture.encoder:
         raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")
+    if architecture.is_reshaped:
+        raise UserError(
+            f"GPTQ's layout of {architecture.classes[0]} is not written: its convolutions are stored in another form."
+        )
     kept = model_tensors(architecture, config, shapes)
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
     _check_fits(GPTQ[codec_name], linears)

@@ -61,10 +61,11 @@ def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None
     manifest, config = artifact.manifest(), artifact.config()
     architecture = architecture_of(config)
     embedding = architecture.embedding
-    if architecture.experts or architecture.transposed:
+    if architecture.experts or architecture.transposed or architecture.is_reshaped:
         raise UserError(
-            f"transformers keeps the linears of {architecture.classes[0]} in another form (experts in one tensor, or "
-            "transposed), so it cannot load a native folder of them. The artifact itself can be verified."
+            f"transformers keeps the linears of {architecture.classes[0]} in another form (experts in one tensor, "
+            "transposed, or beside convolutions), so it cannot load a native folder of them. The artifact itself can "
+            "be verified."
         )
     if is_packed(manifest[embedding]):
         raise UserError(f"{embedding} is packed, which transformers cannot run. Quantize again with it in F16.")

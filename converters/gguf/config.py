@@ -46,7 +46,7 @@ class Metadata:
         """
         value = self.values.get(f"{self.architecture.gguf}.{key}", default)
         if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
-            value = max(value)
+            value = max(value) or default
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source} gives no {self.architecture.gguf}.{key}.")
         return value

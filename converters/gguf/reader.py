@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lqexport.converters.models.tensor_names import (
     block_module,
     expert_number,
     gguf_names,
-    gguf_shape,
+    is_vector,
     needed_names,
     plain_codec,
 )
@@ -119,8 +120,8 @@ class GGUFModel:
         shape = self._tensor(name).shape
         if len(shape) == 1 and self._has_one_row(name):
             return (1, *shape)
-        if shape[-1] == 1 and gguf_shape(self._architecture, name, shape[:-1]) == shape:
-            return shape[:-1]
+        if is_vector(self._architecture, name):
+            return (math.prod(shape),)
         return shape if expert_number(name) is None else shape[1:]
 
     def _has_one_row(self, name: str) -> bool:

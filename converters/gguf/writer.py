@@ -74,7 +74,7 @@ def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, A
         if name not in known:
             raise UserError(f"{artifact.folder} holds a tensor {name} that {architecture.gguf} does not have in GGUF.")
         order = row_order(architecture, config, name, facts["shape"][0])
-        shape = gguf_shape(architecture, name, tuple(facts["shape"]))
+        shape = gguf_shape(architecture, config, name, tuple(facts["shape"]))
         entries.append(file_entry(name, known[name], facts, order, shape))
     check_types(entries, artifact.folder, "Quantize again with a target gguf:TYPE.")
     if architecture.embedding not in {entry.name for entry in entries}:

@@ -26,6 +26,10 @@ GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": 
 """The modules of a gated MLP: Hugging Face module -> GGUF name."""
 
 
+CONVOLUTIONS = ("shortconv.conv", "ssm_conv1d")
+"""The GGUF names of convolutions over single channels, which checkpoints store as [channels, 1, width]."""
+
+
 @dataclass(frozen=True)
 class Key:
     """A setting that llama.cpp reads from the GGUF metadata and Hugging Face from config.json.
@@ -93,6 +97,7 @@ class Architecture:
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
     when        key of config.json (of its text part, if it has one) -> the values that tell this entry from others of
                 the same class
+    told        returns whether the entry is for a config.json, beside `when`
     experts     key of config.json with the number of experts; `*` in the names of modules is expanded by that number
     dense       key of config.json with the number of leading blocks that have a gated MLP instead of experts; None
                 where all blocks are alike
@@ -117,6 +122,7 @@ class Architecture:
     plain_norms   modules of a block that are norms to which nothing is added
     decays      tensors of a block that GGUF holds as -exp(value)
     columns     vectors of a block that GGUF holds as matrices of one column
+    grouped     vector of a block that GGUF holds as a matrix -> key of config.json with the number of its rows
     keys        GGUF metadata beyond the sizes that every architecture has
     aliases     this family's name of a key of config.json -> the usual name
     former      older key of config.json -> the usual name. transformers takes the older key where config.json has both
@@ -141,6 +147,7 @@ class Architecture:
                 one `rope_theta`
     needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
     gated       whether the query projection has a query and a gate of the output for each head
+    needs_all_types  whether llama.cpp computes it only where there are blocks of each type of `only`
     free_heads  whether config.json may give heads another size than hidden_size / heads
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
@@ -162,6 +169,7 @@ class Architecture:
     gguf_tensors: dict[str, str] = field(default_factory=dict)
     exl2: ExLlamaV2 | None = None
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    told: Callable[[Config], bool] = lambda config: True
     experts: str | None = None
     dense: str | None = None
     leading: int = 0
@@ -179,6 +187,7 @@ class Architecture:
     plain_norms: tuple[str, ...] = ()
     decays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    grouped: dict[str, str] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     former: dict[str, str] = field(default_factory=dict)
@@ -198,6 +207,7 @@ class Architecture:
     one_theta: bool = False
     needs_windows: bool = False
     gated: bool = False
+    needs_all_types: bool = False
     free_heads: bool = True
     square_heads: bool = False
     latent: bool = False
@@ -219,6 +229,12 @@ class Architecture:
             return (None, None)
         modules = {gguf: module for module, gguf in self.gguf_block.items()}
         return (modules["attn_output"], modules["ffn_down"])
+
+    @property
+    def is_reshaped(self) -> bool:
+        """Whether an artifact holds tensors in another form than transformers: convolutions, and parts of linears."""
+        starts = tuple(f"{fused}." for fused in self.parts)
+        return any(gguf in CONVOLUTIONS or module.startswith(starts) for module, gguf in self.gguf_block.items())
 
     def modules_of(self, block: int) -> dict[str, str]:
         """Returns the entries of `gguf_block` that the block with this number has."""

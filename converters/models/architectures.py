@@ -19,7 +19,13 @@ from lqexport.converters.models.families.falcon import FALCON, FALCON_7B
 from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE
 from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
-from lqexport.converters.models.families.granite import GRANITE, GRANITE_MOE
+from lqexport.converters.models.families.granite import (
+    GRANITE,
+    GRANITE_ATTENTION,
+    GRANITE_HYBRID,
+    GRANITE_HYBRID_MOE,
+    GRANITE_MOE,
+)
 from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
 from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
@@ -107,6 +113,9 @@ ARCHITECTURES = (
     GPT2,
     LFM2,
     LFM2_MOE,
+    GRANITE_ATTENTION,
+    GRANITE_HYBRID,
+    GRANITE_HYBRID_MOE,
     OPT,
     BERT,
 )
@@ -129,7 +138,7 @@ def find_architecture(config: Config) -> Architecture | None:
 def _is_told_by(entry: Architecture, config: Config) -> bool:
     """Whether a config.json, which names the entry's class, has the values by which the entry is told from others."""
     values = {key: config[key] if key in config else default_of(entry, config, key) for key in entry.when}
-    return all(value in entry.when[key] for key, value in values.items())
+    return all(value in entry.when[key] for key, value in values.items()) and entry.told(config)
 
 
 def architecture_of(config: Config) -> Architecture:

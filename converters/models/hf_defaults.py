@@ -96,14 +96,30 @@ def _class_defaults(config_class: Any) -> tuple[Config, Config]:
     return values, dict(getattr(config_class(), "rope_parameters", None) or {})
 
 
+def options_of(config: Config) -> Config:
+    """Returns config.json as the options of transformers' config class, which adds keys to settings in place.
+
+    transformers writes numbers that are not finite as `{"__float__": "Infinity"}`.
+    """
+    return {key: _with_floats(copy.deepcopy(config[key])) for key in config if key != "quantization_config"}
+
+
+def _with_floats(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if isinstance(value, dict) and value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return value
+
+
 def _made(config_class: Any, config: Config) -> Any:
     """Returns the config that transformers makes of config.json: some classes compute defaults from other keys.
 
     It is that of an empty config.json if transformers refuses this one; no model can be made of it then.
     """
-    options = {key: value for key, value in config.items() if key not in ("quantization_config", "model_type")}
+    options = {key: value for key, value in options_of(config).items() if key != "model_type"}
     try:
-        return config_class(**copy.deepcopy(options))  # transformers adds keys to the rotary settings in place
+        return config_class(**options)
     except Exception:  # each class raises exceptions of its own
         return config_class()
 

@@ -93,11 +93,29 @@ def plain_codec(architecture: Architecture, name: str, type_name: str = "F32") -
     return f"gguf:{type_name}"
 
 
-def gguf_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def gguf_shape(
+    architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]
+) -> tuple[int, ...]:
     """Returns the shape of a tensor in GGUF, rows first, from its shape in the model."""
+    within = _within_block(architecture, name)
+    if within in architecture.columns:
+        return (*shape, 1)
+    if within in architecture.grouped:
+        rows = head_count(config, architecture.grouped[within])
+        return (rows, shape[0] // rows)
+    return shape
+
+
+def is_vector(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is a vector that GGUF holds as a matrix."""
+    within = _within_block(architecture, name)
+    return within in architecture.columns or within in architecture.grouped
+
+
+def _within_block(architecture: Architecture, name: str) -> str:
+    """Returns the name of a tensor of a block without the block's prefix; "" for any other tensor."""
     module = block_module(architecture, name)
-    is_column = module is not None and f"{module[1]}.{module[2]}" in architecture.columns
-    return (*shape, 1) if is_column else shape
+    return f"{module[1]}.{module[2]}" if module else ""
 
 
 def is_tied(config: dict[str, Any]) -> bool:

@@ -1,7 +1,8 @@
 """Builds transformers' model of a config.json without storage, with a linear for every matrix that is quantized.
 
-transformers keeps the experts of a block in one stacked tensor, and some architectures keep transposed weights. Both
-are replaced by linears, so that each has a name and a weight [rows, columns] of its own.
+transformers keeps the experts of a block in one stacked tensor, and some architectures keep transposed weights, or one
+linear for what GGUF files hold as two. All are replaced by linears, so that each has a name and a weight [rows,
+columns] of its own.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 
 from lqexport.converters.models.architecture import Architecture, Order
 from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.hf_defaults import options_of
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.errors import UserError
@@ -123,20 +125,20 @@ def meta_model(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pr
 
     Tensors are named as in the table of architectures. Raises UserError if transformers makes no model of the config.
     """
-    architecture, usual = architecture_of(config), normalized(config)
+    config = normalized(config)
+    architecture = architecture_of(config)
     with torch.device("meta"):
         model = _made_by_transformers(config, AutoModel if architecture.encoder else AutoModelForCausalLM, dtype)
         for block in model.get_submodule(architecture.blocks).children():
-            _replace_by_linears(block, architecture, usual)
+            _replace_by_linears(block, architecture, config)
             if config.get(TILED):
-                _tile_inputs(block, architecture, usual)
+                _tile_inputs(block, architecture, config)
     return model
 
 
 def _made_by_transformers(config: dict[str, Any], auto_class: Any, dtype: torch.dtype) -> PreTrainedModel:
-    options = {key: value for key, value in config.items() if key != "quantization_config"}
     try:
-        hf_config = AutoConfig.for_model(**options)
+        hf_config = AutoConfig.for_model(**options_of(config))
         return auto_class.from_config(hf_config, dtype=dtype, trust_remote_code=False).eval()
     except Exception as error:  # each model's code raises exceptions of its own for a config that it refuses
         reason = str(error).strip().split("\n")[0]

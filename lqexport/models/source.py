@@ -141,7 +141,8 @@ class HuggingFaceSource:
             _, module, end = block_module(self._architecture, name) or (0, "", "")
             if module in parts:
                 taken = {
-                    name.replace(end, f"{part}.{end}"): order for part, order in parts[module](self.config).items()
+                    self._renamed(name.replace(end, f"{part}.{end}")): order
+                    for part, order in parts[module](self.config).items()
                 }
                 if (count := self.shape(name)[0]) != (needed := sum(map(len, taken.values()))):
                     raise UserError(f"{self.folder}: {name} has {count} rows, where by config.json it has {needed}.")

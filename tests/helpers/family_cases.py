@@ -60,6 +60,8 @@ UNSMOOTHED = ("mixtral", "qwen3moe", "deepseek-v2", "deepseek-v2-lite", "deepsee
 UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
 UNSMOOTHED += ("cohere", "cohere2", "exaone4", "phi2")
 """Cases that are not smoothed: models with experts, or without a norm whose output enters linears only."""
+BECOME_OTHERS = ("granite4-attention",)
+"""Cases whose artifacts and files are of another family that computes the same."""
 PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Cases whose norms multiply by 1 + weight."""
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
@@ -115,6 +117,16 @@ GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention", "full_attentio
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 GEMMA4_EXPERTS |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
 UNSMOOTHED += ("gemma4", "gemma4-moe")
+
+GRANITE4 = SIZES | SCALES | {"num_hidden_layers": 3, "shared_intermediate_size": 96, "num_local_experts": 0}
+GRANITE4 |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "mamba_n_groups": 2}
+GRANITE4 |= {"mamba_n_heads": 8, "mamba_d_state": 16, "mamba_chunk_size": 32, "tie_word_embeddings": True}
+GRANITE4_MOE = GRANITE4 | {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}
+GRANITE4_MOE |= {"position_embedding_type": "rope", "mamba_n_groups": 1}
+EXPERT_CASES += ("granite4moe",)
+GRANITE4_ATTENTION = SIZES | SCALES | {"layer_types": ["full_attention"] * 2, "num_local_experts": 0}
+GRANITE4_ATTENTION |= {"shared_intermediate_size": 160, "position_embedding_type": "rope"}
+UNSMOOTHED += ("granite4", "granite4moe")
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
@@ -182,6 +194,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "stablelm": ("StableLmConfig", SIZES | {"use_qkv_bias": True, "partial_rotary_factor": 0.5}, "qwen2"),
     "nemotron": ("NemotronConfig", SIZES, "smaug-bpe"),
     "gpt2": ("GPT2Config", GPT2_SIZES, "gpt-2"),
+    "granite4-attention": ("GraniteMoeHybridConfig", GRANITE4_ATTENTION, "smollm"),
+    "granite4": ("GraniteMoeHybridConfig", GRANITE4, "smollm"),
+    "granite4moe": ("GraniteMoeHybridConfig", GRANITE4_MOE, "smollm"),
     "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),
     "lfm2moe": ("Lfm2MoeConfig", LFM2_MOE, "llama-bpe"),
 }
