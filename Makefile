@@ -44,6 +44,7 @@ unit: .venv/ready
 
 docs: .venv/ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "The pages are in site/. Their search needs a server: $(BIN)/python -m http.server -d site, then http://localhost:8000"
 
 models: .venv/ready
 	$(BIN)/python bench/reference_models.py .models

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -59,6 +60,14 @@ def test_every_page_has_a_line_in_the_contents(root: Path) -> None:
 def test_every_page_is_there(site: Path, root: Path) -> None:
     pages = {path.stem for path in site.glob("*.html")}
     assert pages == {path.stem for path in (root / "docs").glob("*.md")} | {"404", "index", "commands", "reference"}
+
+
+@pytest.mark.parametrize("word", ["install", "ollama"])
+def test_the_search_finds(word: str, site: Path) -> None:
+    """The index of the search, which the page loads from a server, has the word in the text of the first page."""
+    index = json.loads((site / "search" / "search_index.json").read_text(encoding="utf-8"))
+    found = [entry["location"] for entry in index["docs"] if word in f"{entry['title']} {entry['text']}".lower()]
+    assert any(location.startswith("index.html") for location in found)
 
 
 def test_nothing_comes_from_the_network(site: Path) -> None:

@@ -64,6 +64,8 @@ def test_page_needs_no_network_and_has_all_plots(found: Verification, tmp_path: 
     assert not re.search(r"<(script|link|img|iframe|object|embed|base)\b|@import|\bsrc=", page)
     assert all(target.startswith("#") for target in re.findall(r"""(?:href|url)[=(]["']?([^"')]*)""", page))
     assert page.count("<svg") == page.count("</svg>") == 6
+    assert page.count("prefers-color-scheme: dark") == 1
+    assert page.count("max-width: 36rem") == page.count('class="sizes"') == 1
     for part in (
         found.sha256,
         found.text_sha256,
