@@ -67,7 +67,7 @@ def _export(
     if split_max_size is not None and chosen != "gguf":
         raise UserError("Only GGUF files are split by a size that is asked for.")
     most = split_size(split_max_size) if split_max_size is not None else None
-    listener.stage(f"Write {path}", size(inspect(stored.folder).entries))
+    listener.stage(f"Write {path.name}", size(inspect(stored.folder).entries))
     if chosen == "gguf":
         return _write_gguf(stored, path, Path(adapter) if adapter else None, most, listener)
     if chosen == "peft":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 import subprocess
 import sys
@@ -79,6 +80,23 @@ def test_a_gguf_from_python(tiny_model: Path, tmp_path: Path, text: Path) -> Non
         lqexport.export(tmp_path / "out", tmp_path / "x", format="onnx")  # type: ignore[arg-type]
     with pytest.raises(lqexport.UserError, match="beside a GGUF file"):
         lqexport.export(tmp_path / "out", tmp_path / "x", format="native", adapter=tmp_path / "y")
+
+
+def test_results_are_shown_in_short(tiny_model: Path, folder: Path, text: Path, tmp_path: Path) -> None:
+    """Nobody wants every number of every tensor on the screen for having left out a variable."""
+    recipe = lqexport.Recipe(str(tiny_model), "gguf:F16", **SMALL)
+    results = [
+        lqexport.preview(recipe, tmp_path / "out"),
+        lqexport.quantize(recipe, tmp_path / "out"),
+        lqexport.forecast(tiny_model, recipe, gpu=None, host=None),
+        lqexport.inspect(folder),
+        lqexport.verify(folder, str(tiny_model), text=str(text), windows=1),
+        lqexport.compare([folder], str(tiny_model), text=str(text), windows=1),
+    ]
+    lengths = {type(result).__name__: len(repr(result)) for result in results}
+    assert max(lengths.values()) < 800, lengths
+    assert "<20 entries>" in repr(results[0])
+    assert json.loads(json.dumps(results[1])) == results[1]
 
 
 def test_what_a_callback_raises_stops_the_work() -> None:

@@ -20,6 +20,7 @@ from lqexport.planning.dryrun import Preview
 from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import Listener, Silent
+from lqexport.runtime.shown import Shown
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import claimed
 from lqexport.verification.publish import save_record
@@ -27,8 +28,8 @@ from lqexport.verification.result import Engine, Verification
 from lqexport.verification.verifying import MAX_OVER_EXPECTED, verify
 
 
-@dataclass
-class Delivery:
+@dataclass(repr=False)
+class Delivery(Shown):
     """What an export wrote.
 
     path           the file or folder; its name says `failed` if the verification failed

@@ -28,6 +28,7 @@ from lqexport.models.source import open_source
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.runtime.environment import PACKAGES, choose_device, versions
 from lqexport.runtime.progress import Listener, Silent
+from lqexport.runtime.shown import Shown
 
 MISSING = f"The judge needs the package openai: {install('judge')}"
 CRITERIA = "Weigh whether what it says is correct, to the point, complete and clear. Length alone is no merit."
@@ -71,8 +72,8 @@ class Judged:
     replies: list[str]
 
 
-@dataclass(frozen=True)
-class Judgement:
+@dataclass(frozen=True, repr=False)
+class Judgement(Shown):
     """The judge's results for one file.
 
     against    the source that the file was compared with; None if there was none

@@ -22,6 +22,7 @@ from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
 from lqexport.models.source import HuggingFaceSource
+from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
 from lqexport.storage.artifact import Artifact
 
@@ -57,8 +58,8 @@ class TensorInfo:
         return "exl2" if self.type.startswith("exl2:") else self.type
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Shown):
     """A model's tensors.
 
     path        the file or folder

@@ -29,6 +29,7 @@ from lqexport.recipe import Recipe
 from lqexport.runtime.environment import choose_device, full_float32, steady_threads
 from lqexport.runtime.processes import joined
 from lqexport.runtime.progress import Listener, Silent
+from lqexport.runtime.shown import ShownDict
 from lqexport.storage.files import claimed
 
 OUT_OF_MEMORY = (
@@ -66,7 +67,7 @@ def quantize(
                 raise UserError(f"Out of memory on {chosen_device}: {OUT_OF_MEMORY}") from error
         if processes.first:  # also for a finished artifact: its run may have been stopped before this line
             shutil.rmtree(job.work_folder, ignore_errors=True)
-        return job.artifact.report()
+        return ShownDict(job.artifact.report())
 
 
 def _run_stages(job: Job) -> None:

@@ -26,12 +26,13 @@ from lqexport.planning.needs import check_needs
 from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
+from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
 from lqexport.storage.artifact import Artifact
 
 
-@dataclass(frozen=True)
-class Preview:
+@dataclass(frozen=True, repr=False)
+class Preview(Shown):
     """The plan of a run, shown before any work.
 
     recipe    the recipe with nothing left open

@@ -20,6 +20,7 @@ from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, mem
 from lqexport.planning.recipe_plan import plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import Placement
+from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes, memory_size
 from lqexport.storage.config_check import read_config
 
@@ -43,8 +44,8 @@ class ConfigModel:
         return self._shapes[name]
 
 
-@dataclass(frozen=True)
-class Forecast:
+@dataclass(frozen=True, repr=False)
+class Forecast(Shown):
     """The estimates of a run.
 
     gpu    bytes of the GPU's memory; None for a run on the CPU

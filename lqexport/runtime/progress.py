@@ -123,7 +123,7 @@ class Lines(Interruptible):
             self._print_state("done")
         self.description, self.total, self.done = description, total, 0.0
         self.started = self.reported = time.monotonic()
-        self.console.print(description, markup=False, highlight=False)
+        self._print(description)
 
     def advance(self, amount: float) -> None:
         self.check()
@@ -132,15 +132,18 @@ class Lines(Interruptible):
             self._print_state("running")
 
     def message(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self._print(text)
 
     def _print_state(self, state: str) -> None:
         self.reported = time.monotonic()
         seconds = self.reported - self.started
         share = min(1.0, self.done / self.total) if self.total else 0.0
         left = f", about {seconds / share - seconds:.0f} s left" if state == "running" and share > 0 else ""
-        text = f"{self.description}: {state}{f', {share:.0%}' if self.total else ''} in {seconds:.0f} s{left}"
-        self.console.print(text, markup=False, highlight=False)
+        self._print(f"{self.description}: {state}{f', {share:.0%}' if self.total else ''} in {seconds:.0f} s{left}")
+
+    def _print(self, text: str) -> None:
+        """Prints a line, which is not folded, however long it is."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 class Bars(Interruptible):

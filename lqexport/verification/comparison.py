@@ -27,6 +27,7 @@ from lqexport.models.source import Source, open_source
 from lqexport.models.written import Export, open_export
 from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
+from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification.report import svg
@@ -55,8 +56,8 @@ class Compared:
     evaluation: Evaluation
 
 
-@dataclass(frozen=True)
-class Comparison:
+@dataclass(frozen=True, repr=False)
+class Comparison(Shown):
     """The measurements of all files, in the order given, on the same windows of the same text."""
 
     against: str
