@@ -146,7 +146,7 @@ def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Sh
 
 def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
     vector = name.endswith(("norm.weight", ".bias"))
-    matrix = is_linear(architecture, name) or name in (architecture.embedding, architecture.output)
+    matrix = is_linear(architecture, name) or name in _outer(architecture)
     if (vector or matrix) and len(shape) != (1 if vector else 2):
         raise UserError(f"{name} should have {1 if vector else 2} dimensions, but its shape is {list(shape)}.")
     row_order(architecture, config, name, shape[0])
@@ -154,7 +154,9 @@ def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, 
 
 def _is_unused(architecture: Architecture, name: str) -> bool:
     """Whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
-    return any(re.search(pattern, name) for pattern in architecture.unused)
+    module = block_module(architecture, name)
+    borrowed = module is not None and architecture.is_borrowed(*module[:2])
+    return borrowed or any(re.search(pattern, name) for pattern in architecture.unused)
 
 
 def _layers(config: dict[str, Any]) -> int:
@@ -184,7 +186,7 @@ def _wanted(
 ) -> str:
     """Returns the codec name that the target asks for, whether the tensor's shape fits or not."""
     linear = is_linear(architecture, name)
-    if not linear and name not in (architecture.embedding, architecture.output):
+    if not linear and name not in _outer(architecture):
         return plain_codec(architecture, name) if target.family == "gguf" else "gguf:F32"
     if target.family == "native":
         return str(target) if linear else "gguf:F16"
@@ -220,6 +222,11 @@ def _queries_per_key(architecture: Architecture, config: dict[str, Any]) -> int:
     of_blocks = [key.config for key in architecture.keys if key.many and key.name == KEY_HEADS]
     keys = config[of_blocks[0]][0] if of_blocks else head_count(config, "num_key_value_heads")
     return head_count(config) // keys if keys else 0
+
+
+def _outer(architecture: Architecture) -> tuple[str, ...]:
+    """Returns the names of the matrices outside the blocks that are stored in fewer bits than norms."""
+    return (architecture.embedding, architecture.output, *architecture.tables)
 
 
 def _is_plain(codec_name: str) -> bool:

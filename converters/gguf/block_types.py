@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture
 
+SHARED_KEYS = "attention.shared_kv_layers"
 _OF_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+?)(?:\.weight|\.bias)?$")
 """The name of a tensor of a block: the block's number and the GGUF name of the module."""
 
@@ -27,6 +28,14 @@ def values_per_block(entry: Architecture, tensors: Collection[str]) -> dict[str,
         key: tuple(_value_of(entry, key, present[layer]) for layer in range(min(layers, len(tensors))))
         for key in {key for key, _ in entry.only.values()}
     }
+
+
+def first_borrower(entry: Architecture, metadata: Mapping[str, Any]) -> int | None:
+    """Returns the number of the first block that uses the keys and values of an earlier one; None if there is none."""
+    blocks, count = (metadata.get(f"{entry.gguf}.{key}") for key in ("block_count", SHARED_KEYS))
+    if not entry.borrows or not isinstance(blocks, int) or not isinstance(count, int) or not 0 < count < blocks:
+        return None
+    return blocks - count
 
 
 def _value_of(entry: Architecture, key: str, present: set[str]) -> Any:

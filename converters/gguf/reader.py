@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.gguf.block_types import values_per_block
+from lqexport.converters.gguf.block_types import first_borrower, values_per_block
 from lqexport.converters.gguf.config import Metadata, config_of
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.split import read_split
-from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architecture import BORROWED, Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.models.tensor_names import (
@@ -71,7 +71,9 @@ class GGUFModel:
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
         candidates = [
-            entry.expanded(experts, leading, values_per_block(entry, self._tensors))
+            entry.expanded(
+                experts, leading, values_per_block(entry, self._tensors), first_borrower(entry, self.metadata)
+            )
             for entry in same_name
             if bool(entry.experts) == bool(experts)
         ] or same_name
@@ -96,6 +98,7 @@ class GGUFModel:
         layers = int(min(self._keys.number("block_count"), len(self._tensors)))
         known = gguf_names(self._architecture, layers)
         unknown = self._tensors.keys() - known.values() - set(FACTORS)
+        unknown -= self._borrowed(layers)
         stacked = {known[name]: 2 if name.endswith(".bias") else 3 for name in known if expert_number(name) is not None}
         for name, tensor in self._tensors.items():
             dimensions = len(tensor.shape)
@@ -110,6 +113,13 @@ class GGUFModel:
         ]:
             raise UserError(f"{self.path} has no tensor {', '.join(missing[:5])}.")
         return {name: gguf for name, gguf in known.items() if gguf in self._tensors}
+
+    def _borrowed(self, layers: int) -> set[str]:
+        """Returns the names of tensors that are not used, since blocks take the keys and values of earlier ones."""
+        entry = self._architecture
+        gguf = [name for module, name in entry.gguf_block.items() if module in BORROWED]
+        borrowers = range(layers if entry.first_borrower is None else entry.first_borrower, layers)
+        return {f"blk.{layer}.{name}.weight" for layer in borrowers for name in gguf}
 
     def names(self) -> list[str]:
         """Every tensor's Hugging Face name, in the order of the model."""

@@ -22,6 +22,8 @@ EACH = "*"
 """The placeholder for an expert's number in the name of a module."""
 KEY_HEADS = "attention.head_count_kv"
 """The name of the GGUF key with the number of key heads, which may be an array with one number for each block."""
+BORROWED = ("self_attn.k_proj", "self_attn.k_norm", "self_attn.v_proj", "self_attn.v_norm")
+"""The modules that a block does not use if it takes the keys and values of an earlier block."""
 GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}
 """The modules of a gated MLP: Hugging Face module -> GGUF name."""
 
@@ -112,6 +114,11 @@ class Architecture:
     tiled       linears whose columns are value heads, which llama.cpp wants tiled (`value_heads.py`)
     parts       fused linear of a checkpoint -> a function of config.json that returns the linears which take its place,
                 each with the numbers of its rows in the fused linear. They are submodules of the fused linear
+    borrows     key of config.json with the number of the last blocks, which use keys and values of earlier blocks
+    first_borrower   the number of the first of these blocks, in an entry for a certain model; None where there is none
+    carries     whether blocks get more than hidden states: inputs of their own, or keys and values of earlier blocks
+    carried     returns the largest number of columns that these have
+    tables      matrices outside the blocks of which a token needs one row, as of the embedding; stored in its type
     transposed  linears that a checkpoint stores as [inputs, outputs]
     stacked     tensor of a block in a checkpoint that holds tensors of all experts -> which ones, and how
     one_row     modules and tensors of a block that are matrices of one row, which GGUF files may hold as vectors
@@ -175,6 +182,11 @@ class Architecture:
     leading: int = 0
     only: dict[str, tuple[str, tuple[Any, ...]]] = field(default_factory=dict)
     per_block: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    borrows: str | None = None
+    first_borrower: int | None = None
+    carries: bool = False
+    carried: Callable[[Config], int] = lambda config: 0
+    tables: tuple[str, ...] = ()
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     tiled: tuple[str, ...] = ()
     parts: dict[str, Callable[[Config], dict[str, Order]]] = field(default_factory=dict)
@@ -251,6 +263,8 @@ class Architecture:
 
     def has(self, block: int, module: str) -> bool:
         """Whether the block with this number has a module or tensor of `gguf_block` or `gguf_tensors`."""
+        if self.is_borrowed(block, module):
+            return False
         for start, (key, values) in self.only.items():
             # A damaged file may have fewer blocks than it says.
             if module.startswith(start) and self.per_block[key][block : block + 1] not in [(v,) for v in values]:
@@ -259,12 +273,21 @@ class Architecture:
             return True
         return (module in GATED) == (block < self.leading)
 
+    def is_borrowed(self, block: int, module: str) -> bool:
+        """Whether a module of the block with this number is not used, since the block takes what an earlier one has."""
+        return self.first_borrower is not None and block >= self.first_borrower and module in BORROWED
+
     def expanded(
-        self, count: int, leading: int = 0, per_block: dict[str, tuple[Any, ...]] | None = None
+        self,
+        count: int,
+        leading: int = 0,
+        per_block: dict[str, tuple[Any, ...]] | None = None,
+        first_borrower: int | None = None,
     ) -> Architecture:
         """Returns the entry with `count` experts in place of each `*`, from block `leading` on.
 
         per_block   see the field of that name; None where all blocks have the same modules
+        first_borrower   see the field of that name
         """
         modules = [
             (module.replace(EACH, str(number)), gguf)
@@ -277,5 +300,10 @@ class Architecture:
             for number in range(count if EACH in group[0] else 1)
         ]
         return replace(
-            self, gguf_block=dict(modules), linears=tuple(groups), leading=leading, per_block=per_block or {}
+            self,
+            gguf_block=dict(modules),
+            linears=tuple(groups),
+            leading=leading,
+            per_block=per_block or {},
+            first_borrower=first_borrower,
         )

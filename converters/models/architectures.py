@@ -16,7 +16,7 @@ from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B
-from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_MOE
+from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_E, GEMMA4_MOE
 from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import (
@@ -68,6 +68,7 @@ ARCHITECTURES = (
     GEMMA2,
     GEMMA3,
     GEMMA4,
+    GEMMA4_E,
     GEMMA4_MOE,
     PHI,
     PHI3,
@@ -151,7 +152,7 @@ def architecture_of(config: Config) -> Architecture:
         names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
         known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
         raise UserError(f"Unknown architecture {names}. Known: {known}.")
-    if architecture.experts is None and not architecture.only:
+    if architecture.experts is None and not architecture.only and architecture.borrows is None:
         return architecture
     config = normalized(config)
     count, leading = (config.get(key, 0) if key else 0 for key in (architecture.experts, architecture.dense))
@@ -159,7 +160,22 @@ def architecture_of(config: Config) -> Architecture:
         raise UserError(f"config.json gives no {architecture.experts}.")
     if not isinstance(leading, int) or leading < 0:
         raise UserError(f"config.json gives no {architecture.dense}.")
-    return architecture.expanded(count, leading, _values_per_block(architecture, config))
+    return architecture.expanded(
+        count, leading, _values_per_block(architecture, config), _first_borrower(architecture, config)
+    )
+
+
+def _first_borrower(architecture: Architecture, config: Config) -> int | None:
+    """Returns the number of the first block that uses the keys and values of an earlier one; None if there is none.
+
+    Raises UserError if config.json gives no such number, or if no block has keys and values of its own.
+    """
+    if architecture.borrows is None:
+        return None
+    count, layers = config.get(architecture.borrows) or 0, config.get("num_hidden_layers")
+    if not isinstance(count, int) or not isinstance(layers, int) or not 0 <= count < layers:
+        raise UserError(f"config.json: {architecture.borrows} must be a number below that of the blocks, not {count}.")
+    return layers - count if count else None
 
 
 def _values_per_block(architecture: Architecture, config: Config) -> dict[str, tuple[Any, ...]]:

@@ -253,4 +253,4 @@ def to_the_end(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor)
         output = model.run(block, hidden.to(model.device))
     finally:
         handle.remove()
-    return caught[0], output - caught[1]
+    return caught[0], model.hidden_of(output) - caught[1]

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lqexport.converters.gguf.block_types import values_per_block
+from lqexport.converters.gguf.block_types import first_borrower, values_per_block
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import Architecture
@@ -47,7 +47,10 @@ class OpenFile:
         experts, leading = self.count("expert_count") or 0, self.count("leading_dense_block_count") or 0
         named = [entry for entry in ARCHITECTURES if entry.gguf and entry.gguf == self.architecture]
         fitting = [entry for entry in named if bool(entry.experts) == bool(experts)] or named
-        return [entry.expanded(1, leading, values_per_block(entry, self.tensors)) for entry in fitting]
+        return [
+            entry.expanded(1, leading, values_per_block(entry, self.tensors), first_borrower(entry, self.metadata))
+            for entry in fitting
+        ]
 
     def get(self, key: str) -> Any:
         """Returns the value of an architecture's key, such as `block_count` for `llama.block_count`, or None."""

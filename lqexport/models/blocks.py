@@ -18,6 +18,7 @@ from lqexport.converters.models.architecture import FIRST
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.errors import UserError
+from lqexport.models.carried import Carried
 from lqexport.models.interface import Weights
 from lqexport.models.modules import compute_buffers, meta_model, run_only
 from lqexport.storage.background import read_ahead
@@ -32,9 +33,10 @@ class _LastBlockCalled(Exception):
 class _ArgumentRecorder(nn.Module):
     """Replaces a decoder block, and records the hidden states and the other arguments that the block is called with."""
 
-    def __init__(self, block: nn.Module, last: bool) -> None:
+    def __init__(self, block: nn.Module, last: bool, in_tuple: bool) -> None:
         super().__init__()
         self._replaced, self.last = [block], last  # in a list, so that torch does not register it as a submodule
+        self._in_tuple = in_tuple
 
     def __getattr__(self, name: str) -> Any:
         # Some models read attributes of a block, such as the type of mask that it takes.
@@ -43,12 +45,12 @@ class _ArgumentRecorder(nn.Module):
         except AttributeError:
             return getattr(self._replaced[0], name)
 
-    def forward(self, hidden: Any, *positional: Any, **named: Any) -> tuple[Any]:
+    def forward(self, hidden: Any, *positional: Any, **named: Any) -> Any:
         self.hidden, self.arguments = hidden, (positional, named)
         if self.last:
             raise _LastBlockCalled
-        # Models that expect a tensor pass this tuple on to the next recorder.
-        return (hidden,)
+        # Most models that expect a tensor pass this tuple on to the next recorder.
+        return (hidden,) if self._in_tuple else hidden
 
 
 class _BodyOutput(tuple[torch.Tensor]):
@@ -71,6 +73,12 @@ class _FixedBody(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> _BodyOutput:
         return self._output
+
+
+def _hidden(output: Any) -> torch.Tensor:
+    """Returns the hidden states of what a block returns, which may be a tuple that begins with them."""
+    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return states
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -127,6 +135,8 @@ class BlockModel:
         self._body_name = self.architecture.blocks.rpartition(".")[0]
         self._body = self._model.get_submodule(self._body_name)
         self._blocks = cast(nn.ModuleList, self._model.get_submodule(self.architecture.blocks))
+        hidden = int(weights.config["hidden_size"])
+        self._carried = Carried(hidden, self._blocks) if self.architecture.carries else None
         self._arguments: dict[tuple[int, int], list[_Arguments]] = {}
 
     def __len__(self) -> int:
@@ -136,17 +146,29 @@ class BlockModel:
     def start(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states [batch, length, hidden] that enter the first block, for token ids [batch, length].
 
+        In some models they have more columns up to the last block (see `carried.py`); `hidden_of` leaves these out.
         Also records, for this batch shape, the other arguments of every block (masks, positions), which `run` needs.
         """
         for name in self._embeddings():
             self._loaded(name)
-        recorders = [_ArgumentRecorder(block, index == len(self) - 1) for index, block in enumerate(self._blocks)]
+        last, in_tuple = len(self) - 1, self._carried is None
+        recorders = [_ArgumentRecorder(block, index == last, in_tuple) for index, block in enumerate(self._blocks)]
         self._model.set_submodule(self.architecture.blocks, nn.ModuleList(recorders))
         with contextlib.suppress(_LastBlockCalled):
             self._model(ids.to(self.device), use_cache=False)
         self._model.set_submodule(self.architecture.blocks, self._blocks)
-        self._arguments[(ids.shape[0], ids.shape[1])] = [recorder.arguments for recorder in recorders]
-        return recorders[0].hidden
+        arguments = [recorder.arguments for recorder in recorders]
+        hidden: torch.Tensor = recorders[0].hidden
+        if self._carried is not None:
+            inputs = [positional[0] for positional, _ in arguments if positional[0] is not None]
+            hidden = self._carried.joined(0, hidden, {}, torch.cat([hidden[..., :0], *inputs], -1))
+            arguments = [((None, *positional[1:]), named) for positional, named in arguments]
+        self._arguments[(ids.shape[0], ids.shape[1])] = arguments
+        return hidden
+
+    def hidden_of(self, states: torch.Tensor) -> torch.Tensor:
+        """Returns the hidden states alone of what `start` or `run` returns."""
+        return states[..., : int(self.weights.config["hidden_size"])]
 
     def _embeddings(self) -> list[str]:
         """Returns the names of the modules before the first block: token embedding, and learned position embedding."""
@@ -201,10 +223,21 @@ class BlockModel:
 
         `start` must have been called with the same batch shape before.
         """
-        positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][cast(int, block.number)]
+        return self._run(cast(int, block.number), hidden, block)
+
+    def _run(self, index: int, hidden: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
+        """Returns the hidden states after block `index`, whose modules `call` runs."""
+        positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
         with self._autocast():
-            output = block(hidden, *positional, **named)
-        return output[0] if isinstance(output, tuple) else output
+            if self._carried is None:
+                return _hidden(call(hidden, *positional, **named))
+            return self._carried.run(
+                index,
+                hidden,
+                lambda states, inputs, shared: _hidden(
+                    call(states, inputs, *positional[1:], **named | {"shared_kv_states": shared})
+                ),
+            )
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         if self._compute_dtype == self.dtype:
@@ -235,10 +268,10 @@ class BlockModel:
 
         The keys of `state` are parameter names relative to the block.
         """
-        positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
-        with self._autocast():
-            output = torch.func.functional_call(self._blocks[index], state, (hidden, *positional), named)
-        return output[0] if isinstance(output, tuple) else output
+        block = self._blocks[index]
+        return self._run(
+            index, hidden, lambda *positional, **named: torch.func.functional_call(block, state, positional, named)
+        )
 
     def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Returns hidden states [..., hidden] after the final norm: the input of the output layer.

@@ -89,6 +89,11 @@ class Work:
         return int(self.config["hidden_size"])
 
     @property
+    def states(self) -> int:
+        """Largest width of the states that are kept between blocks: hidden states and what is carried with them."""
+        return self.hidden + self.architecture.carried(self.config)
+
+    @property
     def tokens(self) -> int:
         """Number of calibration tokens."""
         return self.recipe.samples * self.recipe.sequence_length
@@ -97,6 +102,11 @@ class Work:
     def outer(self) -> int:
         """Number of weights of the embedding; the output has as many."""
         return int(self.config["vocab_size"]) * self.hidden
+
+    @property
+    def tables(self) -> int:
+        """Number of weights of the further tables of which a token needs one row."""
+        return sum(tensor.weights for tensor in self.tensors if tensor.name in self.architecture.tables)
 
     @property
     def calibrated(self) -> bool:
@@ -199,8 +209,8 @@ def disk(work: Work, parts: int = 1) -> Disk:
     artifact, source = sum(tensor.nbytes for tensor in work.tensors), source_bytes(work)
     if not work.calibrated:
         return Disk(artifact, 0, source, artifact)
-    states = 4 * work.tokens * work.hidden * work.blocks
-    kept = states + 8 * work.tokens * work.hidden if work.guided else 0
+    states = 4 * work.tokens * work.states * work.blocks
+    kept = states + 8 * work.tokens * work.states if work.guided else 0
     measured = work.blocks * moments_bytes(work) if work.recipe.size or work.recipe.bits else 0
     tuned = work.recipe.tuned_sequences
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0

@@ -60,7 +60,7 @@ SOLVING = "solving the largest linear"
 
 def memory(work: Work, placement: Placement) -> dict[str, Memory]:
     """Returns stage -> peak memory under a placement."""
-    stages = {"rounding the embedding": Memory(2 * 4 * work.outer, 0)}
+    stages = {"rounding the embedding": Memory(2 * 4 * max(work.outer, work.tables), 0)}
     if work.calibrated:
         stages[PASSING] = _passing(work, placement)
         if work.recipe.asymmetric:
@@ -92,15 +92,15 @@ def _passing(work: Work, placement: Placement) -> Memory:
     """Returns the memory of a pass through a block.
 
     On the device: the block, the Hessian sums of one shard and the activations of a batch; or, where that is more, the
-    embedding and the output with one sequence's logits, which are needed before. At their locations: the total Hessian
-    sums and the hidden states.
+    embeddings, and the output with one sequence's logits, which are needed before. At their locations: the total
+    Hessian sums and the hidden states.
     """
     batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
     activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
     block = _blocks_bytes(work, placement)
-    outer = 2 * 4 * work.outer + logits if work.guided else 4 * work.outer
+    outer = 4 * (work.outer + max(work.tables, work.outer * work.guided)) + logits
     sums = _sums_bytes(work, placement)
     working = Memory(max(block + sums + activations, outer), _kept_states(work, placement))
     return working + _kept(placement.moments, sums) + _states(work, placement)
@@ -168,13 +168,13 @@ def _states(work: Work, placement: Placement) -> Memory:
     one shard's on the host, with gradients.
     """
     if work.guided and work.recipe.prefix == "full":
-        return Memory(0, 3 * 4 * work.hidden * -(-work.tokens // SHARDS))
+        return Memory(0, 3 * 4 * work.states * -(-work.tokens // SHARDS))
     return _kept(placement.hidden, _states_bytes(work))
 
 
 def _states_bytes(work: Work) -> int:
     """Returns the bytes of the hidden states of all sequences at one depth, in one model or, if asymmetric, in two."""
-    return 4 * (1 + bool(work.recipe.asymmetric)) * work.hidden * work.tokens
+    return 4 * (1 + bool(work.recipe.asymmetric)) * work.states * work.tokens
 
 
 def _kept_states(work: Work, placement: Placement) -> int:
@@ -183,7 +183,7 @@ def _kept_states(work: Work, placement: Placement) -> int:
 
 
 def _all_states_bytes(work: Work) -> int:
-    return 4 * work.hidden * work.tokens * (work.blocks + 2) if work.guided else 0
+    return 4 * work.states * work.tokens * (work.blocks + 2) if work.guided else 0
 
 
 def _solving(work: Work, placement: Placement) -> Memory:
@@ -342,7 +342,7 @@ def _tuning_memory(work: Work, placement: Placement) -> Memory:
     block = (1 + _weight_bytes(work, placement)) * sum(tensor.weights for tensor in work.block)
     largest = _largest(work)
     device = 2 * 4 * work.outer + max(block + TUNED_MATRICES * 4 * largest, 8 * 4 * length * vocabulary)
-    states = 4 * length * work.hidden * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))
+    states = 4 * length * work.states * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))
     return Memory(device, states + 4 * 4 * tuned_numbers(work))
 
 

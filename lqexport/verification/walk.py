@@ -54,7 +54,8 @@ class Walk:
 
     def _embedding(self) -> Part:
         names = [name for name in (self._models[0].architecture.embedding,) if name in self._models[0].weights.names()]
-        return _part("the embedding", self._starts, torch.zeros_like(self._starts[0]), names)
+        starts = [self._models[0].hidden_of(states) for states in self._starts]
+        return _part("the embedding", starts, torch.zeros_like(starts[0]), names)
 
     def _block(self, index: int, listener: Listener) -> Part:
         _, file, rounded = self._models
@@ -65,7 +66,8 @@ class Walk:
         for window, state in enumerate(self._hidden):
             self._hidden[window] = rounded.run(blocks[2], state)
             listener.advance(1)
-        return _part(f"block {index}", outputs, before, self._models[0].names(index))
+        hidden = self._models[0].hidden_of
+        return _part(f"block {index}", [*map(hidden, outputs)], hidden(before), self._models[0].names(index))
 
     def _output(self) -> Part:
         source = self._models[0]

@@ -116,7 +116,10 @@ GEMMA4 |= {"pad_token_id": 0, "sliding_window": 16, "num_hidden_layers": 3, "hid
 GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
 GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 GEMMA4_EXPERTS |= {"num_hidden_layers": 2, "layer_types": ["sliding_attention", "full_attention"]}
-UNSMOOTHED += ("gemma4", "gemma4-moe")
+GEMMA4_INPUTS = {"hidden_size_per_layer_input": 32, "vocab_size_per_layer_input": 512, "num_hidden_layers": 4}
+GEMMA4_INPUTS |= {"num_kv_shared_layers": 2, "use_double_wide_mlp": True, "attention_k_eq_v": False}
+GEMMA4_INPUTS |= {"layer_types": ["sliding_attention", "full_attention"] * 2}
+UNSMOOTHED += ("gemma4", "gemma4-moe", "gemma4-e")
 
 GRANITE4 = SIZES | SCALES | {"num_hidden_layers": 3, "shared_intermediate_size": 96, "num_local_experts": 0}
 GRANITE4 |= {"layer_types": ["linear_attention", "linear_attention", "full_attention"], "mamba_n_groups": 2}
@@ -142,6 +145,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
     "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
     "gemma4": ("Gemma4TextConfig", SIZES | GEMMA4 | {"final_logit_softcapping": 5.0}, "pieces without prefix"),
+    "gemma4-e": ("Gemma4TextConfig", SIZES | GEMMA4 | GEMMA4_INPUTS, "pieces without prefix"),
     "gemma4-moe": ("Gemma4TextConfig", SIZES | GEMMA4 | GEMMA4_EXPERTS, "pieces without prefix"),
     "phi3": ("Phi3Config", SIZES | {"rope_parameters": LONGROPE, "original_max_position_embeddings": 32}, "pieces"),
     "phi3-short": (
@@ -235,6 +239,8 @@ def randomized(model: PreTrainedModel, name: str) -> PreTrainedModel:
         if "norm" in parameter_name or ".ln_" in parameter_name:
             low = -0.5 if name in PLUS_ONE or parameter_name.endswith("bias") else 0.5
             parameter.data.uniform_(low, low + 1)
+            if name.startswith("gemma4") and parameter_name.endswith("q_norm.weight"):
+                parameter.data *= 0.25  # its queries are not divided by the root of head_dim
         else:
             parameter.data.normal_(0, 0.2 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5)
     if model.config.get_text_config().num_hidden_layers > 10:  # so that rounding errors do not grow with depth

@@ -128,7 +128,17 @@ def _gemma4_from_gguf(config: Config) -> Config:
         "intermediate_size": widths[0],
         "use_double_wide_mlp": widths[-1] != widths[0],
         "final_logit_softcapping": config["final_logit_softcapping"] or None,
+        "vocab_size_per_layer_input": config["vocab_size"],
     }
+
+
+def _gemma4_carried(config: Config) -> int:
+    """Returns the most columns of inputs of all blocks, and of the last keys and values that others use."""
+    inputs = config["num_hidden_layers"] * (config.get("hidden_size_per_layer_input") or 0)
+    if not config.get("num_kv_shared_layers"):
+        return int(inputs)
+    in_windows = config["num_key_value_heads"] * config["window_head_dim"]
+    return int(inputs + 2 * (in_windows + config["num_global_key_value_heads"] * config["global_head_dim"]))
 
 
 GEMMA4 = replace(
@@ -141,6 +151,7 @@ GEMMA4 = replace(
     when={"enable_moe_block": (False,), "hidden_size_per_layer_input": (0, None)},
     gguf_tensors={"layer_scalar": "layer_output_scale.weight"},
     only={"self_attn.v_proj": ("value_projections", (True,))},
+    borrows="num_kv_shared_layers",
     renamed={},
     unused=GEMMA2.unused,
     norm_plus=0,
@@ -155,21 +166,45 @@ GEMMA4 = replace(
         Key("attention.shared_kv_layers", "num_kv_shared_layers", default=0),
         Key("embedding_length_per_layer_input", "hidden_size_per_layer_input", default=0),
     ),
-    reads=("attention_k_eq_v", "use_double_wide_mlp", "num_kv_shared_layers"),
+    reads=("attention_k_eq_v", "use_double_wide_mlp", "num_kv_shared_layers", "vocab_size_per_layer_input"),
     derived=_gemma4,
     restored=_gemma4_from_gguf,
+    carries=True,
+    carried=_gemma4_carried,
     fixed={
         "hidden_activation": ("gelu_pytorch_tanh",),
         "attention_bias": (False,),
         "use_bidirectional_attention": (None, "vision"),  # text is read from left to right in both
         "equal_full_blocks": (True,),
-        "num_kv_shared_layers": (0,),
     },
     rope_types=("proportional",),
     partial=True,
     period=None,
     any_windows=True,
     wide_scale=None,
+)
+
+GEMMA4_E = replace(
+    GEMMA4,
+    family="Gemma 4 E2B, E4B (of models with images: the text part)",
+    when={"enable_moe_block": (False,)},
+    linears=(*GEMMA4.linears, ("per_layer_input_gate",), ("per_layer_projection",)),
+    gguf_block=GEMMA4.gguf_block
+    | {
+        "per_layer_input_gate": "inp_gate",
+        "per_layer_projection": "proj",
+        "post_per_layer_input_norm": "post_norm",
+    },
+    gguf_top={
+        "model.embed_tokens.weight": "token_embd.weight",
+        "model.embed_tokens_per_layer.weight": "per_layer_token_embd.weight",
+        "model.per_layer_model_projection.weight": "per_layer_model_proj.weight",
+        "model.per_layer_projection_norm.weight": "per_layer_proj_norm.weight",
+        "model.norm.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    },
+    tables=("model.embed_tokens_per_layer.weight",),
+    same={"vocab_size_per_layer_input": "vocab_size"},
 )
 
 GEMMA4_MOE = replace(
