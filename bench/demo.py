@@ -1,4 +1,4 @@
-"""`make demo`: takes a real model to a GGUF file that is verified in llama.cpp. Takes about nine processor minutes.
+"""`make demo`: takes a real model to a GGUF file that is verified in llama.cpp. Takes about six processor minutes.
 
     python bench/demo.py demo --target gguf:Q4_0
 

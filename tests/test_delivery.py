@@ -122,8 +122,11 @@ def test_a_folder_with_low_rank_corrections(smaller_model: Path, options: list[o
     )  # fmt: skip
     assert set(told["seconds"]) == {"quantize", "write", "verify"}
     assert told["verification"]["adapter"] == "tiny-gptq-adapter"
-    listed = upload_list("tiny-gptq", record="tiny-gptq.record", unverified=True)
-    assert "config.json" in listed
+    listed = upload_list("tiny-gptq", record="tiny-gptq.record")
+    assert {"config.json", "tiny-gptq-adapter/adapter_config.json", "README.md"} <= set(listed)
+    shutil.rmtree("tiny-gptq-adapter")
+    with pytest.raises(lqexport.UserError, match="tiny-gptq-adapter that the record names is not beside tiny-gptq"):
+        upload_list("tiny-gptq", record="tiny-gptq.record")
 
 
 @pytest.mark.parametrize("target", ["gguf:Q4_0", "native:table-3"])

@@ -1,7 +1,7 @@
 """Takes the screenshots of a report page that the documentation shows.
 
     make demo
-    python tools/screenshots.py demo/report.html docs/images
+    python tools/screenshots.py demo/SmolLM2-135M-Instruct-Q4_0.gguf.record/report.html docs/images
 
 Needs the extra `browser`, and Chromium: on PATH, or installed by `playwright install chromium`.
 """

@@ -125,7 +125,7 @@ def _extent(request: Request) -> str:
 def _deliver(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Delivery:
     """Runs the export, and prints its plan before and its summary after."""
     from lqexport.delivery.deliver import deliver
-    from lqexport.delivery.summary import summary
+    from lqexport.delivery.summary import next_steps, summary
     from lqexport.planning.dryrun import show_plan
 
     def show(plan: Preview) -> None:
@@ -138,4 +138,5 @@ def _deliver(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Del
         print(json.dumps(delivery.as_json(), indent=1))
     else:
         output().print(summary(delivery))
+        print("\n".join(next_steps(delivery)))
     return delivery

@@ -195,7 +195,8 @@ def _show_types(run: Run, choice: dict[str, Any]) -> None:
 def plan(
     model: Annotated[Path, typer.Argument(help="A config.json, or a folder that holds one; no weights are needed.")],
     target: Annotated[
-        str | None, typer.Option(help="What to quantize into, as in quantize: gguf:Q4_K_M, native:table-3.")
+        str | None,
+        typer.Option(help="What to quantize into, such as gguf:Q4_K_M. [required, here or in the --recipe file]"),
     ] = None,
     gpu: Annotated[str | None, typer.Option(help="Memory of the GPU, such as 24GB. [default: no GPU]")] = None,
     host: Annotated[str | None, typer.Option(help="Memory of the machine, such as 64GB.")] = None,

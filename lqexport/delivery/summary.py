@@ -17,7 +17,7 @@ from lqexport.verification.usage import commands
 
 
 def summary(delivery: Delivery) -> RenderableType:
-    """Returns the end of `lqexport export`: a table of figures, warnings and failures, and what to do next."""
+    """Returns the result that `lqexport export` prints: a table of figures, warnings and failures."""
     result = delivery.verification
     table = Table(box=None, show_header=False, pad_edge=False)
     for label, value in _facts(delivery):
@@ -26,7 +26,7 @@ def summary(delivery: Delivery) -> RenderableType:
     lines += [Text(f"failed: {sentence}", style="red") for sentence in result.failed]
     lines += [Text(f"likely: {sentence}", style="red") for sentence in result.causes]
     lines.append(Text(f"result: {verdict(result)}", style="bold" if delivery.passed else "bold red"))
-    return Group(Text(), table, Text(), *lines, *map(Text, _next(delivery)))
+    return Group(Text(), table, Text(), *lines)
 
 
 def _facts(delivery: Delivery) -> list[tuple[str, str]]:
@@ -65,8 +65,8 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def _next(delivery: Delivery) -> list[str]:
-    """Returns one line for each thing that the user may want to do now."""
+def next_steps(delivery: Delivery) -> list[str]:
+    """Returns one line for each thing that the user may want to do now. They hold commands, so they are not folded."""
     lines = [f"Record:  {delivery.record} (model card, report, verification.json)"]
     if delivery.artifact:
         lines.append(f"Artifact: {delivery.artifact}")
