@@ -1,8 +1,9 @@
 """Moves an already quantized matrix to another format without changing a value, if that format's grid can hold it.
 
 Checkpoints of other projects hold more than any codec here: scales of any dtype, zero points, and codes of 1 to 8 bits.
-A value is `scale * (code - zero)`, or an entry of the row's table. `lift` is added to a code to get the code on the
-other grid, whose levels begin at `low`. The offset, if there is one, cancels the lift:
+A value is `scale * (code - zero)`, `scale * level[code]`, or an entry of the row's table. Where codes are integers,
+`lift` is added to a code to get the code on the other grid, whose levels begin at `low`. The offset, if there is one,
+cancels the lift:
 
     scale * (low + code + lift) + offset,   offset = -scale * (zero + low + lift)
 
@@ -41,6 +42,24 @@ class AffineGrid:
 
 
 @dataclass(frozen=True)
+class FloatGrid:
+    """The values `scale * level` of a quantized matrix whose codes stand for the same levels everywhere.
+
+    levels    float32 [K], ascending
+    scale     float32 [R, G]
+    group_of  int64 [C], the group of each column
+    """
+
+    levels: NDArray[np.float32]
+    scale: NDArray[np.float32]
+    group_of: NDArray[np.int64]
+
+    def values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Returns the float32 values [R, C] of codes uint8 [R, C]."""
+        return self.scale[:, self.group_of] * self.levels[codes]
+
+
+@dataclass(frozen=True)
 class TableGrid:
     """The values of a quantized matrix whose rows have a table each.
 
@@ -62,23 +81,28 @@ class Move:
 
     grid   the other format's grid
     lift   int16 [R, C or 1], added to each code
+    ranks  uint8 [K], the code that takes the place of each code of a `FloatGrid`, before the lift; None for the same
     """
 
     grid: Grid | Sections
     lift: NDArray[np.int16]
+    ranks: NDArray[np.uint8] | None = None
 
     def codes(self, codes: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Returns the codes on the grid, uint8 [R, C], for the source's codes uint8 [R, C]."""
-        return (codes + self.lift).astype(np.uint8)
+        ranked = codes if self.ranks is None else self.ranks[codes]
+        return (ranked + self.lift).astype(np.uint8)
 
 
-def move(source: AffineGrid | TableGrid, codec: PlainCodec | GridCodec | SectionedCodec) -> Move:
+def move(source: AffineGrid | FloatGrid | TableGrid, codec: PlainCodec | GridCodec | SectionedCodec) -> Move:
     """Returns the grid of `codec` that holds all values of `source`, whatever the codes are.
 
     Raises ValueError with the reason if `codec` cannot hold them.
     """
     if isinstance(source, TableGrid):
         return _move_table(source, codec)
+    if isinstance(source, FloatGrid):
+        return _move_floats(source, codec)
     if isinstance(codec, Gptq):
         order = np.argsort(source.group_of, kind="stable") if codec.reorders else np.arange(len(source.group_of))
         grid, lift = _move_affine(source, LEVELS, codec.scale, codec.zero, order)
@@ -107,6 +131,21 @@ def _move_table(source: TableGrid, codec: PlainCodec | GridCodec | SectionedCode
     return Move(Grid(source.columns, levels), np.zeros((rows, 1), np.int16))
 
 
+def _move_floats(source: FloatGrid, codec: PlainCodec | GridCodec | SectionedCodec) -> Move:
+    if not isinstance(codec, GridCodec) or codec.levels is None or codec.scale is None or codec.offset is not None:
+        raise ValueError(f"{codec.name} has no scale times a level")
+    ranks = np.arange(len(source.levels))
+    if not np.array_equal(codec.levels, source.levels):  # equal levels may have two zeros
+        ranks = np.searchsorted(codec.levels, source.levels).clip(max=len(codec.levels) - 1)
+    if not np.array_equal(codec.levels[ranks], source.levels):
+        raise ValueError(f"{codec.name} has no such levels")
+    columns = np.arange(len(source.group_of))
+    numbers = source.scale[:, _stored_groups(source.group_of, codec.scale, columns)]
+    scale = _scales(numbers, codec.scale, np.ones(numbers.shape, np.int16))
+    lift = np.zeros((len(numbers), 1), np.int16)
+    return Move(Grid(len(columns), codec.levels, scale), lift, ranks.astype(np.uint8))
+
+
 def _move_affine(
     source: AffineGrid, levels: NDArray[np.float32], scale: ScaleFormat, offset: ScaleFormat | None,
     order: NDArray[np.int64],
@@ -117,7 +156,7 @@ def _move_affine(
     lift = base - source.zero - np.int16(levels[0])
     if lift.min() < 0 or 2**source.bits - 1 + lift.max() >= len(levels):
         raise ValueError(f"the type has too few levels for codes of {source.bits} bits with these zero points")
-    groups = _stored_groups(source, scale, order)
+    groups = _stored_groups(source.group_of, scale, order)
     numbers = source.scale[:, groups]
     stored = _scales(numbers, scale, np.ones(numbers.shape, np.int16))
     if offset is None:
@@ -141,12 +180,17 @@ def _base(source: AffineGrid, count: int, offset: ScaleFormat | None) -> NDArray
     return np.where(exact, source.zero, 2**source.bits).astype(np.int16)
 
 
-def _stored_groups(source: AffineGrid, scale_format: ScaleFormat, order: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Returns the source's group that each stored group of columns belongs to. Raises ValueError if it is several."""
+def _stored_groups(
+    group_of: NDArray[np.int64], scale_format: ScaleFormat, order: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Returns the source's group that each stored group of columns belongs to. Raises ValueError if it is several.
+
+    group_of   the source's group of each column
+    """
     size = scale_format.group or len(order)
-    runs = source.group_of[order].reshape(-1, size)
+    runs = group_of[order].reshape(-1, size)
     if np.any(runs != runs[:, :1]):
-        if np.any(np.diff(source.group_of) < 0):
+        if np.any(np.diff(group_of) < 0):
             raise ValueError("its groups are in act-order (g_idx): their columns do not lie together")
         raise ValueError(f"its groups are not whole groups of {size} columns")
     return runs[:, 0]
@@ -156,13 +200,18 @@ def _scales(numbers: NDArray[np.float32], scale_format: ScaleFormat, subs: NDArr
     """Returns scales that store `numbers` with the integers `subs`. Raises ValueError if `scale_format` cannot hold
     the numbers."""
     shared = numbers.reshape(len(numbers), -1, scale_format.span)
-    if scale_format.powers or np.any(shared != shared[..., :1]):
+    if np.any(shared != shared[..., :1]):
         raise ValueError(
             f"its groups have scales of their own, and here {scale_format.span * scale_format.group} columns share one"
         )
-    if not _is_half(numbers).all():
+    if scale_format.powers:
+        mantissa, power = np.frexp(numbers)  # frexp writes 2^k as 0.5 * 2^(k + 1)
+        low, high = scale_format.powers
+        if np.any(mantissa != 0.5) or power.min() <= low or power.max() > high + 1:
+            raise ValueError(f"its scales are not all powers of two from 2^{low} to 2^{high}")
+    elif not _is_half(numbers).all():
         raise ValueError("its scales are not all float16 numbers")
-    return Scales(scale_format, shared[..., 0].astype(np.float16), subs)
+    return Scales(scale_format, shared[..., 0].astype(scale_format.dtype), subs)
 
 
 def _is_half(numbers: NDArray[np.float32]) -> NDArray[np.bool_]:

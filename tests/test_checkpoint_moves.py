@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from lqexport.formats.codec import PlainCodec, nbytes
-from lqexport.formats.moves import AffineGrid, TableGrid, move
+from lqexport.formats.gguf import E2M1
+from lqexport.formats.moves import AffineGrid, FloatGrid, TableGrid, move
 from lqexport.formats.registry import codec_named, names
 from lqexport.models.written import open_export
 from lqexport.pipeline.quantize import quantize
@@ -44,11 +45,17 @@ def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> Affin
     return AffineGrid(bits, scales, zero.astype(np.int16), np.arange(512) // (group or 512))
 
 
-def holds(source: AffineGrid, name: str) -> bool:
+def mxfp4() -> FloatGrid:
+    """Returns a grid of 4 rows and 512 columns in MXFP4."""
+    scale = np.exp2(np.random.default_rng(4).integers(-12, -5, (4, 16))).astype(np.float32)
+    return FloatGrid(E2M1, scale, np.arange(512) // 32)
+
+
+def holds(source: AffineGrid | FloatGrid, name: str) -> bool:
     """Returns whether a codec holds all values of the grid. If it says so, its decoded bytes are compared."""
-    codec = codec_named(name)
-    codes = np.random.default_rng(0).integers(0, 2**source.bits, (4, 512)).astype(np.uint8)
-    codes[0, :2] = 0, 2**source.bits - 1
+    codec, count = codec_named(name), 2**source.bits if isinstance(source, AffineGrid) else len(source.levels)
+    codes = np.random.default_rng(0).integers(0, count, (4, 512)).astype(np.uint8)
+    codes[0, :2] = 0, count - 1
     try:
         moved = move(source, codec)
     except ValueError:
@@ -57,9 +64,10 @@ def holds(source: AffineGrid, name: str) -> bool:
     return True
 
 
-@pytest.mark.parametrize("checkpoint", CHECKPOINTS)
+@pytest.mark.parametrize("checkpoint", [*CHECKPOINTS, "MXFP4"])
 def test_the_table_of_docs_says_what_moves_where(checkpoint: str, root: Path) -> None:
-    held = [name for name in CODEC_NAMES if holds(affine(*CHECKPOINTS[checkpoint]), name)]
+    grid = mxfp4() if checkpoint == "MXFP4" else affine(*CHECKPOINTS[checkpoint])
+    held = [name for name in CODEC_NAMES if holds(grid, name)]
     shown = [name.removeprefix("gguf:") for name in held if name.startswith("gguf:")]
     native_ones = [name for name in held if name.startswith("native:")]
     smallest = min(native_ones, key=lambda name: nbytes(codec_named(name), 4, 512), default="-").removeprefix("native:")
@@ -79,6 +87,10 @@ def test_no_codec_takes_what_it_does_not_hold(name: str) -> None:
         AffineGrid(4, ordered.scale, ordered.zero, shuffled),
         AffineGrid(4, ordered.scale, ordered.zero, np.minimum(np.arange(512) // 124, 3)),
         *([] if name == "native:table-4" else [table]),
+        FloatGrid(E2M1, ordered.scale * np.float32(1 + 2**-12), ordered.group_of),
+        FloatGrid(E2M1, np.full((4, 1), 2.0**126, np.float32), np.zeros(512, np.int64))
+        if name != "gguf:MXFP4"
+        else FloatGrid(np.arange(16, dtype=np.float32), ordered.scale, ordered.group_of),
     ]
     for grid in wrong:
         with pytest.raises(ValueError, match=r"its |has no "):

@@ -21,12 +21,22 @@ from lqexport.models.source import open_source
     ("quantization", "message"),
     [
         (
-            {"quant_method": "bitsandbytes"},
-            "by bitsandbytes, which is not read.* gptq, awq, compressed-tensors, fp8, LeanQuant",
+            {"quant_method": "quanto"},
+            "by quanto, which is not read.* gptq, awq, compressed-tensors, fp8, .*bitsandbytes, LeanQuant",
         ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv and 4 bits; gemm"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "format marlin; gptq and gptq_v2"),
-        ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "format nvfp4-pack-quantized; pack"),
+        ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "format marlin-24; pack"),
+        ({"quant_method": "compressed-tensors", "format": "mixed-precision"}, "format mixed-precision; pack"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "mixed-precision",
+                "config_groups": {"a": {"format": "pack-quantized"}, "b": {"format": "mxfp6-packed"}},
+            },
+            "format mxfp6-packed; pack",
+        ),
+        ({"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"}, "by W4A8_AWQ; NVFP4 and FP8"),
     ],
 )
 def test_other_quantizations_are_refused(quantization: dict[str, Any], message: str, make: Make) -> None:

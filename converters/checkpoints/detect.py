@@ -6,8 +6,10 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from lqexport.converters.checkpoints.bitsandbytes import BitsAndBytes
 from lqexport.converters.checkpoints.compressed_tensors import CompressedTensors
-from lqexport.converters.checkpoints.fp8 import Fp8
+from lqexport.converters.checkpoints.fp4 import Mxfp4
+from lqexport.converters.checkpoints.fp8 import Fp8, ModelOpt
 from lqexport.converters.checkpoints.gptq import Awq, Gptq
 from lqexport.converters.checkpoints.layout import CheckpointLayout, StoredByName
 from lqexport.converters.checkpoints.leanquant import LeanQuant
@@ -19,6 +21,10 @@ LAYOUTS: dict[str, type[CheckpointLayout]] = {
     "awq": Awq,
     "compressed-tensors": CompressedTensors,
     "fp8": Fp8,
+    "fbgemm_fp8": Fp8,
+    "modelopt": ModelOpt,
+    "mxfp4": Mxfp4,
+    "bitsandbytes": BitsAndBytes,
 }
 """`quant_method` of config.json -> layout. LeanQuant is not among them: its checkpoints come without a config.json."""
 
@@ -35,7 +41,7 @@ def layout_of(
     """
     if any(name.endswith(f".{LeanQuant.mark}") for name in names):
         return LeanQuant(stored, names, {})
-    quantization = config.get("quantization_config") or _gptq_config(folder)
+    quantization = config.get("quantization_config") or _gptq_config(folder) or _modelopt_config(folder)
     if not quantization:
         return None
     method = str(quantization.get("quant_method"))
@@ -49,3 +55,9 @@ def _gptq_config(folder: Path) -> dict[str, Any] | None:
     """Returns the content of quantize_config.json, which old versions of AutoGPTQ write; None if there is none."""
     path = folder / "quantize_config.json"
     return {"quant_method": "gptq"} | read_json(path, "") if path.is_file() else None
+
+
+def _modelopt_config(folder: Path) -> dict[str, Any] | None:
+    """Returns the settings in hf_quant_config.json, which ModelOpt writes; None if there is none."""
+    path = folder / "hf_quant_config.json"
+    return {"quant_method": "modelopt"} | read_json(path, "")["quantization"] if path.is_file() else None

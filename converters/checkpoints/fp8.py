@@ -1,8 +1,18 @@
-"""Reads FP8 checkpoints as sources: the form in which DeepSeek V3 and Qwen3's FP8 models are published.
+"""Reads FP8 checkpoints as sources, and NVIDIA ModelOpt's of FP8 and NVFP4.
 
-weight             float8_e4m3fn [R, C]
-weight_scale_inv   float [ceil(R / r), ceil(C / c)]: the factor by which the weights of a block are multiplied. A block
-                   has r rows and c columns (`weight_block_size` of config.json); the last ones may be smaller.
+    weight   float8_e4m3fn [R, C]
+    scale    the factor by which the weights are multiplied: one for the matrix, [R] or [R, 1] for each row, or
+             [ceil(R / r), ceil(C / c)] for each block of r rows and c columns (`weight_block_size` of config.json); the
+             last blocks may be smaller. It is called weight_scale_inv (DeepSeek V3, Qwen3, Ministral 3) or weight_scale
+             (fbgemm, ModelOpt, AutoFP8)
+
+NVFP4 of ModelOpt:
+
+    weight           uint8 [R, C / 2], two numbers in a byte (see `fp4.py`)
+    weight_scale     float8_e4m3fn [R, C / 16]
+    weight_scale_2   float32, by which the scales are multiplied
+
+Scales of activations are ignored.
 """
 
 from __future__ import annotations
@@ -10,41 +20,110 @@ from __future__ import annotations
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout
+from lqexport.converters.checkpoints.fp4 import e2m1_codes, e2m1_grid
+from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout, Codes
 from lqexport.errors import UserError
+from lqexport.formats.moves import FloatGrid
 
 BLOCK = [128, 128]
 """Rows and columns of a block where config.json does not give them."""
+SCALES = (*FLOATS, torch.float8_e8m0fnu)
 
 
 class Fp8(CheckpointLayout):
-    """FP8 weights with a scale for each block. No grid holds such weights, so they are solved again."""
+    """FP8 weights. No grid holds them, so they are solved again."""
 
     container = "FP8 folder"
-    mark = "weight_scale_inv"
-    parts = ("weight", "weight_scale_inv", "activation_scale", "input_scale")
+    parts: tuple[str, ...] = (
+        "weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale", "input_scale_ub",
+    )  # fmt: skip
 
     def check(self) -> None:
-        block = self.quantization.get("weight_block_size") or BLOCK
-        if not isinstance(block, list) or len(block) != 2 or not all(isinstance(n, int) and n > 0 for n in block):
+        block = self.quantization.get("weight_block_size", BLOCK)
+        if block is not None and not (
+            isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)
+        ):
             raise UserError(f"This FP8 checkpoint has blocks of the size {block}; two numbers are read.")
-        self._block = block
+        self._block = block or BLOCK
+
+    def is_packed(self, module: str) -> bool:
+        return f"{module}.weight" in self.names and self._scale_name(module) in self.names
+
+    def _scale_name(self, module: str) -> str:
+        name = f"{module}.weight_scale_inv"
+        return name if name in self.names else f"{module}.weight_scale"
 
     def quantization_name(self, module: str) -> str:
-        return f"fp8:{self._block[0]}x{self._block[1]}"
+        shape = self._scale_shape(module)
+        if len(shape) == 2 and shape[1] > 0 and not self._is_by_row(module):
+            return f"fp8:{self._block[0]}x{self._block[1]}"
+        return "fp8:row" if self._is_by_row(module) else "fp8:matrix"
 
     def shape(self, module: str) -> tuple[int, int]:
         return self.matrix(f"{module}.weight")
 
-    def grid(self, module: str) -> None:
+    def grid(self, module: str) -> FloatGrid | None:
         return None
 
+    def _scale_shape(self, module: str) -> tuple[int, ...]:
+        return self.stored.stored_shape(self._scale_name(module))
+
+    def _is_by_row(self, module: str) -> bool:
+        rows, shape = self.shape(module)[0], self._scale_shape(module)
+        return rows > 1 and shape in ((rows,), (rows, 1))
+
     def read(self, module: str) -> NDArray[np.float32]:
-        rows, columns = shape = self.shape(module)
-        block_rows, block_columns = self._block
-        blocks = -(-rows // block_rows), -(-columns // block_columns)
-        scale = self.checked_tensor(f"{module}.weight_scale_inv", blocks, FLOATS).float()
-        weight = self.checked_tensor(f"{module}.weight", shape, (torch.float8_e4m3fn,)).float()
-        by_weight = scale.repeat_interleave(block_rows, 0)[:rows].repeat_interleave(block_columns, 1)[:, :columns]
-        return (weight * by_weight).numpy()
+        weight = self.checked_tensor(f"{module}.weight", self.shape(module), (torch.float8_e4m3fn,)).float()
+        return (weight * self._scale(module)).numpy()
+
+    def _scale(self, module: str) -> Tensor:
+        """Returns the scales in a shape that multiplies the weights, float32."""
+        name, shape, (rows, columns) = self._scale_name(module), self._scale_shape(module), self.shape(module)
+        if shape in ((), (1,)) or self._is_by_row(module):
+            scale = self.checked_tensor(name, shape, SCALES).float()
+            return scale.reshape(-1, 1)
+        high, wide = self._block
+        blocks = self.checked_tensor(name, (-(-rows // high), -(-columns // wide)), SCALES).float()
+        return blocks.repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+
+
+class ModelOpt(Fp8):
+    """NVIDIA ModelOpt: NVFP4 or FP8, also one beside the other."""
+
+    container = "ModelOpt folder"
+    parts = (*Fp8.parts, "weight_scale_2")
+
+    def check(self) -> None:
+        super().check()
+        algorithm = str(self.quantization.get("quant_algo"))
+        if algorithm not in ("NVFP4", "FP8", "MIXED_PRECISION"):
+            raise UserError(f"This ModelOpt checkpoint is quantized by {algorithm}; NVFP4 and FP8 are read.")
+
+    def _is_fp4(self, module: str) -> bool:
+        return f"{module}.weight_scale_2" in self.names
+
+    def quantization_name(self, module: str) -> str:
+        return "nvfp4:g16" if self._is_fp4(module) else super().quantization_name(module)
+
+    def shape(self, module: str) -> tuple[int, int]:
+        rows, columns = self.matrix(f"{module}.weight")
+        return (rows, 2 * columns) if self._is_fp4(module) else (rows, columns)
+
+    def grid(self, module: str) -> FloatGrid | None:
+        if not self._is_fp4(module):
+            return None
+        name, of_all, (rows, columns) = f"{module}.weight_scale", f"{module}.weight_scale_2", self.shape(module)
+        scale = self.checked_tensor(name, (rows, columns // 16), (torch.float8_e4m3fn,)).float()
+        shape = self.stored.stored_shape(of_all)
+        whole = self.checked_tensor(of_all, shape if shape == (1,) else (), FLOATS).float()
+        return e2m1_grid(name, (scale * whole).numpy(), columns)
+
+    def codes(self, module: str) -> Codes:
+        rows, columns = self.shape(module)
+        return e2m1_codes(self.checked_tensor(f"{module}.weight", (rows, columns // 2), (torch.uint8,)).numpy())
+
+    def read(self, module: str) -> NDArray[np.float32]:
+        grid = self.grid(module)
+        return super().read(module) if grid is None else grid.values(self.codes(module))

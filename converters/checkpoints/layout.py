@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lqexport.errors import UserError
-from lqexport.formats.moves import AffineGrid, TableGrid
+from lqexport.formats.moves import AffineGrid, FloatGrid, TableGrid
 from lqexport.formats.native import unpack_bits
 
 Codes = NDArray[np.uint8]
@@ -34,7 +34,7 @@ class CheckpointLayout:
     """The way in which a tool stores the weight of a quantized module X: as several tensors X.part.
 
     container   name of such a folder, for listings
-    mark        the part that every quantized module has, and no other module
+    mark        the part that every quantized module has, and no other module, unless `is_packed` says otherwise
     parts       all parts that a quantized module can have
 
     Methods that read raise UserError if a tensor is missing, damaged, or of another shape or dtype.
@@ -72,8 +72,8 @@ class CheckpointLayout:
         """Returns the rows (outputs) and columns (inputs) of a module's weight."""
         raise NotImplementedError
 
-    def grid(self, module: str) -> AffineGrid | TableGrid | None:
-        """Returns the values that a module's weights may take; None if they are neither integers nor table codes."""
+    def grid(self, module: str) -> AffineGrid | FloatGrid | TableGrid | None:
+        """Returns the values that a module's weights may take; None if no codec has such values."""
         raise NotImplementedError
 
     def codes(self, module: str) -> Codes:

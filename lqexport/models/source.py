@@ -57,6 +57,8 @@ MODEL_FILES = (
 
 OTHER_FILES = ("README.md", "adapter_config.json", "model_index.json")
 """Files that are read where a source has them, and not copied: they say its license, or that it is no model."""
+QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
+"""Files of settings that tools write beside config.json: AutoGPTQ and ModelOpt."""
 DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
 """Bytes per value of each dtype by safetensors' name. Dtypes that are not listed have one byte."""
 
@@ -377,7 +379,7 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        patterns = [*MODEL_FILES, *OTHER_FILES, "*.safetensors", "model.safetensors.index.json", "quantize_config.json"]
+        patterns = [*MODEL_FILES, *OTHER_FILES, "*.safetensors", "model.safetensors.index.json", *QUANTIZATION_FILES]
         return Path(snapshot_download(name, allow_patterns=patterns))
     except HFValidationError:
         raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None

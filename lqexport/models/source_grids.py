@@ -14,7 +14,7 @@ import numpy as np
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import PlainCodec, nbytes
-from lqexport.formats.moves import AffineGrid, TableGrid, move
+from lqexport.formats.moves import AffineGrid, FloatGrid, TableGrid, move
 from lqexport.formats.registry import codec_named, family_of, names
 from lqexport.models.column_order import Reordered
 from lqexport.models.interface import ModelShapes
@@ -79,7 +79,7 @@ def _with_source_grid(source: HuggingFaceSource, tensor: PlannedTensor) -> Plann
     return replace(tensor, source_grid=f"{reason}; {smallest} would hold it" if smallest else reason)
 
 
-def _misfit(grid: AffineGrid | TableGrid | None, name: str) -> str | None:
+def _misfit(grid: AffineGrid | FloatGrid | TableGrid | None, name: str) -> str | None:
     """Returns why the codec `name` cannot hold a grid; None if it can."""
     if grid is None:
         return "its codes are floating-point numbers"
