@@ -47,7 +47,7 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     """
     check_supported(architecture, config)
     writer.add_block_count(_size(config, "num_hidden_layers"))
-    writer.add_context_length(_context(architecture, config))
+    writer.add_context_length(context_length(architecture, config))
     writer.add_embedding_length(_size(config, "hidden_size"))
     by_block = {key.name for key in architecture.keys if key.many}
     if "feed_forward_length" not in by_block:
@@ -76,7 +76,7 @@ def _size(config: Config, key: str) -> int:
     return value
 
 
-def _context(architecture: Architecture, config: Config) -> int:
+def context_length(architecture: Architecture, config: Config) -> int:
     """Returns the longest context in which llama.cpp computes what config.json asks for.
 
     Where llama.cpp ignores sliding windows, that is at most one window.

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Sequence
 
 from lqexport.models.interface import Weights
-from lqexport.verification.limits import parts_above, tensors_above
+from lqexport.verification.limits import deviating, parts_above, tensors_above
 from lqexport.verification.result import Verification
 from lqexport.verification.rounded_source import RoundedSource
 from lqexport.verification.settings import different_settings
@@ -23,17 +23,18 @@ def causes(result: Verification, file: Weights, rounded: RoundedSource, source: 
     file      the file's weights, with its adapter if it has one
     source    the source, smoothed as the file is
     """
-    loss, factor = result.expected[0], result.limits["max_over_expected"]
-    suspects = parts_above(loss.parts, factor)
-    most = sum(part.name.startswith("block") for part in suspects) > MOST * (len(loss.parts) - 2)
+    parts = result.expected[0].parts if result.expected else []
+    suspects = parts_above(parts, result.limits["max_over_expected"])
+    most = sum(part.name.startswith("block") for part in suspects) > MOST * max(1, len(parts) - 2)
     # A setting is in all blocks, so the first of them tells as much as all.
     named = suspects[: 1 if different_settings(file.config, source.config) else 3]
     inside = [(part.tensors, part.tensors) for part in named]
-    for tensor in tensors_above(result)[:3]:
-        inside += [((tensor.name,), part.tensors) for part in loss.parts if tensor.name in part.tensors]
+    for tensor in (*tensors_above(result)[:3], *deviating(result)[:3]):
+        inside.append(((tensor.name,), next((part.tensors for part in parts if tensor.name in part.tensors), ())))
     faults = [sentence for names, among in inside if (sentence := fault_of(names, among, file, rounded, source))]
     everywhere = ["Most blocks are too far from the source: a setting, or a rule for all blocks, may be wrong."]
-    return [*(everywhere if most else []), *dict.fromkeys(faults), by_position(loss.kl_by_position)]
+    where = [by_position(result.expected[0].kl_by_position)] if result.expected else []
+    return [*(everywhere if most else []), *dict.fromkeys(faults), *where]
 
 
 def by_position(means: Sequence[float]) -> str:

@@ -74,12 +74,17 @@ def check_limits(result: Verification) -> None:
         result.failed.append(_parts_missed(wrong, factor))
     if tensors := tensors_above(result):
         result.failed.append(_tensors_missed(tensors))
+    if tensors := deviating(result):
+        shown = listed([f"{tensor.name} {tensor.deviation}" for tensor in tensors], 3)
+        result.failed.append(
+            f"{len(tensors)} tensors are as no rounding or solving of the source's leaves them: {shown}."
+        )
 
 
 def above_expected(result: Verification) -> bool:
     """Returns whether the file, a part or a tensor loses more than its types should cost, by `max_over_expected`."""
     factor = result.limits.get("max_over_expected", math.inf)
-    return bool(tensors_above(result)) or any(
+    return bool(tensors_above(result) or deviating(result)) or any(
         loss.measured > factor * loss.expected + loss.floor or parts_above(loss.parts, factor)
         for loss in result.expected
     )
@@ -107,6 +112,16 @@ def tensors_above(result: Verification) -> list[TensorCheck]:
     if "max_over_expected" not in result.limits or result.adapter:
         return []
     return [tensor for tensor in result.tensors if _is_above(tensor)]
+
+
+def deviating(result: Verification) -> list[TensorCheck]:
+    """Returns the tensors that differ from the source's as no quantizer leaves them, by their weights alone.
+
+    Nothing is said about a file with an adapter, whose corrections belong to the weights.
+    """
+    if "max_over_expected" not in result.limits or result.adapter:
+        return []
+    return [tensor for tensor in result.tensors if tensor.deviation]
 
 
 def _is_above(tensor: TensorCheck) -> bool:

@@ -36,6 +36,8 @@ class TensorCheck:
     finite         whether all decoded values are finite
     same_bytes     whether the digest of the planes is the artifact's; None without an artifact
     rounding_error  weight_error of the source's own weights, rounded to nearest in the codec; None if not measured
+    deviation      how it differs from the source's as no quantizer leaves it, as the rest of a sentence; None if it
+                   does not, or if that is not known
     """
 
     name: str
@@ -47,6 +49,7 @@ class TensorCheck:
     finite: bool
     same_bytes: bool | None
     rounding_error: float | None = None
+    deviation: str | None = None
 
     @property
     def weights(self) -> int:

@@ -12,6 +12,7 @@ from lqexport.models.interface import Weights
 from lqexport.models.smoothing import Pair, Smoothed
 from lqexport.models.source import Source
 from lqexport.models.written import Export
+from lqexport.verification.deviation import deviation
 from lqexport.verification.verify_tensors import relative_error
 
 CONTRADICTION = 0.5
@@ -23,7 +24,8 @@ class RoundedSource:
 
     The config is the source's. A file that holds an output layer of its own where the source's is tied gets one here.
 
-    errors   name -> relative squared error of each tensor that has been read
+    errors      name -> relative squared error of each tensor that has been read
+    deviations  name -> how the file's tensor differs from the source's as no quantizer leaves it (`deviation`)
     """
 
     def __init__(self, source: Weights, export: Export) -> None:
@@ -31,6 +33,7 @@ class RoundedSource:
         self._own, self._architecture = set(source.names()), architecture_of(source.config)
         added = self._architecture.output
         self.errors: dict[str, float] = {}
+        self.deviations: dict[str, str] = {}
         self._added = [added] if added not in self._own and added in export.names() else []
 
     def names(self) -> list[str]:
@@ -45,7 +48,10 @@ class RoundedSource:
         codec_name, planes, _ = self._export.planes(name)
         matrix = values.reshape(1, -1) if values.ndim == 1 else values
         rounded = rounded_like(codec_name, planes, matrix).reshape(values.shape)
-        self.errors[name] = relative_error(rounded.numpy(), values)
+        if name not in self.errors:
+            self.errors[name] = relative_error(rounded.numpy(), values)
+            if sentence := deviation(self._export.read(name).float(), rounded, values.float()):
+                self.deviations[name] = sentence
         return rounded
 
     def _original(self, name: str) -> str:

@@ -6,9 +6,14 @@ import contextlib
 import math
 from typing import Any
 
+from lqexport.converters.gguf.metadata import context_length
+from lqexport.converters.models.architectures import architecture_of
+
 SETTINGS = ("eps", "rope", "rotary", "theta", "factor", "window", "softcap", "scal", "head", "multiplier", "per_tok",
             "layer_types", "norm_topk", "hidden_act")  # fmt: skip
 """Parts of the names of settings in config.json that change what a model computes."""
+ROPE = ("rope_parameters", "rope_scaling")
+"""The settings in config.json that hold those of rope."""
 COUNTS = ("num_kv_heads",)
 """Settings that some configs hold beside others that decide, so that they may differ."""
 
@@ -23,15 +28,31 @@ def different_settings(file: dict[str, Any], source: dict[str, Any]) -> list[str
     ]
 
 
-def _settings(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the settings of a config that change results, with those of rope under their own names."""
+def lost_settings(file: dict[str, Any], source: dict[str, Any]) -> list[str]:
+    """Returns one sentence for each setting that the file should have by the source's config, and does not."""
+    architecture, lost = architecture_of(source), []
+    context, given = context_length(architecture, source), file.get("max_position_embeddings")
+    if isinstance(given, int) and given < context:
+        lost.append(f"The file's config has max_position_embeddings {given}, and the source's context has {context}.")
+    multiplier = "mscale_all_dim"
+    if architecture.mscale and _settings(source).get(multiplier) and not _settings(file).get(multiplier):
+        lost.append(f"The file's config has no {multiplier}, and the source's has {_settings(source)[multiplier]}.")
+    return lost
+
+
+def _settings(config: dict[str, Any], prefix: str = "", in_rope: bool = False) -> dict[str, Any]:
+    """Returns the settings of a config that change results, with those of rope under their own names.
+
+    Settings of rope for one type of blocks get its name before theirs: `full_attention.rope_theta`.
+    """
     found: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
-            below = prefix if name in ("rope_parameters", "rope_scaling") else f"{prefix}{name}."
-            found |= _settings(value, below) if prefix or "rope" in name else {}
+            if name in ROPE or in_rope:
+                found |= _settings(value, prefix if name in ROPE else f"{prefix}{name}.", True)
         elif any(part in name for part in SETTINGS) and value is not None and name not in COUNTS:
-            found[prefix + name] = value
+            # Within the context, `dynamic` changes nothing.
+            found[prefix + name] = "default" if (name, value) == ("rope_type", "dynamic") else value
     return found
 
 

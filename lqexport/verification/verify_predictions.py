@@ -152,9 +152,26 @@ def evaluate_file(
             file, measured = CorrectedModel(export, factors) if factors else export, result.evaluations[-1]
             loss = expected_loss(result, measured, file, rounded, reference, cut, protocol, listener)
             result.expected += [loss] if loss else []
-            result.tensors = [
-                dataclasses.replace(tensor, rounding_error=rounded.errors.get(tensor.name)) for tensor in result.tensors
-            ]
+    if rounded:
+        compare_weights(result, rounded)
+
+
+def compare_weights(result: Verification, rounded: RoundedSource) -> None:
+    """Stores in each tensor's check how it compares with the rounded source's."""
+    present = {tensor.name for tensor in result.tensors}
+    for name in rounded.names():
+        # Those that a model without loss did not need. expected_loss has said what cannot be rounded.
+        if name in present and name not in rounded.errors:
+            with contextlib.suppress(ValueError):
+                rounded.read(name)
+    result.tensors = [
+        dataclasses.replace(
+            tensor,
+            rounding_error=rounded.errors.get(tensor.name),
+            deviation=rounded.deviations.get(tensor.name),
+        )
+        for tensor in result.tensors
+    ]
 
 
 def compare_embeddings(

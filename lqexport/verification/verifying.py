@@ -37,7 +37,8 @@ from lqexport.verification.limits import above_expected, check_limits, limits_fo
 from lqexport.verification.matrix_view import MatrixView, matrix_view
 from lqexport.verification.result import Engine, Verification
 from lqexport.verification.rounded_source import RoundedSource, not_contradicted
-from lqexport.verification.settings import different_settings
+from lqexport.verification.settings import different_settings, lost_settings
+from lqexport.verification.splits import different_splits
 from lqexport.verification.talk import check_talk
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
@@ -121,6 +122,8 @@ def verify(
     check_overlap(result, evaluation_text)
     if max_over_expected is not None:
         result.failed += different_settings(export.config, source.config)
+        result.failed += lost_settings(export.config, source.config)
+        result.failed += different_splits(export, source)
     if usable and all(tensor.finite for tensor in result.tensors):
         rounded = RoundedSource(smoothed, export) if "max_over_expected" in result.limits else None
         compare_predictions(

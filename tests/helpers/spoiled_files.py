@@ -8,10 +8,24 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import torch
 from torch import Tensor
-from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)  # fmt: skip
 
 from lqexport.converters.gguf.writer import write
 from lqexport.converters.targets import plan
@@ -26,10 +40,41 @@ SIZES: dict[str, Any] = {
     "vocab_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 0,
     "max_position_embeddings": 512, "eos_token_id": 0, "pad_token_id": None,
 }  # fmt: skip
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "rope_theta": 1e4, "original_max_position_embeddings": 64}
+FAR, NEAR = "full_attention", "sliding_attention"
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "norm_topk_prob": True}
+LATENT = {"kv_lora_rank": 64, "q_lora_rank": 32, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
+LATENT |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 1}
+GEMMA_ROPE = {
+    FAR: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    NEAR: {"rope_type": "default", "rope_theta": 1e4},
+}
 CLASSES: dict[str, Any] = {
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "untied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
+    "llama3": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "qwen3": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {"head_dim": 32, "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32, "layer_types": [NEAR, NEAR, FAR]}
+        | {"rope_parameters": GEMMA_ROPE},
+    ),
+    "qwen3moe": (Qwen3MoeForCausalLM, Qwen3MoeConfig, EXPERTS | {"head_dim": 32, "tie_word_embeddings": False}),
+    "deepseek": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config,
+        LATENT
+        | {"moe_intermediate_size": 64, "num_key_value_heads": 4, "routed_scaling_factor": 1.5}
+        | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    ),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
 }
 
@@ -40,13 +85,13 @@ def save_sharp(folder: Path, kind: str, tokenizer: Path, hidden: int = 128) -> P
     tokenizer   the folder whose tokenizer is copied, of 512 tokens
     """
     model_class, config_class, options = CLASSES[kind]
-    config = config_class(**SIZES, hidden_size=hidden, intermediate_size=2 * hidden, **options)
+    config = config_class(**(SIZES | {"hidden_size": hidden, "intermediate_size": 2 * hidden} | options))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config)
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.data.uniform_(-0.5, 0.5).add_(0 if kind == "gemma2" else 1)
+                parameter.data.uniform_(-0.5, 0.5).add_(0 if kind.startswith("gemma") else 1)
             elif parameter.ndim == 1:
                 parameter.data.normal_(0, 0.5)
             else:
@@ -83,16 +128,4 @@ def gguf_file(
         field = reader.fields[key]
         field.parts[field.data[0]][0] = value
     reader.data.flush()
-    return path
-
-
-def with_scales_off(path: Path, name: str, factor: float, blocks: int) -> Path:
-    """Multiplies the float16 scale of the first blocks of a tensor, in a file of Q8_0 or Q4_0."""
-    (tensor,) = (entry for entry in gguf.GGUFReader(path, "r+").tensors if entry.name == name)
-    rows = tensor.data.reshape(len(tensor.data), -1)
-    size = 34 if tensor.tensor_type == gguf.GGMLQuantizationType.Q8_0 else 18
-    for block in range(blocks):
-        scale = rows[0, block * size : block * size + 2].view(np.float16)
-        scale *= np.float16(factor)
-    tensor.data.base.flush() if hasattr(tensor.data.base, "flush") else None
     return path
