@@ -87,16 +87,15 @@ def scales_between(source: Weights, smoothed: Weights) -> dict[Pair, Tensor]:
     """Returns the scales s by which a model was smoothed, float32 [columns] for each pair.
 
     They are the ratios of the source's norm gains and the smoothed model's, rounded to powers of two. So changes by
-    tuning and rounding do not matter if they are below a factor of 1.4. If the norms show that the model was smoothed,
-    the scales of pairs whose giver is a linear are found from the sizes of its rows. Pairs whose scales are all 1 are
-    left out.
+    tuning and rounding do not matter if they are below a factor of 1.4. The scales of pairs whose giver is a linear are
+    found from the sizes of its rows. Pairs whose scales are all 1 are left out.
     """
     architecture, known = architecture_of(source.config), set(source.names()) & set(smoothed.names())
     result: dict[Pair, Tensor] = {}
     columns: dict[str, Tensor] = {}
     for pair in pairs(architecture, int(source.config["num_hidden_layers"])):
         name = f"{pair.giver}.weight"
-        if name not in known or source.shape(name) != smoothed.shape(name) or (_is_linear(source, name) and not result):
+        if name not in known or source.shape(name) != smoothed.shape(name):
             continue
         sizes = [
             _sizes(weights.read(name).float() * scale, architecture.norm_plus).log2()
@@ -107,10 +106,6 @@ def scales_between(source: Weights, smoothed: Weights) -> dict[Pair, Tensor]:
             result[pair] = scales
             columns |= dict.fromkeys(pair.takers, scales)
     return result
-
-
-def _is_linear(weights: Weights, name: str) -> bool:
-    return len(weights.shape(name)) == 2
 
 
 def _sizes(values: Tensor, plus: float) -> Tensor:

@@ -61,7 +61,7 @@ class RoundedSource:
 def not_contradicted(source: Source, export: Export, scales: Mapping[Pair, Tensor]) -> dict[Pair, Tensor]:
     """Returns the scales of smoothing that the linears behind the norms do not contradict.
 
-    Scales are found by the norms alone (`scales_between`), so wrong norms look like smoothing. A pair is dropped if its
+    Scales are found by the givers alone (`scales_between`), so wrong ones look like smoothing. A pair is dropped if its
     first linear is much nearer to the source's without the scales.
     """
     everything, shapes = Smoothed(source, scales), {name: export.shape(name) for name in export.names()}
