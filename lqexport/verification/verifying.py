@@ -10,6 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
+from torch import Tensor
+
 from lqexport.calibration.sequences import overlap
 from lqexport.calibration.texts import Text, read_text
 from lqexport.checking.checking import metadata_problems
@@ -25,7 +27,7 @@ from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.column_order import in_order
 from lqexport.models.interface import Weights
 from lqexport.models.licenses import license_of
-from lqexport.models.smoothing import Smoothed, scales_between
+from lqexport.models.smoothing import Pair, Smoothed, scales_between
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import Export, open_export
 from lqexport.runtime.environment import PACKAGES, choose_device, full_float32, versions
@@ -116,7 +118,7 @@ def verify(
     usable = check_structure(result, export, factors, source)
     check_metadata(result)
     check_files(result, made_from)
-    scales = not_contradicted(source, export, scales_between(source, export))
+    scales = _scales(source, export)
     smoothed, result.smoothed = Smoothed(source, scales), len(scales)
     check_tensors(result, export, factors, smoothed, made_from, listener)
     check_overlap(result, evaluation_text)
@@ -149,6 +151,14 @@ def check_metadata(result: Verification) -> None:
     if is_gguf(Path(result.file)):
         problems = metadata_problems(open_file(Path(result.file)))
         result.failed += [problem.sentence for problem in problems if problem.level == "error"]
+
+
+def _scales(source: Source, export: Export) -> dict[Pair, Tensor]:
+    """Returns the scales by which the file was smoothed; none where it holds numbers that are not finite."""
+    try:
+        return not_contradicted(source, export, scales_between(source, export))
+    except UserError:  # check_tensors says which tensors those are
+        return {}
 
 
 def _record_in(file: Path) -> Artifact | None:

@@ -280,15 +280,8 @@ WRONG: dict[str, Wrong] = {
         spoil=lambda content: [content.values.pop(name) for name in [*content.values] if name.startswith("token")],
     ),
     "token twice": Wrong("llama", "Q8_0", "text of another", spoil=each(f"{TOKENS}tokens", lambda v: [*v[:-1], v[4]])),
-    "vocabulary off by one": Wrong("llama", "Q8_0", "token", spoil=each(f"{TOKENS}tokens", lambda v: [*v[1:], v[0]])),
-    "two tokens exchanged": Wrong(
-        "qwen3", "Q4_0", "token", spoil=each(f"{TOKENS}tokens", lambda v: [*v[:300], v[301], v[300], *v[302:]]),
-    ),
-    "token types": Wrong("llama", "Q8_0", "type", spoil=each(f"{TOKENS}token_type", lambda v: [1] * len(v))),
     "merges turned": Wrong("gemma2", "Q8_0", "merges", spoil=each(f"{TOKENS}merges", lambda v: v[::-1])),
     "merges left out": Wrong("llama", "Q4_0", "merges", spoil=each(f"{TOKENS}merges", lambda v: v[:100])),
     "splitter": Wrong("llama", "Q4_0", "pre", spoil=text(f"{TOKENS}pre", "qwen2")),
-    "end token": Wrong("qwen2", "Q4_0", "end", spoil=number(f"{TOKENS}eos_token_id", 65)),
-    "begin token": Wrong("llama", "Q4_0", "bos", spoil=number(f"{TOKENS}bos_token_id", 66)),
 }  # fmt: skip
 """Name -> a wrong file, over Llama, Qwen 2 and 3, Gemma 2 and 3, a mixture of experts and DeepSeek V2."""
