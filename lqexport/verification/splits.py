@@ -4,22 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lqexport.converters.gguf.pretokenizers import splitter_named
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.source import HuggingFaceSource, Source
-
-ALIKE = (
-    {"llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-h1", "pixtral", "midm-2.0", "lfm2", "jina-v5-nano"},
-    {"gpt-2", "phi-2", "jina-es", "jina-de", "jina-v2-es", "jina-v2-de", "gigachat", "a.x-4.0", "mellum", "modern-bert",
-     "exaone4"},
-    {"qwen2", "deepseek-r1-qwen", "kormo", "f2llmv2", "megrez"},
-    {"gpt-4o", "llama4", "kanana2", "talkie"},
-    {"bailingmoe", "bailingmoe2", "llada-moe"},
-    {"glm4", "chatglm-bpe"},
-)  # fmt: skip
-"""Names by which llama.cpp splits words alike (`src/llama-vocab.cpp`)."""
 
 
 def different_splits(file: Weights, source: Source) -> list[str]:
@@ -40,8 +30,8 @@ def different_splits(file: Weights, source: Source) -> list[str]:
 
 
 def _differences(metadata: dict[str, Any], splitter: str, merges: list[str]) -> list[str]:
-    given, found = metadata.get("tokenizer.ggml.pre"), []
-    if given != splitter and not any({given, splitter} <= names for names in ALIKE):
+    given, found, alike = metadata.get("tokenizer.ggml.pre"), [], splitter_named(splitter)
+    if given != splitter and not (alike and given in alike.names):
         found.append(f"tokenizer.ggml.pre is {given!r}, and the source's tokenizer splits words as {splitter!r} does.")
     ours = metadata.get("tokenizer.ggml.merges") or []
     if ours != merges:
