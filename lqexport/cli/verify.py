@@ -74,6 +74,14 @@ Activations = Annotated[
         rich_help_panel=MORE,
     ),
 ]
+LongWindow = Annotated[
+    bool,
+    typer.Option(
+        "--long",
+        help="Also measure the loss by position in one window of the length that the model was trained on.",
+        rich_help_panel=MORE,
+    ),
+]
 
 
 def verify(
@@ -96,6 +104,7 @@ def verify(
     protocol: Protocols = ["llama.cpp-512"],  # noqa: B006  # typer copies it
     adapter: Adapter = None,
     activations: Activations = None,
+    long: LongWindow = False,
 ) -> None:
     """Open the written file again and measure it against its source.
 
@@ -120,7 +129,7 @@ def verify(
                 engine=engine,  # type: ignore[arg-type]  # checked there
                 artifact=artifact, adapter=adapter, activations=activations, max_kl=max_kl,
                 max_perplexity_ratio=max_perplexity_ratio or None,
-                max_over_expected=max_over_expected or None, min_cosine=min_cosine, linear=linear,
+                max_over_expected=max_over_expected or None, min_cosine=min_cosine, linear=linear, long=long,
                 device=device, listener=listener,
             )  # fmt: skip
         print_result(result, report.for_terminal, as_json=as_json)

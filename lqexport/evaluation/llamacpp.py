@@ -358,26 +358,34 @@ class LlamaCpp:
         Raises UserError if there are no tokens or more than `n_ctx`, if one is outside the vocabulary, or if llama.cpp
         fails.
         """
-        self._run(tokens, first)
+        return self.logits_at(tokens, list(range(first, len(tokens))))
+
+    def logits_at(self, tokens: list[int], positions: list[int]) -> NDArray[np.float32]:
+        """Returns the logits of one sequence at some positions, in ascending order, float32 [len(positions), n_vocab].
+
+        Raises UserError as `logits` does.
+        """
+        self._run(tokens, positions)
         rows = self._llama.llama_get_logits(self._context)
         # Copied, since llama.cpp overwrites its buffer in the next call.
-        return np.ctypeslib.as_array(rows, (len(tokens) - first, self.n_vocab)).copy()
+        return np.ctypeslib.as_array(rows, (len(positions), self.n_vocab)).copy()
 
     def embedding(self, tokens: list[int]) -> NDArray[np.float32]:
         """Returns an encoder's pooled embedding of one sequence, float32 [hidden], not normalized.
 
         Raises UserError as `logits` does.
         """
-        self._run(tokens, 0)
+        self._run(tokens, list(range(len(tokens))))
         pooled = self._llama.llama_get_embeddings_seq(self._context, 0)
         return np.ctypeslib.as_array(pooled, (self._llama.llama_model_n_embd(self._model),)).copy()
 
-    def _run(self, tokens: list[int], first: int) -> None:
-        """Runs one sequence, with outputs from position `first` on. Raises UserError as `logits` does."""
+    def _run(self, tokens: list[int], positions: list[int]) -> None:
+        """Runs one sequence, with outputs at some positions. Raises UserError as `logits` does."""
         ids = np.array(tokens, dtype=np.int32)
         if not 0 < len(ids) <= self.n_ctx or ids.min() < 0 or ids.max() >= self.n_vocab:
             raise UserError(f"llama.cpp needs 1 to {self.n_ctx} tokens with ids below {self.n_vocab}.")
-        has_output = (np.arange(len(ids)) >= first).astype(np.int8)
+        has_output = np.zeros(len(ids), np.int8)
+        has_output[positions] = 1
         self._log.said()
         if memory := self._llama.llama_get_memory(self._context):
             self._llama.llama_memory_clear(memory, True)

@@ -89,6 +89,10 @@ class LlamaCppProcess:
         """Returns the logits of one sequence from position `first` on, as `LlamaCpp.logits` does."""
         return self._ask(["logits", tokens, first], "ran")
 
+    def logits_at(self, tokens: list[int], positions: list[int]) -> NDArray[np.float32]:
+        """Returns the logits of one sequence at some positions, as `LlamaCpp.logits_at` does."""
+        return self._ask(["logits_at", tokens, positions], "ran")
+
     def embedding(self, tokens: list[int]) -> NDArray[np.float32]:
         """Returns an encoder's pooled embedding of one sequence, as `LlamaCpp.embedding` does."""
         return self._ask(["embedding", tokens], "ran")

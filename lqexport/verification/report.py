@@ -24,6 +24,7 @@ from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification import talk_report
 from lqexport.verification.limits import LIMITS
+from lqexport.verification.long_record import LongWindow
 from lqexport.verification.matrix_view import MatrixView
 from lqexport.verification.result import ExpectedLoss, TensorCheck, Verification
 
@@ -162,9 +163,27 @@ def for_terminal(result: Verification) -> RenderableType:
     lines += [Text(f"likely: {sentence}", style="red") for sentence in result.causes]
     lines.append(Text(f"result: {verdict(result)}", style="bold red" if result.failed else "bold"))
     numbers: list[RenderableType] = [table, Text()] if result.columns else []
+    if result.long:
+        numbers += [Text(long_title(result.long)), _long_table(result.long), Text()]
     if result.talk and result.talk.continuations:
         numbers.append(talk_report.continuation_table(result.talk))
     return Group(head, Text(), *numbers, *lines)
+
+
+def _long_table(long: LongWindow) -> Table:
+    """Returns the losses by position in a long window, for the terminal."""
+    table = Table(box=None, pad_edge=False)
+    for heading in ("positions", "scored", "mean KL", "by rounding"):
+        table.add_column(heading, justify="right")
+    for entry in long.ranges:
+        costs = "" if entry.expected is None else figure(entry.expected)
+        table.add_row(f"{entry.first} to {entry.last}", str(entry.positions), figure(entry.kl), costs)
+    return table
+
+
+def long_title(long: LongWindow) -> str:
+    """Returns what the length of a long window is, and what it comes from."""
+    return f"one window of {long.tokens} tokens ({long.because})"
 
 
 def save_html(result: Verification, path: Path) -> None:
@@ -212,6 +231,7 @@ def as_html(result: Verification) -> str:
 
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"bytes": human_bytes, "figure": figure, "share": share}
+    environment.filters |= {"long_title": long_title}
     environment.filters |= {"first_difference": talk_report.first_difference, "different": talk_report.different}
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         result=result,

@@ -16,6 +16,7 @@ from lqexport.evaluation.evaluate import Evaluation
 from lqexport.evaluation.figures import finite_or_null
 from lqexport.sizes import human_bytes
 from lqexport.storage.published import public_name, public_run, public_sentence
+from lqexport.verification.long_record import LongWindow
 from lqexport.verification.matrix_view import InContext, MatrixView
 from lqexport.verification.talk_record import Talk
 
@@ -109,6 +110,7 @@ class Verification:
     causes             one sentence for each likely cause of a loss that is too large
     base_evaluations   one for each protocol, of the file without its adapter
     talk               how the file talks: chat template, stop tokens, continuations; None of an encoder
+    long               losses by position in one long window; None if not asked for
     similarity         of an encoder's embeddings; an encoder has this instead of evaluations
     warnings           one sentence for each doubt that does not fail the file
     failed             one sentence for each reason why the file does not pass
@@ -138,6 +140,7 @@ class Verification:
     causes: list[str] = field(default_factory=list)
     base_evaluations: list[Evaluation] = field(default_factory=list)
     talk: Talk | None = None
+    long: LongWindow | None = None
     similarity: Similarity | None = None
     warnings: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)

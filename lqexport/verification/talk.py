@@ -17,6 +17,7 @@ from lqexport.evaluation.llama_server import LlamaServer, TemplateRefused
 from lqexport.evaluation.llamacpp_process import LlamaCppFailed
 from lqexport.models.interface import Weights
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
+from lqexport.models.source_view import SourceView
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.runtime.progress import Listener
 from lqexport.verification import stop_tokens
@@ -63,7 +64,10 @@ def check_talk(result: Verification, export: Weights, source: Source, listener: 
         talk.not_checked.append("what the model says: that needs --engine llama.cpp")
 
 
-def _folder(source: Weights) -> Path | None:
+def _folder(source: Source) -> Path | None:
+    """Returns the folder of the source's files, below any view of it; None for a .gguf file."""
+    while isinstance(source, SourceView):
+        source = source.source
     return source.folder if isinstance(source, HuggingFaceSource) else None
 
 

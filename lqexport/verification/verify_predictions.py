@@ -52,7 +52,7 @@ def compare_predictions(
     """
     listener.stage(f"Cut {text.name} into windows", 0)
     tokenizer = source.tokenizer()
-    with _llamacpp_failures(result):
+    with llamacpp_failures(result):
         if result.engine == "llama.cpp":
             check_tokenizer(result, tokenizer, text)
         if architecture_of(source.config).encoder:
@@ -70,7 +70,7 @@ def compare_predictions(
 
 
 @contextlib.contextmanager
-def _llamacpp_failures(result: Verification) -> Iterator[None]:
+def llamacpp_failures(result: Verification) -> Iterator[None]:
     """Makes a failed check of a file that llama.cpp does not load or run."""
     try:
         yield
@@ -89,7 +89,7 @@ def cut_text(
 
 
 @contextlib.contextmanager
-def _in_llamacpp(
+def in_llamacpp(
     result: Verification, n_ctx: int, adapter: Path | None = None, embeddings: bool = False
 ) -> Iterator[LlamaCppProcess]:
     """Yields the file, loaded in llama.cpp in a child process, whose warnings become the result's.
@@ -114,13 +114,13 @@ def logits_of_file(
     label = f"Run the file{' with its adapter' if factors else ''}, {protocol.name}"
     if result.engine == "llama.cpp":
         adapter = Path(str(result.adapter)) if factors else None
-        with _in_llamacpp(result, protocol.window, adapter) as engine:
+        with in_llamacpp(result, protocol.window, adapter) as engine:
             yield evaluate.engine_logits(engine, windows, protocol)
     else:
-        yield evaluate.block_logits(_model_of_file(result, export, factors), windows, protocol, listener, label)
+        yield evaluate.block_logits(model_of_file(result, export, factors), windows, protocol, listener, label)
 
 
-def _model_of_file(result: Verification, export: Weights, factors: LowRankFactors | None) -> BlockModel:
+def model_of_file(result: Verification, export: Weights, factors: LowRankFactors | None) -> BlockModel:
     """Returns the file's model by this program's own decoding, with the adapter if `factors` are given."""
     weights = CorrectedModel(export, factors) if factors else export
     return BlockModel(weights, result.device, rounding=rounding(result.activations) if result.activations else None)
@@ -190,10 +190,10 @@ def compare_embeddings(
     """
     ids = token_ids(tokenizer, texts, source.config["max_position_embeddings"])
     if result.engine == "llama.cpp":
-        with _in_llamacpp(result, max(map(len, ids)), embeddings=True) as engine:
+        with in_llamacpp(result, max(map(len, ids)), embeddings=True) as engine:
             embedded = engine_embeddings(engine, ids, listener)
     else:
-        embedded = embeddings(_model_of_file(result, export, factors), ids, listener, "Run the file")
+        embedded = embeddings(model_of_file(result, export, factors), ids, listener, "Run the file")
     reference = embeddings(BlockModel(source, result.device), ids, listener, "Run the source")
     result.similarity = similarity(reference, embedded)
 
@@ -206,7 +206,7 @@ def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, te
     """
     lines = [line for line in text.content.split("\n") if line.strip()][:TOKENIZER_LINES]
     expected = tokenizer(lines, add_special_tokens=False)["input_ids"]
-    with _in_llamacpp(result, n_ctx=32) as engine:
+    with in_llamacpp(result, n_ctx=32) as engine:
         different = [line for line, ids in zip(lines, expected, strict=True) if engine.tokenize(line) != ids]
     if different:
         sentence = (

@@ -36,6 +36,7 @@ from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import file_digest
 from lqexport.verification.blame import causes
 from lqexport.verification.limits import above_expected, check_limits, limits_for
+from lqexport.verification.long_window import measure_long_window
 from lqexport.verification.matrix_view import MatrixView, matrix_view
 from lqexport.verification.result import Engine, Verification
 from lqexport.verification.rounded_source import RoundedSource, not_contradicted
@@ -68,6 +69,7 @@ def verify(
     max_over_expected: float | None = MAX_OVER_EXPECTED,
     min_cosine: float | None = None,
     linear: str | None = None,
+    long: bool = False,
     device: str = "auto",
     listener: Listener | None = None,
 ) -> Verification:
@@ -92,6 +94,9 @@ def verify(
     min_cosine   limit on the result of an encoder, which takes no other limit
     linear       name of the matrix whose weights and grid the report shows; None for the one with the largest relative
                  error of its weights
+
+    long         whether to measure the loss by position in one window of the length that the model was trained on, or
+                 of the longest that the text and memory allow
 
     Raises UserError if something cannot be read, or if an option does not fit the file. What is read and wrong is
     reported in `failed` instead.
@@ -133,6 +138,8 @@ def verify(
             listener=listener, rounded=rounded,
         )  # fmt: skip
         check_talk(result, export, source, listener)
+        if long:
+            measure_long_window(result, export, factors, source, evaluation_text, rounded, listener)
         result.portrait = _matrix_view(result, export, smoothed, linear)
         check_limits(result)
         if rounded and above_expected(result):

@@ -77,6 +77,10 @@ CLASSES: dict[str, Any] = {
     ),
     "gemma2": (Gemma2ForCausalLM, Gemma2Config, {"head_dim": 32, "sliding_window": 64, "query_pre_attn_scalar": 32}),
 }
+CLASSES["gemma2-long"] = (
+    *CLASSES["gemma2"][:2],
+    CLASSES["gemma2"][2] | {"sliding_window": 700, "max_position_embeddings": 1024},
+)
 
 
 def save_sharp(folder: Path, kind: str, tokenizer: Path, hidden: int = 128) -> Path:
