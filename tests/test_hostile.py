@@ -93,6 +93,13 @@ def test_an_index_that_is_wrong_about_a_shard(model: Path) -> None:
         open_source(str(model))
 
 
+def test_two_models_in_one_folder(model: Path) -> None:
+    shard = next(model.glob("*-of-*.safetensors"))
+    shutil.copy(shard, model / "model.safetensors")
+    with pytest.raises(UserError, match=r"holds two models: model\.safetensors, which transformers reads, and"):
+        open_source(str(model))
+
+
 def test_small_files_are_not_copied_from_elsewhere(model: Path, tmp_path: Path) -> None:
     (tmp_path / "secret.json").write_text('{"token": "secret"}')
     (model / "generation_config.json").unlink(missing_ok=True)
@@ -159,6 +166,8 @@ def test_code_in_the_folder_is_not_run(model: Path, tmp_path: Path) -> None:
         {"rope_theta": "x"},
         {"rope_parameters": [1]},
         {"rope_parameters": {"factor": [float("nan")]}},
+        {"rope_parameters": {"rope_type": "linear", "factor": "two"}},
+        {"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": -1}}},
         {"architectures": "LlamaForCausalLM"},
         {"layer_types": [["x"]]},
         {"text_config": {"hidden_size": None, "head_dim": True}},
@@ -179,6 +188,14 @@ def test_strange_quantization_of_a_source(change: dict[str, Any], sound: Path, t
     change_json(path, quantization_config=json.loads(path.read_text())["quantization_config"] | change)
     with pytest.raises(UserError):
         open_source(str(path.parent))
+
+
+def test_missing_settings_of_rope_are_not_the_tokenizers_fault(model: Path) -> None:
+    change_json(model / "config.json", rope_parameters={"rope_type": "llama3", "factor": 8.0, "high_freq_factor": 4.0})
+    with pytest.raises(
+        UserError, match=r"config\.json: rope_parameters is of the type llama3 and has no low_freq_factor"
+    ):
+        open_source(str(model))
 
 
 def test_what_transformers_refuses_is_said(model: Path) -> None:

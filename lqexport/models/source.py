@@ -411,16 +411,23 @@ def _missing(path: Path) -> str:
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Returns the file of each tensor by the tensor's name, from the index if there is one, else from the only file."""
-    index = folder / "model.safetensors.index.json"
+    """Returns the file of each tensor by the tensor's name, from the index if there is one, else from the only file.
+
+    Raises UserError as `_check_shards`, and if there are both, and the index is of other files.
+    """
+    index, path = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
         with well_formed(index, "Download it again."):
             files = {
                 name: _beside(index, file) for name, file in read_json(index, _missing(index))["weight_map"].items()
             }
+        if path.is_file() and path not in files.values():
+            raise UserError(
+                f"{folder} holds two models: {path.name}, which transformers reads, and the files of {index.name}. "
+                "Delete the one that is out of date."
+            )
         _check_shards(files)
         return files
-    path = folder / "model.safetensors"
     if not path.is_file():
         # AutoGPTQ put the bits and the group size into the file name.
         candidates = list(folder.glob("*.safetensors"))

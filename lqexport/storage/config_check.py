@@ -34,6 +34,11 @@ SETTINGS = ("rope_parameters", "rope_scaling")
 NUMBERS = ("rope_theta", "rope_local_base_freq", "partial_rotary_factor", "rms_norm_eps", "layer_norm_eps",
            "layer_norm_epsilon", "norm_epsilon", "rotary_pct", "query_pre_attn_scalar")  # fmt: skip
 """Keys whose value is a finite number."""
+ROPE_NUMBERS = ("factor", "rope_theta", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+                "attention_factor", "partial_rotary_factor")  # fmt: skip
+"""Settings of rope whose value is a number above 0."""
+LLAMA3 = ("factor", "low_freq_factor", "high_freq_factor")
+"""Settings that rope scaling of type llama3 needs. Without them transformers does not even load the tokenizer."""
 TYPES: dict[str, type] = {"model_type": str, "text_config": dict, "quantization_config": dict}
 """Keys whose value must have this type; its content is not checked."""
 LISTS = {"architectures": str, "layer_types": str, "mlp_layer_types": str, "no_rope_layers": int}
@@ -58,6 +63,8 @@ def check_config(config: dict[str, Any], source: object) -> dict[str, Any]:
     for name, value in config.items():
         if (requirement := _unmet_requirement(name, value)) is not None:
             raise UserError(f"{source}: {name} must be {requirement}, not {value!r}.")
+        if name in SETTINGS and (fault := _rope_fault(value or {})):
+            raise UserError(f"{source}: {name} {fault}.")
     layers = next((config[name] for name in LAYERS if config.get(name)), 1)
     experts = max(config.get(name) or 0 for name in EXPERTS)
     if layers * experts > MOST_EXPERTS:
@@ -101,6 +108,19 @@ def _is_number(value: Any) -> bool:
 def _is_settings(value: Any) -> bool:
     """Whether a value is an object that holds only texts, numbers, nulls, lists of numbers and further such objects."""
     return isinstance(value, dict) and all(map(_is_setting, value.values()))
+
+
+def _rope_fault(settings: dict[str, Any]) -> str | None:
+    """Returns what is wrong with settings of rope, or with those of one type of blocks, as the rest of a sentence."""
+    for name, value in settings.items():
+        if isinstance(value, dict) and (fault := _rope_fault(value)):
+            return fault
+        if name in ROPE_NUMBERS and value is not None and not (_is_number(value) and value > 0):
+            return f"has {name} {value!r}, which must be a number above 0"
+    missing = [name for name in LLAMA3 if settings.get(name) is None]
+    if "llama3" in (settings.get("rope_type"), settings.get("type")) and missing:
+        return f"is of the type llama3 and has no {missing[0]}"
+    return None
 
 
 def _is_setting(value: Any) -> bool:
