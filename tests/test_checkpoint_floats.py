@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_layouts import DOWN, Made, Make, Tensors, same_bits
+from checkpoint_layouts import DOWN, Made, Make, Tensors, coded, same_bits
 from checkpoint_layouts import make as make
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -136,6 +136,41 @@ def test_fp4_of_compressed_tensors_reads_as_its_library_does(form: str, group: i
     assert torch.allclose(ours, theirs.float(), rtol=2**-7, atol=0)
     if group == 32:
         check_moves(folder, "gguf:MXFP4", tmp_path / "out")
+
+
+def test_a_scheme_for_each_group_of_modules(make: Make) -> None:
+    """compressed-tensors: 4 bits in groups, float8 with a scale for each row, and linears left as they are."""
+    pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 128}
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights)
+
+    def tensors_of(name: str, weight: NDArray[np.float32]) -> Made:
+        if "v_proj" in name:
+            return {f"{name}.weight": torch.from_numpy(weight)}, weight
+        if "down_proj" in name:
+            scale = np.abs(weight).max(1, keepdims=True) / np.float32(448)
+            codes, values = fp8(weight, scale)
+            return {f"{name}.weight": codes, f"{name}.weight_scale": torch.from_numpy(scale)}, values
+        linear = coded(weight, 4, 128, True)
+        given = {"weight": torch.from_numpy(weight), "weight_scale": torch.from_numpy(linear.scale).float()}
+        compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+        parts = compressor.compress(given, scheme)
+        return {f"{name}.{part}": tensor for part, tensor in parts.items()}, compressor.decompress(parts, scheme)[
+            "weight"
+        ].numpy()
+
+    groups = {
+        "group_0": {"format": "pack-quantized", "targets": ["re:.*(q|k|o|gate|up)_proj$"], "weights": weights},
+        "group_1": {"format": "float-quantized", "targets": ["re:.*down_proj$"]},
+    }
+    quantization = {"quant_method": "compressed-tensors", "format": "mixed-precision", "config_groups": groups}
+    folder = check(make, tensors_of, quantization | {"ignore": ["re:.*v_proj$", "lm_head"]})
+    source = open_source(str(folder))
+    names = [f"model.layers.0.{module}.weight" for module in ("self_attn.q_proj", "mlp.down_proj", "self_attn.v_proj")]
+    assert [source.dtype(name) for name in names] == ["pack-quantized:4-g128-sym", "float-quantized:8-row-sym", "F32"]
 
 
 def check_moves(folder: Path, target: str, out: Path) -> None:

@@ -70,7 +70,15 @@ class CompressedTensors(CheckpointLayout):
         if self._is_fp4(module):
             return f"{'nvfp4' if self._has(f'{module}.weight_global_scale') else 'mxfp4'}:{size}"
         symmetric = "" if self._has(f"{module}.weight_zero_point") else "-sym"
-        return f"{self.quantization['format']}:{self._width(module)}-{size}{symmetric}"
+        return f"{self._format(module)}:{self._width(module)}-{size}{symmetric}"
+
+    def _format(self, module: str) -> str:
+        """Returns the format of a module of integers or of float8."""
+        if (whole := str(self.quantization["format"])) != MIXED:
+            return whole
+        if self._has(f"{module}.weight_packed"):
+            return "pack-quantized"
+        return "float-quantized" if self._is_float(module) else "int-quantized"
 
     def shape(self, module: str) -> tuple[int, int]:
         if not self._has(f"{module}.weight_packed"):
