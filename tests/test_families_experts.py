@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 import transformers
-from family_cases import EXPERTS, SIZES, config_and_shapes, export, make_model, make_tokenizer
+from family_cases import CASES, EXPERTS, SIZES, config_and_shapes, export, make_model, make_tokenizer
 from family_cases import texts as texts
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +19,7 @@ from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.rope import rotary_dim
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import HuggingFaceSource
@@ -128,6 +130,23 @@ def test_experts_compute_what_transformers_computes(tmp_path: Path) -> None:
     with torch.no_grad():
         assert (hidden @ theirs.gate_up_proj[0]).abs().gt(7).float().mean() > 0.1
         assert torch.allclose(ours(hidden, chosen, weights), theirs(hidden, chosen, weights), atol=1e-4)
+
+
+@pytest.mark.llamacpp
+def test_llama4_of_128_experts_has_no_norms_of_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """llama.cpp has no key for these norms: it goes by the number of experts."""
+    sizes = {"num_local_experts": 128, "use_qk_norm": False, "interleave_moe_layer_step": 4}
+    config_class, options, tokenizer = CASES["llama4"]
+    monkeypatch.setitem(CASES, "llama4", (config_class, options | sizes, tokenizer))
+    model, tokens = make_model("llama4"), list(range(3, 40))
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]), use_cache=False).logits[0].numpy()
+    with LlamaCpp(path, 48, threads=1) as engine:
+        assert np.abs(engine.logits(tokens) - expected).mean() < 0.003
+    assert GGUFModel(path).config["use_qk_norm"] is False
 
 
 def test_experts_in_one_tensor_of_other_dimensions(tmp_path: Path) -> None:

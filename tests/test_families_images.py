@@ -34,6 +34,7 @@ QWEN2_EYES = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
 QWEN2_5_EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 QWEN3_EYES = QWEN2_5_EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
 GEMMA4_EYES = VISION | {"head_dim": 16, "pooling_kernel_size": 1}
+LLAMA4_EYES = VISION | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -47,6 +48,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "InternVL": ("qwen3", INTERN, "qwen2"),
     "Qwen2Audio": ("qwen2", EARS, "qwen2"),
     "Gemma4": ("gemma4_text", GEMMA4_EYES, "pieces without prefix"),
+    "Llama4": ("llama4_text", LLAMA4_EYES, "llama-bpe"),
     "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
     "Qwen2_5_VL": ("qwen2_5_vl_text", QWEN2_5_EYES, "qwen2"),
     "Qwen3VL": ("qwen3_vl_text", QWEN3_EYES, "qwen2"),
@@ -54,7 +56,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 """Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
 ARCHITECTURES |= {"Lfm2Vl": "lfm2", "VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
-ARCHITECTURES |= {"Gemma4": "gemma4"}
+ARCHITECTURES |= {"Gemma4": "gemma4", "Llama4": "llama4"}
 ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
 
 

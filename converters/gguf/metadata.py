@@ -49,11 +49,11 @@ def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vo
     writer.add_block_count(_size(config, "num_hidden_layers"))
     writer.add_context_length(context_length(architecture, config))
     writer.add_embedding_length(_size(config, "hidden_size"))
-    by_block = {key.name for key in architecture.keys if key.many}
-    if "feed_forward_length" not in by_block:
+    given = {key.name for key in architecture.keys}
+    if "feed_forward_length" not in given:
         writer.add_feed_forward_length(_size(config, "intermediate_size"))
     writer.add_head_count(head_count(config))
-    if KEY_HEADS not in by_block:
+    if KEY_HEADS not in given:
         writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(config.get("v_head_dim") or head_dim(config))

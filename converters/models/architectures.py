@@ -29,6 +29,7 @@ from lqexport.converters.models.families.granite import (
 from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
 from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
+from lqexport.converters.models.families.llama4 import LLAMA4
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL
 from lqexport.converters.models.families.mixtral import MIXTRAL
@@ -88,6 +89,7 @@ ARCHITECTURES = (
     GLM4_MOE_LITE,
     MINIMAX_M2,
     GPT_OSS,
+    LLAMA4,
     ERNIE_MOE_WITHOUT_SHARED,
     ERNIE_MOE,
     HUNYUAN_MOE,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lqexport.converters.models.architecture import Architecture, Order
 from lqexport.converters.models.architectures import architecture_of, normalized
@@ -54,10 +55,12 @@ class Experts(nn.ModuleList):
     only: Collection[int] | None = None
 
     def __init__(self, stacked: Any) -> None:
-        weights = stacked.gate_up_proj
-        hidden, inner = weights.shape[1:] if stacked.is_transposed else weights.shape[:0:-1]
+        weights, bias = stacked.gate_up_proj, getattr(stacked, "has_bias", False)
+        # Llama 4's module says nothing of its weights. They are transposed.
+        transposed = getattr(stacked, "is_transposed", True)
+        hidden, inner = weights.shape[1:] if transposed else weights.shape[:0:-1]
         gate = _gate(stacked)
-        super().__init__(Expert(hidden, inner // 2, gate, stacked.has_bias, weights.dtype) for _ in weights)
+        super().__init__(Expert(hidden, inner // 2, gate, bias, weights.dtype) for _ in weights)
 
     def forward(self, hidden: Tensor, chosen: Tensor, routing_weights: Tensor) -> Tensor:
         """Returns the sum of the chosen experts' outputs, times their routing weights: [tokens, hidden].
@@ -75,9 +78,28 @@ class Experts(nn.ModuleList):
         return total
 
 
+class ExpertsOfWeighedInputs(Experts):
+    """The experts of a block of Llama 4, whose inputs and not their outputs are multiplied by the routing weights."""
+
+    def forward(self, hidden: Tensor) -> Tensor:  # type: ignore[override]  # as transformers' module is called
+        """Returns each expert's outputs [experts * tokens, hidden], 0 for the tokens that are not routed to it.
+
+        hidden   the inputs of each expert [experts * tokens, hidden]: all tokens times their routing weights, which are
+                 0 for other experts
+        """
+        inputs = hidden.unflatten(0, (len(self), -1))
+        outputs = [torch.zeros_like(part) for part in inputs]
+        for number in range(len(self)) if self.only is None else self.only:
+            (tokens,) = torch.where(inputs[number].any(dim=-1))
+            if len(tokens):
+                output = self[number](inputs[number][tokens])
+                outputs[number] = outputs[number].index_copy(0, tokens, output.to(hidden.dtype))
+        return torch.cat(outputs)
+
+
 def _gate(stacked: Any) -> Gate:
     """Returns what transformers' module of all experts computes between its two products."""
-    if stacked.is_concatenated:
+    if getattr(stacked, "is_concatenated", True):
         activation = stacked.act_fn
         return lambda gate, up: activation(gate) * up
     # Its rows of gate_proj and of up_proj take turns. The method reads only settings of the module.
@@ -151,7 +173,9 @@ def _replace_by_linears(block: nn.Module, architecture: Architecture, config: di
         linear = next(name for group in architecture.linears for name in group if expert_number(name) is not None)
         name = linear.partition("experts.")[0] + "experts"
         if name in dict(block.named_modules()):
-            block.set_submodule(name, Experts(block.get_submodule(name)))
+            stacked = block.get_submodule(name)
+            is_llama4 = isinstance(stacked, Llama4TextExperts)
+            block.set_submodule(name, (ExpertsOfWeighedInputs if is_llama4 else Experts)(stacked))
     for name in architecture.transposed:
         stored = block.get_submodule(name).weight
         assert isinstance(stored, Tensor)

@@ -73,13 +73,15 @@ GLM4_LITE = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "q_lora_rank": 3
 GLM4_LITE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MINIMAX = SIZES | {"head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 ERNIE_MOE = SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3}
+LLAMA4 = SIZES | {"head_dim": 16, "num_hidden_layers": 4, "intermediate_size": 32, "intermediate_size_mlp": 96}
+LLAMA4 |= {"interleave_moe_layer_step": 2, "num_local_experts": 4, "rope_parameters": LLAMA3}
 GPT_OSS = SIZES | {"head_dim": 32, "sliding_window": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 # llama.cpp rounds the borders of yarn's ramp, and with this base they are whole numbers but for 0.0001.
 GPT_OSS |= {"rope_parameters": YARN | {"rope_theta": 5897.1, "truncate": False}}
 HUNYUAN = SIZES | {"head_dim": 32, "num_experts": 4, "moe_topk": 2, "tie_word_embeddings": True}
 HUNYUAN |= {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}}
 EXPERT_CASES = ("qwen2moe", "olmoe", "glm4moe", "glm4moe-air", "glm4moe-lite", "minimax-m2", "ernie4_5-moe")
-EXPERT_CASES += ("ernie4_5-moe-unshared", "hunyuan-moe", "granitemoe", "gpt-oss")
+EXPERT_CASES += ("ernie4_5-moe-unshared", "hunyuan-moe", "granitemoe", "gpt-oss", "llama4")
 UNSMOOTHED += EXPERT_CASES
 
 COHERE_WINDOWS = {"head_dim": 16, "sliding_window": 16, "num_hidden_layers": 3, "logit_scale": 0.5}
@@ -173,6 +175,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ernie4_5-moe-unshared": ("Ernie4_5_MoeConfig", ERNIE_MOE | {"moe_num_shared_experts": 0}, "pieces"),
     "hunyuan-moe": ("HunYuanMoEV1Config", HUNYUAN, "smaug-bpe"),
     "granitemoe": ("GraniteMoeConfig", SIZES | SCALES | {"num_local_experts": 4, "num_experts_per_tok": 2}, "smollm"),
+    "llama4": ("Llama4TextConfig", LLAMA4, "llama-bpe"),
     "gpt-oss": ("GptOssConfig", GPT_OSS, "smaug-bpe"),
     "ministral3": ("Ministral3Config", SIZES | {"head_dim": 32, "rope_parameters": MINISTRAL_ROPE}, "tekken"),
     "glm": ("GlmConfig", SIZES | {"head_dim": 16}, "llama-bpe"),
