@@ -51,7 +51,13 @@ GEMMA_ROPE = {
     FAR: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
     NEAR: {"rope_type": "default", "rope_theta": 1e4},
 }
+TEMPLATES = {
+    "chat": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+}
+"""Model -> its chat template."""
 CLASSES: dict[str, Any] = {
+    "chat": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": True}),
     "llama": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": True}),
     "untied": (LlamaForCausalLM, LlamaConfig, {"tie_word_embeddings": False}),
     "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"tie_word_embeddings": False}),
@@ -103,6 +109,8 @@ def save_sharp(folder: Path, kind: str, tokenizer: Path, hidden: int = 128) -> P
     model.to(torch.float16).save_pretrained(folder)
     for path in tokenizer.glob("*token*"):
         shutil.copy(path, folder)
+    if kind in TEMPLATES:
+        (folder / "chat_template.jinja").write_text(TEMPLATES[kind], encoding="utf-8")
     return folder
 
 

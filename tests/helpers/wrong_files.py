@@ -115,6 +115,15 @@ def block_scale(name: str, by: float, row: int = 3) -> Spoil:
     return spoil
 
 
+def exponents(name: str, blocks: slice) -> Spoil:
+    """Doubles the scales of blocks of MXFP4."""
+
+    def spoil(content: Content) -> None:
+        content.tensors[name].reshape(-1, 17)[blocks, 0] += 1
+
+    return spoil
+
+
 def nibbles_turned(name: str) -> Spoil:
     """Exchanges the halves of every byte of codes of Q4_0."""
 
@@ -269,12 +278,18 @@ WRONG: dict[str, Wrong] = {
     "one block's scale is NaN": Wrong(
         "llama", "Q8_0", "not finite", spoil=block_scale("blk.1.ffn_up.weight", float("nan")),
     ),
+    "one exponent of MXFP4 off": Wrong(
+        "qwen3moe", "MXFP4", "1 of 512 blocks", spoil=exponents("blk.0.attn_q.weight", slice(5, 6)),
+    ),
+    "exponents of MXFP4 off": Wrong(
+        "llama", "MXFP4", "is 2 times", spoil=exponents("blk.1.ffn_down.weight", slice(None)),
+    ),
     "halves of bytes exchanged": Wrong("llama", "Q4_0", "down_proj", spoil=nibbles_turned("blk.1.ffn_down.weight")),
     # The file.
     "cut short": Wrong("llama", "Q4_0", "truncated", bytes=cut_short),
     "data shifted": Wrong("llama", "Q4_0", "", bytes=shifted_data),
     "block left out": Wrong("llama", "Q4_0", "blk.2", spoil=key("llama.block_count", 2)),
-    # The vocabulary.
+    # The vocabulary and the chat.
     "no tokenizer": Wrong(
         "llama", "Q8_0", "has no tokenizer",
         spoil=lambda content: [content.values.pop(name) for name in [*content.values] if name.startswith("token")],
@@ -282,6 +297,11 @@ WRONG: dict[str, Wrong] = {
     "token twice": Wrong("llama", "Q8_0", "text of another", spoil=each(f"{TOKENS}tokens", lambda v: [*v[:-1], v[4]])),
     "merges turned": Wrong("gemma2", "Q8_0", "merges", spoil=each(f"{TOKENS}merges", lambda v: v[::-1])),
     "merges left out": Wrong("llama", "Q4_0", "merges", spoil=each(f"{TOKENS}merges", lambda v: v[:100])),
+    "chat template": Wrong(
+        "chat", "Q4_0", "template", spoil=each("tokenizer.chat_template", lambda v: v.replace("assistant", "model")),
+    ),
+    "no chat template": Wrong("chat", "Q8_0", "the file has none", spoil=without("tokenizer.chat_template")),
+    "end token": Wrong("qwen2", "Q4_0", "ends an answer at", spoil=number(f"{TOKENS}eos_token_id", 65)),
     "splitter": Wrong("llama", "Q4_0", "pre", spoil=text(f"{TOKENS}pre", "qwen2")),
 }  # fmt: skip
 """Name -> a wrong file, over Llama, Qwen 2 and 3, Gemma 2 and 3, a mixture of experts and DeepSeek V2."""
