@@ -6,6 +6,7 @@ import importlib.util
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.stats
@@ -322,3 +323,16 @@ def test_minilm(tmp_path: Path) -> None:
     assert result.failed == []
     assert result.similarity is not None
     assert result.similarity.recall > 0.8
+
+
+def test_an_export_is_verified_on_sentences(bert: Path, prose: Path, tmp_path: Path) -> None:
+    recipe = Recipe(str(bert), "gguf:F16")
+    common: dict[str, Any] = {"text": str(prose), "engine": "lqexport"}
+    with pytest.raises(UserError, match="Give a longer text"):
+        lqexport.export_model(recipe, tmp_path / "tiny.gguf", windows=5, **common)
+    assert not list(tmp_path.iterdir())
+    done = lqexport.export_model(recipe, tmp_path / "tiny.gguf", **common)
+    assert done.passed
+    assert done.verification.similarity is not None
+    assert done.verification.similarity.sentences == min(256, len(sentences(prose.read_text())))
+    assert "llama-embedding -m tiny.gguf" in (done.record / "README.md").read_text()

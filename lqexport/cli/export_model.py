@@ -40,7 +40,10 @@ def export(
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
     text: EvaluationText = "python-heldout",
-    windows: Annotated[int, typer.Option(min=0, help="Windows of the text to verify on; 0: all.")] = 16,
+    windows: Annotated[
+        int | None,
+        typer.Option(min=0, help="Windows of the text to verify on; 0: all. [default: 16; 256 sentences for encoders]"),
+    ] = None,
     engine: Annotated[
         str | None,
         typer.Option(help="What runs the file: llama.cpp or lqexport. [default: llama.cpp, where it is installed]"),
@@ -88,7 +91,7 @@ def export(
                 run.quantize()
             return
         measurement = Measurement(
-            text, windows or None, engine,  # type: ignore[arg-type]  # checked later
+            text, windows, engine,  # type: ignore[arg-type]  # checked later
             max_kl, max_perplexity_ratio or None, max_over_expected or None, min_cosine,
         )  # fmt: skip
         request = Request(recipe, places, measurement, device, cache, run.limits, keep_artifact)
@@ -102,6 +105,7 @@ def export(
 
 def _preview(request: Request, run: Run, *, verbose: bool, as_json: bool) -> None:
     """Prints the plan and the estimates of an export, after all its checks."""
+    from lqexport.converters.models.architectures import architecture_of
     from lqexport.planning.dryrun import as_json as preview_json
     from lqexport.planning.memory import choose_placement
     from lqexport.runtime.environment import choose_device
@@ -114,12 +118,10 @@ def _preview(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Non
         return
     print_plan(shown, placement, verbose=verbose, estimates=True)
     print(f"While {request.places.model} is not verified, its artifact takes as much again on the disk.")
-    print(f"Verified in {request.engine}, on {_extent(request)}")
-
-
-def _extent(request: Request) -> str:
-    windows = request.measurement.windows
-    return f"{f'{windows} windows of ' if windows else 'the whole of '}{request.measurement.text}"
+    encoder = architecture_of(shown.config).encoder
+    most = request.measurement.most(encoder)
+    extent = f"{most} {'sentences' if encoder else 'windows'}" if most else "the whole"
+    print(f"Verified in {request.engine}, on {extent} of {request.measurement.text}")
 
 
 def _deliver(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Delivery:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from lqexport.converters.factors import is_factor
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.places import Places, target_of
-from lqexport.delivery.request import MAX_PERPLEXITY_RATIO, WINDOWS, Measurement, Request
+from lqexport.delivery.request import MAX_PERPLEXITY_RATIO, Measurement, Request
 from lqexport.errors import files_at_hand
 from lqexport.exporting import export
 from lqexport.pipeline.quantize import quantize
@@ -72,7 +73,7 @@ def export_model(
     path: str | Path,
     *,
     text: str = "python-heldout",
-    windows: int | None = WINDOWS,
+    windows: int | None = None,
     engine: Engine | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = MAX_PERPLEXITY_RATIO,
@@ -91,8 +92,8 @@ def export_model(
     path     the file or folder to write. It gets this name only if its verification passes. docs/export.md has the
              names of what stands beside it.
     text, windows, engine, max_kl, max_perplexity_ratio, max_over_expected, min_cosine
-             how the file is verified, as in `verify`; the engine None is llama.cpp where it is installed and runs the
-             target
+             how the file is verified, as in `verify`. The engine None is llama.cpp where it is installed and runs the
+             target. windows 0 is the whole text, and None 16 windows, or 256 sentences of an encoder
     device, cache, limits   as in `quantize`
     keep_artifact   keep the artifact, so that other files can be written of it
     listener        is told of the progress
@@ -135,7 +136,8 @@ def deliver(request: Request, listener: Listener, on_plan: Callable[[Preview], N
         with _timed(seconds, "write"):
             adapter = _write(request, unverified, listener)
         with _timed(seconds, "verify"):
-            result = _verify(request, unverified, adapter, listener)
+            windows = request.measurement.most(architecture_of(shown.config).encoder)
+            result = _verify(request, unverified, adapter, windows, listener)
         return _named(request, result, report, seconds, listener)
 
 
@@ -164,10 +166,12 @@ def _write(request: Request, to: Places, listener: Listener) -> Path | None:
     return to.adapter if separate else None
 
 
-def _verify(request: Request, unverified: Places, adapter: Path | None, listener: Listener) -> Verification:
+def _verify(
+    request: Request, unverified: Places, adapter: Path | None, windows: int | None, listener: Listener
+) -> Verification:
     measurement = request.measurement
     return verify(
-        unverified.model, request.recipe.source, text=measurement.text, windows=measurement.windows,
+        unverified.model, request.recipe.source, text=measurement.text, windows=windows,
         engine=request.engine, artifact=request.places.artifact, adapter=adapter, max_kl=measurement.max_kl,
         max_perplexity_ratio=measurement.max_perplexity_ratio, max_over_expected=measurement.max_over_expected,
         min_cosine=measurement.min_cosine, device=request.device, listener=listener,

@@ -12,6 +12,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.places import Places, check_name
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp
+from lqexport.evaluation.embeddings import sentences
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.evaluation.fitting import fitted
 from lqexport.models.inspect import size
@@ -25,8 +26,8 @@ from lqexport.verification.result import Engine
 from lqexport.verification.verify_predictions import cut_text
 from lqexport.verification.verifying import MAX_OVER_EXPECTED, check_options
 
-WINDOWS = 16
-"""Windows of the evaluation text by default, so that verifying takes minutes."""
+WINDOWS, SENTENCES = 16, 256
+"""Windows of the evaluation text by default, and sentences for an encoder, so that verifying takes minutes."""
 MAX_PERPLEXITY_RATIO = 2.0
 """The perplexity may grow by this factor by default."""
 PROTOCOL = "llama.cpp-512"
@@ -36,16 +37,22 @@ PROTOCOL = "llama.cpp-512"
 class Measurement:
     """How the written file is measured; the arguments are those of `lqexport.verify`.
 
+    windows  0 for the whole text; None for `WINDOWS`, or for `SENTENCES` of an encoder
     engine   None for llama.cpp where it is installed and runs the target, else this program's own decoding
     """
 
     text: str = "python-heldout"
-    windows: int | None = WINDOWS
+    windows: int | None = None
     engine: Engine | None = None
     max_kl: float | None = None
     max_perplexity_ratio: float | None = MAX_PERPLEXITY_RATIO
     max_over_expected: float | None = MAX_OVER_EXPECTED
     min_cosine: float | None = None
+
+    def most(self, encoder: bool) -> int | None:
+        """Returns the largest number of windows, or of an encoder's sentences; None for the whole text."""
+        default = SENTENCES if encoder else WINDOWS
+        return default if self.windows is None else self.windows or None
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -89,7 +96,7 @@ class Request:
         self.places.check_free()
         if self.engine == "llama.cpp" and target.family != "gguf":
             raise UserError(f"llama.cpp runs GGUF files, not {target}: leave out --engine, or take --engine lqexport.")
-        check_options(self.places.model, (PROTOCOL,), self.measurement.windows, self.engine)
+        check_options(self.places.model, (PROTOCOL,), self.measurement.windows or None, self.engine)
         shown = preview(self.recipe, self.places.artifact)
         limits_for(self.measurement.limits, shown.config)
         return shown
@@ -108,5 +115,8 @@ class Request:
         A text of the hub is downloaded.
         """
         text, source = read_text(self.measurement.text), open_source(self.recipe.source)
-        if not architecture_of(source.config).encoder:
-            cut_text(source.tokenizer(), text, [fitted(PROTOCOLS[PROTOCOL], source.config)], self.measurement.windows)
+        encoder = architecture_of(source.config).encoder
+        if encoder:
+            sentences(text.content, self.measurement.most(encoder))
+        else:
+            cut_text(source.tokenizer(), text, [fitted(PROTOCOLS[PROTOCOL], source.config)], 1)

@@ -74,6 +74,7 @@ def next_steps(delivery: Delivery) -> list[str]:
         return [*lines, "The same command with other limits verifies again, and quantizes nothing again."]
     family = delivery.target.partition(":")[0]
     adapter = str(delivery.adapter) if delivery.adapter else None
-    lines += [f"Run:     {command}" for command in commands(str(delivery.path), family, adapter)]
+    usage = commands(str(delivery.path), family, adapter, encoder=delivery.verification.similarity is not None)
+    lines += [f"Run:     {command}" for command in usage]
     push = ["lqexport", "push-to-hub", str(delivery.path), "YOU/NAME", "--record", str(delivery.record)]
     return [*lines, f"Publish: {shlex.join(push)}"]

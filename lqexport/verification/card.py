@@ -37,7 +37,7 @@ def card(result: Verification) -> str:
     lines += [f"{result.against}, quantized with [lqexport]({INSTALL}) into {result.target}: `{result.file}`.", ""]
     lines += [f"Verified from the written file: **{verdict(result)}**.", "", *_sentences(result)]
     lines += ["## Measured", "", *_measured(result), ""]
-    lines += ["## Use", "", *card_lines(result.file, family, adapter), ""]
+    lines += ["## Use", "", *card_lines(result.file, family, adapter, encoder=result.similarity is not None), ""]
     lines += [SMOOTHED, ""] if result.smoothed else []
     facts = [*checks(result), ("sha256", result.sha256), ("sha256 of the text", result.text_sha256)]
     facts += [(f"version of {package}", version) for package, version in result.versions.items()]

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import shlex
 
+LLAMA_CPP = "With [llama.cpp](https://github.com/ggml-org/llama.cpp):"
 INSTALL = "https://github.com/lqexport/lqexport"
 LIBRARIES = {"gguf": "gguf", "exl2": "exllamav2", "gptq": "transformers", "native": "transformers"}
 """Family of a target -> the library that loads it, by the name that the hub has for it."""
 
 
-def commands(name: str, family: str, adapter: str | None = None) -> list[str]:
+def commands(name: str, family: str, adapter: str | None = None, *, encoder: bool = False) -> list[str]:
     """Returns the commands that run a model of a target family.
 
     name      its file or folder
     adapter   the file or folder of its low-rank corrections, if there are any
+    encoder   whether it is an encoder, which gives embeddings and no text
     """
     path = shlex.quote(name)
+    if family == "gguf" and encoder:
+        return [f"llama-embedding -m {path} -p Hello", f"llama-server -m {path} --embedding"]
     if family == "gguf":
         lora = f" --lora {shlex.quote(adapter)}" if adapter else ""
         return [f"llama-cli -m {path}{lora}", f"llama-server -m {path}{lora}"]
@@ -27,14 +31,16 @@ def commands(name: str, family: str, adapter: str | None = None) -> list[str]:
     return [f"python examples/generate.py {path} Hello  # of lqexport"]
 
 
-def card_lines(name: str, family: str, adapter: str | None = None) -> list[str]:
+def card_lines(name: str, family: str, adapter: str | None = None, *, encoder: bool = False) -> list[str]:
     """Returns the Markdown lines of a card that say how the model is run; the arguments are those of `commands`."""
-    block = [f"    {command}" for command in commands(name, family, adapter)]
+    block = [f"    {command}" for command in commands(name, family, adapter, encoder=encoder)]
+    if family == "gguf" and encoder:
+        return [LLAMA_CPP, "", *block]
     if family == "gguf":
         lora = [f"ADAPTER ./{adapter}"] if adapter else []
         modelfile = "; ".join(f"`{line}`" for line in [f"FROM ./{name}", *lora])
         return [
-            "With [llama.cpp](https://github.com/ggml-org/llama.cpp):", "", *block, "",
+            LLAMA_CPP, "", *block, "",
             f"With Ollama, from a file `Modelfile` with the line{'s' if lora else ''} {modelfile}:", "",
             "    ollama create my-model -f Modelfile", "    ollama run my-model", "",
             f"In LM Studio: `lms import {name}`, or put the file into its folder of models.",
