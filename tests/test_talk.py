@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,25 @@ def test_a_template_without_an_end(talking: Made, monkeypatch: pytest.MonkeyPatc
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TimeoutError, match="more than 1 seconds"):
         render(tokenizer, Conversation("", ({"role": "user", "content": ""},)), True, chat_template=loop)
+
+
+def test_a_file_whose_template_has_no_end_fails(talking: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server is not even started: it would render the template for as long."""
+    source, artifact, _ = talking["gemma"]
+    monkeypatch.setattr(conversations, "SECONDS", 1)
+    monkeypatch.setattr(llamacpp, "server_binary", None)
+    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    result = talk_of(exported_anew(artifact, tmp_path, chat_template=loop), source, "llama.cpp")
+    assert result.failed == ["A chat template does not come to an end: it took more than 1 seconds."]
+
+
+def test_a_folder_without_a_tokenizer_fails(talking: Made, tmp_path: Path) -> None:
+    source, artifact, _ = talking["gemma"]
+    shutil.copytree(artifact.folder, tmp_path / "artifact")
+    for path in (tmp_path / "artifact/model").glob("*token*"):
+        path.unlink()
+    (sentence,) = talk_of(tmp_path / "artifact", source).failed
+    assert "cannot be loaded" in sentence
 
 
 def test_the_command_fails_and_shows_all(talking: Made, text: Path, tmp_path: Path) -> None:

@@ -73,7 +73,8 @@ def source_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
 def spoken(tokenizer: PreTrainedTokenizerBase, talk: Talk) -> list[Spoken]:
     """Returns all conversations as the source renders them.
 
-    Those that it refuses, or of which it ignores what they are about, are left out, and `talk` says so.
+    Those that it refuses, or of which it ignores what they are about, are left out, and `talk` says so. Raises
+    TimeoutError if the template does not end.
     """
     rendered = []
     for conversation in conversations(_special_texts(tokenizer)):
@@ -81,6 +82,8 @@ def spoken(tokenizer: PreTrainedTokenizerBase, talk: Talk) -> list[Spoken]:
             texts = [render(tokenizer, conversation, prompt) for prompt in conversation.prompts]
             other = altered(conversation)
             ignored = other is not None and render(tokenizer, other, conversation.prompts[0]) == texts[0]
+        except TimeoutError:
+            raise
         except Exception as error:  # a template may raise anything
             talk.left_out.append(f"{conversation.name}: the source's template refuses it ({_line(error)})")
             continue
@@ -102,12 +105,14 @@ def _special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def by_transformers(tokenizer: PreTrainedTokenizerBase, file: FileTemplate, source: list[Spoken]) -> list[Rendering]:
-    """Returns the renderings of the file's template by transformers."""
+    """Returns the renderings of the file's template by transformers. Raises TimeoutError if it does not end."""
     renderings = []
     for case in source:
         variables = file.special | {"chat_template": file.for_tools(bool(case.conversation.tools))}
         try:
             text = render(tokenizer, case.conversation, case.generation_prompt, **variables)
+        except TimeoutError:
+            raise
         except Exception as error:  # a template may raise anything
             text = f"({_line(error)})"
         difference = ("", "")

@@ -10,8 +10,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from lqexport.calibration.sequences import begins_with_bos
+from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import well_formed
+from lqexport.errors import UserError, well_formed
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.llama_server import LlamaServer, TemplateRefused
 from lqexport.evaluation.llamacpp_process import LlamaCppFailed
@@ -41,18 +42,19 @@ def check_talk(result: Verification, export: Weights, source: Source, listener: 
     """Compares how file and source talk, and stores that in `result.talk`. An encoder does not talk."""
     if architecture_of(source.config).encoder:
         return
-    tokenizer, talk = source.tokenizer(), Talk()
-    result.talk = talk
-    with well_formed(f"The tokenizer or the chat template of {result.file}"):
-        template, stops = _of_file(result, export)
-    of_source = stop_tokens.of_folder(_folder(source), source.config, tokenizer)
-    cases = _check_template(result, talk, tokenizer, template)
+    result.talk = talk = Talk()
+    try:
+        with well_formed(f"The tokenizer or the chat template of {result.file}"):
+            template, stops = _of_file(result, export)
+        cases = _check_template(result, talk, tokenizer := source.tokenizer(), template)
+    except UserError as error:
+        result.failed.append(str(error))
+        return
+    except TimeoutError as error:
+        result.failed.append(f"A chat template does not come to an end: {error}.")
+        return
     with _server(result, talk, tokenizer, source, cases) as server:
-        talk.stops = stop_tokens.stop_tokens(tokenizer, of_source, stops, server)
-        gguf = isinstance(export, GGUFSource)
-        failed, warnings = stop_tokens.faults(talk.stops, tokenizer, of_source, stops, gguf)
-        result.failed += failed
-        result.warnings += warnings
+        of_source = _check_stops(result, talk, tokenizer, source, stops, server)
         if server:
             talk.renderings.append(plain_text(tokenizer, server))
             talk.renderings += by_llamacpp(tokenizer, server, cases, _bos(export, tokenizer))
@@ -62,6 +64,20 @@ def check_talk(result: Verification, export: Weights, source: Source, listener: 
             _check_continuations(result, talk)
     if not talk.continuations:
         talk.not_checked.append("what the model says: that needs --engine llama.cpp")
+
+
+def _check_stops(
+    result: Verification, talk: Talk, tokenizer: PreTrainedTokenizerBase, source: Source, stops: list[int],
+    server: LlamaServer | None,
+) -> list[int]:  # fmt: skip
+    """Compares the file's stop tokens with the source's, which are returned."""
+    of_source = stop_tokens.of_folder(_folder(source), source.config, tokenizer)
+    talk.stops = stop_tokens.stop_tokens(tokenizer, of_source, stops, server)
+    gguf = is_gguf(Path(result.file))
+    failed, warnings = stop_tokens.faults(talk.stops, tokenizer, of_source, stops, gguf)
+    result.failed += failed
+    result.warnings += warnings
+    return of_source
 
 
 def _folder(source: Source) -> Path | None:
