@@ -29,7 +29,7 @@ from lqexport.models.written import open_export
 from lqexport.runtime.progress import Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.verification import talk_report
-from lqexport.verification.chat_templates import _habit, around
+from lqexport.verification.chat_templates import _habit, added_ends, around
 from lqexport.verification.continuations import least_kl, suspicious
 from lqexport.verification.result import Verification
 from lqexport.verification.talk import check_talk
@@ -217,11 +217,15 @@ def test_habits_of_llamacpp(talking: Made) -> None:
     tokenizer = open_source(str(talking["mistral"][0])).tokenizer()
     inst, bos = tokenizer.convert_tokens_to_ids("[INST]"), tokenizer.bos_token_id
     plain, spaced = tokenizer.convert_tokens_to_ids(["a", "▁a"])
-    assert _habit(tokenizer, [inst, plain], [inst, plain], bos) == []
-    assert _habit(tokenizer, [inst, plain], [bos, inst, plain], bos) == ["it adds a BOS"]
-    assert _habit(tokenizer, [inst, plain], [bos, inst, plain], None) is None
-    assert _habit(tokenizer, [inst, plain], [inst, spaced], bos) == ["it puts a space before each piece of text"]
-    assert _habit(tokenizer, [inst, plain], [inst, plain, inst], bos) is None
+    eos, ends = tokenizer.eos_token_id, (bos, None)
+    assert added_ends(tokenizer) == ends
+    assert _habit(tokenizer, [inst, plain], [inst, plain], ends) == []
+    assert _habit(tokenizer, [inst, plain], [bos, inst, plain], ends) == ["it adds a BOS"]
+    assert _habit(tokenizer, [inst, plain], [bos, inst, plain], (None, None)) is None
+    assert _habit(tokenizer, [inst, plain], [inst, plain, eos], (None, eos)) == ["it adds an EOS"]
+    assert _habit(tokenizer, [inst, plain], [inst, plain, eos], ends) is None
+    assert _habit(tokenizer, [inst, plain], [inst, spaced], ends) == ["it puts a space before each piece of text"]
+    assert _habit(tokenizer, [inst, plain], [inst, plain, inst], ends) is None
 
 
 def test_first_differences_are_shown() -> None:

@@ -1,8 +1,8 @@
 """Compares how the chat templates of a file and of its source render conversations, by transformers and by llama.cpp.
 
 What counts is the tokens that the model gets. llama.cpp differs from transformers on purpose in three ways, which are
-noted and fail no file: it adds a BOS if the file says so, it puts a space before each piece of text of a SentencePiece
-model, and it sets variables that transformers leaves unset.
+noted and fail no file: it adds BOS and EOS where the tokenizer does, it puts a space before each piece of text of a
+SentencePiece model, and it sets variables that transformers leaves unset.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from lqexport.verification.talk_record import Rendering, Talk
 
 BEFORE, AFTER = 40, 60
 """Characters that are shown before and after the first difference."""
+Ends = tuple[int | None, int | None]
+"""The BOS and the EOS that llama.cpp adds to a prompt; None for none."""
 PLAIN = "The capital of France is"
 BOOLEANS, DATES = (
     ("enable_thinking", "preserve_thinking", "clear_thinking"),
@@ -124,18 +126,13 @@ def by_transformers(tokenizer: PreTrainedTokenizerBase, file: FileTemplate, sour
     return renderings
 
 
-def by_llamacpp(
-    tokenizer: PreTrainedTokenizerBase, server: LlamaServer, source: list[Spoken], bos: int | None
-) -> list[Rendering]:
-    """Returns the renderings of the file's template by llama.cpp, split by the file's tokenizer.
-
-    bos   the token that llama.cpp puts before prompts; None for none
-    """
-    renderings = []
+def by_llamacpp(tokenizer: PreTrainedTokenizerBase, server: LlamaServer, source: list[Spoken]) -> list[Rendering]:
+    """Returns the renderings of the file's template by llama.cpp, split by the file's tokenizer."""
+    renderings, ends = [], added_ends(tokenizer)
     for case in source:
         try:
             text = server.render(case.conversation.for_server(), case.conversation.tools, case.generation_prompt)
-            renderings.append(_compared(tokenizer, case, text, server.tokenize(text), bos))
+            renderings.append(_compared(tokenizer, case, text, server.tokenize(text), ends))
         except ServerRefused as error:
             renderings.append(_rendering(case, "llama.cpp", (excerpt(case.text, 0), f"({_line(error)})")))
     return renderings
@@ -148,12 +145,17 @@ def plain_text(tokenizer: PreTrainedTokenizerBase, server: LlamaServer) -> Rende
     return Rendering("a plain text", False, "llama.cpp", tokens == expected, True, *difference)
 
 
-def _compared(
-    tokenizer: PreTrainedTokenizerBase, case: Spoken, text: str, tokens: list[int], bos: int | None
-) -> Rendering:
+def added_ends(tokenizer: PreTrainedTokenizerBase) -> Ends:
+    """Returns the BOS and the EOS that the tokenizer puts around every text; None for each that it does not."""
+    ids = tokenizer("a")["input_ids"]
+    begins, ends = len(ids) > 1 and ids[0] == tokenizer.bos_token_id, len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return (ids[0] if begins else None, ids[-1] if ends else None)
+
+
+def _compared(tokenizer: PreTrainedTokenizerBase, case: Spoken, text: str, tokens: list[int], ends: Ends) -> Rendering:
     for variables in _variables(case.text, tokenizer, bool(case.conversation.tools)):
         expected = render(tokenizer, case.conversation, case.generation_prompt, **variables) if variables else case.text
-        if (habit := _habit(tokenizer, prompt_tokens(tokenizer, expected), tokens, bos)) is not None:
+        if (habit := _habit(tokenizer, prompt_tokens(tokenizer, expected), tokens, ends)) is not None:
             given = [f"it sets {name} to {value!r}" for name, value in variables.items()]
             return _rendering(case, "llama.cpp", ("", ""), ", ".join([*given, *habit]))
     begin = tokenizer.bos_token or ""
@@ -172,13 +174,13 @@ def _variables(text: str, tokenizer: PreTrainedTokenizerBase, tools: bool) -> It
         yield {name: value for name, value in zip(values, chosen, strict=True) if value is not None}
 
 
-def _habit(
-    tokenizer: PreTrainedTokenizerBase, expected: list[int], tokens: list[int], bos: int | None
-) -> list[str] | None:
+def _habit(tokenizer: PreTrainedTokenizerBase, expected: list[int], tokens: list[int], ends: Ends) -> list[str] | None:
     """Returns by which habits llama.cpp's tokens differ from the expected ones; None if they differ otherwise."""
-    begins = bos is not None and tokens[:1] == [bos] != expected[:1]
-    rest = tokens[1:] if begins else tokens
-    habits = ["it adds a BOS"] if begins else []
+    (bos, eos), habits, rest = ends, list[str](), tokens
+    if bos is not None and rest[:1] == [bos] != expected[:1]:
+        habits, rest = ["it adds a BOS"], rest[1:]
+    if eos is not None and rest[-1:] == [eos] != expected[-1:]:
+        habits, rest = [*habits, "it adds an EOS"], rest[:-1]
     if rest == expected:
         return habits
     if _without_spaces(tokenizer, rest) == _without_spaces(tokenizer, expected):

@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lqexport.calibration.sequences import begins_with_bos
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError, well_formed
@@ -57,7 +56,7 @@ def check_talk(result: Verification, export: Weights, source: Source, listener: 
         of_source = _check_stops(result, talk, tokenizer, source, stops, server)
         if server:
             talk.renderings.append(plain_text(tokenizer, server))
-            talk.renderings += by_llamacpp(tokenizer, server, cases, _bos(export, tokenizer))
+            talk.renderings += by_llamacpp(tokenizer, server, cases)
             _judge(result, [rendering for rendering in talk.renderings if rendering.renderer == "llama.cpp"])
         if server and result.engine == "llama.cpp":
             talk.continuations = continuations(server, source, tokenizer, of_source, result.device, listener)
@@ -109,13 +108,6 @@ def _template_of_metadata(metadata: dict[str, Any]) -> FileTemplate:
         if isinstance(number, int) and 0 <= number < len(tokens):
             special[f"{role}_token"] = str(tokens[number])
     return FileTemplate({name: str(text) for name, text in texts.items() if text}, special)
-
-
-def _bos(export: Weights, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """Returns the token that llama.cpp puts before prompts, where the source's tokenizer puts one before texts."""
-    metadata = export.metadata if isinstance(export, GGUFSource) else {}
-    number = metadata.get("tokenizer.ggml.bos_token_id")
-    return number if begins_with_bos(tokenizer) and isinstance(number, int) else None
 
 
 def _check_template(
