@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from family_cases import config_and_shapes, make_model
 from transformers import CONFIG_MAPPING
 
 from lqexport.converters.folders.gptq import plan_gptq
-from lqexport.converters.models.architectures import normalized
+from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.models.modules import expected_shapes, meta_model
@@ -104,5 +105,38 @@ def test_models_whose_blocks_are_of_one_type_are_refused(name: str, types: list[
     """llama.cpp stops with an assertion."""
     config, _ = config_and_shapes(name)
     config |= {"layer_types": types}
-    with pytest.raises(UserError, match=f"only where some block is '{lacking}' in layer_types"):
+    with pytest.raises(UserError, match=f"only where some block is '{lacking}'"):
         plan(Target.parse("gguf:Q4_K"), config, expected_shapes(config))
+
+
+def test_older_keys_of_nemotron_h() -> None:
+    """Letters, older names of types, and the lack of both, where transformers has a default."""
+    config, _ = config_and_shapes("nemotron-h")
+    older = {key: value for key, value in config.items() if key not in ("layer_types", "layers_block_type", "n_groups")}
+    older |= {"mamba_n_groups": 2, "num_hidden_layers": 7}
+    letters = older | {"hybrid_override_pattern": "M-*"}
+    names = older | {"layers_block_type": ["mamba", "mlp", "attention"]}
+    for complete in (normalized(letters), normalized(names)):
+        assert complete["layer_types"] == ["linear_attention", "mlp", "full_attention"]
+        assert (complete["num_hidden_layers"], complete["n_groups"]) == (3, 2)
+        assert (complete["key_heads_of_blocks"], complete["widths_of_blocks"]) == ([0, 0, 2], [0, 96, 0])
+        assert expected_shapes(complete) == expected_shapes(config)
+    made = CONFIG_MAPPING["nemotron_h"]()
+    assert normalized(older)["layer_types"] == made.layers_block_type
+    assert architecture_of(letters).gguf == "nemotron_h"
+    assert architecture_of(letters | {"hybrid_override_pattern": "ME*"}).gguf == "nemotron_h_moe"
+
+
+def test_names_in_checkpoints_of_nemotron_h(tmp_path: Path) -> None:
+    """As on the hub: other names, and blocks that predict further tokens, which are left out."""
+    model = make_model("nemotron-h-moe")
+    model.save_pretrained(tmp_path)
+    stored = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    renamed = {re.sub("^model", "backbone", name): tensor for name, tensor in stored.items()}
+    assert "backbone.layers.1.mixer.experts.3.up_proj.weight" in renamed
+    further = {"mtp.layers.0.mixer.q_proj.weight": torch.zeros(4, 4)}
+    safetensors.torch.save_file(renamed | further, tmp_path / "model.safetensors")
+    source, experts = open_source(str(tmp_path)), model.model.layers[1].mixer.experts
+    shapes = {name: source.shape(name) for name in source.names()}
+    assert "mtp" not in "".join(tensor.name for tensor in plan(Target.parse("gguf:F16"), source.config, shapes))
+    assert torch.equal(source.read("model.layers.1.mixer.experts.3.up_proj.weight"), experts.up_proj[3])

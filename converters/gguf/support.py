@@ -29,17 +29,16 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     _check_heads(architecture, config)
     _check_keys(architecture, config)
     window_period(architecture, config)
-    if architecture.needs_all_types:
-        _check_types(architecture)
+    _check_types(architecture)
 
 
 def _check_types(architecture: Architecture) -> None:
-    for key, values in architecture.only.values():
-        if not set(values) & set(architecture.per_block[key]):
-            raise UserError(
-                f"llama.cpp runs {architecture.classes[0]} only where some block is {_alternatives(values)} in {key}, "
-                "and in config.json none is."
-            )
+    present = {value for values in architecture.per_block.values() for value in values}
+    if missing := [value for value in architecture.needs_types if value not in present]:
+        raise UserError(
+            f"llama.cpp runs {architecture.classes[0]} only where some block is {_alternatives(tuple(missing))}, and "
+            "by config.json none is."
+        )
 
 
 def check_fixed(engine: str, architecture: Architecture, config: Config) -> None:

@@ -154,7 +154,7 @@ class Architecture:
                 one `rope_theta`
     needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
     gated       whether the query projection has a query and a gate of the output for each head
-    needs_all_types  whether llama.cpp computes it only where there are blocks of each type of `only`
+    needs_types the values of keys of `only` that llama.cpp needs in some block
     free_heads  whether config.json may give heads another size than hidden_size / heads
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
@@ -219,7 +219,7 @@ class Architecture:
     one_theta: bool = False
     needs_windows: bool = False
     gated: bool = False
-    needs_all_types: bool = False
+    needs_types: tuple[Any, ...] = ()
     free_heads: bool = True
     square_heads: bool = False
     latent: bool = False

@@ -33,7 +33,7 @@ from lqexport.converters.models.families.llama4 import LLAMA4
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL
 from lqexport.converters.models.families.mixtral import MIXTRAL
-from lqexport.converters.models.families.nemotron import NEMOTRON
+from lqexport.converters.models.families.nemotron import NEMOTRON, NEMOTRON_H, NEMOTRON_H_MOE
 from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
 from lqexport.converters.models.families.openai import GPT_OSS
 from lqexport.converters.models.families.opt import OPT
@@ -119,6 +119,8 @@ ARCHITECTURES = (
     GRANITE_ATTENTION,
     GRANITE_HYBRID,
     GRANITE_HYBRID_MOE,
+    NEMOTRON_H,
+    NEMOTRON_H_MOE,
     OPT,
     BERT,
 )

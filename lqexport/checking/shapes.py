@@ -85,8 +85,9 @@ def _feed_forward(file: OpenFile, hidden: int | None) -> dict[str, list[tuple[in
 
 def _experts(file: OpenFile, hidden: int | None, experts: int | None) -> dict[str, list[tuple[int | None, ...]]]:
     width = file.count("expert_feed_forward_length") or file.count("feed_forward_length")
+    inputs = file.count("moe_latent_size") or hidden
     return {
-        "ffn_gate_exps.weight": [(experts, width, hidden)],
-        "ffn_up_exps.weight": [(experts, width, hidden)],
-        "ffn_down_exps.weight": [(experts, hidden, width)],
+        "ffn_gate_exps.weight": [(experts, width, inputs)],
+        "ffn_up_exps.weight": [(experts, width, inputs)],
+        "ffn_down_exps.weight": [(experts, inputs, width)],
     }

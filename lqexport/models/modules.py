@@ -43,6 +43,19 @@ class Expert(nn.Module):
         return self.down_proj(self.gate(self.gate_proj(hidden), self.up_proj(hidden)))
 
 
+class UngatedExpert(nn.Module):
+    """One expert: an MLP without a gate and without biases."""
+
+    def __init__(self, hidden: int, inner: int, activation: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
+        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
+        self.activation = activation
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.down_proj(self.activation(self.up_proj(hidden)))
+
+
 class Experts(nn.ModuleList):
     """The experts of a block as separate modules; each processes the tokens that are routed to it.
 
@@ -55,6 +68,11 @@ class Experts(nn.ModuleList):
     only: Collection[int] | None = None
 
     def __init__(self, stacked: Any) -> None:
+        if not getattr(stacked, "has_gate", True):
+            inner, hidden = stacked.up_proj.shape[1:]
+            dtype = stacked.up_proj.dtype
+            super().__init__(UngatedExpert(hidden, inner, stacked.act_fn, dtype) for _ in stacked.up_proj)
+            return
         weights, bias = stacked.gate_up_proj, getattr(stacked, "has_bias", False)
         # Llama 4's module says nothing of its weights. They are transposed.
         transposed = getattr(stacked, "is_transposed", True)

@@ -133,6 +133,15 @@ GRANITE4_ATTENTION = SIZES | SCALES | {"layer_types": ["full_attention"] * 2, "n
 GRANITE4_ATTENTION |= {"shared_intermediate_size": 160, "position_embedding_type": "rope"}
 UNSMOOTHED += ("granite4", "granite4moe")
 
+NEMOTRON_H = SIZES | {"head_dim": 32, "num_hidden_layers": 3, "mamba_num_heads": 8, "mamba_head_dim": 16}
+NEMOTRON_H |= {"layers_block_type": ["linear_attention", "mlp", "full_attention"], "n_groups": 2, "ssm_state_size": 16}
+NEMOTRON_H |= {"chunk_size": 32}
+NEMOTRON_H_MOE = NEMOTRON_H | {"layers_block_type": ["linear_attention", "moe", "full_attention"]}
+NEMOTRON_H_MOE |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+NEMOTRON_H_MOE |= {"moe_shared_expert_intermediate_size": 96, "routed_scaling_factor": 1.5, "n_groups": 4}
+EXPERT_CASES += ("nemotron-h-moe", "nemotron-h-latent")
+UNSMOOTHED += ("nemotron-h", "nemotron-h-moe", "nemotron-h-latent")
+
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
@@ -204,6 +213,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "granite4-attention": ("GraniteMoeHybridConfig", GRANITE4_ATTENTION, "smollm"),
     "granite4": ("GraniteMoeHybridConfig", GRANITE4, "smollm"),
     "granite4moe": ("GraniteMoeHybridConfig", GRANITE4_MOE, "smollm"),
+    "nemotron-h": ("NemotronHConfig", NEMOTRON_H, "smaug-bpe"),
+    "nemotron-h-moe": ("NemotronHConfig", NEMOTRON_H_MOE, "smaug-bpe"),
+    "nemotron-h-latent": ("NemotronHConfig", NEMOTRON_H_MOE | {"moe_latent_size": 32}, "smaug-bpe"),
     "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),
     "lfm2moe": ("Lfm2MoeConfig", LFM2_MOE, "llama-bpe"),
 }

@@ -188,7 +188,7 @@ GRANITE_HYBRID = replace(
     fixed=GRANITE.fixed
     | {"mamba_expand": (2,), "mamba_conv_bias": (True,), "mamba_proj_bias": (False,), "time_step_limit": (UNLIMITED,)},
     flags={"attention_bias": "self_attn.q_proj"},
-    needs_all_types=True,
+    needs_types=(RECURRENT, FULL),
 )
 
 GRANITE_HYBRID_MOE = replace(

@@ -91,7 +91,7 @@ LFM2 = replace(
     fixed={"conv_bias": (False,), "block_auto_adjust_ff_dim": (False,)},
     flags={},
     rope_types=("default", "dynamic", "linear", "yarn"),
-    needs_all_types=True,
+    needs_types=(CONVOLUTION, FULL),
     square_heads=True,
     final_norm="model.embedding_norm",
 )
