@@ -264,9 +264,8 @@ def test_a_tokenizer_that_keeps_case_is_refused(bert: Path, tmp_path: Path) -> N
     content = json.loads((folder / "tokenizer.json").read_text())
     content["normalizer"]["lowercase"] = False
     (folder / "tokenizer.json").write_text(json.dumps(content))
-    lqexport.quantize(Recipe(str(folder), "gguf:F16"), tmp_path / "out")
     with pytest.raises(UserError, match="keeps case"):
-        lqexport.export(tmp_path / "out", tmp_path / "model.gguf")
+        lqexport.quantize(Recipe(str(folder), "gguf:F16"), tmp_path / "out")
 
 
 def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path, tmp_path: Path) -> None:

@@ -15,10 +15,13 @@ import lqexport
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.header import read_typed
 from lqexport.converters.gguf.pretokenizers import SPLITTERS
+from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.models.source import open_source
+from lqexport.models.source import GGUFSource, open_source
+from lqexport.verification.verify_vocabulary import vocabulary_differences
 
 STRING, NUMBER, FLAG, ARRAY = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.BOOL, GGUFValueType.ARRAY
+TEMPLATE = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
 SAID: dict[str, tuple[Any, GGUFValueType]] = {
     "general.name": ("Tiny Llama Q4_1", STRING),
     "general.organization": ("Some Lab", STRING),
@@ -33,10 +36,10 @@ SAID: dict[str, tuple[Any, GGUFValueType]] = {
     "llama.attention.scale": (0.25, GGUFValueType.FLOAT32),
     "quantize.imatrix.file": ("a.imatrix", STRING),
     "tokenizer.ggml.pre": ("starcoder", STRING),
-    "tokenizer.ggml.add_eos_token": (True, FLAG),
+    "tokenizer.ggml.add_bos_token": (False, FLAG),
     "tokenizer.ggml.eot_token_id": (7, NUMBER),
-    "tokenizer.chat_template": ("{{ a }}", STRING),
-    "tokenizer.chat_template.rag": ("{{ b }}", STRING),
+    "tokenizer.chat_template": (TEMPLATE, STRING),
+    "tokenizer.chat_template.rag": ("{{ documents }}", STRING),
     "tokenizer.chat_templates": (["rag"], ARRAY),
     "tokenizer.ggml.somewhat_new": (1 << 40, GGUFValueType.UINT64),
 }
@@ -103,6 +106,32 @@ def test_verified_against_its_source_in_llamacpp(source: Path, again: Path) -> N
     assert lqexport.verify(again, str(source), engine="llama.cpp", windows=1, device="cpu").failed == []
 
 
+def test_verify_compares_the_keys_of_the_tokenizer(source: Path, again: Path, tmp_path: Path) -> None:
+    changed = rewritten(again, tmp_path / "a.gguf", {"tokenizer.ggml.eos_token_id": (3, NUMBER)})
+    sentences = vocabulary_differences(GGUFModel(changed), GGUFSource(source))
+    assert sentences == ["tokenizer.ggml.eos_token_id is 3, and the source has 2."]
+
+
+def test_verify_compares_the_vocabulary_with_the_tokenizer(smaller_model: Path, tmp_path: Path) -> None:
+    source = open_source(str(smaller_model))
+    recipe = lqexport.Recipe(str(smaller_model), "gguf:Q8_0", method="rtn")
+    lqexport.quantize(recipe, tmp_path / "out", device="cpu")
+    file = Path(lqexport.export(tmp_path / "out", tmp_path / "model.gguf"))
+    assert vocabulary_differences(GGUFModel(file), source) == []
+    typed = read_typed(file)
+    tokens, types = typed["tokenizer.ggml.tokens"].value, typed["tokenizer.ggml.token_type"].value
+    for key, (value, value_type), sentence in (
+        ("tokens", ([*tokens[:5], "never", *tokens[6:]], ARRAY), "1 tokens have other texts"),
+        ("tokens", ([tokens[1], tokens[0], *tokens[2:]], ARRAY), "2 tokens have other texts"),
+        ("bos_token_id", (3, NUMBER), "The bos token is 3"),
+        ("add_bos_token", (True, FLAG), "puts a BOS before a text"),
+    ):
+        said = {f"tokenizer.ggml.{key}": (value, value_type)}
+        (fault,) = vocabulary_differences(GGUFModel(rewritten(file, tmp_path / "a.gguf", said)), source)
+        assert sentence in fault
+    assert types[0] == 3
+
+
 def test_folders_of_other_formats_have_no_copy_of_the_metadata(source: Path, tmp_path: Path) -> None:
     recipe = lqexport.Recipe(str(source), "native:affine-4-g32", method="rtn")
     lqexport.quantize(recipe, tmp_path / "out", device="cpu")
@@ -129,12 +158,11 @@ def check_tokenizer(path: Path) -> None:
 
 def test_special_tokens_of_a_gguf_file(source: Path, tmp_path: Path) -> None:
     tokenizer = open_source(str(source)).tokenizer()
-    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 2)
-    assert tokenizer("a").input_ids == [1, *tokenizer("a", add_special_tokens=False).input_ids, 2]
-    assert len(tokenizer) == 512
-    flags = {"tokenizer.ggml.add_bos_token": (False, FLAG), "tokenizer.ggml.add_eos_token": (False, FLAG)}
-    tokenizer = open_source(str(rewritten(source, tmp_path / "a.gguf", flags))).tokenizer()
-    assert tokenizer("a").input_ids == tokenizer("a", add_special_tokens=False).input_ids
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, len(tokenizer)) == (1, 2, 512)
+    alone = tokenizer("a", add_special_tokens=False).input_ids
+    assert tokenizer("a").input_ids == alone
+    flags = {f"tokenizer.ggml.add_{end}_token": (True, FLAG) for end in ("bos", "eos")}
+    assert open_source(str(rewritten(source, tmp_path / "a.gguf", flags))).tokenizer()("a").input_ids == [1, *alone, 2]
 
 
 @pytest.mark.llamacpp

@@ -31,7 +31,8 @@ from lqexport.converters.gguf.tokenizer import (
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.models.source import open_source
+from lqexport.models.source import HuggingFaceSource, open_source
+from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.storage.files import write_json
 
 
@@ -181,6 +182,23 @@ def test_sentencepiece_as_tokenizer_json(tmp_path: Path, sentencepiece_file: Pat
     with LlamaCpp(path, 32) as engine:
         for text in STRINGS:
             assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
+
+
+@pytest.mark.llamacpp
+def test_tokenizer_json_counts_where_its_class_changes_it(
+    smaller_model: Path, tmp_path: Path, sentencepiece_file: Path
+) -> None:
+    """transformers' class of Llama 2 puts no space before a text that begins with one; its tokenizer.json does."""
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(smaller_model / name, tmp_path)
+    tokenizer = like_llama_2(sentencepiece_file)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False}
+    write_json(tmp_path / "tokenizer_config.json", {"tokenizer_class": "LlamaTokenizer", **names})
+    source = HuggingFaceSource(tmp_path, "llama")
+    alone = tokenizer.encode(" two  spaces", add_special_tokens=False).ids
+    assert source.tokenizer()(" two  spaces", add_special_tokens=False).input_ids != alone
+    assert not [sentence for sentence in check_tokenizer(source, 512) if "' two" in sentence or "'   " in sentence]
 
 
 def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -31,7 +31,8 @@ from lqexport.errors import LONGEST, UserError, printable
 from lqexport.models.adapters import misfits
 from lqexport.models.blocks import BlockModel
 from lqexport.models.modules import meta_model
-from lqexport.models.source import load_tokenizer, open_source
+from lqexport.models.source import open_source
+from lqexport.models.tokenizer_files import load_tokenizer
 from lqexport.models.written import open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe, load_recipe

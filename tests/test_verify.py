@@ -28,6 +28,7 @@ from lqexport.calibration.texts import Text, read_text
 from lqexport.errors import UserError
 from lqexport.models.modules import expected_shapes
 from lqexport.models.source import open_source
+from lqexport.models.tokenizers import Splits
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import write_json
 from lqexport.verification import verify_predictions
@@ -285,7 +286,7 @@ def test_another_split_into_tokens_is_said(
     engine = SimpleNamespace(tokenize=tokenize, warnings=[])
     monkeypatch.setattr(verify_predictions, "LlamaCppProcess", lambda *_, **__: contextlib.nullcontext(engine))
     result = dataclasses.replace(found, failed=[], warnings=[])
-    check_tokenizer(result, tokenizer, Text("t", "\n".join(lines)))
+    check_tokenizer(result, Splits(tokenizer, tiny_model), Text("t", "\n".join(lines)))
     assert (len(result.failed), len(result.warnings)) == (failed, warned)
     assert all(f"splits {wrong} of 200 lines" in sentence for sentence in result.failed + result.warnings)
 

@@ -20,6 +20,7 @@ from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.tokens import Vocabulary
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 _WITHOUT_ROLE = ("extra_special_tokens", "additional_special_tokens")
 
 
@@ -71,9 +72,20 @@ def _with_ids(folder: Path) -> Iterator[AddedToken]:
             yield AddedToken(number, text, special=False)
 
 
+def named_roles(folder: Path) -> list[str]:
+    """Returns the roles for which the tokenizer's files name a token."""
+    files = [optional_json(folder / name) for name in _FILES]
+    return [role for role in ROLES if any(text_of(file.get(f"{role}_token")) for file in files)]
+
+
+def named_texts(folder: Path) -> set[str]:
+    """Returns the texts of all added tokens that the tokenizer's files name. A class of transformers may add others."""
+    return {token.text for token in _with_ids(folder)} | set(special_texts(folder))
+
+
 def special_texts(folder: Path) -> list[str]:
     """Returns the texts of the special tokens that the tokenizer's files name, each once: by role, then the others."""
-    files = [optional_json(folder / name) for name in ("tokenizer_config.json", "special_tokens_map.json")]
+    files = [optional_json(folder / name) for name in _FILES]
     by_role = [text_of(file.get(f"{role}_token")) for role in ROLES for file in files]
     others = [text_of(token) for file in files for key in _WITHOUT_ROLE for token in _listed(file.get(key))]
     others += [text_of(file[key]) for file in files for key in file if re.fullmatch(r"\w+_token", key)]

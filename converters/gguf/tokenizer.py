@@ -171,6 +171,8 @@ def _template(processor: dict[str, Any]) -> list[dict[str, Any]]:
     for step in (processor, *processor.get("processors", ())):
         if step.get("type") == "TemplateProcessing":
             return list(step["single"])
+        if step.get("type") in ("BertProcessing", "RobertaProcessing"):  # always [CLS] text [SEP], or <s> text </s>
+            return [{"SpecialToken": {}}, {"Sequence": {}}, {"SpecialToken": {}}]
     return []
 
 

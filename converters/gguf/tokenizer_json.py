@@ -49,7 +49,7 @@ def tokenizer_json(metadata: Mapping[str, Any]) -> dict[str, Any]:
 def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of tokenizer_config.json: the special tokens, and whether texts get BOS and EOS."""
     texts = _texts(metadata)
-    names = {f"{role}_token": texts[number] for role, number in _special_ids(metadata).items()}
+    names = {f"{role}_token": texts[number] for role, number in special_ids(metadata).items()}
     bos, eos = _adds(metadata)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -114,7 +114,7 @@ def _added(metadata: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def _special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
+def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     """Returns role -> id of a special token. Ids beyond the vocabulary do not count, as in llama.cpp."""
     ids = dict(_SENTENCEPIECE_IDS) if metadata.get(Keys.Tokenizer.MODEL) == "llama" else {}
     ids |= {role: metadata[key] for role, key in _ROLES.items() if key in metadata}
@@ -135,7 +135,7 @@ def _adds(metadata: Mapping[str, Any]) -> tuple[bool, bool]:
 
 def _ends(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     """Returns the post-processor that puts special tokens around a text, or None."""
-    texts, ids = _texts(metadata), _special_ids(metadata)
+    texts, ids = _texts(metadata), special_ids(metadata)
     if metadata.get(Keys.Tokenizer.MODEL) == "bert":
         before, after = ids.get("cls"), ids.get("sep")
     else:
@@ -208,7 +208,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> dict[str, Any]:
     prefix = [{"type": "Prepend", "prepend": SPACE}] if metadata.get(Keys.Tokenizer.ADD_PREFIX, True) else []
     visible = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    unknown = _special_ids(metadata).get("unk")
+    unknown = special_ids(metadata).get("unk")
     return {
         "normalizer": {"type": "Sequence", "normalizers": [*prefix, spaces]},
         "pre_tokenizer": None,
@@ -226,7 +226,7 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> dict[str, Any]:
 
 def _unigram(metadata: Mapping[str, Any]) -> dict[str, Any]:
     texts, types = _texts(metadata), _types(metadata)
-    unknown = _special_ids(metadata).get("unk", types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else None)
+    unknown = special_ids(metadata).get("unk", types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in types else None)
     steps: list[dict[str, Any]] = []
     if charsmap := bytes(byte & 255 for byte in metadata.get(Keys.Tokenizer.PRECOMPILED_CHARSMAP) or ()):
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(charsmap).decode()})
@@ -254,7 +254,7 @@ def _wordpiece(metadata: Mapping[str, Any]) -> dict[str, Any]:
         text if token_type != TokenType.NORMAL else text[1:] if text.startswith(SPACE) else f"##{text}": number
         for number, (text, token_type) in enumerate(zip(texts, types, strict=False))
     }
-    unknown = _special_ids(metadata).get("unk")
+    unknown = special_ids(metadata).get("unk")
     return {
         "normalizer": {
             "type": "BertNormalizer",

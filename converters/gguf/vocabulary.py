@@ -59,6 +59,9 @@ def _byte_level(tokenizer: dict[str, Any], options: dict[str, Any]) -> Vocabular
     step_types = [str(step.get("type")) for step in flat_steps(tokenizer.get("normalizer"))]
     if changes := [step_type for step_type in step_types if step_type != "NFC"]:
         raise UserError(f"tokenizer.json changes text before splitting it ({', '.join(changes)}); llama.cpp does not.")
+    for mark in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if tokenizer["model"].get(mark):
+            raise UserError(f"tokenizer.json marks parts of words ({mark}), which llama.cpp does not.")
     pre = options.get("tokenizer.ggml.pre") or pretokenizer_name(tokenizer)
     tokens = {number: Token(text) for text, number in tokenizer["model"]["vocab"].items()}
     return Vocabulary("gpt2", str(pre), tokens, _merges(tokenizer))

@@ -148,7 +148,9 @@ class BlockModel:
 
         In some models they have more columns up to the last block (see `carried.py`); `hidden_of` leaves these out.
         Also records, for this batch shape, the other arguments of every block (masks, positions), which `run` needs.
+        Raises UserError if the embedding has no row for a token.
         """
+        self._check_ids(ids)
         for name in self._embeddings():
             self._loaded(name)
         last, in_tuple = len(self) - 1, self._carried is None
@@ -169,6 +171,14 @@ class BlockModel:
     def hidden_of(self, states: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states alone of what `start` or `run` returns."""
         return states[..., : int(self.weights.config["hidden_size"])]
+
+    def _check_ids(self, ids: torch.Tensor) -> None:
+        rows = self.weights.shape(self.architecture.embedding)[0]
+        if ids.numel() and (last := int(ids.max())) >= rows:
+            raise UserError(
+                f"The tokenizer makes the token {last} of the text, and the model's embedding has {rows} rows: the "
+                "tokenizer is another model's, or has tokens that this model lacks."
+            )
 
     def _embeddings(self) -> list[str]:
         """Returns the names of the modules before the first block: token embedding, and learned position embedding."""

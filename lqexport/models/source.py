@@ -4,34 +4,36 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import math
 import re
+import shlex
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lqexport.converters.checkpoints.detect import layout_of
 from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.kept import keep
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
-from lqexport.converters.gguf.tokenizer_json import template_files, tokenizer_config, tokenizer_json
 from lqexport.converters.models.architecture import FIRST, MEAN, Order
 from lqexport.converters.models.architectures import find_architecture, normalized
+from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
 from lqexport.converters.models.tensor_names import block_module, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
-from lqexport.converters.models.text_parts import RENAMED as TEXT_PART
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.modules import as_matrix
 from lqexport.models.stacked import ExpertRows, experts_within
+from lqexport.models.tokenizer_files import VOCABULARIES, load_tokenizer, write_tokenizer
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
-from lqexport.storage.files import copy_files, read_json, write_json, written_whole
+from lqexport.storage.files import copy_files, read_json, write_json
 from lqexport.storage.tensor_files import forms, open_tensors, spans
 
 MODEL_FILES = (
@@ -95,11 +97,12 @@ class HuggingFaceSource:
         _check_is_model(folder)
         whole = read_config(folder / "config.json", _missing(folder / "config.json"))
         self.config: dict[str, Any] = normalized(whole)
-        self._has_other_parts = is_whole(whole)
         self._architecture = find_architecture(self.config)
         if self._architecture and self._architecture.encoder:
             self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
+        self._has_other_parts = is_whole(whole) or has_other_parts(self._files)
+        self._patterns = renaming(self._architecture, self._files, whole=self._has_other_parts)
         self._experts: dict[str, ExpertRows] = {}
         self._experts = self._unstacked()
         stacks = {rows.stored for rows in self._experts.values()}
@@ -164,10 +167,7 @@ class HuggingFaceSource:
 
     def _renamed(self, name: str) -> str:
         """Returns the name in the model of a stored tensor. Checkpoints of some architectures use other names."""
-        patterns = TEXT_PART if self._has_other_parts else {}
-        for pattern, new in (patterns | (self._architecture.renamed if self._architecture else {})).items():
-            name = re.sub(pattern, new, name)
-        return name
+        return renamed(name, self._patterns)
 
     def _is_transposed(self, name: str) -> bool:
         if self._architecture is None:
@@ -294,10 +294,20 @@ class HuggingFaceSource:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         return load_tokenizer(self.folder)
 
+    def has_tokenizer(self) -> bool:
+        """Whether the folder has a file that holds a vocabulary."""
+        return any((self.folder / name).is_file() for name in VOCABULARIES)
+
     def copy_model_files(self, folder: Path) -> None:
         copied = [path for pattern in MODEL_FILES for path in self.folder.glob(pattern) if pattern != "config.json"]
         copy_files(self.folder, copied, folder)
+        if {"vocab.json", "merges.txt"} <= {path.name for path in copied} and not self._has_whole_tokenizer():
+            write_json(folder / "tokenizer.json", json.loads(self.tokenizer().backend_tokenizer.to_str()))
         write_json(folder / "config.json", self.config)
+
+    def _has_whole_tokenizer(self) -> bool:
+        """Whether one file holds all of the tokenizer. Without it, transformers' class knows how words are split."""
+        return any((self.folder / name).is_file() for name in VOCABULARIES[:2])
 
 
 class GGUFSource(GGUFModel):
@@ -322,21 +332,11 @@ class GGUFSource(GGUFModel):
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         with tempfile.TemporaryDirectory() as temporary:
-            self._write_tokenizer(Path(temporary))
+            write_tokenizer(self.metadata, Path(temporary), self.path)
             return load_tokenizer(Path(temporary), self.path)
 
-    def _write_tokenizer(self, folder: Path) -> None:
-        """Writes the tokenizer and the chat templates as files of a Hugging Face folder."""
-        with well_formed(f"The tokenizer in {self.path}"):
-            write_json(folder / "tokenizer.json", tokenizer_json(self.metadata))
-            write_json(folder / "tokenizer_config.json", tokenizer_config(self.metadata))
-        with well_formed(f"{self.path}: tokenizer.chat_templates"):
-            for file_name, text in template_files(self.metadata).items():
-                with written_whole(folder / file_name) as file:
-                    file.write(text.encode())
-
     def copy_model_files(self, folder: Path) -> None:
-        self._write_tokenizer(folder)
+        write_tokenizer(self.metadata, folder, self.path)
         keep(self.path, folder)
         write_json(folder / "config.json", self.config)
 
@@ -432,10 +432,9 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         # AutoGPTQ put the bits and the group size into the file name.
         candidates = list(folder.glob("*.safetensors"))
         if len(candidates) != 1:
-            pickled = " Files of pickled weights (.bin, .pt) are not read: they can run any code."
             raise UserError(
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json."
-                + pickled * _has_pickles(folder)
+                + _about_pickles(folder) * _has_pickles(folder)
             )
         (path,) = candidates
     with _open(path) as file:
@@ -464,21 +463,23 @@ def _beside(index: Path, name: str) -> Path:
     return index.with_name(name)
 
 
+def _about_pickles(folder: Path) -> str:
+    """Returns what to do with a folder of pickled weights, which transformers reads without running their code."""
+    to = folder.resolve()
+    code = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer; "
+        f"[part.from_pretrained({str(to)!r}).save_pretrained({str(to.with_name(to.name + '-safetensors'))!r}) "
+        "for part in (AutoModelForCausalLM, AutoTokenizer)]"
+    )
+    return (
+        " Files of pickled weights (.bin, .pt) are not read: they can run any code. This converts a model that "
+        f"transformers reads: {shlex.join(['python', '-c', code])}"
+    )
+
+
 def _has_pickles(folder: Path) -> bool:
     return any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
 
 
 def _open(path: Path) -> AbstractContextManager[Any]:
     return open_tensors(path, "pt", "Download it again.")
-
-
-def load_tokenizer(folder: Path, source: Path | None = None) -> PreTrainedTokenizerBase:
-    """Returns the tokenizer in a folder. Raises UserError if there is none or it cannot be loaded.
-
-    source   the file that the folder was made from, for the message
-    """
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"The tokenizer in {source or folder} cannot be loaded: {reason}") from error

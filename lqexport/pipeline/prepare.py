@@ -20,6 +20,7 @@ from lqexport.pipeline.job import Job, work_folder
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
+from lqexport.planning.needs import tokenizer_warnings
 from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
@@ -49,8 +50,11 @@ def prepare(
     factors = plan_factors(source, planned, recipe)
     check_recipe(recipe, source.config, planned)
     check_sequence_length(recipe, source, planned)
-    calibration = _calibration(recipe, source, planned, listener)
     artifact = Artifact(out)
+    if not artifact.complete:
+        for sentence in tokenizer_warnings(source, recipe):
+            listener.message(sentence)
+    calibration = _calibration(recipe, source, planned, listener)
     identity = _identity(recipe, source, calibration, device)
     _claim(artifact, identity, source, processes)
     if recipe.chooses_types and cache is None:  # the choice needs all second moments before solving does

@@ -6,7 +6,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ class Preview(Shown):
     tensors   every tensor that will be stored, with its codec
     already   bytes of tensors that the output folder holds from an earlier, stopped run
     free      bytes free on the output's disk
+    warnings  what the written file will do otherwise than the source, as sentences
     """
 
     recipe: Recipe
@@ -49,6 +50,7 @@ class Preview(Shown):
     tensors: list[PlannedTensor]
     already: int
     free: int
+    warnings: tuple[str, ...] = ()
 
     @property
     def entries(self) -> list[TensorInfo]:
@@ -83,8 +85,8 @@ def preview(recipe: Recipe, out: str | Path) -> Preview:
     recipe = settled(recipe, source.config)
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
     check_sequence_length(recipe, source, tensors)
-    check_needs(source, recipe, tensors, artifact)
-    return _preview_of(source, recipe, tensors, artifact)
+    warnings = check_needs(source, recipe, tensors, artifact)
+    return replace(_preview_of(source, recipe, tensors, artifact), warnings=tuple(warnings))
 
 
 def preview_of_finished(recipe: Recipe, out: Path) -> Preview:
@@ -156,6 +158,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,
         "fallbacks": fallbacks(shown.tensors),
+        "warnings": list(shown.warnings),
         "tensors": [tensor.as_json() for tensor in shown.tensors],
     }
 
@@ -174,7 +177,7 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
 
 
 def show_estimates(shown: Preview, console: Console, placement: Placement) -> None:
-    """Prints what the run would cost, and how much disk space is free."""
+    """Prints what the run would cost, how much disk space is free, and the warnings."""
     minutes = _seconds_on(shown, placement) / 60
     lines = (
         f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
@@ -182,6 +185,7 @@ def show_estimates(shown: Preview, console: Console, placement: Placement) -> No
         placement_sentence(placement),
         f"Time on {placement.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
         f"Disk: needs {human_bytes(shown.missing_bytes)}, has {human_bytes(shown.free)} free",
+        *(f"Warning: {sentence}" for sentence in shown.warnings),
     )
     for line in lines:
         console.print(line, markup=False, highlight=False)

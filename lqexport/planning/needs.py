@@ -5,21 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 from lqexport.calibration.texts import check_text
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.source import GGUFSource, Source
 from lqexport.models.source_view import opened
 from lqexport.planning.recipe_plan import calibrates
+from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
 
-def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> None:
-    """Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
+def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> list[str]:
+    """Returns warnings about the tokenizer of a GGUF file (`tokenizer_warnings`).
+
+    Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
 
     The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
-    tokenizer and a text, and one of a .gguf file always writes a tokenizer. Of texts on the hub only the name and the
-    split are checked.
+    tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and one of a .gguf file always
+    writes a tokenizer. Of texts on the hub only the name and the split are checked.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
@@ -28,6 +32,17 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
         source.tokenizer()
     if with_text:
         check_text(recipe.calibration)
+    return tokenizer_warnings(source, recipe)
+
+
+def tokenizer_warnings(source: Source, recipe: Recipe) -> list[str]:
+    """Returns what the GGUF file of a run will do otherwise than the source's tokenizer; [] for other targets.
+
+    Raises UserError as `check_tokenizer` does.
+    """
+    if recipe.parsed_target.family != "gguf":
+        return []
+    return check_tokenizer(source, source.shape(architecture_of(source.config).embedding)[0])
 
 
 def _check_apart(source: Path, out: Path) -> None:

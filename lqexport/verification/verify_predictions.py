@@ -27,7 +27,8 @@ from lqexport.evaluation.llamacpp_process import LlamaCppFailed, LlamaCppProcess
 from lqexport.models.adapters import CorrectedModel, LowRankFactors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
-from lqexport.models.source import Source
+from lqexport.models.source import HuggingFaceSource, Source
+from lqexport.models.tokenizers import Splits
 from lqexport.runtime.progress import Listener
 from lqexport.verification.expected_loss import expected_loss
 from lqexport.verification.matrix_view import in_context
@@ -54,7 +55,9 @@ def compare_predictions(
     tokenizer = source.tokenizer()
     with llamacpp_failures(result):
         if result.engine == "llama.cpp":
-            check_tokenizer(result, tokenizer, text)
+            check_tokenizer(
+                result, Splits(tokenizer, source.folder if isinstance(source, HuggingFaceSource) else None), text
+            )
         if architecture_of(source.config).encoder:
             texts = sentences(text.content, windows)
             compare_embeddings(result, export, factors, source, texts=texts, tokenizer=tokenizer, listener=listener)
@@ -198,16 +201,15 @@ def compare_embeddings(
     result.similarity = similarity(reference, embedded)
 
 
-def check_tokenizer(result: Verification, tokenizer: PreTrainedTokenizerBase, text: Text) -> None:
+def check_tokenizer(result: Verification, expected: Splits, text: Text) -> None:
     """Compares how llama.cpp and the source's tokenizer split the first lines of the text.
 
     A wrong pre-tokenizer ruins a good file.
     A few lines may differ: llama.cpp's splitters disagree with the original on rare characters such as fractions.
     """
     lines = [line for line in text.content.split("\n") if line.strip()][:TOKENIZER_LINES]
-    expected = tokenizer(lines, add_special_tokens=False)["input_ids"]
     with in_llamacpp(result, n_ctx=32) as engine:
-        different = [line for line, ids in zip(lines, expected, strict=True) if engine.tokenize(line) != ids]
+        different = [line for line in lines if not expected.agree(line, engine.tokenize(line))]
     if different:
         sentence = (
             f"llama.cpp splits {len(different)} of {len(lines)} lines of the text into other tokens than the source's "

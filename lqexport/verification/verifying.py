@@ -45,6 +45,7 @@ from lqexport.verification.splits import different_splits
 from lqexport.verification.talk import check_talk
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
+from lqexport.verification.verify_vocabulary import vocabulary_differences
 
 MAX_OVER_EXPECTED = 3.0
 """A file may lose this many times what its types should cost (`lqexport.verification.expected_loss`)."""
@@ -121,7 +122,7 @@ def verify(
     }
     result.limits = limits_for(limits, source.config)
     usable = check_structure(result, export, factors, source)
-    check_metadata(result)
+    check_metadata(result, export, source)
     check_files(result, made_from)
     scales = _scales(source, export)
     smoothed, result.smoothed = Smoothed(source, scales), len(scales)
@@ -153,11 +154,13 @@ def _opened(file: Path, against: str) -> tuple[Export, Source]:
     return export, in_order(open_source(against), bool(export.config.get(TILED)))
 
 
-def check_metadata(result: Verification) -> None:
-    """Adds the errors of a GGUF file's metadata to `result.failed`: those that `check` finds without a source."""
+def check_metadata(result: Verification, export: Weights, source: Source) -> None:
+    """Adds the errors of a GGUF file's metadata to `result.failed`: those that `check` finds without a source, and
+    differences of the vocabulary."""
     if is_gguf(Path(result.file)):
         problems = metadata_problems(open_file(Path(result.file)))
         result.failed += [problem.sentence for problem in problems if problem.level == "error"]
+    result.failed += vocabulary_differences(export, source)
 
 
 def _scales(source: Source, export: Export) -> dict[Pair, Tensor]:

@@ -1,0 +1,62 @@
+"""Loads the tokenizer of a folder, and writes the tokenizer of a GGUF file as the files of a folder."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lqexport.converters.gguf.header import read_header
+from lqexport.converters.gguf.tokenizer import write_vocabulary
+from lqexport.converters.gguf.tokenizer_json import template_files, tokenizer_config, tokenizer_json
+from lqexport.converters.gguf.vocabulary import read_vocabulary
+from lqexport.errors import UserError, well_formed
+from lqexport.storage.files import write_json, written_whole
+
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""The files of which a tokenizer has at least one."""
+
+
+def load_tokenizer(folder: Path, source: Path | None = None) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer in a folder. Raises UserError if there is none or it cannot be loaded.
+
+    A tokenizer.model alone is read here if transformers does not read it: it needs the package protobuf.
+
+    source   the file that the folder was made from, for the message
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+            return _of_sentencepiece(folder)
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(f"The tokenizer in {source or folder} cannot be loaded: {reason}") from error
+
+
+def _of_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:
+    """Returns the tokenizer of a folder with a tokenizer.model, as a GGUF file would hold it."""
+    size = max(read_vocabulary(folder).tokens) + 1
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "vocabulary.gguf"
+        write_vocabulary(folder, path, size)
+        write_tokenizer(read_header(path)[0], Path(temporary), folder)
+        return load_tokenizer(Path(temporary), folder)
+
+
+def write_tokenizer(metadata: Mapping[str, Any], folder: Path, source: Path) -> None:
+    """Writes the tokenizer and the chat templates in a GGUF file's metadata as files of a Hugging Face folder.
+
+    source   the GGUF file, for messages
+
+    Raises UserError if the metadata is malformed.
+    """
+    with well_formed(f"The tokenizer in {source}"):
+        write_json(folder / "tokenizer.json", tokenizer_json(metadata))
+        write_json(folder / "tokenizer_config.json", tokenizer_config(metadata))
+    with well_formed(f"{source}: tokenizer.chat_templates"):
+        for file_name, text in template_files(metadata).items():
+            with written_whole(folder / file_name) as file:
+                file.write(text.encode())
