@@ -87,6 +87,8 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("ministral3", {"rope_parameters": MINISTRAL_ROPE | {"mscale": 0.7}}, "without mscale, mscale_all_dim"),
         ("ministral3", {"rope_parameters": MINISTRAL_ROPE | {"beta_fast": 16}}, "without beta_fast"),
         ("ministral3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
+        ("mistral4", {"rope_parameters": MINISTRAL_ROPE | {"partial_rotary_factor": 0.5}}, "16 of 48 columns"),
+        ("mistral4", {"n_group": 2}, "n_group 1"),
         ("glm4", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "without attention_factor"),
         ("glm", {"rope_parameters": LLAMA3}, "rope scaling of type 'llama3'"),
         ("glm", {"head_dim": 32}, "add up to hidden_size"),
@@ -258,6 +260,7 @@ def test_exl2_is_refused_by_name(name: str) -> None:
         ("mistral", "Mistral3", {"rope_theta": 1e4}, "^", "language_model."),
         ("ministral3", "Mistral3", {"rope_parameters": MINISTRAL_ROPE}, "^", "language_model."),
         ("ministral3", "Mistral3", {"rope_parameters": MINISTRAL_ROPE}, r"^model\.", "model.language_model."),
+        ("mistral4", "Mistral3", {"rope_parameters": CASES["mistral4"][1]["rope_parameters"]}, "^", "language_model."),
     ],
 )
 def test_text_part_of_a_model_with_images(

@@ -223,6 +223,14 @@ def test_mistral_without_a_window_in_its_config_has_transformers_window() -> Non
     assert outcome(config | {"sliding_window": None})[2]["llama.context_length"] == 8192
 
 
+def test_gemma_3_files_of_llamacpps_converter_leave_out_the_base_within_windows() -> None:
+    config = completed(*CASES["gemma3"][:2])
+    result = outcome(config)
+    assert result[2].pop("gemma3.rope.freq_base_swa") == 1e4
+    rebuilt = in_file(config, result, set())
+    assert rebuilt["rope_parameters"]["sliding_attention"]["rope_theta"] == 1e4
+
+
 def test_deepseek_without_a_rank_of_queries_has_transformers_rank() -> None:
     """Not plain queries, which `q_lora_rank: null` stands for."""
     config = completed("DeepseekV3Config", CASES["deepseek-v3"][1])

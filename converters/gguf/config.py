@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.models.architecture import FIRST, KEY_HEADS, MEAN, Architecture, Config
-from lqexport.converters.models.hf_defaults import default_of
+from lqexport.converters.models.hf_defaults import default_of, default_rope
 from lqexport.converters.models.rope import (
     LONG_FACTORS,
     NOT_ROTATED,
@@ -185,8 +185,10 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
         rope |= _proportional(factors[ROPE_FACTORS])
     elif ROPE_FACTORS in factors:
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
-    if metadata.architecture.one_theta or metadata.get(WINDOW_THETA) is not None:
-        theta = rope["rope_theta"] if metadata.architecture.one_theta else _decimal(metadata.number(WINDOW_THETA))
+    if SLIDING in default_rope(metadata.architecture):
+        # llama.cpp's converter leaves the key out for Gemma 3, and llama.cpp takes 10000 then.
+        theta = _decimal(metadata.number(WINDOW_THETA, 10000.0))
+        theta = rope["rope_theta"] if metadata.architecture.one_theta else theta
         local = {"rope_type": "default", "rope_theta": theta}
         return {"rope_parameters": {FULL: rope, SLIDING: local}}
     original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None

@@ -7,7 +7,7 @@ from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
 from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_rope
-from lqexport.converters.models.rope import head_dim, rope_sections, rope_settings, window_theta
+from lqexport.converters.models.rope import head_dim, rotary_dim, rope_sections, rope_settings, window_theta
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 
@@ -84,10 +84,16 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
         raise UserError(f"llama.cpp has no rope scaling of type {rope_type!r} for {architecture.classes[0]}.")
     if rope_type in ("linear", "yarn") and not settings.get("factor"):
         raise UserError(f"config.json: rope scaling of type {rope_type} needs factor.")
-    if not architecture.partial and (share := settings.get("partial_rotary_factor") or 1) != 1:
+    share = settings.get("partial_rotary_factor")
+    if not architecture.partial and share not in (None, 0, 1):
         raise UserError(
             f"llama.cpp rotates whole heads of {architecture.classes[0]}, and partial_rotary_factor of config.json is "
             f"{share}."
+        )
+    if architecture.latent and architecture.partial and share and round(head_dim(config) * share) != rotary_dim(config):
+        raise UserError(
+            f"config.json: partial_rotary_factor is {share}, and {rotary_dim(config)} of {head_dim(config)} columns of a "
+            "head are rotated."
         )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)

@@ -31,7 +31,7 @@ from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.llama4 import LLAMA4
 from lqexport.converters.models.families.minimax import MINIMAX_M2
-from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL
+from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL, MISTRAL4
 from lqexport.converters.models.families.mixtral import MIXTRAL
 from lqexport.converters.models.families.nemotron import NEMOTRON, NEMOTRON_H, NEMOTRON_H_MOE
 from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
@@ -61,6 +61,7 @@ ARCHITECTURES = (
     LLAMA,
     MISTRAL,
     MINISTRAL3,
+    MISTRAL4,
     QWEN2,
     QWEN2_VL,
     QWEN3,

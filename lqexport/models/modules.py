@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    Mistral4Config,
+    Mistral4ForCausalLM,
+    PreTrainedModel,
+)
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lqexport.converters.models.architecture import Architecture, Order
@@ -27,6 +34,9 @@ from lqexport.errors import UserError
 
 Gate = Callable[[Tensor, Tensor], Tensor]
 """Returns the inputs of an expert's last linear, from the outputs of gate_proj and of up_proj."""
+
+# transformers 5.23 knows Mistral 4 alone only as the text part of a model with images.
+AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
 
 
 class Expert(nn.Module):

@@ -89,6 +89,11 @@ NO_WINDOWS = {"sliding_window": None, "layer_types": ["full_attention"] * 2, "ti
 COHERE_WINDOWS |= {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}
 
 MINISTRAL_ROPE = YARN | {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5}
+MISTRAL4 = ONE_KEY_A_QUERY | LATENT | {"q_lora_rank": 32, "n_routed_experts": 4}
+MISTRAL4 |= {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.1}}
+MISTRAL4 |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
+EXPERT_CASES += ("mistral4",)
+UNSMOOTHED += ("mistral4",)
 GLM_ROPE = YARN | {"partial_rotary_factor": 0.5}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
 OLMO3_ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -187,6 +192,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama4": ("Llama4TextConfig", LLAMA4, "llama-bpe"),
     "gpt-oss": ("GptOssConfig", GPT_OSS, "smaug-bpe"),
     "ministral3": ("Ministral3Config", SIZES | {"head_dim": 32, "rope_parameters": MINISTRAL_ROPE}, "tekken"),
+    "mistral4": ("Mistral4Config", MISTRAL4, "tekken"),
     "glm": ("GlmConfig", SIZES | {"head_dim": 16}, "llama-bpe"),
     "glm4": ("Glm4Config", SIZES | {"head_dim": 32, "rope_parameters": GLM_ROPE}, "smaug-bpe"),
     "seed-oss": ("SeedOssConfig", SIZES | {"head_dim": 32}, "seed-coder"),

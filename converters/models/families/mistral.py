@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import Key
+from lqexport.converters.models.architecture import Config, Key, Stack
+from lqexport.converters.models.families.deepseek import DEEPSEEK_V3, SOFTMAX
 from lqexport.converters.models.families.llama import LLAMA
 
 MISTRAL = replace(
@@ -30,4 +31,45 @@ MINISTRAL3 = replace(
     flags={},
     rope_types=("yarn",),  # without the original context length, transformers cannot compute the factor of queries
     mscale=1.0,
+)
+
+
+def _mistral4(config: Config) -> Config:
+    """Returns what `derived` of DeepSeek V3 returns, and the context length up to which queries have the factor 1."""
+    name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    length = {"original_max_position_embeddings": config.get("max_position_embeddings")}
+    return DEEPSEEK_V3.derived(config) | ({name: length | config[name]} if config.get(name) else {})
+
+
+MISTRAL4 = replace(
+    DEEPSEEK_V3,
+    family="Mistral 4, Mistral Small 4 (of models with images: the text part)",
+    classes=("Mistral4ForCausalLM", "Mistral3ForConditionalGeneration"),
+    model_type="mistral4",
+    gguf="mistral4",
+    when={"model_type": ("mistral4",)},
+    gguf_tensors={},
+    renamed=MISTRAL.renamed,
+    unused=MISTRAL.unused,
+    keys=(
+        *(key for key in DEEPSEEK_V3.keys if key.config != "expert_gating_func"),
+        Key("expert_gating_func", "expert_gating_func", int, SOFTMAX),
+        Key("attention.temperature_scale", "llama_4_scaling_beta", float, rope=True),
+        Key("attention.temperature_length", "original_max_position_embeddings", rope=True),
+    ),
+    derived=_mistral4,
+    fixed={
+        "hidden_act": ("silu",),
+        "attention_bias": (False,),
+        "rope_interleave": (True,),
+        "n_group": (1,),
+        "topk_group": (1,),
+        "norm_topk_prob": (True,),
+    },
+    stacked={
+        "mlp.experts.gate_up_proj": Stack(("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")),
+        "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
+    },
+    rope_types=("yarn",),
+    partial=True,
 )
