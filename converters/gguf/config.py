@@ -187,9 +187,9 @@ def _rope(metadata: Metadata, config: Config, factors: Mapping[str, NDArray[Any]
         rope |= _llama3(metadata, config, rope, factors[ROPE_FACTORS])
     if SLIDING in default_rope(metadata.architecture):
         # llama.cpp's converter leaves the key out for Gemma 3, and llama.cpp takes 10000 then.
-        theta = _decimal(metadata.number(WINDOW_THETA, 10000.0))
-        theta = rope["rope_theta"] if metadata.architecture.one_theta else theta
-        local = {"rope_type": "default", "rope_theta": theta}
+        local = {"rope_type": "default", "rope_theta": _decimal(metadata.number(WINDOW_THETA, 10000.0))}
+        if metadata.architecture.one_theta:
+            local["rope_theta"] = rope["rope_theta"]
         return {"rope_parameters": {FULL: rope, SLIDING: local}}
     original = rope.get("original_max_position_embeddings") if rope["rope_type"] == "longrope" else None
     return {"rope_parameters": rope} | ({"original_max_position_embeddings": original} if original else {})

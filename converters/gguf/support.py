@@ -7,7 +7,7 @@ from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
 from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_rope
-from lqexport.converters.models.rope import head_dim, rotary_dim, rope_sections, rope_settings, window_theta
+from lqexport.converters.models.rope import head_dim, rope_sections, rope_settings, rotary_dim, window_theta
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
 
@@ -92,8 +92,8 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
         )
     if architecture.latent and architecture.partial and share and round(head_dim(config) * share) != rotary_dim(config):
         raise UserError(
-            f"config.json: partial_rotary_factor is {share}, and {rotary_dim(config)} of {head_dim(config)} columns of a "
-            "head are rotated."
+            f"config.json: partial_rotary_factor is {share}, and {rotary_dim(config)} of {head_dim(config)} columns of "
+            "a head are rotated."
         )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
