@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import resource
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -237,6 +241,20 @@ def test_the_command_prints_a_table_and_the_problems(right: Path, tmp_path: Path
     assert shown.exit_code == 0  # a warning does not fail a file
     assert "llama         Q4_0" in shown.stdout
     assert "odd.gguf: warning: There is no tokenizer.ggml.pre" in shown.stdout
+
+
+def test_a_bare_environment_changes_nothing(right: Path, tmp_path: Path) -> None:
+    """No folder for temporary files, no home that can be written, few open files, and an output of ASCII alone."""
+    path = rewritten(right, tmp_path / "größe.gguf", item(f"{PREFIX}tokens", 400, "Ġ"))
+    (home := tmp_path / "home").mkdir(mode=0o555)
+    bare = {"TMPDIR": "/nowhere", "HOME": str(home), "HF_HOME": str(home / "hf"), "PYTHONIOENCODING": "ascii"}
+    bare |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "lqexport", "check", path], capture_output=True, text=True, cwd=tmp_path, check=False,
+        env=os.environ | bare, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40)),
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert r"error: 1 tokens have the text of another: '\u0120'" in done.stdout
 
 
 def test_what_is_not_there_is_a_wrong_command(tmp_path: Path) -> None:

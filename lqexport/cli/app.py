@@ -5,6 +5,7 @@ Commands import what they need when they run, so that `--help` answers at once.
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -72,8 +73,12 @@ for command in (judge, push_to_hub, inspect):
 def main() -> None:
     """Runs the command line.
 
-    What commands do outside of `plain_endings` ends with the same sentence and status as within.
+    What commands do outside of `plain_endings` ends with the same sentence and status as within. Letters that the
+    output's encoding lacks are shown as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except Exception as error:
