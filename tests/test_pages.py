@@ -113,7 +113,7 @@ def little_work() -> Any:
     """Short texts, small recipes, no plots and no measured rates, in the place of the defaults."""
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     content = {
-        name: "".join(SENTENCE.format(f"{name} {first}", second) for first in words for second in words)[:6000]
+        name: "".join(SENTENCE.format(f"{name} {first}", second) for first in words for second in words)[:2600]
         for name in ("python-docs", "python-heldout", "hub")
     }
     with pytest.MonkeyPatch.context() as patch:
