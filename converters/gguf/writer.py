@@ -51,9 +51,17 @@ def write(
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, architecture, config, rows)
     if not kept:
-        add_tokenizer(writer, artifact.model_folder, rows)
+        _add_tokenizer(writer, artifact.model_folder, rows)
     add_kept(writer, kept)
     return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
+
+
+def _add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
+    """Adds the tokenizer of an artifact. An error says where its files are: a finished run need not be repeated."""
+    try:
+        add_tokenizer(writer, folder, rows)
+    except UserError as error:
+        raise UserError(f"{error} Its files are in {folder}: mend them there, and export again.") from error
 
 
 def _main_type(entries: list[GGUFEntry]) -> str:
