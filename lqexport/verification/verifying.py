@@ -107,10 +107,10 @@ def verify(
     _check_engine(engine, adapter, activations)
     full_float32()
     listener = listener or Silent()
-    listener.stage(f"Open {file.name} and its source", 0)
     (export, source), evaluation_text = _opened(file, against), read_text(text)
     made_from = Artifact(artifact) if artifact else _record_in(file)
     factors = open_factors(file, adapter, source.config)
+    listener.stage(f"Read the digest of {file.name}", 0)
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
     result.adapter = str(adapter or file) if factors else None
     result.activations = activations
