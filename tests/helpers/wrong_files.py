@@ -294,7 +294,9 @@ WRONG: dict[str, Wrong] = {
         "llama", "Q8_0", "has no tokenizer",
         spoil=lambda content: [content.values.pop(name) for name in [*content.values] if name.startswith("token")],
     ),
-    "token twice": Wrong("llama", "Q8_0", "text of another", spoil=each(f"{TOKENS}tokens", lambda v: [*v[:-1], v[4]])),
+    "token twice": Wrong(
+        "llama", "Q8_0", "have the same text", spoil=each(f"{TOKENS}tokens", lambda v: [*v[:-1], v[4]]),
+    ),
     "merges turned": Wrong("gemma2", "Q8_0", "merges", spoil=each(f"{TOKENS}merges", lambda v: v[::-1])),
     "merges left out": Wrong("llama", "Q4_0", "merges", spoil=each(f"{TOKENS}merges", lambda v: v[:100])),
     "chat template": Wrong(
@@ -302,6 +304,17 @@ WRONG: dict[str, Wrong] = {
     ),
     "no chat template": Wrong("chat", "Q8_0", "the file has none", spoil=without("tokenizer.chat_template")),
     "end token": Wrong("qwen2", "Q4_0", "ends an answer at", spoil=number(f"{TOKENS}eos_token_id", 65)),
+    "vocabulary off by one": Wrong(
+        "llama", "Q8_0", "have other texts", spoil=each(f"{TOKENS}tokens", lambda v: [*v[1:], v[0]]),
+    ),
+    "two tokens exchanged": Wrong(
+        "qwen3", "Q4_0", "2 tokens have other texts",
+        spoil=each(f"{TOKENS}tokens", lambda v: [*v[:300], v[301], v[300], *v[302:]]),
+    ),
+    "token types": Wrong(
+        "llama", "Q8_0", "special tokens are plain", spoil=each(f"{TOKENS}token_type", lambda v: [1] * len(v)),
+    ),
+    "begin token": Wrong("llama", "Q4_0", "bos token is 66", spoil=number(f"{TOKENS}bos_token_id", 66)),
     "splitter": Wrong("llama", "Q4_0", "pre", spoil=text(f"{TOKENS}pre", "qwen2")),
 }  # fmt: skip
 """Name -> a wrong file, over Llama, Qwen 2 and 3, Gemma 2 and 3, a mixture of experts and DeepSeek V2."""
