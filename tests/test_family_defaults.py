@@ -29,6 +29,7 @@ from lqexport.converters.models.tensor_names import is_tied
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.models.modules import meta_model
+from lqexport.planning.cost import operations_estimate
 from lqexport.planning.forecast import forecast
 from lqexport.recipe import Recipe
 
@@ -251,6 +252,13 @@ def test_forecast_of_a_config_under_the_familys_names_of_keys(tmp_path: Path) ->
     path.write_text(json.dumps({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}))
     work = forecast(path, Recipe("model", "gguf:Q4_K")).work
     assert (work.blocks, work.hidden, work.outer) == (12, 768, 50257 * 768)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_every_family_costs_is_estimated(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(completed(*CASES[name][:2])))
+    work = forecast(tmp_path / "config.json", Recipe("model", "gguf:Q4_K")).work
+    assert operations_estimate(work).total > 0
 
 
 def test_help_does_not_import_transformers() -> None:

@@ -233,10 +233,11 @@ GEMMA4_MOE = replace(
         "experts.down_proj": Stack(("experts.*.down_proj.weight",)),
     },
     experts="num_experts",
+    aliases={"top_k_experts": "num_experts_per_tok"},
     keys=(
         *GEMMA4.keys,
         Key("expert_count", "num_experts"),
-        Key("expert_used_count", "top_k_experts"),
+        Key("expert_used_count", "num_experts_per_tok"),
         Key("expert_feed_forward_length", "moe_intermediate_size"),
     ),
 )
