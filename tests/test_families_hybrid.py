@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from family_cases import config_and_shapes, make_model
+from family_cases import CASES, config_and_shapes, make_model
 from transformers import CONFIG_MAPPING
 
 from lqexport.converters.folders.gptq import plan_gptq
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
+from lqexport.models.blocks import BlockModel
 from lqexport.models.modules import expected_shapes, meta_model
 from lqexport.models.source import HuggingFaceSource, open_source
 from lqexport.target import Target
@@ -140,3 +141,24 @@ def test_names_in_checkpoints_of_nemotron_h(tmp_path: Path) -> None:
     shapes = {name: source.shape(name) for name in source.names()}
     assert "mtp" not in "".join(tensor.name for tensor in plan(Target.parse("gguf:F16"), source.config, shapes))
     assert torch.equal(source.read("model.layers.1.mixer.experts.3.up_proj.weight"), experts.up_proj[3])
+
+
+@torch.no_grad()
+def test_factors_of_falcon_h1_become_parts_of_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An output that is tied, and has another factor than the embedding, becomes a tensor of its own."""
+    class_name, options, tokenizer = CASES["falcon-h1"]
+    monkeypatch.setitem(CASES, "falcon-h1", (class_name, options | {"tie_word_embeddings": True}, tokenizer))
+    model = make_model("falcon-h1")
+    model.save_pretrained(tmp_path)
+    source = open_source(str(tmp_path))
+    embedding = model.model.embed_tokens.weight
+    assert torch.equal(source.read("model.embed_tokens.weight"), embedding * 2)
+    assert torch.equal(source.read("lm_head.weight"), embedding * 0.5)
+    assert source.shape("lm_head.weight") == (512, 64)
+    assert not source.config["tie_word_embeddings"]
+    assert source.config["mlp_multipliers"] == [1.0, 1.0]
+    tokens, blocks = torch.arange(3, 40)[None], BlockModel(source)
+    states = blocks.start(tokens)
+    for _, block in blocks.blocks():
+        states = blocks.run(block, states)
+    assert torch.allclose(blocks.logits(states), model(tokens, use_cache=False).logits, atol=1e-4)

@@ -142,6 +142,8 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("lfm2moe", {"norm_topk_prob": False}, "norm_topk_prob True"),
         ("lfm2moe", {"routed_scaling_factor": 2.5}, "routed_scaling_factor 1.0"),
         ("nemotron-h", {"mlp_hidden_act": "silu"}, "mlp_hidden_act 'relu2'"),
+        ("falcon-h1-norm", {"mamba_norm_before_gate": True}, "mamba_norm_before_gate False"),
+        ("falcon-h1", {"attention_bias": True}, "attention_bias False"),
         ("nemotron-h", {"use_bias": True}, "use_bias False"),
         ("nemotron-h-moe", {"n_group": 2}, "n_group 1"),
         ("granite4", {"mamba_expand": 4, "mamba_d_head": "auto"}, "mamba_expand 2"),
@@ -203,7 +205,9 @@ def test_an_output_of_its_own_counts_though_it_is_said_to_be_tied(
 ) -> None:
     """Every architecture uses such an output, as transformers 5 does, or refuses it with a sentence."""
     class_name, options, tokenizer = CASES[name]
-    monkeypatch.setitem(CASES, name, (class_name, options | {"tie_word_embeddings": True}, tokenizer))
+    factors = ("embedding_multiplier", "lm_head_multiplier") if "lm_head_multiplier" in options else ()
+    options = options | {"tie_word_embeddings": True} | dict.fromkeys(factors, 1.0)
+    monkeypatch.setitem(CASES, name, (class_name, options, tokenizer))
     model, folder = make_model(name), tmp_path / "hf"
     model.save_pretrained(folder)
     tensors = safetensors.torch.load_file(folder / "model.safetensors")

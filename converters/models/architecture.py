@@ -13,6 +13,8 @@ Config = dict[str, Any]
 """The content of config.json."""
 Order = NDArray[np.int64]
 """Numbers of rows or columns, in an order in which they are put or taken."""
+Factor = float | NDArray[np.float32]
+"""By what a matrix is multiplied: one number, or one for each row."""
 
 MEAN, FIRST = 1, 2
 """How an encoder pools: the mean of all tokens' hidden states, or the first token's hidden state.
@@ -133,6 +135,8 @@ class Architecture:
     keys        GGUF metadata beyond the sizes that every architecture has
     aliases     this family's name of a key of config.json -> the usual name
     former      older key of config.json -> the usual name. transformers takes the older key where config.json has both
+    folded      returns the factors of config.json that become parts of the weights when a checkpoint is read, by tensor
+                of a block or whole name; by `derived` these factors are 1 from then on
     reads       further keys that `derived` reads
     derived     returns values that follow from the rest of config.json; they replace what it says
     restored    returns values of config.json that follow from those read from a GGUF file; they replace these
@@ -203,6 +207,7 @@ class Architecture:
     keys: tuple[Key, ...] = ()
     aliases: dict[str, str] = field(default_factory=dict)
     former: dict[str, str] = field(default_factory=dict)
+    folded: Callable[[Config], dict[str, Factor]] = lambda config: {}
     reads: tuple[str, ...] = ()
     derived: Callable[[Config], Config] = lambda config: {}
     restored: Callable[[Config], Config] = lambda config: {}

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.architecture import Architecture, Config, Factor
 from lqexport.converters.models.families.arcee import ARCEE
 from lqexport.converters.models.families.bert import BERT
 from lqexport.converters.models.families.cohere import COHERE, COHERE2
 from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, DEEPSEEK_V3_LITE
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4
-from lqexport.converters.models.families.falcon import FALCON, FALCON_7B
+from lqexport.converters.models.families.falcon import FALCON, FALCON_7B, FALCON_H1
 from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_E, GEMMA4_MOE
 from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
@@ -122,6 +122,7 @@ ARCHITECTURES = (
     GRANITE_HYBRID_MOE,
     NEMOTRON_H,
     NEMOTRON_H_MOE,
+    FALCON_H1,
     OPT,
     BERT,
 )
@@ -202,11 +203,21 @@ def normalized(config: Config) -> Config:
     """
     if (architecture := find_architecture(config)) is None:
         return config
+    complete = _complete(architecture, config)
+    return complete | architecture.derived(complete)
+
+
+def folded_factors(config: Config) -> dict[str, Factor]:
+    """Returns `folded` of a config.json as a checkpoint has it: {} after `normalized`, or factors of 1."""
+    architecture = find_architecture(config)
+    return architecture.folded(_complete(architecture, config)) if architecture else {}
+
+
+def _complete(architecture: Architecture, config: Config) -> Config:
     if is_whole(config):
         config = text_part(config, architecture)
     given = {usual: config[older] for older, usual in architecture.former.items() if config.get(older) is not None}
     config = {key: value for key, value in config.items() if key not in architecture.former} | given
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
-    complete = filled_in(architecture, {"model_type": architecture.model_type} | usual | config)
-    return complete | architecture.derived(complete)
+    return filled_in(architecture, {"model_type": architecture.model_type} | usual | config)

@@ -65,11 +65,20 @@ class _BodyOutput(tuple[torch.Tensor]):
 
 
 class _FixedBody(nn.Module):
-    """Replaces the modules below the output layer, and returns given hidden states for any input."""
+    """Replaces the modules below the output layer, and returns given hidden states for any input.
 
-    def __init__(self, states: torch.Tensor) -> None:
+    It has the attributes of the body that it replaces, since some models read numbers there.
+    """
+
+    def __init__(self, states: torch.Tensor, body: nn.Module) -> None:
         super().__init__()
-        self._output = _BodyOutput((states,))
+        self._output, self._replaced = _BodyOutput((states,)), [body]  # in a list, so that it is no submodule
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._replaced[0], name)
 
     def forward(self, *_: Any, **__: Any) -> _BodyOutput:
         return self._output
@@ -300,7 +309,7 @@ class BlockModel:
         # The model itself computes the logits, since it may scale or cap them. It takes three dimensions, and some
         # models look at the shape of the token ids.
         states = states.reshape(1, -1, states.shape[-1])
-        self._model.set_submodule(self._body_name, _FixedBody(states))
+        self._model.set_submodule(self._body_name, _FixedBody(states, self._body))
         logits = self._model(torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)).logits
         self._model.set_submodule(self._body_name, self._body)
         return logits.reshape(*hidden.shape[:-1], -1)

@@ -225,12 +225,15 @@ def _tile_inputs(block: nn.Module, architecture: Architecture, config: dict[str,
 
 def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Allocates and computes the buffers that follow from the config and are in no checkpoint (rotary frequencies)."""
+    allocated = []
     for module in model.modules():
         buffers = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         for name in buffers:
             setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if buffers:
-            model._init_weights(module)
+        allocated += [module] * bool(buffers)
+    # A whole model may compute the buffers of its blocks (Falcon-H1).
+    for module in (*allocated, *(module for module in model.modules() if isinstance(module, PreTrainedModel))):
+        model._init_weights(module)
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -21,8 +22,8 @@ from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.kept import keep
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
-from lqexport.converters.models.architecture import FIRST, MEAN, Order
-from lqexport.converters.models.architectures import find_architecture, normalized
+from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Factor, Order
+from lqexport.converters.models.architectures import find_architecture, folded_factors, normalized
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
 from lqexport.converters.models.tensor_names import block_module, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
@@ -115,20 +116,33 @@ class HuggingFaceSource:
         self._stored = {self._renamed(tensor): tensor for tensor in kept}
         self._fused: dict[str, Order] = {}
         self._fused = self._taken_apart()
-        if self._has_own_output():
+        self._factors = folded_factors(whole)
+        if self._architecture and self._has_own_output(self._architecture):
             self.config["tie_word_embeddings"] = False
+            self._stored.setdefault(self._architecture.output, self._stored[self._architecture.embedding])
 
-    def _has_own_output(self) -> bool:
-        """Whether the files hold an output other than the embedding, although config.json says that it is tied.
+    def _has_own_output(self, architecture: Architecture) -> bool:
+        """Whether the output is another than the embedding, although config.json says that it is tied.
 
-        transformers 5 computes with that output (`PreTrainedModel.tie_weights`).
+        transformers 5 computes with an output in the files (`PreTrainedModel.tie_weights`). Also, the embedding and the
+        output may have factors of their own.
         """
-        if self._architecture is None or self._architecture.encoder or not is_tied(self.config):
+        if architecture.encoder or not is_tied(self.config):
             return False
-        output, embedding = self._architecture.output, self._architecture.embedding
-        if output not in self._stored or embedding not in self._stored:
+        output, embedding = architecture.output, architecture.embedding
+        if embedding not in self._stored:
             return False
+        if output not in self._stored:
+            return self._factor(output) != self._factor(embedding)
         return not torch.equal(self.read(output), self.read(embedding))
+
+    def _factor(self, name: str) -> Factor:
+        """Returns what a tensor is multiplied by when it is read: `folded` of the architecture."""
+        module = block_module(self._architecture, name) if self._architecture else None
+        return self._factors.get(f"{module[1]}.{module[2]}" if module else name, 1.0)
+
+    def _is_scaled(self, name: str) -> bool:
+        return not np.all(np.equal(self._factor(name), 1))
 
     def _unstacked(self) -> dict[str, ExpertRows]:
         """Returns where stored tensors hold tensors of experts, which count as stored tensors from here on."""
@@ -181,9 +195,10 @@ class HuggingFaceSource:
     def module(self, name: str) -> str | None:
         """Returns the name by which `layout` knows the module of a quantized weight; None for any other tensor.
 
-        Also None for a part of a fused linear, whose grid and codes are those of the whole.
+        Also None for a part of a fused linear, whose grid and codes are those of the whole, and for a weight that takes
+        up factors of config.json.
         """
-        return None if name in self._fused else self._packed_module(name)
+        return None if name in self._fused or self._is_scaled(name) else self._packed_module(name)
 
     def _packed_module(self, name: str) -> str | None:
         """Returns the name by which `layout` knows the module that a quantized weight is, or is a part of."""
@@ -241,6 +256,9 @@ class HuggingFaceSource:
 
     def read(self, name: str) -> torch.Tensor:
         whole = self._whole(name)
+        if self._is_scaled(name):
+            factor = torch.tensor(self._factor(name), dtype=torch.float32)
+            return whole.float() * (factor[:, None] if factor.ndim else factor)
         return whole[torch.from_numpy(self._fused[name])] if name in self._fused else whole
 
     def _whole(self, name: str) -> torch.Tensor:

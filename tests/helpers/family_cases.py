@@ -61,7 +61,7 @@ UNSMOOTHED += ("olmo2", "falcon", "falcon-7b")
 UNSMOOTHED += ("cohere", "cohere2", "exaone4", "phi2")
 """Cases that are not smoothed: models with experts, or without a norm whose output enters linears only."""
 BECOME_OTHERS = ("granite4-attention",)
-"""Cases whose artifacts and files are of another family that computes the same."""
+"""Cases whose artifacts and files have another config.json, and weights with which it computes the same."""
 PLUS_ONE = ("gemma", "gemma2", "gemma3", "nemotron")
 """Cases whose norms multiply by 1 + weight."""
 SCALES = {"attention_multiplier": 0.2, "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 1.5}
@@ -147,6 +147,14 @@ NEMOTRON_H_MOE |= {"moe_shared_expert_intermediate_size": 96, "routed_scaling_fa
 EXPERT_CASES += ("nemotron-h-moe", "nemotron-h-latent")
 UNSMOOTHED += ("nemotron-h", "nemotron-h-moe", "nemotron-h-latent")
 
+FALCON_H1 = SIZES | {"head_dim": 32, "mamba_d_ssm": 96, "mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 16}
+FALCON_H1 |= {"mamba_chunk_size": 32, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5, "key_multiplier": 0.8}
+FALCON_H1 |= {"mlp_multipliers": [0.7, 1.2], "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.6}
+FALCON_H1 |= {"ssm_multipliers": [0.9, 1.1, 0.8, 1.2, 0.7], "ssm_in_multiplier": 1.3, "ssm_out_multiplier": 0.9}
+FALCON_H1_NORM = FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": False, "ssm_out_multiplier": 0.2}
+UNSMOOTHED += ("falcon-h1", "falcon-h1-norm")
+BECOME_OTHERS += ("falcon-h1", "falcon-h1-norm")
+
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
@@ -222,6 +230,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "nemotron-h": ("NemotronHConfig", NEMOTRON_H, "smaug-bpe"),
     "nemotron-h-moe": ("NemotronHConfig", NEMOTRON_H_MOE, "smaug-bpe"),
     "nemotron-h-latent": ("NemotronHConfig", NEMOTRON_H_MOE | {"moe_latent_size": 32}, "smaug-bpe"),
+    "falcon-h1": ("FalconH1Config", FALCON_H1, "smaug-bpe"),
+    "falcon-h1-norm": ("FalconH1Config", FALCON_H1_NORM, "smaug-bpe"),
     "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),
     "lfm2moe": ("Lfm2MoeConfig", LFM2_MOE, "llama-bpe"),
 }
