@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoint_layouts import DOWN, Made, Make, Tensors, coded, same_bits
+from checkpoint_layouts import DOWN, Made, Make, Tensors, coded, fp4_packed, same_bits
 from checkpoint_layouts import make as make
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -21,9 +21,6 @@ from lqexport.models.written import open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 
-MAGNITUDES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
-E2M1 = np.array([*MAGNITUDES, *(-number for number in MAGNITUDES)], np.float32)
-"""The value of each code of a floating-point number of 4 bits."""
 NF4 = np.array([-1, -0.7, -0.53, -0.4, -0.28, -0.18, -0.09, 0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1], np.float32)
 """A table like bitsandbytes' for NF4; the reader takes the one that the checkpoint has."""
 
@@ -69,23 +66,12 @@ def test_fp8_of_one_scale_for_a_matrix_or_for_each_row(
     check(make, tensors_of, quantization)
 
 
-def fp4(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> tuple[torch.Tensor, NDArray[np.float32]]:
-    """Returns weights [R, C] in 4 bits, two in a byte with the even column's low, and the values that they stand for.
-
-    scale   [R, G], of each group of columns
-    """
-    by_column = np.repeat(scale, weight.shape[1] // scale.shape[1], 1)
-    codes = np.abs((weight / by_column)[..., None] - E2M1).argmin(-1).astype(np.uint8)
-    codes[(codes == 0) & (weight < 0)] = 8  # the negative zero
-    return torch.from_numpy(codes[:, 0::2] | codes[:, 1::2] << 4), by_column * E2M1[codes]
-
-
 def nvfp4_tensors(name: str, weight: NDArray[np.float32]) -> Made:
     """Returns a linear as ModelOpt stores it."""
     largest = np.abs(weight.reshape(len(weight), -1, 16)).max(2) / 6
     whole = np.float32(largest.max() / 448)
     scale = torch.from_numpy(largest / whole).to(torch.float8_e4m3fn)
-    packed, values = fp4(weight, scale.float().numpy() * whole)
+    packed, values = fp4_packed(weight, scale.float().numpy() * whole)
     stored = {"weight": packed, "weight_scale": scale, "weight_scale_2": torch.tensor(whole)}
     return {f"{name}.{part}": tensor for part, tensor in stored.items()}, values
 

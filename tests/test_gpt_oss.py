@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoint_layouts import same_bits
+from checkpoint_layouts import fp4_packed, same_bits
 from family_cases import make_model, make_tokenizer
 from family_cases import texts as texts
 from gguf import GGUFReader
@@ -26,7 +26,6 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
-MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
 TOKENS = [1, *(int(token) for token in np.random.default_rng(0).integers(3, 480, 60))]
 
 
@@ -35,12 +34,12 @@ def packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
     weight   [experts, columns, rows]
     """
-    groups = np.ascontiguousarray(weight.detach().transpose(1, 2).unflatten(2, (-1, 32)).numpy())
-    exponents = np.floor(np.log2(np.abs(groups).max(3))).astype(np.int32) - 2
-    scaled = groups / np.exp2(exponents)[..., None]
-    codes = np.abs(np.abs(scaled)[..., None] - MAGNITUDES).argmin(-1) + 8 * (scaled < 0)
-    blocks = (codes[..., 0::2] | codes[..., 1::2] << 4).astype(np.uint8)
-    return torch.from_numpy(blocks), torch.from_numpy((exponents + 127).astype(np.uint8))
+    rows = np.ascontiguousarray(weight.detach().transpose(1, 2))
+    largest = np.abs(rows.reshape(*rows.shape[:2], -1, 32)).max(3)
+    exponents = np.floor(np.log2(largest)).astype(np.int32) - 2
+    scale = np.exp2(exponents).astype(np.float32)
+    codes, _ = fp4_packed(rows.reshape(-1, rows.shape[2]), scale.reshape(-1, scale.shape[2]))
+    return codes.reshape(*scale.shape, 16), torch.from_numpy((exponents + 127).astype(np.uint8))
 
 
 @pytest.fixture(scope="module")

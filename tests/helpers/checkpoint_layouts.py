@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 Q_PROJ, DOWN = "model.layers.1.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 ROW = {"strategy": "channel", "group_size": None}
 Tensors = dict[str, torch.Tensor]
+MAGNITUDES = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
+E2M1 = np.array([*MAGNITUDES, *(-number for number in MAGNITUDES)], np.float32)
+"""The value of each code of a floating-point number of 4 bits."""
 
 
 @dataclass(frozen=True)
@@ -191,3 +194,14 @@ def fp8_tensors(name: str, weight: NDArray[np.float32], high: int, wide: int) ->
             codes[part] = (block / scale[i, j]).to(torch.float8_e4m3fn)
             values[part] = codes[part].float().numpy() * scale[i, j].numpy()
     return {f"{name}.weight": codes, f"{name}.weight_scale_inv": scale}, values
+
+
+def fp4_packed(weight: NDArray[np.float32], scale: NDArray[np.float32]) -> tuple[torch.Tensor, NDArray[np.float32]]:
+    """Returns weights [R, C] in 4 bits, two in a byte with the even column's low, and the values that they stand for.
+
+    scale   [R, G], of each group of columns
+    """
+    by_column = np.repeat(scale, weight.shape[1] // scale.shape[1], 1)
+    codes = np.abs((weight / by_column)[..., None] - E2M1).argmin(-1).astype(np.uint8)
+    codes[(codes == 0) & (weight < 0)] = 8  # the negative zero
+    return torch.from_numpy(codes[:, 0::2] | codes[:, 1::2] << 4), by_column * E2M1[codes]
