@@ -40,6 +40,8 @@ from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import AUTO, Target, did_you_mean, full_name
 
+FURTHER = r"^(model\.)?mtp[._]"
+"""A regular expression for the tensors of blocks that predict further tokens, where these have names of their own."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -129,7 +131,7 @@ def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Sh
     Raises UserError if a tensor is unknown or missing, or if a shape does not fit config.json.
     """
     known = gguf_names(architecture, _layers(config))
-    unknown = [name for name in shapes if name not in known and not _is_unused(architecture, name)]
+    unknown = [name for name in shapes if name not in known and not _is_unused(architecture, config, name)]
     if unknown:
         raise UserError(f"{architecture.classes[0]} has no tensor {listed(unknown)}; cannot export this model.")
     unneeded = {architecture.output} if is_tied(config) else set()
@@ -152,11 +154,14 @@ def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, 
     row_order(architecture, config, name, shape[0])
 
 
-def _is_unused(architecture: Architecture, name: str) -> bool:
+def _is_unused(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
     """Whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
-    module = block_module(architecture, name)
-    borrowed = module is not None and architecture.is_borrowed(*module[:2])
-    return borrowed or any(re.search(pattern, name) for pattern in architecture.unused)
+    if any(re.search(pattern, name) for pattern in (*architecture.unused, FURTHER)):
+        return True
+    if (module := block_module(architecture, name)) is None:
+        return False
+    beyond = architecture.further and module[0] >= _layers(config)
+    return beyond or architecture.is_borrowed(*module[:2])
 
 
 def _layers(config: dict[str, Any]) -> int:

@@ -73,13 +73,22 @@ def test_experts_of_a_block_share_their_type() -> None:
         ("glm4moe", "model.layers.92.eh_proj.weight"),
         ("glm4moe-air", "model.layers.46.mlp.experts.0.up_proj.weight"),
         ("glm4moe-lite", "model.layers.47.shared_head.norm.weight"),
+        ("glm4moe-lite", "model.layers.3.eh_proj.weight"),
         ("ernie4_5-moe", "model.mtp_block.0.mlp.up_proj.weight"),
+        ("qwen3_5", "mtp.layers.0.mlp.up_proj.weight"),
+        ("llama", "model.mtp.fc.weight"),
     ],
 )
 def test_blocks_that_predict_further_tokens_are_left_out(name: str, tensor: str) -> None:
     config, shapes = config_and_shapes(name)
     target = Target.parse("gguf:Q4_0")
     assert plan(target, config, shapes | {tensor: (64, 64)}) == plan(target, config, shapes)
+
+
+def test_blocks_beyond_the_last_one_of_other_models_are_refused() -> None:
+    config, shapes = config_and_shapes("llama")
+    with pytest.raises(UserError, match=r"has no tensor model\.layers\.2\.eh_proj\.weight"):
+        plan(Target.parse("gguf:Q4_0"), config, shapes | {"model.layers.2.eh_proj.weight": (64, 64)})
 
 
 def test_experts_that_a_checkpoint_stores_in_one_tensor(tmp_path: Path) -> None:

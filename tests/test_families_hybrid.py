@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from family_cases import CASES, config_and_shapes, make_model
-from transformers import CONFIG_MAPPING
+from family_cases import CASES, config_and_shapes, make_model, make_tokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Lfm2Config
 
+import lqexport
 from lqexport.converters.folders.gptq import plan_gptq
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.targets import plan
@@ -19,6 +20,9 @@ from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
 from lqexport.models.modules import expected_shapes, meta_model
 from lqexport.models.source import HuggingFaceSource, open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.quantize import quantize
+from lqexport.recipe import Recipe
 from lqexport.target import Target
 
 
@@ -55,11 +59,30 @@ def test_names_of_experts_in_checkpoints_of_lfm2(tmp_path: Path) -> None:
     assert torch.equal(source.read(f"{prefix}.down_proj.weight"), block.down_proj[3])
 
 
-@pytest.mark.parametrize("name", ["lfm2", "granite4"])
-def test_gptq_is_refused_by_name(name: str) -> None:
+@pytest.mark.parametrize("name", ["qwen3next", "granite4"])
+def test_gptq_of_linears_in_parts_is_refused_by_name(name: str) -> None:
     config, shapes = config_and_shapes(name)
     with pytest.raises(UserError, match=r"GPTQ's layout of .*ForCausalLM is not written"):
         plan_gptq(Target.parse("gptq:4-g32"), config, shapes)
+
+
+def test_folders_hold_convolutions_as_transformers_does(tmp_path: Path) -> None:
+    """A native folder loads there. GPTQ's folder has the same form, and is read back."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(Lfm2Config(**CASES["lfm2"][1] | {"num_key_value_heads": 2})).eval()
+    model.save_pretrained(tmp_path / "hf")
+    make_tokenizer("smaug-bpe", tmp_path).save_pretrained(tmp_path / "hf")
+    name, tokens = "model.layers.0.conv.conv.weight", torch.tensor([[1, *range(20, 60)]])
+    for target in ("native:affine-8-g32", "gptq:4-g32"):
+        artifact = tmp_path / target.partition(":")[0]
+        quantize(Recipe(str(tmp_path / "hf"), target, method="rtn"), artifact)
+        folder = lqexport.export(artifact, tmp_path / f"{artifact.name}-folder")
+        assert safetensors.torch.load_file(folder / "model.safetensors")[name].shape == (64, 1, 4)
+        assert torch.equal(open_export(folder).read(name), open_export(artifact).read(name))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "native-folder", dtype=torch.float32)
+    with torch.no_grad():
+        difference = loaded(tokens, use_cache=False).logits - model(tokens, use_cache=False).logits
+    assert difference.abs().mean() < 0.03
 
 
 def test_linears_that_a_checkpoint_of_granite_stores_in_one_tensor(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from family_cases import CASES, export, make_tokenizer, randomized
@@ -33,10 +34,22 @@ EARS = {"d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encod
 QWEN2_EYES = {"depth": 1, "embed_dim": 32, "hidden_size": 64, "num_heads": 2}
 QWEN2_5_EYES = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 64}
 QWEN3_EYES = QWEN2_5_EYES | {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+QWEN3_5_EYES = QWEN2_5_EYES | {"num_position_embeddings": 16}
 GEMMA4_EYES = VISION | {"head_dim": 16, "pooling_kernel_size": 1}
 LLAMA4_EYES = VISION | {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
 QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
+QWEN3_5_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.5}
+QWEN3_MOE_ROPE = QWEN3_ROPE | {"mrope_section": [6, 5, 5]}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Qwen3VL": {"rope_parameters": QWEN3_ROPE},
+    "Qwen3VLMoe": {"rope_parameters": QWEN3_MOE_ROPE, "num_hidden_layers": 2},
+    "Qwen3_5": {"rope_parameters": QWEN3_5_ROPE},
+    "Qwen3_5Moe": {"rope_parameters": QWEN3_5_ROPE},
+}
+"""Name of a config class -> options of its text part."""
+TEXTS = {"Qwen3VLMoe": "qwen3vlmoe", "Qwen3_5": "qwen3_5", "Qwen3_5Moe": "qwen3_5moe"}
+"""Name of a config class -> the case with the options of its text part, where that is not `model_type`."""
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Llava": ("llama", CLIP, "llama-bpe"),
     "LlavaNext": ("mistral", CLIP, "smaug-bpe"),
@@ -52,25 +65,29 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
     "Qwen2_5_VL": ("qwen2_5_vl_text", QWEN2_5_EYES, "qwen2"),
     "Qwen3VL": ("qwen3_vl_text", QWEN3_EYES, "qwen2"),
+    "Qwen3VLMoe": ("qwen3_vl_moe_text", QWEN3_EYES, "qwen2"),
+    "Qwen3_5": ("qwen3_5_text", QWEN3_5_EYES, "qwen2"),
+    "Qwen3_5Moe": ("qwen3_5_moe_text", QWEN3_5_EYES, "qwen2"),
 }
 """Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
 ARCHITECTURES |= {"Lfm2Vl": "lfm2", "VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
 ARCHITECTURES |= {"Gemma4": "gemma4", "Llama4": "llama4"}
 ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
+ARCHITECTURES |= {"Qwen3VLMoe": "qwen3vlmoe", "Qwen3_5": "qwen35", "Qwen3_5Moe": "qwen35moe"}
 
 
 def whole_model(name: str) -> transformers.PreTrainedModel:
     """Returns a small random model with a text part and a part for images or sound."""
     model_type, other, _ = MODELS[name]
-    text = CASES["qwen2" if model_type.startswith("qwen") else model_type.removesuffix("_text")][1]
+    text = CASES[TEXTS.get(name, "qwen2" if model_type.startswith("qwen") else model_type.removesuffix("_text"))][1]
     text = {key: value for key, value in text.items() if key != "rope_parameters"} | {"model_type": model_type}
     if model_type.startswith("qwen") and model_type.endswith("_text"):
-        text |= {"rope_parameters": QWEN3_ROPE if name == "Qwen3VL" else QWEN2_ROPE}
+        text |= OPTIONS.get(name, {"rope_parameters": QWEN2_ROPE})
     other_part = {"audio_config" if name == "Qwen2Audio" else "vision_config": other}
     config = getattr(transformers, f"{name}Config")(text_config=text, tie_word_embeddings=False, **other_part)
     torch.manual_seed(0)
-    return randomized(getattr(transformers, f"{name}ForConditionalGeneration")(config), name)
+    return randomized(getattr(transformers, f"{name}ForConditionalGeneration")(config), TEXTS.get(name, name))
 
 
 @pytest.mark.llamacpp
@@ -116,3 +133,19 @@ def test_text_parts_of_unknown_families_are_refused() -> None:
 
 def test_every_class_with_text_parts_is_one_of_transformers() -> None:
     assert all(hasattr(transformers, name) for name in WITH_TEXT_PARTS)
+
+
+def test_experts_of_qwen3_vl_on_the_hub_are_transposed(tmp_path: Path) -> None:
+    """transformers reads them in both forms, and writes them as linears are."""
+    whole_model("Qwen3VLMoe").save_pretrained(tmp_path / "new")
+    shutil.copytree(tmp_path / "new", tmp_path / "hub")
+    stored = safetensors.torch.load_file(tmp_path / "new/model.safetensors")
+    transposed = {key: value.mT.contiguous() for key, value in stored.items() if ".experts." in key}
+    safetensors.torch.save_file(stored | transposed, tmp_path / "hub/model.safetensors", {"format": "pt"})
+    sources = [open_source(str(tmp_path / name)) for name in ("new", "hub")]
+    experts = [name for name in sources[0].names() if ".experts." in name]
+    assert len(experts) == 2 * 4 * 3
+    for name in experts:
+        first, second = (source.read(name) for source in sources)
+        assert torch.equal(first, second)
+        assert sources[1].shape(name) == tuple(first.shape)

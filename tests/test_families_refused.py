@@ -151,6 +151,7 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("granite4", {"time_step_limit": [0.0, 1.0]}, "time_step_limit"),
         ("granite4moe", {"time_step_limit": [0.1, {"__float__": "Infinity"}]}, "time_step_limit"),
         ("deepseek-v2", {"topk_method": "group_limited_greedy"}, "topk_method 'greedy'"),
+        ("qwen3next", {"linear_value_head_dim": 16}, "linear_value_head_dim equal to linear_key_head_dim"),
         ("deepseek-v3", {"rope_parameters": DEEPSEEK_ROPE | {"mscale": 1.0}}, "without mscale, mscale_all_dim"),
     ],
 )

@@ -42,7 +42,7 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
     """Returns every tensor of a model in GPTQ's layout, in the order of the model.
 
     Raises UserError if the target is unknown, if the layout cannot hold a linear, if the model is an encoder or has
-    convolutions, and as `targets.model_tensors` does.
+    linears in parts, and as `targets.model_tensors` does.
     """
     codec_name = str(target)
     if codec_name not in GPTQ:
@@ -50,9 +50,9 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
     architecture = architecture_of(config)
     if architecture.encoder:
         raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")
-    if architecture.is_reshaped:
+    if architecture.in_parts:
         raise UserError(
-            f"GPTQ's layout of {architecture.classes[0]} is not written: its convolutions are stored in another form."
+            f"GPTQ's layout of {architecture.classes[0]} is not written: some of its linears are in parts here."
         )
     kept = model_tensors(architecture, config, shapes)
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}

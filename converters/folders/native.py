@@ -30,7 +30,9 @@ import numpy as np
 from lqexport.converters.factors import factor_names, is_factor
 from lqexport.converters.folders.folder_model import method_of
 from lqexport.converters.folders.shards import FolderTensor, new_folder, write_shards
+from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import checkpoint_shape
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, decoded, manifest_bytes
@@ -61,15 +63,15 @@ def write(artifact: Artifact, folder: Path, on_tensor: Callable[[str, int], None
     manifest, config = artifact.manifest(), artifact.config()
     architecture = architecture_of(config)
     embedding = architecture.embedding
-    if architecture.experts or architecture.transposed or architecture.is_reshaped:
+    if architecture.experts or architecture.transposed or architecture.in_parts:
         raise UserError(
             f"transformers keeps the linears of {architecture.classes[0]} in another form (experts in one tensor, "
-            "transposed, or beside convolutions), so it cannot load a native folder of them. The artifact itself can "
+            "transposed, or several as one), so it cannot load a native folder of them. The artifact itself can "
             "be verified."
         )
     if is_packed(manifest[embedding]):
         raise UserError(f"{embedding} is packed, which transformers cannot run. Quantize again with it in F16.")
-    tensors = [_folder_tensor(name, entry, manifest) for name, entry in manifest.items()]
+    tensors = [_folder_tensor(architecture, name, entry, manifest) for name, entry in manifest.items()]
     config["quantization_config"] = _quantization(manifest)
 
     def read(tensor: FolderTensor) -> list[np.ndarray]:
@@ -120,7 +122,9 @@ def _factor_dtype(codec_name: str) -> np.dtype:
     return PLAIN.get(codec_name, np.dtype(np.float32))
 
 
-def _folder_tensor(name: str, entry: dict[str, Any], manifest: dict[str, dict[str, Any]]) -> FolderTensor:
+def _folder_tensor(
+    architecture: Architecture, name: str, entry: dict[str, Any], manifest: dict[str, dict[str, Any]]
+) -> FolderTensor:
     codec_name, shape = entry["codec"], tuple(entry["shape"])
     if is_factor(name):
         module, side = name.removesuffix(".weight").rsplit(".lora_", 1)
@@ -128,7 +132,7 @@ def _folder_tensor(name: str, entry: dict[str, Any], manifest: dict[str, dict[st
             raise UserError(f"{module} is in {manifest[f'{module}.weight']['codec']}, so its correction has no place.")
         return FolderTensor(name, {module + LOW_RANK[side]: (_factor_dtype(codec_name), shape)})
     if codec_name in PLAIN:
-        return FolderTensor(name, {name: (PLAIN[codec_name], shape)})
+        return FolderTensor(name, {name: (PLAIN[codec_name], checkpoint_shape(architecture, name, shape))})
     if not is_packed(entry) or len(shape) != 2:
         raise UserError(
             f"{name} is in {codec_name}, which a native folder does not hold: linears are in native codecs, the rest "

@@ -16,6 +16,9 @@ import numpy as np
 
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folders.shards import FolderTensor, new_folder, write_shards
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.tensor_names import checkpoint_shape
 from lqexport.converters.plan import PLAIN
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
@@ -54,11 +57,12 @@ class FolderEntry:
     shape: tuple[int, ...]
     sha256: str
 
-    def folder_tensor(self, layout: FolderLayout) -> FolderTensor:
+    def folder_tensor(self, layout: FolderLayout, architecture: Architecture) -> FolderTensor:
         """Returns the names, dtypes and shapes of the tensors that the folder stores for it."""
         pieces = layout.pieces(self.name, self.shape[0])
         if self.codec_name == PLAIN:
-            return FolderTensor(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), self.shape)))
+            shape = checkpoint_shape(architecture, self.name, self.shape)
+            return FolderTensor(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), shape)))
         forms = {
             name: layout.forms(self.codec_name, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()
         }
@@ -109,7 +113,8 @@ def write_folder(
 
     Raises UserError if the artifact is damaged, if the folder exists, or if the disk is too small.
     """
-    named, tensors = {entry.name: entry for entry in entries}, [entry.folder_tensor(layout) for entry in entries]
+    named, architecture = {entry.name: entry for entry in entries}, architecture_of(artifact.config())
+    tensors = [entry.folder_tensor(layout, architecture) for entry in entries]
 
     def read(tensor: FolderTensor) -> list[np.ndarray]:
         return _arrays(artifact, named[tensor.name], layout)

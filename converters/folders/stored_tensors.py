@@ -7,12 +7,13 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal
 
+from lqexport.converters.models.tensor_names import as_matrix
 from lqexport.errors import UserError
 from lqexport.storage.tensor_files import forms, open_tensors
 
 
 class StoredTensors(Mapping[str, Any]):
-    """A folder's tensors by their names in its .safetensors files.
+    """A folder's tensors by their names in its .safetensors files. Convolutions over single channels are matrices.
 
     framework   "np" for NumPy arrays, "pt" for torch tensors
 
@@ -31,7 +32,7 @@ class StoredTensors(Mapping[str, Any]):
                     first = self._files[name].name
                     raise UserError(f"{folder} holds {name} twice, in {first} and {path.name}.")
                 self._files[name] = path
-            self._shapes |= shapes
+            self._shapes |= {name: as_matrix(shape) for name, shape in shapes.items()}
         if not self._files:
             raise UserError(f"{folder} has no .safetensors files.")
 
@@ -46,7 +47,7 @@ class StoredTensors(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         with self._open(self._file(name)) as file:
-            return file.get_tensor(name)
+            return file.get_tensor(name).reshape(self._shapes[name])
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape without reading its data. Raises UserError if there is no such tensor."""

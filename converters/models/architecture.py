@@ -61,11 +61,14 @@ class Stack:
     tensors       the tensors of each expert, with `*` in place of its number; they have equal shares of the rows
     interleaved   whether the tensors take turns row by row; if not, each has a run of rows
     transposed    whether it is [experts, columns, rows]
+    columns       key of config.json with the number of columns, where some checkpoints are transposed: those whose last
+                  dimension is another one; None where all are alike
     """
 
     tensors: tuple[str, ...]
     interleaved: bool = False
     transposed: bool = False
+    columns: str | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,8 @@ class Architecture:
     renamed     regular expression -> replacement; together they turn a checkpoint's tensor names into the modules'
     unused      regular expressions for tensors of a checkpoint that are ignored, such as tables that follow from
                 config.json
+    further     whether checkpoints may have more blocks than config.json says: they predict further tokens, and are
+                ignored. So are tensors under the name `mtp`, in any architecture
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     plain_norms   modules of a block that are norms to which nothing is added
     decays      tensors of a block that GGUF holds as -exp(value)
@@ -199,6 +204,7 @@ class Architecture:
     one_row: tuple[str, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
+    further: bool = False
     norm_plus: int = 0
     plain_norms: tuple[str, ...] = ()
     decays: tuple[str, ...] = ()
@@ -248,10 +254,10 @@ class Architecture:
         return (modules["attn_output"], modules["ffn_down"])
 
     @property
-    def is_reshaped(self) -> bool:
-        """Whether an artifact holds tensors in another form than transformers: convolutions, and parts of linears."""
+    def in_parts(self) -> bool:
+        """Whether an artifact holds the parts of a linear that transformers has as one."""
         starts = tuple(f"{fused}." for fused in self.parts)
-        return any(gguf in CONVOLUTIONS or module.startswith(starts) for module, gguf in self.gguf_block.items())
+        return any(module.startswith(starts) for module in self.gguf_block)
 
     def modules_of(self, block: int) -> dict[str, str]:
         """Returns the entries of `gguf_block` that the block with this number has."""

@@ -48,6 +48,7 @@ from lqexport.converters.models.families.qwen import (
     QWEN3_MOE,
     QWEN3_NEXT,
     QWEN3_VL,
+    QWEN3_VL_MOE,
 )
 from lqexport.converters.models.families.seed import SEED_OSS
 from lqexport.converters.models.families.smollm import SMOLLM3
@@ -76,6 +77,7 @@ ARCHITECTURES = (
     PHI3,
     MIXTRAL,
     QWEN3_MOE,
+    QWEN3_VL_MOE,
     DEEPSEEK_V3_LITE,
     DEEPSEEK_V3,
     DEEPSEEK_V2_LITE,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lqexport.converters.models.architecture import EACH, Architecture
+from lqexport.converters.models.architecture import CONVOLUTIONS, EACH, Architecture
 from lqexport.errors import UserError
 
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
@@ -116,6 +116,18 @@ def _within_block(architecture: Architecture, name: str) -> str:
     """Returns the name of a tensor of a block without the block's prefix; "" for any other tensor."""
     module = block_module(architecture, name)
     return f"{module[1]}.{module[2]}" if module else ""
+
+
+def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels."""
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+
+
+def checkpoint_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape that transformers stores a tensor in: a convolution's matrix is [channels, 1, width] there."""
+    module = block_module(architecture, name)
+    is_convolution = module is not None and architecture.gguf_block.get(module[1]) in CONVOLUTIONS
+    return (shape[0], 1, shape[1]) if is_convolution and len(shape) == 2 else shape
 
 
 def is_tied(config: dict[str, Any]) -> bool:

@@ -28,7 +28,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from lqexport.converters.models.architecture import Architecture, Order
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.hf_defaults import options_of
-from lqexport.converters.models.tensor_names import expert_number
+from lqexport.converters.models.tensor_names import as_matrix, expert_number
 from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.errors import UserError
 
@@ -245,8 +245,3 @@ def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     stored = model.state_dict().keys()
     tensors = chain(model.named_parameters(), model.named_buffers())
     return {name: as_matrix(tuple(tensor.shape)) for name, tensor in tensors if name in stored}
-
-
-def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels."""
-    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape

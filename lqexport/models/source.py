@@ -25,11 +25,10 @@ from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Factor, Order
 from lqexport.converters.models.architectures import find_architecture, folded_factors, normalized
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
-from lqexport.converters.models.tensor_names import block_module, is_tied
+from lqexport.converters.models.tensor_names import as_matrix, block_module, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
-from lqexport.models.modules import as_matrix
 from lqexport.models.stacked import ExpertRows, experts_within
 from lqexport.models.tokenizer_files import VOCABULARIES, load_tokenizer, write_tokenizer
 from lqexport.storage.background import FileSpan
@@ -149,7 +148,7 @@ class HuggingFaceSource:
         if self._architecture is None:
             return {}
         with well_formed(str(self.folder)):
-            return experts_within(self._architecture, self._files, self._renamed, self.stored_shape)
+            return experts_within(self._architecture, self.config, self._files, self._renamed, self.stored_shape)
 
     def _taken_apart(self) -> dict[str, Order]:
         """Lists the parts of fused linears instead of these; returns the rows of the fused linear that each has."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lqexport.converters.models.architecture import EACH, Architecture, Stack
+from lqexport.converters.models.architecture import EACH, Architecture, Config, Stack
 from lqexport.converters.models.tensor_names import block_module
 from lqexport.errors import UserError
 
@@ -58,11 +59,12 @@ class ExpertRows(NamedTuple):
 
 
 def experts_within(
-    architecture: Architecture, names: Iterable[str], renamed: Callable[[str], str],
+    architecture: Architecture, config: Config, names: Iterable[str], renamed: Callable[[str], str],
     shape: Callable[[str], tuple[int, ...]],
 ) -> dict[str, ExpertRows]:  # fmt: skip
     """Returns the tensors of experts that stored tensors hold, by `stacked` of the architecture: name -> where it is.
 
+    config    the model's config, under the usual names of keys
     names     names of the stored tensors
     renamed   returns the name of a stored tensor as the model has it
     shape     returns the shape of a stored tensor
@@ -72,7 +74,8 @@ def experts_within(
     found: dict[str, ExpertRows] = {}
     for stored in names:
         layer, module, end = block_module(architecture, renamed(stored)) or (0, "", "")
-        if stack := architecture.stacked.get(f"{module}.{end}"):
+        if usual := architecture.stacked.get(f"{module}.{end}"):
+            stack = _as_stored(usual, config, shape(stored))
             experts = _checked(stored, shape(stored), stack)[0]
             found |= {
                 f"{architecture.blocks}.{layer}.{tensor.replace(EACH, str(expert))}": ExpertRows(
@@ -82,6 +85,12 @@ def experts_within(
                 for number, tensor in enumerate(stack.tensors)
             }
     return found
+
+
+def _as_stored(stack: Stack, config: Config, shape: tuple[int, ...]) -> Stack:
+    """Returns the stack of a checkpoint that may be transposed, as the shape of its tensor tells."""
+    other = stack.columns is not None and shape[-1] != config.get(stack.columns)
+    return replace(stack, transposed=stack.transposed or other)
 
 
 def _checked(stored: str, shape: tuple[int, ...], stack: Stack) -> tuple[int, ...]:

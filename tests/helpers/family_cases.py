@@ -109,6 +109,11 @@ LFM2_MOE |= {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_the
 LFM2_MOE |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 EXPERT_CASES += ("lfm2moe",)
 UNSMOOTHED += ("lfm2", "lfm2moe")
+QWEN3_VL_MOE = SIZES | EXPERTS | {"head_dim": 32, "num_hidden_layers": 4, "text_part_of": "qwen3_vl_moe"}
+QWEN3_VL_MOE |= {"mrope_section": [6, 5, 5]}
+QWEN3_VL_MOE |= {"moe_intermediate_size": 48}
+EXPERT_CASES += ("qwen3vlmoe",)
+UNSMOOTHED += ("qwen3vlmoe",)
 DELTA_NET = {"head_dim": 32, "num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
 DELTA_NET |= {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2}
 DELTA_NET |= {"linear_num_value_heads": 6, "shared_expert_intermediate_size": 96}
@@ -184,6 +189,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v3-lite": ("DeepseekV3Config", DEEPSEEK_V3 | PLAIN_QUERIES | {"n_group": 2}, "smaug-bpe"),
     "deepseek-v2": ("DeepseekV2Config", DEEPSEEK_V2 | {"q_lora_rank": 32}, "smaug-bpe"),
     "deepseek-v2-lite": ("DeepseekV2Config", DEEPSEEK_V2 | PLAIN_QUERIES, "smaug-bpe"),
+    "qwen3vlmoe": ("Qwen3MoeConfig", QWEN3_VL_MOE, "qwen2"),
     "qwen2moe": ("Qwen2MoeConfig", SIZES | QWEN2_MOE, "qwen2"),
     "qwen3next": ("Qwen3NextConfig", QWEN3_NEXT, "qwen2"),
     "qwen3_5": ("Qwen3_5TextConfig", QWEN3_5, "qwen2"),

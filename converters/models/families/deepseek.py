@@ -95,7 +95,7 @@ DEEPSEEK_V3 = replace(
     experts="n_routed_experts",
     dense="first_k_dense_replace",
     rows={},
-    unused=(*LLAMA.unused, r"^model\.layers\.61\."),  # the extra block that predicts the token after the next one
+    further=True,
     keys=(
         *DEEPSEEK_KEYS,
         Key("expert_group_count", "n_group", int, 1),

@@ -55,7 +55,6 @@ ERNIE_MOE = replace(
     dense="moe_layer_start_index",
     rows={},  # transformers rotates neighbouring rows, too
     renamed={r"\.mlp\.moe_statics\.": ".mlp.gate.moe_statics."},
-    unused=(*LLAMA.unused, r"^model\.mtp"),  # the extra block that predicts the token after the next one
     keys=(
         RMS_NORM,
         Key("leading_dense_block_count", "moe_layer_start_index"),

@@ -66,7 +66,7 @@ GLM4_MOE = replace(
     experts="n_routed_experts",
     dense="first_k_dense_replace",
     rows={},
-    unused=(*LLAMA.unused, r"^model\.layers\.46\."),  # the extra block that predicts the token after the next one
+    further=True,
     keys=(
         RMS_NORM,
         Key("leading_dense_block_count", "first_k_dense_replace"),
@@ -85,7 +85,6 @@ GLM4_MOE_NORMED = replace(
     family="GLM-4.5, GLM-4.6, GLM-4.7",
     when={"use_qk_norm": (True,)},
     gguf_block=GLM4_MOE.gguf_block | HEAD_NORMS,
-    unused=(*LLAMA.unused, r"^model\.layers\.92\."),
 )
 
 
@@ -110,7 +109,6 @@ GLM4_MOE_LITE = replace(
     family="GLM-4.7 Flash",
     classes=("Glm4MoeLiteForCausalLM",),
     model_type="glm4_moe_lite",
-    unused=(*LLAMA.unused, r"^model\.layers\.47\."),
     derived=_glm_lite,
     rope_types=("default", "dynamic"),
 )

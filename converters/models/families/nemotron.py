@@ -115,7 +115,6 @@ NEMOTRON_H = replace(
         for start in starts
     },
     renamed={r"^backbone\.": "model."},
-    unused=(*LLAMA.unused, r"^mtp\."),
     norm_plus=0,
     decays=("mixer.A_log",),
     columns=("mixer.A_log", "mixer.D"),

@@ -88,6 +88,28 @@ QWEN3_MOE = replace(
     fixed=QWEN3.fixed | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
 )
 
+STACKED = {
+    "mlp.experts.gate_up_proj": Stack(("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")),
+    "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
+}
+
+QWEN3_VL_MOE = replace(
+    QWEN3_MOE,
+    family="Qwen3-VL MoE (the text part)",
+    classes=("Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration"),
+    gguf="qwen3vlmoe",
+    when={"text_part_of": ("qwen3_vl_moe", None)},
+    stacked={
+        "mlp.experts.gate_up_proj": replace(STACKED["mlp.experts.gate_up_proj"], columns="hidden_size"),
+        "mlp.experts.down_proj": replace(STACKED["mlp.experts.down_proj"], columns="moe_intermediate_size"),
+    },
+    keys=(*QWEN3_MOE.keys, *QWEN3_VL.keys[len(QWEN3.keys) :]),
+    # The router of its own config class always divides by the sum.
+    derived=lambda config: {"text_part_of": "qwen3_vl_moe", "norm_topk_prob": True},
+    rope_types=QWEN3_VL.rope_types,
+    rope_sections=QWEN3_VL.rope_sections,
+)
+
 QWEN2_MOE = replace(
     QWEN2,
     family="Qwen1.5 MoE, Qwen2 MoE",
@@ -126,11 +148,6 @@ QWEN2_MOE = replace(
     flags={"qkv_bias": "self_attn.q_proj"},
     square_heads=True,
 )
-
-STACKED = {
-    "mlp.experts.gate_up_proj": Stack(("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")),
-    "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
-}
 
 SHARED_BLOCK = {
     "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
@@ -213,7 +230,6 @@ QWEN3_5 = replace(
         "linear_attn.dt_bias": ("values", KEY_HEADS),
     },
     tiled=("linear_attn.out_proj",),
-    unused=(*QWEN3.unused, r"^(model\.)?mtp\."),
     norm_plus=1,
     plain_norms=("linear_attn.norm",),
     decays=("linear_attn.A_log",),
