@@ -12,8 +12,11 @@ import torch
 import transformers
 from family_cases import CASES, EXPERTS, SIZES, config_and_shapes, export, make_model, make_tokenizer
 from family_cases import texts as texts
+from gguf import GGUFReader, GGUFWriter
 from transformers import AutoModelForCausalLM
 
+from lqexport.checking.opened import open_file
+from lqexport.checking.tensor_tables import missing_tensors
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.rope import rotary_dim
@@ -206,3 +209,35 @@ def test_glm_gives_the_types_of_mlps() -> None:
     assert normalized(config | {"mlp_layer_types": None, "first_k_dense_replace": 2})["mlp_layer_types"] == types
     with pytest.raises(UserError, match="first_k_dense_replace"):
         architecture_of(config | {"mlp_layer_types": ["sparse", "dense", "sparse"]})
+
+
+@pytest.mark.llamacpp
+def test_gate_and_up_projections_in_one_tensor(tmp_path: Path) -> None:
+    """llama.cpp's converter writes files of Gemma 4 so. Such a file has the same weights, and nothing is missing."""
+    make_model("gemma4-moe").save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
+    reader = GGUFReader(path)
+    tensors = {tensor.name: tensor.data for tensor in reader.tensors}
+    writer = GGUFWriter(tmp_path / "fused.gguf", "gemma4")
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture":
+            array = field.types[1] if len(field.types) > 1 else None
+            writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=array)
+    for name, data in tensors.items():
+        if name.endswith("ffn_up_exps.weight"):
+            gate = tensors[name.replace("_up_", "_gate_")]
+            writer.add_tensor(name.replace("_up_", "_gate_up_"), np.concatenate([gate, data], 1))
+        elif not name.endswith("ffn_gate_exps.weight"):
+            writer.add_tensor(name, data)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    ours, fused = GGUFModel(path), GGUFModel(tmp_path / "fused.gguf")
+    assert all((ours.read(name) == fused.read(name)).all() for name in ours.names())
+    assert missing_tensors(open_file(tmp_path / "fused.gguf")) == []
+    with LlamaCpp(path, 32, threads=1) as engine:
+        expected = engine.logits([1, 5, 6, 7])
+    with LlamaCpp(tmp_path / "fused.gguf", 32, threads=1) as engine:
+        assert np.allclose(engine.logits([1, 5, 6, 7]), expected, atol=1e-3)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lqexport.converters.gguf.block_types import first_borrower, values_per_block
 from lqexport.converters.gguf.config import Metadata, config_of
+from lqexport.converters.gguf.fused_experts import taken_apart
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.split import read_split
@@ -50,7 +51,8 @@ class GGUFModel:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.metadata, self._tensors, self.paths = read_split(path)
+        self.metadata, tensors, self.paths = read_split(path)
+        self._tensors = taken_apart(tensors)
         if self.metadata.get("general.type") == "adapter":
             raise UserError(f"{path} is an adapter, not a model: give it as --adapter beside the model that it is for.")
         self._identify()
