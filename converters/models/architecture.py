@@ -246,12 +246,12 @@ class Architecture:
     def adders(self) -> tuple[str | None, str | None]:
         """The linears of attention and of the MLP whose outputs are added to the hidden states unchanged.
 
-        None for both where blocks differ in their modules.
+        None for both where blocks differ in their modules, and for what blocks do not have.
         """
         if not self.adds or self.experts or self.only:
             return (None, None)
         modules = {gguf: module for module, gguf in self.gguf_block.items()}
-        return (modules["attn_output"], modules["ffn_down"])
+        return (modules.get("attn_output"), modules.get("ffn_down"))
 
     @property
     def in_parts(self) -> bool:

@@ -30,6 +30,7 @@ from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
 from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.llama4 import LLAMA4
+from lqexport.converters.models.families.mamba import MAMBA2
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL, MISTRAL4
 from lqexport.converters.models.families.mixtral import MIXTRAL
@@ -125,6 +126,7 @@ ARCHITECTURES = (
     NEMOTRON_H,
     NEMOTRON_H_MOE,
     FALCON_H1,
+    MAMBA2,
     OPT,
     BERT,
 )

@@ -160,6 +160,10 @@ FALCON_H1_NORM = FALCON_H1 | {"mamba_rms_norm": True, "mamba_norm_before_gate": 
 UNSMOOTHED += ("falcon-h1", "falcon-h1-norm")
 BECOME_OTHERS += ("falcon-h1", "falcon-h1-norm")
 
+MAMBA2 = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "n_groups": 2}
+MAMBA2 |= {"state_size": 16, "chunk_size": 32}
+UNSMOOTHED += ("mamba2",)
+
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
     "mistral": ("MistralConfig", SIZES | {"head_dim": 32}, "pieces"),
@@ -238,6 +242,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "nemotron-h-latent": ("NemotronHConfig", NEMOTRON_H_MOE | {"moe_latent_size": 32}, "smaug-bpe"),
     "falcon-h1": ("FalconH1Config", FALCON_H1, "smaug-bpe"),
     "falcon-h1-norm": ("FalconH1Config", FALCON_H1_NORM, "smaug-bpe"),
+    "mamba2": ("Mamba2Config", MAMBA2, "gpt-2"),
     "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),
     "lfm2moe": ("Lfm2MoeConfig", LFM2_MOE, "llama-bpe"),
 }

@@ -1,0 +1,70 @@
+"""Architectures: Mamba-2."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lqexport.converters.models.architecture import Config, Key
+from lqexport.converters.models.families.llama import LLAMA
+from lqexport.converters.models.families.parts import RMS_NORM
+from lqexport.converters.models.families.state_spaces import UNLIMITED, mamba2_modules, mamba2_tensors, time_step_limit
+
+CONTEXT = 1 << 20
+"""The context length of files. Models without attention have no limit; it is that of llama.cpp's converter."""
+
+
+def _sizes(config: Config) -> Config:
+    """Returns sizes as llama.cpp wants them. Those of attention and of an MLP have no effect."""
+    inner = config.get("expand", 0) * config.get("hidden_size", 0)
+    return {
+        "state_space_size": inner,
+        "intermediate_size": inner,
+        "num_attention_heads": config.get("num_heads"),
+        "num_key_value_heads": config.get("num_heads"),
+        "max_position_embeddings": CONTEXT,
+    } | time_step_limit(config)
+
+
+MAMBA2 = replace(
+    LLAMA,
+    family="Mamba-2",
+    classes=("Mamba2ForCausalLM",),
+    model_type="mamba2",
+    gguf="mamba2",
+    exl2=None,
+    linears=(("mixer.in_proj",), ("mixer.out_proj",)),
+    gguf_block={"norm": "attn_norm", **mamba2_modules("mixer")},
+    gguf_tensors=mamba2_tensors("mixer"),
+    gguf_top={
+        "backbone.embeddings.weight": "token_embd.weight",
+        "backbone.norm_f.weight": "output_norm.weight",
+        "lm_head.weight": "output.weight",
+    },
+    rows={},
+    renamed={r"^model\.": "", r"^backbone\.embedding\.": "backbone.embeddings."},
+    decays=("mixer.A_log",),
+    columns=("mixer.A_log", "mixer.D"),
+    grouped={"mixer.norm.weight": "n_groups"},
+    keys=(
+        replace(RMS_NORM, config="layer_norm_epsilon"),
+        Key("ssm.conv_kernel", "conv_kernel"),
+        Key("ssm.state_size", "state_size"),
+        Key("ssm.group_count", "n_groups"),
+        Key("ssm.time_step_rank", "num_heads"),
+        Key("ssm.inner_size", "state_space_size"),
+    ),
+    derived=_sizes,
+    restored=lambda config: {"head_dim": config["state_space_size"] // config["num_heads"]},
+    fixed={
+        "hidden_act": ("silu",),
+        "expand": (2,),
+        "use_bias": (False,),
+        "use_conv_bias": (True,),
+        "time_step_limit": (UNLIMITED,),
+    },
+    flags={},
+    rope_types=("default",),
+    blocks="backbone.layers",
+    embedding="backbone.embeddings.weight",
+    final_norm="backbone.norm_f",
+)
