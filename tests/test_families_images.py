@@ -66,8 +66,8 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Qwen2_5_VL": ("qwen2_5_vl_text", QWEN2_5_EYES, "qwen2"),
     "Qwen3VL": ("qwen3_vl_text", QWEN3_EYES, "qwen2"),
     "Qwen3VLMoe": ("qwen3_vl_moe_text", QWEN3_EYES, "qwen2"),
-    "Qwen3_5": ("qwen3_5_text", QWEN3_5_EYES, "qwen2"),
-    "Qwen3_5Moe": ("qwen3_5_moe_text", QWEN3_5_EYES, "qwen2"),
+    "Qwen3_5": ("qwen3_5_text", QWEN3_5_EYES, "qwen35"),
+    "Qwen3_5Moe": ("qwen3_5_moe_text", QWEN3_5_EYES, "qwen35"),
 }
 """Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}

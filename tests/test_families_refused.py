@@ -296,7 +296,7 @@ def test_text_part_of_a_model_with_images(
     assert files[0] == files[1]
 
 
-@pytest.mark.parametrize("name", ["mixtral", "gpt2", "granite4"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt2", "qwen3next", "granite4"])
 def test_native_folders_that_transformers_could_not_load(name: str, tmp_path: Path) -> None:
     make_model(name).save_pretrained(tmp_path / "hf")
     quantize(Recipe(str(tmp_path / "hf"), "native:affine-4-g32", method="rtn"), tmp_path / "artifact")

@@ -196,8 +196,8 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "qwen3vlmoe": ("Qwen3MoeConfig", QWEN3_VL_MOE, "qwen2"),
     "qwen2moe": ("Qwen2MoeConfig", SIZES | QWEN2_MOE, "qwen2"),
     "qwen3next": ("Qwen3NextConfig", QWEN3_NEXT, "qwen2"),
-    "qwen3_5": ("Qwen3_5TextConfig", QWEN3_5, "qwen2"),
-    "qwen3_5moe": ("Qwen3_5MoeTextConfig", QWEN3_5 | EXPERTS, "qwen2"),
+    "qwen3_5": ("Qwen3_5TextConfig", QWEN3_5, "qwen35"),
+    "qwen3_5moe": ("Qwen3_5MoeTextConfig", QWEN3_5 | EXPERTS, "qwen35"),
     "olmoe": ("OlmoeConfig", ONE_KEY_A_QUERY | {"num_experts": 4, "num_experts_per_tok": 2}, "gpt-2"),
     "glm4moe": ("Glm4MoeConfig", GLM4_MOE | {"use_qk_norm": True, "attention_bias": True}, "smaug-bpe"),
     "glm4moe-air": ("Glm4MoeConfig", GLM4_MOE | {"attention_bias": True, "num_hidden_layers": 2}, "smaug-bpe"),
@@ -321,7 +321,7 @@ def byte_level(splitter: str) -> Tokenizer:
     assert known is not None
     tokenizer = Tokenizer(models.BPE(ignore_merges=known.ignore_merges))
     tokenizer.pre_tokenizer = FALCON_SPLITTER if splitter == "falcon" else isolating(known.expressions)
-    tokenizer.normalizer = normalizers.NFC() if splitter == "qwen2" else None
+    tokenizer.normalizer = normalizers.NFC() if splitter in ("qwen2", "qwen35") else None
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=480,
@@ -386,7 +386,10 @@ def make_tokenizer(name: str, pieces: Path) -> PreTrainedTokenizerFast:
     tokenizer.add_tokens([AddedToken("<tool>", normalized=False)])
     number = tokenizer.token_to_id("<s>")
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", number)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    # transformers reads a tokenizer of Qwen3.5 without a pad token as one that has a further token for it.
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    special |= {"pad_token": "</s>"} if name == "qwen35" else {}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def export(folder: Path, recipe: Recipe) -> Path:
