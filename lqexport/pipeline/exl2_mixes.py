@@ -26,6 +26,7 @@ from lqexport.recipe import SolverSettings
 from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import feedback, layer_loss
 from lqexport.solver.importance import importance
+from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.files import read_json, write_json
 
 AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0)
@@ -60,6 +61,7 @@ def _measured_mixes(job: Job) -> Losses:
     if missing := job.processes.from_first(job.linears.keys() - measured.losses().keys()):
 
         def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
+            check_weights(name, weight, job.linears[name].codec_name)
             settings = job.recipe_of(name).solver_settings
             return mix_losses(weight, hessian, settings, guided=job.recipe.moments == "guided")
 

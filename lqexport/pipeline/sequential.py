@@ -23,7 +23,8 @@ from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import token_weights
 from lqexport.runtime.tiles import dealt
 from lqexport.solver.corrected_linear import stored_correction
-from lqexport.solver.linear import check_finite, check_target, inputs_of, rows_are_apart
+from lqexport.solver.linear import check_target, inputs_of, rows_are_apart
+from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.artifact import values_of
 
 
@@ -112,17 +113,22 @@ class Sequential:
         if original is None:
             hessian = self._moments(group, block)
             for name, rows in runs:
-                yield Problem(name, self.job.source.read(name), hessian, rows, share)
+                yield Problem(name, self._checked_weight(name), hessian, rows, share)
             return
         cross = self._cross_moments(group, names, block, original)
         for name, rows in runs:
-            weight = self.job.source.read(name).to(self.job.device).float()
-            check_finite(name, weight)
+            weight = self._checked_weight(name).to(self.job.device).float()
             # Every process that solves a part of the linear computes the whole target: the strength is of all rows.
             with inputs_of(name):
                 target, strength = cross[name].target(weight, self.recipe.dampening)
                 check_target(target)
             yield Problem(name, target, cross[name].hessian(), rows, share, {"asymmetric_strength": strength})
+
+    def _checked_weight(self, name: str) -> Tensor:
+        """Returns a linear's weight. Raises UserError if its type cannot hold it."""
+        weight = self.job.source.read(name)
+        check_weights(name, weight, self.job.linears[name].codec_name)
+        return weight
 
     def _dealt(self, names: list[str]) -> tuple[list[tuple[str, slice | None]], float]:
         """Returns the linears, or runs of their rows, that this process solves, and its share of all weights."""

@@ -30,6 +30,7 @@ from lqexport.solver.feedback import damped, feedback, layer_loss, refine
 from lqexport.solver.importance import importance
 from lqexport.solver.solve_exact import in_own_order
 from lqexport.solver.solve_sections import refine_sections
+from lqexport.solver.weight_checks import check_weights, too_large
 from lqexport.storage.artifact import StoredTensor
 
 Sums = dict[str, float]
@@ -54,40 +55,21 @@ ROUND_CHUNK = 1 << 24
 """Number of weights that are rounded at once. It bounds the memory that a large embedding needs."""
 
 
-def check_finite(name: str, weight: Tensor) -> None:
-    """Raises UserError if any weight is NaN or infinite."""
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise UserError(
-            f"{name} has {bad} NaN or infinite weights in the source. The checkpoint is broken; get it again."
-        )
-
-
 def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
     """Returns a tensor with every weight rounded by itself to a value of the codec.
 
     It is for tensors that no solver works on: embeddings, norms, biases. `weight` has one or two dimensions and any
     float dtype. Raises UserError if a weight is NaN or infinite, or too large for the codec.
     """
-    check_finite(name, weight)
+    check_weights(name, weight, codec_name)
     codec = codec_named(codec_name)
     matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
     try:
         parts = [_rounded(codec, part.float()) for part in matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))]
     except TooLarge:
-        raise _too_large(name, weight, codec_name) from None
+        raise too_large(name, weight, codec_name) from None
     planes = {plane: np.concatenate([part[plane] for part in parts]) for plane in parts[0]}
     return StoredTensor(name, codec_name, tuple(weight.shape), planes)
-
-
-def _too_large(name: str, weight: Tensor, codec_name: str) -> UserError:
-    """Returns the error for a tensor with a finite weight that `codec_name` cannot hold."""
-    largest = float(weight.flatten()[weight.abs().argmax()])
-    return UserError(
-        f"{name} has a weight of {largest:.6g}, which is too large for {codec_name}: give it BF16 or F32 with "
-        "--type, --embedding-type, --output-type or --factors; EXL2 and GPTQ's layout have no other type for it, so "
-        "take another target there."
-    )
 
 
 @contextlib.contextmanager
@@ -139,9 +121,10 @@ def solve_linear(
     the loss over the output's energy. `weight_error` is the squared error of the weights over their squared sum.
     `dampening` is the dampening that the Cholesky factorization took.
 
-    Raises UserError if a weight or the Hessian is NaN or infinite, or if the Hessian cannot be factorized.
+    Raises UserError if a weight or the Hessian is NaN or infinite, if a weight is too large for the codec, or if the
+    Hessian cannot be factorized.
     """
-    check_finite(name, weight)
+    check_weights(name, weight, codec_name)
     if isinstance(codec_named(codec_name), PlainCodec):
         return round_tensor(name, weight, codec_name)
     placement = placement or all_on_device(weight.device)
