@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoint_layouts import coded, gptq_tensors
 from family_cases import CASES, config_and_shapes, export, make_model, make_tokenizer
+from family_cases import texts as texts
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -161,3 +162,14 @@ def test_attention_in_no_regular_interval_is_refused() -> None:
     with pytest.raises(UserError, match=r"config\.json gives no full_attention_interval"):
         plan(GGUF, config, shapes)
     plan(Target.parse("native:table-4"), config, shapes)
+
+
+def test_peft_adapter_of_columns_in_another_order_is_refused(dense: Path, texts: tuple[str, str]) -> None:
+    """A GGUF adapter of the same artifact is written: its columns are in the order of the file's."""
+    recipe = Recipe(str(dense / "hf"), "gguf:Q4_0", method="rtn", rank=4, calibration=texts[0], samples=2,
+                    sequence_length=32)  # fmt: skip
+    quantize(recipe, dense / "corrected")
+    lqexport.export(dense / "corrected", dense / "corrected.gguf", adapter=dense / "adapter.gguf")
+    with pytest.raises(UserError, match=r"out_proj\.weight has its columns in llama\.cpp's order"):
+        lqexport.export(dense / "corrected", dense / "peft", format="peft")
+    assert not (dense / "peft").exists()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from lqexport.converters.factors import A, check_present, corrected_linear, is_factor
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import block_module
+from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec_named
@@ -34,9 +35,11 @@ def write(artifact: Artifact, folder: Path) -> None:
     """Writes the low-rank corrections of a finished artifact into `folder`.
 
     Factors in F16 are stored in float16, all others in float32, so no value changes. adapter_config.json is written
-    last: where it exists, the folder is whole. Raises UserError if the artifact has no corrections or is damaged.
+    last: where it exists, the folder is whole. Raises UserError if the artifact has no corrections or is damaged, or if
+    columns of a corrected linear are in llama.cpp's order.
     """
     check_present(artifact)
+    _check_order(artifact)
     tensors, ranks = {}, {}
     for name in filter(is_factor, artifact.manifest()):
         stored = artifact.read(name)
@@ -49,6 +52,17 @@ def write(artifact: Artifact, folder: Path) -> None:
     with written_whole(folder / WEIGHTS) as file:
         file.write(safetensors.numpy.save(tensors, {"format": "pt"}))
     write_json(folder / CONFIG, adapter_config(artifact.config(), ranks))
+
+
+def _check_order(artifact: Artifact) -> None:
+    config = artifact.config()
+    architecture = architecture_of(config)
+    for name, facts in artifact.manifest().items() if config.get(TILED) else ():
+        linear = corrected_linear(name) if name.endswith(A) else ""
+        if tiled_columns(architecture, config, linear, facts["shape"][-1]) is not None:
+            raise UserError(
+                f"The correction of {linear} has its columns in llama.cpp's order: write it with `to-gguf --adapter`."
+            )
 
 
 def adapter_config(config: dict[str, Any], ranks: dict[str, int]) -> dict[str, Any]:
