@@ -116,7 +116,7 @@ class Bench:
             seconds += time.process_time() - began
             alone[name] = grid.values(codes)
             moved, codes = refine(
-                weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.descent, refit=True
+                weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=recipe.sweeps, refit=True
             )
             refined[name] = moved.values(codes)
         self.tell(bits, f"{method}, one pass", alone, seconds)

@@ -27,13 +27,22 @@ Scaling = Literal["lqer", "l2qer", "qera-diag", "qera"]
 ComputeDtype = Literal["float32", "bfloat16"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
+Effort = Literal["fast", "default", "best"]
 
 CHOICES: dict[str, Any] = {
     "method": Method, "solver": Solver, "moments": Moments, "scaling": Scaling, "compute_dtype": ComputeDtype,
-    "prefix": Prefix, "importance": ImportanceBase,
+    "prefix": Prefix, "importance": ImportanceBase, "effort": Effort,
 }  # fmt: skip
 LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
 LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
+
+SWEEPS: dict[Effort, int] = {"fast": 0, "default": 4, "best": 8}
+"""Sweeps of coordinate descent by effort."""
+TUNED = 64
+"""Sequences of end-to-end tuning, where it is the default."""
+TUNED_BELOW = 4
+"""GGUF types of fewer bits are tuned by default. From 4 bits on, tuning takes longer than the rest of a run, and lowers
+the loss by some 3 per cent at most (docs/experiments.md)."""
 
 CALIBRATION, SOLVER, TYPES = "Calibration", "Solver", "Types of single tensors"
 TUNING, CORRECTION = "End-to-end tuning", "Low-rank correction"
@@ -104,6 +113,13 @@ class Recipe:
         metadata=_help("Text to calibrate on: python-docs, wikitext2, c4, ptb, or a .txt or .jsonl file."),
     )
     samples: int = field(default=64, metadata=_help("Calibration sequences."))
+    effort: Effort = field(
+        default="default",
+        metadata=_help(
+            "Time against loss. fast: one pass of the source, no refinement; default; best: more refinement, and "
+            "tuning of every type. Options that are given win."
+        ),
+    )
 
     sequence_length: int = field(default=512, metadata=_help("Tokens in each calibration sequence.", CALIBRATION))
     seed: int = field(default=0, metadata=_help("Draws the sequences from the text.", CALIBRATION))
@@ -189,7 +205,12 @@ class Recipe:
     act_order: bool = field(
         default=True, metadata=_help("Solve columns by falling activation.", SOLVER, "--act-order/--no-act-order")
     )
-    descent: int = field(default=4, metadata=_help("Sweeps of coordinate descent after error feedback.", SOLVER))
+    descent: int | None = field(
+        default=None,
+        metadata=_help(
+            "Sweeps of coordinate descent after error feedback. [default: 4; effort fast 0, best 8]", SOLVER
+        ),
+    )
 
     types: list[str] = field(
         default_factory=list,
@@ -209,7 +230,11 @@ class Recipe:
 
     tune: int | None = field(
         default=None,
-        metadata=_help("Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean]", TUNING),
+        metadata=_help(
+            "Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean; 0 for GGUF types of "
+            "4 bits or more, and for effort fast]",
+            TUNING,
+        ),
     )
     tune_rate: float = field(
         default=0.0012,
@@ -328,7 +353,7 @@ class Recipe:
     @property
     def solver_settings(self) -> SolverSettings:
         """The options that the solver of a linear needs."""
-        return SolverSettings(**_same_fields(self, SolverSettings))
+        return SolverSettings(**_same_fields(self, SolverSettings) | {"descent": self.sweeps})
 
     @property
     def correction_settings(self) -> CorrectionSettings:
@@ -349,10 +374,17 @@ class Recipe:
 
     @property
     def tuned_sequences(self) -> int:
-        """Sequences of end-to-end tuning: `tune`, or the default of the method."""
+        """Sequences of end-to-end tuning: `tune`, or the default of method, effort and type."""
         if self.tune is not None:
             return self.tune
-        return 64 if self.method == "lean" else 0
+        wide = (self.parsed_target.gguf_bits or 0) >= TUNED_BELOW
+        untuned = self.effort == "fast" or (self.effort == "default" and wide)
+        return 0 if untuned or self.method != "lean" else TUNED
+
+    @property
+    def sweeps(self) -> int:
+        """Sweeps of coordinate descent: `descent`, or the effort's default."""
+        return SWEEPS[self.effort] if self.descent is None else self.descent
 
     def compute_dtype_on(self, device_type: str) -> ComputeDtype:
         """Dtype of the passes on a type of device, `cpu` or `cuda`: `compute_dtype`, or the device's default."""

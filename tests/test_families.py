@@ -19,11 +19,12 @@ from family_cases import pieces as pieces
 from family_cases import texts as texts
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lqexport.calibration.collect import to_the_end
+from lqexport.calibration.collect import input_of
+from lqexport.calibration.paused import PausedBlock, execution_order
 from lqexport.checking.checking import check_file
 from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.models.blocks import BlockModel
+from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.models.smoothing import Smoothed, pairs
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
@@ -152,10 +153,40 @@ def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
         block = model.block(len(model) - 1)
         for other in without:
             silence(block, other)
-        lacking = to_the_end(model, block, linear, hidden)[1]
+        lacking = _without_output_of(model, block, linear, hidden)
         silence(block, linear)
         without_linear = model.run(block, hidden)
         assert torch.allclose(without_linear, lacking, atol=1e-5 * float(lacking.abs().max())) == architecture.adds
+
+
+def _without_output_of(model: BlockModel, block: torch.nn.Module, linear: str, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns the block's output minus a linear's output."""
+    outputs: list[torch.Tensor] = []
+    # A copy, since some models add to the output in place.
+    handle = linear_of(block, linear).register_forward_hook(lambda *caught: outputs.append(caught[2].clone()))
+    output = model.run(block, hidden)
+    handle.remove()
+    return model.hidden_of(output) - outputs[0]
+
+
+@pytest.mark.parametrize("held", [0, 1])
+def test_a_pass_that_pauses_gives_what_passes_to_each_linear_give(case: Case, held: int) -> None:
+    """The weights of a group change while the pass is paused there, as they do when the group is solved."""
+    model = BlockModel(open_source(case.source))
+    hidden, index = model.start(torch.tensor([TOKENS])), len(model) - 1
+    block, whole, last = model.block(index), model.block(index), model.architecture.adders[1]
+    groups = execution_order(model, whole, model.architecture.linears_of(index), hidden)
+    paused = PausedBlock(model, block, groups, last, {0: hidden}, held)
+    for group in groups:
+        expected = input_of(model, whole, group[0], hidden)
+        inputs = paused.added_to(0)[0] if group[0] == last else paused.inputs(group, 0)
+        assert torch.equal(inputs, expected)
+        for linear in group:
+            for each in (block, whole):
+                linear_of(each, linear).weight.data *= 1.25
+        paused.solved(group)
+    output = model.run(whole, hidden)
+    assert torch.allclose(paused.output(0), output, atol=1e-6 * float(output.abs().max()))
 
 
 def test_smoothing_changes_nothing(case: Case) -> None:

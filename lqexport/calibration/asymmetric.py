@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lqexport.calibration.moments import add_products, mirror
 from lqexport.recipe import Moments
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import ALONE, Processes
@@ -40,8 +41,8 @@ class Entering:
 class CrossMoments:
     """The sums over tokens that asymmetric calibration needs, one for each half of the batches.
 
-    They are Y Y^T and (X - Y) Y^T, float32 [2, C, C]. If the linear's output is added to hidden states, (Z - S) Y^T is
-    summed as well, float32 [2, R, C].
+    They are Y Y^T, on and below the diagonal alone, and (X - Y) Y^T, float32 [2, C, C]. If the linear's output is added
+    to hidden states, (Z - S) Y^T is summed as well, float32 [2, R, C].
 
     columns        C
     moments_type   how tokens are weighted, as in `moments.SecondMoments`: by the inputs Y that the solver sees
@@ -74,7 +75,7 @@ class CrossMoments:
         shard = self._shard = self._shard or self._zeros()
         roots = self._token_roots(quantized, weights)
         x, y = (_tokens(model.inputs) * roots for model in (full, quantized))
-        shard["inputs"][half].addmm_(y.T, y)
+        add_products(shard["inputs"][half], y)
         shard["drift"][half].addmm_((x - y).T, y)
         shard["tokens"] += len(x)
         if "lag" in shard:
@@ -115,7 +116,8 @@ class CrossMoments:
         """Returns a sum of one half on the device: one at a time, since the device may not hold all of them."""
         if self._shard or not self._total:
             self.end_shard()
-        return self._total[name][half].to(self._placement.device)
+        total = self._total[name][half].to(self._placement.device)
+        return mirror(total) if name == "inputs" else total
 
     def hessian(self) -> Tensor:
         """Returns the Hessian of the quantized model's inputs, float32 [C, C], as `SecondMoments.hessian` does."""

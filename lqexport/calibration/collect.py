@@ -237,20 +237,3 @@ def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -
     finally:
         handle.remove()
     return caught[0] if caught else hidden.new_empty(0, linear_of(block, linear).in_features)
-
-
-def to_the_end(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns the inputs of the block's last linear, and the hidden states that its output is added to.
-
-    The block's output is the sum of this linear's output and these hidden states.
-    """
-    caught: list[Tensor] = []
-    # A copy, since some models add to the output in place.
-    handle = linear_of(block, linear).register_forward_hook(
-        lambda _, arguments, output: caught.extend((arguments[0], output.clone()))
-    )
-    try:
-        output = model.run(block, hidden.to(model.device))
-    finally:
-        handle.remove()
-    return caught[0], model.hidden_of(output) - caught[1]

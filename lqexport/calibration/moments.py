@@ -15,6 +15,24 @@ PANELS = 8
 """Panels of columns of a symmetric matrix. Only what is on and below the diagonal is summed: 0.56 of the products."""
 
 
+def add_products(lower: Tensor, x: Tensor) -> None:
+    """Adds x^T x to a matrix [C, C], on and below the diagonal alone, for float32 x [tokens, C]."""
+    columns = x.shape[1]
+    for start in range(0, columns, width := -(-columns // PANELS)):
+        panel = slice(start, start + width)
+        lower[start:, panel].addmm_(x[:, start:].T, x[:, panel])
+
+
+def mirror(matrices: Tensor) -> Tensor:
+    """Overwrites what is above the diagonal of matrices [..., C, C] by what is below it, and returns them."""
+    for start in range(0, columns := matrices.shape[-1], width := -(-columns // PANELS)):
+        end = start + width
+        corner = matrices[..., start:end, start:end]
+        corner.copy_(corner.tril() + corner.tril(-1).mT)
+        matrices[..., start:end, end:] = matrices[..., end:, start:end].mT
+    return matrices
+
+
 class SecondMoments:
     """The second moments H of a linear's inputs: the sum over tokens t of s_t x_t x_t^T, over the number of tokens.
 
@@ -68,12 +86,8 @@ class SecondMoments:
             weights = self._raised(weights, torch.where(usable, energy, 0.0).double())
         if self._shard is None:
             self._shard = self._zeros()
-        columns = x.shape[1]
         for lower, weight in zip(self._shard, weights, strict=True):
-            weighted = x * weight.sqrt()[:, None]
-            for start in range(0, columns, width := -(-columns // PANELS)):
-                panel = slice(start, start + width)
-                lower[start:, panel].addmm_(weighted[:, start:].T, weighted[:, panel])
+            add_products(lower, x * weight.sqrt()[:, None])
 
     def _zeros(self) -> Tensor:
         spare, self._spare = self._spare, None
@@ -157,10 +171,7 @@ class SecondMoments:
         tokens, groups = self._counts[0].clamp_min(1), len(total)
         if not self._counts[0]:
             total.diagonal(dim1=1, dim2=2).fill_(1)
-        for start in range(0, columns := total.shape[-1], width := -(-columns // PANELS)):
-            corner = total[:, start : start + width, start : start + width]
-            corner.copy_(corner.tril() + corner.tril(-1).mT)
-            total[:, start : start + width, start + width :] = total[:, start + width :, start : start + width].mT
+        mirror(total)
         divisor = tokens.expand(groups)
         if self.power != 1:
             at_one, raised = self._counts[1:].split(groups)

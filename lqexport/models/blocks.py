@@ -242,23 +242,28 @@ class BlockModel:
 
         `start` must have been called with the same batch shape before.
         """
+        with self.autocast():
+            return self.forward(block, hidden)
+
+    def forward(self, block: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns what `run` returns. The caller has entered `autocast`."""
         return self._run(cast(int, block.number), hidden, block)
 
     def _run(self, index: int, hidden: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
         """Returns the hidden states after block `index`, whose modules `call` runs."""
         positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
-        with self._autocast():
-            if self._carried is None:
-                return _hidden(call(hidden, *positional, **named))
-            return self._carried.run(
-                index,
-                hidden,
-                lambda states, inputs, shared: _hidden(
-                    call(states, inputs, *positional[1:], **named | {"shared_kv_states": shared})
-                ),
-            )
+        if self._carried is None:
+            return _hidden(call(hidden, *positional, **named))
+        return self._carried.run(
+            index,
+            hidden,
+            lambda states, inputs, shared: _hidden(
+                call(states, inputs, *positional[1:], **named | {"shared_kv_states": shared})
+            ),
+        )
 
-    def _autocast(self) -> contextlib.AbstractContextManager[object]:
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """Returns the context in which blocks run: autocast to `compute_dtype`, if that is not the model's dtype."""
         if self._compute_dtype == self.dtype:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._compute_dtype)
@@ -288,9 +293,10 @@ class BlockModel:
         The keys of `state` are parameter names relative to the block.
         """
         block = self._blocks[index]
-        return self._run(
-            index, hidden, lambda *positional, **named: torch.func.functional_call(block, state, positional, named)
-        )
+        with self.autocast():
+            return self._run(
+                index, hidden, lambda *positional, **named: torch.func.functional_call(block, state, positional, named)
+            )
 
     def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Returns hidden states [..., hidden] after the final norm: the input of the output layer.

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lqexport.calibration.asymmetric import CrossMoments, Entering
-from lqexport.calibration.collect import input_of, sharded, to_the_end
+from lqexport.calibration.collect import sharded
 from lqexport.calibration.moments import Group, SecondMoments
+from lqexport.calibration.paused import PausedBlock, execution_order
 from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import token_weights
@@ -59,6 +60,7 @@ class Sequential:
     def __init__(self, job: Job, model: BlockModel, begin: Callable[[], None]) -> None:
         self.job, self.model, self.recipe, self.processes = job, model, job.recipe, job.processes
         self.begin = begin
+        self.orders: dict[tuple[Group, ...], list[Group]] = {}
 
     def groups(self) -> Iterator[Iterator[Problem]]:
         """Yields the problems of every group that has unfinished linears."""
@@ -68,16 +70,35 @@ class Sequential:
         pairs = zip(self.model.blocks(), originals, strict=False)
         for (index, block), original in islice(pairs, self._unfinished_blocks()):
             self.model.expect(index + 1)
-            for group in self.model.architecture.linears_of(index):
+            groups = self._ordered(index, block)
+            self.quantized = self._paused(block, groups, self.inputs)
+            self.original = self._paused(original, groups, self.full) if original is not None else None
+            for group in groups:
                 if names := self.processes.from_first(self.job.unfinished(self.model, index, group)):
-                    yield self._group(group, names, block, original)
+                    yield self._group(group, names, block)
                     self.job.artifact.settle()
                     self.processes.wait()
                 for linear in group:
                     self._carry_forward(linear_of(block, linear), self.model.weight_name(index, linear))
-            self._run_through(block, self.inputs)
-            if original is not None:
-                self._run_through(original, self.full)
+                for paused in (self.quantized, self.original):
+                    if paused is not None:
+                        paused.solved(group)
+            self._finish(self.quantized, self.inputs)
+            if self.original is not None:
+                self._finish(self.original, self.full)
+
+    def _ordered(self, index: int, block: nn.Module) -> list[Group]:
+        """Returns the groups of a block in the order in which it computes them."""
+        groups = self.model.architecture.linears_of(index)
+        if groups not in self.orders:
+            number = next(iter(self.inputs), None)
+            own = list(groups) if number is None else execution_order(self.model, block, groups, self.inputs[number])
+            self.orders[groups] = self.processes.from_first(own)
+        return self.orders[groups]
+
+    def _paused(self, block: nn.Module, groups: list[Group], hidden: dict[int, Tensor]) -> PausedBlock:
+        last = self.last if self.recipe.asymmetric else None
+        return PausedBlock(self.model, block, groups, last, hidden, self.held)
 
     def _start(self) -> None:
         """Embeds this process's share of the calibration sequences."""
@@ -89,6 +110,7 @@ class Sequential:
         ends = list(accumulate(map(len, shards), initial=0))
         self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.share_of(range(len(shards)))]
         self.keep = self.job.placement.hidden.keep
+        self.held = self.job.placement.held // max(1, max(ids.numel() for _, ids in numbered))
         self.inputs = {number: self.keep(self.model.start(ids)) for shard in self.shards for number, ids in shard}
         self.full = dict(self.inputs)
         self.model.let_go()
@@ -102,20 +124,20 @@ class Sequential:
         counts = (i + 1 for i in range(len(self.model)) for group in groups(i) if job.unfinished(self.model, i, group))
         return self.processes.from_first(max(counts, default=0))
 
-    def _run_through(self, block: nn.Module, states: dict[int, Tensor]) -> None:
+    def _finish(self, block: PausedBlock, states: dict[int, Tensor]) -> None:
         """Replaces hidden states by the block's outputs."""
-        for number, batch in states.items():
-            states[number] = self.keep(self.model.run(block, batch.to(self.model.device)))
+        for number in states:
+            states[number] = self.keep(block.output(number))
 
-    def _group(self, group: Group, names: list[str], block: nn.Module, original: nn.Module | None) -> Iterator[Problem]:
+    def _group(self, group: Group, names: list[str], block: nn.Module) -> Iterator[Problem]:
         """Yields this process's share of the named linears of a group."""
         runs, share = self._dealt(names)
-        if original is None:
+        if self.original is None:
             hessian = self._moments(group, block)
             for name, rows in runs:
                 yield Problem(name, self._checked_weight(name), hessian, rows, share)
             return
-        cross = self._cross_moments(group, names, block, original)
+        cross = self._cross_moments(group, names, linear_of(block, group[0]), self.original)
         for name, rows in runs:
             weight = self._checked_weight(name).to(self.job.device).float()
             # Every process that solves a part of the linear computes the whole target: the strength is of all rows.
@@ -146,7 +168,7 @@ class Sequential:
         moments = SecondMoments(columns, self.job.moments_type, self.job.device, keep=self.job.placement.moments.keep)
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():
-                moments.add(input_of(self.model, block, group[0], self.inputs[number]))
+                moments.add(self.quantized.inputs(group, number))
             moments.end_shard(self.processes, 0, senders)
         if self.processes.count == 1:
             return moments.hessian()
@@ -155,13 +177,12 @@ class Sequential:
         return self.processes.broadcast(torch.empty(columns, columns, device=self.job.device) if own is None else own)
 
     def _cross_moments(
-        self, group: Group, names: list[str], block: nn.Module, original: nn.Module
+        self, group: Group, names: list[str], linear: nn.Linear, original: PausedBlock
     ) -> dict[str, CrossMoments]:
         """Returns the sums of asymmetric calibration by linear.
 
         The linears of a group share one object, but guided ones do not: each weighs the tokens in its own way.
         """
-        linear = linear_of(block, group[0])
         rows = linear.out_features if group[0] in (self.first, self.last) else 0
         apart = names if self.weights else names[:1]
         sums = {
@@ -170,8 +191,8 @@ class Sequential:
         weights = {name: self.weights[name].split(self.lengths) for name in apart} if self.weights else {}
         for turn, (shard, senders) in enumerate(self.rounds):
             for number, _ in self.shards[turn] if shard is not None else ():
-                full = self._entering(group[0], original, self.full[number])
-                quantized = self._entering(group[0], block, self.inputs[number])
+                full = self._entering(group, original, number, self.full)
+                quantized = self._entering(group, self.quantized, number, self.inputs)
                 for name, cross in sums.items():
                     cross.add(number % 2, full, quantized, weights[name][number] if weights else None)
             for cross in sums.values():
@@ -180,12 +201,12 @@ class Sequential:
             cross.share(self.processes)
         return sums if self.weights else dict.fromkeys(names, sums[names[0]])
 
-    def _entering(self, linear: str, block: nn.Module, hidden: Tensor) -> Entering:
-        """Returns what enters a linear when the block runs on hidden states."""
-        if linear == self.last:
-            return Entering(*to_the_end(self.model, block, linear, hidden))
-        inputs = input_of(self.model, block, linear, hidden)
-        return Entering(inputs, hidden.to(inputs.device) if linear == self.first else None)
+    def _entering(self, group: Group, block: PausedBlock, number: int, hidden: dict[int, Tensor]) -> Entering:
+        """Returns what enters a group of linears for a batch."""
+        if group[0] == self.last:
+            return Entering(*block.added_to(number))
+        inputs = block.inputs(group, number)
+        return Entering(inputs, hidden[number].to(inputs.device) if group[0] == self.first else None)
 
     def _carry_forward(self, linear: nn.Linear, name: str) -> None:
         """Gives a linear of the block the weights that the file decodes to."""

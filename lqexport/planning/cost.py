@@ -264,8 +264,12 @@ class Operations:
         return self.passes + self.moments + self.factors + self.targets + self.solver
 
 
-def operations_estimate(work: Work, parts: int = 1) -> Operations:
-    """Returns the operations of a run from the beginning, with a block's experts in `parts` parts."""
+def operations_estimate(work: Work, parts: int = 1, held: int = 1 << 62) -> Operations:
+    """Returns the operations of a run from the beginning.
+
+    parts   in how many parts a block's experts are solved
+    held    tokens whose passes can be held while they are paused
+    """
     recipe, linears = work.recipe, work.linears
     if not work.calibrated:
         return Operations()
@@ -282,10 +286,10 @@ def operations_estimate(work: Work, parts: int = 1) -> Operations:
         moments = 4 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
         products = sum(tensor.weights * tensor.matrix[1] for tensor in linears)
         moments, targets = moments + 6 * products, 2 * factors + 4 * products
-    descent = sum(2 * recipe.descent * tensor.weights * tensor.matrix[1] for tensor in linears)
+    descent = sum(2 * recipe.sweeps * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
     sized = min(SEQUENCES, recipe.samples) * recipe.sequence_length * bool(recipe.smooth)
-    passed = (passes(work, parts) * work.tokens + sized) * forward + _tuning(work, forward)
+    passed = (passes(work, parts, held) * work.tokens + sized) * forward + _tuning(work, forward)
     return Operations(passed, moments, factors, targets, solver)
 
 
@@ -294,18 +298,19 @@ def _codes(recipe: Recipe, rows: int, columns: int) -> float:
     return rows * columns**3 / 3 if recipe.solver == "exact" else rows * columns**2
 
 
-def passes(work: Work, parts: int = 1) -> float:
+def passes(work: Work, parts: int = 1, held: int = 1 << 62) -> float:
     """Returns the number of passes over the calibration tokens, in units of a forward pass.
 
     A backward pass for the inputs' gradient alone counts as one forward pass. A block with experts runs again for each
-    part. With a quantized prefix a block runs up to each group of linears and then whole, in one model or, if
-    asymmetric, in two.
+    part. With a quantized prefix there is one pass, or two if asymmetric calibration runs two models. Tokens beyond
+    `held` run through a block up to each group of linears and then whole.
     """
     if work.recipe.prefix == "full":
         again = _again(work, parts, [work.share(tensor) * tensor.weights for tensor in work.linears])
         return 1 + 2 * (1 + again) if work.guided else 1 + again
     sizes = [sum(tensor.weights for tensor in group) for group in work.groups]
-    runs = 1 + sum(accumulate(sizes[:-1])) / max(1, sum(sizes))
+    again = 1 - min(1.0, held / max(1, work.tokens))
+    runs = 1 + again * sum(accumulate(sizes[:-1])) / max(1, sum(sizes))
     return runs * (1 + bool(work.recipe.asymmetric)) + 3 * work.guided
 
 
@@ -348,12 +353,12 @@ class Rates:
     float64: float
 
 
-def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1) -> float:
+def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1, held: int = 1 << 62) -> float:
     """Returns the seconds of a run from the beginning, without waiting for the disk.
 
-    `threads` CPU threads fit grids and unpack weights.
+    `threads` CPU threads fit grids and unpack weights; `parts` and `held` as in `operations_estimate`.
     """
-    operations = operations_estimate(work, parts)
+    operations = operations_estimate(work, parts, held)
     weights = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 2)
     tuned = work.recipe.tuned_sequences if work.calibrated else 0
     unpacking = 2 * (tuned + HELD_OUT) * weights * UNPACK_SECONDS_PER_WEIGHT if tuned else 0.0

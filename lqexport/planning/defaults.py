@@ -19,17 +19,21 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
 
     Asymmetric calibration loses least (docs/experiments.md), so it is the default where it works: for models that
     predict tokens, have no experts, and whose second moments fit into memory. Choosing types or mixes needs guided
-    moments.
+    moments. The effort `fast` takes what one pass of the source gives.
     """
-    asymmetric, prefix, moments = recipe.asymmetric, recipe.prefix, recipe.moments
+    asymmetric, prefix, moments, fast = recipe.asymmetric, recipe.prefix, recipe.moments, recipe.effort == "fast"
     if asymmetric is None:
-        asymmetric = prefix != "full" and _works(recipe, config)
+        asymmetric = prefix != "full" and not fast and _works(recipe, config)
     if prefix is None:
         prefix = "quantized" if asymmetric else "full"
     if moments is None:
-        moments = "guided" if prefix == "full" or (recipe.chooses_types and asymmetric) else "normalized"
+        guided = recipe.chooses_types and (prefix == "full" or asymmetric)
+        moments = "guided" if guided or (prefix == "full" and not fast) else "normalized"
     smooth = _smooth(recipe, config) if recipe.smooth is None else recipe.smooth
-    return replace(recipe, asymmetric=asymmetric, prefix=prefix, moments=moments, smooth=smooth)
+    return replace(
+        recipe, asymmetric=asymmetric, prefix=prefix, moments=moments, smooth=smooth, descent=recipe.sweeps,
+        tune=recipe.tuned_sequences,
+    )  # fmt: skip
 
 
 def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:

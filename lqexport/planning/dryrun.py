@@ -138,7 +138,7 @@ def measured_rates(device: str, recipe: Recipe) -> Rates:
 def _seconds_on(shown: Preview, placement: Placement) -> float:
     """Returns the estimated seconds of the run on the placement's device, from measured rates."""
     rates = measured_rates(str(placement.device), shown.recipe)
-    return seconds_estimate(shown.work, rates, torch.get_num_threads(), placement.parts)
+    return seconds_estimate(shown.work, rates, torch.get_num_threads(), placement.parts, placement.held)
 
 
 def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
@@ -153,6 +153,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
             "factors": placement.cholesky.name,
             "rows": placement.rows,
             "parts": placement.parts,
+            "held_tokens": min(shown.work.tokens, placement.held),
         },
         "estimated_seconds": _seconds_on(shown, placement),
         "free_disk_bytes": shown.free,

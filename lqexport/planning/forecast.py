@@ -105,9 +105,9 @@ class Forecast(Shown):
             "choices": placement_sentence(self.placement),
             "too_large": self.too_large,
             "disk": asdict(disk(work, self.placement.parts)),
-            "operations": asdict(operations_estimate(work, self.placement.parts)),
+            "operations": asdict(operations_estimate(work, self.placement.parts, self.placement.held)),
             "rates": asdict(rates) | {"measured": self.gpu is None},
-            "hours": seconds_estimate(work, rates, threads, self.placement.parts) / 3600,
+            "hours": seconds_estimate(work, rates, threads, self.placement.parts, self.placement.held) / 3600,
         }
 
 

@@ -37,6 +37,9 @@ FACTOR_PANELS = 3
 
 HIDDEN_STATES, INNER_STATES = 14, 6
 """Float32 numbers that a block's backward pass keeps per token, in units of the hidden width and of the MLP's width."""
+HELD_STATES = 4
+"""Float32 numbers that a paused pass through a block holds per token besides the inputs of the linears that it has
+paused at, in units of the hidden width."""
 TUNED_MATRICES = 5
 """Number of float32 arrays of a tensor's shape that tuning holds while it computes the gradient of the grid's numbers
 from that of the values."""
@@ -92,8 +95,8 @@ def _passing(work: Work, placement: Placement) -> Memory:
     """Returns the memory of a pass through a block.
 
     On the device: the block, the Hessian sums of one shard and the activations of a batch; or, where that is more, the
-    embeddings, and the output with one sequence's logits, which are needed before. At their locations: the total
-    Hessian sums and the hidden states.
+    embeddings, and the output with one sequence's logits, which are needed before; and the passes that are held while
+    they are paused. At their locations: the total Hessian sums and the hidden states.
     """
     batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
     inner = max((max(tensor.matrix) for tensor in work.block), default=0)
@@ -102,7 +105,7 @@ def _passing(work: Work, placement: Placement) -> Memory:
     block = _blocks_bytes(work, placement)
     outer = 4 * (work.outer + max(work.tables, work.outer * work.guided)) + logits
     sums = _sums_bytes(work, placement)
-    working = Memory(max(block + sums + activations, outer), _kept_states(work, placement))
+    working = Memory(max(block + sums + activations, outer) + _held(work, placement), _kept_states(work, placement))
     return working + _kept(placement.moments, sums) + _states(work, placement)
 
 
@@ -116,7 +119,20 @@ def _aiming(work: Work, placement: Placement) -> Memory:
     copies = 1 if placement.moments.holds(placement.device) else 3
     arrays = copies * 4 * _widest(work) ** 2 + FACTOR_PANELS * _panel_bytes(work) + (4 * 4 + 3 * 8) * largest
     kept = _kept(placement.moments, _sums_bytes(work, placement)) + _kept_cholesky(work, placement)
-    return Memory(_blocks_bytes(work, placement) + arrays, 0) + kept + _states(work, placement)
+    held = _held(work, placement)
+    return Memory(_blocks_bytes(work, placement) + arrays + held, 0) + kept + _states(work, placement)
+
+
+def _held(work: Work, placement: Placement) -> int:
+    """Returns the bytes of the passes that are held while they are paused (`lqexport.calibration.paused`)."""
+    return min(work.tokens, placement.held) * _held_bytes(work)
+
+
+def _held_bytes(work: Work) -> int:
+    """Returns the bytes that paused passes hold for each token, in one model or, if asymmetric, in two."""
+    if work.recipe.prefix != "quantized":
+        return 0
+    return 4 * (1 + bool(work.recipe.asymmetric)) * (HELD_STATES * work.hidden + _widest(work))
 
 
 def _sums_bytes(work: Work, placement: Placement) -> int:
@@ -193,11 +209,11 @@ def _solving(work: Work, placement: Placement) -> Memory:
     factor; and the solver's arrays. On the host: the packed tensor that is being written, and the next one.
     """
     square = 4 * _widest(work) ** 2
-    arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.descent) + _chunk_bytes(work, placement))
+    arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.sweeps) + _chunk_bytes(work, placement))
     copied = square if work.recipe.asymmetric or not placement.moments.holds(placement.device) else 0
     working = Memory(copied + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
     if work.recipe.prefix == "quantized":  # the passes go on with the block afterwards
-        working += Memory(_blocks_bytes(work, placement), 0)
+        working += Memory(_blocks_bytes(work, placement) + _held(work, placement), 0)
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, placement)) if guided else _states(work, placement)
     working += Memory(0, 2 * max((tensor.nbytes for tensor in work.block), default=0))
@@ -235,7 +251,7 @@ def placements(work: Work, device: torch.device, folder: Path) -> Iterator[Place
         hidden = kept[max(moments, len(kept) - 2)]  # on the host, unless even Hessians have to be in files
         for parts, factors in product(_parts(work), sorted({max(0, moments - 1), moments})):
             for rows in _chunks(most):
-                yield Placement(device, kept[moments], kept[factors], rows, parts, hidden)
+                yield Placement(device, kept[moments], kept[factors], rows, parts, hidden, held=0)
 
 
 def _chunks(rows: int) -> Iterator[int]:
@@ -294,8 +310,13 @@ def choose_placement(work: Work, device: torch.device, folder: Path, limits: Mem
         stages = memory(work, placement)
         if not any(limits.excess(stages[name], device) for name in (PASSING, AIMING, SOLVING) if name in stages):
             break
+    needed = [stages[name] for name in (PASSING, AIMING, SOLVING) if name in stages]
+    if work.calibrated and (bytes_per_token := _held_bytes(work)):
+        free = min(_half(*each) for each in _taken(needed, device, limits))
+        placement = replace(placement, held=min(work.tokens, free // bytes_per_token))
     if device.type == "cpu":  # its passes take so long that the time for disk and codecs does not matter
         return placement
+    stages = memory(work, placement)
     passing, tuning = _passing(work, placement), _tuning_memory(work, placement)
     if _states_bytes(work) <= _half(limits.device, max(stage.device for stage in stages.values())):
         placement = replace(placement, hidden=locations(device, folder)[0])
@@ -303,6 +324,13 @@ def choose_placement(work: Work, device: torch.device, folder: Path, limits: Mem
     return replace(
         placement, states=states, unpacked=(_half(limits.device, tuning.device), _half(limits.host, tuning.host))
     )
+
+
+def _taken(stages: list[Memory], device: torch.device, limits: MemoryLimits) -> list[tuple[int | None, int]]:
+    """Returns (limit, bytes taken) of the memory in which the device computes, for each stage."""
+    if device.type == "cpu":
+        return [(limits.host, stage.device + stage.host) for stage in stages]
+    return [(limits.device, stage.device) for stage in stages]
 
 
 def _half(limit: int | None, taken: int) -> int:

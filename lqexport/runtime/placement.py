@@ -92,6 +92,7 @@ class Placement:
     parts     the number of groups into which a block's experts are divided; Hessians are collected and solved for one
               group after the other
     hidden    where a forward pass keeps the hidden states of all sequences between blocks
+    held      tokens whose passes through a block may be held while they are paused (`lqexport.calibration.paused`)
     states    whether the guided pass keeps hidden states in the host's memory; if not, they are in files, and the pass
               can resume
     unpacked  bytes on the device and on the host for unpacked tensors during tuning; tensors beyond that are unpacked
@@ -104,6 +105,7 @@ class Placement:
     rows: int
     parts: int
     hidden: Location = field(compare=False)
+    held: int = field(default=1 << 62, compare=False)
     states: bool = field(default=False, compare=False)
     unpacked: tuple[int, int] = field(default=(0, 0), compare=False)
 
