@@ -174,6 +174,8 @@ def test_a_pass_that_pauses_gives_what_passes_to_each_linear_give(case: Case, he
     """The weights of a group change while the pass is paused there, as they do when the group is solved."""
     model = BlockModel(open_source(case.source))
     hidden, index = model.start(torch.tensor([TOKENS])), len(model) - 1
+    for before in range(index):
+        hidden = model.run(model.block(before), hidden)
     block, whole, last = model.block(index), model.block(index), model.architecture.adders[1]
     groups = execution_order(model, whole, model.architecture.linears_of(index), hidden)
     paused = PausedBlock(model, block, groups, last, {0: hidden}, held)
