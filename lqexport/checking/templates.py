@@ -33,7 +33,7 @@ def check_templates(file: OpenFile) -> Iterator[Problem]:
     """Yields templates that do not parse, and a warning for a model whose name says chat and that has none."""
     templates = {key: value for key, value in file.metadata.items() if _is_template(key)}
     for key, value in templates.items():
-        if message := _fault(value):
+        if message := template_fault(value):
             yield error("template", f"{key} {message}.")
     names = {file.path.stem, *(str(file.metadata.get(f"general.{key}", "")) for key in ("name", "finetune"))}
     if not templates and (said := [name for name in sorted(names) if FOR_CHATS.search(name)]):
@@ -44,7 +44,7 @@ def _is_template(key: str) -> bool:
     return key == KEY or key.startswith(f"{KEY}.")
 
 
-def _fault(template: Any) -> str | None:
+def template_fault(template: Any) -> str | None:
     """Returns what is wrong with a template, as the rest of a sentence; None if it parses."""
     if not isinstance(template, str) or not template.strip():
         return "is empty or not a text"

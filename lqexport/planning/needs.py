@@ -8,9 +8,10 @@ from lqexport.calibration.texts import check_text
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
-from lqexport.models.source import GGUFSource, Source
+from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
 from lqexport.planning.recipe_plan import calibrates
+from lqexport.planning.small_files import check_small_files
 from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
@@ -23,7 +24,8 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
 
     The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
     tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and one of a .gguf file always
-    writes a tokenizer. Of texts on the hub only the name and the split are checked.
+    writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts on the hub only the name
+    and the split are checked.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
@@ -38,11 +40,14 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
 def tokenizer_warnings(source: Source, recipe: Recipe) -> list[str]:
     """Returns what the GGUF file of a run will do otherwise than the source's tokenizer; [] for other targets.
 
-    Raises UserError as `check_tokenizer` does.
+    Raises UserError as `check_small_files` and `check_tokenizer` do.
     """
+    model, rows = opened(source), source.shape(architecture_of(source.config).embedding)[0]
+    if isinstance(model, HuggingFaceSource):
+        check_small_files(model.folder, rows)
     if recipe.parsed_target.family != "gguf":
         return []
-    return check_tokenizer(source, source.shape(architecture_of(source.config).embedding)[0])
+    return check_tokenizer(source, rows)
 
 
 def _check_apart(source: Path, out: Path) -> None:
