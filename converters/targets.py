@@ -38,7 +38,7 @@ from lqexport.errors import UserError, listed
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import codec_named, names
-from lqexport.target import AUTO, Target, did_you_mean, full_name
+from lqexport.target import AUTO, Target, full_name, unknown
 
 FURTHER = r"^(model\.)?mtp[._]"
 """A regular expression for the tensors of blocks that predict further tokens, where these have names of their own."""
@@ -109,13 +109,13 @@ def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
 def _check_target(target: Target) -> None:
     known = [*targets(), str(AUTO)]
     if str(target) not in known:
-        raise UserError(f"Unknown target {str(target)!r}. {did_you_mean(str(target), [*known, *GPTQ, 'exl2'])}")
+        raise UserError(unknown("target", str(target), [*known, *GPTQ, "exl2"]))
 
 
 def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
     for pattern, codec_name in types.items():
         if codec_name not in names():
-            raise UserError(f"Unknown type {codec_name!r} for {pattern}. {did_you_mean(codec_name, names())}")
+            raise UserError(unknown("type", codec_name, names(), f" for {pattern}"))
         if not any(_matches(pattern, name, shape) for name, shape in shapes.items()):
             raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
 
@@ -181,8 +181,7 @@ def _overrides(
     overrides = {name: full_name(type_name) for name, type_name in chosen.items() if type_name}
     for codec_name in overrides.values():
         if codec_name not in names():
-            near = did_you_mean(codec_name, names())
-            raise UserError(f"Unknown type {codec_name!r} for embedding or output. {near}")
+            raise UserError(unknown("type", codec_name, names(), " for embedding or output"))
     return overrides
 
 

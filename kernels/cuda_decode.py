@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import GridCodec
-from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE, Affine, Table
-from lqexport.formats.registry import codec_named
+from lqexport.formats.registry import codec_named, family_of
 from lqexport.kernels import cuda, cuda_exl2
 
 SOURCE = "decode.cu"
@@ -55,7 +54,7 @@ def kernels() -> list[str]:
 
 def decodes(name: str) -> bool:
     """Returns whether a kernel decodes the format `name`."""
-    return name in READERS or isinstance(codec_named(name), Exl2)
+    return name in READERS or family_of(name) == "exl2"
 
 
 def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
@@ -78,7 +77,7 @@ def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.d
     Float16 and bfloat16 weights are the float32 weights rounded to nearest, ties to even. Raises ValueError if the
     planes are not those of such a matrix, and KernelsMissingError if kernels cannot run.
     """
-    if isinstance(codec_named(name), Exl2):
+    if family_of(name) == "exl2":
         return cuda_exl2.decode(name, planes, columns, dtype)
     arguments, rows = packed(name, planes, columns)
     out = torch.empty(rows, columns, dtype=dtype, device=planes[READERS[name].planes[0]].device)

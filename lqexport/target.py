@@ -12,9 +12,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GGUF_NAME = re.compile(
-    r"(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|(MXFP4)(?:[_-]?(MOE))?|B?F16|F32|AUTO", re.IGNORECASE
+    r"(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|(IQ[123])[_-]?(XXS|S|M)|(TQ\d)[_-]?(0)"
+    r"|(MXFP4)(?:[_-]?(MOE))?|NVFP4|B?F16|F32|AUTO",
+    re.IGNORECASE,
 )
 """GGUF's types and mixes as users type them: in any case, with or without the underscores."""
+READ_ONLY = {
+    r"IQ3_(XXS|XS|S|M)": "Q3_K and Q2_K",
+    r"(IQ[12]_(XXS|XS|S|M)|TQ[12]_0|Q1_0)": "Q2_K",
+    r"NVFP4": "MXFP4 and IQ4_NL",
+}
+"""Pattern of GGUF's types and mixes that are read and not written -> the nearest types that are written."""
 FAMILIES = ("gguf", "native", "gptq", "exl2")
 EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 
@@ -102,6 +110,21 @@ def type_at_end(stem: str) -> str | None:
     match = re.search(rf"(?:^|[-._])({GGUF_NAME.pattern})$", stem, re.IGNORECASE)
     name = spelled(match[1]) if match else None
     return None if name == AUTO.type else name
+
+
+def unknown(noun: str, name: str, known: Iterable[str], use: str = "") -> str:
+    """The message about a name that cannot be chosen: that no format has it, or that its type is not written.
+
+    noun   what the name should be, such as `target`
+    use    what it is asked for, such as ` for the embedding`; empty if that is clear
+    """
+    for pattern, nearest in READ_ONLY.items():
+        if re.fullmatch(pattern, short := name.removeprefix("gguf:")):
+            return (
+                f"{short}{use} cannot be chosen: lqexport reads files in it and does not write them yet. The nearest "
+                f"that it writes: {nearest}."
+            )
+    return f"Unknown {noun} {name!r}{use}. {did_you_mean(name, known)}"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Scales, bits_per_weight
 from lqexport.formats.native import pack_bits
-from lqexport.formats.registry import codec_named, names
+from lqexport.formats.registry import codec_named, names, readable_codec, readable_names
 
 PLAIN = ["gguf:F32", "gguf-norm:F32", "gguf-decay:F32", "gguf:F16", "gguf:BF16"]
 GRIDS = [name for name in names() if name not in PLAIN]
@@ -25,7 +25,7 @@ BLOCK_TYPES = [name for name in names("gguf") if name not in PLAIN]
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "formats.json").read_text())
 
 pytestmark = pytest.mark.filterwarnings("error")
-every_codec = pytest.mark.parametrize("name", names())
+every_codec = pytest.mark.parametrize("name", readable_names())
 every_grid = pytest.mark.parametrize("name", GRIDS)
 every_block_type = pytest.mark.parametrize("name", BLOCK_TYPES)
 seeds = st.integers(0, 2**32 - 1)
@@ -321,7 +321,7 @@ def test_a_finite_weight_never_becomes_infinite(name: str, largest: float, too_l
 
 
 def test_every_codec_has_a_golden_vector() -> None:
-    assert sorted(GOLDEN) == sorted(names())
+    assert sorted(GOLDEN) == sorted(readable_names())
 
 
 @every_codec
@@ -332,7 +332,7 @@ def test_golden_vector(name: str) -> None:
         for key, (dtype, shape, content) in golden["planes"].items()
     }
     expected = np.frombuffer(bytes.fromhex(golden["float32"]), "<f4").reshape(-1, golden["columns"])
-    assert same_bits(codec_named(name).decode(planes, golden["columns"]), expected)
+    assert same_bits(readable_codec(name).decode(planes, golden["columns"]), expected)
 
 
 def half(*numbers: float) -> np.ndarray:
@@ -371,31 +371,32 @@ def test_a_negative_zero_scale_gives_zeros_of_the_opposite_sign() -> None:
 @every_codec
 def test_a_shape_that_does_not_fit_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match="empty matrix"):
-        codec_named(name).layout(4, 0)
+        readable_codec(name).layout(4, 0)
     with pytest.raises(ValueError, match="empty matrix"):
-        codec_named(name).layout(0, 256)
-    if codec_named(name).block > 1:
+        readable_codec(name).layout(0, 256)
+    if readable_codec(name).block > 1:
         with pytest.raises(
-            ValueError, match=rf"multiple of {codec_named(name).block} weights, not {codec_named(name).block + 8}\."
+            ValueError,
+            match=rf"multiple of {readable_codec(name).block} weights, not {readable_codec(name).block + 8}\.",
         ):
-            codec_named(name).layout(4, codec_named(name).block + 8)
+            readable_codec(name).layout(4, readable_codec(name).block + 8)
 
 
 @every_codec
 def test_planes_of_another_shape_are_refused(name: str) -> None:
-    columns = 2 * codec_named(name).block
-    planes = {key: np.ones(shape, dtype) for key, (dtype, shape) in codec_named(name).layout(3, columns).items()}
+    columns = 2 * readable_codec(name).block
+    planes = {key: np.ones(shape, dtype) for key, (dtype, shape) in readable_codec(name).layout(3, columns).items()}
     if "exponents" in planes:
         planes["exponents"][:] = 127
-    assert codec_named(name).decode(planes, columns).shape == (3, columns)
+    assert readable_codec(name).decode(planes, columns).shape == (3, columns)
     with pytest.raises(ValueError, match="has the planes"):
-        codec_named(name).decode({**planes, "more": planes[next(iter(planes))]}, columns)
+        readable_codec(name).decode({**planes, "more": planes[next(iter(planes))]}, columns)
     for key, plane in planes.items():
         for wrong in (plane[:, :-1], plane.astype(np.int64), plane[0]):
             with pytest.raises(ValueError, match=r"Plane|multiple|empty"):
-                codec_named(name).decode({**planes, key: wrong}, columns)
+                readable_codec(name).decode({**planes, key: wrong}, columns)
     with pytest.raises(ValueError, match=r"has the planes|empty"):
-        codec_named(name).decode({}, columns)
+        readable_codec(name).decode({}, columns)
 
 
 @every_grid

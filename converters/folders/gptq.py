@@ -26,7 +26,7 @@ from lqexport.formats.codec import Planes
 from lqexport.formats.gptq import BITS, GPTQ, UNIT, Gptq
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
-from lqexport.target import Target, did_you_mean
+from lqexport.target import Target, unknown
 
 PLANES = ("qweight", "qzeros", "scales", "g_idx")
 HINT = (
@@ -46,7 +46,7 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
     """
     codec_name = str(target)
     if codec_name not in GPTQ:
-        raise UserError(f"Unknown target {codec_name!r}. {did_you_mean(codec_name, GPTQ)}")
+        raise UserError(unknown("target", codec_name, GPTQ))
     architecture = architecture_of(config)
     if architecture.encoder:
         raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")

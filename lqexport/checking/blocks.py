@@ -13,6 +13,7 @@ from lqexport.checking.opened import OpenFile
 from lqexport.checking.problems import Problem, error, warning
 from lqexport.converters.gguf.header import TensorData
 from lqexport.errors import listed
+from lqexport.formats.gguf_read_only import scattered_half
 from lqexport.runtime.progress import Listener
 
 CHUNK = 1 << 24
@@ -50,6 +51,11 @@ def _small_floats(blocks: Bytes) -> NDArray[np.bool_]:
     return np.asarray(((blocks[:, :4] & 0x7F) == 0x7F).any(1))
 
 
+def _scale_of_fourths(blocks: Bytes) -> NDArray[np.float32]:
+    """Returns the scale of each block of IQ1_M, which its last four words share."""
+    return scattered_half(np.ascontiguousarray(blocks[:, 48:]).view("<u2"))
+
+
 @dataclass(frozen=True)
 class Layout:
     """Where a block has its numbers.
@@ -58,12 +64,14 @@ class Layout:
     scales      offsets of its float16 numbers, the scale of the codes first
     codes       first and last offset (exclusive) of its codes
     undefined   returns whether each block holds what the type does not define
+    scattered   returns the float16 number of each block whose bits are not beside each other
     """
 
     size: int
     scales: tuple[int, ...] = ()
     codes: tuple[int, int] = (0, 0)
     undefined: Callable[[Bytes], NDArray[np.bool_]] = _no_codes
+    scattered: Callable[[Bytes], NDArray[np.float32]] | None = None
 
 
 LAYOUTS = {
@@ -85,8 +93,10 @@ LAYOUTS = {
     "IQ2_XS": Layout(74, (0,), (2, 66)),
     "IQ2_S": Layout(82, (0,), (2, 34)),
     "IQ1_S": Layout(50, (0,), (2, 34)),
+    "IQ1_M": Layout(56, codes=(0, 32), scattered=_scale_of_fourths),
     "TQ1_0": Layout(54, (52,), (0, 52), _ternary_fives),
     "TQ2_0": Layout(66, (64,), (0, 64), _ternary_pairs),
+    "Q1_0": Layout(18, (0,), (2, 18)),
     "MXFP4": Layout(17, undefined=_exponents),
     "NVFP4": Layout(36, undefined=_small_floats),
 }
@@ -137,6 +147,7 @@ def counted(tensor: TensorData) -> Counts:
         blocks = np.asarray(data[start : start + step])
         counts.undefined += int(layout.undefined(blocks).sum())
         numbers = [_half(blocks, offset) for offset in layout.scales]
+        numbers += [layout.scattered(blocks)] if layout.scattered else []
         counts.not_finite += sum(int((~np.isfinite(number)).sum()) for number in numbers)
         if numbers:
             counts.lost += _lost(blocks[numbers[0] == 0], layout.codes)

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
-from lqexport.formats.registry import codec_named
+from lqexport.formats.codec import Codec, Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
+from lqexport.formats.registry import readable_codec
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
@@ -21,6 +21,23 @@ CHUNK = 1 << 24
 SAME = 0.9
 """Least share of stored numbers that two grids of the same rule have in common. Devices may round the others apart."""
 
+USUAL_ERRORS = {
+    "gguf:IQ1_S": 0.32,
+    "gguf:IQ1_M": 0.35,
+    "gguf:IQ2_XXS": 0.16,
+    "gguf:IQ2_XS": 0.13,
+    "gguf:IQ2_S": 0.09,
+    "gguf:IQ3_XXS": 0.055,
+    "gguf:IQ3_S": 0.035,
+    "gguf:TQ1_0": 0.75,
+    "gguf:TQ2_0": 0.75,
+    "gguf:Q1_0": 0.42,
+    "gguf:NVFP4": 0.012,
+}
+"""Relative squared error that llama.cpp's quantizer leaves in matrices of each type that is read and not written.
+
+It is the largest of Gaussian weights and of SmolLM2-135M's, with an importance matrix and without, rounded up."""
+
 
 def rounded_like(codec_name: str, planes: Planes, weight: Tensor) -> Tensor:
     """Returns a matrix rounded to nearest in the type of a stored one, float32 [R, C].
@@ -30,14 +47,16 @@ def rounded_like(codec_name: str, planes: Planes, weight: Tensor) -> Tensor:
 
     Where the stored grid is the min-max grid of `weight`, as plain rounding and GPTQ leave it, that grid is taken.
     Otherwise the grid is fitted to `weight` with the same importance for all columns. A codec that reorders columns
-    takes the order of the stored matrix. Raises ValueError if the codec cannot hold the weights.
+    takes the order of the stored matrix. For a type that is read and not written, the stored weights stand for the
+    rounded ones (`_stand_in`). Raises ValueError if the codec cannot hold the weights.
     """
-    codec = codec_named(codec_name)
+    codec = readable_codec(codec_name)
     if isinstance(codec, SectionedCodec):
         return _rounded_sections(codec, planes, weight.float())
     if isinstance(codec, PlainCodec):
         return torch.cat([_rounded_plain(codec, rows.float()) for rows in _chunks(weight)])
-    assert isinstance(codec, GridCodec)
+    if not isinstance(codec, GridCodec):
+        return _stand_in(codec, planes, weight.float())
     stored = codec.unpack(planes, weight.shape[1])[0]
     use_minmax = _is_minmax(codec, stored, weight)
     return torch.cat([_rounded_grid(codec, rows.float(), use_minmax) for rows in _chunks(weight)])
@@ -71,6 +90,18 @@ def _rounded_sections(codec: SectionedCodec, planes: Planes, weight: Tensor) -> 
     if min(_same_share(_numbers(ours), _numbers(theirs), len(weight)) for ours, theirs in pairs) < SAME:
         grid = fit_sections(codec, weight, torch.ones_like(weight[0]), order)
     return grid.values(grid.nearest(weight))
+
+
+def _stand_in(codec: Codec, planes: Planes, weight: Tensor) -> Tensor:
+    """Returns the stored weights, float32 [R, C], as what rounding to a type leaves that nothing here rounds to.
+
+    Where their relative squared error is above the type's in `USUAL_ERRORS`, they are moved towards `weight` until they
+    have that error.
+    """
+    error = torch.from_numpy(codec.decode(planes, weight.shape[1])).to(weight.device) - weight
+    relative = float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
+    usual = USUAL_ERRORS[codec.name]
+    return weight + error * (min(1.0, (usual / relative) ** 0.5) if relative else 1.0)
 
 
 def _runs(grid: Grid | Sections) -> tuple[Grid, ...]:

@@ -20,7 +20,7 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import codec_named
+from lqexport.formats.registry import readable_codec
 from lqexport.models.source import HuggingFaceSource
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
@@ -165,7 +165,7 @@ def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[TensorInf
 
 def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> TensorInfo:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    return TensorInfo(name, shape, codec_name, nbytes(codec_named(codec_name), rows, columns))
+    return TensorInfo(name, shape, codec_name, nbytes(readable_codec(codec_name), rows, columns))
 
 
 def _source_entry(source: HuggingFaceSource, name: str) -> TensorInfo:

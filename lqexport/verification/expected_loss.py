@@ -17,6 +17,7 @@ from torch import Tensor
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import BlockLogits, Evaluation, Protocol
+from lqexport.formats.registry import readable_codec
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.runtime.progress import Listener
@@ -83,14 +84,14 @@ def engine_rounding(tensors: Sequence[TensorCheck]) -> Callable[[Tensor], Tensor
     It rounds them to 8 bits: 256 numbers together beside types of superblocks, else 32 together. Beside float types it
     rounds them to that type.
     """
-    types = {tensor.codec.removeprefix("gguf:") for tensor in tensors if len(tensor.shape) == 2}
-    if any(name.endswith("_K") or name == "IQ4_XS" for name in types):
+    types = {tensor.codec for tensor in tensors if len(tensor.shape) == 2}
+    if any(readable_codec(name).block == 256 for name in types):
         return _eight_bits(256)
-    if types - {"F32", "F16", "BF16"}:
+    if types - {"gguf:F32", "gguf:F16", "gguf:BF16"}:
         return _eight_bits(32)
-    if "BF16" in types:
+    if "gguf:BF16" in types:
         return lambda inputs: inputs.bfloat16().to(inputs.dtype)
-    return (lambda inputs: inputs.half().to(inputs.dtype)) if "F16" in types else None
+    return (lambda inputs: inputs.half().to(inputs.dtype)) if "gguf:F16" in types else None
 
 
 def _eight_bits(group: int) -> Callable[[Tensor], Tensor]:
