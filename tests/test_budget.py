@@ -14,6 +14,7 @@ from lqexport.errors import UserError
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
+from lqexport.planning.dryrun import preview
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.sizes import model_size
@@ -39,6 +40,14 @@ def test_a_size_means_bytes(text: str, expected: int) -> None:
 def test_what_is_no_size_is_said(text: str) -> None:
     with pytest.raises(UserError, match="size"):
         model_size(text, 8000, lambda _: 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "sentence"), [("IQ2_XXS", "IQ2_XXS cannot be chosen"), ("Q4_K_Z", "Unknown target"), ("12", "A size is")]
+)
+def test_a_size_is_checked_before_any_work(size: str, sentence: str, tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sentence):
+        preview(Recipe(str(tiny_model), "gguf:auto", size=size), tmp_path)
 
 
 @pytest.fixture

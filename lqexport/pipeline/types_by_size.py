@@ -31,10 +31,9 @@ from lqexport.pipeline.measured_losses import (
     options,
     sampled_rows,
 )
-from lqexport.planning.recipe_plan import plan_recipe
+from lqexport.planning.recipe_plan import plan_recipe, size_limit
 from lqexport.recipe import Recipe, SolverSettings
 from lqexport.runtime.progress import Listener
-from lqexport.sizes import model_size
 from lqexport.solver.linear import round_tensor, solve_linear
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.files import read_json, write_json
@@ -62,7 +61,7 @@ def choose_types(job: Job) -> tuple[Job, dict[str, Any] | None]:
         return job, None
     path = job.artifact.folder / "budget.json"
     if job.processes.from_first(not path.is_file()):
-        choice = _measured_choice(job, job.recipe.size)
+        choice = _measured_choice(job)
         if job.processes.first:
             write_json(path, choice)
         job.processes.wait()
@@ -71,14 +70,10 @@ def choose_types(job: Job) -> tuple[Job, dict[str, Any] | None]:
         return replace(job, planned=plan_recipe(job.source, job.recipe, stored["chosen"])), stored
 
 
-def _measured_choice(job: Job, size: str) -> dict[str, Any]:
-    """Measures the losses that are still unknown, and returns the best choice within a size."""
-
-    def bytes_of(target: str) -> int:
-        same_but_target = replace(job.recipe, target=target, size=None, types=[])
-        return sum(tensor.nbytes for tensor in plan_recipe(job.source, same_but_target))
-
-    limit_bytes = model_size(size, sum(tensor.weights for tensor in job.planned), bytes_of)
+def _measured_choice(job: Job) -> dict[str, Any]:
+    """Measures the losses that are still unknown, and returns the best choice within the recipe's size."""
+    limit_bytes = size_limit(job.source, job.recipe, job.planned)
+    assert limit_bytes is not None
     choices = {tensor.name: choices_of(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
     measured = measured_losses(job, "types")
     known = measured.losses()

@@ -10,7 +10,7 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
-from lqexport.planning.recipe_plan import calibrates
+from lqexport.planning.recipe_plan import calibrates, size_limit
 from lqexport.planning.small_files import check_small_files
 from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.recipe import Recipe
@@ -25,10 +25,11 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
     The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
     tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and one of a .gguf file always
     writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts on the hub only the name
-    and the split are checked.
+    and the split are checked. A size must be one, or the target that it names known.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
+    size_limit(source, recipe, planned)
     with_text = calibrates(recipe, source, planned)
     if with_text or isinstance(opened(source), GGUFSource):
         source.tokenizer()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lqexport.converters.exl2.plan import check_corrections, plan_exl2
 from lqexport.converters.factors import planned_factors
 from lqexport.converters.folders.gptq import plan_gptq
@@ -16,6 +18,7 @@ from lqexport.models.context import learned_positions
 from lqexport.models.interface import ModelShapes
 from lqexport.models.source_grids import outer_types, with_moves
 from lqexport.recipe import Recipe
+from lqexport.sizes import model_size
 from lqexport.solver.solve_exact import check_exact
 
 
@@ -30,6 +33,21 @@ def plan_recipe(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | No
         check_exact(tensor for tensor in planned if tensor.linear)
     # Corrections and choices of types measure the loss of solving, so every linear is solved.
     return planned if recipe.rank or recipe.bits or (recipe.size and not chosen) else with_moves(source, planned)
+
+
+def size_limit(source: ModelShapes, recipe: Recipe, planned: list[PlannedTensor]) -> int | None:
+    """Returns the bytes of tensor data that the recipe's size stands for; None if it has none.
+
+    Raises UserError if the size is none, or the name of a target that is unknown or cannot hold the model.
+    """
+    if recipe.size is None:
+        return None
+
+    def bytes_of(target: str) -> int:
+        same_but_target = replace(recipe, target=target, size=None, types=[])
+        return sum(tensor.nbytes for tensor in plan_recipe(source, same_but_target))
+
+    return model_size(recipe.size, sum(tensor.weights for tensor in planned), bytes_of)
 
 
 def check_sequence_length(recipe: Recipe, source: ModelShapes, planned: list[PlannedTensor]) -> None:
