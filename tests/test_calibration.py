@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -187,8 +188,23 @@ def test_hub_text_without_the_package_says_what_to_do(name: str, monkeypatch: py
         return original(module, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"lqexport\[datasets\].*python-docs"):
+    with pytest.raises(UserError, match=r"'\.\[datasets\]'.*python-docs"):
         read_text(name)
+
+
+def test_a_hub_out_of_reach_prints_no_tries(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    datasets, logger = pytest.importorskip("datasets"), logging.getLogger("huggingface_hub.utils._http")
+
+    def load_dataset(*_: object, **__: object) -> None:
+        logger.warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(UserError, match="no network"):
+        read_text("wikitext2")
+    assert not caplog.records
+    logger.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["afterwards"]
 
 
 @pytest.mark.parametrize("name", HUB_TEXTS)

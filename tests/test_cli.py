@@ -339,7 +339,7 @@ def test_page_that_cannot_be_made_is_said_before_any_work(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    result = run("verify", "nowhere.gguf", "--against", tiny_model, "--html", tmp_path / "page.html", status=2)
+    result = run("verify", tiny_model, "--against", tiny_model, "--html", tmp_path / "page.html", status=2)
     assert "'.[report]'" in result.stderr
 
 
@@ -348,6 +348,12 @@ def test_page_that_cannot_be_made_is_said_before_any_work(
     [
         (("inspect", "nowhere"), "There is no file or folder nowhere."),
         (("to-gguf", "nowhere", "x.gguf"), "There is no file or folder nowhere."),
+        (
+            ("quantize", "./nowhere", "out", "--target", "gguf:Q4_0"),
+            "There is no folder ./nowhere, and it is not a hub id",
+        ),
+        (("export", "./nowhere", "x-Q4_0.gguf"), "There is no folder ./nowhere, and it is not a hub id"),
+        (("plan", "nowhere", "--target", "gguf:Q4_0"), "There is no file or folder nowhere."),
         (("verify", "nowhere.gguf", "--against", "."), "nowhere.gguf"),
         (("quantize", "nowhere.gguf", "out", "--target", "gguf:Q4_0"), "There is no file nowhere.gguf."),
         (("quantize", ".", "out", "--target", "gguf:Q4_0", "--device", "tpu"), "choose auto, cpu or cuda"),
@@ -460,6 +466,33 @@ def test_ctrl_c_says_how_to_resume(tiny_model: Path, tmp_path: Path) -> None:
     assert "Run the same command again" in stderr
     assert "Traceback" not in stderr
     assert not (out / "manifest.json").exists()
+
+
+MISSING = """
+import sys
+from lqexport.cli.app import app
+for line in sys.stdin:
+    try:
+        app(line.split())
+    except SystemExit as ending:
+        assert ending.code == 2, line
+assert not {"torch", "transformers"} & set(sys.modules)
+"""
+
+
+def test_missing_inputs_are_said_before_anything_large_is_imported() -> None:
+    commands = [
+        "quantize ./nowhere out --target gguf:Q4_0", "export ./nowhere x-Q4_0.gguf", "inspect nowhere",
+        "check nowhere.gguf", "verify nowhere.gguf --against ./nowhere", "verify . --against ./nowhere",
+        "compare nowhere.gguf --against .", "to-gguf nowhere x.gguf", "to-gptq nowhere x", "to-peft nowhere x",
+        "eval nowhere --text ptb", "judge nowhere --endpoint http://localhost --model x",
+        "plan nowhere --target gguf:Q4_0",
+    ]  # fmt: skip
+    process = subprocess.run(
+        [sys.executable, "-c", MISSING], input="\n".join(commands), capture_output=True, text=True, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    assert process.stderr.count("error: There is no ") == len(commands)
 
 
 def test_exit_status_of_the_installed_command() -> None:

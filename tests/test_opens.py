@@ -16,6 +16,7 @@ from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.errors import UserError
 from lqexport.models.inspect import inspect
+from lqexport.models.source import HuggingFaceSource
 from lqexport.storage import tensor_files
 
 LAYERS = 111
@@ -79,3 +80,33 @@ def test_forms_are_those_of_every_dtype(framework: Any, tmp_path: Path) -> None:
     assert [found[str(dtype)] for dtype in dtypes] == [
         (name, (3, 2)) for name in ("BF16", "F8_E4M3", "F16", "I32", "U8")
     ]
+
+
+def test_small_tensors_are_read_without_parsing_the_header_each_time(shards: Path, opened: list[Path]) -> None:
+    source = HuggingFaceSource(shards, "many")
+    opened.clear()
+    tensors = [source.read(name) for name in source.names()]
+    assert len(tensors) > 1000
+    assert {(tuple(tensor.shape), tensor.dtype) for tensor in tensors} == {
+        ((2,), torch.bfloat16),
+        ((2, 2), torch.bfloat16),
+    }
+    assert len(opened) <= 2
+
+
+@pytest.mark.parametrize("dtype", [*tensor_files.DTYPES.values(), torch.float8_e4m3fn])
+def test_small_tensors_are_those_of_safetensors(dtype: torch.dtype, tmp_path: Path) -> None:
+    path, expected = tmp_path / "x.safetensors", torch.arange(6).reshape(2, 3).to(dtype)
+    save_file({"a": torch.ones(3), "x": expected}, path)
+    with tensor_files.open_tensors(path, "pt", "") as file:
+        form = tensor_files.forms(file)["x"]
+    small = tensor_files.small_tensor(path, tensor_files.spans(path)["x"], *form)
+    if dtype not in tensor_files.DTYPES.values():
+        assert small is None
+        return
+    assert small is not None
+    assert small.dtype == dtype
+    assert torch.equal(small, expected)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"x\.safetensors is cut short"):
+        tensor_files.small_tensor(path, (path.stat().st_size - 5, 24), *form)

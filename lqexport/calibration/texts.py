@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
 import json
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -241,10 +243,23 @@ def _read_hub(name: str, split: str, text: HubText) -> list[str]:
     except ImportError:
         raise _no_datasets(name) from None
     try:
-        return list(_hub_documents(datasets.load_dataset, text, split))
+        with _quiet_hub():
+            return list(_hub_documents(datasets.load_dataset, text, split))
     except Exception as error:  # whatever the hub's client raises: no network, no such file, a full disk
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {INSTEAD}") from error
+
+
+@contextlib.contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Keeps the hub's client from printing every try to reach the hub; what it raises in the end says enough."""
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _known_split(name: str, split: str, text: HubText) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, Json, plain_endings, print_result
+from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import terminal_listener
 
 
@@ -30,6 +31,7 @@ def check(
         lqexport check model.gguf --against ./model
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(*files)
         from lqexport.verification import checks
 
         with terminal_listener() as listener:

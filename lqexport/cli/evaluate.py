@@ -9,6 +9,7 @@ import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Windows, plain_endings, print_result
 from lqexport.errors import UserError
+from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import terminal_listener
 
 
@@ -43,6 +44,7 @@ def evaluate(
         lqexport eval ./model-3bit --tasks arc_easy,piqa --limit 200
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(file)
         from lqexport.evaluation import scores
 
         if not text and not tasks:
@@ -80,6 +82,7 @@ def judge(
         lqexport judge ./model-3bit --endpoint https://api.openai.com/v1 --model NAME --questions mine.jsonl --json
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(file)
         from lqexport.evaluation import judging
 
         with terminal_listener() as listener:

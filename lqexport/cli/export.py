@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, NewFolder, plain_endings
+from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import terminal_listener
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def to_gguf(
         lqexport to-gguf ./out model.gguf --split-max-size 2G
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(artifact)
         from lqexport.converters.gguf.split import read_split
         from lqexport.exporting import export
         from lqexport.sizes import human_bytes
@@ -65,6 +67,7 @@ def to_peft(
         lqexport to-peft ./out ./adapter
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(artifact)
         from lqexport.converters.folders.peft import write
         from lqexport.storage.artifact import Artifact
 
@@ -83,6 +86,7 @@ def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> No
 
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
     """Exports to a folder, and prints what comes next."""
+    check_exists(artifact)
     from lqexport.converters.factors import is_factor
     from lqexport.exporting import export
     from lqexport.models.inspect import inspect, size

@@ -21,6 +21,7 @@ from lqexport.cli.quantize import (
     print_plan,
 )
 from lqexport.cli.verify import MaxKl, MaxOverExpected, MaxPerplexityRatio, MinCosine
+from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def export(
         lqexport export ./model ./model-exl2 --bits 3.5 --text wikitext2:test
     """
     with plain_endings(STOPPED):
+        check_source_name(source)
         from lqexport.delivery.places import Places, target_of
         from lqexport.delivery.request import Measurement, Request
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, Json, Verbose, output, plain_endings
+from lqexport.models.model_path import check_exists
 
 
 def inspect(
@@ -26,6 +27,7 @@ def inspect(
         lqexport inspect ./out --json
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(path)
         from lqexport.models.inspect import inspect as look
         from lqexport.models.inspect import table
 

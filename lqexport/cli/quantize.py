@@ -15,6 +15,7 @@ import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Verbose, output, plain_endings
 from lqexport.cli.options import MACHINE, RecipeFile, merged_recipe, with_recipe_options
+from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import terminal_listener
 
@@ -79,6 +80,7 @@ def quantize(
     """
     with plain_endings(RESUME):
         recipe = merged_recipe(recipe_file, options | {"source": source})
+        check_source_name(source)
         run = Run(recipe, out, device, cache, device_memory, host_memory)
         _quantize(run, dry_run=dry_run, verbose=verbose, as_json=as_json)
 
@@ -213,6 +215,7 @@ def plan(
         lqexport plan ./model --target native:table-3 --json
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(model)
         from lqexport.planning.forecast import forecast, show
 
         recipe = merged_recipe(recipe_file, {"source": str(model), "target": target})

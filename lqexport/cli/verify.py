@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lqexport.cli.common import NOTHING_WRITTEN, Device, EvaluationText, Json, Windows, plain_endings, print_result
+from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 if TYPE_CHECKING:
@@ -118,6 +119,8 @@ def verify(
         lqexport verify model.gguf --against ./model --artifact ./out --html report.html
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(file)
+        check_source_name(against)
         from lqexport.verification import report
         from lqexport.verification.verifying import verify as check
 
@@ -176,6 +179,8 @@ def compare(
         lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
     """
     with plain_endings(NOTHING_WRITTEN):
+        check_exists(*files)
+        check_source_name(against)
         from lqexport.verification import comparison, report
 
         if plot:

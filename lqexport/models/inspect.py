@@ -21,6 +21,7 @@ from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import readable_codec
+from lqexport.models.model_path import check_exists
 from lqexport.models.source import HuggingFaceSource
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
@@ -140,8 +141,7 @@ def inspect(path: str | Path) -> Inspection:
         if not is_gguf(path):
             raise UserError(f"{path} is not a .gguf file.")
         return Inspection(str(path), "GGUF file", _model_entries(GGUFModel(path)))
-    if not path.is_dir():
-        raise UserError(f"There is no file or folder {path}.")
+    check_exists(path)
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
     method = method_of(path)

@@ -29,12 +29,13 @@ from lqexport.converters.models.tensor_names import as_matrix, block_module, is_
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
+from lqexport.models.model_path import check_source_name
 from lqexport.models.stacked import ExpertRows, experts_within
 from lqexport.models.tokenizer_files import VOCABULARIES, load_tokenizer, write_tokenizer
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json
-from lqexport.storage.tensor_files import forms, open_tensors, spans
+from lqexport.storage.tensor_files import forms, open_tensors, small_tensor, spans
 
 MODEL_FILES = (
     "config.json",
@@ -294,7 +295,10 @@ class HuggingFaceSource:
         if rows := self._experts.get(stored):
             with _open(self._file(rows.stored)) as file:
                 return rows.read(file.get_slice(rows.stored))
-        with _open(self._file(stored)) as file:  # not kept open: its mapped pages would count as memory of the run
+        path = self._file(stored)
+        if (small := small_tensor(path, self._spans(path)[stored], *self.stored_form(stored))) is not None:
+            return small
+        with _open(path) as file:  # not kept open: its mapped pages would count as memory of the run
             tensor: torch.Tensor = file.get_tensor(stored)
             return tensor
 
@@ -380,14 +384,11 @@ def open_source(name: str) -> Source:
     Raises UserError if there is no such model or it is incomplete.
     """
     path = Path(name)
+    check_source_name(name)
     if is_gguf(path):
-        if not path.is_file():
-            raise UserError(f"There is no file {path}.")
         return GGUFSource(path)
     if path.is_dir():
         return HuggingFaceSource(path, name)
-    if path.exists():
-        raise UserError(f"{path} is neither a model folder nor a .gguf file.")
     return HuggingFaceSource(_download(name), name)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from lqexport.errors import AGAIN, MALFORMED, UserError
@@ -17,6 +18,10 @@ from lqexport.storage.files import written_whole
 
 SEAL = "0" * 64
 """The placeholder in a safetensors file's metadata while the sha256 of the file is computed, which then replaces it."""
+
+SMALL = 1 << 20
+"""Bytes of a tensor up to which the header of a file of thousands of tensors takes longer to parse than it to read."""
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8}
 
 
 @contextlib.contextmanager
@@ -53,6 +58,26 @@ def spans(path: Path) -> dict[str, tuple[int, int]]:
     header.pop("__metadata__", None)
     offsets = {name: entry["data_offsets"] for name, entry in header.items()}
     return {name: (8 + length + start, end - start) for name, (start, end) in offsets.items()}
+
+
+def small_tensor(path: Path, span: tuple[int, int], dtype: str, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Returns a tensor of a safetensors file without opening the file as such, which parses the header of all tensors.
+
+    span    the tensor's offset and number of bytes, as in `spans`
+    dtype   by safetensors' name
+
+    None for a tensor of more than SMALL bytes, which costs more than the header and is best mapped, and for an empty
+    one or another dtype than DTYPES has. Raises UserError if the file is cut short.
+    """
+    start, nbytes = span
+    if not 0 < nbytes <= SMALL or dtype not in DTYPES:
+        return None
+    with path.open("rb") as file:
+        file.seek(start)
+        content = bytearray(file.read(nbytes))
+    if len(content) < nbytes:
+        raise UserError(f"{path} is cut short. Download it again.")
+    return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape)
 
 
 def write_sealed(path: Path, content: bytes) -> None:

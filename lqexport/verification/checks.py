@@ -17,6 +17,7 @@ from lqexport.checking.problems import error, warning
 from lqexport.converters.gguf.split import is_gguf, is_later_part
 from lqexport.errors import UserError, files_at_hand
 from lqexport.evaluation.figures import finite_or_null
+from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import human_bytes
 from lqexport.verification.result import Engine
@@ -83,8 +84,7 @@ def _paths(path: Path) -> list[Path]:
         if not found:
             raise UserError(f"There is no .gguf file in {path}.")
         return [entry for entry in found if not is_later_part(entry, found)]
-    if not path.is_file():
-        raise UserError(f"There is no file or folder {path}.")
+    check_exists(path)
     return [path]
 
 
