@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -245,3 +248,33 @@ def test_help_is_short_and_help_all_is_not() -> None:
         assert "--dampening" not in short
         assert "--dampening" in everything
         assert rows(everything) > 38
+
+
+@pytest.mark.llamacpp
+def test_export_and_check_in_a_bare_environment(smaller_model: Path, options: list[object], tmp_path: Path) -> None:
+    """No home, no folder for temporary files, ASCII, no network, and 48 open files."""
+    bare = {"HOME": "/dev/null/home", "TMPDIR": str(tmp_path / "nowhere"), "LC_ALL": "C", "PYTHONUTF8": "0"}
+    bare |= {"PYTHONIOENCODING": "ascii", "HF_HUB_OFFLINE": "1"}
+    limited = ["sh", "-c", 'ulimit -n 48 && exec "$@"', "sh", sys.executable, "-m", "lqexport"]
+    for arguments in (["export", smaller_model, "tiny-Q4_0.gguf", *options], ["check", "tiny-Q4_0.gguf"]):
+        command = [*limited, *map(str, arguments)]
+        done = subprocess.run(command, env=os.environ | bare, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+    assert names() == {"tiny-Q4_0.gguf", "tiny-Q4_0.gguf.record"}
+
+
+def test_a_disk_that_is_full_when_the_record_is_written(
+    arguments: dict[str, Any], whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "card.md")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lqexport.delivery.deliver.save_record", full)
+        with pytest.raises(lqexport.UserError, match="No space left on device"):
+            lqexport.export_model(path="tiny.gguf", **arguments)
+    assert names() == {"tiny.gguf.work"}
+    assert lqexport.export_model(path="tiny.gguf", **arguments).passed
+    assert names() == {"tiny.gguf", "tiny.gguf.record"}
+    assert Path("tiny.gguf").read_bytes() == whole.read_bytes()
