@@ -223,7 +223,7 @@ def test_estimates_grow_with_the_work(odd_model: Path, tmp_path: Path) -> None:
         )
 
     small, more, rounded = estimates(samples=8), estimates(samples=80), estimates(samples=8, method="rtn")
-    assert more[0] == small[0]  # passes are of a fixed number of tokens
+    assert 0 < more[0] - small[0] < small[0] / 50  # passes are of a fixed number of tokens; hidden states are kept
     assert more[1] > small[1] > rounded[1] > 0
 
 
@@ -239,13 +239,15 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
     found = cost.operations_estimate(shown.work)
     assert found == cost.Operations(2 * forward, moments, pytest.approx(factors), 0.0, solving)
-    # In two models, each up to the inputs of output, of gate and up, and of down, and whole.
+    # In two models; where no pass can be held, up to the inputs of output, of gate and up, and of down, and whole.
     query, gate = 3 * 96 * 96, 2 * 96 * 256
     runs = 2 * (1 + (query + (query + 96 * 96) + (query + 96 * 96 + gate)) / (linears / 2))
     both = dataclasses.replace(shown.recipe, prefix="quantized", asymmetric=True)
     twice = cost.operations_estimate(dataclasses.replace(shown.work, recipe=both))
-    assert twice.passes == pytest.approx((1 + runs) * forward)
-    sums = 4 * moments + 2 * 8 * 2 * (96 * 96 + 96 * 256)  # and what the hidden states lack
+    assert twice.passes == pytest.approx((1 + 2) * forward)
+    again = cost.operations_estimate(dataclasses.replace(shown.work, recipe=both), held=0)
+    assert again.passes == pytest.approx((1 + runs) * forward)
+    sums = 3 * moments + 2 * 8 * 2 * (96 * 96 + 96 * 256)  # and what the hidden states lack
     # Rows of a linear times a square matrix: what it lacks, by each half, and the error of one half. By two triangles
     # each: the corrections by one half and by both.
     products = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)

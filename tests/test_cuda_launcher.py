@@ -101,5 +101,5 @@ def test_each_thing_that_is_missing_is_said(cupy: FakeCupy, monkeypatch: pytest.
     reason = cuda.missing()
     assert reason is not None
     assert reason.startswith("CuPy cannot be imported (")
-    with pytest.raises(cuda.KernelsMissingError, match=r"install lqexport\[cuda\]"):
+    with pytest.raises(cuda.KernelsMissingError, match=r"pip install '\.\[cuda\]'"):
         cuda.launch("decode.cu", "decode<Plain<float>, float>", 1, 1, [])

@@ -282,8 +282,10 @@ def operations_estimate(work: Work, parts: int = 1, held: int = 1 << 62) -> Oper
     targets = 0.0
     # The Cholesky factor and its inverse, C^3 / 3 operations each.
     factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in linears)
-    if recipe.asymmetric:  # two whole matrices; then the target, once from half of the batches and once from all
-        moments = 4 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
+    if (
+        recipe.asymmetric
+    ):  # a triangle and a whole matrix; then the target, once from half of the batches and once from all
+        moments = 3 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
         products = sum(tensor.weights * tensor.matrix[1] for tensor in linears)
         moments, targets = moments + 6 * products, 2 * factors + 4 * products
     descent = sum(2 * recipe.sweeps * tensor.weights * tensor.matrix[1] for tensor in linears)

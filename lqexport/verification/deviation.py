@@ -2,8 +2,7 @@
 
 A file's tensor is compared with the source's and with the source's rounded to nearest in the same type. Rounding to
 nearest gives the rounded source. A solver moves single weights, but neither the size of the whole matrix, nor that of a
-row or a block by much. The limits were set on files of Q2_K, Q4_K and Q8_0 that `quantize` made of SmolLM2's first
-blocks (docs/reliability.md).
+row or a block by much. The limits leave room over what was seen in files that `quantize` made (docs/reliability.md).
 """
 
 from __future__ import annotations
@@ -26,9 +25,9 @@ ROUNDED = 0.98
 """Share of runs that are the rounded source's in a tensor that was rounded to nearest."""
 WORSE = 4.0
 """A run of such a tensor is wrong if its squared error is this many times that of rounding."""
-FACTOR, FACTOR_OF_ERROR = 0.012, 2.0
+FACTOR, FACTOR_OF_ERROR = 0.012, 15.0
 """How much the size of a matrix may differ, as a share, and as a multiple of rounding's relative squared error."""
-RUN_FACTOR, RUN_FACTOR_OF_ERROR = 0.1, 8.0
+RUN_FACTOR, RUN_FACTOR_OF_ERROR = 0.1, 10.0
 """How much the size of a run may differ, as a share, and as a multiple of rounding's relative error in amplitude."""
 ROW_ERROR, ROW_ERROR_OF_ERROR = 0.5, 30.0
 """The relative squared error that a row may have, in itself, and as a multiple of rounding's."""
