@@ -6,7 +6,9 @@ import dataclasses
 import errno
 import json
 import os
+import pickle
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -275,6 +277,29 @@ def test_a_disk_that_is_full_when_the_record_is_written(
         with pytest.raises(lqexport.UserError, match="No space left on device"):
             lqexport.export_model(path="tiny.gguf", **arguments)
     assert names() == {"tiny.gguf.work"}
+    assert lqexport.export_model(path="tiny.gguf", **arguments).passed
+    assert names() == {"tiny.gguf", "tiny.gguf.record"}
+    assert Path("tiny.gguf").read_bytes() == whole.read_bytes()
+
+
+KILLED_AS_IT_VERIFIES = """
+import os, pickle, signal, sys
+import lqexport
+
+def kill(stage, share):
+    if stage.startswith("Run the source"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+lqexport.export_model(path="tiny.gguf", listener=lqexport.Callback(kill), **pickle.load(sys.stdin.buffer))
+"""
+
+
+def test_an_export_killed_as_it_verifies_goes_on(arguments: dict[str, Any], whole: Path) -> None:
+    command = [sys.executable, "-c", KILLED_AS_IT_VERIFIES]
+    killed = subprocess.run(command, input=pickle.dumps(arguments), capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert names() == {"tiny.gguf.work"}
+    assert (Path("tiny.gguf.work") / "tiny.gguf").exists()
     assert lqexport.export_model(path="tiny.gguf", **arguments).passed
     assert names() == {"tiny.gguf", "tiny.gguf.record"}
     assert Path("tiny.gguf").read_bytes() == whole.read_bytes()
