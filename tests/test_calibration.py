@@ -194,6 +194,7 @@ def test_hub_text_without_the_package_says_what_to_do(name: str, monkeypatch: py
 
 def test_a_hub_out_of_reach_prints_no_tries(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     datasets, logger = pytest.importorskip("datasets"), logging.getLogger("huggingface_hub.utils._http")
+    monkeypatch.setattr("lqexport.runtime.hub.no_hub", str)
 
     def load_dataset(*_: object, **__: object) -> None:
         logger.warning("Retrying in 1s [Retry 1/5].")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lqexport.errors import UserError, install
+from lqexport.runtime.hub import hub
 
 # The source of these modules is in every Python from 3.10 on. No module is in both lists: held-out text must be new.
 CALIBRATION_MODULES = (
@@ -242,12 +243,13 @@ def _read_hub(name: str, split: str, text: HubText) -> list[str]:
         import datasets
     except ImportError:
         raise _no_datasets(name) from None
-    try:
-        with _quiet_hub():
+    with hub() as unreached, _quiet_hub():
+        try:
             return list(_hub_documents(datasets.load_dataset, text, split))
-    except Exception as error:  # whatever the hub's client raises: no network, no such file, a full disk
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {INSTEAD}") from error
+        except Exception as error:  # whatever the hub's client raises: no network, no such file, a full disk
+            said = str(error).strip().split("\n")[0]
+            reason = unreached if unreached and isinstance(error, ConnectionError) else said
+            raise UserError(f"The text {name} cannot be loaded from the hub: {reason} {INSTEAD}") from error
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from lqexport.models.interface import Weights
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.models.written import NativeFolder, open_export
 from lqexport.runtime.environment import choose_device
+from lqexport.runtime.hub import hub
 
 MISSING = f"Tasks need lm-evaluation-harness: {install('eval')}"
 TASKS = (
@@ -90,7 +91,8 @@ def opened_tasks(tasks: Sequence[str], include: str | Path | None) -> Any:
     from lm_eval.tasks import get_task_dict
 
     try:
-        manager.load(list(tasks)) if hasattr(manager, "load") else get_task_dict(list(tasks), manager)
+        with hub():
+            manager.load(list(tasks)) if hasattr(manager, "load") else get_task_dict(list(tasks), manager)
     except Exception as error:  # whatever the hub's client raises: no network, no such data set, a full disk
         reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
         raise UserError(

@@ -7,13 +7,19 @@ from pathlib import Path
 
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
+from lqexport.runtime.hub import no_hub
 
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?")
 """Matches what may be a model's id on the hub. The hub's client has more rules."""
+NO_ID = "There is no folder {}, and it is not a hub id either."
+NOT_WITHIN_REACH = "There is no folder {}, and the hub has no such model within reach: {}"
 
 
 def check_source_name(name: str) -> None:
-    """Raises UserError if a source is a .gguf file that is missing, or neither a folder nor in the form of a hub id."""
+    """Raises UserError if a source is a .gguf file that is missing, or neither a folder nor a hub id.
+
+    A hub id is refused if the model is not in the hub's cache and the hub cannot be reached.
+    """
     path = Path(name)
     if is_gguf(path):
         if not path.is_file():
@@ -22,7 +28,22 @@ def check_source_name(name: str) -> None:
         if not path.is_dir():
             raise UserError(f"{path} is neither a model folder nor a .gguf file.")
     elif not HUB_ID.fullmatch(name):
-        raise UserError(f"There is no folder {name}, and it is not a hub id either.")
+        raise UserError(NO_ID.format(name))
+    else:
+        _check_hub(name)
+
+
+def _check_hub(name: str) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        snapshot_download(name, local_files_only=True, allow_patterns="config.json")
+    except HFValidationError:
+        raise UserError(NO_ID.format(name)) from None
+    except LocalEntryNotFoundError:
+        if reason := no_hub():
+            raise UserError(NOT_WITHIN_REACH.format(name, reason)) from None
 
 
 def check_exists(*paths: Path) -> None:

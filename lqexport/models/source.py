@@ -29,9 +29,10 @@ from lqexport.converters.models.tensor_names import as_matrix, block_module, is_
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
-from lqexport.models.model_path import check_source_name
+from lqexport.models.model_path import NOT_WITHIN_REACH, check_source_name
 from lqexport.models.stacked import ExpertRows, experts_within
 from lqexport.models.tokenizer_files import VOCABULARIES, load_tokenizer, write_tokenizer
+from lqexport.runtime.hub import hub
 from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json
@@ -394,16 +395,14 @@ def open_source(name: str) -> Source:
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
 
-    try:
-        patterns = [*MODEL_FILES, *OTHER_FILES, "*.safetensors", "model.safetensors.index.json", *QUANTIZATION_FILES]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except HFValidationError:
-        raise UserError(f"There is no folder {name}, and it is not a hub id either.") from None
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0]
-        raise UserError(f"There is no folder {name}, and the hub has no such model within reach: {reason}") from error
+    patterns = [*MODEL_FILES, *OTHER_FILES, "*.safetensors", "model.safetensors.index.json", *QUANTIZATION_FILES]
+    with hub() as unreached:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:
+            reason = f"{unreached} {error}".strip().split("\n")[0]
+            raise UserError(NOT_WITHIN_REACH.format(name, reason)) from error
 
 
 def _check_is_model(folder: Path) -> None:

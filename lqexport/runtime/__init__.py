@@ -1,1 +1,1 @@
-"""The environment of a run: devices, processes, progress reports, and where large tensors are kept."""
+"""The environment of a run: devices, processes, progress, the reach of the hub, and where large tensors are kept."""
