@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from socketserver import BaseServer
 from types import ModuleType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
@@ -73,6 +73,23 @@ def cuda_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cudacpu"
     folder.mkdir(exist_ok=True)
     return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The safetensors files that are opened in the test, one entry each time."""
+    from safetensors import safe_open
+
+    from lqexport.storage import tensor_files
+
+    paths: list[Path] = []
+
+    def counted(path: Path, *arguments: Any) -> Any:
+        paths.append(path)
+        return safe_open(path, *arguments)
+
+    monkeypatch.setattr(tensor_files, "safe_open", counted)
+    return paths
 
 
 @pytest.fixture

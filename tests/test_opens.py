@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
 from lqexport.converters.folders.stored_tensors import StoredTensors
@@ -38,19 +37,6 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         save_file({name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}, folder / shard)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return folder
-
-
-@pytest.fixture
-def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files that are opened in the test, one entry each time."""
-    paths: list[Path] = []
-
-    def counted(path: Path, *arguments: Any) -> Any:
-        paths.append(path)
-        return safe_open(path, *arguments)
-
-    monkeypatch.setattr(tensor_files, "safe_open", counted)
-    return paths
 
 
 def test_a_listing_opens_each_shard_a_few_times(shards: Path, opened: list[Path]) -> None:
