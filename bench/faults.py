@@ -91,6 +91,7 @@ def commands(work: Path, only: str) -> dict[str, Command]:
 
     It makes the artifacts to export, without faults.
     """
+    from lqexport.delivery.deliver import export_model
     from lqexport.exporting import export
     from lqexport.pipeline.quantize import quantize
 
@@ -98,6 +99,9 @@ def commands(work: Path, only: str) -> dict[str, Command]:
     result: dict[str, Command] = {}
     for name, recipe in by_name.items():
         result[f"quantize {recipe.target}"] = partial(quantize, recipe, work / "out" / name)
+    measured: dict[str, Any] = {"text": str(work / "text.txt"), "windows": 1, "engine": "lqexport", "device": "cpu"}
+    # The artifact stays: while it is deleted the file has its name, so the command would be refused afterwards.
+    result["export"] = partial(export_model, by_name["gguf"], file, keep_artifact=True, **measured)
     exports: dict[str, tuple[str, Path, dict[str, Any]]] = {
         "to-gguf": ("auto", file, {}),
         "to-gguf in files": ("auto", file, {"split_max_size": "30K"}),

@@ -1,6 +1,6 @@
 """Processor seconds of `quantize` by stage, beside one bare forward pass over the same calibration tokens.
 
-    python bench/profile.py MODEL --work FOLDER [--calibration TEXT] [--target T] [--samples N] [--effort E]
+    python bench/processor_seconds.py MODEL --work FOLDER [--calibration TEXT] [--target T] [--samples N] [--effort E]
 
 The run happens in this process. The functions of `STAGES` are wrapped by clocks, and a function that calls another one
 of them does not count the other's time. Prints a table in Markdown; the last column is in units of the bare pass, which
