@@ -106,7 +106,7 @@ def test_inputs_that_overflow_are_not_called_a_broken_weight() -> None:
 
 
 def test_a_run_over_enormous_weights_says_whose_inputs_overflow(smaller_model: Path, tmp_path: Path) -> None:
-    source = spoiled(smaller_model, tmp_path / "model", UP, 1e20)
+    source = spoiled(smaller_model, tmp_path / "model", UP, 1e30)
     recipe = Recipe(source, "gguf:Q4_0", types=[f"{UP}=F32"], samples=2, sequence_length=32, tune=0, asymmetric=True)
     with pytest.raises(UserError, match=r"^model\.layers\.0\.mlp\.down_proj\.weight: the inputs of this linear"):
         quantize(recipe, tmp_path / "out", device="cpu")

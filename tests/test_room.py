@@ -178,7 +178,7 @@ def test_the_first_way_that_fits_is_taken() -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-8b", "llama-3.1-70b"])
 def test_a_gpus_run_keeps_what_there_is_room_for(name: str) -> None:
     """Hidden states and unpacked tensors are kept in memory within the limits; without limits, all of them."""
-    work, gpu = work_of(name, prefix="full"), torch.device("cuda")
+    work, gpu = work_of(name, prefix="full", tune=64), torch.device("cuda")
     endless = memory.choose_placement(work, gpu, Path(), MemoryLimits())
     assert endless.states
     weights = sum(tensor.weights for tensor in work.linears)

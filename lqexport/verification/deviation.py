@@ -25,8 +25,8 @@ ROUNDED = 0.98
 """Share of runs that are the rounded source's in a tensor that was rounded to nearest."""
 WORSE = 4.0
 """A run of such a tensor is wrong if its squared error is this many times that of rounding."""
-FACTOR, FACTOR_OF_ERROR = 0.012, 15.0
-"""How much the size of a matrix may differ, as a share, and as a multiple of rounding's relative squared error."""
+FACTOR, FACTOR_OF_ERROR, LARGEST_FACTOR = 0.012, 15.0, 0.3
+"""How much the size of a matrix may differ: a share, plus a multiple of rounding's relative squared error; at most."""
 RUN_FACTOR, RUN_FACTOR_OF_ERROR = 0.1, 10.0
 """How much the size of a run may differ, as a share, and as a multiple of rounding's relative error in amplitude."""
 ROW_ERROR, ROW_ERROR_OF_ERROR = 0.5, 30.0
@@ -134,7 +134,7 @@ def _unlike_solved(runs: _Runs) -> str | None:
     energy, product = runs.energy.sum(dtype=torch.float64), runs.product.sum(dtype=torch.float64)
     expected = float(runs.rounding.sum(dtype=torch.float64) / energy)
     factor = float(product / energy)
-    if abs(factor - 1) > FACTOR + FACTOR_OF_ERROR * expected:
+    if abs(factor - 1) > min(FACTOR + FACTOR_OF_ERROR * expected, LARGEST_FACTOR):
         return f"is about {factor:.3g} times as large as the source's"
     large = runs.energy > runs.energy[runs.energy > 0].median() / 4
     factors = (runs.product / runs.energy.clamp_min(1e-30))[large]

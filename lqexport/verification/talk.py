@@ -72,7 +72,7 @@ def _check_stops(
     """Compares the file's stop tokens with the source's, which are returned."""
     of_source = stop_tokens.of_folder(_folder(source), source.config, tokenizer)
     talk.stops = stop_tokens.stop_tokens(tokenizer, of_source, stops, server)
-    gguf = is_gguf(Path(result.file))
+    gguf = is_gguf(Path(result.file)) and Path(result.file).is_file()
     failed, warnings = stop_tokens.faults(talk.stops, tokenizer, of_source, stops, gguf)
     result.failed += failed
     result.warnings += warnings

@@ -157,8 +157,8 @@ def _opened(file: Path, against: str) -> tuple[Export, Source]:
 def check_metadata(result: Verification, export: Weights, source: Source) -> None:
     """Adds the errors of a GGUF file's metadata to `result.failed`: those that `check` finds without a source, and
     differences of the vocabulary."""
-    if is_gguf(Path(result.file)):
-        problems = metadata_problems(open_file(Path(result.file)))
+    if is_gguf(path := Path(result.file)) and path.is_file():
+        problems = metadata_problems(open_file(path))
         result.failed += [problem.sentence for problem in problems if problem.level == "error"]
     result.failed += vocabulary_differences(export, source)
 
