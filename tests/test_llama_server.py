@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from llama_files import byte_level_bpe, export, make_model
 
@@ -88,13 +89,21 @@ def test_it_ends_with_a_killed_owner(file: Path) -> None:
     assert ended(process)
 
 
+def send(number: signal.Signals, pid: int, status: str) -> None:
+    """Sends a signal to a process, and waits until the process has the status that it brings."""
+    os.kill(pid, number)
+    until = time.monotonic() + 20
+    while psutil.Process(pid).status() != status and time.monotonic() < until:
+        time.sleep(0.01)
+
+
 def test_a_crash_and_a_hang_are_sentences(file: Path) -> None:
     with LlamaServer(file, 64) as server:
-        os.kill(server._child.pid, signal.SIGKILL)
+        send(signal.SIGKILL, server._child.pid, psutil.STATUS_ZOMBIE)
         with pytest.raises(LlamaCppFailed, match=r"server ended with SIGKILL .* when it used .*It printed: "):
             server.tokenize("a")
     with LlamaServer(file, 64, patience=0.5) as server:
-        os.kill(server._child.pid, signal.SIGSTOP)
+        send(signal.SIGSTOP, server._child.pid, psutil.STATUS_STOPPED)
         with pytest.raises(LlamaCppFailed, match=r"server did not use .* within 0.5 seconds"):
             server.tokenize("a")
 
