@@ -58,7 +58,7 @@ def _scale_of_fourths(blocks: Bytes) -> NDArray[np.float32]:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a block has its numbers.
+    """The positions of the numbers within a block.
 
     size        bytes of a block
     scales      offsets of its float16 numbers, the scale of the codes first
@@ -106,7 +106,7 @@ FLOATS = {"F32": "<f4", "F16": "<f2", "F64": "<f8"}
 
 @dataclass
 class Counts:
-    """What was found in a tensor: numbers of blocks or weights."""
+    """The numbers of blocks or weights of a tensor that a check counts."""
 
     blocks: int = 0
     not_finite: int = 0

@@ -27,7 +27,7 @@ OF_METADATA = (check_settings, check_tensors, check_shapes, check_vocabulary, ch
 
 @dataclass
 class FileCheck:
-    """What was found in one file.
+    """The result of checking one file.
 
     architecture   `general.architecture`; empty where it is not known
     sizes          None where the header cannot be read

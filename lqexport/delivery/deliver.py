@@ -31,7 +31,7 @@ from lqexport.verification.verifying import MAX_OVER_EXPECTED, verify
 
 @dataclass(repr=False)
 class Delivery(Shown):
-    """What an export wrote.
+    """The files and figures of a finished export.
 
     path           the file or folder; its name says `failed` if the verification failed
     record         the folder of its card, report page and verification.json

@@ -29,7 +29,7 @@ class Places:
 
     @property
     def _ending(self) -> str:
-        """What follows the stem of the model's name: `.gguf` of a file, nothing of a folder."""
+        """The suffix of the model's name: `.gguf` for a file, nothing for a folder."""
         return self.model.suffix if is_gguf(self.model) else ""
 
     def _beside(self, ending: str) -> Path:

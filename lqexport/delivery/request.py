@@ -1,4 +1,4 @@
-"""What an export is asked for, and the checks of everything that can be known before its work."""
+"""The request for an export, and the checks of everything that can be known before its work."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Request:
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """What runs the written file."""
+        """The engine that runs the written file."""
         if self.measurement.engine is not None:
             return self.measurement.engine
         return "llama.cpp" if self.recipe.parsed_target.family == "gguf" and llamacpp.is_installed() else "lqexport"

@@ -1,4 +1,4 @@
-"""What an export prints at its end: size, loss, time, and the commands that come next."""
+"""The summary that an export prints at its end: size, loss, time, and the commands that come next."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What decoder blocks of some models need besides hidden states: inputs of their own, and keys of earlier blocks.
+"""Further states of some models' decoder blocks beside hidden states: inputs of their own, and keys of earlier blocks.
 
 Both belong to tokens, as hidden states do. So they are further columns of these, and whoever keeps the states of a
 sequence between blocks keeps all that the next blocks need. Gradients flow through the keys and values, too.

@@ -29,7 +29,7 @@ WINDOWS = 16
 
 @dataclass(frozen=True)
 class CheckResult:
-    """What was found in several files, one entry for each."""
+    """The results of checking several files, one entry for each."""
 
     files: list[FileCheck]
 

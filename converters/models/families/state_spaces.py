@@ -1,4 +1,4 @@
-"""What families with state space models (Mamba, Mamba-2) share."""
+"""Names and settings that families with state space models (Mamba, Mamba-2) share."""
 
 from __future__ import annotations
 
