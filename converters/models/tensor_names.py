@@ -84,11 +84,10 @@ def plain_codec(architecture: Architecture, name: str, type_name: str = "F32") -
 
     type_name   the tensor's GGUF type; only F32 has codecs that change values
     """
-    module = block_module(architecture, name)
-    within = (module[1], f"{module[1]}.{module[2]}") if module else ("", "")
-    if within[1] in architecture.decays:
+    within = _within_block(architecture, name)
+    if within in architecture.decays:
         return f"gguf-decay:{type_name}"
-    if architecture.norm_plus and is_norm(name) and within[0] not in architecture.plain_norms:
+    if architecture.norm_plus and is_norm(name) and within.removesuffix(".weight") not in architecture.plain_norms:
         return f"gguf-norm:{type_name}"
     return f"gguf:{type_name}"
 

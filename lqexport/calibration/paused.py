@@ -45,6 +45,11 @@ class _Run(greenlet):
         with self._model.autocast():
             self.switch()
 
+    def to_the_end(self) -> None:
+        """Runs to the end."""
+        while not self.dead:
+            self.go_on()
+
     def pause(self, group: Group, inputs: Tensor) -> None:
         """Pauses at a group. Called within the run."""
         self.at, self.inputs = group, inputs
@@ -61,7 +66,7 @@ def execution_order(model: BlockModel, block: nn.Module, groups: Sequence[Group]
 
     def noting(linear: str) -> Callable[..., None]:
         def before(*_: object) -> None:
-            called.setdefault(of_each_expert(f".{linear}"), len(called))
+            called.setdefault(of_each_expert(linear), len(called))
 
         return before
 
@@ -72,12 +77,12 @@ def execution_order(model: BlockModel, block: nn.Module, groups: Sequence[Group]
         handle.remove()
 
     def place(group: Group) -> int:
-        return min(called.get(of_each_expert(f".{linear}"), len(called)) for linear in group)
+        return min(called.get(of_each_expert(linear), len(called)) for linear in group)
 
-    experts = min((place(group) for group in groups if expert_number(f".{group[0]}.") is not None), default=0)
+    experts = min((place(group) for group in groups if expert_number(group[0]) is not None), default=0)
 
     def key(group: Group) -> tuple[int, int, int]:
-        number = expert_number(f".{group[0]}.")
+        number = expert_number(group[0])
         return (place(group), 0, 0) if number is None else (experts, number, place(group))
 
     return sorted(groups, key=key)
@@ -154,8 +159,7 @@ class PausedBlock:
         All groups but that of `last` must be solved.
         """
         run = self._run(number)
-        while not run.dead:
-            run.go_on()
+        run.to_the_end()
         assert run.inputs is not None
         assert run.output is not None
         self._put_away(number, run)
@@ -165,8 +169,7 @@ class PausedBlock:
         """Returns the block's output for a batch, once all groups are solved. The run is dropped."""
         if self._last is None:
             run = self._run(number)
-            while not run.dead:
-                run.go_on()
+            run.to_the_end()
             assert run.output is not None
             output = run.output
         else:

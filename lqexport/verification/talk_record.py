@@ -53,7 +53,7 @@ class StopToken:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What source and file say after the same prompt, taking the likeliest token each time.
+    """The texts of source and file after the same prompt, by the likeliest token each time.
 
     source, file      the texts; the source's ends early if it differs too often (`lqexport.verification.continuations`)
     tokens            number of the file's tokens
