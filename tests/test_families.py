@@ -6,6 +6,7 @@ The outputs of unmodified llama.cpp are compared with those of transformers.
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,14 +172,19 @@ def _without_output_of(model: BlockModel, block: torch.nn.Module, linear: str, h
 
 @pytest.mark.parametrize("held", [0, 1])
 def test_a_pass_that_pauses_gives_what_passes_to_each_linear_give(case: Case, held: int) -> None:
-    """The weights of a group change while the pass is paused there, as they do when the group is solved."""
+    """The weights of a group change while the pass is paused there, as they do when the group is solved.
+
+    A pass that is held computes every linear once.
+    """
     model = BlockModel(open_source(case.source))
     hidden, index = model.start(torch.tensor([TOKENS])), len(model) - 1
     for before in range(index):
         hidden = model.run(model.block(before), hidden)
     block, whole, last = model.block(index), model.block(index), model.architecture.adders[1]
     groups = execution_order(model, whole, model.architecture.linears_of(index), hidden)
-    paused = PausedBlock(model, block, groups, last, {0: hidden}, held)
+    paused, computed = PausedBlock(model, block, groups, last, {0: hidden}, held), Counter[str]()
+    for linear in (linear for group in groups for linear in group):
+        linear_of(block, linear).register_forward_hook(lambda *_, linear=linear: computed.update([linear]))
     for group in groups:
         expected = input_of(model, whole, group[0], hidden)
         inputs = paused.added_to(0)[0] if group[0] == last else paused.inputs(group, 0)
@@ -189,6 +195,7 @@ def test_a_pass_that_pauses_gives_what_passes_to_each_linear_give(case: Case, he
         paused.solved(group)
     output = model.run(whole, hidden)
     assert torch.allclose(paused.output(0), output, atol=1e-6 * float(output.abs().max()))
+    assert not held or set(computed.values()) == {1}
 
 
 def test_smoothing_changes_nothing(case: Case) -> None:

@@ -180,7 +180,8 @@ class PausedBlock:
         return output
 
     def _run(self, number: int) -> _Run:
-        return self._runs.pop(number, None) or _Run(self._model, self._block, self._hidden[number])
+        run = self._runs.pop(number, None)  # a greenlet that has ended is false
+        return _Run(self._model, self._block, self._hidden[number]) if run is None else run
 
     def _put_away(self, number: int, run: _Run) -> None:
         if number in self._held:
