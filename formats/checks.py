@@ -45,8 +45,8 @@ def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
     check_shape(codec, rows, columns)
     if grid.columns != columns:
         raise ValueError(f"The grid has {grid.columns} columns and the codes {columns}.")
-    if grid.half:
-        raise ValueError(f"The grid is not one of {codec.name}: it rounds its values to float16.")
+    if grid.rounding != codec.rounding:
+        raise ValueError(f"The grid is not one of {codec.name}: its values are rounded otherwise.")
     if (largest := int(codes.max())) >= codec.level_count:
         raise ValueError(f"Code {largest} is too large: {codec.name} has {codec.level_count} levels.")
     _check_levels(codec, grid.levels, rows)
@@ -93,6 +93,8 @@ def _check_scales(
             )
     if not np.isfinite(scales.supers).all():
         raise ValueError(f"A {number} of {codec.name} is infinite or not a number.")
+    if expected.bfloat and np.any(scales.supers.view(np.uint32) & 0xFFFF):
+        raise ValueError(f"A {number} of {codec.name} is stored in bfloat16: round it before choosing codes.")
     if expected.powers is not None:
         mantissa, power = np.frexp(scales.supers)  # frexp writes 2^k as 0.5 * 2^(k + 1)
         low, high = expected.powers

@@ -4,6 +4,8 @@ A stored weight is always
 
     value = scale * level[code] + offset          (float32, one rounding per operation, in this order)
 
+A `Rounding` says where a format's own decoder rounds to fewer bits on the way.
+
 The levels are shared by the whole format (integers low..high, or a fixed codebook), or each row has a table of its
 own. A scale and an offset are shared by `group` consecutive columns of a row. A `ScaleFormat` says how a file stores
 them; `Scales` are the stored numbers. A `Grid` is built from stored numbers only, so a solver that works inside a grid
@@ -16,16 +18,54 @@ bitwise. `decode` is the definition of the format.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import IntEnum
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
+
+from lqexport.formats import bfloat16
 
 Planes = dict[str, np.ndarray]
 """The packed bytes of one tensor: plane name to array.
 
 The first axis of every plane is the tensor's rows, so `plane[order]` reorders the rows of a packed tensor (GGUF's rope
 permutation does so). The planes of a `SectionedCodec` are the exception."""
+
+
+class Number(IntEnum):
+    """The type of the number that a file stores for a superblock. Kernels take these numbers."""
+
+    FLOAT16 = 0
+    POWER = 1
+    """A power of two, of which only the exponent is stored."""
+    BFLOAT16 = 2
+
+
+class Rounding(IntEnum):
+    """How a format's decoder rounds the float32 values of a grid. Kernels take these numbers."""
+
+    NONE = 0
+    HALF = 1
+    """Each value to float16, once, as ExLlamaV2's kernels do."""
+    HALF_STEPS = 2
+    """The product of scale and level to float16, and then its sum with the offset, as mlx.core.dequantize does."""
+    BFLOAT_STEPS = 3
+    """The same two to bfloat16."""
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether the product is rounded, too, before the offset is added."""
+        return self in (Rounding.HALF_STEPS, Rounding.BFLOAT_STEPS)
+
+    def rounded(self, values: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Returns float32 values rounded so. A value beyond float16 becomes infinite there."""
+        if self == Rounding.NONE:
+            return values
+        if self == Rounding.BFLOAT_STEPS:
+            return bfloat16.rounded(values)
+        with np.errstate(over="ignore"):
+            return values.astype(np.float16).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -38,6 +78,7 @@ class ScaleFormat:
     sign    -1 if the format subtracts the stored number (the mins of K-quants), else 1
     powers  where the format stores only an exponent: the lowest and the highest, and the float16 is a float32 then,
             a power of two; None for any float16
+    bfloat  whether a bfloat16 stands in the place of the float16; it is a float32 here, too
     """
 
     group: int
@@ -46,11 +87,19 @@ class ScaleFormat:
     high: int = 1
     sign: int = 1
     powers: tuple[int, int] | None = None
+    bfloat: bool = False
+
+    @property
+    def number(self) -> Number:
+        """The type of the number that a superblock stores."""
+        if self.powers:
+            return Number.POWER
+        return Number.BFLOAT16 if self.bfloat else Number.FLOAT16
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of `Scales.supers`."""
-        return np.dtype(np.float32 if self.powers else np.float16)
+        return np.dtype(np.float16 if self.number == Number.FLOAT16 else np.float32)
 
     @property
     def two_level(self) -> bool:
@@ -80,7 +129,7 @@ class GroupNumbers(Protocol):
 class Scales:
     """Scales or offsets as a file stores them, one per row and group.
 
-    supers   format.dtype [rows, groups / span], the float16 or the power of two of each superblock
+    supers   format.dtype [rows, groups / span], the float16, bfloat16 or power of two of each superblock
     subs     int16 [rows, groups], the integer of each group, within [format.low, format.high]
     """
 
@@ -109,14 +158,14 @@ class Grid:
     levels   float32, ascending: [K] shared by all rows, or [rows, K], a table per row
     scale    None if the levels are the values (a table per row)
     offset   None if the format has no offset; such a format keeps the sign of zero
-    half     whether each value is rounded to float16, as ExLlamaV2's kernels do
+    rounding how the format's decoder rounds the values
     """
 
     columns: int
     levels: NDArray[np.float32]
     scale: GroupNumbers | None = None
     offset: GroupNumbers | None = None
-    half: bool = field(default=False, kw_only=True)
+    rounding: Rounding = field(default=Rounding.NONE, kw_only=True)
 
     @property
     def uniform(self) -> bool:
@@ -128,11 +177,11 @@ class Grid:
         values = self.levels[codes] if self.levels.ndim == 1 else np.take_along_axis(self.levels, codes, axis=1)
         if self.scale is not None:
             values = grouped(values, self.scale) * self.scale.values()[..., None]
+        if self.rounding.by_steps:
+            values = self.rounding.rounded(values)
         if self.offset is not None:
             values = grouped(values, self.offset) + self.offset.values()[..., None]
-        if self.half:
-            values = values.astype(np.float16).astype(np.float32)
-        return values.reshape(codes.shape)
+        return self.rounding.rounded(values).reshape(codes.shape)
 
     def nearest(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Returns the codes, uint8 [rows, columns], of the grid values nearest to weights float32 [rows, columns].
@@ -251,12 +300,14 @@ class GridCodec(Codec, Protocol):
     levels   float32 [K], ascending, or None if each row has a table of its own
     level_count   K
     scale, offset   how the file stores the scales and offsets; None if the format has none
+    rounding   how the format's decoder rounds
     """
 
     levels: NDArray[np.float32] | None
     level_count: int
     scale: ScaleFormat | None
     offset: ScaleFormat | None
+    rounding: Rounding = Rounding.NONE
 
     def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
         """Packs codes uint8 [rows, columns] and the stored numbers of `grid`, which must be of this format.

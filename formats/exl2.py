@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_layout
-from lqexport.formats.codec import Grid, Planes, Run, SectionedCodec, Sections
+from lqexport.formats.codec import Grid, Planes, Rounding, Run, SectionedCodec, Sections
 from lqexport.formats.native import pack_bits, unpack_bits
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -150,7 +150,7 @@ class Exl2(SectionedCodec):
             stream = np.ascontiguousarray(planes["q_weight"][line : line + lines].T).view(np.uint8)
             codes[:, places] = unpack_bits(stream, run.bits, run.columns)
             scale = SquaredScales(planes["q_scale_max"][groups], subs[:, groups])
-            grids.append(Grid(run.columns, levels(run.bits), scale, half=True))
+            grids.append(Grid(run.columns, levels(run.bits), scale, rounding=Rounding.HALF))
             line, group = line + lines, group + run.count
         return Sections(order, tuple(grids)), codes
 
@@ -208,10 +208,10 @@ def _checked_scales(codec: Exl2, grid: Sections, codes: NDArray[np.uint8]) -> li
     scales = []
     for run, (columns, run_grid) in zip(codec.runs, grid.runs(), strict=True):
         scale = run_grid.scale
-        expected = (run.columns, levels(run.bits).tolist(), None, True)
+        expected = (run.columns, levels(run.bits).tolist(), None, Rounding.HALF)
         if (
             not isinstance(scale, SquaredScales)
-            or (run_grid.columns, run_grid.levels.tolist(), run_grid.offset, run_grid.half) != expected
+            or (run_grid.columns, run_grid.levels.tolist(), run_grid.offset, run_grid.rounding) != expected
         ):
             raise ValueError(f"The grid is not one of {codec.name}: it differs in its run of {run.bits} bits.")
         if int(codes[:, columns].max()) >= 2**run.bits:

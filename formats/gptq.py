@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_layout
-from lqexport.formats.codec import Grid, Planes, ScaleFormat, Scales, SectionedCodec, Sections
+from lqexport.formats.codec import Grid, Planes, Rounding, ScaleFormat, Scales, SectionedCodec, Sections
 from lqexport.formats.native import pack_bits, unpack_bits
 
 BITS = 4
@@ -98,7 +98,7 @@ class Gptq(SectionedCodec):
         supers = np.ascontiguousarray(planes["scales"].T)
         scale, offset = Scales(self.scale, supers, np.ones_like(zeros)), Scales(self.zero, supers, zeros)
         self._check_numbers(supers, zeros)
-        grid = Grid(columns, LEVELS, scale, offset, half=True)
+        grid = Grid(columns, LEVELS, scale, offset, rounding=Rounding.HALF)
         return Sections(np.argsort(planes["g_idx"], kind="stable").astype(np.int64), (grid,)), codes
 
     def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:
@@ -113,7 +113,7 @@ class Gptq(SectionedCodec):
             raise ValueError(f"The grid is not one of {self.name}: it must be one grid for each of {columns} columns.")
         only_grid = grid.grids[0]
         scale, offset = only_grid.scale, only_grid.offset
-        if not isinstance(scale, Scales) or not isinstance(offset, Scales) or not only_grid.half:
+        if not isinstance(scale, Scales) or not isinstance(offset, Scales) or only_grid.rounding != Rounding.HALF:
             raise ValueError(f"The grid is not one of {self.name}: it has other scales.")
         if (scale.format, offset.format, only_grid.levels.tolist()) != (self.scale, self.zero, LEVELS.tolist()):
             raise ValueError(f"The grid is not one of {self.name}: it has other scales or levels.")

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Scales, SectionedCodec, Sections
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Rounding, ScaleFormat, Scales, SectionedCodec, Sections
 from lqexport.formats.gptq import LEVELS, Gptq
 
 
@@ -106,7 +106,7 @@ def move(source: AffineGrid | FloatGrid | TableGrid, codec: PlainCodec | GridCod
     if isinstance(codec, Gptq):
         order = np.argsort(source.group_of, kind="stable") if codec.reorders else np.arange(len(source.group_of))
         grid, lift = _move_affine(source, LEVELS, codec.scale, codec.zero, order)
-        return Move(Sections(order, (Grid(len(order), LEVELS, *grid, half=True),)), lift)
+        return Move(Sections(order, (Grid(len(order), LEVELS, *grid, rounding=Rounding.HALF),)), lift)
     if (
         not isinstance(codec, GridCodec)
         or codec.levels is None
@@ -114,6 +114,8 @@ def move(source: AffineGrid | FloatGrid | TableGrid, codec: PlainCodec | GridCod
         or not _consecutive(codec.levels)
     ):
         raise ValueError(f"{codec.name} has no scale times an integer")
+    if codec.rounding != Rounding.NONE:
+        raise ValueError(f"{codec.name} rounds its values to fewer bits")
     matrix_order = np.arange(len(source.group_of))
     grid, lift = _move_affine(source, codec.levels, codec.scale, codec.offset, matrix_order)
     return Move(Grid(len(matrix_order), codec.levels, *grid), lift)

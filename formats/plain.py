@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from lqexport.formats import bfloat16
 from lqexport.formats.checks import check_planes, check_shape
 from lqexport.formats.codec import PlainCodec, Planes
 
@@ -117,14 +118,10 @@ class BF16(_Plain):
     stored = np.dtype("<u2")
 
     def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
-        bits = np.ascontiguousarray(weights).view(np.uint32)
-        odd = (bits >> 16) & 1
-        # As in ggml, a NaN becomes quiet and keeps its sign and upper payload. Rounding could make it infinite.
-        quiet = (bits >> 16) | 0x40
-        return np.where(np.isnan(weights), quiet, (bits + (odd + 0x7FFF)) >> 16).astype(self.stored)
+        return bfloat16.to_bits(weights)
 
     def _widen(self, stored: np.ndarray) -> NDArray[np.float32]:
-        return (stored.astype(np.uint32) << 16).view(np.float32)
+        return bfloat16.of_bits(stored)
 
 
 PLAIN = (F32(), NormPlusOne(), Decay(), F16(), BF16())

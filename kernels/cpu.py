@@ -16,7 +16,11 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
+from lqexport.formats.codec import Number, Rounding
+
 ZERO, ONE = np.float32(0), np.float32(1)
+POWER, BFLOAT16 = int(Number.POWER), int(Number.BFLOAT16)
+HALF_STEPS, BFLOAT_STEPS = int(Rounding.HALF_STEPS), int(Rounding.BFLOAT_STEPS)
 
 TILE_ROWS, TILE_COLUMNS = 8, 512
 """The tile size of `table_products`: rows, and columns of H."""
@@ -27,8 +31,9 @@ class Stored(NamedTuple):
     place.
 
     present   whether the format has this number
-    supers    float32 [R, G / span], each value a float16
+    supers    float32 [R, G / span], each value a float16 or as `number` says
     subs      int16 [R, G]
+    number    how a super is stored, a number of `formats.codec.Number`
     """
 
     present: bool
@@ -38,7 +43,7 @@ class Stored(NamedTuple):
     low: int
     high: int
     sign: np.float32
-    power: bool
+    number: int
 
 
 class Form(NamedTuple):
@@ -89,6 +94,13 @@ def _round_half(x):
 
 
 @njit(cache=True, inline="always")
+def _round_bfloat(x):
+    """Rounds a float64 to the nearest bfloat16, ties to even. Subnormal and infinite ones are not meant."""
+    big = x * (2.0**45 + 1)  # Veltkamp's split: keeps 53 - 45 = 8 bits
+    return big - (big - x)
+
+
+@njit(cache=True, inline="always")
 def _round_power(x):
     """Rounds a float64 to the nearest power of two that a float16 holds, 2^-24 to 2^15."""
     if x <= 2.0**-24:
@@ -98,21 +110,33 @@ def _round_power(x):
 
 
 @njit(cache=True, inline="always")
-def _value(scale, level, offset, half):
-    """Returns the decoded weight scale * level + offset, rounded to float16 if `half`."""
-    value = scale * level + offset
-    return np.float32(_round_half(np.float64(value))) if half else value
+def _round_super(x, number):
+    """Rounds a float64 to the nearest number that a file stores, which is of the type `number`."""
+    if number == POWER:
+        return _round_power(x)
+    return _round_bfloat(x) if number == BFLOAT16 else _round_half(x)
+
+
+@njit(cache=True, inline="always")
+def _value(scale, level, offset, rounding):
+    """Returns the decoded weight scale * level + offset, rounded as `formats.codec.Rounding` says."""
+    if rounding == BFLOAT_STEPS:
+        product = np.float32(_round_bfloat(np.float64(scale * level)))
+        return np.float32(_round_bfloat(np.float64(product + offset)))
+    product = np.float32(_round_half(np.float64(scale * level))) if rounding == HALF_STEPS else scale * level
+    value = product + offset
+    return value if rounding == 0 else np.float32(_round_half(np.float64(value)))
 
 
 @njit(parallel=True, cache=True)
-def feedback_block(weights, upper, scale, offset, levels, uniform, half, codes, errors):
+def feedback_block(weights, upper, scale, offset, levels, uniform, rounding, codes, errors):
     """Quantizes a block's columns one after the other and spreads each error over the block's later columns.
 
     weights   [R, B] in solve order, changed in place
     upper     [B, B], the block's part of U, where H^-1 = U^T U
     scale, offset   [R, B], for every column
     levels    [1 or R, K]
-    half      whether values are rounded to float16
+    rounding  how values are rounded, a number of `formats.codec.Rounding`
     codes     uint8 [R, B], written
     errors    [R, B], written: (w - q) / U_ii, which the caller spreads over later blocks
     """
@@ -123,7 +147,7 @@ def feedback_block(weights, upper, scale, offset, levels, uniform, half, codes, 
         for i in range(width):
             s, o = scale[r, i], offset[r, i]
             code = _nearest((row[i] - o) / s if s != 0 else np.float32(0), table, uniform)
-            error = (row[i] - _value(s, table[code], o, half)) / upper[i, i]
+            error = (row[i] - _value(s, table[code], o, rounding)) / upper[i, i]
             codes[r, i] = code
             errors[r, i] = error
             for j in range(i + 1, width):
@@ -179,7 +203,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction, work):
             direction[i] = stored.sign * subs[i // group] * basis[i]
         step = _best_step(direction, work, gradient, hessian, first, last)
         best = supers[k] + step
-        change = (_round_power(best) if stored.power else _round_half(best)) - supers[k]
+        change = _round_super(best, stored.number) - supers[k]
         if change * (change - 2 * step) < 0:  # the quadratic is lower at `change` than at 0
             supers[k] += np.float32(change)
             _move(direction, change, values, gradient, hessian, first, last)
@@ -205,7 +229,7 @@ def _number(stored, r, group, default):
 
 
 @njit(parallel=True, cache=True)
-def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit, half):
+def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit, rounding):
     """Makes one sweep of coordinate descent over a block of columns. The loss of a row is (Q - W) H (Q - W)^T.
 
     If `refit`, the sweep first moves the block's stored scales and offsets with the codes fixed. Then it moves each
@@ -218,7 +242,7 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
     codes     uint8 [R, B]
     levels    [1 or R, K]
     scale, offset   `Stored`, with one number per `group` columns
-    half      whether values are rounded to float16
+    rounding  how values are rounded, a number of `formats.codec.Rounding`
     """
     rows, width = values.shape
     for r in prange(rows):
@@ -238,9 +262,9 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale
                 continue
             code = _nearest((q[i] - g[i] / hessian[i, i] - o) / s, table, uniform)
             if code != codes[r, i]:
-                change = _value(s, table[code], o, half) - q[i]
-                # Rounding to float16 can make the nearest level's value farther than the old one.
-                if half and change * (change + 2 * g[i] / hessian[i, i]) >= 0:
+                change = _value(s, table[code], o, rounding) - q[i]
+                # Rounding can make the nearest level's value farther than the old one.
+                if rounding and change * (change + 2 * g[i] / hessian[i, i]) >= 0:
                     continue
                 codes[r, i] = code
                 q[i] += change

@@ -36,15 +36,15 @@ class Stored:
     low: int = 1
     high: int = 1
     sign: int = 1
-    power: bool = False
+    number: int = 0
 
     def arguments(self) -> list[cuda.Argument]:
         """Returns the fields in the order of refine.cu's arguments."""
-        return [self.supers, self.subs, self.span, self.low, self.high, self.sign, int(self.power)]
+        return [self.supers, self.subs, self.span, self.low, self.high, self.sign, self.number]
 
 
 def feedback_block(
-    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, rounding: int
 ) -> tuple[Tensor, Tensor]:
     """Returns the codes, uint8 [R, B], and the errors [R, B] of one block, bitwise equal to those of
     `cpu.feedback_block`.
@@ -57,7 +57,7 @@ def feedback_block(
         raise ValueError(f"A block of error feedback has at most {MOST_COLUMNS} columns, not {width}.")
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     arguments = [
-        weights, upper, scale, offset, levels, *levels.shape, int(uniform), int(half), rows, width, codes, errors,
+        weights, upper, scale, offset, levels, *levels.shape, int(uniform), rounding, rows, width, codes, errors,
     ]  # fmt: skip
     cuda.launch("feedback.cu", "feedback_block", _blocks(rows, 32), THREADS, arguments)
     return codes, errors
@@ -65,12 +65,12 @@ def feedback_block(
 
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor, uniform: bool, group: int,
-    scale: Stored, offset: Stored, refit: bool, half: bool,
+    scale: Stored, offset: Stored, refit: bool, rounding: int,
 ) -> None:  # fmt: skip
     """Makes one sweep of coordinate descent over a block, in place; see `cpu.refine_block`."""
     rows, width = values.shape
     arguments = [
-        values, gradient, hessian, codes, levels, *levels.shape, int(uniform), int(half), group, rows, width,
+        values, gradient, hessian, codes, levels, *levels.shape, int(uniform), rounding, group, rows, width,
         *scale.arguments(), *offset.arguments(), int(refit),
     ]  # fmt: skip
     cuda.launch("refine.cu", "refine_block", _blocks(rows, 32), THREADS, arguments)

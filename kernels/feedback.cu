@@ -11,11 +11,11 @@ const int PER_LANE = MOST_COLUMNS / 32;
 // factor         [width, width], the block's part of U, where H^-1 = U^T U
 // scale, offset  [rows, width], for every column
 // all_levels     [level_rows, level_count], where level_rows is 1 or rows
-// half           whether values are rounded to float16
+// rounding       how values are rounded (grid.cuh)
 // codes, errors  [rows, width], written
 __global__ void __launch_bounds__(128)
     feedback_block(const float* weights, const float* factor, const float* scale, const float* offset,
-                   const float* all_levels, int level_rows, int level_count, int uniform, int half, int rows,
+                   const float* all_levels, int level_rows, int level_count, int uniform, int rounding, int rows,
                    int width, u8* codes, float* errors) {
   const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
   if (row >= rows) return;
@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(128)
       // Every lane rounds its own column, but only the weight of lane l is final and only its result is used.
       const float target = a != 0 ? (left[s] - b) / a : 0;
       const int code = nearest(target, levels, level_count, uniform);
-      const float own_error = (left[s] - grid_value(a, levels[code], b, half)) / pivot;
+      const float own_error = (left[s] - grid_value(a, levels[code], b, rounding)) / pivot;
       const float error = __shfl_sync(ALL_LANES, own_error, l);
       if (lane == l) {
         codes[start + own] = (u8)code;

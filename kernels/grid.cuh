@@ -11,10 +11,23 @@ __device__ __forceinline__ int nearest(float target, const float* levels, int co
   return code;
 }
 
-// Returns the decoded weight. `half`: it is rounded to float16, as EXL2 defines its weights.
-__device__ __forceinline__ float grid_value(float scale, float level, float offset, int half) {
-  const float value = __fadd_rn(__fmul_rn(scale, level), offset);
-  return half ? to_float(__float2half_rn(value)) : value;
+// How a decoded weight is rounded: formats.codec.Rounding has the same numbers.
+const int HALF = 1, HALF_STEPS = 2, BFLOAT_STEPS = 3;
+
+__device__ __forceinline__ float rounded_half(float value) { return to_float(__float2half_rn(value)); }
+__device__ __forceinline__ float rounded_bfloat(float value) {
+  bf16 stored;
+  store(&stored, value);
+  return to_float(stored);
+}
+
+// Returns the decoded weight.
+__device__ __forceinline__ float grid_value(float scale, float level, float offset, int rounding) {
+  const float product = __fmul_rn(scale, level);
+  if (rounding == BFLOAT_STEPS) return rounded_bfloat(__fadd_rn(rounded_bfloat(product), offset));
+  if (rounding == HALF_STEPS) return rounded_half(__fadd_rn(rounded_half(product), offset));
+  const float value = __fadd_rn(product, offset);
+  return rounding == HALF ? rounded_half(value) : value;
 }
 
 // Returns value - a * b, rounded twice.

@@ -5,7 +5,7 @@
 #include "grid.cuh"
 
 // Scales or offsets of the block as the file stores them (formats.codec.ScaleFormat): supers [rows, groups / span],
-// each value a float16, and subs [rows, groups]. `supers` is a null pointer if the format has no such number.
+// each value a float16 or as `number` says, and subs [rows, groups]. `supers` is a null pointer if the format has no such number.
 struct Stored {
   float* supers;
   short* subs;
@@ -13,7 +13,7 @@ struct Stored {
   int low;
   int high;
   int sign;
-  int power;
+  int number;  // of formats.codec.Number: 0 float16, 1 a power of two, 2 bfloat16
 };
 
 __device__ Stored of_row(Stored stored, size_t row, size_t groups) {
@@ -32,7 +32,7 @@ struct Row {
   const float* levels;
   int level_count;
   int uniform;
-  int half;
+  int rounding;
   int width;
   int group;
   int lane;
@@ -55,6 +55,14 @@ __device__ __forceinline__ double round_power(double x) {
   if (x <= 0x1p-24) return 0x1p-24;
   const double below = scalbn(1.0, ilogb(x));
   return fmin(x < 1.5 * below ? below : 2 * below, 0x1p15);
+}
+
+// Rounds a float64 to the nearest number that the file stores, of the type `number`.
+__device__ __forceinline__ double round_super(double x, int number) {
+  if (number == 1) return round_power(x);
+  if (number == 0) return round_half(x);
+  const double big = x * (0x1p45 + 1);  // Veltkamp's split keeps 53 - 45 = 8 bits
+  return __dadd_rn(big, -__dadd_rn(big, -x));
 }
 
 // Returns the change of column j for a unit step of one stored number: `own` times the level, or for an offset `own`.
@@ -135,7 +143,7 @@ __device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool
     const double step = best_step(row, stored, run), old = of_super ? stored.supers[n] : stored.subs[n];
     const double best = old + step;
     double wished = fmin(fmax(rint(best), (double)stored.low), (double)stored.high);
-    if (of_super) wished = stored.power ? round_power(best) : round_half(best);
+    if (of_super) wished = round_super(best, stored.number);
     if (!lowers(wished - old, step)) continue;
     __syncwarp();  // all lanes have read the old number
     if (row.lane == 0 && of_super) stored.supers[n] = (float)wished;
@@ -157,9 +165,9 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
       if (row.lane == l && s != 0 && curvature > 0) {
         const float value = row.values[own], step = -row.gradient[own] / curvature;
         const int code = nearest((value + step - o) / s, row.levels, row.level_count, row.uniform);
-        const float wished = grid_value(s, row.levels[code], o, row.half) - value;
-        // Rounding to float16 can make the nearest level's value farther than the old one.
-        if (code != row.codes[own] && (!row.half || lowers(wished, step))) {
+        const float wished = grid_value(s, row.levels[code], o, row.rounding) - value;
+        // Rounding can make the nearest level's value farther than the old one.
+        if (code != row.codes[own] && (!row.rounding || lowers(wished, step))) {
           change = wished;
           row.codes[own] = (u8)code;
           row.values[own] = value + change;
@@ -176,24 +184,24 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
 // hessian   [width, width]
 // codes     [rows, width]
 // levels    [level_rows, level_count], where level_rows is 1 or rows
-// half      whether values are rounded to float16
+// rounding  how values are rounded (grid.cuh)
 //
 // All are the block's part of the whole. All but the Hessian and the levels are changed in place.
 __global__ void __launch_bounds__(128, 4)
     refine_block(float* values, float* gradient, const float* hessian, u8* codes, const float* levels, int level_rows,
-                 int level_count, int uniform, int half, int group, int rows, int width, float* scale_supers,
-                 short* scale_subs, int scale_span, int scale_low, int scale_high, int scale_sign, int scale_power,
+                 int level_count, int uniform, int rounding, int group, int rows, int width, float* scale_supers,
+                 short* scale_subs, int scale_span, int scale_low, int scale_high, int scale_sign, int scale_number,
                  float* offset_supers, short* offset_subs, int offset_span, int offset_low, int offset_high,
-                 int offset_sign, int offset_power, int refitting) {
+                 int offset_sign, int offset_number, int refitting) {
   const int r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (r >= rows) return;
   const size_t start = (size_t)r * width, groups = width / group;
   const Row row = {values + start, gradient + start, codes + start, hessian,
-                   levels + (level_rows == 1 ? 0 : (size_t)r * level_count), level_count, uniform, half, width,
+                   levels + (level_rows == 1 ? 0 : (size_t)r * level_count), level_count, uniform, rounding, width,
                    group, (int)threadIdx.x % 32};
-  const Stored scale = of_row({scale_supers, scale_subs, scale_span, scale_low, scale_high, scale_sign, scale_power}, r, groups);
+  const Stored scale = of_row({scale_supers, scale_subs, scale_span, scale_low, scale_high, scale_sign, scale_number}, r, groups);
   const Stored offset =
-      of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign, offset_power}, r,
+      of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign, offset_number}, r,
                                groups);
   // Offsets come before scales, and float16s before integers. One loop, not unrolled, keeps one copy of the code.
 #pragma unroll 1

@@ -30,7 +30,7 @@ CHECKPOINTS = {
     "8 bits, symmetric, groups of 128": (8, 128, True),
     "8 bits, groups of 128": (8, 128, False),
 }
-CODEC_NAMES = [name for name in names() if not isinstance(codec_named(name), PlainCodec)]
+CODEC_NAMES = [name for name in (*names("gguf"), *names("native")) if not isinstance(codec_named(name), PlainCodec)]
 
 
 def affine(bits: int, group: int, symmetric: bool, scale: float = 0.01) -> AffineGrid:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from lqexport.formats import exl2
-from lqexport.formats.codec import Grid, Run, Sections, bits_per_weight
+from lqexport.formats.codec import Grid, Rounding, Run, Sections, bits_per_weight
 from lqexport.formats.exl2 import BITS, Exl2, SquaredScales, joined, levels, name_of, of_planes
 from lqexport.formats.registry import codec_named
 
@@ -41,7 +41,7 @@ def random_case(runs: tuple[Run, ...], seed: int) -> tuple[Exl2, Sections, np.nd
     for run in runs:
         maxima = draw.choice([1e-7, 0.003, 0.02, 1.0, 300.0], run.count) * draw.uniform(0.5, 1, run.count)
         scale = SquaredScales(maxima.astype(np.float16), draw.integers(0, 16, (rows, run.count), dtype=np.int16))
-        grids.append(Grid(run.columns, levels(run.bits), scale, half=True))
+        grids.append(Grid(run.columns, levels(run.bits), scale, rounding=Rounding.HALF))
         codes.append(draw.integers(0, 2**run.bits, (rows, run.columns), dtype=np.uint8))
     natural = np.empty((rows, codec.columns), np.uint8)
     natural[:, order] = np.concatenate(codes, axis=1)
@@ -239,7 +239,10 @@ def test_grids_of_another_format_are_refused() -> None:
     scale = first.scale
     wrong: list[tuple[str, Sections]] = [
         ("1 runs", Sections(grid.order, (first,))),
-        ("run of 4 bits", dataclasses.replace(grid, grids=(dataclasses.replace(first, half=False), second))),
+        (
+            "run of 4 bits",
+            dataclasses.replace(grid, grids=(dataclasses.replace(first, rounding=Rounding.NONE), second)),
+        ),
         ("run of 4 bits", dataclasses.replace(grid, grids=(dataclasses.replace(first, levels=levels(3)), second))),
         ("0..15", replaced(grid, SquaredScales(scale.maxima, scale.subs + np.int16(16)))),
         ("must be int16", replaced(grid, SquaredScales(scale.maxima, scale.subs[:, :1]))),

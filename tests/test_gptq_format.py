@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lqexport.formats.codec import Grid, Planes, Scales, Sections
+from lqexport.formats.codec import Grid, Planes, Rounding, Scales, Sections
 from lqexport.formats.gptq import GPTQ, LEVELS, Gptq
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
@@ -42,7 +42,7 @@ def random_case(name: str, seed: int, blocks: int = 2) -> tuple[Gptq, Sections, 
     supers[rng.random(supers.shape) < 0.1] = rng.choice(np.array([0, 2.0**-24, 4094, -4094], np.float16))
     zeros = rng.integers(codec.zero.low, codec.zero.high, (rows, groups), dtype=np.int16, endpoint=True)
     grid = Grid(columns, LEVELS, Scales(codec.scale, supers, np.ones_like(zeros)), Scales(codec.zero, supers, zeros),
-                half=True)  # fmt: skip
+                rounding=Rounding.HALF)  # fmt: skip
     order = rng.permutation(columns) if codec.reorders else np.arange(columns)
     return codec, Sections(order, (grid,)), rng.integers(0, 16, (rows, columns), dtype=np.uint8)
 
@@ -96,7 +96,7 @@ def test_grids_that_the_layout_cannot_hold_are_refused() -> None:
         "must lie in": replace(run, offset=replace(offset, subs=np.full_like(offset.subs, 16))),
         "very same scales": replace(run, offset=replace(offset, supers=offset.supers + np.float16(1))),
         "too large": replace(run, scale=replace(scale, supers=huge), offset=replace(offset, supers=huge)),
-        "other scales": replace(run, half=False),
+        "other scales": replace(run, rounding=Rounding.NONE),
         "other scales or levels": replace(run, levels=LEVELS + 1),
         "one per row": replace(run, scale=replace(scale, supers=scale.supers[:1])),
     }

@@ -22,7 +22,11 @@ from lqexport.solver.linear import round_tensor, solve_linear
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
-GRIDS = [name for name in (*names(), *GPTQ, "exl2:4g128x1+2g128x1") if not isinstance(codec_named(name), PlainCodec)]
+GRIDS = [
+    name
+    for name in (*names("gguf"), *names("native"), "mlx:4-g64", "mlx:4-g64-f16", *GPTQ, "exl2:4g128x1+2g128x1")
+    if not isinstance(codec_named(name), PlainCodec)
+]
 
 
 def spoiled(model: Path, folder: Path, name: str, weight: float) -> str:

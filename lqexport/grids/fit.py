@@ -154,7 +154,8 @@ def _stored(
 ) -> TensorGrid:  # fmt: skip
     assert codec.scale is not None
     shift = None if codec.offset is None else store(offset, codec.offset, importance)
-    return TensorGrid(columns, levels, uniform, store(scale, codec.scale, importance), shift)
+    stored = store(scale, codec.scale, importance)
+    return TensorGrid(columns, levels, uniform, stored, shift, codec.rounding)
 
 
 def normalized(importance: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import Grid, GridCodec, ScaleFormat, Scales
+from lqexport.formats.codec import Grid, GridCodec, Number, Rounding, ScaleFormat, Scales
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,18 @@ def half(values: Tensor) -> Tensor:
     return values.half().float()
 
 
+def rounded(values: Tensor, rounding: Rounding) -> Tensor:
+    """Returns decoded values, float32, rounded as a grid's values are."""
+    if rounding == Rounding.NONE:
+        return values
+    return values.bfloat16().float() if rounding == Rounding.BFLOAT_STEPS else half(values)
+
+
+def rounded_step(products: Tensor, rounding: Rounding) -> Tensor:
+    """Returns products of scale and level, float32, rounded as a grid's are before the offset is added."""
+    return rounded(products, rounding) if rounding.by_steps else products
+
+
 @dataclass(frozen=True)
 class TensorGrid:
     """The values that the codes of a matrix [R, C] stand for: scale * level[code] + offset.
@@ -59,7 +71,7 @@ class TensorGrid:
     uniform   whether the levels are consecutive integers
     scale     None if each row has a table of its own
     offset    None if the format has no offset
-    half      whether values are rounded to float16
+    rounding  how values are rounded
     """
 
     columns: int
@@ -67,7 +79,7 @@ class TensorGrid:
     uniform: bool
     scale: Numbers | None = None
     offset: Numbers | None = None
-    half: bool = False
+    rounding: Rounding = Rounding.NONE
 
     @staticmethod
     def of(grid: Grid, device: torch.device) -> TensorGrid:
@@ -75,7 +87,7 @@ class TensorGrid:
         levels = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(grid.levels), np.float32)).to(device)
         scale = Numbers.of(grid.scale, device) if isinstance(grid.scale, Scales) else None
         offset = Numbers.of(grid.offset, device) if isinstance(grid.offset, Scales) else None
-        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset)
+        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset, grid.rounding)
 
     @property
     def group(self) -> int:
@@ -92,11 +104,11 @@ class TensorGrid:
         """Returns the decoded weights float32 [R, C] of codes uint8 [R, C]."""
         values = self._levels(codes)
         if self.scale:
-            values = values.unflatten(1, (-1, self.group)) * self.scale.values()[..., None]
+            products = values.unflatten(1, (-1, self.group)) * self.scale.values()[..., None]
+            values = rounded_step(products, self.rounding)
         if self.offset:
             values = values + self.offset.values()[..., None]
-        values = values.reshape(codes.shape)
-        return half(values) if self.half else values
+        return rounded(values.reshape(codes.shape), self.rounding)
 
     def _levels(self, codes: Tensor) -> Tensor:
         """Returns the level of each code, float32 [R, C]."""
@@ -122,7 +134,7 @@ class TensorGrid:
         levels = self.levels.cpu().numpy()
         scale = None if self.scale is None else self.scale.numpy()
         offset = None if self.offset is None else self.offset.numpy()
-        return Grid(self.columns, levels if scale is None else levels[0], scale, offset, half=self.half)
+        return Grid(self.columns, levels if scale is None else levels[0], scale, offset, rounding=self.rounding)
 
     def runs(self, order: Tensor) -> list[tuple[slice, Tensor, TensorGrid]]:
         """Returns runs of columns in the order of solving, for `order` int64 [C]; here one run of all columns.
@@ -152,8 +164,10 @@ def round_half(values: Tensor) -> Tensor:
 
 
 def round_super(values: Tensor, format: ScaleFormat) -> Tensor:
-    """Returns float32 values rounded to the nearest float16 that the format stores: any, or only powers of two."""
-    if not format.powers:
+    """Returns float32 values rounded to the nearest number that the format stores for a superblock."""
+    if format.number == Number.BFLOAT16:
+        return values.bfloat16().float()
+    if format.number == Number.FLOAT16:
         return round_half(values)
     values = values.clamp(2.0**-24, 2.0**15)
     below = values / values.frexp().mantissa / 2  # not exp2(log2(x)), which some devices round

@@ -8,7 +8,7 @@ from lqexport.formats.codec import GridCodec, ScaleFormat, SectionedCodec
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gptq import LEVELS, MOST_SCALE, Gptq
 
-HALF = float(np.finfo(np.float16).max)
+HALF, BFLOAT = float(np.finfo(np.float16).max), 2.0**127
 
 
 def reach(codec: GridCodec | SectionedCodec) -> tuple[float, float]:
@@ -33,7 +33,7 @@ def reach(codec: GridCodec | SectionedCodec) -> tuple[float, float]:
 
 def _largest(format: ScaleFormat) -> float:
     """Returns the largest magnitude of a fitted scale or offset. An exponent is fitted up to 2^15, as a float16's."""
-    number = 2.0 ** min(15, format.powers[1]) if format.powers else HALF
+    number = BFLOAT if format.bfloat else 2.0 ** min(15, format.powers[1]) if format.powers else HALF
     return number * max(-format.low, format.high)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats import gptq
-from lqexport.formats.codec import Grid, ScaleFormat, Scales, Sections
+from lqexport.formats.codec import Grid, Rounding, ScaleFormat, Scales, Sections
 from lqexport.formats.exl2 import SquaredScales
 from lqexport.grids.grid import Numbers, TensorGrid, half
 
@@ -61,7 +61,7 @@ class SquaredSection:
         """Returns the run as a grid whose scales are those that ExLlamaV2 computes."""
         scales = squared_scale(self.maxima, self.subs)
         numbers = Numbers(ScaleFormat(self.group), scales, torch.ones_like(self.subs))
-        return TensorGrid(self.columns, self.levels, True, numbers, half=True)
+        return TensorGrid(self.columns, self.levels, True, numbers, rounding=Rounding.HALF)
 
     def smooth(self) -> TensorGrid:
         """Returns the run as a grid in which nothing is rounded, so that values have derivatives by the maxima."""
@@ -90,7 +90,7 @@ class SquaredSection:
 
     def numpy(self) -> Grid:
         scale = SquaredScales(self.maxima.cpu().numpy().astype(np.float16), self.subs.cpu().numpy())
-        return Grid(self.columns, self.levels[0].cpu().numpy(), scale, half=True)
+        return Grid(self.columns, self.levels[0].cpu().numpy(), scale, rounding=Rounding.HALF)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class ZeroSection:
 
     def smooth(self) -> TensorGrid:
         """Returns the section as a grid whose values are not rounded, so that they have derivatives by the scales."""
-        return replace(self.grid(), half=False)
+        return replace(self.grid(), rounding=Rounding.NONE)
 
     def stored(self) -> ZeroSection:
         """Returns a copy whose numbers are rounded as the file will hold them."""
@@ -137,7 +137,9 @@ class ZeroSection:
         """Returns the section as a grid."""
         levels = torch.from_numpy(gptq.LEVELS).to(self.scales.device)[None]
         scale = Numbers(replace(self.zero, low=1, high=1, sign=1), self.scales, torch.ones_like(self.zeros))
-        return TensorGrid(self.columns, levels, True, scale, Numbers(self.zero, self.scales, self.zeros), half=True)
+        return TensorGrid(
+            self.columns, levels, True, scale, Numbers(self.zero, self.scales, self.zeros), rounding=Rounding.HALF
+        )
 
     def clone(self) -> ZeroSection:
         return replace(self, scales=self.scales.clone(), zeros=self.zeros.clone())

@@ -70,7 +70,7 @@ def feedback(weights: Tensor, grid: TensorGrid | TensorSections, cholesky: Chole
             width = len(upper)
             ordered[:, block], errors = backend(weights).feedback_block(
                 remaining[:, block].contiguous(), upper[:, :width].contiguous(), scale[:, group_of_column].contiguous(),
-                offset[:, group_of_column].contiguous(), run_grid.levels, run_grid.uniform, run_grid.half,
+                offset[:, group_of_column].contiguous(), run_grid.levels, run_grid.uniform, run_grid.rounding,
             )  # fmt: skip
             remaining[:, block.stop :] -= product(errors, upper[:, width:])
     codes = torch.empty_like(ordered)

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lqexport.formats.codec import Rounding
 from lqexport.grids.grid import Numbers, TensorGrid
 from lqexport.kernels import cpu
 
 
 def feedback_block(
-    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, rounding: Rounding
 ) -> tuple[Tensor, Tensor]:
     """Returns codes uint8 [R, B] and errors float32 [R, B] of one block of columns, solved in turn.
 
@@ -20,7 +21,7 @@ def feedback_block(
     """
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     cpu.feedback_block(weights.numpy(), upper.numpy(), scale.numpy(), offset.numpy(), levels.numpy(), uniform,
-                       half, codes.numpy(), errors.numpy())  # fmt: skip
+                       int(rounding), codes.numpy(), errors.numpy())  # fmt: skip
     return codes, errors
 
 
@@ -34,7 +35,7 @@ def refine_block(
     block_codes = codes[:, block].contiguous()
     cpu.refine_block(
         values.numpy(), gradient.numpy(), hessian.numpy(), block_codes.numpy(), grid.levels.numpy(), grid.uniform,
-        grid.group, _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit, grid.half,
+        grid.group, _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit, int(grid.rounding),
     )  # fmt: skip
     codes[:, block] = block_codes
 
@@ -49,11 +50,9 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
     """Returns the block's stored numbers as views of the grid's arrays, which the kernel changes in place."""
     if numbers is None:
-        return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), False)
+        return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), 0)
     form = numbers.format
     first, last = block.start // grid.group, block.stop // grid.group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    return cpu.Stored(
-        True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), form.powers is not None
-    )
+    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), int(form.number))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from lqexport.formats.codec import Rounding
 from lqexport.grids.grid import Numbers, TensorGrid
 from lqexport.kernels import cuda_solve
 from lqexport.solver.solve_torch import table_products
@@ -15,14 +16,14 @@ __all__ = ["feedback_block", "refine_block", "table_products"]
 
 
 def feedback_block(
-    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, rounding: Rounding
 ) -> tuple[Tensor, Tensor]:
     """Returns codes uint8 [R, B] and errors float32 [R, B] of one block of columns, solved in turn.
 
     The arguments are those of `kernels.cpu.feedback_block`; `upper` [B, B] is the block's part of U. `weights` change
     in place.
     """
-    return cuda_solve.feedback_block(weights, upper, scale, offset, levels, uniform, half)
+    return cuda_solve.feedback_block(weights, upper, scale, offset, levels, uniform, int(rounding))
 
 
 def refine_block(
@@ -37,7 +38,17 @@ def refine_block(
     scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
     group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block is right
     cuda_solve.refine_block(
-        values, gradient, hessian, block_codes, grid.levels, grid.uniform, group, scale, offset, refit, grid.half
+        values,
+        gradient,
+        hessian,
+        block_codes,
+        grid.levels,
+        grid.uniform,
+        group,
+        scale,
+        offset,
+        refit,
+        int(grid.rounding),
     )
     codes[:, block] = block_codes
     for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):
@@ -58,4 +69,4 @@ def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_sol
         return cuda_solve.Stored()
     form, (supers, subs) = numbers.format, _slices(numbers, grid, block)
     copies = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
-    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.powers is not None)
+    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, int(form.number))

@@ -8,12 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_super
+from lqexport.formats.codec import Rounding
+from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_super, rounded, rounded_step
 from lqexport.runtime.tiles import product
 
 
 def feedback_block(
-    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, rounding: Rounding
 ) -> tuple[Tensor, Tensor]:
     """Returns codes uint8 [R, B] and errors float32 [R, B] of one block of columns, solved in turn.
 
@@ -22,7 +23,7 @@ def feedback_block(
     """
     codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
     for i in range(weights.shape[1]):
-        codes[:, i], value = _round(weights[:, i], scale[:, i], offset[:, i], levels, uniform, half)
+        codes[:, i], value = _round(weights[:, i], scale[:, i], offset[:, i], levels, uniform, rounding)
         error = (weights[:, i] - value) / upper[i, i]
         errors[:, i] = error
         weights[:, i + 1 :] -= error[:, None] * upper[i, i + 1 :]
@@ -47,9 +48,11 @@ def refine_block(
         column = block.start + i
         column_scale, column_offset = scale[:, column // grid.group], offset[:, column // grid.group]
         step = -gradient[:, i] / hessian[i, i]
-        code, value = _round(values[:, i] + step, column_scale, column_offset, grid.levels, grid.uniform, grid.half)
+        code, value = _round(values[:, i] + step, column_scale, column_offset, grid.levels, grid.uniform, grid.rounding)
         keep = (column_scale == 0) | (code == codes[:, column])
-        if grid.half:  # values are rounded, so the nearest code may be farther from the minimum than the present one
+        if (
+            grid.rounding
+        ):  # values are rounded, so the nearest code may be farther from the minimum than the present one
             change = value - values[:, i]
             keep |= change * (change - 2 * step) >= 0
         codes[:, column] = torch.where(keep, codes[:, column], code)
@@ -67,14 +70,14 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
 
 
 def _round(
-    target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, half: bool
+    target: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, rounding: Rounding
 ) -> tuple[Tensor, Tensor]:
     """Returns the code and the value [R] of the level nearest to each target [R]."""
     steps = (target - offset) / torch.where(scale == 0, torch.inf, scale)
     code = nearest_level(steps[:, None], levels, uniform)
     level = levels.expand(len(target), -1).gather(1, code.long())[:, 0]
-    value = scale * level + offset
-    return code[:, 0], value.half().float() if half else value
+    value = rounded(rounded_step(scale * level, rounding) + offset, rounding)
+    return code[:, 0], value
 
 
 def _refit(
