@@ -18,6 +18,8 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 if TYPE_CHECKING:
     from lqexport.delivery.deliver import Delivery as Delivery
     from lqexport.delivery.deliver import export_model as export_model
+    from lqexport.delivery.ladder import Ladder as Ladder
+    from lqexport.delivery.ladder import make_ladder as make_ladder
     from lqexport.errors import UserError as UserError
     from lqexport.evaluation.judging import judge as judge
     from lqexport.evaluation.papers import perplexity as perplexity
@@ -45,6 +47,7 @@ __version__ = version("lqexport")
 _MODULES = {
     "Callback": "runtime.progress",
     "Delivery": "delivery.deliver",
+    "Ladder": "delivery.ladder",
     "LeanQuantModelForCausalLM": "integration.loading",
     "Listener": "runtime.progress",
     "MemoryLimits": "planning.memory",
@@ -59,6 +62,7 @@ _MODULES = {
     "inspect": "models.inspect",
     "judge": "evaluation.judging",
     "load": "integration.loading",
+    "make_ladder": "delivery.ladder",
     "perplexity": "evaluation.papers",
     "preview": "planning.dryrun",
     "push_to_hub": "verification.publish",

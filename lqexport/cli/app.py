@@ -17,6 +17,7 @@ from lqexport.cli.evaluate import evaluate, judge
 from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_native, to_peft
 from lqexport.cli.export_model import export
 from lqexport.cli.inspect import inspect
+from lqexport.cli.ladder import ladder
 from lqexport.cli.options import ShortHelp
 from lqexport.cli.quantize import plan, quantize
 from lqexport.cli.unexpected import STATUS, unexpected
@@ -55,13 +56,13 @@ def about(
         lqexport to-gguf ./out model.gguf
         lqexport verify model.gguf --against ./SmolLM2-135M --windows 16
 
-    Exit status: 0 done; 1 a limit of `export` or `verify` exceeded, an error found by `check`, or `plan` does not fit;
-    2 wrong input; 3 an error that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1 prints it);
-    130 stopped with Ctrl-C.
+    Exit status: 0 done; 1 a limit of `export`, `ladder` or `verify` exceeded, an error found by `check`, or `plan` does
+    not fit; 2 wrong input; 3 an error that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1
+    prints it); 130 stopped with Ctrl-C.
     """
 
 
-for command in (export, quantize):
+for command in (export, ladder, quantize):
     app.command(cls=ShortHelp)(command)
 for command in (plan, to_gguf, to_peft, to_exl2, to_gptq, to_compressed_tensors, to_native, check, verify, compare):
     app.command()(command)

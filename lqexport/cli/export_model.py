@@ -29,6 +29,14 @@ if TYPE_CHECKING:
     from lqexport.delivery.request import Request
     from lqexport.planning.dryrun import Preview
 
+VerifiedWindows = Annotated[
+    int | None,
+    typer.Option(min=0, help="Windows of the text to verify on; 0: all. [default: 16; 256 sentences for encoders]"),
+]
+Engine = Annotated[
+    str | None,
+    typer.Option(help="What runs the file: llama.cpp or lqexport. [default: llama.cpp, where it is installed]"),
+]
 STOPPED = "Stopped. Run the same command again to go on; nothing has its final name yet."
 
 
@@ -41,14 +49,8 @@ def export(
     options: dict[str, Any],
     recipe_file: RecipeFile = None,
     text: EvaluationText = "python-heldout",
-    windows: Annotated[
-        int | None,
-        typer.Option(min=0, help="Windows of the text to verify on; 0: all. [default: 16; 256 sentences for encoders]"),
-    ] = None,
-    engine: Annotated[
-        str | None,
-        typer.Option(help="What runs the file: llama.cpp or lqexport. [default: llama.cpp, where it is installed]"),
-    ] = None,
+    windows: VerifiedWindows = None,
+    engine: Engine = None,
     max_kl: MaxKl = None,
     max_perplexity_ratio: MaxPerplexityRatio = 2.0,
     max_over_expected: MaxOverExpected = 3.0,

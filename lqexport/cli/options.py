@@ -54,19 +54,24 @@ def _show_everything(context: typer.Context, wanted: bool) -> None:
         raise typer.Exit
 
 
-def with_recipe_options(**notes: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def with_recipe_options(
+    *, without: tuple[str, ...] = (), **notes: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Returns a decorator that gives a command an option for each field of `Recipe`, and `--help-all`.
 
-    notes   field name -> what the command adds to the option's help
+    without   fields that the command has no option for
+    notes     field name -> what the command adds to the option's help
 
     The command has a parameter `options`: it gets field name to value, None for each option that was not given. The
     common options come first, then the command's own, then the options that have a panel.
     """
-    return functools.partial(_with_recipe_options, notes=notes)
+    return functools.partial(_with_recipe_options, left_out=(*GIVEN_BY_ARGUMENT, *without), notes=notes)
 
 
-def _with_recipe_options(command: Callable[..., None], notes: dict[str, str]) -> Callable[..., None]:
-    fields = [option for option in dataclasses.fields(Recipe) if option.name not in GIVEN_BY_ARGUMENT]
+def _with_recipe_options(
+    command: Callable[..., None], left_out: tuple[str, ...], notes: dict[str, str]
+) -> Callable[..., None]:
+    fields = [option for option in dataclasses.fields(Recipe) if option.name not in left_out]
     hints = get_type_hints(command, include_extras=True)
     own = [
         parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)

@@ -16,6 +16,7 @@ from pathlib import Path
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.target import AUTO, Target, type_at_end
+from lqexport.verification.publish import record_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Places:
     @property
     def record(self) -> Path:
         """The folder of card, report page and verification.json, as `push-to-hub --record` wants it."""
-        return self.model.with_name(f"{self.model.name}.record")
+        return record_of(self.model)
 
     @property
     def work(self) -> Path:

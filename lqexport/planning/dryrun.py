@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 import time
 from collections import Counter
@@ -113,10 +114,11 @@ def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
     ]
 
 
+@functools.cache
 def measured_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
     """Returns the floating-point operations per second of products of `size` x `size` matrices on a device.
 
-    It is the best of several products in about `seconds` seconds.
+    It is the best of several products in about `seconds` seconds, and measured once in a process.
     """
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     synchronize: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None

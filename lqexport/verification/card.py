@@ -33,7 +33,9 @@ def card(result: Verification) -> str:
     result = result.published()
     family, model = result.family, result.against.rpartition("/")[2].removesuffix(".gguf")
     adapter = result.adapter if result.adapter != result.file else None
-    lines = [*_front_matter(result), "", f"# {model}, {result.target}", ""]
+    task = "feature-extraction" if result.similarity else "text-generation"
+    head = front_matter(result.against, result.license, result.family, task)
+    lines = [*head, "", f"# {model}, {result.target}", ""]
     lines += [f"{result.against}, quantized with [lqexport]({INSTALL}) into {result.target}: `{result.file}`.", ""]
     lines += [f"Verified from the written file: **{verdict(result)}**.", "", *_sentences(result)]
     lines += ["## Measured", "", *_measured(result), ""]
@@ -41,23 +43,26 @@ def card(result: Verification) -> str:
     lines += [SMOOTHED, ""] if result.smoothed else []
     facts = [*checks(result), ("sha256", result.sha256), ("sha256 of the text", result.text_sha256)]
     facts += [(f"version of {package}", version) for package, version in result.versions.items()]
-    lines += ["## File", "", *_table(["", ""], [[label, value] for label, value in facts]), ""]
+    lines += ["## File", "", *markdown_table(["", ""], [[label, value] for label, value in facts]), ""]
     if recipe := result.run.get("recipe"):
-        lines += ["## Recipe", "", *_table(["option", "value"], [list(line) for line in flat(recipe)]), ""]
+        lines += ["## Recipe", "", *markdown_table(["option", "value"], [list(line) for line in flat(recipe)]), ""]
     return "\n".join(lines)
 
 
-def _front_matter(result: Verification) -> list[str]:
-    """Returns the lines of the front matter.
+def front_matter(against: str, license: dict[str, str], family: str, task: str) -> list[str]:
+    """Returns the lines that the hub reads at the top of a card.
 
-    A local source gets no base model: the hub refuses one that is not a repository id.
+    against   the public name of the source. A local one gets no base model: the hub refuses what is no repository id.
+    license   what the source says of its license
+    family    of the target
+    task      the hub's name of what the model does
     """
-    entries = {name: json.dumps(value, ensure_ascii=False) for name, value in result.license.items()}
-    if is_hub_id(result.against):
-        entries |= {"base_model": result.against, "base_model_relation": "quantized"}
-    entries["library_name"] = LIBRARIES.get(result.family, "transformers")
-    entries["pipeline_tag"] = "feature-extraction" if result.similarity else "text-generation"
-    entries["tags"] = f"[quantized, lqexport, {result.family}]"
+    entries = {name: json.dumps(value, ensure_ascii=False) for name, value in license.items()}
+    if is_hub_id(against):
+        entries |= {"base_model": against, "base_model_relation": "quantized"}
+    entries["library_name"] = LIBRARIES.get(family, "transformers")
+    entries["pipeline_tag"] = task
+    entries["tags"] = f"[quantized, lqexport, {family}]"
     return ["---", *(f"{name}: {value}" for name, value in entries.items()), "---"]
 
 
@@ -73,11 +78,11 @@ def _measured(result: Verification) -> list[str]:
     head = ["", *(title for title, _ in result.columns)]
     size = [f"{human_bytes(result.nbytes)}, {result.bits_per_weight:.3f} bits per weight"] * len(result.columns)
     types = ["type", *[result.target] * len(result.columns)]
-    lines = _table(head, [types, ["size", *size], *([label, *values] for label, values in measures(result))])
+    lines = markdown_table(head, [types, ["size", *size], *([label, *values] for label, values in measures(result))])
     return [*lines, "", f"On the text {result.text}, in {result.engine}. ± is one standard error."]
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+def markdown_table(head: list[str], rows: list[list[str]]) -> list[str]:
     """Returns the lines of a Markdown table. Bars in cells are escaped, and line ends become spaces."""
     cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in (head, *rows)]
     lines = [f"| {' | '.join(row)} |" for row in cells]

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -186,21 +186,38 @@ def table(comparison: Comparison) -> Table:
     return result
 
 
+class Point(NamedTuple):
+    """A file in the plot of losses: its bits per weight, and its mean KL divergence in nats with the standard error."""
+
+    label: str
+    bits: float
+    kl: float
+    kl_error: float
+
+
 def save_plot(comparison: Comparison, path: Path) -> None:
     """Writes a plot of KL divergence over bits per weight as an SVG file."""
-    content = svg(lambda axes: _draw(axes, comparison)).encode()
+    points = [
+        Point(
+            f"{Path(file.file).name}, {human_bytes(file.nbytes)}", file.bits_per_weight, file.evaluation.kl,
+            file.evaluation.kl_error,
+        )
+        for file in comparison.files
+    ]  # fmt: skip
+    save_points(points, path)
+
+
+def save_points(points: Sequence[Point], path: Path) -> None:
+    """Writes a plot of the points, with KL divergence on a logarithmic axis, as an SVG file."""
+    content = svg(lambda axes: _draw(axes, points)).encode()
     with written_whole(path) as file:
         file.write(content)
 
 
-def _draw(axes: Axes, comparison: Comparison) -> None:
-    for file, marker in zip(comparison.files, "osD^v<>ph*" * len(comparison.files), strict=False):
-        evaluation = file.evaluation
-        if math.isfinite(evaluation.kl):
-            label = f"{Path(file.file).name}, {human_bytes(file.nbytes)}"
-            axes.errorbar(
-                file.bits_per_weight, evaluation.kl, evaluation.kl_error, marker=marker, linestyle="", label=label
-            )
+def _draw(axes: Axes, points: Sequence[Point]) -> None:
+    for point, marker in zip(points, "osD^v<>ph*" * len(points), strict=False):
+        if math.isfinite(point.kl):
+            axes.errorbar(point.bits, point.kl, point.kl_error, marker=marker, linestyle="", label=point.label)
     axes.set_yscale("log")
     axes.set_xlabel("bits per weight")
     axes.set_ylabel("mean KL, nats")

@@ -15,6 +15,8 @@ from lqexport.verification.result import Verification
 
 RESULT = "verification.json"
 """The file of a record that holds the verification's numbers and the digests of the verified files."""
+LADDER = "ladder.json"
+"""The file of a ladder's folder that lists its files."""
 REMEDY = "`lqexport verify ... --record FOLDER` makes one; --unverified uploads all the same."
 
 
@@ -54,20 +56,53 @@ def _files(path: Path, prefix: str) -> dict[str, Path]:
 
 def upload_list(file: str | Path, *, record: str | Path | None = None, unverified: bool = False) -> dict[str, Path]:
     """Returns path in the repository -> file, for all files that `push_to_hub` would upload. Raises UserError if the
-    record does not say that exactly these files passed."""
+    record does not say that exactly these files passed.
+
+    The folder of a ladder has the record of each of its files.
+    """
+    if record is None and (Path(file) / LADDER).is_file():
+        return _ladder_files(Path(file))
     if not Path(file).exists() or (Path(file) / "run.json").is_file():
         raise UserError(f"{file} is no written model: the to-... commands of lqexport write such files and folders.")
     if record is None:
         if not unverified:
             raise UserError(f"No record says that {file} passed its verification. {REMEDY}")
         return model_files(file)
+    return _recorded_files(file, record, unverified=unverified) | _files(Path(record), "")
+
+
+def _ladder_files(folder: Path) -> dict[str, Path]:
+    """Returns path in the repository -> file, for a ladder's card, plot and list, and for its files and their records.
+
+    Raises UserError if a record does not say that its file passed.
+    """
+    listed = read_json(folder / LADDER, f"{folder} is no ladder: it has no {LADDER}.")
+    with well_formed(folder / LADDER, "`lqexport ladder` writes it."):
+        models = [folder / Path(entry["file"]).name for entry in listed["files"]]
+    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".md", ".svg")}
+    for model in models:
+        record = record_of(model)
+        files |= _recorded_files(model, record) | _files(record, f"{record.name}/")
+    return files
+
+
+def record_of(model: Path) -> Path:
+    """Returns the folder in which `export` writes the record of a file or folder."""
+    return model.with_name(f"{model.name}.record")
+
+
+def _recorded_files(file: str | Path, record: str | Path, *, unverified: bool = False) -> dict[str, Path]:
+    """Returns path in the repository -> file, for a model and its adapter.
+
+    Raises UserError if the record does not say that exactly these files passed, unless `unverified` is given.
+    """
     result = read_json(Path(record) / RESULT, f"{record} is no record of a verification: it has no {RESULT}. {REMEDY}")
     with well_formed(Path(record) / RESULT, REMEDY):
         # The record names the adapter. It is read only if its digest will be checked.
         files = model_files(file, None if unverified else _adapter_beside(file, result["adapter"]))
         if not unverified:
             _check_passed(result, record, files)
-    return files | _files(Path(record), "")
+    return files
 
 
 def _adapter_beside(file: str | Path, name: str | None) -> str | None:
@@ -103,7 +138,7 @@ def push_to_hub(
 ) -> str:
     """Uploads a written model to a repository of the Hugging Face hub, in one commit; creates the repository if needed.
 
-    file        a .gguf file, or a folder that a to-... command wrote
+    file        a .gguf file, a folder that a to-... command wrote, or the folder of a ladder
     repository  the repository's id, such as me/model-gguf
     record      the folder that `save_record` or `verify --record` wrote for this file; it is uploaded too
     public      whether all may see the repository; without it, an existing public repository is refused

@@ -1,0 +1,106 @@
+"""The command ladder: all files of a model that a publisher offers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lqexport.cli.common import Device, EvaluationText, Json, output, plain_endings
+from lqexport.cli.export_model import Engine, VerifiedWindows
+from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
+from lqexport.cli.quantize import DeviceMemory, DryRun, HostMemory, Run, SourceModel
+from lqexport.cli.verify import MaxKl, MaxOverExpected, MaxPerplexityRatio
+from lqexport.models.model_path import check_source_name
+from lqexport.runtime.progress import terminal_listener
+
+if TYPE_CHECKING:
+    from lqexport.delivery.ladder import Ladder, Rung
+    from lqexport.planning.memory import MemoryLimits
+
+STOPPED = "Stopped. Run the same command again to go on; finished files stay."
+
+
+@with_recipe_options(without=("target", "size", "bits"))
+def ladder(
+    source: SourceModel,
+    folder: Annotated[Path, typer.Argument(help="The folder of the files, new or of the same ladder.")],
+    options: dict[str, Any],
+    targets: Annotated[
+        str, typer.Option(help="The GGUF types or mixes to make, separated by commas.")
+    ] = "Q2_K,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q8_0",
+    recipe_file: RecipeFile = None,
+    text: EvaluationText = "python-heldout",
+    windows: VerifiedWindows = None,
+    engine: Engine = None,
+    max_kl: MaxKl = None,
+    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    max_over_expected: MaxOverExpected = 3.0,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+) -> None:
+    """Quantize SOURCE into several GGUF files in FOLDER, verify each, and compare them.
+
+    FOLDER gets the files, each with the record of its verification, and a README.md for the hub with a table and a plot
+    of what each file loses. A stopped ladder goes on when the same command is given again. A file that exceeds a limit
+    is called like model-Q2_K.failed.gguf, the others are still made, and the exit status is 1.
+
+    Examples:
+
+        lqexport ladder ./model ./files
+        lqexport ladder ./model ./files --targets Q3_K_M,IQ4_XS,Q6_K --dry-run
+        lqexport push-to-hub ./files YOU/model-GGUF
+    """
+    with plain_endings(STOPPED):
+        check_source_name(source)
+        from lqexport.delivery.ladder import finished_ladder, planned_ladder
+        from lqexport.delivery.request import Measurement
+
+        names = [name for name in targets.split(",") if name.strip()]
+        recipe = merged_recipe(recipe_file, options | {"source": source}, lambda _: f"gguf:{names[0]}" if names else "")
+        measurement = Measurement(
+            text, windows, engine,  # type: ignore[arg-type]  # checked later
+            max_kl, max_perplexity_ratio or None, max_over_expected or None,
+        )  # fmt: skip
+        limits = Run(recipe, folder, device, None, device_memory, host_memory).limits
+        rungs = planned_ladder(recipe, folder, names, measurement, device=device, memory=limits)
+        if dry_run:
+            _preview(rungs, device, limits, as_json=as_json)
+            return
+        with terminal_listener() as listener:
+            made = finished_ladder(rungs, folder, listener)
+        _show(made, as_json=as_json)
+    if not made.passed:
+        raise typer.Exit(1)
+
+
+def _preview(rungs: list[Rung], device: str, limits: MemoryLimits, *, as_json: bool) -> None:
+    """Prints size, time and memory of every file that is not there yet."""
+    from lqexport.delivery.ladder_plan import planned_files, table
+
+    files = planned_files(rungs, device, limits)
+    if as_json:
+        print(json.dumps(files, indent=1))
+    else:
+        output().print(table(files))
+
+
+def _show(made: Ladder, *, as_json: bool) -> None:
+    """Prints the comparison and what comes next."""
+    from lqexport.delivery.ladder_card import table
+
+    if as_json:
+        print(json.dumps(made.as_json(), indent=1))
+        return
+    output().print(table(made.steps))
+    for path in made.failed:
+        print(f"failed: {path}; its record says why.")
+    if made.steps:
+        print(f"Card:    {made.folder / 'README.md'}")
+    if made.passed:
+        print(f"Publish: lqexport push-to-hub {made.folder} YOU/NAME")
