@@ -50,6 +50,8 @@ def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
     if (largest := int(codes.max())) >= codec.level_count:
         raise ValueError(f"Code {largest} is too large: {codec.name} has {codec.level_count} levels.")
     _check_levels(codec, grid.levels, rows)
+    if grid.codebook is not codec.codebook:
+        raise ValueError(f"The grid is not one of {codec.name}: it has another codebook.")
     _check_scales(codec, "scale", codec.scale, grid.scale, codes.shape)
     _check_scales(codec, "offset", codec.offset, grid.offset, codes.shape)
 
@@ -102,3 +104,5 @@ def _check_scales(
             raise ValueError(f"A {number} of {codec.name} is not a power of two from 2^{low} to 2^{high}.")
     if scales.subs.min() < expected.low or scales.subs.max() > expected.high:
         raise ValueError(f"The {number} subs of {codec.name} must lie in {expected.low}..{expected.high}.")
+    if np.any((scales.subs - expected.low) % expected.step):
+        raise ValueError(f"The {number} subs of {codec.name} must be {expected.low} and steps of {expected.step} more.")

@@ -6,10 +6,11 @@ A stored weight is always
 
 A `Rounding` says where a format's own decoder rounds to fewer bits on the way.
 
-The levels are shared by the whole format (integers low..high, or a fixed codebook), or each row has a table of its
-own. A scale and an offset are shared by `group` consecutive columns of a row. A `ScaleFormat` says how a file stores
-them; `Scales` are the stored numbers. A `Grid` is built from stored numbers only, so a solver that works inside a grid
-can only choose values that the file can hold.
+The levels are shared by the whole format (integers low..high, or a fixed list), or each row has a table of its own. In
+some formats only certain vectors of consecutive codes may stand in a row: those of a `Codebook`. A scale and an offset
+are shared by `group` consecutive columns of a row. A `ScaleFormat` says how a file stores them; `Scales` are the stored
+numbers. A `Grid` is built from stored numbers only, so a solver that works inside a grid can only choose values that
+the file can hold.
 
 Every codec obeys one law, and a test checks all codecs: `decode(encode(grid, codes))` equals `grid.values(codes)`
 bitwise. `decode` is the definition of the format.
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats import bfloat16
+from lqexport.formats.codebook import Codebook
 
 Planes = dict[str, np.ndarray]
 """The packed bytes of one tensor: plane name to array.
@@ -75,6 +77,7 @@ class ScaleFormat:
     group   columns of a row that share the number (0: the whole row)
     span    groups that share one float16 (a superblock has `span` groups)
     low, high   range of the integer that each group stores; both are 1 if the float16 alone is the number
+    step    distance between these integers: low, low + step ... high
     sign    -1 if the format subtracts the stored number (the mins of K-quants), else 1
     powers  where the format stores only an exponent: the lowest and the highest, and the float16 is a float32 then,
             a power of two; None for any float16
@@ -88,6 +91,7 @@ class ScaleFormat:
     sign: int = 1
     powers: tuple[int, int] | None = None
     bfloat: bool = False
+    step: int = 1
 
     @property
     def number(self) -> Number:
@@ -100,6 +104,11 @@ class ScaleFormat:
     def dtype(self) -> np.dtype:
         """The dtype of `Scales.supers`."""
         return np.dtype(np.float16 if self.number == Number.FLOAT16 else np.float32)
+
+    @property
+    def end(self) -> int:
+        """The integer of the largest magnitude, the negative one of two."""
+        return self.low if -self.low >= self.high else self.high
 
     @property
     def two_level(self) -> bool:
@@ -159,6 +168,7 @@ class Grid:
     scale    None if the levels are the values (a table per row)
     offset   None if the format has no offset; such a format keeps the sign of zero
     rounding how the format's decoder rounds the values
+    codebook   which vectors of codes may stand in a row; None if any codes may
     """
 
     columns: int
@@ -166,6 +176,7 @@ class Grid:
     scale: GroupNumbers | None = None
     offset: GroupNumbers | None = None
     rounding: Rounding = field(default=Rounding.NONE, kw_only=True)
+    codebook: Codebook | None = field(default=None, kw_only=True)
 
     @property
     def uniform(self) -> bool:
@@ -186,9 +197,11 @@ class Grid:
     def nearest(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Returns the codes, uint8 [rows, columns], of the grid values nearest to weights float32 [rows, columns].
 
-        Either neighbour may be taken on a tie.
+        Either neighbour may be taken on a tie. With a codebook, the vectors are nearest, in units of the scales.
         """
         target = self._in_levels(weights)
+        if self.codebook is not None:
+            return self.codebook.nearest(target, self.levels).reshape(weights.shape)
         if self.uniform:
             return (np.clip(np.rint(target), self.levels[0], self.levels[-1]) - self.levels[0]).astype(np.uint8)
         middles = (self.levels[..., 1:] + self.levels[..., :-1]) / 2
@@ -301,6 +314,7 @@ class GridCodec(Codec, Protocol):
     level_count   K
     scale, offset   how the file stores the scales and offsets; None if the format has none
     rounding   how the format's decoder rounds
+    codebook   which vectors of codes may stand in a row; None if any codes may
     """
 
     levels: NDArray[np.float32] | None
@@ -308,6 +322,10 @@ class GridCodec(Codec, Protocol):
     scale: ScaleFormat | None
     offset: ScaleFormat | None
     rounding: Rounding = Rounding.NONE
+
+    @property
+    def codebook(self) -> Codebook | None:
+        return None
 
     def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
         """Packs codes uint8 [rows, columns] and the stored numbers of `grid`, which must be of this format.

@@ -89,7 +89,7 @@ def integer_levels(low: int, high: int) -> NDArray[np.float32]:
     return np.arange(low, high + 1, dtype=np.float32)
 
 
-class _BlockType(GridCodec):
+class BlockType(GridCodec):
     """A block type of GGUF; its interface is `codec.GridCodec`.
 
     members     the block's struct
@@ -134,7 +134,8 @@ class _BlockType(GridCodec):
             Scales(scale_format, self._read_super(blocks, member), subs.reshape(rows, -1))
             for scale_format, member, subs in zip(formats, self.supers, self._read_subs(blocks), strict=True)
         ]
-        return Grid(columns, self.levels, *scales), self._read_codes(blocks).reshape(rows, columns)
+        grid = Grid(columns, self.levels, *scales, codebook=self.codebook)
+        return grid, self._read_codes(blocks).reshape(rows, columns)
 
     def decode(self, planes: Planes, columns: int) -> NDArray[np.float32]:
         """See `codec.Codec`."""
@@ -161,7 +162,7 @@ class _BlockType(GridCodec):
         pass
 
 
-class Q4_0(_BlockType):
+class Q4_0(BlockType):
     """32 weights, 18 bytes: d * q with q in -8..7, stored as q + 8."""
 
     name = "gguf:Q4_0"
@@ -172,7 +173,7 @@ class Q4_0(_BlockType):
     scale = ScaleFormat(32)
 
 
-class Q4_1(_BlockType):
+class Q4_1(BlockType):
     """32 weights, 20 bytes: d * q + m with q in 0..15."""
 
     name = "gguf:Q4_1"
@@ -185,7 +186,7 @@ class Q4_1(_BlockType):
     offset = ScaleFormat(32)
 
 
-class Q5_0(_BlockType):
+class Q5_0(BlockType):
     """32 weights, 22 bytes: d * q with q in -16..15, stored as q + 16. qh has the fifth bits."""
 
     name = "gguf:Q5_0"
@@ -196,7 +197,7 @@ class Q5_0(_BlockType):
     scale = ScaleFormat(32)
 
 
-class Q5_1(_BlockType):
+class Q5_1(BlockType):
     """32 weights, 24 bytes: d * q + m with q in 0..31. qh has the fifth bits."""
 
     name = "gguf:Q5_1"
@@ -209,7 +210,7 @@ class Q5_1(_BlockType):
     offset = ScaleFormat(32)
 
 
-class Q8_0(_BlockType):
+class Q8_0(BlockType):
     """32 weights, 34 bytes: d * q with q in -128..127, stored as int8."""
 
     name = "gguf:Q8_0"
@@ -225,7 +226,7 @@ class Q8_0(_BlockType):
         blocks["qs"] = codes ^ np.uint8(128)
 
 
-class IQ4_NL(_BlockType):
+class IQ4_NL(BlockType):
     """32 weights, 18 bytes: d * CODEBOOK[q]."""
 
     name = "gguf:IQ4_NL"
@@ -236,7 +237,7 @@ class IQ4_NL(_BlockType):
     scale = ScaleFormat(32)
 
 
-class IQ4_XS(_BlockType):
+class IQ4_XS(BlockType):
     """256 weights, 136 bytes: d * s * CODEBOOK[q] with s in -32..31 per 32 weights, stored as s + 32.
 
     The low 4 bits of s + 32 are in scales_l, the high 2 bits in scales_h (a little-endian uint16 in llama.cpp).
@@ -257,7 +258,7 @@ class IQ4_XS(_BlockType):
         write_bits(blocks, self.sub_bits, (subs[0] + 32).astype(np.uint8))
 
 
-class MXFP4(_BlockType):
+class MXFP4(BlockType):
     """32 weights, 17 bytes: 2^(e - 128) * q with q in E2M1. The byte e is stored without a sign (E8M0).
 
     A stored code has the sign in its highest bit and the magnitude's rank in the others.
@@ -284,7 +285,7 @@ class MXFP4(_BlockType):
         blocks[member] = np.frexp(supers)[1] + 127  # frexp writes 2^k as 0.5 * 2^(k + 1)
 
 
-class Q2_K(_BlockType):
+class Q2_K(BlockType):
     """256 weights, 84 bytes: d * s * q - dmin * m with q in 0..3, s and m in 0..15 per 16 weights.
 
     scales[i]   m m m m  s s s s   of group i
@@ -308,7 +309,7 @@ class Q2_K(_BlockType):
         blocks["scales"] = scales | mins << 4
 
 
-class Q3_K(_BlockType):
+class Q3_K(BlockType):
     """256 weights, 110 bytes: d * s * q with q in -4..3, s in -32..31 per 16 weights.
 
     The low 2 bits of q + 4 are in qs, and its high bit is in hmask. llama.cpp's member scales has 12 bytes, here
@@ -329,7 +330,7 @@ class Q3_K(_BlockType):
     _write_subs = IQ4_XS._write_subs
 
 
-class Q4_K(_BlockType):
+class Q4_K(BlockType):
     """256 weights, 144 bytes: d * s * q - dmin * m with q in 0..15, s and m in 0..63 per 32 weights.
 
     The six bits of each of s[0..7] and m[0..7] are in 12 bytes; for j in 0..3:
@@ -371,7 +372,7 @@ class Q5_K(Q4_K):
     levels = integer_levels(0, 31)
 
 
-class Q6_K(_BlockType):
+class Q6_K(BlockType):
     """256 weights, 210 bytes: d * s * q with q in -32..31, stored as q + 32, and s an int8 per 16 weights."""
 
     name = "gguf:Q6_K"

@@ -99,6 +99,8 @@ def move(source: AffineGrid | FloatGrid | TableGrid, codec: PlainCodec | GridCod
 
     Raises ValueError with the reason if `codec` cannot hold them.
     """
+    if isinstance(codec, GridCodec) and codec.codebook is not None:
+        raise ValueError(f"{codec.name} has no level for each weight alone, only the vectors of a codebook")
     if isinstance(source, TableGrid):
         return _move_table(source, codec)
     if isinstance(source, FloatGrid):

@@ -12,6 +12,7 @@ from lqexport.formats.codec import Codec, GridCodec, PlainCodec, SectionedCodec
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.gguf_read_only import GGUF_READ_ONLY
+from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.mlx import MLX
 from lqexport.formats.mxint import MXINT
@@ -19,7 +20,7 @@ from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
 from lqexport.target import unknown
 
-_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *NATIVE, *MXINT, *MLX)
+_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX)
 _CODECS = {codec.name: codec for codec in _ALL}
 _READ_ONLY: dict[str, Codec] = {codec.name: codec for codec in GGUF_READ_ONLY}
 

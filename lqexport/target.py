@@ -18,8 +18,9 @@ GGUF_NAME = re.compile(
 )
 """GGUF's types and mixes as users type them: in any case, with or without the underscores."""
 READ_ONLY = {
-    r"IQ3_(XXS|XS|S|M)": "Q3_K and Q2_K",
-    r"(IQ[12]_(XXS|XS|S|M)|TQ[12]_0|Q1_0)": "Q2_K",
+    r"IQ3_(XS|M)": "IQ3_S and IQ3_XXS",
+    r"IQ2_M": "IQ2_S and Q2_K",
+    r"(TQ[12]_0|Q1_0)": "Q2_K",
     r"NVFP4": "MXFP4 and IQ4_NL",
 }
 """Pattern of GGUF's types and mixes that are read and not written -> the nearest types that are written."""

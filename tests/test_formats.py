@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from pathlib import Path
 
@@ -14,7 +15,9 @@ import torch
 from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from llama_files import random_codes
 
+from lqexport.formats.codebook import Codebook
 from lqexport.formats.codec import Grid, GridCodec, PlainCodec, ScaleFormat, Scales, bits_per_weight
 from lqexport.formats.native import pack_bits
 from lqexport.formats.registry import codec_named, names, readable_codec, readable_names
@@ -27,6 +30,8 @@ GOLDEN = json.loads((Path(__file__).parent / "golden" / "formats.json").read_tex
 pytestmark = pytest.mark.filterwarnings("error")
 every_codec = pytest.mark.parametrize("name", [name for name in readable_names() if name not in names("mlx")])
 every_grid = pytest.mark.parametrize("name", GRIDS)
+SCALAR = [name for name in GRIDS if codec_named(name).codebook is None]
+VECTORS = [name for name in GRIDS if name not in SCALAR]
 every_block_type = pytest.mark.parametrize("name", BLOCK_TYPES)
 seeds = st.integers(0, 2**32 - 1)
 examples = settings(max_examples=20, deadline=None, derandomize=True)
@@ -52,7 +57,8 @@ def random_scales(rng: np.random.Generator, scale_format: ScaleFormat | None, ro
     if scale_format is None:
         return None
     groups = scale_format.groups(columns)
-    subs = rng.integers(scale_format.low, scale_format.high, (rows, groups), dtype=np.int16, endpoint=True)
+    steps = (scale_format.high - scale_format.low) // scale_format.step
+    subs = scale_format.low + scale_format.step * rng.integers(0, steps, (rows, groups), dtype=np.int16, endpoint=True)
     if scale_format.powers:
         low, high = scale_format.powers
         powers = rng.integers(low, min(high, 100), (rows, groups), endpoint=True)  # values beyond would be infinite
@@ -70,8 +76,8 @@ def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
         levels = np.sort(float16s(rng, (rows, grid_codec.level_count)).astype(np.float32), axis=1)
     scale = random_scales(rng, grid_codec.scale, rows, columns)
     offset = random_scales(rng, grid_codec.offset, rows, columns)
-    codes = rng.integers(0, grid_codec.level_count, (rows, columns), dtype=np.uint8)
-    return grid_codec, Grid(columns, levels, scale, offset), codes
+    codes = random_codes(rng, grid_codec, rows, columns)
+    return grid_codec, Grid(columns, levels, scale, offset, codebook=grid_codec.codebook), codes
 
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
@@ -80,7 +86,10 @@ def random_blocks(name: str, seed: int) -> np.ndarray:
     blocks = rng.integers(0, 256, block_type.layout(7, 3 * block_type.block)["blocks"][1], dtype=np.uint8)
     structs = blocks.view(block_type.members)
     for member in block_type.supers:
-        if structs[member].dtype == np.float16:
+        if name == "gguf:IQ1_M":
+            structs[member] &= 0x0FFF  # the highest bits are a float16: a small one of either sign
+            structs[member][..., 3] |= rng.choice([0x2000, 0xA000], structs.shape).astype(np.uint16)
+        elif structs[member].dtype == np.float16:
             structs[member] = float16s(rng, structs.shape)
         else:  # an exponent; with the largest, values would be infinite
             structs[member] = rng.integers(0, 253, structs.shape)
@@ -141,7 +150,7 @@ def test_codes_in_fortran_order_make_the_same_planes_and_values(name: str) -> No
     assert same_bits(grid.values(columns_first), grid.values(codes))
 
 
-@every_grid
+@pytest.mark.parametrize("name", SCALAR)
 @examples
 @given(seed=seeds)
 def test_nearest_is_nearest(name: str, seed: int) -> None:
@@ -166,6 +175,56 @@ def test_nearest_finds_values_of_the_grid_itself(name: str, seed: int) -> None:
         grid = dataclasses.replace(grid, offset=None)
     values = grid.values(codes)
     assert np.array_equal(grid.values(grid.nearest(values)), values)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_nearest_vectors_are_nearest(name: str) -> None:
+    """Of all vectors of the codebook with all flags that are allowed, for a few runs of columns."""
+    _, grid, codes = random_case(name, 2)
+    scale = dataclasses.replace(grid.scale, supers=np.ones_like(grid.scale.supers), subs=np.ones_like(grid.scale.subs))
+    grid, rng = dataclasses.replace(grid, scale=scale), np.random.default_rng(3)
+    weights = (grid.levels[codes] + rng.normal(0, 0.5, codes.shape)).astype(np.float32)
+    book, near = grid.codebook, (grid.levels[grid.nearest(weights)] - weights) ** 2
+    book.find(grid.nearest(weights))  # they may stand together
+    for start in (0, 32, 64):
+        assert near[0, start : start + book.run].sum() == pytest.approx(
+            _least(book, weights[0, start : start + book.run], grid.levels), rel=1e-5
+        )
+
+
+def _least(book: Codebook, target: np.ndarray, levels: np.ndarray) -> float:
+    """Returns the least squared distance of a run of columns from what the codebook allows, by trying all."""
+    parts = target.reshape(-1, book.width).astype(np.float64)
+    if book.lift:
+        return min(sum(np.square(levels[book.vectors + up] - part).sum(1).min() for part in parts) for up in (0, 1))
+    least = []  # for each part of the eight weights, the least distance with an even and with an odd number of minuses
+    for part in parts:
+        signs = np.array(list(itertools.product((1, -1), repeat=book.width)))
+        distances = np.array([np.square(sign * levels[book.vectors] - part).sum(1).min() for sign in signs])
+        odd = (signs < 0).sum(1) % 2 == 1
+        least.append((distances[~odd].min(), distances[odd].min()))
+    parities = itertools.product((0, 1), repeat=len(parts))
+    allowed = [parity for parity in parities if not book.even or sum(parity) % 2 == 0]
+    return min(sum(pair[odd] for pair, odd in zip(least, parity, strict=True)) for parity in allowed)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_codes_outside_the_codebook_are_refused(name: str) -> None:
+    grid_codec, grid, codes = random_case(name, 4)
+    absent = set(itertools.product(range(3 if grid_codec.codebook.width == 8 else 8), repeat=grid_codec.codebook.width))
+    book, half = grid_codec.codebook, grid_codec.level_count // 2
+    ranks = book.vectors >> 1 if book.lift else book.vectors - half
+    rank = np.array(sorted(absent - set(map(tuple, ranks.tolist())))[0], np.uint8)
+    wrong, last = codes.copy(), codes.shape[1] - 8
+    wrong[-1, -book.width :] = 2 * rank + (codes[-1, -1] & 1) if book.lift else rank + half
+    flipped = codes.copy()
+    flipped[-1, -1] = flipped[-1, -1] ^ 1 if book.lift else grid_codec.level_count - 1 - flipped[-1, -1]
+    for bad in (wrong, flipped)[: 2 if book.lift or book.even else 1]:
+        message = rf"row {len(codes) - 1}, columns .*{last + 7 if book.lift != 32 or bad is wrong else ''}.* not in"
+        with pytest.raises(ValueError, match=message):
+            grid_codec.encode(grid, bad)
+    with pytest.raises(ValueError, match="another codebook"):
+        grid_codec.encode(dataclasses.replace(grid, codebook=None), codes)
 
 
 def test_nearest_to_a_weight_beyond_float32_steps_is_the_end_of_the_grid() -> None:

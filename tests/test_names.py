@@ -78,7 +78,7 @@ def test_a_plan_of_typed_names_is_that_of_the_spelt_ones(tiny_model: Path, tmp_p
 
 @pytest.mark.parametrize(
     ("wrong", "near"),
-    [("Q4_K_X", "gguf:Q4_K_S"), ("fp16", "gguf:F16"), ("IQ2_XXS", "gguf:IQ4_XS"), ("Q4", "gguf:Q4_K")],
+    [("Q4_K_X", "gguf:Q4_K_S"), ("fp16", "gguf:F16"), ("IQ4_XXS", "gguf:IQ4_XS"), ("Q4", "gguf:Q4_K")],
 )
 def test_an_unknown_name_is_answered_with_three_at_most(wrong: str, near: str) -> None:
     said = did_you_mean(wrong, [*targets(), *GPTQ])

@@ -1,4 +1,7 @@
-"""GGUF's types that are read and not written: decoded as gguf-py and ggml do, and files of them made by llama.cpp."""
+"""GGUF's i-quants and the types that are read and not written, and files of them made by llama.cpp.
+
+They are decoded as gguf-py and ggml do.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +27,16 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.activations import rounding
-from lqexport.formats.gguf_read_only import EVEN_SIGNS, GGUF_READ_ONLY, IQ1_M
+from lqexport.formats.gguf_read_only import GGUF_READ_ONLY
+from lqexport.formats.gguf_vectors import EVEN_SIGNS, GGUF_VECTORS, IQ1_M
 from lqexport.formats.registry import codec_named, names, readable_codec, readable_names
 from lqexport.grids.rounding import USUAL_ERRORS, rounded_like
 from lqexport.recipe import Recipe
 from lqexport.target import Target, spelled, type_at_end
 from lqexport.verification.verifying import verify
 
-NAMES = [codec.name.removeprefix("gguf:") for codec in GGUF_READ_ONLY]
+READ_ONLY = [codec.name.removeprefix("gguf:") for codec in GGUF_READ_ONLY]
+NAMES = [*(codec.name.removeprefix("gguf:") for codec in GGUF_VECTORS), *READ_ONLY]
 every_type = pytest.mark.parametrize("name", NAMES)
 QUICK = ("IQ2_XXS", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "Q1_0", "NVFP4")
 """Those that ggml needs few seconds to get ready for; golden vectors have blocks of all that it has quantized."""
@@ -117,11 +122,11 @@ def test_the_signs_of_seven_bits_are_ggufs() -> None:
 
 
 def test_no_list_of_what_can_be_written_has_them() -> None:
-    assert readable_names() == [*names(), *(f"gguf:{name}" for name in NAMES)]
-    assert not {f"gguf:{name}" for name in NAMES} & {*names(), *names("gguf")}
+    assert readable_names() == [*names(), *(f"gguf:{name}" for name in READ_ONLY)]
+    assert not {f"gguf:{name}" for name in READ_ONLY} & {*names(), *names("gguf")}
 
 
-@every_type
+@pytest.mark.parametrize("name", READ_ONLY)
 def test_they_are_refused_in_one_sentence(name: str, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{name} cannot be chosen: lqexport reads files in it and does not write"):
         codec_named(f"gguf:{name}")

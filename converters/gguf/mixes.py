@@ -30,7 +30,7 @@ The names are llama.cpp's, except for `Q2_K_M` and `Q6_K_M`: llama.cpp calls the
 names of pure types here."""
 
 FALLBACKS = {
-    "IQ4_XS": "IQ4_NL",
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",

@@ -13,7 +13,7 @@ from lqexport.checking.opened import OpenFile
 from lqexport.checking.problems import Problem, error, warning
 from lqexport.converters.gguf.header import TensorData
 from lqexport.errors import listed
-from lqexport.formats.gguf_read_only import scattered_half
+from lqexport.formats.gguf_vectors import scattered_half
 from lqexport.runtime.progress import Listener
 
 CHUNK = 1 << 24
@@ -53,7 +53,7 @@ def _small_floats(blocks: Bytes) -> NDArray[np.bool_]:
 
 def _scale_of_fourths(blocks: Bytes) -> NDArray[np.float32]:
     """Returns the scale of each block of IQ1_M, which its last four words share."""
-    return scattered_half(np.ascontiguousarray(blocks[:, 48:]).view("<u2"))
+    return scattered_half(np.ascontiguousarray(blocks[:, 48:]).view("<u2")).astype(np.float32)
 
 
 @dataclass(frozen=True)

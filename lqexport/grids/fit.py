@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, ScaleFormat
-from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_half, round_super, shared_levels
+from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_half, round_sub, round_super, shared_levels
 from lqexport.kernels import cpu, cuda, cuda_kmeans, cuda_solve
 from lqexport.kernels.kmeans import weighted_kmeans
 
@@ -124,8 +124,8 @@ def store(values: Tensor, format: ScaleFormat, importance: Tensor | None = None)
 
     In a two-level format a superblock's obvious float16 puts the superblock's largest number on the end of the
     integers' range. That one and its multiples by `STRETCHES` are tried, and the one with the least squared error of
-    the numbers is kept. Errors are weighted by `importance` [G], the sum over a group's columns (None: all groups
-    alike). docs/solver.md has a worked example ("A superblock of Q4_K").
+    the numbers is kept. Errors are weighted by `importance` [G] or [R, G], the sum over a group's columns (None: all
+    groups alike). docs/solver.md has a worked example ("A superblock of Q4_K").
     """
     values = values * format.sign
     if not format.two_level:
@@ -133,13 +133,13 @@ def store(values: Tensor, format: ScaleFormat, importance: Tensor | None = None)
     blocks = values.unflatten(1, (-1, format.span))
     extreme = blocks.gather(2, blocks.abs().argmax(2, keepdim=True)).squeeze(2)
     importance = torch.ones_like(values[0]) if importance is None else importance
-    importance = importance.unflatten(0, (-1, format.span))
+    importance = importance.unflatten(-1, (-1, format.span))
     least = torch.full_like(extreme, torch.inf)
     supers, subs = torch.zeros_like(extreme), torch.zeros_like(blocks)
     for stretch in STRETCHES:
-        candidate = round_half(stretch * extreme / (format.low or format.high))
+        candidate = round_half(stretch * extreme / format.end)
         step = torch.where(candidate == 0, torch.inf, candidate)[..., None]
-        integers = (blocks / step).round().clamp(format.low, format.high)
+        integers = round_sub(blocks / step, format)
         error = (importance * (candidate[..., None] * integers - blocks).square()).sum(2)
         better = error < least
         least = torch.where(better, error, least)
@@ -155,7 +155,7 @@ def _stored(
     assert codec.scale is not None
     shift = None if codec.offset is None else store(offset, codec.offset, importance)
     stored = store(scale, codec.scale, importance)
-    return TensorGrid(columns, levels, uniform, stored, shift, codec.rounding)
+    return TensorGrid(columns, levels, uniform, stored, shift, codec.rounding, codec.codebook)
 
 
 def normalized(importance: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lqexport.formats.codebook import Codebook
 from lqexport.formats.codec import Grid, GridCodec, Number, Rounding, ScaleFormat, Scales
 
 
@@ -72,6 +73,7 @@ class TensorGrid:
     scale     None if each row has a table of its own
     offset    None if the format has no offset
     rounding  how values are rounded
+    codebook  which vectors of codes may stand in a row; None if any codes may
     """
 
     columns: int
@@ -80,6 +82,7 @@ class TensorGrid:
     scale: Numbers | None = None
     offset: Numbers | None = None
     rounding: Rounding = Rounding.NONE
+    codebook: Codebook | None = None
 
     @staticmethod
     def of(grid: Grid, device: torch.device) -> TensorGrid:
@@ -87,7 +90,7 @@ class TensorGrid:
         levels = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(grid.levels), np.float32)).to(device)
         scale = Numbers.of(grid.scale, device) if isinstance(grid.scale, Scales) else None
         offset = Numbers.of(grid.offset, device) if isinstance(grid.offset, Scales) else None
-        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset, grid.rounding)
+        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset, grid.rounding, grid.codebook)
 
     @property
     def group(self) -> int:
@@ -121,7 +124,11 @@ class TensorGrid:
     def nearest(self, weights: Tensor) -> Tensor:
         """Returns the codes uint8 [R, C] of the values nearest to float32 weights [R, C]."""
         scale, offset = (values.repeat_interleave(self.group, 1) for values in self.per_group(len(weights)))
-        return nearest_level((weights - offset) / torch.where(scale == 0, torch.inf, scale), self.levels, self.uniform)
+        target = (weights - offset) / torch.where(scale == 0, torch.inf, scale)
+        if self.codebook is None:
+            return nearest_level(target, self.levels, self.uniform)
+        codes = self.codebook.nearest(target.cpu().numpy(), self.levels[0].cpu().numpy())
+        return torch.from_numpy(codes.reshape(weights.shape)).to(weights.device)
 
     def ascending(self, codes: Tensor) -> tuple[TensorGrid, Tensor]:
         """Returns a grid and codes of the same values, with every row's table in ascending order, as formats need."""
@@ -134,7 +141,8 @@ class TensorGrid:
         levels = self.levels.cpu().numpy()
         scale = None if self.scale is None else self.scale.numpy()
         offset = None if self.offset is None else self.offset.numpy()
-        return Grid(self.columns, levels if scale is None else levels[0], scale, offset, rounding=self.rounding)
+        shared = levels if scale is None else levels[0]
+        return Grid(self.columns, shared, scale, offset, rounding=self.rounding, codebook=self.codebook)
 
     def runs(self, order: Tensor) -> list[tuple[slice, Tensor, TensorGrid]]:
         """Returns runs of columns in the order of solving, for `order` int64 [C]; here one run of all columns.
@@ -172,3 +180,10 @@ def round_super(values: Tensor, format: ScaleFormat) -> Tensor:
     values = values.clamp(2.0**-24, 2.0**15)
     below = values / values.frexp().mantissa / 2  # not exp2(log2(x)), which some devices round
     return torch.where(values < 1.5 * below, below, 2 * below).clamp_max(2.0**15)
+
+
+def round_sub(values: Tensor, format: ScaleFormat) -> Tensor:
+    """Returns float32 values rounded to the nearest integer that a group of the format stores, as float32."""
+    if format.step > 1:
+        values = format.low + format.step * ((values - format.low) / format.step).round()
+    return values.round().clamp(format.low, format.high)

@@ -34,7 +34,9 @@ USUAL_ERRORS = {
     "gguf:Q1_0": 0.42,
     "gguf:NVFP4": 0.012,
 }
-"""Relative squared error that llama.cpp's quantizer leaves in matrices of each type that is read and not written.
+"""Relative squared error that llama.cpp's quantizer leaves in matrices of each type that nothing here rounds to.
+
+The i-quants among them are written, but to search the codebook for every weight of a model would take too long.
 
 It is the largest of Gaussian weights and of SmolLM2-135M's, with an importance matrix and without, rounded up."""
 
@@ -47,16 +49,17 @@ def rounded_like(codec_name: str, planes: Planes, weight: Tensor) -> Tensor:
 
     Where the stored grid is the min-max grid of `weight`, as plain rounding and GPTQ leave it, that grid is taken.
     Otherwise the grid is fitted to `weight` with the same importance for all columns. A codec that reorders columns
-    takes the order of the stored matrix. For a type that is read and not written, the stored weights stand for the
-    rounded ones (`_stand_in`). Raises ValueError if the codec cannot hold the weights.
+    takes the order of the stored matrix. For a type of `USUAL_ERRORS`, the stored weights stand for the rounded ones
+    (`_stand_in`). Raises ValueError if the codec cannot hold the weights.
     """
     codec = readable_codec(codec_name)
     if isinstance(codec, SectionedCodec):
         return _rounded_sections(codec, planes, weight.float())
     if isinstance(codec, PlainCodec):
         return torch.cat([_rounded_plain(codec, rows.float()) for rows in _chunks(weight)])
-    if not isinstance(codec, GridCodec):
+    if codec.name in USUAL_ERRORS:
         return _stand_in(codec, planes, weight.float())
+    assert isinstance(codec, GridCodec)
     stored = codec.unpack(planes, weight.shape[1])[0]
     use_minmax = _is_minmax(codec, stored, weight)
     return torch.cat([_rounded_grid(codec, rows.float(), use_minmax) for rows in _chunks(weight)])

@@ -232,6 +232,8 @@ def _solve_grid(
         grid = minmax(codec, weight)
     else:
         grid = fit(codec, weight, importance(hessian, cholesky, settings.importance, settings.exponent))
+    if grid.codebook is not None:
+        return grid, grid.nearest(weight)
     codes = (in_own_order if settings.solver == "exact" else feedback)(weight, grid, cholesky)
     if settings.method == "lean" and settings.descent:
         return refine(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=settings.descent, refit=True)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.targets import plan
-from lqexport.formats.codec import Grid, ScaleFormat, Scales
+from lqexport.formats.codec import Grid, GridCodec, ScaleFormat, Scales
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import write_json
@@ -82,15 +82,29 @@ def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
             return None
         groups, most = scale_format.groups(columns), max(abs(scale_format.low), scale_format.high)
         supers = size * random.uniform(0.5, 1, (rows, groups // scale_format.span)) / most
-        subs = random.integers(scale_format.low, scale_format.high + 1, (rows, groups))
+        subs = random.integers(0, (scale_format.high - scale_format.low) // scale_format.step + 1, (rows, groups))
+        subs = scale_format.low + scale_format.step * subs
         if scale_format.powers:
             supers = np.exp2(np.floor(np.log2(supers)))
         return Scales(scale_format, supers.astype(scale_format.dtype), subs.astype(np.int16))
 
     span = float(np.ptp(codec.levels))
     offset = scales(codec.offset, -0.2 * (codec.offset.sign if codec.offset else 1))
-    grid = Grid(columns, codec.levels, scales(codec.scale, 0.6 / span), offset)
-    return grid, random.integers(0, codec.level_count, (rows, columns)).astype(np.uint8)
+    grid = Grid(columns, codec.levels, scales(codec.scale, 0.6 / span), offset, codebook=codec.codebook)
+    return grid, random_codes(random, codec, rows, columns)
+
+
+def random_codes(random: np.random.Generator, codec: GridCodec, rows: int, columns: int) -> np.ndarray:
+    """Returns random codes uint8 [rows, columns] that a codec can hold."""
+    if (book := codec.codebook) is None:
+        return random.integers(0, codec.level_count, (rows, columns), dtype=np.uint8)
+    indices = random.integers(0, len(book.vectors), (rows, columns // book.width))
+    flags = random.integers(0, 256, (rows, columns // 8), dtype=np.uint8)
+    if book.lift:
+        flags = np.repeat(flags[:, :: book.lift // 8] & 1, book.lift // 8, axis=1)
+    elif book.even:
+        flags ^= np.unpackbits(flags[..., None], axis=-1).sum(-1, dtype=np.uint8) << 7
+    return book.codes(indices, flags)
 
 
 def make_artifact(folder: Path, model: LlamaForCausalLM, target: str, tokenizer: Tokenizer | None) -> Artifact:
