@@ -21,6 +21,7 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
 from lqexport.runtime.progress import Silent
+from lqexport.solver.cholesky import factorize
 from lqexport.storage.artifact import Artifact
 
 CPU = torch.device("cpu")
@@ -226,6 +227,10 @@ def cross_moments(tokens: int, noise: float) -> CrossMoments:
     return moments
 
 
+def target_of(moments: CrossMoments, weight: Tensor, dampening: float) -> tuple[Tensor, float]:
+    return moments.target(weight, factorize(moments.hessian(), dampening, act_order=True))
+
+
 def test_products_and_sums_are_float32_whatever_passes_multiply_in() -> None:
     inputs = torch.randn(500, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
     moments = SecondMoments(24, "plain", CPU)
@@ -238,7 +243,7 @@ def test_products_and_sums_are_float32_whatever_passes_multiply_in() -> None:
 
 def test_an_asymmetric_target_keeps_the_outputs() -> None:
     weight = torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
-    target, strength = cross_moments(4000, 0.1).target(weight, 1e-4)
+    target, strength = target_of(cross_moments(4000, 0.1), weight, 1e-4)
     full, quantized = drifted(1000, 0.1)
     before = (full @ weight.T - quantized @ weight.T).square().sum()
     assert (full @ weight.T - quantized @ target.T).square().sum() < 0.1 * before
@@ -253,11 +258,11 @@ def test_an_asymmetric_target_does_not_fit_noise() -> None:
     for half in (0, 1):
         full = torch.randn(20, 16, generator=draw)
         moments.add(half, Entering(full), Entering(full + torch.randn(20, 16, generator=draw) * 0.05))
-    target, strength = moments.target(weight, 1e-4)
+    target, strength = target_of(moments, weight, 1e-4)
     assert strength < 0.5
     same, none = CrossMoments(16, "plain", all_on_device(CPU)), torch.randn(20, 16, generator=draw)
     same.add(0, Entering(none), Entering(none))
-    assert torch.equal(same.target(weight, 0.05)[0], weight)
+    assert torch.equal(target_of(same, weight, 0.05)[0], weight)
     assert (target - weight).norm() < 0.1 * weight.norm()
 
 
@@ -282,7 +287,7 @@ def test_what_hidden_states_lack_is_made_up_for(moments_type: str) -> None:
             weights = torch.ones(len(full)) if moments_type == "guided" else None
             moments.add(half, Entering(full, (stream + lacking) * size), Entering(quantized, stream * size), weights)
             continue
-        target, strength = moments.target(weight, 1e-4)
+        target, strength = target_of(moments, weight, 1e-4)
         before = float((full @ weight.T + lacking - quantized @ weight.T).square().sum())
         after = float((full @ weight.T + lacking - quantized @ target.T).square().sum())
     assert 0.8 < strength <= 1

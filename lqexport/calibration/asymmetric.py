@@ -23,7 +23,10 @@ from lqexport.calibration.moments import add_products, mirror
 from lqexport.recipe import Moments
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import ALONE, Processes
-from lqexport.solver.cholesky import factorize, runs
+from lqexport.solver.cholesky import CholeskyFactor
+
+STRENGTH_ROWS = 128
+"""The rows of a linear, about, that decide the strength of its correction."""
 
 
 @dataclass(frozen=True)
@@ -114,50 +117,73 @@ class CrossMoments:
 
     def _sum(self, name: str, half: int) -> Tensor:
         """Returns a sum of one half on the device: one at a time, since the device may not hold all of them."""
+        total = self._totals()[name][half].to(self._placement.device)
+        return mirror(total) if name == "inputs" else total
+
+    def _both(self, name: str) -> Tensor:
+        """Returns a sum of both halves on the device, as a new tensor."""
+        first = self._totals()[name][0].to(self._placement.device, copy=True)
+        both = first.add_(self._total[name][1].to(self._placement.device))
+        return mirror(both) if name == "inputs" else both
+
+    def _totals(self) -> dict[str, Tensor]:
+        """Returns the totals, with all shards."""
         if self._shard or not self._total:
             self.end_shard()
-        total = self._total[name][half].to(self._placement.device)
-        return mirror(total) if name == "inputs" else total
+        return self._total
+
+    def _count(self) -> Tensor:
+        """Returns the number of tokens, float32 [1], or 1 if there are none."""
+        return self._totals()["tokens"].to(self._placement.device).clamp_min(1)
 
     def hessian(self) -> Tensor:
         """Returns the Hessian of the quantized model's inputs, float32 [C, C], as `SecondMoments.hessian` does."""
-        return self._both_halves().div_(self._total["tokens"].to(self._placement.device).clamp_min(1))
+        return self._both("inputs").div_(self._count())
 
-    def target(self, weight: Tensor, dampening: float | None) -> tuple[Tensor, float]:
+    def target(self, weight: Tensor, cholesky: CholeskyFactor) -> tuple[Tensor, float]:
         """Returns the target [R, C] to quantize instead of float32 `weight`, and the correction's strength, 0 to 1.
 
-        `dampening` is that of `cholesky.factorize`. Raises UserError if Y Y^T cannot be factorized.
+        `cholesky` is the factor of `hessian`, damped and in any order.
         """
-        pulls = [self._pull(weight, half) for half in (0, 1)]
-        correction = self._correction(pulls[0], self._sum("inputs", 0), dampening)
-        wanted = float((pulls[1] * correction).sum())
-        energy = float(((correction @ self._sum("inputs", 1)) * correction).sum())
-        strength = min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
-        if strength:
-            correction = self._correction(pulls[0] + pulls[1], self._both_halves(), dampening)
-        return weight + strength * correction, strength
+        strength = self._strength(weight, cholesky)
+        if not strength:
+            return weight, strength
+        pull = weight @ self._both("drift")
+        if "lag" in self._shapes:
+            pull += self._both("lag")
+        return weight + strength * self._correction(pull, cholesky), strength
 
-    def _both_halves(self) -> Tensor:
-        """Returns Y Y^T of both halves, as a new tensor."""
-        return self._sum("inputs", 0) + self._sum("inputs", 1)
+    def _strength(self, weight: Tensor, cholesky: CholeskyFactor) -> float:
+        """Returns the strength at which corrections from one half of the batches leave the least error on the other.
 
-    def _pull(self, weight: Tensor, half: int) -> Tensor:
-        """Returns the missing outputs times the inputs, [R, C]: W (X - Y) Y^T, plus (Z - S) Y^T if it is summed."""
-        pull = weight @ self._sum("drift", half)
-        return pull.add_(self._sum("lag", half)) if "lag" in self._shapes else pull
-
-    def _correction(self, pull: Tensor, moments: Tensor, dampening: float | None) -> Tensor:
-        """Returns pull (Y Y^T)^-1, float32 [R, C], for `moments` = Y Y^T.
-
-        The inverse of the damped matrix is U^T U. The products are float64, one panel of U's columns at a time.
+        About STRENGTH_ROWS rows of `weight` [R, C] decide. Either half's inputs weigh as both halves' together do, so
+        that one factor serves both.
         """
-        cholesky = factorize(moments, dampening, act_order=False, keep=self._placement.cholesky.keep)
-        panels, pull = list(zip(runs(len(moments)), cholesky.panels, strict=True)), pull.double()
-        product = torch.zeros_like(pull)  # pull U^T
-        for columns, panel in panels:
-            product[:, : columns.stop] += pull[:, columns] @ panel.to(product.device).mT
-        parts = [(product[:, : columns.stop] @ panel.to(product.device)).float() for columns, panel in panels]
-        return torch.cat(parts, dim=1)
+        rows = slice(None, None, max(1, len(weight) // STRENGTH_ROWS))
+        sample = weight[rows].contiguous()
+        pulls = [self._half_pull(sample, rows, half) for half in (0, 1)]
+        traces = [float(inputs.diagonal().sum()) for inputs in self._totals()["inputs"]]
+        wanted = energy = 0.0
+        for half, other in ((0, 1), (1, 0)):
+            share = traces[half] / max(sum(traces), 1e-30)
+            if not share:
+                continue
+            correction = self._correction(pulls[half] / share, cholesky)
+            wanted += float((pulls[other] * correction).sum())
+            energy += float(((correction @ self._sum("inputs", other)) * correction).sum())
+        return min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
+
+    def _half_pull(self, sample: Tensor, rows: slice, half: int) -> Tensor:
+        """Returns what half of the batches says of `sample`, the rows `rows` of W, with the shape of `sample`.
+
+        It is the missing outputs times the inputs: W (X - Y) Y^T, plus (Z - S) Y^T if it is summed.
+        """
+        pull = sample @ self._sum("drift", half)
+        return pull.add_(self._sum("lag", half)[rows]) if "lag" in self._shapes else pull
+
+    def _correction(self, pull: Tensor, cholesky: CholeskyFactor) -> Tensor:
+        """Returns pull (Y Y^T)^-1, float32 [R, C]."""
+        return cholesky.solved(pull / self._count())
 
 
 def _tokens(states: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate, islice, repeat
+from itertools import accumulate, groupby, islice, repeat
 from typing import Any
 
 import torch
@@ -23,8 +23,9 @@ from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import token_weights
 from lqexport.runtime.tiles import dealt
+from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.corrected_linear import stored_correction
-from lqexport.solver.linear import check_target, inputs_of, rows_are_apart
+from lqexport.solver.linear import check_target, factor_of, inputs_of, rows_are_apart
 from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.artifact import values_of
 
@@ -35,6 +36,7 @@ class Problem:
 
     weight    the weights to come near to, any float dtype [R, C]
     hessian   second moments of its inputs, float32 [C, C]
+    cholesky  their factor, which the linears of a group share
     rows      the rows that this process solves while others solve the rest; None for all rows
     share     this process's share of all weights that the processes solve at the same time
     facts     what to store with the solved linear
@@ -43,6 +45,7 @@ class Problem:
     name: str
     weight: Tensor
     hessian: Tensor
+    cholesky: CholeskyFactor
     rows: slice | None
     share: float
     facts: dict[str, Any] = field(default_factory=dict)
@@ -134,17 +137,33 @@ class Sequential:
         runs, share = self._dealt(names)
         if self.original is None:
             hessian = self._moments(group, block)
-            for name, rows in runs:
-                yield Problem(name, self._checked_weight(name), hessian, rows, share)
+            if runs:
+                cholesky = self._factor(runs[0][0], hessian)
+                for name, rows in runs:
+                    yield Problem(name, self._checked_weight(name), hessian, cholesky, rows, share)
             return
         cross = self._cross_moments(group, names, linear_of(block, group[0]), self.original)
-        for name, rows in runs:
+        for moments, linears in groupby(runs, key=lambda run: cross[run[0]]):
+            yield from self._asymmetric(moments, list(linears), share)
+
+    def _asymmetric(
+        self, moments: CrossMoments, linears: list[tuple[str, slice | None]], share: float
+    ) -> Iterator[Problem]:
+        """Yields the problems of the linears, and their rows, that share the sums of asymmetric calibration."""
+        cholesky = self._factor(linears[0][0], moments.hessian())
+        for name, rows in linears:
             weight = self._checked_weight(name).to(self.job.device).float()
             # Every process that solves a part of the linear computes the whole target: the strength is of all rows.
             with inputs_of(name):
-                target, strength = cross[name].target(weight, self.recipe.dampening)
+                target, strength = moments.target(weight, cholesky)
                 check_target(target)
-            yield Problem(name, target, cross[name].hessian(), rows, share, {"asymmetric_strength": strength})
+            facts = {"asymmetric_strength": strength}
+            yield Problem(name, target, moments.hessian(), cholesky, rows, share, facts)
+
+    def _factor(self, name: str, hessian: Tensor) -> CholeskyFactor:
+        """Returns the factor of the second moments of a group's inputs; `name` is one of the group's linears."""
+        settings = self.job.recipe_of(name).solver_settings
+        return factor_of(name, hessian.to(self.job.device), settings, self.job.placement)
 
     def _checked_weight(self, name: str) -> Tensor:
         """Returns a linear's weight. Raises UserError if its type cannot hold it."""

@@ -9,7 +9,9 @@ the same bits, and reads the finished linears. Several processes solve different
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -24,8 +26,9 @@ from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import block_moments
 from lqexport.pipeline.sequential import Problem, Sequential
 from lqexport.recipe import Moments
+from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.corrected_linear import solve_corrected
-from lqexport.solver.linear import SolvedRows, assembled, solve_linear, solve_rows
+from lqexport.solver.linear import SolvedRows, assembled, factor_of, solve_linear, solve_rows
 from lqexport.storage.artifact import StoredTensor
 
 
@@ -65,28 +68,43 @@ def _solve_blocks(job: Job) -> None:
 def _solve_on_full(job: Job, model: BlockModel, magnitudes: dict[str, Tensor]) -> None:
     """Solves every linear on inputs from the full-precision blocks before."""
     for block in begin_with_first(block_moments(job, model), lambda: _begin_solving(job)):
-        for name, hessian in by_weight(model, block).items():
-            if job.is_unfinished(name):
-                _solve(
-                    job, job.linears[name], job.source.read(name), hessian, magnitudes.get(name),
-                    share=1 / job.processes.count,
-                )  # fmt: skip
+        unfinished = ((name, hessian) for name, hessian in by_weight(model, block).items() if job.is_unfinished(name))
+        for _, linears in groupby(unfinished, key=lambda linear: id(linear[1])):
+            _solve_sharing(job, linears, magnitudes)
         job.artifact.settle()  # a guided pass that is stopped then goes on below this block
+
+
+def _solve_sharing(job: Job, linears: Iterable[tuple[str, Tensor]], magnitudes: dict[str, Tensor]) -> None:
+    """Solves linears that have the same second moments, and so the same Cholesky factor."""
+    cholesky = None
+    for name, hessian in linears:
+        if cholesky is None and hessian.ndim == 2:
+            settings = job.recipe_of(name).solver_settings
+            cholesky = factor_of(name, hessian.to(job.device), settings, job.placement)
+        _solve(
+            job, job.linears[name], job.source.read(name), hessian, magnitudes.get(name),
+            share=1 / job.processes.count, cholesky=cholesky,
+        )  # fmt: skip
 
 
 def _solve_on_quantized(job: Job, model: BlockModel, magnitudes: dict[str, Tensor]) -> None:
     """Solves block by block on inputs from the quantized blocks before; within a block, group by group."""
     for group in Sequential(job, model, lambda: _begin_solving(job)).groups():
-        parts = []
-        for problem in group:
-            if problem.rows is None:
-                _solve(
-                    job, job.linears[problem.name], problem.weight, problem.hessian, magnitudes.get(problem.name),
-                    share=problem.share, facts=problem.facts,
-                )  # fmt: skip
-            else:
-                parts.append(_solve_part(job, problem, problem.rows))
-        _write_assembled(job, parts)
+        _write_assembled(job, _solve_group(job, group, magnitudes))
+
+
+def _solve_group(job: Job, group: Iterable[Problem], magnitudes: dict[str, Tensor]) -> list[_Part]:
+    """Solves and writes a group's linears. Returns the runs of rows of those that several processes share."""
+    parts = []
+    for problem in group:
+        if problem.rows is None:
+            _solve(
+                job, job.linears[problem.name], problem.weight, problem.hessian, magnitudes.get(problem.name),
+                share=problem.share, facts=problem.facts, cholesky=problem.cholesky,
+            )  # fmt: skip
+        else:
+            parts.append(_solve_part(job, problem, problem.rows))
+    return parts
 
 
 def _solve_head(job: Job, head: PlannedTensor) -> None:
@@ -115,7 +133,8 @@ class _Part:
 def _solve_part(job: Job, problem: Problem, rows: slice) -> _Part:
     name, began = problem.name, time.perf_counter()
     tensor, settings = job.linears[name], job.recipe_of(name).solver_settings
-    solved = list(solve_rows(name, problem.weight[rows], problem.hessian, tensor.codec_name, settings, job.placement))
+    weight, codec_name = problem.weight[rows], tensor.codec_name
+    solved = list(solve_rows(name, weight, problem.hessian, codec_name, settings, job.placement, problem.cholesky))
     part = _Part(name, rows.start, solved, problem.facts, time.perf_counter() - began)
     job.listener.advance(round(tensor.matrix[1] * (rows.stop - rows.start) / problem.share))
     return part
@@ -134,32 +153,34 @@ def _write_assembled(job: Job, own_parts: list[_Part]) -> None:
 
 def _solve(
     job: Job, tensor: PlannedTensor, weight: Tensor, hessian: Tensor | None, magnitudes: Tensor | None = None, *,
-    share: float, facts: dict[str, Any] | None = None,
+    share: float, facts: dict[str, Any] | None = None, cholesky: CholeskyFactor | None = None,
 ) -> None:  # fmt: skip
     """Solves and writes one linear.
 
     magnitudes   of its inputs, which the scaling l2qer needs
     share        this process's share of what all processes solve at the same time, for the progress
     facts        more facts to store with the linear
+    cholesky     as for `solve_linear`
     """
     began = time.perf_counter()
-    *factors, solved = _solved(job, tensor, weight, hessian, magnitudes)
+    *factors, solved = _solved(job, tensor, weight, hessian, magnitudes, cholesky)
     solved.facts.update(facts or {})
     _write(job, [*factors, solved], time.perf_counter() - began)
     job.listener.advance(round(tensor.weights / share))
 
 
 def _solved(
-    job: Job, tensor: PlannedTensor, weight: Tensor, hessian: Tensor | None, magnitudes: Tensor | None
-) -> list[StoredTensor]:
+    job: Job, tensor: PlannedTensor, weight: Tensor, hessian: Tensor | None, magnitudes: Tensor | None,
+    cholesky: CholeskyFactor | None,
+) -> list[StoredTensor]:  # fmt: skip
     """Returns the low-rank factors, if any, and then the linear."""
     name, recipe = tensor.name, job.recipe_of(tensor.name)
     settings = recipe.solver_settings
     if hessian is None or not recipe.rank or name not in job.linears:
-        return [solve_linear(name, weight, hessian, tensor.codec_name, settings, job.placement)]
+        return [solve_linear(name, weight, hessian, tensor.codec_name, settings, job.placement, cholesky)]
     return solve_corrected(
         name, weight.to(job.device).float(), hessian.to(job.device), magnitudes, tensor.codec_name, settings,
-        recipe.correction_settings,
+        recipe.correction_settings, cholesky,
     )  # fmt: skip
 
 

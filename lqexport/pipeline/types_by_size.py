@@ -33,8 +33,9 @@ from lqexport.pipeline.measured_losses import (
 )
 from lqexport.planning.recipe_plan import plan_recipe, size_limit
 from lqexport.recipe import Recipe, SolverSettings
+from lqexport.runtime.placement import all_on_device
 from lqexport.runtime.progress import Listener
-from lqexport.solver.linear import round_tensor, solve_linear
+from lqexport.solver.linear import factor_of, round_tensor, solve_linear
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.files import read_json, write_json
 
@@ -122,7 +123,11 @@ def type_losses(
     without_descent = replace(settings, descent=0)
     sample = sampled_rows(weight)
     hessian = hessian.reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
-    solved = {codec: solve_linear(name, sample, hessian, codec, without_descent) for codec in codec_names}
+    placement = all_on_device(hessian.device)
+    cholesky = None if settings.method == "rtn" else factor_of(name, hessian, settings, placement)
+    solved = {
+        codec: solve_linear(name, sample, hessian, codec, without_descent, placement, cholesky) for codec in codec_names
+    }
     per_loss = 0.5 * len(weight) / len(sample)
     return {codec: per_loss * tensor.facts["loss"] for codec, tensor in solved.items()}
 

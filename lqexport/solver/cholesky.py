@@ -16,8 +16,11 @@ from torch import Tensor
 from lqexport.errors import UserError
 from lqexport.runtime.placement import Keep, in_place
 
-PANEL = 2048
+PANEL = 512
 """Columns in a panel. The last bits of U depend on it, so it must not depend on how much memory there is."""
+
+SOLVED_COLUMNS = 256
+"""Rows of U that `CholeskyFactor.solved` multiplies by at once; the zeros before them are left out."""
 
 SHARE_OF_MEDIAN = 0.5
 """The default dampening, over the median of the diagonal (see `usual_dampening`)."""
@@ -51,6 +54,17 @@ class CholeskyFactor:
                 # A panel that ends within the run does not store the zero rows below its end.
                 parts.append(torch.nn.functional.pad(part, (0, 0, 0, run.stop - run.start - len(part))))
         return torch.cat(parts, dim=1)
+
+    def solved(self, right: Tensor) -> Tensor:
+        """Returns right H^-1, float32 [R, C], for float32 `right` [R, C]; both have columns in the order of H."""
+        remaining = right[:, self.order]
+        ordered = torch.zeros_like(remaining)
+        for start in range(0, len(self.order), SOLVED_COLUMNS):
+            upper = self.rows(slice(start, min(start + SOLVED_COLUMNS, len(self.order))))
+            ordered[:, start:] += (remaining[:, start:] @ upper.mT) @ upper
+        result = torch.empty_like(ordered)
+        result[:, self.order] = ordered
+        return result
 
     def diagonal(self) -> Tensor:
         """Returns U_ii in solve order, float64 [C]."""
@@ -116,8 +130,8 @@ def _root(hessian: Tensor, order: Tensor, dampening: float, keep: Keep) -> list[
         corner = panel[run]
         corner.diagonal().add_(extra)
         for kept in panels.values():
-            later = kept.to(hessian.device)
-            panel -= later[: run.stop] @ later[run].mT
+            later = kept[: run.stop].to(hessian.device)
+            panel -= later @ later[run].mT
         # torch's factor is lower triangular: reversing the matrix before and the factor after makes it upper.
         corner.copy_(torch.linalg.cholesky(corner.flip(0, 1)).flip(0, 1))
         above = panel[: run.start]

@@ -14,6 +14,7 @@ from torch import Tensor
 from lqexport.converters.factors import block_codec, factor_names
 from lqexport.formats.registry import codec_named
 from lqexport.recipe import CorrectionSettings, SolverSettings
+from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.feedback import layer_loss
 from lqexport.solver.linear import round_tensor, solve_linear
 from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
@@ -34,6 +35,7 @@ def solve_corrected(
     codec_name: str,
     settings: SolverSettings,
     low_rank: CorrectionSettings,
+    cholesky: CholeskyFactor | None = None,
 ) -> list[StoredTensor]:
     """Returns the low-rank factors A and B, and then the linear; with `low_rank.merge` the corrected linear alone.
 
@@ -41,6 +43,7 @@ def solve_corrected(
     hessian      second moments [C, C], or [G, C, C] for G equal runs of rows: the factors then take their mean
     magnitudes   float32 [C], needed for the scaling l2qer alone (see `lowrank.column_weighting`)
     codec_name   the codec of the linear; the factors have `low_rank.factors`
+    cholesky     as for `solve_linear`
 
     Each of `low_rank.rounds` rounds solves the codes for the weights minus the correction so far. It then computes the
     correction of the error that those codes leave.
@@ -54,7 +57,7 @@ def solve_corrected(
     weighting = column_weighting(low_rank.scaling, groups.mean(0), magnitudes)
     target = weight
     for _ in range(low_rank.rounds):
-        base = solve_linear(name, target, hessian, codec_name, settings)
+        base = solve_linear(name, target, hessian, codec_name, settings, cholesky=cholesky)
         error = weight - values_of(base).to(weight.device)
         up, down = correction(error, weighting, low_rank.rank)
         target = weight - up @ down

@@ -108,6 +108,7 @@ def solve_linear(
     codec_name: str,
     settings: SolverSettings,
     placement: Placement | None = None,
+    cholesky: CholeskyFactor | None = None,
 ) -> StoredTensor:
     """Returns a linear quantized by the settings' method.
 
@@ -116,6 +117,7 @@ def solve_linear(
                  device; None for the method rtn
     codec_name   the codec of the result
     placement    the device that computes, and how many rows it takes at once (None: all rows, on the weight's device)
+    cholesky     what `factor_of` returns for these second moments, a single matrix (None: it is computed)
 
     The facts of the result: `loss` is the squared output error per token, summed over the outputs. `relative_error` is
     the loss over the output's energy. `weight_error` is the squared error of the weights over their squared sum.
@@ -131,9 +133,9 @@ def solve_linear(
     if not rows_are_apart(codec_name):
         placement = replace(placement, rows=len(weight))
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
-    assert len(hessians) == 1 or rows_are_apart(codec_name)
+    assert len(hessians) == 1 or (rows_are_apart(codec_name) and cholesky is None)
     runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
-    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, settings, placement)]
+    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, settings, placement, cholesky)]
     return assembled(name, codec_name, parts)
 
 
@@ -152,22 +154,31 @@ def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> Stored
     return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
 
 
+def factor_of(name: str, hessian: Tensor, settings: SolverSettings, placement: Placement) -> CholeskyFactor:
+    """Returns the Cholesky factor of the second moments [C, C] of the inputs of a linear and those that share them.
+
+    Raises UserError, with the linear's name, if the Hessian is NaN or infinite, or cannot be factorized.
+    """
+    with inputs_of(name):
+        check_moments(hessian)
+        return factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep)
+
+
 def solve_rows(
-    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, settings: SolverSettings, placement: Placement
-) -> Iterator[SolvedRows]:
+    name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, settings: SolverSettings, placement: Placement,
+    cholesky: CholeskyFactor | None = None,
+) -> Iterator[SolvedRows]:  # fmt: skip
     """Yields the solved rows of a linear, `placement.rows` at a time.
 
     weight    [R, C], a linear or a run of its rows that begins at a tile; only the linear's last tile may be short
     hessian   float32 second moments [C, C] for all of these rows; None for the method rtn
+    cholesky  what `factor_of` returns for them (None: it is computed)
     """
     codec = codec_named(codec_name)
     assert not isinstance(codec, PlainCodec)
     hessian = None if hessian is None else hessian.to(placement.device)
-    cholesky = None
-    if hessian is not None and settings.method != "rtn":
-        with inputs_of(name):
-            check_moments(hessian)
-            cholesky = factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep)
+    if cholesky is None and hessian is not None and settings.method != "rtn":
+        cholesky = factor_of(name, hessian, settings, placement)
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()
