@@ -470,16 +470,26 @@ def test_ctrl_c_says_how_to_resume(tiny_model: Path, tmp_path: Path) -> None:
     assert not (out / "manifest.json").exists()
 
 
-MISSING = """
+COMMANDS_WITHOUT_TORCH = """
 import sys
 from lqexport.cli.app import app
 for line in sys.stdin:
     try:
         app(line.split())
     except SystemExit as ending:
-        assert ending.code == 2, line
-assert not {"torch", "transformers"} & set(sys.modules)
+        assert ending.code == int(sys.argv[1]), line
+assert not {"torch", "transformers", "numba"} & set(sys.modules)
 """
+
+
+def run_without_torch(commands: list[str], status: int) -> subprocess.CompletedProcess[str]:
+    """Run commands in one process, and check the exit status of each and that nothing large was imported."""
+    process = subprocess.run(
+        [sys.executable, "-c", COMMANDS_WITHOUT_TORCH, str(status)],
+        input="\n".join(commands), capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return process
 
 
 def test_missing_inputs_are_said_before_anything_large_is_imported() -> None:
@@ -490,11 +500,16 @@ def test_missing_inputs_are_said_before_anything_large_is_imported() -> None:
         "eval nowhere --text ptb", "judge nowhere --endpoint http://localhost --model x",
         "plan nowhere --target gguf:Q4_0",
     ]  # fmt: skip
-    process = subprocess.run(
-        [sys.executable, "-c", MISSING], input="\n".join(commands), capture_output=True, text=True, check=False
-    )
-    assert process.returncode == 0, process.stderr
-    assert process.stderr.count("error: There is no ") == len(commands)
+    assert run_without_torch(commands, 2).stderr.count("error: There is no ") == len(commands)
+
+
+def test_what_only_reads_headers_imports_nothing_large(artifact: Path, gguf_file: Path) -> None:
+    """Importing torch and transformers takes seconds."""
+    commands = ["--help", "quantize --help-all", f"inspect {gguf_file}", f"inspect {artifact} --json"]
+    printed = run_without_torch([*commands, f"check {gguf_file}"], 0).stdout
+    assert "GGUF file" in printed
+    assert "lqexport artifact" in printed
+    assert "sound" in printed
 
 
 def test_exit_status_of_the_installed_command() -> None:

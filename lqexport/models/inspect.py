@@ -1,4 +1,8 @@
-"""Lists a model's tensors with their types, sizes and effective bits per weight."""
+"""Lists a model's tensors with their types, sizes and effective bits per weight.
+
+What needs torch, which takes seconds to import, is imported where a folder needs it: a .gguf file and an artifact do
+not.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
@@ -15,17 +19,19 @@ from lqexport.converters.exl2.reader import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folders.folder_model import method_of
 from lqexport.converters.folders.native import METHOD
-from lqexport.converters.folders.native_read import NativeModel
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import readable_codec
 from lqexport.models.model_path import check_exists
-from lqexport.models.source import HuggingFaceSource
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
 from lqexport.storage.artifact import Artifact
+
+if TYPE_CHECKING:
+    from lqexport.converters.folders.native_read import NativeModel
+    from lqexport.models.source import HuggingFaceSource
 
 
 @dataclass(frozen=True)
@@ -140,15 +146,19 @@ def inspect(path: str | Path) -> Inspection:
     if path.is_file():
         if not is_gguf(path):
             raise UserError(f"{path} is not a .gguf file.")
-        return Inspection(str(path), "GGUF file", _model_entries(GGUFModel(path)))
+        file = GGUFModel(path)
+        return Inspection(str(path), "GGUF file", _entries(file, file.names()))
     check_exists(path)
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
     method = method_of(path)
     if method == METHOD:
-        return Inspection(str(path), "native folder", _model_entries(NativeModel(path)))
+        return Inspection(str(path), "native folder", _native_entries(path))
     if method == "exl2":
-        return Inspection(str(path), Exl2Model.container, _model_entries(Exl2Model(path)))
+        folder = Exl2Model(path)
+        return Inspection(str(path), folder.container, _entries(folder, folder.names()))
+    from lqexport.models.source import HuggingFaceSource
+
     source = HuggingFaceSource(path, str(path))
     container = source.layout.container if source.layout else "Hugging Face folder"
     return Inspection(str(path), container, [_source_entry(source, name) for name in source.names()])
@@ -158,8 +168,14 @@ def _artifact_entries(artifact: Artifact) -> list[TensorInfo]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _model_entries(model: GGUFModel | Exl2Model | NativeModel) -> list[TensorInfo]:
-    names = [*model.names(), *(model.factors() if isinstance(model, NativeModel) else [])]
+def _native_entries(folder: Path) -> list[TensorInfo]:
+    from lqexport.converters.folders.native_read import NativeModel
+
+    model = NativeModel(folder)
+    return _entries(model, [*model.names(), *model.factors()])
+
+
+def _entries(model: GGUFModel | Exl2Model | NativeModel, names: list[str]) -> list[TensorInfo]:
     return [_coded(name, model.shape(name), model.codec_name(name)) for name in names]
 
 

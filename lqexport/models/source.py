@@ -11,11 +11,10 @@ import shlex
 import tempfile
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lqexport.converters.checkpoints.detect import layout_of
 from lqexport.converters.checkpoints.layout import CheckpointLayout
@@ -37,6 +36,9 @@ from lqexport.storage.background import FileSpan
 from lqexport.storage.config_check import read_config
 from lqexport.storage.files import copy_files, read_json, write_json
 from lqexport.storage.tensor_files import forms, open_tensors, small_tensor, spans
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MODEL_FILES = (
     "config.json",

@@ -5,9 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from lqexport.converters.gguf.header import read_header
 from lqexport.converters.gguf.tokenizer import write_vocabulary
@@ -15,6 +13,9 @@ from lqexport.converters.gguf.tokenizer_json import template_files, tokenizer_co
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
 from lqexport.storage.files import write_json, written_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 """The files of which a tokenizer has at least one."""
@@ -27,6 +28,8 @@ def load_tokenizer(folder: Path, source: Path | None = None) -> PreTrainedTokeni
 
     source   the file that the folder was made from, for the message
     """
+    from transformers import AutoTokenizer  # takes a second, which those who need no tokenizer do not wait for
+
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -13,6 +13,8 @@
 
 A file appears under its final name only when it is complete and synced to disk, so a killed run resumes from the files
 that exist.
+
+torch, which takes seconds to import, is imported when values are asked for as its tensors.
 """
 
 from __future__ import annotations
@@ -24,13 +26,11 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors.numpy
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.formats.codec import Planes
@@ -48,6 +48,9 @@ from lqexport.storage.files import (
     written_whole,
 )
 from lqexport.storage.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SOURCE_METADATA = "source-metadata.gguf"
 """Name of the file in the model folder that holds the metadata of a .gguf source (`converters.gguf.kept`)."""
@@ -96,6 +99,8 @@ def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
 
 def values_of(tensor: StoredTensor) -> Tensor:
     """Returns the decoded values of a stored matrix as a torch tensor, float32 [rows, columns]."""
+    import torch
+
     return torch.from_numpy(decoded(tensor))
 
 
@@ -342,5 +347,5 @@ class SolvedModel:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._artifact.read(name).shape
 
-    def read(self, name: str) -> torch.Tensor:
-        return torch.from_numpy(decoded(self._artifact.read(name)))
+    def read(self, name: str) -> Tensor:
+        return values_of(self._artifact.read(name))

@@ -8,20 +8,23 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from safetensors import SafetensorError, safe_open
 
 from lqexport.errors import AGAIN, MALFORMED, UserError
 from lqexport.storage.files import written_whole
+
+if TYPE_CHECKING:
+    import torch
 
 SEAL = "0" * 64
 """The placeholder in a safetensors file's metadata while the sha256 of the file is computed, which then replaces it."""
 
 SMALL = 1 << 20
 """Bytes of a tensor up to which the header of a file of thousands of tensors takes longer to parse than it to read."""
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "I32": torch.int32, "U8": torch.uint8}
+DTYPES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "I32": "int32", "U8": "uint8"}
+"""safetensors' names of the dtypes that `small_tensor` reads, and torch's."""
 
 
 @contextlib.contextmanager
@@ -77,7 +80,9 @@ def small_tensor(path: Path, span: tuple[int, int], dtype: str, shape: tuple[int
         content = bytearray(file.read(nbytes))
     if len(content) < nbytes:
         raise UserError(f"{path} is cut short. Download it again.")
-    return torch.frombuffer(content, dtype=DTYPES[dtype]).reshape(shape)
+    import torch  # takes seconds, which those who read no tensor do not wait for
+
+    return torch.frombuffer(content, dtype=getattr(torch, DTYPES[dtype])).reshape(shape)
 
 
 def write_sealed(path: Path, content: bytes) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -20,8 +20,9 @@ from lqexport.evaluation.figures import finite_or_null
 from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import human_bytes
-from lqexport.verification.result import Engine
-from lqexport.verification.verifying import verify
+
+if TYPE_CHECKING:
+    from lqexport.verification.result import Engine
 
 WINDOWS = 16
 """Windows of text on which a file is compared with its source."""
@@ -90,6 +91,8 @@ def _paths(path: Path) -> list[Path]:
 
 def _compare(result: FileCheck, path: Path, against: str, listener: Listener) -> None:
     """Verifies a file against its source, and adds what is wrong to its problems."""
+    from lqexport.verification.verifying import verify  # imports torch and transformers, which takes seconds
+
     engine: Engine = "llama.cpp" if result.engine == "loads" else "lqexport"
     found = verify(path, against, windows=WINDOWS, engine=engine, max_perplexity_ratio=2.0, listener=listener)
     result.problems += [error("source", sentence) for sentence in found.failed]
