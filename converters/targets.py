@@ -24,6 +24,7 @@ from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
 from lqexport.converters.models.architecture import KEY_HEADS, Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.further import further_blocks, is_beyond, is_further_matrix
 from lqexport.converters.models.tensor_names import (
     block_module,
     gguf_names,
@@ -40,8 +41,6 @@ from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import AUTO, Target, full_name, unknown
 
-FURTHER = r"^(model\.)?mtp[._]"
-"""A regular expression for the tensors of blocks that predict further tokens, where these have names of their own."""
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -59,6 +58,7 @@ def plan(
     output_type: str | None = None,
     types: Mapping[str, str] = MappingProxyType({}),
     fallback: bool = True,
+    further: bool = True,
 ) -> list[PlannedTensor]:
     """Returns the codec of every tensor in the model's order: embedding, blocks in data-flow order, norm, output.
 
@@ -68,13 +68,14 @@ def plan(
     output_type      type of the output, instead of the target's
     types            shell pattern -> codec name of the matrices whose names match it; the last match counts
     fallback         whether a tensor whose shape a type cannot hold may take another type, as in llama.cpp
+    further          whether blocks that predict further tokens are kept, where llama.cpp has them
 
     Raises UserError if the target, a type, the architecture or a tensor is unknown, if a tensor is missing, if shapes
     do not fit config.json, or if a tensor would fall back and `fallback` is false.
     """
     config = normalized(config)
     architecture = architecture_of(config)
-    kept = model_tensors(architecture, config, shapes)
+    kept = model_tensors(architecture, config, shapes, further=further and target.family == "gguf")
     _check_target(target)
     if target.family == "gguf":
         check_supported(architecture, config)
@@ -88,7 +89,8 @@ def plan(
     if not fallback:
         _refuse_fallbacks(target, planned)
     if target.family == "gguf":
-        _check_experts(planned, gguf_names(architecture, _layers(config)))
+        blocks = _layers(config) + further_blocks(architecture, _layers(config), shapes)
+        _check_experts(planned, gguf_names(architecture, blocks))
     return planned
 
 
@@ -125,17 +127,22 @@ def _matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
     return len(shape) == 2 and fnmatchcase(name, pattern)
 
 
-def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Shapes) -> Shapes:
+def model_tensors(
+    architecture: Architecture, config: dict[str, Any], shapes: Shapes, *, further: bool = False
+) -> Shapes:
     """Returns name -> shape of the tensors to store, in the order of the model.
+
+    further   whether to store blocks that predict further tokens. Those that lack a tensor are left out
 
     Raises UserError if a tensor is unknown or missing, or if a shape does not fit config.json.
     """
-    known = gguf_names(architecture, _layers(config))
+    blocks = _layers(config) + (further_blocks(architecture, _layers(config), shapes) if further else 0)
+    known = gguf_names(architecture, blocks)
     unknown = [name for name in shapes if name not in known and not _is_unused(architecture, config, name)]
     if unknown:
         raise UserError(f"{architecture.classes[0]} has no tensor {listed(unknown)}; cannot export this model.")
     unneeded = {architecture.output} if is_tied(config) else set()
-    needed = [*needed_names(architecture, _layers(config)), architecture.output]
+    needed = [*needed_names(architecture, blocks), architecture.output]
     missing = [name for name in needed if name not in shapes and name not in unneeded]
     if missing:
         hint = " If the output is the embedding, config.json must say tie_word_embeddings: true."
@@ -148,7 +155,7 @@ def model_tensors(architecture: Architecture, config: dict[str, Any], shapes: Sh
 
 def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
     vector = name.endswith(("norm.weight", ".bias"))
-    matrix = is_linear(architecture, name) or name in _outer(architecture)
+    matrix = is_linear(architecture, name) or name in _outer(architecture) or is_further_matrix(architecture, name)
     if (vector or matrix) and len(shape) != (1 if vector else 2):
         raise UserError(f"{name} should have {1 if vector else 2} dimensions, but its shape is {list(shape)}.")
     row_order(architecture, config, name, shape[0])
@@ -156,12 +163,11 @@ def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, 
 
 def _is_unused(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
     """Whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
-    if any(re.search(pattern, name) for pattern in (*architecture.unused, FURTHER)):
+    if any(re.search(pattern, name) for pattern in architecture.unused):
         return True
-    if (module := block_module(architecture, name)) is None:
-        return False
-    beyond = architecture.further and module[0] >= _layers(config)
-    return beyond or architecture.is_borrowed(*module[:2])
+    module = block_module(architecture, name)
+    borrowed = module is not None and architecture.is_borrowed(*module[:2])
+    return borrowed or is_beyond(architecture, _layers(config), name)
 
 
 def _layers(config: dict[str, Any]) -> int:
@@ -190,13 +196,15 @@ def _wanted(
 ) -> str:
     """Returns the codec name that the target asks for, whether the tensor's shape fits or not."""
     linear = is_linear(architecture, name)
-    if not linear and name not in _outer(architecture):
+    further = is_further_matrix(architecture, name)  # no calibration reaches it, so it keeps more bits
+    if not linear and not further and name not in _outer(architecture):
         return plain_codec(architecture, name) if target.family == "gguf" else "gguf:F32"
     if target.family == "native":
         return str(target) if linear else "gguf:F16"
-    if target.type in MIXES:
+    if target.type in MIXES and not further:
         return f"gguf:{_mix(target.type, architecture, config, name, shape[1])}"
-    return str(target) if not target.is_auto and (linear or _is_plain(str(target))) else "gguf:Q8_0"
+    is_pure = not target.is_auto and target.type not in MIXES
+    return str(target) if is_pure and (linear or _is_plain(str(target))) else "gguf:Q8_0"
 
 
 def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:

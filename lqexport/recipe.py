@@ -221,6 +221,14 @@ class Recipe:
     embedding_type: str | None = field(default=None, metadata=_help("Type of the embedding, such as Q6_K.", TYPES))
     output_type: str | None = field(default=None, metadata=_help("Type of the output, such as Q6_K.", TYPES))
     head_bits: int = field(default=6, metadata=_help("Target exl2: bits of the output's codes; 16 for float16.", TYPES))
+    mtp: bool = field(
+        default=True,
+        metadata=_help(
+            "Whether a GGUF file keeps the blocks that predict further tokens, with which llama.cpp drafts them.",
+            TYPES,
+            "--mtp/--no-mtp",
+        ),
+    )
     fallback: bool = field(
         default=True,
         metadata=_help(

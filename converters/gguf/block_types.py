@@ -9,7 +9,7 @@ from typing import Any
 
 from lqexport.converters.models.architecture import Architecture
 
-SHARED_KEYS = "attention.shared_kv_layers"
+SHARED_KEYS, FURTHER_KEY = "attention.shared_kv_layers", "nextn_predict_layers"
 _OF_BLOCK = re.compile(r"blk\.(\d{1,6})\.(.+?)(?:\.weight|\.bias)?$")
 """The name of a tensor of a block: the block's number and the GGUF name of the module."""
 
@@ -34,6 +34,14 @@ def first_borrower(entry: Architecture, metadata: Mapping[str, Any]) -> int | No
     """Returns the number of the first block that uses the keys and values of an earlier one; None if there is none."""
     blocks, count = (metadata.get(f"{entry.gguf}.{key}") for key in ("block_count", SHARED_KEYS))
     if not entry.borrows or not isinstance(blocks, int) or not isinstance(count, int) or not 0 < count < blocks:
+        return None
+    return blocks - count
+
+
+def first_further(entry: Architecture, metadata: Mapping[str, Any]) -> int | None:
+    """Returns the number of the first block that predicts further tokens; None if there is none."""
+    blocks, count = (metadata.get(f"{entry.gguf}.{key}") for key in ("block_count", FURTHER_KEY))
+    if not entry.predictor or not isinstance(blocks, int) or not isinstance(count, int) or not 0 < count < blocks:
         return None
     return blocks - count
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
-from lqexport.converters.models.architecture import FIRST, KEY_HEADS, MEAN, Architecture, Config
+from lqexport.converters.models.architecture import FIRST, FURTHER_COUNT, KEY_HEADS, MEAN, Architecture, Config
 from lqexport.converters.models.hf_defaults import default_of, default_rope
 from lqexport.converters.models.rope import (
     LONG_FACTORS,
@@ -88,7 +88,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
         config[SECTIONS] = _sections(metadata)
     if architecture.wide_scale is not None:
         config["query_pre_attn_scalar"] = query_scalar(architecture, config)
-    config |= {key: list(values) for key, values in architecture.per_block.items()}
+    config |= {key: list(values)[: architecture.first_further] for key, values in architecture.per_block.items()}
     config |= {key: config[other] for key, other in architecture.same.items() if other in config}
     config |= {TILED: True} if architecture.tiled else {}
     config |= architecture.restored(config)
@@ -105,7 +105,7 @@ def _sizes(metadata: Metadata) -> Config:
     return {
         "hidden_size": hidden,
         "intermediate_size": metadata.number("feed_forward_length"),
-        "num_hidden_layers": metadata.number("block_count"),
+        **_blocks(metadata),
         "num_attention_heads": heads,
         "num_key_value_heads": metadata.number(KEY_HEADS, heads),
         "head_dim": metadata.number(
@@ -113,6 +113,14 @@ def _sizes(metadata: Metadata) -> Config:
         ),
         "max_position_embeddings": metadata.number("context_length"),
     }
+
+
+def _blocks(metadata: Metadata) -> Config:
+    """Returns the number of decoder blocks, and of blocks that predict further tokens if there are any."""
+    count, further = metadata.number("block_count"), metadata.architecture.first_further
+    return {"num_hidden_layers": count} if further is None else {
+        "num_hidden_layers": further, FURTHER_COUNT: count - further
+    }  # fmt: skip
 
 
 def _latent_head_sizes(metadata: Metadata, config: Config) -> Config:

@@ -38,15 +38,20 @@ def optional_json(path: Path) -> dict[str, Any]:
     return read_json(path, f"{path} is gone.") if path.is_file() else {}
 
 
-def add_model(writer: GGUFWriter, architecture: Architecture, config: Config, vocabulary: int) -> None:
+def add_model(
+    writer: GGUFWriter, architecture: Architecture, config: Config, vocabulary: int, further: int = 0
+) -> None:
     """Adds the sizes, attention settings and rotary embedding of a model to `writer`.
 
     vocabulary   number of rows of the embedding
+    further      number of blocks that predict further tokens
 
     Raises UserError if config.json lacks a size, or asks for what llama.cpp does not compute for this architecture.
     """
     check_supported(architecture, config)
-    writer.add_block_count(_size(config, "num_hidden_layers"))
+    writer.add_block_count(_size(config, "num_hidden_layers") + further)
+    if further:
+        writer.add_nextn_predict_layers(further)
     writer.add_context_length(context_length(architecture, config))
     writer.add_embedding_length(_size(config, "hidden_size"))
     given = {key.name for key in architecture.keys}

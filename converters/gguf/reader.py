@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.gguf.block_types import first_borrower, values_per_block
+from lqexport.converters.gguf.block_types import first_borrower, first_further, values_per_block
 from lqexport.converters.gguf.config import Metadata, config_of
 from lqexport.converters.gguf.fused_experts import taken_apart
 from lqexport.converters.gguf.header import TensorData
@@ -74,7 +74,11 @@ class GGUFModel:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
         candidates = [
             entry.expanded(
-                experts, leading, values_per_block(entry, self._tensors), first_borrower(entry, self.metadata)
+                experts,
+                leading,
+                values_per_block(entry, self._tensors),
+                first_borrower(entry, self.metadata),
+                first_further(entry, self.metadata),
             )
             for entry in same_name
             if bool(entry.experts) == bool(experts)

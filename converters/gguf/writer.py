@@ -18,6 +18,7 @@ from lqexport.converters.gguf.support import check_supported
 from lqexport.converters.gguf.tokenizer import add_tokenizer, name_for_llamacpp
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.further import further_blocks
 from lqexport.converters.models.rope import rope_factors
 from lqexport.converters.models.tensor_names import gguf_names, gguf_shape
 from lqexport.errors import UserError
@@ -49,7 +50,7 @@ def write(
     name = kept_name(kept) or name_for_llamacpp(model_name(artifact.run()), artifact.model_folder)
     add_provenance(writer, artifact.run(), _main_type(entries), name)
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
-    add_model(writer, architecture, config, rows)
+    add_model(writer, architecture, config, rows, _further(artifact, architecture, config))
     if not kept:
         _add_tokenizer(writer, artifact.model_folder, rows)
     add_kept(writer, kept)
@@ -73,8 +74,14 @@ def _main_type(entries: list[GGUFEntry]) -> str:
     return total.most_common(1)[0][0]
 
 
+def _further(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> int:
+    """Returns the number of blocks of an artifact that predict further tokens, whatever config.json says."""
+    return further_blocks(architecture, config["num_hidden_layers"], artifact.manifest())
+
+
 def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> list[GGUFEntry]:
-    known = gguf_names(architecture, config["num_hidden_layers"])
+    blocks = config["num_hidden_layers"] + _further(artifact, architecture, config)
+    known = gguf_names(architecture, blocks)
     entries = []
     for name, facts in artifact.manifest().items():
         if is_factor(name):

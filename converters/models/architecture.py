@@ -30,6 +30,22 @@ GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": 
 """The modules of a gated MLP: Hugging Face module -> GGUF name."""
 
 
+PREDICTOR = {
+    "eh_proj": "nextn.eh_proj",
+    "enorm": "nextn.enorm",
+    "hnorm": "nextn.hnorm",
+    "embed_tokens": "nextn.embed_tokens",
+    "shared_head.norm": "nextn.shared_head_norm",
+    "shared_head.head": "nextn.shared_head_head",
+}
+"""The modules that a block which predicts further tokens has beside those of a decoder block.
+
+Hugging Face module -> GGUF name."""
+FURTHER_COUNT = "num_nextn_predict_layers"
+"""The key of config.json with the number of blocks that predict further tokens."""
+LENT = ("embed_tokens", "shared_head.head")
+"""Those of `PREDICTOR` that a block may lack. It uses the model's embedding and output then."""
+
 CONVOLUTIONS = ("shortconv.conv", "ssm_conv1d")
 """The GGUF names of convolutions over single channels, which checkpoints store as [channels, 1, width]."""
 
@@ -131,7 +147,11 @@ class Architecture:
     unused      regular expressions for tensors of a checkpoint that are ignored, such as tables that follow from
                 config.json
     further     whether checkpoints may have more blocks than config.json says: they predict further tokens, and are
-                ignored. So are tensors under the name `mtp`, in any architecture
+                ignored where `predictor` is empty. So are tensors under the name `mtp`, in any architecture
+    predictor   modules that a block which predicts further tokens has beside those of a decoder block, `PREDICTOR`;
+                {} where llama.cpp has no such blocks
+    predicts_like   the value of the keys of `only` by which such a block has the modules of a decoder block
+    first_further   the number of the first of these blocks, in an entry for a certain model; None where there is none
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     plain_norms   modules of a block that are norms to which nothing is added
     decays      tensors of a block that GGUF holds as -exp(value)
@@ -205,6 +225,9 @@ class Architecture:
     renamed: dict[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     further: bool = False
+    predictor: dict[str, str] = field(default_factory=dict)
+    predicts_like: Any = None
+    first_further: int | None = None
     norm_plus: int = 0
     plain_norms: tuple[str, ...] = ()
     decays: tuple[str, ...] = ()
@@ -260,8 +283,9 @@ class Architecture:
         return any(module.startswith(starts) for module in self.gguf_block)
 
     def modules_of(self, block: int) -> dict[str, str]:
-        """Returns the entries of `gguf_block` that the block with this number has."""
-        return {module: gguf for module, gguf in self.gguf_block.items() if self.has(block, module)}
+        """Returns the entries of `gguf_block` that the block with this number has, and those of `predictor`."""
+        modules = {module: gguf for module, gguf in self.gguf_block.items() if self.has(block, module)}
+        return modules | self.predictor if self.predicts(block) else modules
 
     def tensors_of(self, block: int) -> dict[str, str]:
         """Returns the entries of `gguf_tensors` that the block with this number has."""
@@ -278,11 +302,16 @@ class Architecture:
             return False
         for start, (key, values) in self.only.items():
             # A damaged file may have fewer blocks than it says.
-            if module.startswith(start) and self.per_block[key][block : block + 1] not in [(v,) for v in values]:
+            value = (self.predicts_like,) if self.predicts(block) else self.per_block[key][block : block + 1]
+            if module.startswith(start) and value not in [(v,) for v in values]:
                 return False
         if self.dense is None or not module.startswith("mlp."):
             return True
         return (module in GATED) == (block < self.leading)
+
+    def predicts(self, block: int) -> bool:
+        """Whether the block with this number predicts further tokens."""
+        return self.first_further is not None and block >= self.first_further
 
     def is_borrowed(self, block: int, module: str) -> bool:
         """Whether a module of the block with this number is not used, since the block takes what an earlier one has."""
@@ -294,11 +323,12 @@ class Architecture:
         leading: int = 0,
         per_block: dict[str, tuple[Any, ...]] | None = None,
         first_borrower: int | None = None,
+        first_further: int | None = None,
     ) -> Architecture:
         """Returns the entry with `count` experts in place of each `*`, from block `leading` on.
 
         per_block   see the field of that name; None where all blocks have the same modules
-        first_borrower   see the field of that name
+        first_borrower, first_further   see the fields of these names
         """
         modules = [
             (module.replace(EACH, str(number)), gguf)
@@ -317,4 +347,5 @@ class Architecture:
             leading=leading,
             per_block=per_block or {},
             first_borrower=first_borrower,
+            first_further=first_further if self.predictor else None,
         )

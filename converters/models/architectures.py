@@ -162,7 +162,8 @@ def architecture_of(config: Config) -> Architecture:
         names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
         known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
         raise UserError(f"Unknown architecture {names}. Known: {known}.")
-    if architecture.experts is None and not architecture.only and architecture.borrows is None:
+    of_each_model = (architecture.experts, architecture.only, architecture.borrows, architecture.predictor)
+    if not any(of_each_model):
         return architecture
     config = normalized(config)
     count, leading = (config.get(key, 0) if key else 0 for key in (architecture.experts, architecture.dense))
@@ -171,8 +172,9 @@ def architecture_of(config: Config) -> Architecture:
     if not isinstance(leading, int) or leading < 0:
         raise UserError(f"config.json gives no {architecture.dense}.")
     return architecture.expanded(
-        count, leading, _values_per_block(architecture, config), _first_borrower(architecture, config)
-    )
+        count, leading, _values_per_block(architecture, config), _first_borrower(architecture, config),
+        config.get("num_hidden_layers"),
+    )  # fmt: skip
 
 
 def _first_borrower(architecture: Architecture, config: Config) -> int | None:

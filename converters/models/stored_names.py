@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from typing import Any
 
+from lqexport.converters.models import further
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.text_parts import RENAMED
 
@@ -16,17 +18,20 @@ def has_other_parts(names: Collection[str]) -> bool:
     return any(_OF_A_WHOLE.match(name) for name in names)
 
 
-def renaming(architecture: Architecture | None, names: Collection[str], *, whole: bool) -> dict[str, str]:
+def renaming(
+    architecture: Architecture | None, names: Collection[str], *, whole: bool, layers: Any = None
+) -> dict[str, str]:
     """Returns regular expression -> replacement; together they turn a checkpoint's names into those of the modules.
 
     whole   whether the checkpoint is of a model with a text part and other parts
+    layers   number of decoder blocks, as config.json gives it
 
     A checkpoint of the model without its output, such as an embedding model's, lacks the first part of all names.
     """
     patterns = dict(RENAMED) if whole else {}
     if architecture is None:
         return patterns
-    patterns |= architecture.renamed
+    patterns |= architecture.renamed | further.renaming(architecture, layers, names)
     base = architecture.blocks.rpartition(".")[0] + "."
     if base == "." or any(renamed(name, patterns).startswith(base) for name in names):
         return patterns

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lqexport.converters.models.architecture import CONVOLUTIONS, EACH, Architecture
+from lqexport.converters.models.architecture import CONVOLUTIONS, EACH, LENT, Architecture
 from lqexport.errors import UserError
 
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
@@ -18,28 +18,30 @@ def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
     tensor, which holds them one after the other.
     """
     embedding, *after_blocks = architecture.gguf_top.items()
-    blocks = [
-        (f"{architecture.blocks}.{layer}.{name}", f"blk.{layer}.{gguf}")
-        for layer in range(layers)
-        for name, gguf in _tensors(architecture, layer)
-    ]
+    blocks = [pair for layer in range(layers) for pair in block_names(architecture, layer).items()]
     return dict([embedding, *blocks, *after_blocks])
 
 
-def _tensors(architecture: Architecture, layer: int) -> list[tuple[str, str]]:
-    """Returns (Hugging Face name, GGUF name) of every tensor that a block may have, without the block's prefix."""
-    of_modules = [
-        (f"{module}.{end}", f"{gguf}.{end}")
+def block_names(architecture: Architecture, layer: int) -> dict[str, str]:
+    """Returns Hugging Face name -> GGUF name for every tensor that a block may have."""
+    names = {
+        f"{module}.{end}": f"{gguf}.{end}"
         for module, gguf in architecture.modules_of(layer).items()
         for end in ("weight", "bias")
-    ]
-    return [*of_modules, *architecture.tensors_of(layer).items()]
+    } | architecture.tensors_of(layer)
+    return {f"{architecture.blocks}.{layer}.{name}": f"blk.{layer}.{gguf}" for name, gguf in names.items()}
 
 
 def needed_names(architecture: Architecture, layers: int) -> list[str]:
     """Returns the Hugging Face names of the tensors that every model of the architecture has, the output aside."""
-    names = [name for name in gguf_names(architecture, layers) if not name.endswith(".bias")]
-    return [name for name in names if name != architecture.output]
+    return [name for name in gguf_names(architecture, layers) if is_needed(architecture, name)]
+
+
+def is_needed(architecture: Architecture, name: str) -> bool:
+    """Whether every model of the architecture has a tensor, given that it has the block. The output counts as not."""
+    module = block_module(architecture, name)
+    is_lent = module is not None and module[1] in LENT
+    return not name.endswith(".bias") and not is_lent and name != architecture.output
 
 
 def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] | None:
@@ -69,9 +71,11 @@ def of_each_expert(name: str) -> str:
 
 
 def is_linear(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is the weight of a linear of a decoder block."""
+    """Whether a tensor is the weight of a linear of a decoder block. Blocks that predict further tokens are none."""
     module = block_module(architecture, name)
-    return module is not None and module[2] == "weight" and any(module[1] in group for group in architecture.linears)
+    if module is None or module[2] != "weight" or architecture.predicts(module[0]):
+        return False
+    return any(module[1] in group for group in architecture.linears)
 
 
 def is_norm(name: str) -> bool:

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lqexport.converters.gguf.block_types import first_borrower, values_per_block
+from lqexport.converters.gguf.block_types import first_borrower, first_further, values_per_block
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import Architecture
@@ -48,7 +48,13 @@ class OpenFile:
         named = [entry for entry in ARCHITECTURES if entry.gguf and entry.gguf == self.architecture]
         fitting = [entry for entry in named if bool(entry.experts) == bool(experts)] or named
         return [
-            entry.expanded(1, leading, values_per_block(entry, self.tensors), first_borrower(entry, self.metadata))
+            entry.expanded(
+                1,
+                leading,
+                values_per_block(entry, self.tensors),
+                first_borrower(entry, self.metadata),
+                first_further(entry, self.metadata),
+            )
             for entry in fitting
         ]
 

@@ -40,7 +40,8 @@ def _known_names(file: OpenFile) -> Set[str]:
     """Returns the names that tensors of the architecture may have, with `*` for the block and without their ends."""
     ours = {_pattern(name) for entry in file.entries for name in entry.gguf_top.values()}
     for entry in file.entries:
-        ours |= {_pattern(f"blk.0.{name}") for name in (*entry.gguf_block.values(), *entry.gguf_tensors.values())}
+        names = (*entry.gguf_block.values(), *entry.gguf_tensors.values(), *entry.predictor.values())
+        ours |= {_pattern(f"blk.0.{name}") for name in names}
     return ours | _of_gguf(file.architecture) | ({ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS} if ours else set())
 
 

@@ -282,6 +282,7 @@ class LlamaCpp:
         parameters = self._llama.llama_model_default_params()
         parameters.progress_callback = ctypes.cast(self._loading, ctypes.c_void_p)
         parameters.vocab_only = vocabulary_only
+        parameters.load_mtp = True  # their shapes are checked, too, and no tensor is said to be unused
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
             raise UserError(f"llama.cpp cannot load {path}.{self._log.said()}")

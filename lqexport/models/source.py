@@ -106,7 +106,9 @@ class HuggingFaceSource:
             self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
         self._has_other_parts = is_whole(whole) or has_other_parts(self._files)
-        self._patterns = renaming(self._architecture, self._files, whole=self._has_other_parts)
+        self._patterns = renaming(
+            self._architecture, self._files, whole=self._has_other_parts, layers=self.config.get("num_hidden_layers")
+        )
         self._experts: dict[str, ExpertRows] = {}
         self._experts = self._unstacked()
         stacks = {rows.stored for rows in self._experts.values()}

@@ -20,7 +20,7 @@ from lqexport.pipeline.job import Job, work_folder
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
-from lqexport.planning.needs import tokenizer_warnings
+from lqexport.planning.needs import left_out, tokenizer_warnings
 from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
@@ -52,7 +52,7 @@ def prepare(
     check_sequence_length(recipe, source, planned)
     artifact = Artifact(out)
     if not artifact.complete:
-        for sentence in tokenizer_warnings(source, recipe):
+        for sentence in (*left_out(source, recipe, planned), *tokenizer_warnings(source, recipe)):
             listener.message(sentence)
     calibration = _calibration(recipe, source, planned, listener)
     identity = _identity(recipe, source, calibration, device)

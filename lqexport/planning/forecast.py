@@ -11,7 +11,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from lqexport.converters.models.architectures import normalized
+from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.further import further_shapes
 from lqexport.models.modules import expected_shapes
 from lqexport.planning.cost import Rates, Work, disk, operations_estimate, seconds_estimate
 from lqexport.planning.defaults import settled
@@ -35,7 +36,8 @@ class ConfigModel:
 
     def __init__(self, config: dict[str, Any]) -> None:
         self.config = normalized(config)
-        self._shapes = expected_shapes(self.config)
+        shapes = expected_shapes(self.config)
+        self._shapes = shapes | further_shapes(architecture_of(self.config), self.config, shapes)
 
     def names(self) -> list[str]:
         return list(self._shapes)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from lqexport.calibration.texts import check_text
 from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.further import is_beyond
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import UserError
+from lqexport.errors import UserError, listed
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
 from lqexport.planning.recipe_plan import calibrates, size_limit
@@ -18,7 +19,7 @@ from lqexport.storage.artifact import Artifact
 
 
 def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> list[str]:
-    """Returns warnings about the tokenizer of a GGUF file (`tokenizer_warnings`).
+    """Returns warnings about a GGUF file: its tokenizer (`tokenizer_warnings`), and blocks that it lacks (`left_out`).
 
     Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
 
@@ -35,7 +36,19 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
         source.tokenizer()
     if with_text:
         check_text(recipe.calibration)
-    return tokenizer_warnings(source, recipe)
+    return [*left_out(source, recipe, planned), *tokenizer_warnings(source, recipe)]
+
+
+def left_out(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
+    """Returns a warning if a GGUF file will lack blocks of the source that predict further tokens, unasked; else []."""
+    architecture, layers = architecture_of(source.config), source.config["num_hidden_layers"]
+    kept = {tensor.name for tensor in planned}
+    names = [name for name in source.names() if name not in kept and is_beyond(architecture, layers, name)]
+    if not names or not recipe.mtp or recipe.parsed_target.family != "gguf":
+        return []
+    without = f"GGUF files of {architecture.classes[0]} are written without them"
+    reason = "some of their tensors are missing" if architecture.predictor else without
+    return [f"Blocks that predict further tokens are left out, since {reason}: {listed(names, 3)}."]
 
 
 def tokenizer_warnings(source: Source, recipe: Recipe) -> list[str]:

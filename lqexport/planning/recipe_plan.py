@@ -84,7 +84,8 @@ def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None)
     types = (chosen or {}) | recipe.types_by_pattern()
     embedding, output = outer_types(source, target)
     return plan(target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
-                output_type=recipe.output_type or output, types=types, fallback=recipe.fallback)  # fmt: skip
+                output_type=recipe.output_type or output, types=types, fallback=recipe.fallback,
+                further=recipe.mtp)  # fmt: skip
 
 
 def plan_factors(source: ModelShapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lqexport.converters.factors import is_factor
 from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.further import is_further
 from lqexport.converters.models.tensor_names import is_tied
 from lqexport.errors import ANEW, listed, well_formed
 from lqexport.models.adapters import LowRankFactors, misfits
@@ -38,6 +39,9 @@ def check_structure(result: Verification, export: Weights, factors: LowRankFacto
     Adds a sentence to `result.failed` for everything that is wrong.
     """
     expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
+    architecture, of_source = architecture_of(source.config), set(source.names())
+    further = [name for name in present if is_further(architecture, name) and name in of_source]
+    expected |= {name: source.shape(name) for name in further}
     missing = [name for name in expected if name not in present]
     wrong = [
         f"{name} is {list(present[name])}, not {list(shape)}"
@@ -49,7 +53,7 @@ def check_structure(result: Verification, export: Weights, factors: LowRankFacto
     if wrong:
         result.failed.append(f"{len(wrong)} tensors have another shape: {listed(wrong, 3)}.")
     # ExLlamaV2's folders hold a separate output where the source's output shares the embedding's weights.
-    separate = architecture_of(source.config).output if is_tied(source.config) else None
+    separate = architecture.output if is_tied(source.config) else None
     if unknown := [name for name in present if name not in expected and name != separate]:
         result.warnings.append(f"{len(unknown)} tensors are not of the architecture: {listed(unknown, 3)}.")
     unfit = misfits(export, factors) if factors else []

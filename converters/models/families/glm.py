@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, Config, Key
+from lqexport.converters.models.architecture import GATED, PREDICTOR, Config, Key
 from lqexport.converters.models.families.deepseek import BESIDE_EXPERTS, DEEPSEEK_V3, ROUTED_KEYS, SHARED, SIGMOID
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import ATTENTION, EXPERT_LINEARS, EXPERTS, HEAD_NORMS, QKV, RMS_NORM
@@ -67,6 +67,7 @@ GLM4_MOE = replace(
     dense="first_k_dense_replace",
     rows={},
     further=True,
+    predictor=PREDICTOR,
     keys=(
         RMS_NORM,
         Key("leading_dense_block_count", "first_k_dense_replace"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key, Stack
+from lqexport.converters.models.architecture import FURTHER_COUNT, GATED, PREDICTOR, Config, ExLlamaV2, Key, Stack
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import (
     ALL_EXPERTS_BLOCK,
@@ -231,6 +231,9 @@ QWEN3_5 = replace(
     },
     tiled=("linear_attn.out_proj",),
     norm_plus=1,
+    further=True,
+    predictor=PREDICTOR,
+    predicts_like=FULL,
     plain_norms=("linear_attn.norm",),
     decays=("linear_attn.A_log",),
     keys=(
@@ -242,6 +245,7 @@ QWEN3_5 = replace(
         Key("ssm.time_step_rank", VALUE_HEADS),
         Key("ssm.inner_size", "linear_inner_size"),
     ),
+    aliases={"mtp_num_hidden_layers": FURTHER_COUNT},
     derived=_delta_net,
     same={"linear_value_head_dim": "linear_key_head_dim"},
     partial=True,
@@ -263,7 +267,7 @@ QWEN3_5_MOE = replace(
     one_row=QWEN2_MOE.one_row,
     experts="num_local_experts",
     keys=(*QWEN3_5.keys, *QWEN2_MOE.keys[1:]),
-    aliases=QWEN3_MOE.aliases,
+    aliases=QWEN3_MOE.aliases | QWEN3_5.aliases,
     derived=lambda config: (
         _delta_net(config)
         | {"intermediate_size": config.get("intermediate_size") or config.get("moe_intermediate_size")}

@@ -1,0 +1,129 @@
+"""Small random models with a block that predicts further tokens, as checkpoints have it, and that block's logits."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from family_cases import CASES, make_model, make_tokenizer
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lqexport.evaluation import llamacpp
+
+QWEN = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "shared_head.norm": "norm"}
+"""The names in Qwen's checkpoints, under `mtp`, of what such a block has beside a decoder block."""
+
+
+class Predicting:
+    """A case of `family_cases` with one block more, which predicts the token after the next.
+
+    model    transformers' model, without that block
+    block    the tensors of that block that a decoder block has
+    beside   its other tensors, by DeepSeek's names
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.model = name, make_model(name)
+        self.layers = self.model.config.num_hidden_layers
+        draw = torch.Generator().manual_seed(1)
+        last, hidden = self.model.model.layers[-1].state_dict(), self.model.config.hidden_size
+        self.block = {end: value + 0.02 * torch.randn(value.shape, generator=draw) for end, value in last.items()}
+        self.one = 0 if name.startswith("qwen") else 1  # what the weights of norms have around them
+        self.beside = {
+            f"{norm}.weight": self.one + 0.1 * torch.randn(hidden, generator=draw)
+            for norm in ("enorm", "hnorm", "shared_head.norm")
+        } | {"eh_proj.weight": 0.05 * torch.randn(hidden, 2 * hidden, generator=draw)}
+
+    def names(self) -> dict[str, Tensor]:
+        """Returns the block's tensors under the names that a checkpoint gives them."""
+        if self.one:
+            parts = {end: part for each in self.block.items() for end, part in _unstacked(*each).items()}
+            return {f"model.layers.{self.layers}.{end}": value for end, value in (parts | self.beside).items()}
+        beside = {f"mtp.{QWEN[end.removesuffix('.weight')]}.weight": value for end, value in self.beside.items()}
+        return {f"mtp.layers.0.{end}": value for end, value in self.block.items()} | beside
+
+    def save(self, folder: Path) -> Path:
+        """Writes the checkpoint with that block, and a tokenizer, into a new folder `hf`. Returns that."""
+        self.model.save_pretrained(folder / "hf")
+        make_tokenizer(CASES[self.name][2], folder).save_pretrained(folder / "hf")
+        path = folder / "hf" / "model.safetensors"
+        stored = safetensors.torch.load_file(path)
+        safetensors.torch.save_file(stored | self.names(), path, {"format": "pt"})
+        return folder / "hf"
+
+    @torch.no_grad()
+    def logits(self, tokens: list[int]) -> NDArray[np.float32]:
+        """Returns the logits of the token after the next one, of all tokens but the last.
+
+        They are computed by transformers' own block, alone in a model whose inputs are those of the block.
+        """
+        hidden = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, :-1]
+        embedded = self.model.model.embed_tokens(torch.tensor(tokens[1:]))
+        joined = torch.cat((self._norm(embedded, "enorm"), self._norm(hidden, "hnorm")), dim=-1)
+        inputs = joined @ self.beside["eh_proj.weight"].T
+        return self._alone()(inputs_embeds=inputs[None], use_cache=False).logits[0].numpy()
+
+    def _norm(self, values: Tensor, norm: str) -> Tensor:
+        root = (values.square().mean(-1, keepdim=True) + self.model.config.rms_norm_eps).rsqrt()
+        return values * root * (self.beside[f"{norm}.weight"] + 1 - self.one)
+
+    def _alone(self) -> PreTrainedModel:
+        config = copy.deepcopy(self.model.config)
+        config.num_hidden_layers = 1
+        if getattr(config, "layer_types", None):
+            config.layer_types = ["full_attention"]
+        if hasattr(config, "first_k_dense_replace"):
+            config.first_k_dense_replace = 0
+        alone = type(self.model)(config).eval()
+        alone.model.layers[0].load_state_dict(self.block)
+        alone.model.norm.weight.copy_(self.beside["shared_head.norm.weight"])
+        alone.model.embed_tokens.weight.copy_(self.model.model.embed_tokens.weight)
+        alone.lm_head.weight.copy_(self.model.lm_head.weight)
+        return alone
+
+
+def _unstacked(name: str, value: Tensor) -> dict[str, Tensor]:
+    """Returns the tensors of single experts for one that holds those of all; any other tensor as it is."""
+    prefix, _, linear = name.partition("experts.")
+    if linear not in ("gate_up_proj", "down_proj"):
+        return {name: value}
+    ends = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
+    return {
+        f"{prefix}experts.{number}.{end}.weight": part.clone()
+        for number, expert in enumerate(value)
+        for end, part in zip(ends, expert.chunk(len(ends)), strict=True)
+    }
+
+
+def logits_in_llamacpp(path: Path, tokens: list[int], hidden: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Returns the model's logits, and those of `Predicting.logits`, by llama.cpp.
+
+    llama.cpp has no C function for the hidden states that such a block takes; its C++ functions are called.
+    """
+    llama, _ = llamacpp._library()
+    keep = llama._Z26llama_set_embeddings_nextnP13llama_contextbb
+    states = llama._Z26llama_get_embeddings_nextnP13llama_context
+    keep.argtypes, states.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool], [ctypes.c_void_p]
+    states.restype = ctypes.POINTER(ctypes.c_float)
+    with llamacpp.LlamaCpp(path, 64, threads=1) as engine:
+        assert engine.warnings == []
+        keep(engine._context, True, False)
+        logits = engine.logits(tokens)
+        inputs = np.ctypeslib.as_array(states(engine._context), (len(tokens), hidden))[:-1].copy()
+        parameters = engine._context_parameters(1, False)
+        parameters.ctx_type, parameters.ctx_other = 1, engine._context
+        context = llama.llama_init_from_model(engine._model, parameters)
+        keep(context, True, True)
+        ids, wanted = np.array(tokens[1:], np.int32), np.ones(len(tokens) - 1, np.int8)
+        batch = llamacpp._Batch(n_tokens=len(ids), token=ids.ctypes.data, embd=inputs.ctypes.data,
+                                logits=wanted.ctypes.data)  # fmt: skip
+        assert llama.llama_decode(context, batch) == 0
+        further = np.ctypeslib.as_array(llama.llama_get_logits(context), (len(ids), engine.n_vocab)).copy()
+        llama.llama_free(context)
+    return logits, further
