@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.formats.codec import Codec, Grid, GridCodec, GroupNumbers, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import FLOAT16, Codec, Grid, GridCodec, GroupNumbers, Planes, ScaleFormat, Scales
 
 
 def check_shape(codec: Codec, rows: int, columns: int) -> None:
@@ -95,13 +95,8 @@ def _check_scales(
             )
     if not np.isfinite(scales.supers).all():
         raise ValueError(f"A {number} of {codec.name} is infinite or not a number.")
-    if expected.bfloat and np.any(scales.supers.view(np.uint32) & 0xFFFF):
-        raise ValueError(f"A {number} of {codec.name} is stored in bfloat16: round it before choosing codes.")
-    if expected.powers is not None:
-        mantissa, power = np.frexp(scales.supers)  # frexp writes 2^k as 0.5 * 2^(k + 1)
-        low, high = expected.powers
-        if np.any(mantissa != 0.5) or power.min() <= low or power.max() > high + 1:
-            raise ValueError(f"A {number} of {codec.name} is not a power of two from 2^{low} to 2^{high}.")
+    if expected.floats != FLOAT16 and not expected.floats.holds(scales.supers).all():
+        raise ValueError(f"A {number} of {codec.name} is not among the {expected.floats}.")
     if scales.subs.min() < expected.low or scales.subs.max() > expected.high:
         raise ValueError(f"The {number} subs of {codec.name} must lie in {expected.low}..{expected.high}.")
     if np.any((scales.subs - expected.low) % expected.step):

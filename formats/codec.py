@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,15 +33,6 @@ Planes = dict[str, np.ndarray]
 
 The first axis of every plane is the tensor's rows, so `plane[order]` reorders the rows of a packed tensor (GGUF's rope
 permutation does so). The planes of a `SectionedCodec` are the exception."""
-
-
-class Number(IntEnum):
-    """The type of the number that a file stores for a superblock. Kernels take these numbers."""
-
-    FLOAT16 = 0
-    POWER = 1
-    """A power of two, of which only the exponent is stored."""
-    BFLOAT16 = 2
 
 
 class Rounding(IntEnum):
@@ -70,18 +61,62 @@ class Rounding(IntEnum):
             return values.astype(np.float16).astype(np.float32)
 
 
+class FloatFormat(NamedTuple):
+    """Floating-point numbers of few bits: the multiples of 2^(e - mantissa) between 2^e and 2^(e + 1), for every e.
+
+    mantissa   bits after the leading one; with none, the numbers are powers of two
+    lowest     the lowest e; numbers below 2^lowest are multiples of 2^(lowest - mantissa), too
+    least, most   the least and the largest number; a least one above 0 says that 0 is no number
+    """
+
+    mantissa: int
+    lowest: int
+    least: float
+    most: float
+
+    def holds(self, numbers: NDArray[np.floating]) -> NDArray[np.bool_]:
+        """Returns whether each number is one of the format."""
+        wide = numbers.astype(np.float64)
+        exponent = np.frexp(wide)[1] - 1  # frexp writes 2^e as 0.5 * 2^(e + 1)
+        multiple = np.ldexp(wide, self.mantissa - np.maximum(exponent, self.lowest))
+        return (multiple == np.rint(multiple)) & (wide >= self.least) & (wide <= self.most)
+
+    @property
+    def fitted(self) -> FloatFormat:
+        """The numbers that a fit chooses from. Powers of two beyond a float16's are left out."""
+        if self.mantissa:
+            return self
+        return FloatFormat(0, max(self.lowest, -24), max(self.least, 2.0**-24), min(self.most, 2.0**15))
+
+    @property
+    def coarse(self) -> bool:
+        """Whether neighbours are so far apart that a number cannot change by a little."""
+        return self.mantissa < BFLOAT16.mantissa
+
+    def __str__(self) -> str:
+        if not self.coarse:
+            return f"{'float16' if self == FLOAT16 else 'bfloat16'} numbers"
+        if not self.mantissa:
+            return f"powers of two from 2^{self.lowest} to 2^{np.frexp(self.most)[1] - 1}"
+        return f"numbers of {self.mantissa + 1} bits from 2^{self.lowest - self.mantissa} to {self.most:g}"
+
+
+FLOAT16 = FloatFormat(10, -14, -65504.0, 65504.0)
+"""IEEE's numbers of 16 bits, of either sign."""
+BFLOAT16 = FloatFormat(7, -126, -(2 - 2.0**-7) * 2.0**127, (2 - 2.0**-7) * 2.0**127)
+"""The upper halves of float32 numbers, of either sign."""
+
+
 @dataclass(frozen=True)
 class ScaleFormat:
-    """How a file stores one number per group of columns: as `sign * float16 * integer`.
+    """How a file stores one number per group of columns: as `sign * float * integer`.
 
     group   columns of a row that share the number (0: the whole row)
-    span    groups that share one float16 (a superblock has `span` groups)
-    low, high   range of the integer that each group stores; both are 1 if the float16 alone is the number
+    span    groups that share one float (a superblock has `span` groups)
+    low, high   range of the integer that each group stores; both are 1 if the float alone is the number
     step    distance between these integers: low, low + step ... high
     sign    -1 if the format subtracts the stored number (the mins of K-quants), else 1
-    powers  where the format stores only an exponent: the lowest and the highest, and the float16 is a float32 then,
-            a power of two; None for any float16
-    bfloat  whether a bfloat16 stands in the place of the float16; it is a float32 here, too
+    floats  the floats that the file can store
     """
 
     group: int
@@ -89,21 +124,13 @@ class ScaleFormat:
     low: int = 1
     high: int = 1
     sign: int = 1
-    powers: tuple[int, int] | None = None
-    bfloat: bool = False
+    floats: FloatFormat = FLOAT16
     step: int = 1
-
-    @property
-    def number(self) -> Number:
-        """The type of the number that a superblock stores."""
-        if self.powers:
-            return Number.POWER
-        return Number.BFLOAT16 if self.bfloat else Number.FLOAT16
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of `Scales.supers`."""
-        return np.dtype(np.float16 if self.number == Number.FLOAT16 else np.float32)
+        return np.dtype(np.float16 if self.floats == FLOAT16 else np.float32)
 
     @property
     def end(self) -> int:
@@ -112,7 +139,7 @@ class ScaleFormat:
 
     @property
     def two_level(self) -> bool:
-        """Whether each group stores an integer that multiplies a shared float16."""
+        """Whether each group stores an integer that multiplies a shared float."""
         return self.low != self.high
 
     def groups(self, columns: int) -> int:
@@ -138,7 +165,7 @@ class GroupNumbers(Protocol):
 class Scales:
     """Scales or offsets as a file stores them, one per row and group.
 
-    supers   format.dtype [rows, groups / span], the float16, bfloat16 or power of two of each superblock
+    supers   format.dtype [rows, groups / span], the float of each superblock, one of `format.floats`
     subs     int16 [rows, groups], the integer of each group, within [format.low, format.high]
     """
 

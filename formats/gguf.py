@@ -19,13 +19,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_grid, check_planes, check_shape
-from lqexport.formats.codec import Grid, GridCodec, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import FloatFormat, Grid, GridCodec, Planes, ScaleFormat, Scales
 
 CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 """The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
 
 E2M1 = np.array([-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
-"""The levels of MXFP4: twice the values of a floating-point number of 4 bits (`kvalues_mxfp4`), ascending.
+"""The levels of MXFP4 and NVFP4: twice the values of a floating-point number of 4 bits (`kvalues_mxfp4`), ascending.
 
 Its two zeros have a sign bit or none. ggml decodes both to 0."""
 
@@ -94,7 +94,7 @@ class BlockType(GridCodec):
 
     members     the block's struct
     code_bits   the bit fields that hold the codes
-    supers      the members with the float16 of the scale and, if there is one, of the offset
+    supers      the members with the floats of the scale and, if there is one, of the offset
     """
 
     members: np.dtype
@@ -155,8 +155,9 @@ class BlockType(GridCodec):
         blocks[member] = supers
 
     def _read_subs(self, blocks: np.ndarray) -> Subs:
-        """Returns ones: the float16 alone is a group's number, unless a subclass says otherwise."""
-        return tuple(np.ones((*blocks.shape, 1), dtype=np.int16) for _ in self.supers)
+        """Returns ones: the float alone is a group's number, unless a subclass says otherwise."""
+        groups = self.block // self.scale.group
+        return tuple(np.ones((*blocks.shape, groups), dtype=np.int16) for _ in self.supers)
 
     def _write_subs(self, blocks: np.ndarray, subs: Subs) -> None:
         pass
@@ -270,7 +271,7 @@ class MXFP4(BlockType):
     code_bits = (Bits("qs", 4, 16),)
     supers = ("e",)
     levels = E2M1
-    scale = ScaleFormat(32, powers=(-128, 127))
+    scale = ScaleFormat(32, floats=FloatFormat(0, -128, 2.0**-128, 2.0**127))
 
     def _read_codes(self, blocks: np.ndarray) -> NDArray[np.uint8]:
         return e2m1_ranks(super()._read_codes(blocks))
@@ -283,6 +284,40 @@ class MXFP4(BlockType):
 
     def _write_super(self, blocks: np.ndarray, member: str, supers: NDArray[np.floating]) -> None:
         blocks[member] = np.frexp(supers)[1] + 127  # frexp writes 2^k as 0.5 * 2^(k + 1)
+
+
+def _small_scales() -> NDArray[np.float32]:
+    """Returns the scale of each byte of NVFP4, float32 [256]: half a float8 (E4M3, bias 7) whose sign does not count.
+
+    The byte 127, which stands for NaN, is 0 as in llama.cpp; 255 is not.
+    """
+    byte = np.arange(256)
+    exponent, mantissa = byte >> 3 & 15, byte & 7
+    values = np.where(exponent, np.ldexp(mantissa + 8.0, exponent - 11), np.ldexp(mantissa * 1.0, -10))
+    values[127] = 0
+    return values.astype(np.float32)
+
+
+class NVFP4(MXFP4):
+    """64 weights, 36 bytes: s * q with q in E2M1 and s half a small float per 16 weights, stored in a byte each.
+
+    Codes are stored as MXFP4's.
+    """
+
+    name = "gguf:NVFP4"
+    block = 64
+    members = np.dtype([("scales", "u1", 4), ("qs", "u1", 32)])
+    code_bits = (Bits("qs", 4, 8),)
+    supers = ("scales",)
+    scale = ScaleFormat(16, floats=FloatFormat(3, -7, 0.0, 224.0))
+    small_scales = _small_scales()
+
+    def _read_super(self, blocks: np.ndarray, member: str) -> NDArray[np.floating]:
+        return self.small_scales[blocks[member]].reshape(len(blocks), -1)
+
+    def _write_super(self, blocks: np.ndarray, member: str, supers: NDArray[np.floating]) -> None:
+        # The scales of the bytes 0 to 126 ascend, from 0 to 224.
+        blocks[member] = np.searchsorted(self.small_scales[:127], supers).reshape(blocks[member].shape)
 
 
 class Q2_K(BlockType):
@@ -389,4 +424,6 @@ class Q6_K(BlockType):
         blocks["scales"] = subs[0]
 
 
-GGUF = (Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), MXFP4(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K())
+GGUF = (
+    Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), MXFP4(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K(), NVFP4()
+)  # fmt: skip

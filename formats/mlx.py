@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from lqexport.formats import bfloat16
 from lqexport.formats.checks import check_grid, check_planes, check_shape
-from lqexport.formats.codec import Grid, GridCodec, Planes, Rounding, ScaleFormat, Scales
+from lqexport.formats.codec import BFLOAT16, FLOAT16, Grid, GridCodec, Planes, Rounding, ScaleFormat, Scales
 from lqexport.formats.native import pack_bits, unpack_bits
 
 BITS = (2, 3, 4, 5, 6, 8)
@@ -54,7 +54,7 @@ class Affine(GridCodec):
         self.block = group
         self.level_count = 2**bits
         self.levels = np.arange(self.level_count, dtype=np.float32)
-        self.scale = self.offset = ScaleFormat(group, bfloat=not half)
+        self.scale = self.offset = ScaleFormat(group, floats=FLOAT16 if half else BFLOAT16)
         self.rounding = Rounding.HALF_STEPS if half else Rounding.BFLOAT_STEPS
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:

@@ -17,7 +17,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Rounding, ScaleFormat, Scales, SectionedCodec, Sections
+from lqexport.formats.codec import (
+    FLOAT16,
+    Grid,
+    GridCodec,
+    PlainCodec,
+    Rounding,
+    ScaleFormat,
+    Scales,
+    SectionedCodec,
+    Sections,
+)
 from lqexport.formats.gptq import LEVELS, Gptq
 
 
@@ -177,7 +187,7 @@ def _base(source: AffineGrid, count: int, offset: ScaleFormat | None) -> NDArray
         return np.zeros_like(source.zero)
     if offset.sign < 0:
         return np.clip(source.zero, offset.low, offset.high).astype(np.int16)
-    exact = _is_half(source.scale * source.zero)
+    exact = FLOAT16.holds(source.scale * source.zero)
     if not exact.all() and 2 * 2**source.bits > count:
         raise ValueError("its mins, -scale * zero point, are not all float16 numbers")
     # A power of two times a float16 scale is a float16 again. A codec with twice the levels has room for that lift.
@@ -208,17 +218,6 @@ def _scales(numbers: NDArray[np.float32], scale_format: ScaleFormat, subs: NDArr
         raise ValueError(
             f"its groups have scales of their own, and here {scale_format.span * scale_format.group} columns share one"
         )
-    if scale_format.powers:
-        mantissa, power = np.frexp(numbers)  # frexp writes 2^k as 0.5 * 2^(k + 1)
-        low, high = scale_format.powers
-        if np.any(mantissa != 0.5) or power.min() <= low or power.max() > high + 1:
-            raise ValueError(f"its scales are not all powers of two from 2^{low} to 2^{high}")
-    elif not _is_half(numbers).all():
-        raise ValueError("its scales are not all float16 numbers")
+    if not scale_format.floats.holds(numbers).all():
+        raise ValueError(f"its scales are not all {scale_format.floats}")
     return Scales(scale_format, shared[..., 0].astype(scale_format.dtype), subs)
-
-
-def _is_half(numbers: NDArray[np.float32]) -> NDArray[np.bool_]:
-    with np.errstate(over="ignore"):
-        halves = numbers.astype(np.float16).astype(np.float32)
-    return (halves == numbers) & np.isfinite(halves)

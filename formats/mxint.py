@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_grid, check_planes, check_shape
-from lqexport.formats.codec import Grid, GridCodec, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import FloatFormat, Grid, GridCodec, Planes, ScaleFormat, Scales
 from lqexport.formats.native import pack_bits, row_bytes, unpack_bits
 
 BITS = (2, 3, 4, 6, 8)
@@ -41,7 +41,7 @@ class MXInt(GridCodec):
         self.level_count = 2**bits - 1
         largest = 2 ** (bits - 1) - 1
         self.levels = np.arange(-largest, largest + 1, dtype=np.float32)
-        self.scale = ScaleFormat(group, powers=(LOWEST, HIGHEST))
+        self.scale = ScaleFormat(group, floats=FloatFormat(0, LOWEST, 2.0**LOWEST, 2.0**HIGHEST))
 
     def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
         """See `codec.Codec`. Raises ValueError if the columns are not a multiple of N."""

@@ -2,16 +2,15 @@
 
 `names` leaves out two families. The name of an EXL2 codec lists the groups of one matrix, so there are too many names;
 `codec_named` makes the codec from its name. GPTQ's codecs (`formats.gptq.GPTQ`) are chosen for a whole model, never for
-one tensor. Both leave out the types that are read and not written (`formats.gguf_read_only`), so no plan can choose
-one; `readable_codec` and `readable_names` have them too.
+one tensor.
 """
 
 from __future__ import annotations
 
-from lqexport.formats.codec import Codec, GridCodec, PlainCodec, SectionedCodec
+from lqexport.formats.codec import GridCodec, PlainCodec, SectionedCodec
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.formats.gguf import GGUF
-from lqexport.formats.gguf_read_only import GGUF_READ_ONLY
+from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.mlx import MLX
@@ -20,15 +19,14 @@ from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
 from lqexport.target import unknown
 
-_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX)
+_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *GGUF_TERNARY, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX)
 _CODECS = {codec.name: codec for codec in _ALL}
-_READ_ONLY: dict[str, Codec] = {codec.name: codec for codec in GGUF_READ_ONLY}
 
 
 def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
     """Returns the codec called `name`, which packs and unpacks.
 
-    Raises ValueError for an unknown name, whose message lists similar names, and for a type that is not written.
+    Raises ValueError for an unknown name, whose message lists similar names.
     """
     if name in _CODECS:
         return _CODECS[name]
@@ -39,22 +37,12 @@ def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
     raise ValueError(unknown("format", name, _CODECS))
 
 
-def readable_codec(name: str) -> Codec:
-    """Returns the codec called `name`, which may be one that decodes alone. Raises ValueError as `codec_named`."""
-    return _READ_ONLY.get(name) or codec_named(name)
-
-
 def family_of(name: str) -> str:
     """Returns the family of the codec called `name`: `gguf` for `gguf:Q4_K`."""
     return name.partition(":")[0]
 
 
 def names(family: str | None = None) -> list[str]:
-    """Returns the names of all codecs that are written, or of one family (`gguf`, `native`), in the order of their
+    """Returns the names of all codecs, or of one family (`gguf`, `native`), in the order of their
     files."""
     return [name for name in _CODECS if family is None or family_of(name) == family]
-
-
-def readable_names() -> list[str]:
-    """Returns the names of all codecs, those of `names` first, then those that decode alone."""
-    return [*_CODECS, *_READ_ONLY]

@@ -16,10 +16,9 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from lqexport.formats.codec import Number, Rounding
+from lqexport.formats.codec import Rounding
 
 ZERO, ONE = np.float32(0), np.float32(1)
-POWER, BFLOAT16 = int(Number.POWER), int(Number.BFLOAT16)
 HALF_STEPS, BFLOAT_STEPS = int(Rounding.HALF_STEPS), int(Rounding.BFLOAT_STEPS)
 
 TILE_ROWS, TILE_COLUMNS = 8, 512
@@ -31,9 +30,9 @@ class Stored(NamedTuple):
     place.
 
     present   whether the format has this number
-    supers    float32 [R, G / span], each value a float16 or as `number` says
+    supers    float32 [R, G / span]
     subs      int16 [R, G]
-    number    how a super is stored, a number of `formats.codec.Number`
+    mantissa, lowest, least, most   the floats that a refit may choose for `supers` (`formats.codec.FloatFormat`)
     """
 
     present: bool
@@ -43,7 +42,10 @@ class Stored(NamedTuple):
     low: int
     high: int
     sign: np.float32
-    number: int
+    mantissa: int
+    lowest: int
+    least: float
+    most: float
 
 
 class Form(NamedTuple):
@@ -101,20 +103,11 @@ def _round_bfloat(x):
 
 
 @njit(cache=True, inline="always")
-def _round_power(x):
-    """Rounds a float64 to the nearest power of two that a float16 holds, 2^-24 to 2^15."""
-    if x <= 2.0**-24:
-        return 2.0**-24
-    below = 2.0 ** np.floor(np.log2(x))
-    return min(below if x < 1.5 * below else 2 * below, 2.0**15)
-
-
-@njit(cache=True, inline="always")
-def _round_super(x, number):
-    """Rounds a float64 to the nearest number that a file stores, which is of the type `number`."""
-    if number == POWER:
-        return _round_power(x)
-    return _round_bfloat(x) if number == BFLOAT16 else _round_half(x)
+def _round_float(x, stored):
+    """Rounds a float64 to the nearest float that a file can store in `stored.supers`, ties to even."""
+    exponent = max(np.floor(np.log2(abs(x))), stored.lowest)
+    unit = 2.0 ** (exponent - stored.mantissa)
+    return min(max(np.rint(x / unit) * unit, stored.least), stored.most)
 
 
 @njit(cache=True, inline="always")
@@ -192,7 +185,7 @@ def _move(direction, amount, values, gradient, hessian, first, last):
 def _refit(stored, r, basis, values, gradient, hessian, group, direction, work):
     """Moves the stored numbers of row r to the best values that the file can hold.
 
-    Moves each float16, and then, in two-level formats, each group's integer. The number multiplies `basis`: the levels
+    Moves each float, and then, in two-level formats, each group's integer. The number multiplies `basis`: the levels
     for a scale, ones for an offset. The loss is quadratic in one number, so the best stored value is the one nearest to
     the minimum. A move is made only if it lowers the loss.
     """
@@ -202,8 +195,7 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction, work):
         for i in range(first, last):
             direction[i] = stored.sign * subs[i // group] * basis[i]
         step = _best_step(direction, work, gradient, hessian, first, last)
-        best = supers[k] + step
-        change = _round_super(best, stored.number) - supers[k]
+        change = _round_float(supers[k] + step, stored) - supers[k]
         if change * (change - 2 * step) < 0:  # the quadratic is lower at `change` than at 0
             supers[k] += np.float32(change)
             _move(direction, change, values, gradient, hessian, first, last)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.gguf import GGUF
+from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE, Affine, Table
 from lqexport.formats.registry import codec_named, family_of
@@ -38,7 +39,10 @@ READERS: dict[str, Reader] = {
     "gguf-norm:F32": Reader("NormPlusOne", ("blocks",)),
     "gguf:F16": Reader("Plain<__half>", ("blocks",)),
     "gguf:BF16": Reader("Plain<bf16>", ("blocks",)),
-    **{codec.name: Reader(f"Blocks<{codec.name.removeprefix('gguf:')}>", ("blocks",)) for codec in GGUF},
+    **{
+        codec.name: Reader(f"Blocks<{codec.name.removeprefix('gguf:')}>", ("blocks",))
+        for codec in (*GGUF, *GGUF_TERNARY)
+    },
     **{codec.name: _native(codec) for codec in NATIVE},
     **{codec.name: Reader(f"MxInt<{codec.bits}>", ("codes", "exponents")) for codec in MXINT},
 }

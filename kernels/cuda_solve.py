@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lqexport.formats.codec import FLOAT16, FloatFormat
 from lqexport.kernels import cuda
 
 KERNELS = {"feedback.cu": ["feedback_block"], "refine.cu": ["refine_block"], "fit.cu": ["fit_groups"]}
@@ -36,11 +37,11 @@ class Stored:
     low: int = 1
     high: int = 1
     sign: int = 1
-    number: int = 0
+    floats: FloatFormat = FLOAT16
 
     def arguments(self) -> list[cuda.Argument]:
         """Returns the fields in the order of refine.cu's arguments."""
-        return [self.supers, self.subs, self.span, self.low, self.high, self.sign, self.number]
+        return [self.supers, self.subs, self.span, self.low, self.high, self.sign, *self.floats]
 
 
 def feedback_block(

@@ -124,6 +124,11 @@ struct IQ4_NL : Block32 {
 };
 
 // E2M1 of formats/gguf.py, in the order of stored codes: a sign bit above 0 1 2 3 4 6 8 12. ggml has no negative zero.
+__device__ __forceinline__ int e2m1(int code) {
+  const int magnitude = (int)(0x0c08060403020100ull >> 8 * (code & 7) & 255);
+  return code < 8 ? magnitude : -magnitude;
+}
+
 struct MXFP4 : Block32 {
   static const int bytes = 17;
   // A block has an odd number of bytes, so its words are not aligned.
@@ -133,14 +138,26 @@ struct MXFP4 : Block32 {
     for (int k = 0; k < 8; k++) integers |= (u64)integer<4, 16>(block + 1, n + k) << 8 * k;
     return integers;
   }
-  static __device__ int level(int code) {
-    const int magnitude = (int)(0x0c08060403020100ull >> 8 * (code & 7) & 255);
-    return code < 8 ? magnitude : -magnitude;
-  }
+  static __device__ int level(int code) { return e2m1(code); }
   // 2^(e - 128). The two least are subnormal, and a compiler with -ftz=true makes their products 0.
   static __device__ float scale(const u8* block, u32) {
     const u32 e = block[0];
     return __uint_as_float(e < 2 ? 0x00200000u << e : (e - 1) << 23);
+  }
+};
+
+struct NVFP4 {
+  static const int weights = 64;
+  static const int bytes = 36;
+  static const bool has_offset = false;
+  static __device__ float offset(const u8*, u32) { return 0; }
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<4, 8>(block + 4, n); }
+  static __device__ int level(int code) { return e2m1(code); }
+  // Half a float8 (E4M3, bias 7) without a sign. The byte 127 stands for NaN, and ggml decodes it to 0.
+  static __device__ float scale(const u8* block, u32 n) {
+    const u32 stored = block[n / 16], exponent = stored >> 3 & 15, mantissa = stored & 7;
+    if (stored == 127) return 0;
+    return exponent ? __uint_as_float(exponent + 119 << 23 | mantissa << 20) : (float)mantissa * 0x1p-10f;
   }
 };
 
@@ -214,6 +231,41 @@ struct Q6_K : Block256 {
   static __device__ float scale(const u8* block, u32 n) {
     return __fmul_rn(half_at(block + 208), (float)(signed char)block[192 + n / 16]);
   }
+};
+
+struct TQ1_0 : Block256 {
+  static const int bytes = 54;
+  // Digit k of `size` bytes comes before digit k + 1 of any. A byte times 3^k keeps, below 256, the digits from k on.
+  static __device__ int digit(const u8* members, u32 n, u32 size) {
+    const u32 power = 0x511b090301ull >> 8 * (n / size) & 255;
+    return (int)((members[n % size] * power & 255) * 3 >> 8);
+  }
+  static __device__ u64 codes(const u8* block, u32 n) {
+    u64 codes = 0;
+#pragma unroll
+    for (int k = 0; k < 8; k++) {
+      const u32 i = n + k;
+      const int code = i < 160 ? digit(block, i, 32) : i < 240 ? digit(block + 32, i - 160, 16) : digit(block + 48, i - 240, 4);
+      codes |= (u64)code << 8 * k;
+    }
+    return codes;
+  }
+  static __device__ int level(int code) { return code - 1; }
+  static __device__ float scale(const u8* block, u32) { return half_at(block + 52); }
+};
+
+struct TQ2_0 : Block256 {
+  static const int bytes = 66;
+  static __device__ u64 codes(const u8* block, u32 n) { return integers<2, 32>(block, n); }
+  static __device__ int level(int code) { return code - 1; }
+  static __device__ float scale(const u8* block, u32) { return half_at(block + 64); }
+};
+
+struct Q1_0 : Block32 {
+  static const int weights = 128;
+  static const int bytes = 18;
+  static __device__ u64 codes(const u8* block, u32 n) { return mask_bits(block + 2, n); }
+  static __device__ int level(int code) { return 2 * code - 1; }
 };
 
 // A row of blocks. A weight is scale * level + offset.

@@ -5,7 +5,8 @@
 #include "grid.cuh"
 
 // Scales or offsets of the block as the file stores them (formats.codec.ScaleFormat): supers [rows, groups / span],
-// each value a float16 or as `number` says, and subs [rows, groups]. `supers` is a null pointer if the format has no such number.
+// each value a float of the format (formats.codec.FloatFormat), and subs [rows, groups]. `supers` is a null pointer if
+// the format has no such number.
 struct Stored {
   float* supers;
   short* subs;
@@ -13,7 +14,10 @@ struct Stored {
   int low;
   int high;
   int sign;
-  int number;  // of formats.codec.Number: 0 float16, 1 a power of two, 2 bfloat16
+  int mantissa;
+  int lowest;
+  float least;
+  float most;
 };
 
 __device__ Stored of_row(Stored stored, size_t row, size_t groups) {
@@ -43,26 +47,10 @@ __device__ __forceinline__ float number(const Stored& stored, int group, float a
   return __fmul_rn((float)stored.sign * stored.supers[group / stored.span], (float)stored.subs[group]);
 }
 
-// Rounds a float64 to the nearest float16, ties to even. Values beyond the largest float16 become the largest.
-__device__ __forceinline__ double round_half(double x) {
-  if (fabs(x) < 0x1p-14) return rint(x * 0x1p24) * 0x1p-24;  // subnormal float16 numbers are multiples of 2^-24
-  const double big = x * (0x1p42 + 1);  // Veltkamp's split keeps 53 - 42 = 11 bits; the sums must not be fused
-  return fmin(fmax(__dadd_rn(big, -__dadd_rn(big, -x)), -65504.0), 65504.0);
-}
-
-// Rounds a float64 to the nearest power of two that a float16 holds, 2^-24 to 2^15.
-__device__ __forceinline__ double round_power(double x) {
-  if (x <= 0x1p-24) return 0x1p-24;
-  const double below = scalbn(1.0, ilogb(x));
-  return fmin(x < 1.5 * below ? below : 2 * below, 0x1p15);
-}
-
-// Rounds a float64 to the nearest number that the file stores, of the type `number`.
-__device__ __forceinline__ double round_super(double x, int number) {
-  if (number == 1) return round_power(x);
-  if (number == 0) return round_half(x);
-  const double big = x * (0x1p45 + 1);  // Veltkamp's split keeps 53 - 45 = 8 bits
-  return __dadd_rn(big, -__dadd_rn(big, -x));
+// Rounds a float64 to the nearest float that the format stores, ties to even.
+__device__ __forceinline__ double round_float(double x, const Stored& stored) {
+  const double unit = scalbn(1.0, max(ilogb(x), stored.lowest) - stored.mantissa);
+  return fmin(fmax(rint(x / unit) * unit, (double)stored.least), (double)stored.most);
 }
 
 // Returns the change of column j for a unit step of one stored number: `own` times the level, or for an offset `own`.
@@ -133,7 +121,7 @@ __device__ __forceinline__ void move(const Row& row, const Stored& stored, const
 // Returns whether a quadratic with its minimum at `step` is lower at `change` than at 0.
 __device__ __forceinline__ bool lowers(double change, double step) { return change * (change - 2 * step) < 0; }
 
-// Moves each float16 (of_super) or each group's integer to the best value that the file can hold.
+// Moves each float (of_super) or each group's integer to the best value that the file can hold.
 __device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool of_scale, bool of_super) {
   const int groups = row.width / row.group;
   const int count = of_super ? groups / stored.span : groups;
@@ -143,7 +131,7 @@ __device__ __forceinline__ void refit(const Row& row, const Stored& stored, bool
     const double step = best_step(row, stored, run), old = of_super ? stored.supers[n] : stored.subs[n];
     const double best = old + step;
     double wished = fmin(fmax(rint(best), (double)stored.low), (double)stored.high);
-    if (of_super) wished = round_super(best, stored.number);
+    if (of_super) wished = round_float(best, stored);
     if (!lowers(wished - old, step)) continue;
     __syncwarp();  // all lanes have read the old number
     if (row.lane == 0 && of_super) stored.supers[n] = (float)wished;
@@ -190,20 +178,21 @@ __device__ __forceinline__ void sweep_codes(const Row& row, const Stored& scale,
 __global__ void __launch_bounds__(128, 4)
     refine_block(float* values, float* gradient, const float* hessian, u8* codes, const float* levels, int level_rows,
                  int level_count, int uniform, int rounding, int group, int rows, int width, float* scale_supers,
-                 short* scale_subs, int scale_span, int scale_low, int scale_high, int scale_sign, int scale_number,
-                 float* offset_supers, short* offset_subs, int offset_span, int offset_low, int offset_high,
-                 int offset_sign, int offset_number, int refitting) {
+                 short* scale_subs, int scale_span, int scale_low, int scale_high, int scale_sign, int scale_mantissa,
+                 int scale_lowest, float scale_least, float scale_most, float* offset_supers, short* offset_subs,
+                 int offset_span, int offset_low, int offset_high, int offset_sign, int offset_mantissa,
+                 int offset_lowest, float offset_least, float offset_most, int refitting) {
   const int r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (r >= rows) return;
   const size_t start = (size_t)r * width, groups = width / group;
   const Row row = {values + start, gradient + start, codes + start, hessian,
                    levels + (level_rows == 1 ? 0 : (size_t)r * level_count), level_count, uniform, rounding, width,
                    group, (int)threadIdx.x % 32};
-  const Stored scale = of_row({scale_supers, scale_subs, scale_span, scale_low, scale_high, scale_sign, scale_number}, r, groups);
-  const Stored offset =
-      of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign, offset_number}, r,
-                               groups);
-  // Offsets come before scales, and float16s before integers. One loop, not unrolled, keeps one copy of the code.
+  const Stored scale = of_row({scale_supers, scale_subs, scale_span, scale_low, scale_high, scale_sign, scale_mantissa,
+                               scale_lowest, scale_least, scale_most}, r, groups);
+  const Stored offset = of_row({offset_supers, offset_subs, offset_span, offset_low, offset_high, offset_sign,
+                                offset_mantissa, offset_lowest, offset_least, offset_most}, r, groups);
+  // Offsets come before scales, and floats before integers. One loop, not unrolled, keeps one copy of the code.
 #pragma unroll 1
   for (int pass = refitting ? 0 : 4; pass < 4; pass++) {
     const bool of_scale = pass / 2, of_super = pass % 2 == 0;

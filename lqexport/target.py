@@ -20,8 +20,6 @@ GGUF_NAME = re.compile(
 READ_ONLY = {
     r"IQ3_(XS|M)": "IQ3_S and IQ3_XXS",
     r"IQ2_M": "IQ2_S and Q2_K",
-    r"(TQ[12]_0|Q1_0)": "Q2_K",
-    r"NVFP4": "MXFP4 and IQ4_NL",
 }
 """Pattern of GGUF's types and mixes that are read and not written -> the nearest types that are written."""
 FAMILIES = ("gguf", "native", "gptq", "exl2")
@@ -74,8 +72,8 @@ class Target:
 
     @property
     def gguf_bits(self) -> int | None:
-        """Bits of a GGUF type or mix by its name, such as 4 of `Q4_K_M` and `MXFP4`; None for other targets."""
-        bits = re.match(r"(?:I?Q|MXFP)(\d)", self.type) if self.family == "gguf" else None
+        """Bits of a GGUF type or mix by its name, such as 4 of `Q4_K_M` and `NVFP4`; None for other targets."""
+        bits = re.match(r"(?:[IT]?Q|(?:MX|NV)FP)(\d)", self.type) if self.family == "gguf" else None
         return int(bits[1]) if bits else None
 
 

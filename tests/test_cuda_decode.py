@@ -73,7 +73,7 @@ def with_extreme_scales(name: str) -> Planes:
             blocks = planes[plane].view(codec_named(name).members)
             for shift, member in enumerate(codec_named(name).supers):
                 extremes = EXTREMES if blocks[member].dtype == np.float16 else EXPONENTS
-                blocks[member] = np.resize(np.roll(extremes, shift), blocks.shape)
+                blocks[member] = np.resize(np.roll(extremes, shift), blocks[member].shape)
     return planes
 
 

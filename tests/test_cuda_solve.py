@@ -28,8 +28,8 @@ from lqexport.solver.solve_sections import refine_sections
 KernelsOn = Callable[[str, dict[str, list[str]]], str]
 Solved = TensorGrid | TensorSections
 NAMES = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q4_1", "gguf:Q6_K", "gguf:IQ4_XS", "native:affine-3-g64",
-         "native:affine-4-row", "native:table-3", "native:mxint-3-g32", "gguf:MXFP4", "mlx:4-g64",
-         "mlx:3-g32-f16"]  # fmt: skip
+         "native:affine-4-row", "native:table-3", "native:mxint-3-g32", "gguf:MXFP4", "gguf:NVFP4",
+         "gguf:TQ2_0", "mlx:4-g64", "mlx:3-g32-f16"]  # fmt: skip
 """Grids of every sort: one or two levels of scales, with or without offset, uniform or not, groups from 16 to a row."""
 MIX = "exl2:8g32x1+5g64x1+3g32x4+2g32x1"
 SANITIZED = ["gguf:Q2_K", "gguf:IQ4_XS", "native:table-3"]
@@ -136,7 +136,7 @@ def real_layers(folder: Path) -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in NAMES if codec_named(name).scale and not codec_named(name).scale.powers]
+    "name", [name for name in NAMES if codec_named(name).scale and codec_named(name).scale.floats.mantissa]
 )
 def test_fitted_groups_are_as_good(name: str, device: str) -> None:
     weights, hessian = problem(7, 256)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lqexport.formats import bfloat16
-from lqexport.formats.codec import Grid, GridCodec, Rounding, ScaleFormat, Scales, bits_per_weight
+from lqexport.formats.codec import BFLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales, bits_per_weight
 from lqexport.formats.mlx import BITS, GROUPS
 from lqexport.formats.moves import AffineGrid, move
 from lqexport.formats.registry import codec_named, names
@@ -36,7 +36,7 @@ def numbers(rng: np.random.Generator, scale_format: ScaleFormat, shape: tuple[in
     bits = rng.integers(0, 2**16, shape, dtype=np.uint16)
     usual = rng.normal(0, 0.02, shape).astype(np.float32)
     either = rng.random(shape) < rng.choice([0, 0.5, 1])
-    if scale_format.bfloat:
+    if scale_format.floats == BFLOAT16:
         supers = np.where(either, bfloat16.rounded(usual), bfloat16.of_bits(bits))
     else:
         supers = np.where(either, usual.astype(np.float16), bits.view(np.float16))
@@ -140,14 +140,14 @@ def test_both_roundings_count() -> None:
 
 def _of(scale: float, offset: float) -> tuple[Scales, Scales]:
     one = np.ones((1, 1), np.int16)
-    form = ScaleFormat(32, bfloat=True)
+    form = ScaleFormat(32, floats=BFLOAT16)
     return tuple(Scales(form, np.full((1, 1), number, np.float32), one) for number in (scale, offset))  # type: ignore[return-value]
 
 
 def test_a_number_that_is_no_bfloat16_is_refused() -> None:
     codec, grid, codes = random_case("mlx:4-g32", 3)
     scale = Scales(grid.scale.format, np.full_like(grid.scale.supers, 0.1), grid.scale.subs)
-    with pytest.raises(ValueError, match="bfloat16: round it"):
+    with pytest.raises(ValueError, match="not among the bfloat16 numbers"):
         codec.encode(Grid(grid.columns, grid.levels, scale, grid.offset, rounding=grid.rounding), codes)
     with pytest.raises(ValueError, match="rounded otherwise"):
         codec.encode(Grid(grid.columns, grid.levels, grid.scale, grid.offset), codes)

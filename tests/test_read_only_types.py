@@ -27,18 +27,16 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.activations import rounding
-from lqexport.formats.gguf_read_only import GGUF_READ_ONLY
 from lqexport.formats.gguf_vectors import EVEN_SIGNS, GGUF_VECTORS, IQ1_M
-from lqexport.formats.registry import codec_named, names, readable_codec, readable_names
+from lqexport.formats.registry import codec_named, names
 from lqexport.grids.rounding import USUAL_ERRORS, rounded_like
 from lqexport.recipe import Recipe
 from lqexport.target import Target, spelled, type_at_end
 from lqexport.verification.verifying import verify
 
-READ_ONLY = [codec.name.removeprefix("gguf:") for codec in GGUF_READ_ONLY]
-NAMES = [*(codec.name.removeprefix("gguf:") for codec in GGUF_VECTORS), *READ_ONLY]
+NAMES = [codec.name.removeprefix("gguf:") for codec in GGUF_VECTORS]
 every_type = pytest.mark.parametrize("name", NAMES)
-QUICK = ("IQ2_XXS", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "Q1_0", "NVFP4")
+QUICK = ("IQ2_XXS", "IQ3_XXS", "IQ3_S")
 """Those that ggml needs few seconds to get ready for; golden vectors have blocks of all that it has quantized."""
 
 
@@ -60,12 +58,12 @@ def scatter(structs: np.ndarray, supers: np.ndarray) -> None:
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
     """Returns random packed rows, uint8 [7, bytes of 3 blocks], whose float16 numbers are finite."""
-    rng, codec = np.random.default_rng(seed), readable_codec(f"gguf:{name}")
+    rng, codec = np.random.default_rng(seed), codec_named(f"gguf:{name}")
     blocks = rng.integers(0, 256, codec.layout(7, 3 * codec.block)["blocks"][1], dtype=np.uint8)
     structs = blocks.view(codec.members)
     if name == "IQ1_M":
         scatter(structs, halves(rng, structs.shape))
-    elif name != "NVFP4":
+    else:
         structs["d"] = halves(rng, structs.shape)
     return blocks
 
@@ -78,11 +76,10 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.filterwarnings("error")
 def test_random_blocks_decode_as_in_gguf_and_ggml_bitwise(name: str, seed: int) -> None:
-    codec, blocks = readable_codec(f"gguf:{name}"), random_blocks(name, seed)
+    codec, blocks = codec_named(f"gguf:{name}"), random_blocks(name, seed)
     decoded = codec.decode({"blocks": blocks}, 3 * codec.block)
     assert same_bits(decoded, libgguf.dequantize_rows(blocks, ggml_type(name)))
-    if name != "Q1_0":  # gguf-py 0.19 has its size alone
-        assert same_bits(decoded, quants.dequantize(blocks, ggml_type(name)))
+    assert same_bits(decoded, quants.dequantize(blocks, ggml_type(name)))
     order = np.random.default_rng(seed).permutation(7)
     assert same_bits(codec.decode({"blocks": blocks[order]}, 3 * codec.block), decoded[order])
 
@@ -90,11 +87,11 @@ def test_random_blocks_decode_as_in_gguf_and_ggml_bitwise(name: str, seed: int) 
 @every_type
 def test_a_file_of_nans_decodes_to_nans_as_in_ggml(name: str) -> None:
     blocks = np.full((1, gguf.GGML_QUANT_SIZES[ggml_type(name)][1]), 0xFF, np.uint8)
-    codec = readable_codec(f"gguf:{name}")
+    codec = codec_named(f"gguf:{name}")
     with np.errstate(invalid="ignore"):
         decoded = codec.decode({"blocks": blocks}, codec.block)
     assert np.array_equal(decoded, libgguf.dequantize_rows(blocks, ggml_type(name)), equal_nan=True)
-    assert np.isnan(decoded).all() == (name != "NVFP4")
+    assert np.isnan(decoded).all()
 
 
 @pytest.mark.parametrize("name", QUICK)
@@ -102,7 +99,7 @@ def test_what_ggml_quantizes_decodes_alike_and_has_the_usual_error(name: str) ->
     weights = np.random.default_rng(0).standard_normal((2, 512), np.float32)
     imatrix = np.ones(512, np.float32) if name == "IQ2_XXS" else None
     blocks = np.ascontiguousarray(libgguf.quantize_rows(weights, ggml_type(name), imatrix=imatrix)).reshape(2, -1)
-    decoded = readable_codec(f"gguf:{name}").decode({"blocks": blocks}, 512)
+    decoded = codec_named(f"gguf:{name}").decode({"blocks": blocks}, 512)
     assert same_bits(decoded, libgguf.dequantize_rows(blocks, ggml_type(name)))
     usual, error = USUAL_ERRORS[f"gguf:{name}"], np.square(decoded - weights).sum() / np.square(weights).sum()
     assert 0.5 * usual < error < usual
@@ -110,7 +107,7 @@ def test_what_ggml_quantizes_decodes_alike_and_has_the_usual_error(name: str) ->
 
 @every_type
 def test_block_sizes_are_ggufs(name: str) -> None:
-    codec = readable_codec(f"gguf:{name}")
+    codec = codec_named(f"gguf:{name}")
     assert (codec.block, codec.members.itemsize) == gguf.GGML_QUANT_SIZES[ggml_type(name)]
 
 
@@ -118,25 +115,7 @@ def test_the_signs_of_seven_bits_are_ggufs() -> None:
     assert EVEN_SIGNS.tolist() == list(quants.IQ2_XXS.ksigns)
 
 
-# They cannot be chosen.
-
-
-def test_no_list_of_what_can_be_written_has_them() -> None:
-    assert readable_names() == [*names(), *(f"gguf:{name}" for name in READ_ONLY)]
-    assert not {f"gguf:{name}" for name in READ_ONLY} & {*names(), *names("gguf")}
-
-
-@pytest.mark.parametrize("name", READ_ONLY)
-def test_they_are_refused_in_one_sentence(name: str, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=rf"{name} cannot be chosen: lqexport reads files in it and does not write"):
-        codec_named(f"gguf:{name}")
-    recipes = [Recipe(str(tiny_model), name.lower()), Recipe(str(tiny_model), "Q8_0", types=[f"*.down*={name}"])]
-    for recipe in [*recipes, Recipe(str(tiny_model), "Q8_0", embedding_type=name)]:
-        with pytest.raises(UserError, match=rf"{name}( for .+)? cannot be chosen: lqexport reads"):
-            lqexport.preview(recipe, tmp_path)
-    for use in (rounding, lambda factors: block_codec(factors, "factors")):
-        with pytest.raises(UserError, match=f"{name} cannot be chosen: lqexport reads"):
-            use(name)
+# Their names.
 
 
 @pytest.mark.parametrize("name", [*NAMES, "IQ2_M", "IQ3_XS", "IQ3_M"])
@@ -256,7 +235,7 @@ def test_infinite_scales_are_found(llamacpps: Callable[[str], Path], tmp_path: P
 def test_weights_stand_for_rounded_ones_as_far_as_their_type_errs() -> None:
     weight = torch.randn(2, 256, generator=torch.Generator().manual_seed(0))
     blocks = libgguf.quantize_rows(weight.numpy(), ggml_type("IQ3_S")).reshape(2, -1)
-    stored = torch.from_numpy(readable_codec("gguf:IQ3_S").decode({"blocks": blocks}, 256))
+    stored = torch.from_numpy(codec_named("gguf:IQ3_S").decode({"blocks": blocks}, 256))
     assert torch.equal(rounded_like("gguf:IQ3_S", {"blocks": blocks}, weight), weight + (stored - weight))
     other = torch.randn(2, 256, generator=torch.Generator().manual_seed(1))
     stood_in = rounded_like("gguf:IQ3_S", {"blocks": blocks}, other)

@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Callable
 from types import ModuleType
 
+import libgguf
 import numpy as np
 import pytest
 import torch
@@ -36,6 +37,9 @@ FEW = [
     "gguf:Q4_1",
     "gguf:IQ4_XS",
     "gguf:MXFP4",
+    "gguf:NVFP4",
+    "gguf:TQ1_0",
+    "gguf:Q1_0",
     "native:table-3",
     "native:affine-3-g64",
     "native:mxint-3-g32",
@@ -154,6 +158,22 @@ def test_torch_fit_equals_the_kernel(name: str, problem: tuple[torch.Tensor, tor
         return float((importances * (groups - scale[..., None] * level - shift[..., None]).square()).sum())
 
     assert error(*ours) == pytest.approx(error(*theirs), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["TQ2_0", "Q1_0", "NVFP4"])
+def test_grids_of_few_levels_and_of_small_floats_fit_better_than_ggmls(
+    name: str, problem: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """The scales that its quantizer chooses are plain rounding's, also without their signs."""
+    weights, codec, ggml = problem[0], codec_named(f"gguf:{name}"), GGMLQuantizationType[name]
+    theirs = codec.unpack({"blocks": libgguf.quantize_rows(weights.numpy(), ggml).reshape(24, -1)}, 512)
+    plain, fitted = minmax(codec, weights), fit(codec, weights, torch.ones(512))
+    assert np.isclose(plain.numpy().scale.values(), theirs[0].scale.values(), rtol=1e-3).mean() > 0.98
+    error = [
+        float(np.square(values - weights.numpy()).sum())
+        for values in (theirs[0].values(theirs[1]), fitted.values(fitted.nearest(weights)).numpy())
+    ]
+    assert error[1] < {"TQ2_0": 0.3, "Q1_0": 1.0001, "NVFP4": 0.8}[name] * error[0]
 
 
 def test_powers_of_mxfp4_are_the_best_of_all(problem: tuple[torch.Tensor, torch.Tensor]) -> None:

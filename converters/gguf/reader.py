@@ -29,7 +29,7 @@ from lqexport.converters.models.tensor_names import (
 )
 from lqexport.errors import UserError
 from lqexport.formats.codec import PlainCodec, Planes
-from lqexport.formats.registry import readable_codec, readable_names
+from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
@@ -147,8 +147,8 @@ class GGUFModel:
     def codec_name(self, name: str) -> str:
         """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""
         codec_name = plain_codec(self._architecture, name, self._tensor(name).tensor_type)
-        if codec_name not in readable_names():
-            known = ", ".join(entry.removeprefix("gguf:") for entry in readable_names() if entry.startswith("gguf:"))
+        if codec_name not in names():
+            known = ", ".join(entry.removeprefix("gguf:") for entry in names() if entry.startswith("gguf:"))
             raise UserError(
                 f"{self.path}: {name} is of the type {codec_name}, which is not supported. Known are {known}."
             )
@@ -160,9 +160,9 @@ class GGUFModel:
         Raises UserError if the type is not supported, or does not fit the tensor.
         """
         codec_name, shape = self.codec_name(name), self.shape(name)
-        if len(shape) == 1 and not isinstance(readable_codec(codec_name), PlainCodec):
+        if len(shape) == 1 and not isinstance(codec_named(codec_name), PlainCodec):
             raise UserError(f"{self.path}: {name} is a vector, and of the type {codec_name}, which only matrices have.")
-        layout = readable_codec(codec_name).layout(*_matrix(shape))
+        layout = codec_named(codec_name).layout(*_matrix(shape))
         ((plane, (dtype, stored_shape)),) = layout.items()
         rows = self._data(name).view(dtype).reshape(shape[0], -1)
         order = row_order(self._architecture, self.config, name, shape[0])
@@ -177,7 +177,7 @@ class GGUFModel:
         """
         codec_name, planes, shape = self.planes(name)
         with np.errstate(invalid="ignore", over="ignore"):  # reported below
-            weights = readable_codec(codec_name).decode(planes, shape[-1]).reshape(shape)
+            weights = codec_named(codec_name).decode(planes, shape[-1]).reshape(shape)
         if not np.isfinite(weights).all():
             raise UserError(f"{self.path}: {name} holds weights that are infinite or not a number.")
         return weights

@@ -9,6 +9,8 @@ Shapes: R rows, C columns, G groups of g columns each, K levels.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -33,8 +35,15 @@ TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in
 """The fine search around the best of the coarse one, where the format has offsets."""
 ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
 """The coarse search where the format has no offset: shares of the largest magnitude that are left out."""
+TERNARY: Cuts = (*ONE_SIDED, *((cut, cut) for cut in (0.6, 0.7, 0.8, 0.9)))
+"""The coarse search where the format has few levels and no offset. With three, the best range of normal weights leaves
+out more than half of the largest magnitude."""
 ONE_SIDED_FINE: Cuts = ((-0.025, -0.025), (0.025, 0.025))
 """The fine search where the format has no offset."""
+POWERS = (2.0, 1.0, 0.5, 0.25, 0.125)
+"""Multiples of LQER's power that are tried where scales are powers of two."""
+NEAR = (1.0, 0.7, 0.8, 0.9, 1.1, 1.2, 1.4, 2.0)
+"""Multiples of the best real-valued scale that are tried, each rounded, where scales are floats of few bits."""
 STRETCHES = (1.0, *(1 + step / 60 for step in range(-15, 16) if step))
 """Multiples of a superblock's obvious float16, the one that uses the whole range of its integers. All are tried."""
 CHUNK = 1 << 24
@@ -49,11 +58,16 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
     group_importance = normalized(importance.unflatten(0, (-1, group)))
-    if codec.scale.powers:
-        scale = _fit_powers(weights.unflatten(1, (-1, group)), group_importance, levels, uniform)
-        offset = torch.zeros_like(scale)
-    else:
+    if codec.scale.floats.mantissa:
         scale, offset = search(weights, group_importance, levels, uniform, codec.offset)
+        scale = _unsigned(scale, levels)
+        multiples = NEAR if codec.scale.floats.coarse else ()
+    else:
+        scale = _covering_power(weights.unflatten(1, (-1, group)), levels)
+        offset, multiples = torch.zeros_like(scale), POWERS
+    if multiples:
+        candidates = (round_super(scale * multiple, codec.scale) for multiple in multiples)
+        scale = _best(weights.unflatten(1, (-1, group)), group_importance, levels, uniform, candidates)
     return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
 
 
@@ -81,7 +95,7 @@ def _fit_cpu(
 ) -> tuple[Tensor, Tensor]:
     """Does what `_fit_groups` does in one compiled loop over rows, instead of hundreds of passes over memory."""
     scale, shift = torch.zeros(2, len(weights), len(importance))
-    coarse, fine = (np.asarray(cuts, np.float32) for cuts in _cuts(offset))
+    coarse, fine = (np.asarray(cuts, np.float32) for cuts in _cuts(offset, levels))
     not_positive = offset is not None and offset.two_level
     cpu.fit_groups(
         weights.contiguous().numpy(), importance.contiguous().numpy(), levels[0].numpy(), uniform, offset is not None,
@@ -94,7 +108,7 @@ def _fit_cuda(
     weights: Tensor, importance: Tensor, levels: Tensor, uniform: bool, offset: ScaleFormat | None
 ) -> tuple[Tensor, Tensor]:
     """Does what `_fit_groups` does in one CUDA kernel."""
-    coarse, fine = (torch.tensor(cuts, device=weights.device) for cuts in _cuts(offset))
+    coarse, fine = (torch.tensor(cuts, device=weights.device) for cuts in _cuts(offset, levels))
     not_positive = offset is not None and offset.two_level
     return cuda_solve.fit_groups(
         weights.contiguous(), importance.contiguous(), levels[0], uniform, offset is not None, not_positive,
@@ -103,7 +117,10 @@ def _fit_cuda(
 
 
 def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
-    """Returns the grid that spans each group's range, for float32 weights [R, C], as GPTQ and plain rounding do."""
+    """Returns the grid that spans each group's range, for float32 weights [R, C], as GPTQ and plain rounding do.
+
+    Two levels stand for a group's mean magnitude, as llama.cpp's quantizer has it.
+    """
     columns = weights.shape[1]
     if codec.scale is None:
         low, high = weights.amin(1, keepdim=True), weights.amax(1, keepdim=True)
@@ -111,11 +128,15 @@ def minmax(codec: GridCodec, weights: Tensor) -> TensorGrid:
         return TensorGrid(columns, round_half(table), False)
     levels, uniform = shared_levels(codec, weights.device)
     groups = weights.unflatten(1, (-1, codec.scale.group or columns))
-    if codec.scale.powers:
+    if codec.level_count == 2:
+        scale = groups.abs().mean(2)
+        offset = torch.zeros_like(scale)
+    elif codec.scale.floats.mantissa:
+        scale, offset = _span(groups, levels, codec.offset, torch.zeros(2, 1, 1, device=weights.device))
+        scale = _unsigned(scale, levels)
+    else:
         scale = _covering_power(groups, levels)
         offset = torch.zeros_like(scale)
-    else:
-        scale, offset = _span(groups, levels, codec.offset, torch.zeros(2, 1, 1, device=weights.device))
     return _stored(codec, columns, levels, uniform, scale, offset)
 
 
@@ -174,23 +195,29 @@ def _covering_power(groups: Tensor, levels: Tensor) -> Tensor:
     return torch.where(mantissa == 0.5, least, least / mantissa)
 
 
-def _fit_powers(groups: Tensor, importance: Tensor, levels: Tensor, uniform: bool) -> Tensor:
-    """Returns the powers of two [R, G] with the least weighted squared error for groups [R, G, g].
+def _unsigned(scale: Tensor, levels: Tensor) -> Tensor:
+    """Returns the scales without their signs where levels [1, K] are symmetric, so that the sign says nothing."""
+    return scale.abs() if torch.equal(levels, -levels.flip(1)) else scale
 
-    LQER's power, the next above it and the three below it are tried. `importance` is [G, g].
+
+def _best(groups: Tensor, importance: Tensor, levels: Tensor, uniform: bool, candidates: Iterable[Tensor]) -> Tensor:
+    """Returns the scales [R, G] of least weighted squared error for groups [R, G, g], out of candidates [R, G].
+
+    The first of the best is taken. `importance` is [G, g].
     """
-    covering = _covering_power(groups, levels)
-    best, error, none = covering, torch.full_like(covering, torch.inf), torch.zeros_like(covering)
-    for multiple in (2.0, 1.0, 0.5, 0.25, 0.125):
-        step = (covering * multiple).clamp(2.0**-24, 2.0**15)
-        value = step[..., None] * _chosen(groups, step, none, levels, uniform)
-        step_error = (importance * (groups - value).square()).sum(-1)
-        best, error = torch.where(step_error < error, step, best), error.minimum(step_error)
+    none = torch.zeros(groups.shape[:2], device=groups.device)
+    best, error = none, torch.full_like(none, torch.inf)
+    for scale in candidates:
+        value = scale[..., None] * _chosen(groups, scale, none, levels, uniform)
+        scale_error = (importance * (groups - value).square()).sum(-1)
+        best, error = torch.where(scale_error < error, scale, best), error.minimum(scale_error)
     return best
 
 
-def _cuts(offset: ScaleFormat | None) -> tuple[Cuts, Cuts]:
-    return (ONE_SIDED, ONE_SIDED_FINE) if offset is None else (TWO_SIDED, TWO_SIDED_FINE)
+def _cuts(offset: ScaleFormat | None, levels: Tensor) -> tuple[Cuts, Cuts]:
+    if offset is not None:
+        return TWO_SIDED, TWO_SIDED_FINE
+    return TERNARY if levels.shape[1] <= 3 else ONE_SIDED, ONE_SIDED_FINE
 
 
 def _span(groups: Tensor, levels: Tensor, offset: ScaleFormat | None, cut: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +242,7 @@ def _fit_groups(
     shape = (5, *groups.shape[:2])
     best = torch.zeros(shape, device=groups.device)  # rows: error, scale, shift, cut below, cut above
     best[0] = torch.inf
-    coarse, fine = _cuts(offset)
+    coarse, fine = _cuts(offset, levels)
     for cuts in (coarse, fine):
         start = best[3:]  # all zero at first, then the best cuts of the coarse search
         for cut in cuts:

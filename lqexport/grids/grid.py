@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codebook import Codebook
-from lqexport.formats.codec import Grid, GridCodec, Number, Rounding, ScaleFormat, Scales
+from lqexport.formats.codec import BFLOAT16, FLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales
 
 
 @dataclass(frozen=True)
@@ -172,14 +172,16 @@ def round_half(values: Tensor) -> Tensor:
 
 
 def round_super(values: Tensor, format: ScaleFormat) -> Tensor:
-    """Returns float32 values rounded to the nearest number that the format stores for a superblock."""
-    if format.number == Number.BFLOAT16:
+    """Returns float32 values rounded to the nearest float that the format stores."""
+    floats = format.floats.fitted
+    if floats == BFLOAT16:
         return values.bfloat16().float()
-    if format.number == Number.FLOAT16:
+    if floats == FLOAT16:
         return round_half(values)
-    values = values.clamp(2.0**-24, 2.0**15)
-    below = values / values.frexp().mantissa / 2  # not exp2(log2(x)), which some devices round
-    return torch.where(values < 1.5 * below, below, 2 * below).clamp_max(2.0**15)
+    values = values.clamp(floats.least, floats.most)
+    positive = values.abs().clamp_min(2.0**floats.lowest)
+    unit = positive / positive.frexp().mantissa * 2.0 ** (-1 - floats.mantissa)  # not by exp2, which some devices round
+    return ((values / unit).round() * unit).clamp_max(floats.most)
 
 
 def round_sub(values: Tensor, format: ScaleFormat) -> Tensor:

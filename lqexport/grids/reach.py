@@ -8,7 +8,7 @@ from lqexport.formats.codec import GridCodec, ScaleFormat, SectionedCodec
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gptq import LEVELS, MOST_SCALE, Gptq
 
-HALF, BFLOAT = float(np.finfo(np.float16).max), 2.0**127
+HALF = float(np.finfo(np.float16).max)
 
 
 def reach(codec: GridCodec | SectionedCodec) -> tuple[float, float]:
@@ -25,16 +25,15 @@ def reach(codec: GridCodec | SectionedCodec) -> tuple[float, float]:
     first, last, scale = float(codec.levels[0]), float(codec.levels[-1]), _largest(codec.scale)
     if codec.offset is not None:
         return scale * first - _largest(codec.offset), scale * last
-    if codec.scale.powers:
+    if codec.scale.floats.least >= 0:
         return scale * first, scale * last
     most = scale * max(-first, last)  # the scale may have either sign
     return -most, most
 
 
 def _largest(format: ScaleFormat) -> float:
-    """Returns the largest magnitude of a fitted scale or offset. An exponent is fitted up to 2^15, as a float16's."""
-    number = BFLOAT if format.bfloat else 2.0 ** min(15, format.powers[1]) if format.powers else HALF
-    return number * max(-format.low, format.high)
+    """Returns the largest magnitude of a fitted scale or offset."""
+    return format.floats.fitted.most * max(-format.low, format.high)
 
 
 def _sectioned(codec: SectionedCodec) -> tuple[float, float]:

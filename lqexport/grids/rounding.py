@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import Codec, Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
-from lqexport.formats.registry import readable_codec
+from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
@@ -29,10 +29,6 @@ USUAL_ERRORS = {
     "gguf:IQ2_S": 0.09,
     "gguf:IQ3_XXS": 0.055,
     "gguf:IQ3_S": 0.035,
-    "gguf:TQ1_0": 0.75,
-    "gguf:TQ2_0": 0.75,
-    "gguf:Q1_0": 0.42,
-    "gguf:NVFP4": 0.012,
 }
 """Relative squared error that llama.cpp's quantizer leaves in matrices of each type that nothing here rounds to.
 
@@ -52,7 +48,7 @@ def rounded_like(codec_name: str, planes: Planes, weight: Tensor) -> Tensor:
     takes the order of the stored matrix. For a type of `USUAL_ERRORS`, the stored weights stand for the rounded ones
     (`_stand_in`). Raises ValueError if the codec cannot hold the weights.
     """
-    codec = readable_codec(codec_name)
+    codec = codec_named(codec_name)
     if isinstance(codec, SectionedCodec):
         return _rounded_sections(codec, planes, weight.float())
     if isinstance(codec, PlainCodec):

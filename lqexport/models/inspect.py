@@ -23,7 +23,7 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
-from lqexport.formats.registry import readable_codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.model_path import check_exists
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
@@ -181,7 +181,7 @@ def _entries(model: GGUFModel | Exl2Model | NativeModel, names: list[str]) -> li
 
 def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> TensorInfo:
     rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    return TensorInfo(name, shape, codec_name, nbytes(readable_codec(codec_name), rows, columns))
+    return TensorInfo(name, shape, codec_name, nbytes(codec_named(codec_name), rows, columns))
 
 
 def _source_entry(source: HuggingFaceSource, name: str) -> TensorInfo:

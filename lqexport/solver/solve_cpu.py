@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import Rounding
+from lqexport.formats.codec import FLOAT16, Rounding
 from lqexport.grids.grid import Numbers, TensorGrid
 from lqexport.kernels import cpu
 
@@ -50,9 +50,11 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
     """Returns the block's stored numbers as views of the grid's arrays, which the kernel changes in place."""
     if numbers is None:
-        return cpu.Stored(False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), 0)
+        return cpu.Stored(
+            False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), *FLOAT16
+        )
     form = numbers.format
     first, last = block.start // grid.group, block.stop // grid.group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), int(form.number))
+    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), *form.floats.fitted)

@@ -69,4 +69,4 @@ def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_sol
         return cuda_solve.Stored()
     form, (supers, subs) = numbers.format, _slices(numbers, grid, block)
     copies = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
-    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, int(form.number))
+    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.floats.fitted)

@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from lqexport.errors import AGAIN, ANEW, UserError, well_formed
 from lqexport.formats.codec import Planes
-from lqexport.formats.registry import codec_named, readable_codec
+from lqexport.formats.registry import codec_named
 from lqexport.storage.background import BackgroundWorker
 from lqexport.storage.config_check import check_config
 from lqexport.storage.files import (
@@ -92,7 +92,7 @@ def decoded(tensor: StoredTensor) -> NDArray[np.float32]:
     Raises UserError if the planes do not fit the codec.
     """
     try:
-        return readable_codec(tensor.codec_name).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
+        return codec_named(tensor.codec_name).decode(tensor.planes, tensor.shape[-1]).reshape(tensor.shape)
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{tensor.name} cannot be decoded as {tensor.codec_name}: {error}.") from error
 

@@ -90,8 +90,8 @@ def numbers(grid: TensorGrid | TensorSections) -> State:
     if grid.scale is None:
         return {"levels": grid.levels}
     stored = {"scale": grid.scale, "offset": grid.offset}
-    # A power of two cannot change by a little, so it is not tuned.
-    return {name: each.supers for name, each in stored.items() if each is not None and not each.format.powers}
+    # A float of few bits cannot change by a little, so it is not tuned.
+    return {name: each.supers for name, each in stored.items() if each is not None and not each.format.floats.coarse}
 
 
 def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:

@@ -122,11 +122,14 @@ def _wrong_runs(runs: _Runs, file: Tensor, rounded: Tensor) -> int:
 
 
 def _scaled(file: Tensor, rounded: Tensor) -> Tensor:
-    """Returns whether each run is a multiple of the rounded source's, and not the same."""
+    """Returns whether each run is a multiple of the rounded source's, and not the same.
+
+    A run of zeros is none: with three levels, few weights are above 0, and another quantizer may round them to 0.
+    """
     size = rounded.square().sum(-1, keepdim=True)
     factor = (file * rounded).sum(-1, keepdim=True) / size.clamp_min(1e-30)
     multiple = ((file - factor * rounded).abs() <= EQUAL * file.abs()).all(-1)
-    return multiple & ((factor - 1).abs() > EQUAL)[..., 0] & (size > 0)[..., 0]
+    return multiple & ((factor - 1).abs() > EQUAL)[..., 0] & (size > 0)[..., 0] & (file != 0).any(-1)
 
 
 def _unlike_solved(runs: _Runs) -> str | None:

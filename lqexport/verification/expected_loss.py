@@ -17,7 +17,7 @@ from torch import Tensor
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import BlockLogits, Evaluation, Protocol
-from lqexport.formats.registry import readable_codec
+from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.runtime.progress import Listener
@@ -85,7 +85,7 @@ def engine_rounding(tensors: Sequence[TensorCheck]) -> Callable[[Tensor], Tensor
     rounds them to that type.
     """
     types = {tensor.codec for tensor in tensors if len(tensor.shape) == 2}
-    if any(readable_codec(name).block == 256 for name in types):
+    if any(codec_named(name).block == 256 for name in types):
         return _eight_bits(256)
     if types - {"gguf:F32", "gguf:F16", "gguf:BF16"}:
         return _eight_bits(32)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.targets import plan
-from lqexport.formats.codec import Grid, GridCodec, ScaleFormat, Scales
+from lqexport.formats.codec import FLOAT16, Grid, GridCodec, ScaleFormat, Scales
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import write_json
@@ -84,7 +84,7 @@ def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
         supers = size * random.uniform(0.5, 1, (rows, groups // scale_format.span)) / most
         subs = random.integers(0, (scale_format.high - scale_format.low) // scale_format.step + 1, (rows, groups))
         subs = scale_format.low + scale_format.step * subs
-        if scale_format.powers:
+        if scale_format.floats != FLOAT16:
             supers = np.exp2(np.floor(np.log2(supers)))
         return Scales(scale_format, supers.astype(scale_format.dtype), subs.astype(np.int16))
 
