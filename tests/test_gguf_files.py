@@ -55,11 +55,13 @@ def test_every_type_comes_back_bitwise(tmp_path: Path, tokenizer: Tokenizer, nam
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("target", ["gguf:Q8_0", "gguf:Q4_0", "gguf:Q4_1", "gguf:Q4_K", "gguf:Q6_K", "gguf:MXFP4"])
-def test_llamacpp_sees_the_weights_that_we_read(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize("gguf_type", [
+    "Q8_0", "Q4_0", "Q4_1", "Q4_K", "Q6_K", "MXFP4", "NVFP4", "TQ1_0", "TQ2_0", "Q1_0",
+])  # fmt: skip
+def test_llamacpp_sees_the_weights_that_we_read(tmp_path: Path, gguf_type: str) -> None:
     """llama.cpp rounds activations to 8 bits, so its logits are only near ours. Rows in the wrong order are far off."""
     model = make_model(hidden_size=256, intermediate_size=256, attention_bias=True)
-    path = export(tmp_path, model, target, byte_level_bpe())
+    path = export(tmp_path, model, f"gguf:{gguf_type}", byte_level_bpe())
     file = GGUFModel(path)
     model.load_state_dict({name: torch.from_numpy(file.read(name)) for name in file.names()})
     expected = reference_logits(model, TOKENS)

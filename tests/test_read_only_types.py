@@ -1,7 +1,4 @@
-"""GGUF's i-quants and the types that are read and not written, and files of them made by llama.cpp.
-
-They are decoded as gguf-py and ggml do.
-"""
+"""GGUF's i-quants, decoded as gguf-py and ggml do, and files of them made by llama.cpp."""
 
 from __future__ import annotations
 
@@ -22,13 +19,11 @@ from typer.testing import CliRunner
 import lqexport
 from lqexport.calibration.texts import read_text
 from lqexport.cli.app import app
-from lqexport.converters.factors import block_codec
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp
-from lqexport.evaluation.activations import rounding
 from lqexport.formats.gguf_vectors import EVEN_SIGNS, GGUF_VECTORS, IQ1_M
-from lqexport.formats.registry import codec_named, names
+from lqexport.formats.registry import codec_named
 from lqexport.grids.rounding import USUAL_ERRORS, rounded_like
 from lqexport.recipe import Recipe
 from lqexport.target import Target, spelled, type_at_end

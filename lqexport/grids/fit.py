@@ -58,16 +58,16 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
     group_importance = normalized(importance.unflatten(0, (-1, group)))
-    if codec.scale.floats.mantissa:
+    groups, floats = weights.unflatten(1, (-1, group)), codec.scale.floats
+    if floats.mantissa:
         scale, offset = search(weights, group_importance, levels, uniform, codec.offset)
         scale = _unsigned(scale, levels)
-        multiples = NEAR if codec.scale.floats.coarse else ()
     else:
-        scale = _covering_power(weights.unflatten(1, (-1, group)), levels)
-        offset, multiples = torch.zeros_like(scale), POWERS
-    if multiples:
-        candidates = (round_super(scale * multiple, codec.scale) for multiple in multiples)
-        scale = _best(weights.unflatten(1, (-1, group)), group_importance, levels, uniform, candidates)
+        scale = _covering_power(groups, levels)
+        offset = torch.zeros_like(scale)
+    if floats.coarse:
+        candidates = (round_super(scale * multiple, codec.scale) for multiple in (NEAR if floats.mantissa else POWERS))
+        scale = _best(groups, group_importance, levels, uniform, candidates)
     return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
 
 

@@ -18,6 +18,11 @@ from lqexport.verification.verify_tensors import relative_error
 CONTRADICTION = 0.5
 """Scales are dropped if a linear's error without them is below this share of its error with them."""
 
+TOO_COARSE = 0.5
+"""Scales are dropped if the giver's relative squared error with them is above this: its rows' sizes say nothing then.
+
+llama.cpp's ternary types leave 0.65 of normal weights' squares."""
+
 
 class RoundedSource:
     """A source whose tensors are rounded as they are read, each to the type of the file's tensor of that name.
@@ -62,13 +67,15 @@ def not_contradicted(source: Source, export: Export, scales: Mapping[Pair, Tenso
     """Returns the scales of smoothing that the linears behind the norms do not contradict.
 
     Scales are found by the givers alone (`scales_between`), so wrong ones look like smoothing. A pair is dropped if its
-    first linear is much nearer to the source's without the scales.
+    first linear is much nearer to the source's without the scales, or if its giver is rounded too coarsely to tell.
     """
     everything, shapes = Smoothed(source, scales), {name: export.shape(name) for name in export.names()}
     kept = {}
     for pair, scale in scales.items():
         without = Smoothed(source, {other: value for other, value in scales.items() if other is not pair})
-        taker = pair.takers[0]
+        taker, giver = pair.takers[0], f"{pair.giver}.weight"
+        if relative_error(export.read(giver).numpy(), everything.read(giver)) > TOO_COARSE:
+            continue
         if shapes.get(taker) == source.shape(taker):
             values = export.read(taker).numpy()
             with_scales, alone = (relative_error(values, model.read(taker)) for model in (everything, without))

@@ -17,7 +17,7 @@ import numpy as np
 
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "IQ4_XS", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"]
 SMALL_FLOATS = ["MXFP4"]
-READ_ONLY = ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "Q1_0", "NVFP4", "IQ1_M"]
+QUANTIZED = ["IQ1_S", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "Q1_0", "NVFP4", "IQ1_M"]
 SUPERS = {"Q6_K": (208,), "Q3_K": (108,), "Q2_K": (80, 82)} | dict.fromkeys(("Q4_1", "Q5_1", "Q4_K", "Q5_K"), (0, 2))
 SUPERS |= {"TQ1_0": (52,), "TQ2_0": (64,), "NVFP4": (), "IQ1_M": ()}
 """Byte offsets of the float16 numbers in a block; elsewhere at 0."""
@@ -35,7 +35,7 @@ def block_type(name: str, rng: np.random.Generator) -> dict:
         blocks[:, at : at + 2] = floats(rng, (2, 1)).view(np.uint8)
     if name == "IQ1_M":
         scatter(blocks, floats(rng, (2, 1)))
-    if name in READ_ONLY:  # one block as a quantizer makes it, which no codec of ours can
+    if name in QUANTIZED:  # one block is as its quantizer makes it
         quantized = libgguf.quantize_rows(
             rng.standard_normal((1, weights), np.float32) / 64, gguf.GGMLQuantizationType[name],
             imatrix=np.ones(weights, np.float32) if name[:3] in ("IQ1", "IQ2") else None,
@@ -126,7 +126,7 @@ def main() -> None:
     decay = -np.exp(rng.standard_normal((2, 5))).astype("<f4")
     content["gguf-decay:F32"] = entry(5, {"blocks": decay.view(np.uint8)}, np.log(-decay.astype("<f8")))
     content |= {f"gguf:{name}": small_floats(name, rng) for name in SMALL_FLOATS}
-    content |= {f"gguf:{name}": block_type(name, rng) for name in READ_ONLY}
+    content |= {f"gguf:{name}": block_type(name, rng) for name in QUANTIZED}
     json.dump(content, sys.stdout, indent=1)
     print()
 
