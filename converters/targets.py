@@ -14,7 +14,7 @@ embedding, there is only the embedding, and either option sets its type.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
@@ -83,11 +83,11 @@ def plan(
     _check_types(types, kept)
     planned = []
     for name, shape in kept.items():
-        matching = [codec_name for pattern, codec_name in types.items() if _matches(pattern, name, shape)]
+        matching = [codec_name for pattern, codec_name in types.items() if matches(pattern, name, shape)]
         wanted = matching[-1] if matching else overrides.get(name) or _wanted(target, architecture, config, name, shape)
         planned.append(_fitted(architecture, name, shape, wanted))
     if not fallback:
-        _refuse_fallbacks(target, planned)
+        refuse_fallbacks(target, planned)
     if target.family == "gguf":
         blocks = _layers(config) + further_blocks(architecture, _layers(config), shapes)
         _check_experts(planned, gguf_names(architecture, blocks))
@@ -111,18 +111,24 @@ def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
 def _check_target(target: Target) -> None:
     known = [*targets(), str(AUTO)]
     if str(target) not in known:
-        raise UserError(unknown("target", str(target), [*known, *GPTQ, "exl2"]))
+        raise UserError(unknown("target", str(target), [*known, *GPTQ, *names("mlx"), "exl2"]))
 
 
 def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
     for pattern, codec_name in types.items():
-        if codec_name not in names():
-            raise UserError(unknown("type", codec_name, names(), f" for {pattern}"))
-        if not any(_matches(pattern, name, shape) for name, shape in shapes.items()):
+        if codec_name not in (known := [*names("gguf"), *names("native")]):
+            raise UserError(unknown("type", codec_name, known, f" for {pattern}"))
+    check_names(types, shapes)
+
+
+def check_names(patterns: Iterable[str], shapes: Shapes) -> None:
+    """Raises UserError if a shell pattern fits no matrix of a model."""
+    for pattern in patterns:
+        if not any(matches(pattern, name, shape) for name, shape in shapes.items()):
             raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
 
 
-def _matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
+def matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
     """Whether a tensor is a matrix whose name matches a shell pattern."""
     return len(shape) == 2 and fnmatchcase(name, pattern)
 
@@ -186,8 +192,8 @@ def _overrides(
     chosen = {architecture.embedding: embedding_type, architecture.output: output_type}
     overrides = {name: full_name(type_name) for name, type_name in chosen.items() if type_name}
     for codec_name in overrides.values():
-        if codec_name not in names():
-            raise UserError(unknown("type", codec_name, names(), " for embedding or output"))
+        if codec_name not in (known := [*names("gguf"), *names("native")]):
+            raise UserError(unknown("type", codec_name, known, " for embedding or output"))
     return overrides
 
 
@@ -269,7 +275,8 @@ def _fallback(wanted: str, columns: int) -> str:
     return max(fitting, key=lambda name: codec_named(name).block, default="gguf:F16")
 
 
-def _refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
+def refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
+    """Raises UserError, naming them, if some tensors would fall back to another type."""
     fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
     if fallen:
         raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {listed(fallen)}.")

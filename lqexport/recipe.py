@@ -41,8 +41,8 @@ SWEEPS: dict[Effort, int] = {"fast": 0, "default": 4, "best": 8}
 TUNED = 64
 """Sequences of end-to-end tuning, where it is the default."""
 TUNED_BELOW = 4
-"""GGUF types of fewer bits are tuned by default. From 4 bits on, tuning takes longer than the rest of a run, and lowers
-the loss by some 3 per cent at most (docs/experiments.md)."""
+"""GGUF and MLX types of fewer bits are tuned by default. From 4 bits on, tuning takes longer than the rest of a run,
+and lowers the loss by some 3 per cent at most (docs/experiments.md)."""
 
 CALIBRATION, SOLVER, TYPES = "Calibration", "Solver", "Types of single tensors"
 TUNING, CORRECTION = "End-to-end tuning", "Low-rank correction"
@@ -94,15 +94,15 @@ class Recipe:
     target: str = field(
         default="",
         metadata=_help(
-            "What to quantize into: gguf:Q4_K_M, gguf:Q3_K, gguf:auto (with --size), native:table-3, gptq:4-g128, exl2 "
-            "(with --bits)."
+            "What to quantize into: gguf:Q4_K_M, gguf:Q3_K, gguf:auto or mlx:auto (with --size), mlx:4-g64, "
+            "native:table-3, gptq:4-g128, exl2 (with --bits)."
         ),
     )
     size: str | None = field(
         default=None,
         metadata=_help(
-            "Target gguf:auto: the most that all tensors may take, such as 4.25bpw, 3.9GB, 700MiB or Q4_K_M; their "
-            "types are chosen to lose least."
+            "Targets gguf:auto and mlx:auto: the most that all tensors may take, such as 4.25bpw, 3.9GB, 700MiB or "
+            "Q4_K_M; their types are chosen to lose least."
         ),
     )
     bits: float | None = field(
@@ -239,8 +239,8 @@ class Recipe:
     tune: int | None = field(
         default=None,
         metadata=_help(
-            "Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean; 0 for GGUF types of "
-            "4 bits or more, and for effort fast]",
+            "Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean; 0 for GGUF and MLX "
+            "types of 4 bits or more, and for effort fast]",
             TUNING,
         ),
     )
@@ -303,7 +303,9 @@ class Recipe:
 
     def _check_size(self) -> None:
         if (self.size is not None) != self.parsed_target.is_auto:
-            raise UserError(f"A size and the target {AUTO} go together: the types are then chosen to fit the size.")
+            raise UserError(
+                f"A size and the target {AUTO} or mlx:auto go together: the types are then chosen to fit the size."
+            )
         if self.size is not None and (self.moments not in (None, "guided") or self.method == "rtn"):
             raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
 
@@ -385,7 +387,7 @@ class Recipe:
         """Sequences of end-to-end tuning: `tune`, or the default of method, effort and type."""
         if self.tune is not None:
             return self.tune
-        wide = (self.parsed_target.gguf_bits or 0) >= TUNED_BELOW
+        wide = (self.parsed_target.bits or 0) >= TUNED_BELOW
         untuned = self.effort == "fast" or (self.effort == "default" and wide)
         return 0 if untuned or self.method != "lean" else TUNED
 

@@ -22,7 +22,7 @@ READ_ONLY = {
     r"IQ2_M": "IQ2_S and Q2_K",
 }
 """Pattern of GGUF's types and mixes that are read and not written -> the nearest types that are written."""
-FAMILIES = ("gguf", "native", "gptq", "exl2")
+FAMILIES = ("gguf", "native", "mlx", "gptq", "exl2")
 EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 
 
@@ -30,7 +30,7 @@ EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 class Target:
     """A format family and what is asked for within it.
 
-    family   `gguf`, `native`, `gptq` or `exl2`; planning refuses any other
+    family   `gguf`, `native`, `mlx`, `gptq` or `exl2`; planning refuses any other
     type     a type (`Q4_K`, `table-3`, `4-g128-act`), a mix of llama.cpp (`Q4_K_M`) or `auto`; empty for `exl2`
     """
 
@@ -53,7 +53,7 @@ class Target:
     @property
     def is_auto(self) -> bool:
         """Whether the type of every tensor is chosen to fit a size."""
-        return self == AUTO
+        return self.type == AUTO.type and self.family in ("gguf", "mlx")
 
     @property
     def stores_columns_in_solve_order(self) -> bool:
@@ -69,6 +69,17 @@ class Target:
     def rows_share_numbers(self) -> bool:
         """Whether rows of a linear share stored numbers, so that all rows need the same second moments."""
         return self.family in ("exl2", "gptq")
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a GGUF or MLX type or mix by its name, such as 4 of `Q4_K_M` and `4-g64`; None for other targets."""
+        bits = re.match(r"(\d)-|mx?n?v?fp(\d)$", self.type) if self.family == "mlx" else None
+        return int(bits[1] or bits[2]) if bits else self.gguf_bits
+
+    @property
+    def quantizes_embedding(self) -> bool:
+        """Whether the embedding is stored in as few bits as the linears, so that blocks are solved on its output."""
+        return self.family == "mlx"
 
     @property
     def gguf_bits(self) -> int | None:

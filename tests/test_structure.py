@@ -49,7 +49,7 @@ CONVERTER_LAYERS = (
     ("gguf",),
     ("targets",),
     ("folders",),
-    ("exl2",),
+    ("exl2", "mlx"),
     ("folder_formats",),
 )
 """The same within converters/."""

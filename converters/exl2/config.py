@@ -8,7 +8,7 @@ from __future__ import annotations
 from lqexport.converters.exl2.names import rules_of
 from lqexport.converters.gguf.support import check_fixed, check_window_scaling, window, window_period
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.rope import longrope_attention, rope_settings, window_theta
+from lqexport.converters.models.rope import former_rope, longrope_attention, rope_settings, window_theta
 from lqexport.errors import UserError
 
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope")
@@ -52,9 +52,7 @@ def exl2_config(architecture: Architecture, config: Config) -> Config:
     window, ExLlamaV2 and transformers compute the same.
     """
     rules, rope = rules_of(architecture), rope_settings(config)
-    scaled = rope["rope_type"] not in ("default", "dynamic")  # dynamic changes nothing within the usual context
-    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
-    extended = config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
+    extended = config | former_rope(config)
     extended |= {exl2_key: config[key] for exl2_key, key in rules.keys.items()}
     for key in ("partial_rotary_factor", "original_max_position_embeddings"):
         if rope.get(key) is not None:

@@ -6,7 +6,7 @@ Each target has a subclass that knows the stored tensors of a packed linear. Wha
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,13 +43,15 @@ class FolderModel:
     """Name of such a folder, for listings."""
     reader: str
     """Name of the programs that read such a folder, for messages."""
+    framework: Literal["np", "pt"] = "np"
+    """What `stored` gives: NumPy arrays, or torch tensors, which may be of bfloat16."""
     parts: tuple[str, ...]
     """Last parts of the names of a packed tensor's stored tensors."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config: dict[str, Any] = read_config(folder / "config.json", f"{folder} has no config.json.")
-        self.stored = StoredTensors(folder, "np")
+        self.stored = StoredTensors(folder, self.framework)
         self._names = self._known_names()
 
     def _known_names(self) -> list[str]:

@@ -7,8 +7,8 @@ written one by one, so memory holds one tensor.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +34,20 @@ OnTensor = Callable[[str, int], None] | None
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The functions by which a target's folder stores packed linears; other tensors are float16 under their own names.
+    """The functions by which a target's folder stores packed linears; other tensors keep their own names.
 
     forms    codec name and shape -> the stored tensors (`Forms`)
     planes   a tensor of the artifact -> the arrays of its stored tensors
     pieces   name and number of rows -> the names under which a tensor is stored, each with the rows that it holds
     cut      arrays of a tensor and a run of rows -> the arrays of those rows
+    plain    codec of a tensor that is not packed -> the dtype of its array
     """
 
     forms: Callable[[str, tuple[int, ...]], Forms]
     planes: Callable[[StoredTensor], Planes]
     pieces: Callable[[str, int], dict[str, Rows]] = lambda name, rows: {name: (0, rows)}
     cut: Callable[[Planes, Rows], Planes] = lambda planes, rows: planes
+    plain: Mapping[str, np.dtype] = field(default_factory=lambda: {PLAIN: np.dtype(np.float16)})
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class FolderEntry:
     def folder_tensor(self, layout: FolderLayout, architecture: Architecture) -> FolderTensor:
         """Returns the names, dtypes and shapes of the tensors that the folder stores for it."""
         pieces = layout.pieces(self.name, self.shape[0])
-        if self.codec_name == PLAIN:
+        if self.codec_name in layout.plain:
             shape = checkpoint_shape(architecture, self.name, self.shape)
-            return FolderTensor(self.name, dict.fromkeys(pieces, (np.dtype(np.float16), shape)))
+            return FolderTensor(self.name, dict.fromkeys(pieces, (layout.plain[self.codec_name], shape)))
         forms = {
             name: layout.forms(self.codec_name, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()
         }
@@ -72,12 +74,15 @@ class FolderEntry:
         )
 
 
-def entries_of(artifact: Artifact, family: str, container: str, hint: str) -> list[FolderEntry]:
+def entries_of(
+    artifact: Artifact, family: str, container: str, hint: str, plain: tuple[str, ...] = (PLAIN,)
+) -> list[FolderEntry]:
     """Returns the tensors of a finished artifact without the low-rank factors.
 
     family      the format family of the codecs that the folder can hold
     container   the folder's name in the message, such as `an EXL2 folder`
     hint        advice at the end of the message
+    plain       the codecs of tensors that are not packed
 
     Raises UserError if the artifact was not quantized into codecs of the family.
     """
@@ -87,9 +92,9 @@ def entries_of(artifact: Artifact, family: str, container: str, hint: str) -> li
         if not is_factor(name)
     ]
     foreign = [
-        entry for entry in entries if entry.codec_name != PLAIN and not entry.codec_name.startswith(f"{family}:")
+        entry for entry in entries if entry.codec_name not in plain and not entry.codec_name.startswith(f"{family}:")
     ]
-    if foreign or all(entry.codec_name == PLAIN for entry in entries):
+    if foreign or all(entry.codec_name in plain for entry in entries):
         (usual, _), *_ = Counter(entry.codec_name for entry in foreign or entries).most_common(1)
         raise UserError(
             f"{artifact.folder} cannot become {container} by moving bytes: it was quantized for another format, most "
@@ -129,8 +134,8 @@ def write_folder(
 def _arrays(artifact: Artifact, entry: FolderEntry, layout: FolderLayout) -> list[np.ndarray]:
     """Returns the arrays that the folder stores for a tensor, in the order of `folder_tensor`. Checks its digest."""
     tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
-    if entry.codec_name == PLAIN:
-        return [tensor.planes["blocks"].view(np.float16).reshape(entry.shape)]
+    if entry.codec_name in layout.plain:
+        return [tensor.planes["blocks"].view(layout.plain[entry.codec_name]).reshape(entry.shape)]
     planes = layout.planes(tensor)
     cuts = [layout.cut(planes, rows) for rows in layout.pieces(entry.name, entry.shape[0]).values()]
     return [cut[plane] for cut in cuts for plane in layout.forms(entry.codec_name, entry.shape)]

@@ -17,7 +17,9 @@ from lqexport.storage.files import cannot_write, check_space, claimed, write_jso
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of tensors in one shard; transformers has the same limit."""
-DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "int64": "I64", "float16": "F16", "float32": "F32"}
+DTYPES = {"uint8": "U8", "int16": "I16", "int32": "I32", "uint32": "U32", "int64": "I64", "float16": "F16"}
+DTYPES |= {"float32": "F32", "uint16": "BF16"}
+"""NumPy's name of a dtype -> the name that safetensors has for it. uint16 has the bits of bfloat16 here."""
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,17 @@ def rope_settings(config: dict[str, Any]) -> dict[str, Any]:
     return scaling
 
 
+def former_rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns `rope_theta` and `rope_scaling`, as earlier versions of transformers write the rotary settings.
+
+    `rope_scaling` is None where nothing is scaled; the type `dynamic` changes nothing within the usual context.
+    """
+    rope = rope_settings(config)
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    scaled = rope["rope_type"] not in ("default", "dynamic")
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": scaling if scaled else None}
+
+
 def window_theta(config: dict[str, Any]) -> float | None:
     """Returns `rope_theta` of the blocks that attend to a sliding window; None where it is that of all blocks."""
     settings = config.get("rope_parameters") or {}

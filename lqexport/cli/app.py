@@ -14,7 +14,7 @@ import typer
 
 from lqexport.cli.check import check
 from lqexport.cli.evaluate import evaluate, judge
-from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_native, to_peft
+from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_mlx, to_native, to_peft
 from lqexport.cli.export_model import export
 from lqexport.cli.inspect import inspect
 from lqexport.cli.ladder import ladder
@@ -64,7 +64,19 @@ def about(
 
 for command in (export, ladder, quantize):
     app.command(cls=ShortHelp)(command)
-for command in (plan, to_gguf, to_peft, to_exl2, to_gptq, to_compressed_tensors, to_native, check, verify, compare):
+for command in (
+    plan,
+    to_gguf,
+    to_peft,
+    to_exl2,
+    to_mlx,
+    to_gptq,
+    to_compressed_tensors,
+    to_native,
+    check,
+    verify,
+    compare,
+):
     app.command()(command)
 app.command(name="eval")(evaluate)
 for command in (judge, push_to_hub, inspect):

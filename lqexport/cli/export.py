@@ -1,4 +1,4 @@
-"""The commands that write an artifact as a file or folder: to-gguf, to-exl2, to-gptq and others. Only bytes move."""
+"""The commands that write an artifact as a file or folder: to-gguf, to-mlx, to-gptq and others. Only bytes move."""
 
 from __future__ import annotations
 
@@ -117,6 +117,23 @@ def to_exl2(
     """
     with plain_endings(NOTHING_WRITTEN):
         _write_folder(artifact, folder, "exl2")
+
+
+def to_mlx(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target mlx:...")],
+    folder: NewFolder,
+) -> None:
+    """Write the artifact as a folder that mlx-lm and LM Studio load, for Apple's machines.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target mlx:4-g64
+        lqexport to-mlx ./out ./model-4bit
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "mlx")
 
 
 def to_gptq(

@@ -17,10 +17,11 @@ from rich.table import Table
 
 from lqexport.converters.exl2.reader import Exl2Model
 from lqexport.converters.factors import is_factor
-from lqexport.converters.folders.folder_model import method_of
+from lqexport.converters.folders.folder_model import FolderModel, method_of
 from lqexport.converters.folders.native import METHOD
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
+from lqexport.converters.mlx.types import quantization_of
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
@@ -151,6 +152,8 @@ def inspect(path: str | Path) -> Inspection:
     check_exists(path)
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
+    if quantization_of(path) is not None:
+        return Inspection(str(path), "MLX folder", _mlx_entries(path))
     method = method_of(path)
     if method == METHOD:
         return Inspection(str(path), "native folder", _native_entries(path))
@@ -175,7 +178,14 @@ def _native_entries(folder: Path) -> list[TensorInfo]:
     return _entries(model, [*model.names(), *model.factors()])
 
 
-def _entries(model: GGUFModel | Exl2Model | NativeModel, names: list[str]) -> list[TensorInfo]:
+def _mlx_entries(folder: Path) -> list[TensorInfo]:
+    from lqexport.converters.mlx.reader import MlxModel
+
+    model = MlxModel(folder)
+    return _entries(model, model.names())
+
+
+def _entries(model: GGUFModel | FolderModel | NativeModel, names: list[str]) -> list[TensorInfo]:
     return [_coded(name, model.shape(name), model.codec_name(name)) for name in names]
 
 

@@ -13,6 +13,8 @@ from lqexport.converters.folders.folder_model import FolderModel, method_of
 from lqexport.converters.folders.native import METHOD
 from lqexport.converters.folders.native_read import NativeModel
 from lqexport.converters.gguf.split import is_gguf
+from lqexport.converters.mlx.reader import MlxModel
+from lqexport.converters.mlx.types import quantization_of
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.models.interface import Weights
@@ -91,6 +93,8 @@ def open_export(path: Path) -> Export:
 
     Raises UserError for anything else.
     """
+    if quantization_of(path) is not None:
+        return PackedFolder(MlxModel(path))
     method = method_of(path)
     if method in MODELS:
         return PackedFolder(MODELS[method](path))

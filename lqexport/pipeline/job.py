@@ -68,16 +68,21 @@ class Job:
     @cached_property
     def linears(self) -> dict[str, PlannedTensor]:
         """The linears of the decoder blocks that the solver works on, by name."""
-        return {tensor.name: tensor for tensor in self.planned if tensor.linear and tensor.name != self._output}
+        return {tensor.name: tensor for tensor in self.planned if tensor.linear and tensor.name not in self._outer}
 
     @property
     def head(self) -> PlannedTensor | None:
-        """The output, if the solver works on it."""
-        return next((tensor for tensor in self.planned if tensor.linear and tensor.name == self._output), None)
+        """The output, or the embedding that is also the output, if the solver works on it."""
+        return next((tensor for tensor in self.planned if tensor.linear and tensor.name in self._outer), None)
 
     @property
-    def _output(self) -> str:
-        return self.architecture.output
+    def head_is_embedding(self) -> bool:
+        """Whether the tensor that the solver works on as the output is the embedding."""
+        return self.head is not None and self.head.name == self.architecture.embedding
+
+    @property
+    def _outer(self) -> tuple[str, str]:
+        return self.architecture.embedding, self.architecture.output
 
     @property
     def moments_type(self) -> Moments:
@@ -101,7 +106,7 @@ class Job:
         in_solve_order = self.recipe.parsed_target.stores_columns_in_solve_order
         if in_solve_order and keeps_order(self.architecture, self.source.config, name):
             return replace(self.recipe, act_order=False)
-        if name == self._output:
+        if name == self.architecture.output and not self.recipe.parsed_target.quantizes_embedding:
             return replace(self.recipe, descent=0)  # it has so many rows and columns that little is left to gain
         return self.recipe
 

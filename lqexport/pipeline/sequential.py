@@ -27,7 +27,7 @@ from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.corrected_linear import stored_correction
 from lqexport.solver.linear import check_target, factor_of, inputs_of, rows_are_apart
 from lqexport.solver.weight_checks import check_weights
-from lqexport.storage.artifact import values_of
+from lqexport.storage.artifact import SolvedModel, values_of
 
 
 @dataclass(frozen=True)
@@ -114,12 +114,22 @@ class Sequential:
         self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.share_of(range(len(shards)))]
         self.keep = self.job.placement.hidden.keep
         self.held = self.job.placement.held // max(1, max(ids.numel() for _, ids in numbered))
-        self.inputs = {number: self.keep(self.model.start(ids)) for shard in self.shards for number, ids in shard}
-        self.full = dict(self.inputs)
-        self.model.let_go()
+        self.full = self._started(self.model)
+        self.inputs = dict(self.full)
+        if self.recipe.parsed_target.quantizes_embedding:
+            names = [tensor.name for tensor in self.job.planned]
+            self.inputs = self._started(
+                self.job.model_of(SolvedModel(self.job.artifact, self.job.source.config, names))
+            )
         self.lengths = [ids.numel() for _, ids in numbered]
         # The block adds the outputs of these two linears to its hidden states: attention's first, then the MLP's.
         self.first, self.last = self.model.architecture.adders
+
+    def _started(self, model: BlockModel) -> dict[int, Tensor]:
+        """Returns what enters the first block for each batch of this process, with a model's embedding."""
+        hidden = {number: self.keep(model.start(ids)) for shard in self.shards for number, ids in shard}
+        model.let_go()
+        return hidden
 
     def _unfinished_blocks(self) -> int:
         """Returns the number of blocks up to the last one that has an unfinished linear."""

@@ -15,6 +15,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lqexport.calibration.collect import add_outputs, begin_with_first, by_weight, input_magnitudes
@@ -31,9 +32,19 @@ from lqexport.solver.corrected_linear import solve_corrected
 from lqexport.solver.linear import SolvedRows, assembled, factor_of, solve_linear, solve_rows
 from lqexport.storage.artifact import StoredTensor
 
+LOOKED_UP = 0.1
+"""What an embedding that is also the output costs as an embedding: this share of the mean of the diagonal of its second
+moments as the output, for the squared error of its weights (docs/mlx.md)."""
+
 
 def solve_model(job: Job) -> None:
-    """Solves, packs and writes the linears that are not in the artifact yet, the output last."""
+    """Solves, packs and writes the linears that are not in the artifact yet, the output last.
+
+    An output that is the embedding comes first, since the blocks are solved on what it gives.
+    """
+    if job.head_is_embedding:
+        _finish_head(job)
+        job.processes.wait()
     unfinished = job.processes.from_first([name for name in job.linears if name not in job.artifact])
     if job.calibration is None:
         _begin_solving(job)
@@ -42,6 +53,12 @@ def solve_model(job: Job) -> None:
     elif unfinished:
         _solve_blocks(job)
     job.artifact.settle()
+    if not job.head_is_embedding:
+        _finish_head(job)
+
+
+def _finish_head(job: Job) -> None:
+    """Solves, packs and writes the output, if the solver works on it and it is not in the artifact yet."""
     if job.head and job.processes.from_first(job.head.name not in job.artifact):
         _solve_head(job, job.head)
         job.artifact.settle()
@@ -116,7 +133,10 @@ def _solve_head(job: Job, head: PlannedTensor) -> None:
     if job.processes.first:
         has_own_weight = head.name in job.source.names() and not is_tied(job.source.config)
         weight = job.source.read(head.name if has_own_weight else job.architecture.embedding)
-        _solve(job, head, weight, moments.hessian() if calibrated else None, share=1.0)
+        hessian = moments.hessian() if calibrated else None
+        if hessian is not None and job.head_is_embedding:
+            hessian = hessian + LOOKED_UP * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
+        _solve(job, head, weight, hessian, share=1.0)
 
 
 @dataclass(frozen=True)

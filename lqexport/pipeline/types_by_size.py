@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.calibration.collect import final_states
+from lqexport.calibration.moments import SecondMoments
+from lqexport.converters.mlx.types import same_groups
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import AGAIN, well_formed
 from lqexport.models.blocks import BlockModel
@@ -87,8 +89,9 @@ def _measured_choice(job: Job) -> dict[str, Any]:
         measure_linears(job, measured, linears, "Measuring types", losses_of)
     outer = job.processes.share_of([name for name in missing if name not in job.linears])
     job.listener.stage("Measuring embedding and output", len(outer))
+    settings = job.recipe.solver_settings if job.head else None
     measure_outer(
-        job.source, {name: choices[name] for name in outer}, job.sequences, job.device, measured, job.listener
+        job.source, {name: choices[name] for name in outer}, job.sequences, job.device, measured, job.listener, settings
     )
     job.processes.wait()
     losses = measured.losses()
@@ -105,6 +108,8 @@ def choices_of(tensor: PlannedTensor) -> tuple[str, ...]:
     if len(tensor.shape) == 1:
         return (tensor.codec_name,)
     columns = tensor.shape[1]
+    if tensor.codec_name.startswith("mlx:"):
+        return same_groups(tensor.codec_name)
     if columns % 32:
         return (tensor.codec_name,)
     if columns % 256:
@@ -151,21 +156,33 @@ class _Replaced:
 
 def measure_outer(
     source: Weights, choices: dict[str, tuple[str, ...]], tokens: Tensor, device: torch.device,
-    measured: MeasuredLosses, listener: Listener,
+    measured: MeasuredLosses, listener: Listener, settings: SolverSettings | None = None,
 ) -> None:  # fmt: skip
-    """Measures the mean KL divergence if the embedding or the output alone is rounded to each of its codecs.
+    """Measures the mean KL divergence if the embedding or the output alone is stored in each of its codecs.
 
-    choices   tensor name to codec names
-    tokens    int64 [samples, length], of which the first few are used
+    choices    tensor name to codec names
+    tokens     int64 [samples, length], of which the first few are used
+    settings   of the solver, if it works on the output; None if both tensors are rounded
     """
     if not choices:
         return
     original, tokens = BlockModel(source, device), tokens[:SEQUENCES]
     states = final_states(original, tokens)
+    head = (
+        original.architecture.output
+        if original.architecture.output in source.names()
+        else original.architecture.embedding
+    )
+    hessian = _output_moments(original, states) if settings and head in choices else None
     for name, codec_names in choices.items():
         losses = {}
         for codec_name in codec_names:
-            changed = BlockModel(_Replaced(source, round_tensor(name, source.read(name), codec_name)), device)
+            weight = source.read(name)
+            if hessian is not None and settings is not None and name == head:
+                stored = solve_linear(name, weight, hessian, codec_name, replace(settings, descent=0))
+            else:
+                stored = round_tensor(name, weight, codec_name)
+            changed = BlockModel(_Replaced(source, stored), device)
             # The states do not depend on an output that has weights of its own.
             changed_states = states if name == original.architecture.output else final_states(changed, tokens)
             pairs = zip(states, changed_states, strict=True)
@@ -173,6 +190,14 @@ def measure_outer(
             losses[codec_name] = max(0.0, sum(divergences) / len(divergences))
         measured.add(name, losses)
         listener.advance(1)
+
+
+def _output_moments(model: BlockModel, states: list[Tensor]) -> Tensor:
+    """Returns the normalized second moments of the output layer's inputs, from the states after the last block."""
+    moments = SecondMoments(states[0].shape[-1], "normalized", model.device)
+    for state in states:
+        moments.add(model.normed(state[None].to(model.device)))
+    return moments.hessian()
 
 
 def _kl(theirs: Tensor, ours: Tensor) -> float:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from lqexport.converters.exl2.plan import check_corrections, plan_exl2
 from lqexport.converters.factors import planned_factors
 from lqexport.converters.folders.gptq import plan_gptq
+from lqexport.converters.mlx.plan import plan_mlx
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_linear
 from lqexport.converters.plan import PlannedTensor
@@ -82,6 +83,9 @@ def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None)
             check_corrections(source.config)
         return plan_exl2(source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits, fallback=recipe.fallback)
     types = (chosen or {}) | recipe.types_by_pattern()
+    if target.family == "mlx":
+        return plan_mlx(target, source.config, shapes, embedding_type=recipe.embedding_type,
+                        output_type=recipe.output_type, types_by_name=types, fallback=recipe.fallback)  # fmt: skip
     embedding, output = outer_types(source, target)
     return plan(target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
                 output_type=recipe.output_type or output, types=types, fallback=recipe.fallback,

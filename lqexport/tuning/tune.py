@@ -31,9 +31,9 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.calibration.collect import embed_batches, final_states
 from lqexport.errors import AGAIN
-from lqexport.formats.codec import Grid, PlainCodec, Sections
+from lqexport.formats.codec import Grid, PlainCodec, Rounding, Sections
 from lqexport.formats.registry import codec_named
-from lqexport.grids.grid import TensorGrid, round_half
+from lqexport.grids.grid import Numbers, TensorGrid, round_half
 from lqexport.grids.sections import TensorSections
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener
@@ -109,7 +109,15 @@ def tuned_values(grid: TensorGrid | TensorSections, codes: Tensor, new: State) -
     """Returns the grid's values with other numbers. The values have gradients with respect to these numbers."""
     if isinstance(grid, TensorSections):
         return grid.with_numbers(new["sections"]).straight_through(codes)
-    return with_numbers(grid, new).values(codes)
+    moved = with_numbers(grid, new)
+    if not grid.rounding.by_steps:
+        return moved.values(codes)
+    return _straight_through(replace(moved, rounding=Rounding.NONE).values(codes), moved.values(codes))
+
+
+def _straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
+    """Returns rounded values whose gradient is that of the exact ones."""
+    return exact + (rounded - exact).detach()
 
 
 def _handing_on(decode: Decoder, dtype: torch.dtype) -> Tensor:
@@ -188,7 +196,22 @@ class Tuner:
         moved = {}
         for number, base in values.items():
             moved[number] = base + _unit(number, base) * self.deltas[f"{name}/{number}"].to(base.device)
+            if f"{name}/{number}" in self._bfloats:
+                # Of a bfloat16's 8 bits, the steps of tuning are not many: the loss is that of the stored number.
+                moved[number] = _straight_through(moved[number], moved[number].bfloat16().float())
         return moved
+
+    @cached_property
+    def _bfloats(self) -> frozenset[str]:
+        """The keys of the tuned numbers that the file stores in bfloat16."""
+        bfloats = set()
+        for key in self.deltas:
+            name, _, number = key.rpartition("/")
+            stored = getattr(self.tensors[name].grid, number, None)
+            vector = number == "vector" and self.artifact.read(name).codec_name == "gguf:BF16"
+            if vector or (isinstance(stored, Numbers) and stored.format.bfloat):
+                bfloats.add(key)
+        return frozenset(bfloats)
 
     def _decoder(self, name: str) -> Decoder:
         """Loads a tensor and returns its decoder, with the low-rank correction added if there is one."""
@@ -349,7 +372,8 @@ class Tuner:
         new: State = {}
         for name in sorted({key.rpartition("/")[0] for key in self.deltas}):
             for number, values in self._moved(name, self._numbers(name)).items():
-                values = values.detach() if number == "vector" else round_half(values.detach())
+                exact = number == "vector" or f"{name}/{number}" in self._bfloats
+                values = values.detach() if exact else round_half(values.detach())
                 new[f"{name}/{number}"] = values.cpu()
         return new
 

@@ -6,7 +6,7 @@ import shlex
 
 LLAMA_CPP = "With [llama.cpp](https://github.com/ggml-org/llama.cpp):"
 INSTALL = "https://github.com/lqexport/lqexport"
-LIBRARIES = {"gguf": "gguf", "exl2": "exllamav2", "gptq": "transformers", "native": "transformers"}
+LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "exl2": "exllamav2", "gptq": "transformers", "native": "transformers"}
 """Family of a target -> the library that loads it, by the name that the hub has for it."""
 
 
@@ -26,6 +26,8 @@ def commands(name: str, family: str, adapter: str | None = None, *, encoder: boo
     if family == "gptq":
         lora = f" --enable-lora --lora-modules corrected={shlex.quote(adapter)}" if adapter else ""
         return [f"vllm serve {path}{lora}"]
+    if family == "mlx":
+        return [f"mlx_lm.chat --model {path}", f"mlx_lm.generate --model {path} --prompt Hello"]
     if family == "exl2":
         return [f"python test_inference.py -m {path} -p Hello  # of exllamav2"]
     return [f"python examples/generate.py {path} Hello  # of lqexport"]
@@ -47,6 +49,8 @@ def card_lines(name: str, family: str, adapter: str | None = None, *, encoder: b
         ]  # fmt: skip
     if family == "gptq":
         return ["With vLLM, or with transformers and GPTQModel:", "", *block]
+    if family == "mlx":
+        return ["With [mlx-lm](https://github.com/ml-explore/mlx-lm), or in LM Studio:", "", *block]
     if family == "exl2":
         return ["With ExLlamaV2, and what builds on it, such as TabbyAPI:", "", *block]
     lines = [f"    import lqexport  # {INSTALL}", f"    model = lqexport.load({name!r}, device_map='auto')"]

@@ -1,0 +1,1 @@
+"""Folders for mlx-lm: which models it runs, the plan, the writer, the reader."""

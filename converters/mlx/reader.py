@@ -1,0 +1,61 @@
+"""Reads a folder of mlx-lm: one that lqexport wrote, or another of a model whose tensors have the same names."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from lqexport.converters.folders.folder_model import FolderModel
+from lqexport.converters.mlx.types import PLAIN, of_settings
+from lqexport.errors import UserError
+from lqexport.formats.codec import Planes
+from lqexport.formats.registry import codec_named
+
+PARTS = ("scales", "biases")
+PLAIN_CODECS = {torch.bfloat16: PLAIN[False], torch.float16: PLAIN[True]}
+
+
+class MlxModel(FolderModel):
+    """A model in an MLX folder. A tensor's codec follows from `quantization` of config.json."""
+
+    container, reader, framework = "MLX folder", "mlx-lm", "pt"
+    parts = PARTS
+
+    def codec_name(self, name: str) -> str:
+        if self._is_packed(name):
+            return super().codec_name(name)
+        return self._plain_codec(name, self.stored[self.stored_names(name)[0]])
+
+    def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        if self._is_packed(name):
+            return super().planes(name)
+        plain = self.stored[self.stored_names(name)[0]].contiguous()
+        matrix = plain.reshape(1, -1) if plain.dim() == 1 else plain
+        return self._plain_codec(name, plain), {"blocks": matrix.view(torch.uint8).numpy()}, tuple(plain.shape)
+
+    def packed_shape(self, key: str) -> tuple[int, int]:
+        rows, groups = self.stored.shape(f"{key}.scales")
+        return rows, groups * codec_named(self.packed_codec(key)).block
+
+    def packed_codec(self, key: str) -> str:
+        quantization = self.config.get("quantization") or {}
+        of_module = quantization.get(key)
+        if not isinstance(of_module, dict):
+            of_module = {name: quantization[name] for name in ("group_size", "bits", "mode") if name in quantization}
+        return of_settings(of_module, self.stored[f"{key}.scales"].dtype == torch.float16)
+
+    def packed_planes(self, key: str) -> Planes:
+        numbers = np.float16 if self.packed_codec(key).endswith("-f16") else np.uint16
+        stored = {part: self.stored[f"{key}.{part}"].contiguous() for part in ("weight", *PARTS)}
+        planes = {part: stored[part].view(torch.uint8).numpy().view(numbers) for part in PARTS}
+        return {"weight": stored["weight"].view(torch.uint8).numpy().view(np.uint32)} | planes
+
+    def _plain_codec(self, name: str, plain: torch.Tensor) -> str:
+        if plain.dtype not in PLAIN_CODECS:
+            raise UserError(f"{self.folder}: {name} is {plain.dtype}, not bfloat16 or float16.")
+        return PLAIN_CODECS[plain.dtype]
+
+    def _is_packed(self, name: str) -> bool:
+        if name not in self._names:
+            raise UserError(f"{self.folder} has no tensor {name}.")
+        return f"{self.stored_names(name)[0].removesuffix('.weight')}.scales" in self.stored

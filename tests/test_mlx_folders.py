@@ -1,0 +1,206 @@
+"""MLX folders, from `quantize` to `verify`, and beside mlx-lm where it is installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from typer.testing import CliRunner
+
+from lqexport.cli.app import app
+from lqexport.converters.folders import shards
+from lqexport.converters.mlx import writer
+from lqexport.converters.mlx.reader import MlxModel
+from lqexport.errors import UserError
+from lqexport.models.inspect import inspect
+from lqexport.models.source import open_source
+from lqexport.models.written import open_export
+from lqexport.pipeline.quantize import quantize
+from lqexport.planning.recipe_plan import plan_recipe
+from lqexport.recipe import Recipe
+from lqexport.storage.artifact import Artifact, decoded
+from lqexport.target import Target
+from lqexport.verification.verifying import verify
+
+Q_PROJ, EMBEDDING = "model.layers.1.self_attn.q_proj", "model.embed_tokens.weight"
+
+
+@pytest.fixture(scope="module")
+def source(smaller_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The smaller model in bfloat16, with its output tied to the embedding."""
+    folder = tmp_path_factory.mktemp("mlx") / "source"
+    return retyped(smaller_model, folder, torch.bfloat16, tied=True)
+
+
+def retyped(model: Path, folder: Path, dtype: torch.dtype, tied: bool) -> Path:
+    """Copies a model in another dtype; `tied` says whether its output is its embedding."""
+    folder.mkdir()
+    for path in model.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    state = {name: tensor.to(dtype) for name, tensor in state.items() if not (tied and name == "lm_head.weight")}
+    safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"dtype": str(dtype).removeprefix("torch."), "tie_word_embeddings": tied}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def recipe_of(source: Path, text: Path, **options: Any) -> Recipe:
+    usual = {"target": "mlx:3-g64", "samples": 4, "sequence_length": 32, "descent": 1, "tune": 0}
+    return Recipe(str(source), calibration=str(text), **usual | options)
+
+
+@pytest.fixture(scope="module")
+def artifact(source: Path, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    """A bfloat16 model with down projections of 6 bits, the rest of 3."""
+    folder = tmp_path_factory.mktemp("mlx") / "artifact"
+    quantize(recipe_of(source, text, types=["*.down_proj.weight=mlx:6-g32"]), folder)
+    return Artifact(folder)
+
+
+@pytest.fixture(scope="module")
+def folder(artifact: Artifact, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mlx") / "written"
+    writer.write(artifact, folder)
+    return folder
+
+
+def test_the_folder_decodes_to_the_artifact(artifact: Artifact, folder: Path) -> None:
+    model = open_export(folder)
+    assert model.names() == list(artifact.manifest())
+    for name in model.names():
+        stored = artifact.read(name)
+        assert np.array_equal(model.read(name).numpy(), decoded(stored))
+        assert model.planes(name)[0] == stored.codec_name
+    assert {entry.type for entry in inspect(folder).entries} == {"mlx:3-g64", "mlx:6-g32", "gguf:BF16"}
+
+
+def test_config_json_says_what_mlx_lm_needs(folder: Path, artifact: Artifact) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    usual = {"group_size": 64, "bits": 3, "mode": "affine"}
+    assert usual.items() <= config["quantization"].items()
+    apart = {name: entry for name, entry in config["quantization"].items() if name not in usual}
+    assert set(apart) == {name.removesuffix(".weight") for name in artifact.manifest() if "down_proj" in name}
+    assert all(entry == {"group_size": 32, "bits": 6, "mode": "affine"} for entry in apart.values())
+    assert config["quantization"] == config["quantization_config"]
+    assert config["tie_word_embeddings"] is True
+    assert config["rope_theta"] == 10000.0
+    assert config["rope_scaling"] is None
+
+
+def test_the_embedding_that_is_the_output_is_solved(artifact: Artifact) -> None:
+    """Its facts are those of a linear, and the blocks are solved on what it gives."""
+    assert artifact.read(EMBEDDING).facts["relative_error"] < 0.5
+    assert "loss" in artifact.read(f"{Q_PROJ}.weight").facts
+
+
+def test_verify_passes_the_folder(folder: Path, source: Path, artifact: Artifact) -> None:
+    result = verify(folder, str(source), windows=1, artifact=artifact.folder, device="cpu")
+    assert not result.failed
+    assert all(tensor.same_bytes for tensor in result.tensors)
+    assert result.family == "mlx"
+
+
+def test_shards_have_an_index(artifact: Artifact, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "SHARD_BYTES", 20_000)
+    writer.write(artifact, tmp_path / "written")
+    index = json.loads((tmp_path / "written" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 1
+    assert f"{Q_PROJ}.biases" in index["weight_map"]
+    assert np.array_equal(open_export(tmp_path / "written").read(EMBEDDING), decoded(artifact.read(EMBEDDING)))
+
+
+def test_float16_models_have_float16_scales(smaller_model: Path, text: Path, tmp_path: Path) -> None:
+    """Its output has weights of its own; the solver works on them, and the embedding is rounded."""
+    source = retyped(smaller_model, tmp_path / "source", torch.float16, tied=False)
+    quantize(recipe_of(source, text, target="mlx:4-g64"), tmp_path / "out")
+    writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
+    stored = safetensors.torch.load_file(tmp_path / "written" / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.uint32, torch.float16}
+    manifest = Artifact(tmp_path / "out").manifest()
+    assert {entry["codec"] for entry in manifest.values()} == {"mlx:4-g64-f16", "mlx:4-g32-f16", "gguf:F16"}
+    assert "loss" in Artifact(tmp_path / "out").read("lm_head.weight").facts
+    assert "loss" not in Artifact(tmp_path / "out").read(EMBEDDING).facts
+
+
+def test_types_by_size_keep_within_it(source: Path, text: Path, tmp_path: Path) -> None:
+    report = quantize(recipe_of(source, text, target="mlx:auto", size="4.5bpw", samples=2), tmp_path / "out")
+    assert report["budget"]["tensor_bytes"] <= report["budget"]["limit_bytes"]
+    codecs = {tensor["codec"] for tensor in report["tensors"]} - {"gguf:BF16"}
+    assert len(codecs) > 1
+    assert all(codec.startswith("mlx:") for codec in codecs)
+    writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
+    assert open_export(tmp_path / "written").names() == list(Artifact(tmp_path / "out").manifest())
+
+
+def test_tuning_moves_bfloat16_numbers(source: Path, text: Path, tmp_path: Path) -> None:
+    report = quantize(recipe_of(source, text, target="mlx:2-g32", tune=8, tune_rate=0.02), tmp_path / "out")
+    assert report["tuning"]["kept"]
+    tuned = Artifact(tmp_path / "out").read(f"{Q_PROJ}.weight")
+    assert tuned.facts["tuned"]
+    writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
+    assert np.array_equal(open_export(tmp_path / "written").read(f"{Q_PROJ}.weight").numpy(), decoded(tuned))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target": "mlx:7-g64"}, "Unknown target 'mlx:7-g64'"),
+        ({"target": "mlx:4-g64-f16"}, "Unknown target"),
+        ({"types": ["*.down_proj.weight=Q4_K"]}, "MLX has no type gguf:Q4_K"),
+        ({"embedding_type": "gguf:Q8_0"}, "MLX has no type gguf:Q8_0"),
+        ({"types": ["*.no_such=mlx:4-g64"]}, "No matrix of the model"),
+        ({"target": "mlx:4-g128", "fallback": False}, "mlx:4-g128 cannot hold"),
+    ],
+)
+def test_wrong_targets_and_types_are_refused(options: dict[str, Any], message: str, source: Path, text: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        plan_recipe(open_source(str(source)), recipe_of(source, text, **options))
+
+
+def test_widths_that_no_group_divides_take_smaller_groups(source: Path, text: Path) -> None:
+    planned = plan_recipe(open_source(str(source)), recipe_of(source, text, target="mlx:4-g128"))
+    fallen = {tensor.codec_name for tensor in planned if tensor.reason}
+    assert fallen
+    assert fallen <= {"mlx:4-g64", "mlx:4-g32"}
+
+
+def test_other_artifacts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
+    quantize(Recipe(str(tiny_model), "gguf:Q8_0", method="rtn"), tmp_path / "out")
+    with pytest.raises(UserError, match="cannot become an MLX folder by moving bytes"):
+        writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"bits": 7}, "No format of MLX"), ({"bits": 4}, "damaged|rightly|must be"), ({"mode": "mxfp4"}, "No format")],
+)
+def test_a_folder_whose_settings_are_wrong_is_refused(
+    change: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        open_export(tmp_path).read(f"{Q_PROJ}.weight")
+
+
+def test_the_command_line_goes_the_whole_way(artifact: Artifact, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["to-mlx", str(artifact.folder), str(tmp_path / "written")])
+    assert result.exit_code == 0, result.output
+    assert "lqexport verify" in result.output
+    assert MlxModel(tmp_path / "written").names() == list(artifact.manifest())
+
+
+def test_targets_are_spelled_in_small_letters() -> None:
+    assert str(Target.parse("MLX:4-G64")) == "mlx:4-g64"
+    assert Target.parse("mlx:auto").is_auto
+    assert (Target.parse("mlx:4-g64").bits, Target.parse("mlx:mxfp8").bits, Target.parse("exl2").bits) == (4, 8, None)
