@@ -31,7 +31,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.calibration.collect import embed_batches, final_states
 from lqexport.errors import AGAIN
-from lqexport.formats.codec import Grid, PlainCodec, Rounding, Sections
+from lqexport.formats.codec import BFLOAT16, Grid, PlainCodec, Rounding, Sections
 from lqexport.formats.registry import codec_named
 from lqexport.grids.grid import Numbers, TensorGrid, round_half
 from lqexport.grids.sections import TensorSections
@@ -209,7 +209,7 @@ class Tuner:
             name, _, number = key.rpartition("/")
             stored = getattr(self.tensors[name].grid, number, None)
             vector = number == "vector" and self.artifact.read(name).codec_name == "gguf:BF16"
-            if vector or (isinstance(stored, Numbers) and stored.format.bfloat):
+            if vector or (isinstance(stored, Numbers) and stored.format.floats == BFLOAT16):
                 bfloats.add(key)
         return frozenset(bfloats)
 
