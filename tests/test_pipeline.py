@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,12 +16,13 @@ import torch
 
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
+from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
-from lqexport.pipeline import prepare, solve_model
+from lqexport.pipeline import kept_states, prepare, sequential, solve_model
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage import files
-from lqexport.storage.artifact import Artifact
+from lqexport.storage.artifact import Artifact, StoredTensor
 
 
 @pytest.fixture
@@ -83,6 +85,7 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
 ) -> None:
     """The run is stopped before various of the files that it writes."""
     recipe = changed(recipe, **options)
+    monkeypatch.setattr(kept_states, "SECONDS", 0.0)
     replace, writes_left = Path.replace, [10_000]
 
     def until(self: Path, target: Path) -> Path:
@@ -102,6 +105,50 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
         writes_left[0] = 10_000
         quantize(recipe, tmp_path / str(stop))
         assert contents(tmp_path / str(stop)) == expected
+
+
+@pytest.mark.parametrize("asymmetric", [False, True])
+def test_a_resumed_run_begins_at_the_last_block_whose_inputs_are_kept(
+    recipe: Recipe, asymmetric: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = changed(recipe, prefix="quantized", asymmetric=asymmetric, tune=0)
+    quantize(recipe, tmp_path / "whole")
+    monkeypatch.setattr(kept_states, "SECONDS", 0.0)
+    run_blocks, first_group = [], "model.layers.1.self_attn.q_proj.weight"
+    block, write = BlockModel.block, Artifact.write_behind
+
+    def noted(self: BlockModel, index: int, *arguments: object) -> torch.nn.Module:
+        run_blocks.append(index)
+        return block(self, index, *arguments)
+
+    def until_second_block(self: Artifact, tensor: StoredTensor) -> None:
+        if tensor.name == first_group:
+            raise KeyboardInterrupt
+        write(self, tensor)
+
+    monkeypatch.setattr(BlockModel, "block", noted)
+    monkeypatch.setattr(Artifact, "write_behind", until_second_block)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out" / "work" / "prefix").iterdir()} == {"1"}
+    damaged = shutil.copytree(tmp_path / "out", tmp_path / "damaged") / "work" / "prefix" / "1" / "0.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    monkeypatch.setattr(Artifact, "write_behind", write)
+    run_blocks.clear()
+    quantize(recipe, tmp_path / "out")
+    assert run_blocks == [1] * (1 + asymmetric)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    with pytest.raises(UserError, match=r"0\.safetensors is not as it was written"):
+        quantize(recipe, tmp_path / "damaged")
+
+
+def test_hidden_states_are_not_kept_on_a_disk_without_room(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kept_states, "SECONDS", 0.0)
+    monkeypatch.setattr(kept_states.KeptStates, "write", None)
+    monkeypatch.setattr(sequential.shutil, "disk_usage", lambda _: SimpleNamespace(free=4 * 6 * 64 * 256))
+    quantize(changed(recipe, prefix="quantized", tune=0), tmp_path / "out")
 
 
 def test_killed_outright_resumes_to_the_same_bytes(tiny_model: Path, text: Path, load_script, tmp_path: Path) -> None:

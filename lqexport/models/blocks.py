@@ -230,9 +230,12 @@ class BlockModel:
                 block.get_submodule(name).register_forward_pre_hook(_rounded_by(self.rounding))
         return block
 
-    def blocks(self) -> Iterator[tuple[int, nn.Module]]:
-        """Yields (index, block) for every block with its weights. A block's weights are dropped before the next one."""
-        for index in range(len(self)):
+    def blocks(self, first: int = 0) -> Iterator[tuple[int, nn.Module]]:
+        """Yields (index, block) for every block from `first` on, with its weights.
+
+        A block's weights are dropped before the next one.
+        """
+        for index in range(first, len(self)):
             block = self.block(index)
             yield index, block
             _empty(block)

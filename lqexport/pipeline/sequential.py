@@ -7,6 +7,7 @@ calibration the full-precision model runs beside the quantized one, and says wha
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate, groupby, islice, repeat
@@ -21,6 +22,7 @@ from lqexport.calibration.moments import Group, SecondMoments
 from lqexport.calibration.paused import PausedBlock, execution_order
 from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.pipeline.job import Job
+from lqexport.pipeline.kept_states import KeptStates
 from lqexport.pipeline.second_moments import token_weights
 from lqexport.runtime.tiles import dealt
 from lqexport.solver.cholesky import CholeskyFactor
@@ -68,10 +70,11 @@ class Sequential:
     def groups(self) -> Iterator[Iterator[Problem]]:
         """Yields the problems of every group that has unfinished linears."""
         self._start()
-        originals = (block for _, block in self.model.blocks()) if self.recipe.asymmetric else repeat(None)
+        first, end = self.first_block, self.end
+        originals = (block for _, block in self.model.blocks(first)) if self.recipe.asymmetric else repeat(None)
         # A block that `blocks` has yielded is gone when the next one is loaded.
-        pairs = zip(self.model.blocks(), originals, strict=False)
-        for (index, block), original in islice(pairs, self._unfinished_blocks()):
+        pairs = zip(self.model.blocks(first), originals, strict=False)
+        for (index, block), original in islice(pairs, end - first):
             self.model.expect(index + 1)
             groups = self._ordered(index, block)
             self.quantized = self._paused(block, groups, self.inputs)
@@ -89,6 +92,8 @@ class Sequential:
             self._finish(self.quantized, self.inputs)
             if self.original is not None:
                 self._finish(self.original, self.full)
+            if index + 1 < end:
+                self._keep_states(index + 1)
 
     def _ordered(self, index: int, block: nn.Module) -> list[Group]:
         """Returns the groups of a block in the order in which it computes them."""
@@ -104,16 +109,32 @@ class Sequential:
         return PausedBlock(self.model, block, groups, last, hidden, self.held)
 
     def _start(self) -> None:
-        """Embeds this process's share of the calibration sequences."""
+        """Embeds this process's share of the calibration sequences, or reads what an earlier run kept of them."""
         self.weights = token_weights(self.job, self.model) if self.job.moments_type == "guided" else {}
         self.begin()
         shards = sharded(self.job.sequences)
         self.rounds = list(self.processes.rounds(len(shards)))
         numbered = list(enumerate(batch for shard in shards for batch in shard))
         ends = list(accumulate(map(len, shards), initial=0))
-        self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.processes.share_of(range(len(shards)))]
+        self.shard_numbers = self.processes.share_of(range(len(shards)))
+        self.shards = [numbered[ends[i] : ends[i + 1]] for i in self.shard_numbers]
         self.keep = self.job.placement.hidden.keep
         self.held = self.job.placement.held // max(1, max(ids.numel() for _, ids in numbered))
+        self.kept = KeptStates(self.job.work_folder / "prefix", len(shards))
+        most, self.end = self.processes.from_first(self._unfinished_blocks())
+        self.first_block = self.processes.from_first(self.kept.last(most))
+        self.inputs: dict[int, Tensor] = {}
+        self.full: dict[int, Tensor] = {}
+        if self.first_block:
+            self._read_states()
+        else:
+            self._embed()
+        self.lengths = [ids.numel() for _, ids in numbered]
+        # The block adds the outputs of these two linears to its hidden states: attention's first, then the MLP's.
+        self.first, self.last = self.model.architecture.adders
+
+    def _embed(self) -> None:
+        """Embeds this process's share of the calibration sequences, for both models."""
         self.full = self._started(self.model)
         self.inputs = dict(self.full)
         if self.recipe.parsed_target.quantizes_embedding:
@@ -121,9 +142,8 @@ class Sequential:
             self.inputs = self._started(
                 self.job.model_of(SolvedModel(self.job.artifact, self.job.source.config, names))
             )
-        self.lengths = [ids.numel() for _, ids in numbered]
-        # The block adds the outputs of these two linears to its hidden states: attention's first, then the MLP's.
-        self.first, self.last = self.model.architecture.adders
+        if not self.recipe.asymmetric:
+            self.full.clear()
 
     def _started(self, model: BlockModel) -> dict[int, Tensor]:
         """Returns what enters the first block for each batch of this process, with a model's embedding."""
@@ -131,11 +151,46 @@ class Sequential:
         model.let_go()
         return hidden
 
-    def _unfinished_blocks(self) -> int:
-        """Returns the number of blocks up to the last one that has an unfinished linear."""
+    def _unfinished_blocks(self) -> tuple[int, int]:
+        """Returns the first block that has an unfinished linear, and the number of blocks up to the last one."""
         job, groups = self.job, self.model.architecture.linears_of
-        counts = (i + 1 for i in range(len(self.model)) for group in groups(i) if job.unfinished(self.model, i, group))
-        return self.processes.from_first(max(counts, default=0))
+        blocks = [i for i in range(len(self.model)) for group in groups(i) if job.unfinished(self.model, i, group)]
+        return (blocks[0], blocks[-1] + 1) if blocks else (0, 0)
+
+    def _states(self) -> dict[str, dict[int, Tensor]]:
+        """The hidden states between blocks, by model and batch."""
+        return {"quantized": self.inputs, "full": self.full} if self.recipe.asymmetric else {"quantized": self.inputs}
+
+    def _keep_states(self, index: int) -> None:
+        """Keeps the inputs of block `index`, where a resumed run then begins, if it is time to.
+
+        It does not where the disk would lack the room for them and for what is still to be written.
+        """
+        if not self.processes.from_first(self.kept.is_due()):
+            return
+        states, job = self._states(), self.job
+        own_bytes = sum(tensor.nbytes for tensors in states.values() for tensor in tensors.values())
+        unwritten = sum(tensor.nbytes for tensor in job.planned if tensor.name not in job.artifact)
+        needed = sum(self.processes.gathered(own_bytes)) + unwritten
+        if not self.processes.from_first(shutil.disk_usage(job.artifact.folder).free >= needed):
+            return
+        for shard, batches in zip(self.shard_numbers, self.shards, strict=True):
+            keys = [(model, number) for model in states for number, _ in batches]
+            self.kept.write(index, shard, {_state_name(*key): states[key[0]][key[1]] for key in keys})
+        self.processes.wait()
+        if self.processes.first:
+            self.kept.leave_only(index)
+
+    def _read_states(self) -> None:
+        """Reads this process's share of the hidden states that an earlier run kept."""
+        for shard, batches in zip(self.shard_numbers, self.shards, strict=True):
+            named = self.kept.read(self.first_block, shard)
+            for model, tensors in self._states().items():
+                tensors.update((number, self.keep(named[_state_name(model, number)])) for number, _ in batches)
+        # So that the model knows the blocks' other arguments, such as positions.
+        for ids in {ids.shape: ids for batches in self.shards for _, ids in batches}.values():
+            self.model.start(ids)
+        self.model.let_go()
 
     def _finish(self, block: PausedBlock, states: dict[int, Tensor]) -> None:
         """Replaces hidden states by the block's outputs."""
@@ -241,3 +296,8 @@ class Sequential:
         """Gives a linear of the block the weights that the file decodes to."""
         values, correction = values_of(self.job.artifact.read(name)), stored_correction(self.job.artifact, name)
         linear.weight.data = (values if correction is None else values + correction).to(linear.weight)
+
+
+def _state_name(model: str, number: int) -> str:
+    """Returns how a batch's hidden states in one of the two models are called in the files that keep them."""
+    return f"{model}-{number:06}"

@@ -2,8 +2,9 @@
 
 The inputs come from the full-precision blocks before (prefix full), and then linears are independent of each other
 (`lqexport.calibration.collect`). Or they come from the quantized blocks before (prefix quantized, see
-`lqexport.pipeline.sequential`). A finished linear is never solved again: a resumed run repeats the passes, which give
-the same bits, and reads the finished linears. Several processes solve different linears.
+`lqexport.pipeline.sequential`). A finished linear is never solved again: a resumed run repeats the passes from the last
+block whose inputs were kept, which gives the same bits, and reads the finished linears. Several processes solve
+different linears.
 """
 
 from __future__ import annotations

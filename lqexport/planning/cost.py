@@ -211,6 +211,8 @@ def disk(work: Work, parts: int = 1) -> Disk:
         return Disk(artifact, 0, source, artifact)
     states = 4 * work.tokens * work.states * work.blocks
     kept = states + 8 * work.tokens * work.states if work.guided else 0
+    if work.recipe.prefix == "quantized":  # the inputs of one block while those of the next one are written
+        kept += 8 * work.tokens * work.states * (1 + bool(work.recipe.asymmetric))
     measured = work.blocks * moments_bytes(work) if work.recipe.size or work.recipe.bits else 0
     tuned = work.recipe.tuned_sequences
     rereads = 2 * tuned + 2 * HELD_OUT if tuned else 0

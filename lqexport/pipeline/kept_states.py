@@ -1,0 +1,68 @@
+"""Keeps the hidden states that enter a block in files, so that a stopped run goes on there instead of at the first one.
+
+With a quantized prefix every block depends on the blocks before it. Without these files a resumed run would pass
+through all of them again, in both models.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
+
+from lqexport.errors import AGAIN
+from lqexport.storage.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
+
+SECONDS = 60.0
+"""Hidden states are kept when so many seconds have passed since the last time: writing must not slow a run down whose
+blocks take a second each, and a stopped run then repeats passes of a minute's work."""
+
+
+class KeptStates:
+    """The hidden states of all sequences that enter one block, in a file for each shard of the sequences.
+
+    folder   gets a folder for each block whose inputs are kept, named by the block's index
+    shards   the number of shards
+    """
+
+    def __init__(self, folder: Path, shards: int) -> None:
+        self._folder, self._shards = folder, shards
+        self._since = time.monotonic()
+
+    def _path(self, index: int, shard: int) -> Path:
+        return self._folder / str(index) / f"{shard}.safetensors"
+
+    def _indices(self) -> list[int]:
+        return [int(entry.name) for entry in self._folder.iterdir()] if self._folder.is_dir() else []
+
+    def last(self, most: int) -> int:
+        """Returns the last block, `most` at most, whose inputs are kept for all shards; 0 if there is none."""
+        kept = (index for index in self._indices() if index <= most)
+        whole = (index for index in kept if all(self._path(index, shard).is_file() for shard in range(self._shards)))
+        return max(whole, default=0)
+
+    def is_due(self) -> bool:
+        """Returns whether it is time to keep hidden states again."""
+        return time.monotonic() - self._since >= SECONDS
+
+    def write(self, index: int, shard: int, states: dict[str, Tensor]) -> None:
+        """Keeps a shard's hidden states, by any names. Raises UserError if the disk is full."""
+        contiguous = {name: state.cpu().contiguous() for name, state in states.items()}
+        write_sealed(self._path(index, shard), safetensors.torch.save(contiguous, {"sha256": SEAL}))
+
+    def read(self, index: int, shard: int) -> dict[str, Tensor]:
+        """Returns what `write` kept. Raises UserError if the file is damaged."""
+        path = self._path(index, shard)
+        with open_tensors(path, "pt", AGAIN) as file:
+            check_sealed(path)
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+    def leave_only(self, index: int) -> None:
+        """Removes what is kept of other blocks, once all shards of block `index` are written."""
+        for other in self._indices():
+            if other != index:
+                shutil.rmtree(self._folder / str(other))
+        self._since = time.monotonic()
