@@ -136,7 +136,7 @@ def made(arguments: argparse.Namespace) -> Bench:
     source = open_source(arguments.model)
     tokenizer = source.tokenizer()
     tokens = load_calibration(
-        arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=128, seed=0
+        arguments.calibration, tokenizer, samples=arguments.samples, sequence_length=128, seed=0, encoder=True
     ).tokens
     moments = dict(gathered(source, tokens))
     chosen = sentences(read_text(arguments.evaluation).content, arguments.sentences)

@@ -79,6 +79,11 @@ def plan(
     _check_target(target)
     if target.family == "gguf":
         check_supported(architecture, config)
+    elif projections := [name for name in architecture.projections if name in kept]:
+        raise UserError(
+            f"A native folder has no place for {listed(projections)}, by which embeddings are multiplied. Choose a "
+            "GGUF type, such as gguf:Q4_0."
+        )
     overrides = _overrides(architecture, config, embedding_type, output_type)
     _check_types(types, kept)
     planned = []
@@ -216,7 +221,7 @@ def _wanted(
 def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:
     module = block_module(architecture, name)
     if module is None:
-        separate = name == architecture.embedding and not is_tied(config)
+        separate = name in architecture.projections or (name == architecture.embedding and not is_tied(config))
         return MIXES[mix] if separate else mix_output(mix, str(architecture.gguf), columns)
     experts = config.get(architecture.experts, 0) if architecture.experts else 0
     gguf_module = architecture.gguf_block[module[1]]
@@ -244,7 +249,7 @@ def _queries_per_key(architecture: Architecture, config: dict[str, Any]) -> int:
 
 def _outer(architecture: Architecture) -> tuple[str, ...]:
     """Returns the names of the matrices outside the blocks that are stored in fewer bits than norms."""
-    return (architecture.embedding, architecture.output, *architecture.tables)
+    return (architecture.embedding, architecture.output, *architecture.tables, *architecture.projections)
 
 
 def _is_plain(codec_name: str) -> bool:

@@ -128,7 +128,7 @@ def test_other_pooling_is_refused(modes: tuple[str, ...], bert: Path, tmp_path: 
 
 def test_windows_stand_between_the_special_tokens(bert: Path, text: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bert)
-    tokens = load_calibration(str(text), tokenizer, samples=5, sequence_length=20, seed=0).tokens
+    tokens = load_calibration(str(text), tokenizer, samples=5, sequence_length=20, seed=0, encoder=True).tokens
     assert tokens.shape == (5, 20)
     assert tokens[:, 0].tolist() == [tokenizer.cls_token_id] * 5
     assert tokens[:, -1].tolist() == [tokenizer.sep_token_id] * 5

@@ -13,6 +13,8 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES
 
 ROOT = Path(__file__).resolve().parent.parent
+ENCODERS = {"bert": "test_encoders.py", "gemma-embedding": "test_embedding_gemma.py"}
+"""GGUF architecture of an encoder -> the file with its tests."""
 COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "windows in GGUF", "EXL2", "tests")
 
 
@@ -46,9 +48,10 @@ def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
     if entry.gguf is None:
         return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2 is not None), "native"
     windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
-    windows = "-" if entry.period == 1 or entry.encoder else windows if entry.period else "context cut to one"
+    without = entry.period == 1 or (entry.encoder and entry.period is None)
+    windows = "-" if without else windows if entry.period else "context cut to one"
     windows = "any blocks" if entry.any_windows else windows
-    tests = "test_encoders.py" if entry.encoder else ", ".join(cases)
+    tests = ENCODERS[entry.gguf] if entry.encoder else ", ".join(cases)
     return entry.family, classes, f"`{entry.gguf}`", rope_types, windows, _yes(entry.exl2 is not None), tests
 
 

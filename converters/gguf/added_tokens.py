@@ -83,6 +83,11 @@ def named_texts(folder: Path) -> set[str]:
     return {token.text for token in _with_ids(folder)} | set(special_texts(folder))
 
 
+def named_special(folder: Path) -> set[str]:
+    """Returns those of `named_texts` that the files call special. A class of transformers may make others special."""
+    return {token.text for token in _with_ids(folder) if token.special} | set(special_texts(folder))
+
+
 def special_texts(folder: Path) -> list[str]:
     """Returns the texts of the special tokens that the tokenizer's files name, each once: by role, then the others."""
     files = [optional_json(folder / name) for name in _FILES]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.gguf.metadata import WINDOW_PERIOD, WINDOW_THETA
+from lqexport.converters.gguf.metadata import TOKEN_TYPES, WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.models.architecture import FIRST, FURTHER_COUNT, KEY_HEADS, MEAN, Architecture, Config
 from lqexport.converters.models.hf_defaults import default_of, default_rope
@@ -74,10 +74,10 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
     biased = {name.removesuffix(".bias") for name in present if name.endswith(".bias")}
     config |= {flag: any(name.endswith(module) for name in biased) for flag, module in architecture.flags.items()}
     config |= _windows(metadata, config)
-    if architecture.encoder:
+    if TOKEN_TYPES in architecture.gguf_top.values():
         config["type_vocab_size"] = metadata.values.get("tokenizer.ggml.token_type_count")
-        if config["pooling_type"] not in (MEAN, FIRST):
-            raise UserError(f"{metadata.source} pools in another way than by the mean or the first token.")
+    if architecture.encoder and config["pooling_type"] not in (MEAN, FIRST):
+        raise UserError(f"{metadata.source} pools in another way than by the mean or the first token.")
     if architecture.latent:
         config |= _latent_head_sizes(metadata, config)
     if architecture.latent or not architecture.free_heads:

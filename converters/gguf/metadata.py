@@ -30,6 +30,8 @@ from lqexport.target import Target
 QUANTIZATION_VERSION = 2  # GGML_QNT_VERSION
 _TYPE = re.compile(r"(?i)[-._ ](?:(?:UD-)?I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|BF16|FP?16|FP?32)$")
 """The end of a name that says how a file was quantized: `-Q4_K_M`."""
+TOKEN_TYPES = "token_types.weight"
+"""The GGUF tensor with an embedding for each type of token, which BERT has."""
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
@@ -63,7 +65,7 @@ def add_model(
     writer.add_key_length(head_dim(config))
     writer.add_value_length(config.get("v_head_dim") or head_dim(config))
     writer.add_vocab_size(vocabulary)
-    if architecture.encoder:
+    if TOKEN_TYPES in architecture.gguf_top.values():
         writer.add_token_type_count(_size(config, "type_vocab_size"))
     for key in architecture.keys:
         _add_key(writer, key, config)

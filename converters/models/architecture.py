@@ -190,9 +190,12 @@ class Architecture:
                 only a part of each head is rotated
     encoder     whether every token sees the whole text and there is no output layer: the model returns an embedding of
                 the text, made of the hidden states after the last block
+    pools_normed   whether an encoder's hidden states pass the final norm before they are pooled
+    projections    matrix by which an encoder multiplies the pooled hidden states, one after the other -> the keys of
+                config.json with its numbers of rows and of columns. A model has all of them or none
     adds        whether the outputs of attention and MLP are added to the hidden states unchanged
     wide_scale  the number of blocks of the one model whose queries llama.cpp divides by the root of hidden_size / heads
-                instead of the root of head_dim
+                instead of the root of head_dim; 0 where there is no such model, None where the scale is not checked
     """
 
     family: str
@@ -258,6 +261,8 @@ class Architecture:
     square_heads: bool = False
     latent: bool = False
     encoder: bool = False
+    pools_normed: bool = False
+    projections: dict[str, tuple[str, str]] = field(default_factory=dict)
     adds: bool = True
     wide_scale: int | None = None
     blocks: str = "model.layers"

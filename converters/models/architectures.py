@@ -16,7 +16,15 @@ from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B, FALCON_H1
-from lqexport.converters.models.families.gemma import GEMMA, GEMMA2, GEMMA3, GEMMA4, GEMMA4_E, GEMMA4_MOE
+from lqexport.converters.models.families.gemma import (
+    EMBEDDING_GEMMA,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GEMMA4,
+    GEMMA4_E,
+    GEMMA4_MOE,
+)
 from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import (
@@ -129,6 +137,7 @@ ARCHITECTURES = (
     MAMBA2,
     OPT,
     BERT,
+    EMBEDDING_GEMMA,
 )
 
 

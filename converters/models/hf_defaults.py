@@ -50,7 +50,8 @@ def filled_in(architecture: Architecture, config: Config) -> Config:
         return config
     made = _made(config_class, config)
     rotary = _missing_rotary(config, getattr(made, "rope_parameters", None) or {})
-    return config | {key: _value(made, name) for key, name in names.items()} | rotary
+    written = made.to_dict()  # some classes keep another value than config.json has: half a window in EmbeddingGemma
+    return config | {key: written.get(name, _value(made, name)) for key, name in names.items()} | rotary
 
 
 def _name_of(architecture: Architecture, values: Config, key: str) -> str:

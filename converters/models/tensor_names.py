@@ -41,7 +41,15 @@ def is_needed(architecture: Architecture, name: str) -> bool:
     """Whether every model of the architecture has a tensor, given that it has the block. The output counts as not."""
     module = block_module(architecture, name)
     is_lent = module is not None and module[1] in LENT
-    return not name.endswith(".bias") and not is_lent and name != architecture.output
+    return not name.endswith(".bias") and not is_lent and name not in (architecture.output, *architecture.projections)
+
+
+def projection_shapes(architecture: Architecture, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Returns name -> shape of the `projections` that a model has by its config.json."""
+    shapes = {
+        name: (config.get(rows), config.get(columns)) for name, (rows, columns) in architecture.projections.items()
+    }
+    return {name: (rows, columns) for name, (rows, columns) in shapes.items() if rows and columns}
 
 
 def block_module(architecture: Architecture, name: str) -> tuple[int, str, str] | None:

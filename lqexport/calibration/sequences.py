@@ -24,8 +24,8 @@ class Calibration:
     name          the text's name or file, as the user gave it
     sha256        SHA-256 of the whole text, in hexadecimal
     text_tokens   number of tokens in the whole text
-    bos           whether every sequence begins with the beginning-of-sequence token (an encoder's [CLS])
-    separator     whether every sequence ends with an encoder's [SEP]
+    bos           whether every sequence begins with the beginning-of-sequence token (BERT's [CLS])
+    separator     whether every sequence ends with an encoder's last token (BERT's [SEP])
     """
 
     tokens: torch.Tensor
@@ -49,14 +49,16 @@ class Calibration:
 
 
 def load_calibration(
-    name_or_file: str, tokenizer: Any, *, samples: int, sequence_length: int, seed: int
+    name_or_file: str, tokenizer: Any, *, samples: int, sequence_length: int, seed: int, encoder: bool = False
 ) -> Calibration:
     """Returns random windows of a text, each with the special tokens that the model sees when it runs.
 
     The text is tokenized once, without special tokens. If the tokenizer begins its output with a beginning-of-sequence
     token (Llama 2 and 3 do, SmolLM2 does not), each window begins with it and has `sequence_length - 1` tokens of text.
-    If it is an encoder's and puts a text between [CLS] and [SEP], each window stands between them, too. Other windows
-    are text alone.
+    An encoder's windows stand between the tokens that its tokenizer puts around a text, such as [CLS] and [SEP]. Other
+    windows are text alone.
+
+    encoder   whether the model is an encoder
 
     Windows do not overlap until the text is used up; only then more are drawn, at another offset. Equal arguments give
     equal tokens.
@@ -64,7 +66,7 @@ def load_calibration(
     Raises UserError if the text is unknown, cannot be read, or holds fewer tokens than one window.
     """
     text = read_text(name_or_file)
-    before, after = _special_tokens(tokenizer)
+    before, after = _around(tokenizer) if encoder else _before(tokenizer)
     ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     length = sequence_length - len(before) - len(after)
     if len(ids) < length:
@@ -77,15 +79,18 @@ def load_calibration(
     return Calibration(torch.stack(windows), name_or_file, text.sha256, len(ids), len(before) > 0, len(after) > 0)
 
 
-def _special_tokens(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the special tokens before and after a text as the model sees it, ids int64 [0 or 1] each."""
-    none = torch.empty(0, dtype=torch.int64)
-    if begins_with_bos(tokenizer):
-        return torch.tensor([tokenizer.bos_token_id]), none
-    ids, first = tokenizer("a").input_ids, getattr(tokenizer, "cls_token_id", None)
-    if first is None or ids[0] != first or ids[-1] != tokenizer.sep_token_id:
-        return none, none
-    return torch.tensor(ids[:1]), torch.tensor(ids[-1:])
+def _before(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the ids of the tokens before and after a text as a model that predicts tokens sees it, int64 each."""
+    first = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
+    return torch.tensor(first, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+
+
+def _around(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the ids of the tokens that the tokenizer puts before and after a text, int64 each."""
+    whole, bare = (tokenizer("a", add_special_tokens=special).input_ids for special in (True, False))
+    start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
+    before, after = whole[:start], whole[start + len(bare) :]
+    return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -317,7 +317,7 @@ class LlamaCpp:
         parameters = self._llama.llama_context_default_params()
         parameters.embeddings = embeddings
         parameters.n_ctx = parameters.n_batch = self.n_ctx
-        parameters.n_ubatch = min(self.n_ctx, 512)
+        parameters.n_ubatch = self.n_ctx if embeddings else min(self.n_ctx, 512)  # an encoder sees its whole text
         parameters.n_threads = parameters.n_threads_batch = threads
         return parameters
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
@@ -191,7 +192,8 @@ class BlockModel:
 
     def _embeddings(self) -> list[str]:
         """Returns the names of the modules before the first block: token embedding, and learned position embedding."""
-        after_blocks = (self.architecture.final_norm, self.architecture.output.removesuffix("weight"))
+        output = self.architecture.output.removesuffix("weight")
+        after_blocks = (self.architecture.final_norm, output, *self.architecture.projections)
         names = [name for name in self.architecture.gguf_top if not name.startswith(after_blocks)]
         return list(dict.fromkeys(name.rpartition(".")[0] for name in names))
 
@@ -328,8 +330,19 @@ class BlockModel:
 
         hidden   the hidden states [batch, length, hidden] after the last block
         """
+        if self.architecture.pools_normed:
+            hidden = self.normed(hidden)
         pooled = hidden[:, 0] if self.weights.config.get("pooling_type") == FIRST else hidden.mean(1)
+        for projection in self._projections:
+            pooled = pooled @ projection.T
         return nn.functional.normalize(pooled, dim=1)
+
+    @functools.cached_property
+    def _projections(self) -> list[torch.Tensor]:
+        """An encoder's `projections` [rows, columns], in the order in which they are applied."""
+        present = set(self.weights.names())
+        names = [name for name in self.architecture.projections if name in present]
+        return [self.weights.read(name).to(self.device, self.dtype) for name in names]
 
     def _loaded(self, name: str, weight: str | None = None) -> nn.Module:
         """Returns a module outside the blocks with its weights on the device.

@@ -28,7 +28,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from lqexport.converters.models.architecture import Architecture, Order
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.hf_defaults import options_of
-from lqexport.converters.models.tensor_names import as_matrix, expert_number
+from lqexport.converters.models.tensor_names import as_matrix, expert_number, projection_shapes
 from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.errors import UserError
 
@@ -239,9 +239,11 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Returns the name and shape of every tensor that transformers' model of a config stores.
 
-    A tied output layer is left out. Raises UserError as `meta_model` does.
+    A tied output layer is left out. An encoder's `projections` come last; they are no part of transformers' model.
+    Raises UserError as `meta_model` does.
     """
     model = meta_model(config)
     stored = model.state_dict().keys()
     tensors = chain(model.named_parameters(), model.named_buffers())
-    return {name: as_matrix(tuple(tensor.shape)) for name, tensor in tensors if name in stored}
+    shapes = {name: as_matrix(tuple(tensor.shape)) for name, tensor in tensors if name in stored}
+    return shapes | projection_shapes(architecture_of(config), config)

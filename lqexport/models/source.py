@@ -21,7 +21,7 @@ from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.kept import keep
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
-from lqexport.converters.models.architecture import FIRST, MEAN, Architecture, Factor, Order
+from lqexport.converters.models.architecture import Architecture, Factor, Order
 from lqexport.converters.models.architectures import find_architecture, folded_factors, normalized
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
 from lqexport.converters.models.tensor_names import as_matrix, block_module, is_tied
@@ -29,6 +29,7 @@ from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.model_path import NOT_WITHIN_REACH, check_source_name
+from lqexport.models.sentence_files import MODULES, POOLING, PROJECTION, pooling_type, projection_files
 from lqexport.models.stacked import ExpertRows, experts_within
 from lqexport.models.tokenizer_files import VOCABULARIES, load_tokenizer, write_tokenizer
 from lqexport.runtime.hub import hub
@@ -55,10 +56,10 @@ MODEL_FILES = (
     "additional_chat_templates/*.jinja",
     # The vocabulary of WordPiece, and the files that sentence-transformers reads beside the model.
     "vocab.txt",
-    "modules.json",
+    MODULES,
     "sentence_bert_config.json",
     "config_sentence_transformers.json",
-    "1_Pooling/config.json",
+    POOLING,
 )
 
 OTHER_FILES = ("README.md", "adapter_config.json", "model_index.json")
@@ -102,14 +103,18 @@ class HuggingFaceSource:
         whole = read_config(folder / "config.json", _missing(folder / "config.json"))
         self.config: dict[str, Any] = normalized(whole)
         self._architecture = find_architecture(self.config)
-        if self._architecture and self._architecture.encoder:
-            self.config.setdefault("pooling_type", _pooling_type(folder))
         self._files = _tensor_files(folder)
+        self._projections: dict[str, Path] = {}
+        if self._architecture and self._architecture.encoder:
+            self.config.setdefault("pooling_type", pooling_type(folder))
+            self._projections = projection_files(folder, self._architecture)
+            self._files |= self._projections
         self._has_other_parts = is_whole(whole) or has_other_parts(self._files)
         self._patterns = renaming(
             self._architecture, self._files, whole=self._has_other_parts, layers=self.config.get("num_hidden_layers")
         )
         self._experts: dict[str, ExpertRows] = {}
+        self.config |= self._projection_sizes()
         self._experts = self._unstacked()
         stacks = {rows.stored for rows in self._experts.values()}
         names = [*(name for name in self._files if name not in stacks), *self._experts]
@@ -125,6 +130,15 @@ class HuggingFaceSource:
         if self._architecture and self._has_own_output(self._architecture):
             self.config["tie_word_embeddings"] = False
             self._stored.setdefault(self._architecture.output, self._stored[self._architecture.embedding])
+
+    def _projection_sizes(self) -> dict[str, int]:
+        """Returns the numbers of rows and columns of an encoder's projections, by their keys of config.json."""
+        sizes: dict[str, int] = {}
+        for name in self._projections:
+            assert self._architecture is not None
+            with well_formed(str(self._projections[name])):
+                sizes |= dict(zip(self._architecture.projections[name], self.stored_shape(name), strict=True))
+        return sizes
 
     def _has_own_output(self, architecture: Architecture) -> bool:
         """Whether the output is another than the embedding, although config.json says that it is tied.
@@ -242,7 +256,11 @@ class HuggingFaceSource:
             first, part = rows.span(self.stored_shape(rows.stored), nbytes)
             return FileSpan(path, start + first, part)
         path = self._file(stored)
-        return FileSpan(path, *self._spans(path)[stored])
+        return FileSpan(path, *self._spans(path)[self._key(stored)])
+
+    def _key(self, stored: str) -> str:
+        """Returns the name of a stored tensor in its file: those of projections are alike."""
+        return PROJECTION if stored in self._projections else stored
 
     @functools.cache  # noqa: B019 (a source is kept for the whole run anyway)
     def _spans(self, path: Path) -> dict[str, tuple[int, int]]:
@@ -283,7 +301,7 @@ class HuggingFaceSource:
         if rows := self._experts.get(stored):
             dtype, shape = self.stored_form(rows.stored)
             return dtype, rows.shape(shape)
-        return self._forms(self._file(stored))[stored]
+        return self._forms(self._file(stored))[self._key(stored)]
 
     @functools.cache  # noqa: B019 (a source is kept for the whole run anyway)
     def _forms(self, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -300,11 +318,11 @@ class HuggingFaceSource:
         if rows := self._experts.get(stored):
             with _open(self._file(rows.stored)) as file:
                 return rows.read(file.get_slice(rows.stored))
-        path = self._file(stored)
-        if (small := small_tensor(path, self._spans(path)[stored], *self.stored_form(stored))) is not None:
+        path, key = self._file(stored), self._key(stored)
+        if (small := small_tensor(path, self._spans(path)[key], *self.stored_form(stored))) is not None:
             return small
         with _open(path) as file:  # not kept open: its mapped pages would count as memory of the run
-            tensor: torch.Tensor = file.get_tensor(stored)
+            tensor: torch.Tensor = file.get_tensor(key)
             return tensor
 
     def _file(self, stored: str) -> Path:
@@ -365,22 +383,6 @@ class GGUFSource(GGUFModel):
         write_tokenizer(self.metadata, folder, self.path)
         keep(self.path, folder)
         write_json(folder / "config.json", self.config)
-
-
-def _pooling_type(folder: Path) -> int:
-    """Returns how an encoder's hidden states become an embedding: MEAN or FIRST, by sentence-transformers' config.
-
-    MEAN if there is no such file. Raises UserError for any other pooling.
-    """
-    path = folder / "1_Pooling" / "config.json"
-    modes = read_json(path, _missing(path)) if path.is_file() else {"pooling_mode_mean_tokens": True}
-    chosen = [
-        mode.removeprefix("pooling_mode_") for mode, is_on in modes.items() if "pooling_mode_" in mode and is_on is True
-    ]
-    known = {"mean_tokens": MEAN, "cls_token": FIRST}
-    if len(chosen) != 1 or chosen[0] not in known:
-        raise UserError(f"{path} asks for pooling by {chosen}; known are {', '.join(known)}, one of them alone.")
-    return known[chosen[0]]
 
 
 def open_source(name: str) -> Source:

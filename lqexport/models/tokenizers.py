@@ -10,7 +10,7 @@ from gguf import TokenType
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from lqexport.converters.gguf.added_tokens import ROLES, named_roles, named_texts
+from lqexport.converters.gguf.added_tokens import ROLES, named_roles, named_special, named_texts
 from lqexport.converters.gguf.tokens import SPACE, Token, Vocabulary
 from lqexport.models.source import GGUFSource
 from lqexport.models.tokenizer_files import load_tokenizer
@@ -61,7 +61,8 @@ def vocabulary_faults(
     folder  the folder of the tokenizer's files; None if there is none
     rows    number of rows of the embedding; tokens beyond do not count
 
-    Tokens that a class of transformers adds, and no file names, may be absent.
+    Tokens that a class of transformers adds, and no file names, may be absent. Those that it makes special, such as
+    Gemma's <mask>, and that the files do not call so, may be plain.
     """
     given = tokenizer.convert_ids_to_tokens(list(range(min(rows, len(tokenizer)))))
     theirs: list[str | None] = [*given, *[None] * (rows - len(given))]
@@ -70,11 +71,13 @@ def vocabulary_faults(
     unnamed = {number for number, token in added.items() if token.special and token.content not in named}
     absent = {number for number in unnamed if _is_filler(vocabulary.tokens.get(number))}
     texts = [n for n, text in enumerate(theirs) if n not in absent and not _same(vocabulary, n, text)]
+    called_special = named_special(folder) if folder else set()
     special = [
         number
         for number, token in added.items()
-        if token.special and number not in unnamed.union(texts) and vocabulary.tokens[number].token_type not in _SPECIAL
-    ]
+        if token.special and token.content in called_special and number not in texts
+        and vocabulary.tokens[number].token_type not in _SPECIAL
+    ]  # fmt: skip
     faults = []
     if texts:
         number = texts[0]

@@ -115,8 +115,9 @@ def _calibration(
     listener.stage(f"Read the calibration text {recipe.calibration}", 0)
     needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
     calibration = load_calibration(
-        recipe.calibration, source.tokenizer(), samples=needed, sequence_length=recipe.sequence_length, seed=recipe.seed
-    )
+        recipe.calibration, source.tokenizer(), samples=needed, sequence_length=recipe.sequence_length,
+        seed=recipe.seed, encoder=architecture_of(source.config).encoder,
+    )  # fmt: skip
     if calibration.repeats:
         listener.message(f"The text {recipe.calibration} is too short for {needed} different sequences.")
     return calibration

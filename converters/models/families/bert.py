@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import MEAN, Architecture, Key
-from lqexport.converters.models.families.parts import LAYER_NORM
+from lqexport.converters.models.architecture import Architecture, Key
+from lqexport.converters.models.families.parts import LAYER_NORM, POOLING
 
 BERT = Architecture(
     family="BERT (encoders of sentences)",
@@ -44,7 +44,7 @@ BERT = Architecture(
     keys=(
         replace(LAYER_NORM, default=1e-12),
         Key("attention.causal", "is_decoder", bool, False),
-        Key("pooling_type", "pooling_type", int, MEAN),
+        POOLING,
     ),
     fixed={"hidden_act": ("gelu",), "is_decoder": (False,), "position_embedding_type": ("absolute",)},
     # There is no output layer; a tied output is the way to say that none is missing.

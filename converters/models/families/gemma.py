@@ -9,6 +9,7 @@ from lqexport.converters.models.families.parts import (
     ATTENTION,
     BEFORE_AND_AFTER,
     HEAD_NORMS,
+    POOLING,
     RMS_NORM,
     rope_of_both_types,
 )
@@ -79,6 +80,44 @@ GEMMA3 = replace(
     period=6,
     needs_windows=False,
     wide_scale=62,
+)
+
+EMBEDDING_GEMMA = replace(
+    GEMMA3,
+    family="EmbeddingGemma (encoder of sentences)",
+    classes=("Gemma3TextModel",),
+    gguf="gemma-embedding",
+    exl2=None,
+    encoder=True,
+    pools_normed=True,
+    gguf_top={
+        "embed_tokens.weight": "token_embd.weight",
+        "norm.weight": "output_norm.weight",
+        "2_Dense.linear.weight": "dense_2.weight",
+        "3_Dense.linear.weight": "dense_3.weight",
+    },
+    projections={
+        "2_Dense.linear.weight": ("dense_2_feat_out", "dense_2_feat_in"),
+        "3_Dense.linear.weight": ("dense_3_feat_out", "dense_3_feat_in"),
+    },
+    renamed={r"^model\.": ""},
+    keys=(
+        RMS_NORM,
+        POOLING,
+        *(
+            Key(f"dense_{place}_feat_{end}", f"dense_{place}_feat_{end}", default=0)
+            for place in (2, 3)
+            for end in ("in", "out")
+        ),
+    ),
+    # There is no output layer; a tied output is the way to say that none is missing.
+    derived=lambda config: rope_of_both_types(config) | {"tie_word_embeddings": True},
+    fixed=GEMMA3.fixed | {"use_bidirectional_attention": (True,)},
+    needs_windows=True,
+    wide_scale=0,
+    blocks="layers",
+    embedding="embed_tokens.weight",
+    final_norm="norm",
 )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from lqexport.converters.models.architecture import Config, Key
+from lqexport.converters.models.architecture import MEAN, Config, Key
 from lqexport.converters.models.rope import head_dim, rope_settings
 
 RMS_NORM = Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float, 1e-6)
+
+POOLING = Key("pooling_type", "pooling_type", int, MEAN)
+"""The key of an encoder by which its hidden states become one vector."""
 
 LAYER_NORM = Key("attention.layer_norm_epsilon", "layer_norm_eps", float, 1e-5)
 
