@@ -30,6 +30,7 @@ from lqexport.converters.models.tensor_names import (
     gguf_names,
     head_count,
     is_linear,
+    is_rounded,
     is_tied,
     needed_names,
     plain_codec,
@@ -166,7 +167,7 @@ def model_tensors(
 
 def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
     vector = name.endswith(("norm.weight", ".bias"))
-    matrix = is_linear(architecture, name) or name in _outer(architecture) or is_further_matrix(architecture, name)
+    matrix = any(holds(architecture, name) for holds in (is_linear, is_rounded, is_further_matrix))
     if (vector or matrix) and len(shape) != (1 if vector else 2):
         raise UserError(f"{name} should have {1 if vector else 2} dimensions, but its shape is {list(shape)}.")
     row_order(architecture, config, name, shape[0])
@@ -208,7 +209,7 @@ def _wanted(
     """Returns the codec name that the target asks for, whether the tensor's shape fits or not."""
     linear = is_linear(architecture, name)
     further = is_further_matrix(architecture, name)  # no calibration reaches it, so it keeps more bits
-    if not linear and not further and name not in _outer(architecture):
+    if not linear and not further and not is_rounded(architecture, name):
         return plain_codec(architecture, name) if target.family == "gguf" else "gguf:F32"
     if target.family == "native":
         return str(target) if linear else "gguf:F16"
@@ -245,11 +246,6 @@ def _queries_per_key(architecture: Architecture, config: dict[str, Any]) -> int:
     of_blocks = [key.config for key in architecture.keys if key.many and key.name == KEY_HEADS]
     keys = config[of_blocks[0]][0] if of_blocks else head_count(config, "num_key_value_heads")
     return head_count(config) // keys if keys else 0
-
-
-def _outer(architecture: Architecture) -> tuple[str, ...]:
-    """Returns the names of the matrices outside the blocks that are stored in fewer bits than norms."""
-    return (architecture.embedding, architecture.output, *architecture.tables, *architecture.projections)
 
 
 def _is_plain(codec_name: str) -> bool:

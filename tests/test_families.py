@@ -123,7 +123,7 @@ def test_q8_0(case: Case) -> None:
     with LlamaCpp(path, 64, threads=1) as engine:
         logits = engine.logits(TOKENS)
     experts = architecture_of(case.model.config.to_dict()).experts
-    least = 0.95 if case.name.startswith("deepseek") else 0.97 if experts else 0.998
+    least = 0.95 if case.name.startswith("deepseek") else 0.97 if experts else 0.997 if case.name == "mamba" else 0.998
     correlation = np.corrcoef(logits.ravel(), expected_logits(case.model, TOKENS).ravel())[0, 1]
     assert correlation > least
 

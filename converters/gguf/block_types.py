@@ -51,10 +51,8 @@ def _value_of(entry: Architecture, key: str, present: set[str]) -> Any:
 
     present   the GGUF names of the block's tensors, without the block's prefix, and without `.weight` or `.bias`
     """
-    choices = [(start, values) for start, (of_key, values) in entry.only.items() if of_key == key]
-    names = entry.gguf_block | entry.gguf_tensors
-    gguf_modules = {name: gguf.removesuffix(".weight").removesuffix(".bias") for name, gguf in names.items()}
-    for start, values in choices:
-        if any(gguf in present for name, gguf in gguf_modules.items() if name.startswith(start)):
-            return values[0]
+    for name, gguf in (entry.gguf_block | entry.gguf_tensors).items():
+        condition = entry.condition(name)
+        if condition and condition[0] == key and gguf.removesuffix(".weight").removesuffix(".bias") in present:
+            return condition[1][0]
     return None

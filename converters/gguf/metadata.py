@@ -32,6 +32,7 @@ _TYPE = re.compile(r"(?i)[-._ ](?:(?:UD-)?I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|BF16|F
 """The end of a name that says how a file was quantized: `-Q4_K_M`."""
 TOKEN_TYPES = "token_types.weight"
 """The GGUF tensor with an embedding for each type of token, which BERT has."""
+VALUE_LENGTH = "attention.value_length"
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
 
 
@@ -63,7 +64,8 @@ def add_model(
     if KEY_HEADS not in given:
         writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
     writer.add_key_length(head_dim(config))
-    writer.add_value_length(config.get("v_head_dim") or head_dim(config))
+    if VALUE_LENGTH not in given:
+        writer.add_value_length(config.get("v_head_dim") or head_dim(config))
     writer.add_vocab_size(vocabulary)
     if TOKEN_TYPES in architecture.gguf_top.values():
         writer.add_token_type_count(_size(config, "type_vocab_size"))

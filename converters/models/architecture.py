@@ -126,7 +126,8 @@ class Architecture:
                 where all blocks are alike
     leading     that number, in an entry for a certain model
     only        start of the names of modules and tensors of a block -> key of config.json with one value for each
-                block, and the values with which a block has these, such as `layer_types` and `("full_attention",)`
+                block, and the values with which a block has these, such as `layer_types` and `("full_attention",)`.
+                The longest start of a name counts
     per_block   key -> its value for each block, in an entry for a certain model
     rows        linear or tensor -> the order in which llama.cpp wants its rows, and the key of config.json with the
                 number of groups; `rope` interleaves the halves of each head, `qkv` puts all queries first, then all
@@ -140,6 +141,8 @@ class Architecture:
     carries     whether blocks get more than hidden states: inputs of their own, or keys and values of earlier blocks
     carried     returns the largest number of columns that these have
     tables      matrices outside the blocks of which a token needs one row, as of the embedding; stored in its type
+    rounded     linears of a block that are rounded and not solved, since transformers multiplies by their weights
+                without calling them, so that their inputs are not seen
     transposed  linears that a checkpoint stores as [inputs, outputs]
     stacked     tensor of a block in a checkpoint that holds tensors of all experts -> which ones, and how
     one_row     modules and tensors of a block that are matrices of one row, which GGUF files may hold as vectors
@@ -222,6 +225,7 @@ class Architecture:
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     tiled: tuple[str, ...] = ()
     parts: dict[str, Callable[[Config], dict[str, Order]]] = field(default_factory=dict)
+    rounded: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     stacked: dict[str, Stack] = field(default_factory=dict)
     one_row: tuple[str, ...] = ()
@@ -305,10 +309,11 @@ class Architecture:
         """Whether the block with this number has a module or tensor of `gguf_block` or `gguf_tensors`."""
         if self.is_borrowed(block, module):
             return False
-        for start, (key, values) in self.only.items():
+        if (condition := self.condition(module)) is not None:
+            key, values = condition
             # A damaged file may have fewer blocks than it says.
             value = (self.predicts_like,) if self.predicts(block) else self.per_block[key][block : block + 1]
-            if module.startswith(start) and value not in [(v,) for v in values]:
+            if value not in [(each,) for each in values]:
                 return False
         if self.dense is None or not module.startswith("mlp."):
             return True
@@ -317,6 +322,11 @@ class Architecture:
     def predicts(self, block: int) -> bool:
         """Whether the block with this number predicts further tokens."""
         return self.first_further is not None and block >= self.first_further
+
+    def condition(self, module: str) -> tuple[str, tuple[Any, ...]] | None:
+        """Returns the entry of `only` for a module or tensor of a block; None if all blocks have it."""
+        starts = [start for start in self.only if module.startswith(start)]
+        return self.only[max(starts, key=len)] if starts else None
 
     def is_borrowed(self, block: int, module: str) -> bool:
         """Whether a module of the block with this number is not used, since the block takes what an earlier one has."""

@@ -35,10 +35,12 @@ from lqexport.converters.models.families.granite import (
     GRANITE_MOE,
 )
 from lqexport.converters.models.families.hunyuan import HUNYUAN, HUNYUAN_MOE
+from lqexport.converters.models.families.jamba import JAMBA, JAMBA_MOE
 from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.llama4 import LLAMA4
-from lqexport.converters.models.families.mamba import MAMBA2
+from lqexport.converters.models.families.mamba import MAMBA, MAMBA2
+from lqexport.converters.models.families.mimo import MIMO2
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL, MISTRAL4
 from lqexport.converters.models.families.mixtral import MIXTRAL
@@ -100,6 +102,7 @@ ARCHITECTURES = (
     GLM4_MOE_NORMED,
     GLM4_MOE_LITE,
     MINIMAX_M2,
+    MIMO2,
     GPT_OSS,
     LLAMA4,
     ERNIE_MOE_WITHOUT_SHARED,
@@ -134,7 +137,10 @@ ARCHITECTURES = (
     NEMOTRON_H,
     NEMOTRON_H_MOE,
     FALCON_H1,
+    MAMBA,
     MAMBA2,
+    JAMBA,
+    JAMBA_MOE,
     OPT,
     BERT,
     EMBEDDING_GEMMA,

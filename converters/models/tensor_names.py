@@ -86,6 +86,14 @@ def is_linear(architecture: Architecture, name: str) -> bool:
     return any(module[1] in group for group in architecture.linears)
 
 
+def is_rounded(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is a matrix that is stored in fewer bits than norms, and that the solver does not work on."""
+    if name in (architecture.embedding, architecture.output, *architecture.tables, *architecture.projections):
+        return True
+    module = block_module(architecture, name)
+    return module is not None and module[2] == "weight" and module[1] in architecture.rounded
+
+
 def is_norm(name: str) -> bool:
     """Whether a tensor is the weight of a norm."""
     return name.endswith("norm.weight")

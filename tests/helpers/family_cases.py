@@ -162,7 +162,19 @@ BECOME_OTHERS += ("falcon-h1", "falcon-h1-norm")
 
 MAMBA2 = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "num_heads": 8, "head_dim": 16, "n_groups": 2}
 MAMBA2 |= {"state_size": 16, "chunk_size": 32}
-UNSMOOTHED += ("mamba2",)
+MAMBA = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 32}
+JAMBA = SIZES | {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_dt_rank": 32}
+EXPERT_CASES += ("jamba-moe",)
+UNSMOOTHED += ("mamba2", "mamba", "jamba", "jamba-moe")
+
+MIMO2 = SIZES | {"head_dim": 32, "v_head_dim": 16, "num_key_value_heads": 1, "sliding_window": 16}
+MIMO2 |= {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+MIMO2 |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+MIMO2 |= {"mlp_layer_types": ["dense", "dense", "sparse"]}
+HALF = {"rope_type": "default", "partial_rotary_factor": 0.5}
+MIMO2_ROPE = {"full_attention": HALF | {"rope_theta": 1e6}, "sliding_attention": HALF | {"rope_theta": 1e4}}
+EXPERT_CASES += ("mimo2",)
+UNSMOOTHED += ("mimo2",)
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
@@ -203,6 +215,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm4moe-air": ("Glm4MoeConfig", GLM4_MOE | {"attention_bias": True, "num_hidden_layers": 2}, "smaug-bpe"),
     "glm4moe-lite": ("Glm4MoeLiteConfig", GLM4_LITE, "smaug-bpe"),
     "minimax-m2": ("MiniMaxM2Config", MINIMAX, "smaug-bpe"),
+    "mimo2": ("MiMoV2FlashConfig", MIMO2 | {"rope_parameters": MIMO2_ROPE}, "qwen2"),
     "ernie4_5-moe": ("Ernie4_5_MoeConfig", ERNIE_MOE, "pieces"),
     "ernie4_5-moe-unshared": ("Ernie4_5_MoeConfig", ERNIE_MOE | {"moe_num_shared_experts": 0}, "pieces"),
     "hunyuan-moe": ("HunYuanMoEV1Config", HUNYUAN, "smaug-bpe"),
@@ -243,6 +256,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon-h1": ("FalconH1Config", FALCON_H1, "smaug-bpe"),
     "falcon-h1-norm": ("FalconH1Config", FALCON_H1_NORM, "smaug-bpe"),
     "mamba2": ("Mamba2Config", MAMBA2, "gpt-2"),
+    "mamba": ("MambaConfig", MAMBA, "gpt-2"),
+    "jamba": ("JambaConfig", JAMBA | {"num_experts": 1, "attn_layer_offset": 1}, "smaug-bpe"),
+    "jamba-moe": ("JambaConfig", JAMBA | {"num_experts": 4}, "smaug-bpe"),
     "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),
     "lfm2moe": ("Lfm2MoeConfig", LFM2_MOE, "llama-bpe"),
 }

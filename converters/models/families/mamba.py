@@ -1,4 +1,4 @@
-"""Architectures: Mamba-2."""
+"""Architectures: Mamba and Mamba-2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from dataclasses import replace
 from lqexport.converters.models.architecture import Config, Key
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import RMS_NORM
-from lqexport.converters.models.families.state_spaces import UNLIMITED, mamba2_modules, mamba2_tensors, time_step_limit
+from lqexport.converters.models.families.state_spaces import (
+    UNLIMITED,
+    mamba1_linears,
+    mamba1_modules,
+    mamba1_tensors,
+    mamba2_modules,
+    mamba2_tensors,
+    time_step_limit,
+    time_steps,
+)
 
 CONTEXT = 1 << 20
 """The context length of files. Models without attention have no limit; it is that of llama.cpp's converter."""
@@ -67,4 +76,36 @@ MAMBA2 = replace(
     blocks="backbone.layers",
     embedding="backbone.embeddings.weight",
     final_norm="backbone.norm_f",
+)
+
+
+def _sizes_of_mamba1(config: Config) -> Config:
+    """Returns sizes as llama.cpp wants them. Those of attention and of an MLP have no effect."""
+    inner = config.get("expand", 0) * config.get("hidden_size", 0)
+    sizes = {"state_space_size": inner, "intermediate_size": inner, "num_attention_heads": 1, "num_key_value_heads": 1}
+    return sizes | {"max_position_embeddings": CONTEXT} | time_steps(config, "time_step_rank")
+
+
+MAMBA = replace(
+    MAMBA2,
+    family="Mamba",
+    classes=("MambaForCausalLM",),
+    model_type="mamba",
+    gguf="mamba",
+    linears=mamba1_linears("mixer"),
+    rounded=("mixer.dt_proj",),
+    gguf_block={"norm": "attn_norm", **mamba1_modules("mixer")},
+    gguf_tensors=mamba1_tensors("mixer"),
+    columns=(),
+    grouped={},
+    keys=(
+        replace(RMS_NORM, config="layer_norm_epsilon"),
+        Key("ssm.conv_kernel", "conv_kernel"),
+        Key("ssm.state_size", "state_size"),
+        Key("ssm.time_step_rank", "time_step_rank"),
+        Key("ssm.inner_size", "state_space_size"),
+    ),
+    derived=_sizes_of_mamba1,
+    restored=lambda config: {},
+    fixed={key: values for key, values in MAMBA2.fixed.items() if key != "time_step_limit"},
 )

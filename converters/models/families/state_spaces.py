@@ -28,6 +28,28 @@ def mamba2_tensors(mixer: str) -> dict[str, str]:
     return {f"{mixer}.dt_bias": "ssm_dt.bias", f"{mixer}.A_log": "ssm_a", f"{mixer}.D": "ssm_d"}
 
 
+def mamba1_modules(mixer: str) -> dict[str, str]:
+    """Returns the modules of a mixer of Mamba (the first one): Hugging Face module -> GGUF name."""
+    names = {"in_proj": "ssm_in", "conv1d": "ssm_conv1d", "x_proj": "ssm_x", "dt_proj": "ssm_dt", "out_proj": "ssm_out"}
+    return {f"{mixer}.{module}": gguf for module, gguf in names.items()}
+
+
+def mamba1_linears(mixer: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the linears of such a mixer that are solved. `dt_proj` is `rounded`: transformers does not call it."""
+    return tuple((f"{mixer}.{module}",) for module in ("in_proj", "x_proj", "out_proj"))
+
+
+def mamba1_tensors(mixer: str) -> dict[str, str]:
+    """Returns the tensors of such a mixer that are no module's weight or bias: Hugging Face name -> GGUF name."""
+    return {f"{mixer}.A_log": "ssm_a", f"{mixer}.D": "ssm_d"}
+
+
+def time_steps(config: Config, key: str) -> Config:
+    """Returns the number of columns of `dt_proj`, which transformers computes from the hidden size for "auto"."""
+    rank = config.get(key)
+    return {key: -(-config.get("hidden_size", 0) // 16) if rank in (None, "auto") else rank}
+
+
 def block_types(types: Any) -> Any:
     """Returns the types of the blocks by their usual names."""
     return [OLDER_TYPES.get(name, name) for name in types] if isinstance(types, list) else types
