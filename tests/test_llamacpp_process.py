@@ -24,7 +24,8 @@ from verified_models import text as text
 
 from lqexport.cli.app import app
 from lqexport.errors import UserError
-from lqexport.evaluation import llamacpp_child, llamacpp_process
+from lqexport.evaluation import engine_child, llamacpp_child, llamacpp_process
+from lqexport.evaluation.engine_process import result_of
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.evaluation.llamacpp_process import LlamaCppFailed, LlamaCppProcess
 from lqexport.verification.comparison import compare
@@ -190,10 +191,10 @@ def test_the_child_imports_little() -> None:
 
 def test_signs_of_life_come_at_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = io.BytesIO()
-    answers = llamacpp_child.Answers(stream)
+    answers = engine_child.Answers(stream)
     answers.alive()
     assert stream.getvalue() == b""
-    monkeypatch.setattr(llamacpp_child, "INTERVAL", 0.0)
+    monkeypatch.setattr(engine_child, "INTERVAL", 0.0)
     answers.alive()
     assert stream.getvalue().endswith(json.dumps({"alive": True}).encode())
 
@@ -204,8 +205,8 @@ def test_llamacpp_that_cannot_be_used_fails_no_file(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(llamacpp_child, "echo_log", broken)
     stream = io.BytesIO()
-    llamacpp_child.serve(iter([]), llamacpp_child.Answers(stream))
-    answer = json.loads(stream.getvalue()[llamacpp_child.LENGTH.size :])
+    llamacpp_child.serve(iter([]), engine_child.Answers(stream))
+    answer = json.loads(stream.getvalue()[engine_child.LENGTH.size :])
     with pytest.raises(UserError, match=r"It is another version\.") as raised:
-        llamacpp_process._result(answer)
+        result_of(answer, LlamaCppFailed)
     assert not isinstance(raised.value, LlamaCppFailed)

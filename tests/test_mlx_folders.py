@@ -16,7 +16,11 @@ from lqexport.cli.app import app
 from lqexport.converters.folders import shards
 from lqexport.converters.mlx import writer
 from lqexport.converters.mlx.reader import MlxModel
+from lqexport.delivery.deliver import export_model
 from lqexport.errors import UserError
+from lqexport.evaluation import mlx_lm
+from lqexport.evaluation.mlx_process import MlxFailed, MlxProcess
+from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.models.written import open_export
@@ -204,3 +208,71 @@ def test_targets_are_spelled_in_small_letters() -> None:
     assert str(Target.parse("MLX:4-G64")) == "mlx:4-g64"
     assert Target.parse("mlx:auto").is_auto
     assert (Target.parse("mlx:4-g64").bits, Target.parse("mlx:mxfp8").bits, Target.parse("exl2").bits) == (4, 8, None)
+
+
+needs_mlx = pytest.mark.skipif(not mlx_lm.is_installed(), reason=mlx_lm.MISSING)
+
+
+@needs_mlx
+def test_mlx_lm_loads_and_generates(folder: Path) -> None:
+    """Unmodified, as a user calls it."""
+    import mlx_lm as theirs
+
+    model, tokenizer = theirs.load(str(folder))[:2]
+    assert len(theirs.generate(model, tokenizer, "the quick", max_tokens=4)) >= 0
+    assert type(model.layers[0].mlp.down_proj).__name__ == "QuantizedLinear"
+    assert model.layers[0].mlp.down_proj.bits == 6
+    assert model.model.embed_tokens.bits == 3
+
+
+@needs_mlx
+def test_logits_in_mlx_are_those_of_our_decoding(folder: Path) -> None:
+    tokens = list(range(5, 45))
+    model = BlockModel(open_export(folder))
+    with torch.no_grad():
+        state = model.start(torch.tensor([tokens]))
+        for _, block in model.blocks():
+            state = model.run(block, state)
+        ours = model.logits(state)[0].numpy()
+    with MlxProcess(folder) as engine:
+        assert np.allclose(engine.logits(tokens), ours, atol=1e-4 * ours.std())
+        assert np.allclose(engine.logits(tokens, 30), ours[30:], atol=1e-4 * ours.std())
+        (said,) = engine.continuation(tokens, 1)
+    assert ours[-1].max() - ours[-1][said] < 0.1 * ours.std()  # mlx multiplies in bfloat16 there
+
+
+@needs_mlx
+def test_verify_runs_the_folder_in_mlx(folder: Path, source: Path) -> None:
+    result = verify(folder, str(source), windows=1, engine="mlx", device="cpu")
+    assert not result.failed
+    assert result.versions["mlx-lm"]
+    own = verify(folder, str(source), windows=1, device="cpu")
+    assert result.evaluations[0].kl == pytest.approx(own.evaluations[0].kl, rel=1e-3)
+    assert result.talk is not None
+    assert result.talk.continuations
+
+
+@needs_mlx
+def test_a_folder_that_mlx_lm_does_not_load_fails(folder: Path, source: Path, tmp_path: Path) -> None:
+    for path in folder.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "no_such_model"}))
+    with pytest.raises(MlxFailed, match=r"mlx-lm does not load .*no_such_model"), MlxProcess(tmp_path):
+        pass
+
+
+@needs_mlx
+def test_export_verifies_in_mlx(source: Path, text: Path, tmp_path: Path) -> None:
+    done = export_model(recipe_of(source, text, target="mlx:6-g64"), tmp_path / "model-6bit", windows=1, device="cpu")
+    assert done.passed, done.verification.failed
+    assert done.verification.engine == "mlx"
+    assert "mlx_lm.chat" in (done.record / "README.md").read_text()
+
+
+def test_the_engine_is_refused_where_it_cannot_run(source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"mlx-lm runs MLX folders, and .* is none"):
+        verify(source, str(source), engine="mlx")
+    monkeypatch.setattr(mlx_lm, "is_installed", lambda: False)
+    with pytest.raises(UserError, match="mlx-lm is not installed"):
+        verify(folder, str(source), engine="mlx")

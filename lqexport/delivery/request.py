@@ -11,7 +11,7 @@ from lqexport.calibration.texts import read_text
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.places import Places, check_name
 from lqexport.errors import UserError
-from lqexport.evaluation import llamacpp
+from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.embeddings import sentences
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.evaluation.fitting import fitted
@@ -38,7 +38,7 @@ class Measurement:
     """How the written file is measured; the arguments are those of `lqexport.verify`.
 
     windows  0 for the whole text; None for `WINDOWS`, or for `SENTENCES` of an encoder
-    engine   None for llama.cpp where it is installed and runs the target, else this program's own decoding
+    engine   None for llama.cpp or mlx where it is installed and runs the target, else this program's own decoding
     """
 
     text: str = "python-heldout"
@@ -84,7 +84,10 @@ class Request:
         """The engine that runs the written file."""
         if self.measurement.engine is not None:
             return self.measurement.engine
-        return "llama.cpp" if self.recipe.parsed_target.family == "gguf" and llamacpp.is_installed() else "lqexport"
+        family = self.recipe.parsed_target.family
+        if family == "mlx" and mlx_lm.is_installed():
+            return "mlx"
+        return "llama.cpp" if family == "gguf" and llamacpp.is_installed() else "lqexport"
 
     def check(self) -> Preview:
         """Returns the plan of the run after checking all that can be known before work; reads no weights.
@@ -96,6 +99,8 @@ class Request:
         self.places.check_free()
         if self.engine == "llama.cpp" and target.family != "gguf":
             raise UserError(f"llama.cpp runs GGUF files, not {target}: leave out --engine, or take --engine lqexport.")
+        if self.engine == "mlx" and target.family != "mlx":
+            raise UserError(f"mlx-lm runs MLX folders, not {target}: leave out --engine, or take --engine lqexport.")
         check_options(self.places.model, (PROTOCOL,), self.measurement.windows or None, self.engine)
         shown = preview(self.recipe, self.places.artifact)
         limits_for(self.measurement.limits, shown.config)

@@ -19,6 +19,7 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
+from lqexport.evaluation.mlx_process import MlxProcess
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener, Silent
 
@@ -130,9 +131,9 @@ def block_logits(
 
 
 def engine_logits(
-    engine: LlamaCpp | LlamaCppProcess, windows: NDArray[np.int64], protocol: Protocol
+    engine: LlamaCpp | LlamaCppProcess | MlxProcess, windows: NDArray[np.int64], protocol: Protocol
 ) -> Iterator[torch.Tensor]:
-    """Yields the logits [protocol.scored, vocabulary] of each window, computed by llama.cpp when they are asked for."""
+    """Yields the logits [protocol.scored, vocabulary] of each window, computed by an engine when they are asked for."""
     for window in windows:
         yield torch.from_numpy(engine.logits(window.tolist(), protocol.first - 1)[:-1])
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from lqexport.errors import UserError, printable
 from lqexport.evaluation import llamacpp
-from lqexport.evaluation.llamacpp_process import PATIENCE, LlamaCppFailed, ending_of, last_lines
+from lqexport.evaluation.engine_process import PATIENCE, ending_of, last_lines
+from lqexport.evaluation.llamacpp_process import LlamaCppFailed
 
 LOG_BYTES = 8192
 """The most bytes that `log` returns, the last ones that the server printed."""

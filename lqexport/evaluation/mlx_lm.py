@@ -82,15 +82,11 @@ class MlxLm:
     def continuation(self, prompt: list[int], most: int) -> list[int]:
         """Returns at most `most` tokens after a prompt, always the most probable one, by the quantized model itself.
 
-        It ends before a token at which mlx-lm stops.
+        A token at which mlx-lm stops is the last one.
         """
         steps = self._lm.stream_generate(self._model, self._tokenizer, prompt, max_tokens=most)
-        return [int(step.token) for step in steps if step.token not in self._tokenizer.eos_token_ids]
+        return [int(step.token) for step in steps]
 
     def stops(self) -> list[int]:
         """Returns the tokens at which mlx-lm stops, in rising order."""
         return sorted(int(token) for token in self._tokenizer.eos_token_ids)
-
-    def close(self) -> None:
-        """Drops the model."""
-        self._exact = self._model = None

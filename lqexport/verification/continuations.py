@@ -1,4 +1,4 @@
-"""Compares what a file says in llama.cpp with what its source says, taking the likeliest token each time.
+"""Compares what a file says in llama.cpp or mlx-lm with what its source says, taking the likeliest token each time.
 
 The source has no cache of keys and values here, so each run over its blocks must yield many tokens. The file's tokens
 are a draft: one run of the source tells up to where it says the same, and what it says there instead. Then the file
@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lqexport.evaluation import evaluate
 from lqexport.evaluation.chat import prompt_ids
-from lqexport.evaluation.evaluate import Evaluation, Protocol, block_logits
-from lqexport.evaluation.llama_server import LlamaServer
+from lqexport.evaluation.evaluate import Evaluation, block_logits
 from lqexport.models.blocks import BlockModel
 from lqexport.models.context import trained_positions
 from lqexport.models.interface import Weights
@@ -42,6 +43,13 @@ BEGINNINGS = (
 """What a model without one continues."""
 FACTOR, LEAST = 10.0, 0.01
 """A file's choice is suspicious if it takes a KL divergence above LEAST nats and FACTOR times the text's largest."""
+
+
+class Speaks(Protocol):
+    """What runs a file: llama.cpp's server, or mlx-lm."""
+
+    def continuation(self, prompt: list[int], count: int, /) -> list[int]:
+        """Returns at most `count` tokens that the model continues the prompt with, the likeliest each time."""
 
 
 @dataclass
@@ -70,7 +78,7 @@ def prompts(tokenizer: PreTrainedTokenizerBase, config: dict[str, object]) -> di
 
 
 def continuations(
-    server: LlamaServer, source: Weights, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], device: str,
+    engine: Speaks, source: Weights, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], device: str,
     listener: Listener,
 ) -> list[Continuation]:  # fmt: skip
     """Returns what file and source say after each of `prompts`.
@@ -78,7 +86,7 @@ def continuations(
     stops   ids at which the source ends
     """
     said = [
-        _Said(text, ids, server.continuation(ids, TOKENS)) for text, ids in prompts(tokenizer, source.config).items()
+        _Said(text, ids, engine.continuation(ids, TOKENS)) for text, ids in prompts(tokenizer, source.config).items()
     ]
     for entry in said:
         entry.draft = entry.file
@@ -88,7 +96,7 @@ def continuations(
             break
         for entry in waiting:
             if not entry.draft:
-                entry.draft = server.continuation(entry.prompt + entry.source, TOKENS - len(entry.source))
+                entry.draft = engine.continuation(entry.prompt + entry.source, TOKENS - len(entry.source))
         _follow(waiting, source, device, listener)
     return [_continuation(entry, tokenizer, stops) for entry in said]
 
@@ -109,7 +117,7 @@ def _follow(said: list[_Said], source: Weights, device: str, listener: Listener)
     rows = np.zeros((len(said), longest), np.int64)
     for row, ids, entry in zip(rows, known, said, strict=True):
         row[: len(ids) + len(entry.draft)] = ids + entry.draft
-    protocol = Protocol("continuations", window=longest, first=1, bos=False)
+    protocol = evaluate.Protocol("continuations", window=longest, first=1, bos=False)
     predicted = block_logits(BlockModel(source, device), rows, protocol, listener, "Run the source, continuations")
     for entry, ids, logits in zip(said, known, predicted, strict=True):
         _accept(entry, logits[len(ids) - 1 :])

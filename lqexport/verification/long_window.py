@@ -32,7 +32,7 @@ from lqexport.verification.expected_loss import rounded_model
 from lqexport.verification.long_record import LongWindow, PositionRange
 from lqexport.verification.result import Verification
 from lqexport.verification.rounded_source import RoundedSource
-from lqexport.verification.verify_predictions import in_llamacpp, llamacpp_failures, model_of_file
+from lqexport.verification.verify_predictions import engine_failures, in_llamacpp, model_of_file
 
 SCORED = 128
 """The most positions that are scored in a range."""
@@ -60,7 +60,7 @@ def measure_long_window(
         return
     ranges = _ranges(len(window))
     positions = np.concatenate([scored for *_, scored in ranges])
-    with llamacpp_failures(result):
+    with engine_failures(result):
         test = _logits_of_file(result, export, factors, window, positions, listener)
         reference = _logits(BlockModel(source, result.device), window, positions, listener, "source")
         kl, expected = _divergence(reference, test, window, positions), None

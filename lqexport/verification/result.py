@@ -20,7 +20,7 @@ from lqexport.verification.long_record import LongWindow
 from lqexport.verification.matrix_view import InContext, MatrixView
 from lqexport.verification.talk_record import Talk
 
-Engine = Literal["lqexport", "llama.cpp"]
+Engine = Literal["lqexport", "llama.cpp", "mlx"]
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Verification:
 
     @property
     def family(self) -> str:
-        """The family of the format: gguf, native, gptq or exl2. Plain tensors of any folder count as GGUF's F16."""
+        """The family of the format: gguf, native, mlx, gptq or exl2. Plain tensors of any folder count as GGUF's."""
         families = [tensor.codec.partition(":")[0] for tensor in self.tensors]
         return next((family for family in families if family != "gguf"), "gguf")
 

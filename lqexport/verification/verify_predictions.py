@@ -21,9 +21,11 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, similarity, token_ids
+from lqexport.evaluation.engine_process import EngineFailed
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.evaluation.fitting import fitted, window_warnings
-from lqexport.evaluation.llamacpp_process import LlamaCppFailed, LlamaCppProcess
+from lqexport.evaluation.llamacpp_process import LlamaCppProcess
+from lqexport.evaluation.mlx_process import MlxProcess
 from lqexport.models.adapters import CorrectedModel, LowRankFactors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
@@ -49,11 +51,11 @@ def compare_predictions(
 
     `windows` is the largest number of windows per protocol, or of sentences for an encoder. `rounded` is the source
     rounded to the file's types, to measure the expected loss with; None to leave that out. Where llama.cpp runs the
-    file, its tokenizer is compared too, and a file that it does not load or run fails.
+    file, its tokenizer is compared too. A file that its engine does not load or run fails.
     """
     listener.stage(f"Cut {text.name} into windows", 0)
     tokenizer = source.tokenizer()
-    with llamacpp_failures(result):
+    with engine_failures(result):
         if result.engine == "llama.cpp":
             check_tokenizer(
                 result, Splits(tokenizer, source.folder if isinstance(source, HuggingFaceSource) else None), text
@@ -73,11 +75,11 @@ def compare_predictions(
 
 
 @contextlib.contextmanager
-def llamacpp_failures(result: Verification) -> Iterator[None]:
-    """Makes a failed check of a file that llama.cpp does not load or run."""
+def engine_failures(result: Verification) -> Iterator[None]:
+    """Makes a failed check of a file that llama.cpp or mlx-lm does not load or run."""
     try:
         yield
-    except LlamaCppFailed as failure:
+    except EngineFailed as failure:
         result.failed.append(str(failure))
 
 
@@ -119,6 +121,9 @@ def logits_of_file(
         adapter = Path(str(result.adapter)) if factors else None
         with in_llamacpp(result, protocol.window, adapter) as engine:
             yield evaluate.engine_logits(engine, windows, protocol)
+    elif result.engine == "mlx":
+        with MlxProcess(Path(result.file)) as folder:
+            yield evaluate.engine_logits(folder, windows, protocol)
     else:
         yield evaluate.block_logits(model_of_file(result, export, factors), windows, protocol, listener, label)
 

