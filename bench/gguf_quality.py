@@ -36,9 +36,11 @@ from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
 
-def importance_matrix(source: Source, text: str, samples: int) -> dict[str, np.ndarray]:
-    """Returns what llama-imatrix collects: the mean of x^2 per input column of every linear, by GGUF weight name."""
-    tokens = load_calibration(text, source.tokenizer(), samples=samples, sequence_length=512, seed=0).tokens
+def importance_matrix(source: Source, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """Returns what llama-imatrix collects: the mean of x^2 per input column of every linear, by GGUF weight name.
+
+    tokens   ids, int64 [sequences, length]
+    """
     model = BlockModel(source)
     names = gguf_names(model.architecture, len(model))
     hidden = [model.start(ids[None]) for ids in tokens]
@@ -115,7 +117,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     work: Path = arguments.work
     source = open_source(arguments.model)
     half = ours(Recipe(arguments.model, "gguf:F16", method="rtn"), work, "F16")
-    matrix = importance_matrix(source, arguments.calibration, 32)
+    tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=32, sequence_length=512, seed=0).tokens
+    matrix = importance_matrix(source, tokens)
     judge = Judge(source, arguments.evaluation, arguments.windows)
     rows = [row("F16", "F16", half, judge, loads_as_solved(Artifact(work / "F16"), half, work))]
     for tensor_type in arguments.types:
