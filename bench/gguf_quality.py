@@ -3,10 +3,11 @@
     python bench/gguf_quality.py MODEL --calibration FILE --evaluation FILE --work FOLDER [--types Q2_K Q3_K Q4_K]
 
 For each pure type (embedding and output Q8_0), the script makes a file by `llama-quantize` alone, one by
-`llama-quantize` with an importance matrix from 32 x 512 tokens of the calibration text, and lqexport's for each choice
-of moments. llama.cpp runs every file. Its logits are compared with the source's in float32: mean KL divergence and
-perplexity over windows of 512 tokens. For lqexport's files, the values that llama.cpp decodes are also compared with
-the solved values, bit for bit. Finished artifacts in FOLDER are reused. Prints Markdown, then JSON.
+`llama-quantize` with an importance matrix from 32 x 512 tokens of the calibration text, lqexport's from the same matrix
+without passes, and lqexport's for each choice of moments. llama.cpp runs every file. Its logits are compared with the
+source's in float32: mean KL divergence and perplexity over windows of 512 tokens. Of lqexport's files from passes, the
+values that llama.cpp decodes are also compared with the solved values, bit for bit. Finished artifacts in FOLDER are
+reused. Prints Markdown, then JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,9 @@ import torch
 from common import comparison_parser
 from judging import predictions, windows_of
 
-from lqexport.calibration.sequences import load_calibration
+from lqexport.calibration.make_imatrix import make_imatrix
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.evaluation import evaluate, llamacpp
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
@@ -34,34 +33,6 @@ from lqexport.models.source import Source, open_source
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
-
-
-def importance_matrix(source: Source, tokens: torch.Tensor) -> dict[str, np.ndarray]:
-    """Returns what llama-imatrix collects: the mean of x^2 per input column of every linear, by GGUF weight name.
-
-    tokens   ids, int64 [sequences, length]
-    """
-    model = BlockModel(source)
-    names = gguf_names(model.architecture, len(model))
-    hidden = [model.start(ids[None]) for ids in tokens]
-    means = {}
-    for index, block in model.blocks():
-        sums = {}
-        for linear in model.linears(index):
-            name = names[model.weight_name(index, linear)]
-            sums[name] = torch.zeros(block.get_submodule(linear).in_features, dtype=torch.float64)
-            block.get_submodule(linear).register_forward_pre_hook(_adding(sums[name]))
-        with torch.no_grad():
-            hidden = [model.run(block, state) for state in hidden]
-        means |= {name: (total / tokens.numel()).float().numpy() for name, total in sums.items()}
-    return means
-
-
-def _adding(total: torch.Tensor) -> Callable[..., None]:
-    def add(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        total.add_(arguments[0].double().square().sum((0, 1)))
-
-    return add
 
 
 def ours(recipe: Recipe, work: Path, label: str) -> Path:
@@ -117,8 +88,9 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     work: Path = arguments.work
     source = open_source(arguments.model)
     half = ours(Recipe(arguments.model, "gguf:F16", method="rtn"), work, "F16")
-    tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=32, sequence_length=512, seed=0).tokens
-    matrix = importance_matrix(source, tokens)
+    matrix = work / "imatrix.gguf"
+    if not matrix.is_file():
+        make_imatrix(arguments.model, matrix, calibration=arguments.calibration, samples=32, device="cpu")
     judge = Judge(source, arguments.evaluation, arguments.windows)
     rows = [row("F16", "F16", half, judge, loads_as_solved(Artifact(work / "F16"), half, work))]
     for tensor_type in arguments.types:
@@ -128,6 +100,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             mix = f"{tensor_type}_M" if tensor_type in ("Q3_K", "Q4_K", "Q5_K") else tensor_type
             llamacpp.quantize(half, file, mix, imatrix=imatrix, pure=True, token_embedding="Q8_0", output="Q8_0")
             rows.append(row(label, tensor_type, file, judge, None))
+        recipe = Recipe(arguments.model, f"gguf:{tensor_type}", imatrix=str(matrix))
+        rows.append(row("lqexport, imatrix", tensor_type, ours(recipe, work, f"{tensor_type}-imatrix"), judge, None))
         for moments in arguments.moments:
             recipe = Recipe(arguments.model, f"gguf:{tensor_type}", calibration=arguments.calibration,
                             samples=arguments.samples, moments=moments, prefix=arguments.prefix, tune=arguments.tune,
@@ -162,7 +136,7 @@ def main() -> None:
     parser = comparison_parser(__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--types", nargs="+", default=["Q2_K", "Q3_K", "Q4_K"])
-    parser.add_argument("--moments", nargs="+", default=["normalized"])
+    parser.add_argument("--moments", nargs="*", default=["normalized"])
     parser.add_argument("--prefix", choices=["full", "quantized"])
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--tune", type=int, default=64)

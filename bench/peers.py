@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from judging import Judge
 from peers_make import MAKERS
 
 from lqexport.calibration.sequences import load_calibration
+from lqexport.evaluation.evaluate import Evaluation
 from lqexport.models.source import open_source
 from lqexport.verification.comparison import compare
 
@@ -68,14 +70,20 @@ def made(name: str, python: str, model: str, work: Path) -> dict[str, Any]:
     return json.loads(record.read_text())
 
 
-def measured(facts: dict[str, Any], model: str, texts: list[str], windows: int) -> list[str]:
+def losses(file: Path, model: str, text: str, windows: int) -> Evaluation:
+    """Returns how far a model is from its source on a text."""
+    if file.is_file():
+        (compared,) = compare([file], model, text=text, windows=windows, engine="llama.cpp", device="cpu").files
+        return compared.evaluation
+    return Judge(open_source(model), text, windows)(open_source(str(file)))
+
+
+def measured(file: Path, model: str, texts: list[str], windows: int) -> list[str]:
     """Returns the cells of size, and of KL, perplexity and same top token on every text."""
-    cells: list[str] = []
+    parts = [file] if file.is_file() else list(file.glob("*.safetensors"))
+    cells = [f"{sum(part.stat().st_size for part in parts) / 1e6:.1f}"]
     for text in texts:
-        engine: Any = "llama.cpp" if facts["file"].endswith(".gguf") else "lqexport"
-        (result,) = compare([facts["file"]], model, text=text, windows=windows, engine=engine, device="cpu").files
-        loss = result.evaluation
-        cells = cells or [f"{result.nbytes / 1e6:.1f}"]
+        loss = losses(file, model, text, windows)
         cells += [f"{loss.kl:.4f} ± {loss.kl_error:.4f}", f"{loss.perplexity:.3f}", f"{loss.top1:.1%}"]
     return cells
 
@@ -110,7 +118,7 @@ def main() -> None:
         if name == BARE or python is None:
             continue
         facts = made(name, python, arguments.model, work)
-        cells = measured(facts, arguments.model, arguments.evaluation, arguments.windows)
+        cells = measured(Path(facts["file"]), arguments.model, arguments.evaluation, arguments.windows)
         costs = [f"{facts['seconds']:.0f}", f"{facts['seconds'] / floor:.1f}", f"{facts['peak'] / 1e9:.1f}"]
         print(f"| {' | '.join([name, *costs, *cells])} |", flush=True)
 

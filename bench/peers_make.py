@@ -32,21 +32,26 @@ def bare_passes(model: str, tokens: np.ndarray, out: Path) -> None:
 
 
 def llama_quantize(model: str, tokens: np.ndarray, out: Path) -> None:
-    """llama.cpp's quantizer, with an importance matrix of the tokens, by way of lqexport's F16 file and passes."""
-    from gguf_quality import importance_matrix
-
+    """llama.cpp's quantizer, with an importance matrix of the same tokens, by way of lqexport's F16 file and passes."""
+    from lqexport.calibration.make_imatrix import make_imatrix
     from lqexport.converters.gguf import writer
     from lqexport.evaluation import llamacpp
-    from lqexport.models.source import open_source
     from lqexport.pipeline.quantize import quantize
     from lqexport.recipe import Recipe
     from lqexport.storage.artifact import Artifact
 
-    half, artifact = out.with_suffix(".F16"), out.with_suffix(".artifact")
+    half, artifact, matrix = (out.with_suffix(ending) for ending in (".F16", ".artifact", ".imatrix"))
     quantize(Recipe(model, "gguf:F16", method="rtn"), artifact)
     writer.write(Artifact(artifact), half)
-    llamacpp.quantize(half, out, MIX, imatrix=importance_matrix(open_source(model), torch.from_numpy(tokens)))
+    samples, length = tokens.shape
+    make_imatrix(model, matrix, calibration=text_beside(out), samples=samples, sequence_length=length, device="cpu")
+    llamacpp.quantize(half, out, MIX, imatrix=matrix)
     half.unlink()
+
+
+def text_beside(out: Path) -> str:
+    """The file of the text that TOKENS were drawn from, with the seed that lqexport's commands have by default."""
+    return str(out.with_name("calibration.txt"))
 
 
 def autoround(model: str, tokens: np.ndarray, out: Path, iters: int | None) -> None:
@@ -83,7 +88,7 @@ def lqexport_run(model: str, tokens: np.ndarray, out: Path, target: str, effort:
 
     samples, length = tokens.shape
     recipe = Recipe(model, target, samples=samples, sequence_length=length, effort=effort,
-                    calibration=str(out.parent / "calibration.txt"))  # fmt: skip
+                    calibration=text_beside(out))  # fmt: skip
     artifact = out.with_suffix(".artifact")
     quantize(recipe, artifact)
     export(artifact, out)

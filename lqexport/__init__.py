@@ -16,6 +16,7 @@ from lqexport.integration.registration import register
 os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
+    from lqexport.calibration.make_imatrix import make_imatrix as make_imatrix
     from lqexport.delivery.deliver import Delivery as Delivery
     from lqexport.delivery.deliver import export_model as export_model
     from lqexport.delivery.ladder import Ladder as Ladder
@@ -62,6 +63,7 @@ _MODULES = {
     "inspect": "models.inspect",
     "judge": "evaluation.judging",
     "load": "integration.loading",
+    "make_imatrix": "calibration.make_imatrix",
     "make_ladder": "delivery.ladder",
     "perplexity": "evaluation.papers",
     "preview": "planning.dryrun",

@@ -122,6 +122,14 @@ class Recipe:
     )
 
     sequence_length: int = field(default=512, metadata=_help("Tokens in each calibration sequence.", CALIBRATION))
+    imatrix: str | None = field(
+        default=None,
+        metadata=_help(
+            "File of an importance matrix of llama.cpp: weigh columns by it, and run no calibration passes. For models "
+            "that are too large for passes.",
+            CALIBRATION,
+        ),
+    )
     seed: int = field(default=0, metadata=_help("Draws the sequences from the text.", CALIBRATION))
     moments: Moments | None = field(
         default=None,
@@ -287,6 +295,7 @@ class Recipe:
         self._check_size()
         self._check_moments()
         self._check_method()
+        self._check_imatrix()
         self._check_correction()
         self._check_exl2()
         self._check_fixed_types()
@@ -330,6 +339,19 @@ class Recipe:
         if self.smooth and self.method == "rtn":
             raise UserError("Smoothing takes the size of inputs from the calibration, and method rtn has none.")
 
+    def _check_imatrix(self) -> None:
+        if self.imatrix is None:
+            return
+        if self.parsed_target.family != "gguf" or self.chooses_types:
+            raise UserError("An importance matrix is of llama.cpp's weights: it needs a target gguf:TYPE without size.")
+        passes = {"rank": self.rank, "tune": self.tune, "asymmetric": self.asymmetric, "smooth": self.smooth}
+        passes |= {"moments": self.moments not in (None, "plain"), "prefix": self.prefix == "quantized"}
+        passes |= {"output_groups": self.output_groups > 1}
+        if given := [name for name, value in passes.items() if value]:
+            raise UserError(f"{given[0]} needs calibration passes, which imatrix leaves out: give one of them.")
+        if self.method == "rtn" or self.solver == "exact":
+            raise UserError("An importance matrix is for the method lean or gptq and the solver blocked.")
+
     def _check_correction(self) -> None:
         if not self.rank and (self.factor_bytes or self.merge or self.rounds > 1):
             raise UserError("factor_bytes, rounds and merge say more of a low-rank correction: give its rank too.")
@@ -371,6 +393,12 @@ class Recipe:
         return CorrectionSettings(**_same_fields(self, CorrectionSettings))
 
     @property
+    def calibrates(self) -> bool:
+        """Whether linears that have a grid are solved with calibration sequences. Rounding to nearest needs none; a
+        low-rank correction needs them whatever the method."""
+        return self.imatrix is None and (self.method != "rtn" or bool(self.rank))
+
+    @property
     def chooses_types(self) -> bool:
         """Whether types or mixes of widths are chosen to fit a size."""
         return self.size is not None or self.bits is not None
@@ -388,7 +416,7 @@ class Recipe:
         if self.tune is not None:
             return self.tune
         wide = (self.parsed_target.bits or 0) >= TUNED_BELOW
-        untuned = self.effort == "fast" or (self.effort == "default" and wide)
+        untuned = self.imatrix is not None or self.effort == "fast" or (self.effort == "default" and wide)
         return 0 if untuned or self.method != "lean" else TUNED
 
     @property

@@ -12,9 +12,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lqexport.converters.gguf.imatrix import write_imatrix
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp
-from lqexport.evaluation.llamacpp import LlamaCpp, quantize, read_imatrix, write_imatrix
+from lqexport.evaluation.llamacpp import LlamaCpp, quantize
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, LAYERS, FEED_FORWARD = 96, 256, 4, 2, 2, 512
 MODULES = {
@@ -240,49 +241,15 @@ def test_refused_quantization_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def matrix_sums(columns_of: dict[str, int], tokens: int) -> dict[str, np.ndarray]:
-    """Returns sums in which column 0 matters by far the most."""
-    return {
-        name: tokens * np.where(np.arange(columns) == 0, 1000.0, 0.01).astype(np.float32)
-        for name, columns in columns_of.items()
-    }
-
-
-def test_imatrix_survives_a_round_trip(tmp_path: Path) -> None:
-    sums = {"blk.0.attn_q.weight": np.arange(8, dtype=np.float32), "blk.0.ffn_up.weight": np.ones(4, np.float32)}
-    write_imatrix(tmp_path / "i.gguf", sums, tokens=4, chunks=2, dataset="a text")
-    means = read_imatrix(tmp_path / "i.gguf")
-    assert {name: mean.tolist() for name, mean in means.items()} == {
-        "blk.0.attn_q.weight": (np.arange(8) / 4).tolist(),
-        "blk.0.ffn_up.weight": [0.25] * 4,
-    }
-    fields = gguf.GGUFReader(tmp_path / "i.gguf").fields
-    assert fields["general.type"].contents() == "imatrix"
-    assert fields["imatrix.datasets"].contents() == ["a text"]
-    assert (fields["imatrix.chunk_count"].contents(), fields["imatrix.chunk_size"].contents()) == (2, 2)
-
-
-def test_unreached_experts_get_ones(tmp_path: Path) -> None:
-    sums, counts = np.array([[2.0, 4.0], [0.0, 0.0]], np.float32), np.array([[2.0], [0.0]], np.float32)
-    assert llamacpp._mean(sums, counts).tolist() == [1.0, 2.0, 1.0, 1.0]
-
-
-def test_files_that_are_no_imatrix_are_refused(f32: Path, tmp_path: Path) -> None:
-    (tmp_path / "text").write_text("no matrix at all, but long enough to have a header")
-    with pytest.raises(UserError, match="not an importance matrix in GGUF form"):
-        read_imatrix(tmp_path / "text")
-    with pytest.raises(UserError, match="a GGUF file but not an importance matrix"):
-        read_imatrix(f32)
-
-
 @pytest.mark.llamacpp
 @pytest.mark.parametrize("as_file", [True, False])
 def test_quantizer_follows_the_imatrix(f32: Path, tmp_path: Path, as_file: bool) -> None:
     """The column that the importance matrix calls important must be much more exact than without the matrix."""
     name = "blk.0.ffn_up.weight"
-    sums = matrix_sums({name: HIDDEN}, tokens=64)
-    write_imatrix(tmp_path / "i.gguf", sums, 64, 1, "test")
-    imatrix = tmp_path / "i.gguf" if as_file else {key: value / 64 for key, value in sums.items()}
+    means = np.where(np.arange(HIDDEN) == 0, 1000.0, 0.01).astype(np.float32)
+    squares = np.append(np.float32(64), 64 * means)[None]
+    write_imatrix(tmp_path / "i.gguf", {name: squares}, dataset="test", chunks=1, chunk_size=64)
+    imatrix = tmp_path / "i.gguf" if as_file else {name: means}
     errors = []
     for matrix in (None, imatrix):
         quantize(f32, tmp_path / "q.gguf", "Q4_0", imatrix=matrix, pure=True, threads=1)

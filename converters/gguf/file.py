@@ -124,6 +124,15 @@ def write_tensors(
     return paths
 
 
+def write_arrays(path: Path, writer: GGUFWriter, arrays: dict[str, np.ndarray]) -> None:
+    """Writes the metadata of `writer` and float32 arrays as a GGUF file, whole or not at all."""
+    tensors = [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in arrays.items()]
+    with written_whole(path) as file:
+        _write_headers(writer, [file], [tensors])
+        for tensor in tensors:
+            _write_values(file, tensor)
+
+
 def write_metadata(writer: GGUFWriter, path: Path) -> None:
     """Writes the metadata of `writer` as a GGUF file without tensors, whole or not at all."""
     with written_whole(path) as file:
@@ -137,6 +146,11 @@ def _write_tensor(
         _write_array(file, _file_bytes(artifact, entry))
         if on_tensor:
             on_tensor(entry.name, entry.nbytes)
+    _write_values(file, tensor)
+
+
+def _write_values(file: BinaryIO, tensor: _Tensor) -> None:
+    """Writes computed values, if the tensor has some, and pads it."""
     if tensor.values is not None:
         _write_array(file, tensor.values)
     file.write(bytes(-tensor.nbytes % ALIGNMENT))

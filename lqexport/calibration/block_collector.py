@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from lqexport.calibration.experts import fill_up, parts, pooled
-from lqexport.calibration.moments import Group, SecondMoments, TokenWeights
+from lqexport.calibration.moments import Group, InputSquares, SecondMoments, TokenWeights
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.models.blocks import linear_of
 from lqexport.runtime.processes import Processes
 
-Collector = SecondMoments | TokenWeights
+Collector = SecondMoments | TokenWeights | InputSquares
 """What sums up the inputs (and gradients) of a group of linears during the passes."""
 BlockMoments = tuple[int, dict[Group, Tensor]]
 """A block's index and the second moments of its linears, as `SecondMoments.hessian` gives them."""

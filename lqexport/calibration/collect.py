@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lqexport.calibration.block_collector import BlockCollector, BlockMoments
+from lqexport.calibration.block_collector import BlockCollector, BlockMoments, Collector
 from lqexport.calibration.moments import Group, SecondMoments
 from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.recipe import Moments
@@ -63,16 +63,31 @@ def forward_moments(
 ) -> Iterator[BlockMoments]:  # fmt: skip
     """Yields the plain or normalized second moments of the linears, block by block.
 
-    tokens         token ids, int64 [samples, length]
     moments_type   plain or normalized
+    keep           puts second moments where they stay
+
+    The other arguments are those of `forward_pass`.
+    """
+    new = partial(SecondMoments, moments_type=moments_type, device=model.device, keep=keep)
+    return forward_pass(
+        model, tokens, new, wanted=wanted, last=last, processes=processes, parts=parts, keep_states=keep_states
+    )
+
+
+def forward_pass(
+    model: BlockModel, tokens: Tensor, new: Callable[[int], Collector], *, wanted: Callable[[int, Group], bool],
+    last: int, processes: Processes = ALONE, parts: int = 1, keep_states: Keep = Tensor.cpu,
+) -> Iterator[BlockMoments]:  # fmt: skip
+    """Yields what collectors sum up of the linears' inputs, block by block.
+
+    tokens         token ids, int64 [samples, length]
+    new            makes a collector for a number of columns
     wanted         says for a block's index and a group of linears whether it is wanted
     last           index of the last block that is needed
     processes      the processes that share the passes; each yields the blocks that it is to solve
-    keep           puts second moments where they stay
-    parts          a block's second moments come in at most so many parts (see `BlockCollector`)
+    parts          a block's linears come in at most so many parts (see `BlockCollector`)
     keep_states    puts the sequences' hidden states where they stay
     """
-    new = partial(SecondMoments, moments_type=moments_type, device=model.device, keep=keep)
     shards = sharded(tokens)
     hidden = [embed_batches(model, shards[i], keep_states) for i in processes.share_of(range(len(shards)))]
     rounds = list(processes.rounds(len(shards)))
@@ -111,7 +126,7 @@ def _inputs(linear: nn.Linear, add: Callable[[Tensor], None]) -> RemovableHandle
 
 
 def _collector(
-    model: BlockModel, index: int, wanted: Callable[[int, Group], bool], parts: int, new: Callable[[int], SecondMoments]
+    model: BlockModel, index: int, wanted: Callable[[int, Group], bool], parts: int, new: Callable[[int], Collector]
 ) -> BlockCollector:
     groups = model.architecture.linears_of(index)
     wanted_groups = [group for group in groups if wanted(index, group)]

@@ -211,3 +211,31 @@ class TokenWeights:
         raw = torch.where(raw.isfinite(), raw, 0.0)
         raised = raw.pow(self._power)
         return (raised * (raw.sum() / raised.sum().clamp_min(1e-300))).float()
+
+
+class InputSquares:
+    """The sums of squares of a linear's inputs, which an importance matrix holds: the diagonal of plain second moments.
+
+    It takes the place of a linear's `SecondMoments` in a forward pass.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self._shard = torch.zeros(1 + columns, dtype=torch.float64, device=device)
+        self._total = torch.zeros_like(self._shard)
+
+    def add(self, inputs: Tensor) -> None:
+        """Adds a batch of tokens, [..., C] of any float dtype. A token with a value that is not finite is left out."""
+        squares = inputs.reshape(-1, inputs.shape[-1]).double().square()
+        squares = squares[squares.isfinite().all(1)]
+        self._shard[0] += len(squares)
+        self._shard[1:] += squares.sum(0)
+
+    def end_shard(self, processes: Processes = ALONE, owner: int = 0, senders: int = 1) -> None:
+        """Ends a shard, as `SecondMoments.end_shard` does."""
+        shard, self._shard = self._shard, torch.zeros_like(self._shard)
+        for sums in processes.received(shard, owner, senders):
+            self._total += sums
+
+    def hessian(self) -> Tensor:
+        """Returns the number of tokens and then the sums, float64 [1 + C]. It is called as that of `SecondMoments`."""
+        return self._total

@@ -16,6 +16,7 @@ from lqexport.cli.check import check
 from lqexport.cli.evaluate import evaluate, judge
 from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_mlx, to_native, to_peft
 from lqexport.cli.export_model import export
+from lqexport.cli.imatrix import imatrix
 from lqexport.cli.inspect import inspect
 from lqexport.cli.ladder import ladder
 from lqexport.cli.options import ShortHelp
@@ -79,7 +80,7 @@ for command in (
 ):
     app.command()(command)
 app.command(name="eval")(evaluate)
-for command in (judge, push_to_hub, inspect):
+for command in (judge, push_to_hub, inspect, imatrix):
     app.command()(command)
 
 

@@ -23,6 +23,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from lqexport.converters.gguf.imatrix import read_imatrix
 from lqexport.errors import UserError, install
 
 MISSING = f"llama.cpp is not installed; it comes with: {install('llamacpp')}"
@@ -412,7 +413,7 @@ def quantize(
     `out` appears complete or not at all.
 
     file_type        the type by llama-quantize's name: `Q4_K_M`, `Q3_K_S`, `F32`, ...
-    imatrix          a file of `write_imatrix` or llama-imatrix, or the mean of x^2 per column by GGUF weight name
+    imatrix          a file of `make_imatrix` or llama-imatrix, or the mean of x^2 per column by GGUF weight name
     pure             whether every matrix gets the same type, without the type's mix
     token_embedding, output   the tensor types of these two, such as `Q8_0`; None: llama.cpp's choice
     requantize       whether the source may be quantized itself; its decoded values are then rounded again
@@ -429,7 +430,7 @@ def quantize(
     if output is not None:
         parameters.output_tensor_type = _tensor_type(output)
     # Kept in variables, since the struct only holds pointers into them.
-    means = _contiguous(read_imatrix(imatrix) if isinstance(imatrix, Path) else imatrix or {})
+    means = _contiguous(read_imatrix(imatrix).means if isinstance(imatrix, Path) else imatrix or {})
     entries = _imatrix_entries(means)
     if means:
         parameters.imatrix = ctypes.addressof(entries)
@@ -475,52 +476,3 @@ def _imatrix_entries(means: dict[str, NDArray[np.float32]]) -> ctypes.Array[Any]
     """Returns the C array of importance data, which ends with an entry without a name. It points into `means`."""
     rows = [_ImatrixEntry(name.encode(), mean.ctypes.data, mean.size) for name, mean in means.items()]
     return (_ImatrixEntry * (len(rows) + 1))(*rows)
-
-
-def write_imatrix(path: Path, sums: Mapping[str, NDArray[np.float32]], tokens: int, chunks: int, dataset: str) -> None:
-    """Writes an importance matrix as llama-imatrix does (a GGUF file), completely or not at all.
-
-    sums     the sum of x^2 over the tokens, float32 [columns], by GGUF weight name (`blk.0.attn_q.weight`)
-    tokens   the number of tokens in the sums
-    chunks   the number of sequences, all of one length, that the tokens came in
-    dataset  the name of the text, for the file's metadata
-    """
-    writer = gguf.GGUFWriter(None, "", use_temp_file=False)
-    # An imatrix has no architecture, but the writer adds one.
-    writer.kv_data = [{}]
-    writer.add_type("imatrix")
-    writer.add_array("imatrix.datasets", [dataset])
-    writer.add_uint32("imatrix.chunk_count", chunks)
-    writer.add_uint32("imatrix.chunk_size", tokens // chunks)
-    for name, values in sums.items():
-        writer.add_tensor(f"{name}.in_sum2", np.asarray(values, dtype=np.float32).reshape(1, -1))
-        writer.add_tensor(f"{name}.counts", np.full((1, 1), tokens, dtype=np.float32))
-    with _renamed(path) as temporary:
-        writer.write_header_to_file(temporary)
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-
-
-def read_imatrix(path: Path) -> dict[str, NDArray[np.float32]]:
-    """Returns the mean of x^2 per input column, float32 [columns], by GGUF weight name.
-
-    The columns of several experts follow one another. An expert that no token reached gets ones, as in llama-quantize.
-    Raises UserError if the file is not an importance matrix in GGUF form.
-    """
-    try:
-        tensors = {tensor.name: np.asarray(tensor.data) for tensor in gguf.GGUFReader(path).tensors}
-        names = [name.removesuffix(".in_sum2") for name in tensors if name.endswith(".in_sum2")]
-        means = {name: _mean(tensors[f"{name}.in_sum2"], tensors[f"{name}.counts"]) for name in names}
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path} is not an importance matrix in GGUF form ({error}).") from error
-    if not means:
-        raise UserError(f"{path} is a GGUF file but not an importance matrix.")
-    return means
-
-
-def _mean(sums: NDArray[np.float32], counts: NDArray[np.float32]) -> NDArray[np.float32]:
-    counts = counts.reshape(-1, 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        means = np.where(counts > 0, sums.reshape(len(counts), -1) / counts, np.float32(1))
-    return means.astype(np.float32).ravel()

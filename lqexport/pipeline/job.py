@@ -18,6 +18,7 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.models.blocks import BlockModel
+from lqexport.models.imatrix import SourceImatrix
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
 from lqexport.recipe import Moments, Recipe
@@ -36,7 +37,8 @@ class Job:
     source                 the model to quantize
     planned                the codec of every tensor, in the order of the model
     factors                the plan of the low-rank factors
-    calibration            token sequences; None if nothing is solved
+    calibration            token sequences; None if nothing is solved with calibration passes
+    imatrix                the importance matrix; None unless it stands in for the passes
     artifact               the folder that the run writes
     moments_cache          keeps second moments for other stages or runs; None if nothing needs them again
     token_weights_cache    keeps the weights of the tokens of guided moments; None if nothing is solved
@@ -52,6 +54,7 @@ class Job:
     planned: list[PlannedTensor]
     factors: list[PlannedTensor]
     calibration: Calibration | None
+    imatrix: SourceImatrix | None
     artifact: Artifact
     moments_cache: MomentsCache | None
     token_weights_cache: MomentsCache | None

@@ -15,12 +15,13 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.column_order import source_of
 from lqexport.models.context import trained_positions
+from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import Source
 from lqexport.pipeline.job import Job, work_folder
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
-from lqexport.planning.needs import left_out, tokenizer_warnings
+from lqexport.planning.needs import left_out, tokenizer_warnings, unweighted
 from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
@@ -52,10 +53,16 @@ def prepare(
     check_sequence_length(recipe, source, planned)
     artifact = Artifact(out)
     if not artifact.complete:
-        for sentence in (*left_out(source, recipe, planned), *tokenizer_warnings(source, recipe)):
+        for sentence in (
+            *unweighted(source, recipe, planned),
+            *left_out(source, recipe, planned),
+            *tokenizer_warnings(source, recipe),
+        ):
             listener.message(sentence)
-    calibration = _calibration(recipe, source, planned, listener)
+    calibration, imatrix = _calibration(recipe, source, planned, listener), imatrix_of(source, recipe)
     identity = _identity(recipe, source, calibration, device)
+    if imatrix is not None:
+        identity["imatrix"] = {"sha256": imatrix.sha256, "datasets": imatrix.datasets}
     _claim(artifact, identity, source, processes)
     if recipe.chooses_types and cache is None:  # the choice needs all second moments before solving does
         cache = work_folder(artifact) / "moments"
@@ -72,8 +79,8 @@ def prepare(
         moments_cache.write_facts()
     return Job(
         recipe=recipe, identity=identity, source=source, planned=planned, factors=factors, calibration=calibration,
-        artifact=artifact, moments_cache=moments_cache, token_weights_cache=token_weights_cache, placement=placement,
-        device=device, processes=processes, listener=listener,
+        imatrix=imatrix, artifact=artifact, moments_cache=moments_cache, token_weights_cache=token_weights_cache,
+        placement=placement, device=device, processes=processes, listener=listener,
     )  # fmt: skip
 
 

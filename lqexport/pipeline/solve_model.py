@@ -31,6 +31,7 @@ from lqexport.recipe import Moments
 from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.corrected_linear import solve_corrected
 from lqexport.solver.linear import SolvedRows, assembled, factor_of, solve_linear, solve_rows
+from lqexport.solver.weighted_linear import solve_weighted
 from lqexport.storage.artifact import StoredTensor
 
 LOOKED_UP = 0.1
@@ -50,7 +51,7 @@ def solve_model(job: Job) -> None:
     if job.calibration is None:
         _begin_solving(job)
         for name in job.processes.share_of(unfinished):
-            _solve(job, job.linears[name], job.source.read(name), None, share=1 / job.processes.count)
+            _solve_alone(job, job.linears[name], job.source.read(name), share=1 / job.processes.count)
     elif unfinished:
         _solve_blocks(job)
     job.artifact.settle()
@@ -70,6 +71,18 @@ def _begin_solving(job: Job) -> None:
     weights = {name: tensor.weights for name, tensor in job.linears.items()}
     job.listener.stage("Quantizing", sum(weights.values()))
     job.listener.advance(sum(weights[name] for name in weights if name in job.artifact))
+
+
+def _solve_alone(job: Job, tensor: PlannedTensor, weight: Tensor, *, share: float) -> None:
+    """Solves and writes a linear without calibration: under the importance matrix, if the recipe has one."""
+    if job.imatrix is None:
+        _solve(job, tensor, weight, None, share=share)
+        return
+    began, settings = time.perf_counter(), job.recipe_of(tensor.name).solver_settings
+    means = job.imatrix.means(tensor.name, weight.shape[1])
+    solved = solve_weighted(tensor.name, weight, means, tensor.codec_name, settings, job.placement)
+    _write(job, [solved], time.perf_counter() - began)
+    job.listener.advance(round(tensor.weights / share))
 
 
 def _solve_blocks(job: Job) -> None:
@@ -134,8 +147,11 @@ def _solve_head(job: Job, head: PlannedTensor) -> None:
     if job.processes.first:
         has_own_weight = head.name in job.source.names() and not is_tied(job.source.config)
         weight = job.source.read(head.name if has_own_weight else job.architecture.embedding)
-        hessian = moments.hessian() if calibrated else None
-        if hessian is not None and job.head_is_embedding:
+        if not calibrated:
+            _solve_alone(job, head, weight, share=1.0)
+            return
+        hessian = moments.hessian()
+        if job.head_is_embedding:
             hessian = hessian + LOOKED_UP * hessian.diagonal().mean() * torch.eye(len(hessian), device=hessian.device)
         _solve(job, head, weight, hessian, share=1.0)
 

@@ -111,8 +111,7 @@ class Work:
     @property
     def calibrated(self) -> bool:
         """Whether the run needs calibration sequences."""
-        solved = any(tensor.linear for tensor in self.tensors)
-        return solved and (self.recipe.method != "rtn" or bool(self.recipe.rank))
+        return any(tensor.linear for tensor in self.tensors) and self.recipe.calibrates
 
     @property
     def guided(self) -> bool:

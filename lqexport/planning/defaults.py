@@ -21,6 +21,8 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     predict tokens, have no experts, and whose second moments fit into memory. Choosing types or mixes needs guided
     moments. The effort `fast` takes what one pass of the source gives.
     """
+    if recipe.imatrix:
+        recipe = replace(recipe, asymmetric=False, prefix="full", moments="plain", smooth=False)
     asymmetric, prefix, moments, fast = recipe.asymmetric, recipe.prefix, recipe.moments, recipe.effort == "fast"
     if asymmetric is None:
         asymmetric = prefix != "full" and not fast and _works(recipe, config)

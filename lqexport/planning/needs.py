@@ -9,6 +9,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.further import is_beyond
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
+from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
 from lqexport.planning.recipe_plan import calibrates, size_limit
@@ -26,7 +27,8 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
     The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
     tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and one of a .gguf file always
     writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts on the hub only the name
-    and the split are checked. A size must be one, or the target that it names known.
+    and the split are checked. An importance matrix must be the model's. A size must be one, or the target that it names
+    known.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
@@ -36,7 +38,20 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
         source.tokenizer()
     if with_text:
         check_text(recipe.calibration)
-    return [*left_out(source, recipe, planned), *tokenizer_warnings(source, recipe)]
+    return [
+        *unweighted(source, recipe, planned),
+        *left_out(source, recipe, planned),
+        *tokenizer_warnings(source, recipe),
+    ]
+
+
+def unweighted(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
+    """Returns a warning if the recipe's importance matrix lacks linears; else [].
+
+    Raises UserError if it cannot be read, or is of another model.
+    """
+    imatrix = imatrix_of(source, recipe)
+    return imatrix.missing(planned) if imatrix else []
 
 
 def left_out(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:

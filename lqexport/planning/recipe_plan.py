@@ -62,15 +62,11 @@ def check_sequence_length(recipe: Recipe, source: ModelShapes, planned: list[Pla
 
 
 def calibrates(recipe: Recipe, source: ModelShapes, planned: list[PlannedTensor]) -> bool:
-    """Returns whether a run of `recipe` needs calibration sequences.
-
-    Rounding to nearest needs none, and a plain type has no grid. A low-rank correction needs calibration whatever the
-    method.
-    """
+    """Returns whether a run of `recipe` needs calibration sequences: a plain type has no grid and needs none."""
     output = architecture_of(source.config).output
     linears = [tensor for tensor in planned if tensor.linear and tensor.name != output]
     solved = any(not isinstance(codec_named(tensor.codec_name), PlainCodec) for tensor in linears)
-    return solved and (recipe.method != "rtn" or bool(recipe.rank))
+    return solved and recipe.calibrates
 
 
 def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None) -> list[PlannedTensor]:

@@ -36,8 +36,8 @@ def public_run(run: dict[str, Any]) -> dict[str, Any]:
     if recipe := run.get("recipe"):
         run["recipe"] = recipe | {
             name: name_of(str(recipe[name]))
-            for name, name_of in (("source", public_name), ("calibration", _file_name))
-            if name in recipe
+            for name, name_of in (("source", public_name), ("calibration", _file_name), ("imatrix", _file_name))
+            if recipe.get(name)
         }
     if calibration := run.get("calibration"):
         run["calibration"] = calibration | {"name": _file_name(str(calibration["name"]))}
