@@ -3,7 +3,8 @@
     gguf:TYPE       every linear of the decoder blocks in one GGUF type; embedding and output in Q8_0 (for F32, F16 and
                     BF16: in that type); norms and biases in F32
     gguf:MIX        llama.cpp's mixes, which give each tensor its type by llama.cpp's rules: Q3_K_S/M/L, Q4_K_S/M,
-                    Q5_K_S/M, Q2_K_S, Q2_K_M and Q6_K_M, which llama.cpp calls Q2_K and Q6_K, and MXFP4_MOE
+                    Q5_K_S/M, Q2_K_S, IQ2_M, IQ3_XS, IQ3_M, MXFP4_MOE, and those that llama.cpp calls as a type:
+                    Q2_K_M, Q6_K_M, and IQ2_XXS_MIX or TQ1_0_MIX, with _MIX, for the others
     gguf:auto       the types that the caller gives (`lqexport.pipeline.types_by_size` chooses them), else Q8_0
     native:CODEC    every linear in a native codec; embedding and output in F16; norms and biases in F32
 
@@ -19,16 +20,16 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
-from lqexport.converters.gguf.mixes import MIXES, Layer, fallback_type, holds_values, mix_output, mix_type
+from lqexport.converters.gguf.mix_plan import mix_types
+from lqexport.converters.gguf.mixes import MIXES, fallback_type
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
-from lqexport.converters.models.architecture import KEY_HEADS, Architecture
+from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_blocks, is_beyond, is_further_matrix
 from lqexport.converters.models.tensor_names import (
     block_module,
     gguf_names,
-    head_count,
     is_linear,
     is_rounded,
     is_tied,
@@ -87,10 +88,14 @@ def plan(
         )
     overrides = _overrides(architecture, config, embedding_type, output_type)
     _check_types(types, kept)
+    mix: dict[str, str] = {}
+    if target.type in MIXES:
+        columns = {name: shape[1] for name, shape in kept.items() if len(shape) == 2}
+        mix = mix_types(target.type, architecture, config, columns, _layers(config))
     planned = []
     for name, shape in kept.items():
         matching = [codec_name for pattern, codec_name in types.items() if matches(pattern, name, shape)]
-        wanted = matching[-1] if matching else overrides.get(name) or _wanted(target, architecture, config, name, shape)
+        wanted = matching[-1] if matching else overrides.get(name) or _wanted(target, architecture, mix, name)
         planned.append(_fitted(architecture, name, shape, wanted))
     if not fallback:
         refuse_fallbacks(target, planned)
@@ -203,49 +208,21 @@ def _overrides(
     return overrides
 
 
-def _wanted(
-    target: Target, architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]
-) -> str:
-    """Returns the codec name that the target asks for, whether the tensor's shape fits or not."""
+def _wanted(target: Target, architecture: Architecture, mix: Mapping[str, str], name: str) -> str:
+    """Returns the codec name that the target asks for, whether the tensor's shape fits or not.
+
+    mix   tensor -> type in the mix that the target is; empty for any other target
+    """
     linear = is_linear(architecture, name)
     further = is_further_matrix(architecture, name)  # no calibration reaches it, so it keeps more bits
     if not linear and not further and not is_rounded(architecture, name):
         return plain_codec(architecture, name) if target.family == "gguf" else "gguf:F32"
     if target.family == "native":
         return str(target) if linear else "gguf:F16"
-    if target.type in MIXES and not further:
-        return f"gguf:{_mix(target.type, architecture, config, name, shape[1])}"
+    if name in mix:
+        return f"gguf:{mix[name]}"
     is_pure = not target.is_auto and target.type not in MIXES
     return str(target) if is_pure and (linear or _is_plain(str(target))) else "gguf:Q8_0"
-
-
-def _mix(mix: str, architecture: Architecture, config: dict[str, Any], name: str, columns: int) -> str:
-    module = block_module(architecture, name)
-    if module is None:
-        separate = name in architecture.projections or (name == architecture.embedding and not is_tied(config))
-        return MIXES[mix] if separate else mix_output(mix, str(architecture.gguf), columns)
-    experts = config.get(architecture.experts, 0) if architecture.experts else 0
-    gguf_module = architecture.gguf_block[module[1]]
-    index, count = module[0], _layers(config)
-    if architecture.only and (holds_values(gguf_module) or not experts):
-        # llama.cpp counts the matrices of this name, or all that hold values. Of all but values it takes that there is
-        # one in each block.
-        alike = [other for other, gguf in architecture.gguf_block.items() if holds_values(gguf)]
-        counted = alike if holds_values(gguf_module) else [module[1]]
-        having = [block for block in range(count) if any(architecture.has(block, other) for other in counted)]
-        index, count = having.index(index), len(having) if holds_values(gguf_module) else count
-    layer = Layer(str(architecture.gguf), index, count, _queries_per_key(architecture, config), experts)
-    return mix_type(mix, gguf_module, layer)
-
-
-def _queries_per_key(architecture: Architecture, config: dict[str, Any]) -> int:
-    """Returns the number of query heads for each key head by which llama.cpp chooses types: that of the first block.
-
-    It is 0 where the first block has no attention.
-    """
-    of_blocks = [key.config for key in architecture.keys if key.many and key.name == KEY_HEADS]
-    keys = config[of_blocks[0]][0] if of_blocks else head_count(config, "num_key_value_heads")
-    return head_count(config) // keys if keys else 0
 
 
 def _is_plain(codec_name: str) -> bool:

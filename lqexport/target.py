@@ -12,16 +12,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 GGUF_NAME = re.compile(
-    r"(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|(IQ[123])[_-]?(XXS|S|M)|(TQ\d)[_-]?(0)"
+    r"(?:(I?Q\d)[_-]?(K|NL|XS|0|1)(?:[_-]?([SML]))?|(IQ[123])[_-]?(XXS|S|M)|(TQ\d)[_-]?(0))(?:[_-]?(MIX))?"
     r"|(MXFP4)(?:[_-]?(MOE))?|NVFP4|B?F16|F32|AUTO",
     re.IGNORECASE,
 )
 """GGUF's types and mixes as users type them: in any case, with or without the underscores."""
-READ_ONLY = {
-    r"IQ3_(XS|M)": "IQ3_S and IQ3_XXS",
-    r"IQ2_M": "IQ2_S and Q2_K",
-}
-"""Pattern of GGUF's types and mixes that are read and not written -> the nearest types that are written."""
+NOT_KNOWN = {"Q2_0": "TQ2_0 and Q2_K"}
+"""Type of llama.cpp that the installed gguf package does not know -> the nearest types that are written."""
 FAMILIES = ("gguf", "native", "mlx", "gptq", "exl2")
 EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 
@@ -123,17 +120,16 @@ def type_at_end(stem: str) -> str | None:
 
 
 def unknown(noun: str, name: str, known: Iterable[str], use: str = "") -> str:
-    """The message about a name that cannot be chosen: that no format has it, or that its type is not written.
+    """The message about a name that cannot be chosen.
 
     noun   what the name should be, such as `target`
     use    what it is asked for, such as ` for the embedding`; empty if that is clear
     """
-    for pattern, nearest in READ_ONLY.items():
-        if re.fullmatch(pattern, short := name.removeprefix("gguf:")):
-            return (
-                f"{short}{use} cannot be chosen: lqexport reads files in it and does not write them yet. The nearest "
-                f"that it writes: {nearest}."
-            )
+    if (short := name.removeprefix("gguf:")) in NOT_KNOWN:
+        return (
+            f"{short}{use} cannot be chosen: the gguf package does not know it yet. The nearest that can be written: "
+            f"{NOT_KNOWN[short]}."
+        )
     return f"Unknown {noun} {name!r}{use}. {did_you_mean(name, known)}"
 
 

@@ -30,10 +30,11 @@ from lqexport.storage.artifact import Artifact
         ("2MiB", 2 << 20),
         ("700 kb", 700_000),
         ("Q4_K_M", 77),
+        ("iq2m", 55),
     ],
 )
 def test_a_size_means_bytes(text: str, expected: int) -> None:
-    assert model_size(text, 8000, {"gguf:Q4_K_M": 77}.__getitem__) == expected
+    assert model_size(text, 8000, {"gguf:Q4_K_M": 77, "gguf:IQ2_M": 55}.__getitem__) == expected
 
 
 @pytest.mark.parametrize("text", ["4.2.1bpw", "12", "5 apples", "5IB"])
@@ -43,7 +44,7 @@ def test_what_is_no_size_is_said(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "sentence"), [("IQ2_XXS", "IQ2_XXS cannot be chosen"), ("Q4_K_Z", "Unknown target"), ("12", "A size is")]
+    ("size", "sentence"), [("Q2_0", "Q2_0 cannot be chosen"), ("Q4_K_Z", "Unknown target"), ("12", "A size is")]
 )
 def test_a_size_is_checked_before_any_work(size: str, sentence: str, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):

@@ -8,6 +8,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+from llama_mixes import types_by_llamacpp
 
 from lqexport.converters.gguf.mixes import MIXES, file_type
 from lqexport.converters.gguf.reader import GGUFModel
@@ -80,19 +81,12 @@ def write_source(path: Path, config: dict[str, Any]) -> None:
     writer.close()
 
 
-def types_by_llamacpp(folder: Path, config: dict[str, Any], mix: str) -> dict[str, str]:
+def types_in_mix(folder: Path, config: dict[str, Any], mix: str) -> dict[str, str]:
     """Returns tensor name -> codec name, as llama.cpp's quantizer chooses."""
-    source, out = folder / "source.gguf", folder / "out.gguf"
-    write_source(source, config)
-    columns = {name: shape[1] for name, shape in make_shapes(config).items() if len(shape) == 2}
-    renamed = gguf_names(LLAMA, config["num_hidden_layers"])
-    ones = {renamed[name]: np.ones(count, dtype=np.float32) for name, count in columns.items()}
-    # Q2_K_S is the only mix that llama.cpp refuses to make without an importance matrix.
-    llamacpp_name = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix)
-    quantize(source, out, llamacpp_name, imatrix=ones if mix == "Q2_K_S" else None, threads=2)
-    model = GGUFModel(out)
-    assert model.metadata["general.file_type"] == file_type(mix)
-    return {tensor: model.codec_name(tensor) for tensor in model.names()}
+    write_source(folder / "source.gguf", config)
+    chosen = types_by_llamacpp(folder / "source.gguf", mix)
+    names = gguf_names(LLAMA, config["num_hidden_layers"])
+    return {tensor: f"gguf:{chosen[name]}" for tensor, name in names.items() if name in chosen}
 
 
 def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[str, str]:
@@ -114,15 +108,27 @@ def types_by_plan(config: dict[str, Any], target: str, **options: Any) -> dict[s
     ],
 )
 def test_mix_is_llamacpps(tmp_path: Path, mix: str, config: dict[str, Any]) -> None:
-    assert types_by_plan(config, f"gguf:{mix}") == types_by_llamacpp(tmp_path, config, mix)
+    assert types_by_plan(config, f"gguf:{mix}") == types_in_mix(tmp_path, config, mix)
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("mix", ["Q3_K_M", "Q4_K_S"])
+def test_a_file_of_the_quantizer_is_of_our_types_and_number(tmp_path: Path) -> None:
+    """The comparisons above go by what it says in a dry run."""
+    config, out = make_config(layers=9), tmp_path / "out.gguf"
+    expected = types_in_mix(tmp_path, config, "IQ4_XS_MIX")
+    quantize(tmp_path / "source.gguf", out, "IQ4_XS", threads=2)
+    model = GGUFModel(out)
+    down = "model.layers.0.mlp.down_proj.weight"  # of which llama.cpp keeps more without an importance matrix
+    assert {tensor: model.codec_name(tensor) for tensor in model.names()} == expected | {down: "gguf:Q5_K"}
+    assert model.metadata["general.file_type"] == file_type("IQ4_XS_MIX")
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("mix", ["Q3_K_M", "Q4_K_S", "IQ2_M", "IQ3_S_MIX"])
 @pytest.mark.parametrize("kv", [2, 4])
 def test_mix_of_80_layers_is_llamacpps(tmp_path: Path, mix: str, kv: int) -> None:
     config = make_config(layers=80, kv=kv)
-    assert types_by_plan(config, f"gguf:{mix}") == types_by_llamacpp(tmp_path, config, mix)
+    assert types_by_plan(config, f"gguf:{mix}") == types_in_mix(tmp_path, config, mix)
 
 
 @pytest.mark.parametrize("target", targets())

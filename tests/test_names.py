@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import lqexport
 from lqexport.converters.targets import targets
+from lqexport.errors import UserError
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import names
 from lqexport.recipe import Recipe
@@ -40,6 +42,11 @@ def test_names_that_are_known_keep_their_spelling(name: str) -> None:
         ("q2_k", "gguf:Q2_K"),
         ("q8_0", "gguf:Q8_0"),
         ("iq4xs", "gguf:IQ4_XS"),
+        ("iq2xxsmix", "gguf:IQ2_XXS_MIX"),
+        ("iq4_nl-mix", "gguf:IQ4_NL_MIX"),
+        ("iq3m", "gguf:IQ3_M"),
+        ("tq2_0", "gguf:TQ2_0"),
+        ("nvfp4", "gguf:NVFP4"),
         ("bf16", "gguf:BF16"),
         ("Auto", "gguf:auto"),
         ("EXL2", "exl2"),
@@ -74,6 +81,18 @@ def test_a_plan_of_typed_names_is_that_of_the_spelt_ones(tiny_model: Path, tmp_p
     typed = Recipe(str(tiny_model), "q4_k_m", types=["*.down_proj.weight=q5_k"], embedding_type="q8_0")
     spelt = Recipe(str(tiny_model), "gguf:Q4_K_M", types=["*.down_proj.weight=Q5_K"], embedding_type="Q8_0")
     assert lqexport.preview(typed, tmp_path).tensors == lqexport.preview(spelt, tmp_path).tensors
+
+
+@pytest.mark.parametrize(
+    "use", [{"target": "q2_0"}, {"types": ["*.down_proj.weight=Q2_0"]}, {"embedding_type": "Q2_0"}]
+)
+def test_a_type_that_the_gguf_package_does_not_know_is_refused(
+    use: dict[str, Any], tiny_model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"^Q2_0( for .+)? cannot be chosen: the gguf package does not know it yet\. .+"
+    ):
+        lqexport.preview(Recipe(str(tiny_model), **({"target": "Q8_0"} | use)), tmp_path)
 
 
 @pytest.mark.parametrize(

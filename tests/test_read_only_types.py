@@ -120,15 +120,6 @@ def test_the_name_of_a_file_says_them(name: str) -> None:
     assert type_at_end(f"model-{name.lower()}") == name
 
 
-def test_a_file_of_such_a_name_is_not_written(tiny_model: Path, tmp_path: Path) -> None:
-    ended = CliRunner().invoke(app, ["export", str(tiny_model), str(tmp_path / "model-IQ3_M.gguf")])
-    assert ended.exit_code == 2
-    assert "IQ3_M cannot be chosen: lqexport reads files in it and does not write them yet. The nearest" in " ".join(
-        ended.output.split()
-    )
-    assert list(tmp_path.iterdir()) == []
-
-
 # Files of llama.cpp's quantizer.
 
 

@@ -22,22 +22,44 @@ MIXES = {
     "Q5_K_S": "Q5_K",
     "Q5_K_M": "Q5_K",
     "Q6_K_M": "Q6_K",
+    "IQ1_S_MIX": "IQ1_S",
+    "IQ1_M_MIX": "IQ1_M",
+    "IQ2_XXS_MIX": "IQ2_XXS",
+    "IQ2_XS_MIX": "IQ2_XS",
+    "IQ2_S_MIX": "IQ2_XS",
+    "IQ2_M": "IQ2_S",
+    "IQ3_XXS_MIX": "IQ3_XXS",
+    "IQ3_XS": "IQ3_S",
+    "IQ3_S_MIX": "IQ3_S",
+    "IQ3_M": "IQ3_S",
+    "IQ4_XS_MIX": "IQ4_XS",
+    "IQ4_NL_MIX": "IQ4_NL",
+    "TQ1_0_MIX": "TQ1_0",
+    "TQ2_0_MIX": "TQ2_0",
     "MXFP4_MOE": "Q8_0",
 }
 """Mix -> the type of most of its tensors.
 
-The names are llama.cpp's, except for `Q2_K_M` and `Q6_K_M`: llama.cpp calls these mixes `Q2_K` and `Q6_K`, which are
-names of pure types here."""
+The names are llama.cpp's, except where llama.cpp calls a mix as a type, which is the name of the pure type here. Such a
+mix is `Q2_K_M`, `Q6_K_M`, or the name with `_MIX`. Where llama.cpp's rules ask whether there is an importance matrix,
+there is one."""
+
+SMALLEST = ("IQ1_S_MIX", "IQ1_M_MIX", "IQ2_XXS_MIX", "IQ2_XS_MIX", "IQ2_S_MIX", "IQ2_M")
+"""The mixes of less than 3 bits, which have rules of their own."""
 
 FALLBACKS = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
+    **dict.fromkeys(("TQ1_0", "TQ2_0", "Q1_0"), "Q4_0"),
+    "NVFP4": "MXFP4",
     "Q2_K": "Q4_0",
     "Q3_K": "Q4_0",
     "Q4_K": "Q5_0",
     "Q5_K": "Q5_1",
     "Q6_K": "Q8_0",
 }
-"""Type with blocks of 256 -> the type with blocks of 32 that llama.cpp takes if 256 does not divide the columns."""
+"""Type with blocks of 256 -> the type with blocks of 32 that llama.cpp takes if 256 does not divide the columns.
+
+For NVFP4, with blocks of 64, and Q1_0, with blocks of 128, llama.cpp has none."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +67,8 @@ class Layer:
     """The facts about a tensor's decoder block and model by which llama.cpp's rules choose its type.
 
     architecture     llama.cpp's name of the architecture
-    index, count     number of the tensor's decoder block, and number of all blocks
+    index, count     number of the tensor's decoder block or, where llama.cpp counts tensors, of the tensor among those
+                     of its sort (`sort_of`), and number of all blocks or tensors
     queries_per_key  number of query heads that share one key head
     experts          number of experts of a block, 0 where there are none
     """
@@ -57,10 +80,19 @@ class Layer:
     experts: int = 0
 
     @property
+    def first(self) -> bool:
+        """Whether the block is in the first eighth."""
+        return self.index < self.count // 8
+
+    @property
+    def inner(self) -> bool:
+        """Whether the block is neither in the first nor in the last eighth."""
+        return not self.first and self.index < 7 * self.count // 8
+
+    @property
     def favoured(self) -> bool:
         """Whether the block is in the first or last eighth, or every third between: llama.cpp's `use_more_bits`."""
-        eighth = self.count // 8
-        return self.index < eighth or self.index >= 7 * self.count // 8 or (self.index - eighth) % 3 == 2
+        return not self.inner or (self.index - self.count // 8) % 3 == 2
 
     @property
     def large(self) -> bool:
@@ -83,7 +115,7 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
     "Q2_K_S": {
         "attn_v": lambda layer: "Q4_K" if layer.queries_per_key >= 4 else None,
-        "ffn_down": lambda layer: "Q4_K" if layer.index < layer.count // 8 else None,
+        "ffn_down": lambda layer: "Q4_K" if layer.first else None,
     },
     "Q3_K_M": {
         "attn_v": lambda layer: "Q5_K" if layer.index < 2 else "Q4_K",
@@ -97,7 +129,7 @@ _RULES: dict[str, dict[str, Rule]] = {
     },
     "Q4_K_S": {
         "attn_v": lambda layer: "Q5_K" if layer.index < 4 else None,
-        "ffn_down": lambda layer: "Q5_K" if layer.index < layer.count // 8 else None,
+        "ffn_down": lambda layer: "Q5_K" if layer.first else None,
     },
     "Q4_K_M": {
         "attn_v": lambda layer: "Q6_K" if layer.favoured else None,
@@ -107,10 +139,31 @@ _RULES: dict[str, dict[str, Rule]] = {
         "attn_v": lambda layer: "Q6_K" if layer.favoured else None,
         "ffn_down": lambda layer: "Q6_K" if layer.favoured else None,
     },
+    "IQ3_XXS_MIX": {
+        "attn_v": lambda layer: "Q4_K" if layer.queries_per_key >= 4 else None,
+        "attn_q": lambda layer: "IQ2_S",
+        "attn_k": lambda layer: "IQ2_S",
+        "attn_output": lambda layer: "IQ3_S",
+    },
+    "IQ3_XS": {
+        "attn_v": lambda layer: "Q4_K" if layer.queries_per_key >= 4 else None,
+        "attn_q": lambda layer: "IQ3_XXS",
+        "attn_k": lambda layer: "IQ3_XXS",
+        "ffn_gate": lambda layer: "IQ3_XXS" if layer.inner else None,
+        "ffn_up": lambda layer: "IQ3_XXS" if layer.inner else None,
+    },
+    "IQ3_S_MIX": {"attn_v": lambda layer: "Q4_K" if layer.queries_per_key >= 4 else None},
+    "IQ3_M": {
+        "attn_v": lambda layer: "Q4_K",
+        "attn_output": lambda layer: "Q4_K",
+        "ffn_down": lambda layer: "Q4_K" if layer.first or (layer.experts == 8 and layer.favoured) else None,
+    },
+    "IQ4_XS_MIX": {"attn_v": lambda layer: "Q5_K" if layer.queries_per_key >= 4 else None},
+    "IQ4_NL_MIX": {"attn_v": lambda layer: "Q5_K" if layer.queries_per_key >= 4 else None},
 }
 
 _FALCON: dict[str, dict[str, Rule]] = {
-    "Q2_K_M": {"attn_output": lambda layer: None},
+    **{mix: {"attn_output": lambda layer: None} for mix in ("Q2_K_M", "IQ3_XXS_MIX", "IQ3_M")},
     "Q3_K_M": {
         "attn_output": lambda layer: None,
         "ffn_down": lambda layer: "Q5_K" if layer.index < layer.count // 16 else "Q4_K" if layer.favoured else None,
@@ -123,13 +176,18 @@ _FALCON: dict[str, dict[str, Rule]] = {
 }
 """The rules that are different for Falcon."""
 
-_ALIKE = {"attn_qkv": "attn_v", "attn_kv_b": "attn_v", "ffn_down_exps": "ffn_down", "ffn_down_shexp": "ffn_down"}
-"""Fused or stacked matrix -> the matrix whose rules it follows."""
+VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
+"""The GGUF names of linears that compute the values of attention, alone or among others."""
 
 
-def holds_values(module: str) -> bool:
-    """Whether a linear, by the GGUF name of its module, computes the values of attention, alone or among others."""
-    return _ALIKE.get(module, module) == "attn_v"
+def sort_of(module: str) -> str:
+    """Returns the linear whose rules a linear follows, by the GGUF names of their modules.
+
+    `attn_v` for a fused `attn_qkv`, `ffn_down` for stacked `ffn_down_exps`.
+    """
+    if module in VALUES:
+        return "attn_v"
+    return next((sort for sort in ("ffn_down", "ffn_up", "ffn_gate") if module.startswith(sort)), module)
 
 
 def mix_type(mix: str, module: str, layer: Layer) -> str:
@@ -139,7 +197,9 @@ def mix_type(mix: str, module: str, layer: Layer) -> str:
     """
     if mix == "MXFP4_MOE":
         return "MXFP4" if module.endswith("_exps") else MIXES[mix]
-    module = _ALIKE.get(module, module)
+    module = sort_of(module)
+    if mix in SMALLEST:
+        return _of_smallest(mix, module, layer)
     if layer.experts == 8 and module in ("attn_k", "attn_v", "attn_output"):
         return _beside_eight_experts(mix, module)
     rules = _RULES.get(mix, {}) | (_FALCON.get(mix, {}) if layer.architecture == "falcon" else {})
@@ -148,18 +208,44 @@ def mix_type(mix: str, module: str, layer: Layer) -> str:
     return "Q5_K" if module == "attn_v" and layer.large and gguf_type in ("Q3_K", "Q4_K") else gguf_type
 
 
+def _of_smallest(mix: str, module: str, layer: Layer) -> str:
+    """Returns the type of a block's linear in a mix of `SMALLEST`; `module` is a sort (`sort_of`)."""
+    more = "IQ3_S" if mix in ("IQ2_S_MIX", "IQ2_M") else "Q2_K"
+    if module == "attn_v":
+        return "Q4_K" if layer.queries_per_key >= 4 or layer.experts >= 4 else more
+    if module == "attn_k" and layer.experts == 8:
+        return "Q4_K"
+    if module == "ffn_down" and layer.first:
+        return more
+    if module == "attn_output" and layer.experts == 8:
+        return "Q5_K"
+    if module == "attn_output" and (more == "IQ3_S" or mix.startswith("IQ1")):
+        return "IQ3_S" if more == "IQ3_S" else "IQ2_XXS"
+    return MIXES[mix]
+
+
 def _beside_eight_experts(mix: str, module: str) -> str:
     """Returns the type of an attention linear in a model of eight experts, where attention is few of the weights."""
     if module == "attn_output":
-        return "Q5_K" if mix in ("Q2_K_M", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M") else MIXES[mix]
+        larger = mix.startswith(("IQ3", "IQ4")) or mix in ("Q2_K_M", "Q3_K_S", "Q3_K_M", "Q4_K_S", "Q4_K_M")
+        return "Q5_K" if larger else MIXES[mix]
     return "Q8_0"
 
 
 def mix_output(mix: str, architecture: str, columns: int) -> str:
     """Returns the type of the output, or of an embedding tied to it, in one of `MIXES`."""
-    if mix == "MXFP4_MOE":
-        return MIXES[mix]
-    return "Q6_K" if columns % 256 == 0 and architecture != "falcon" else "Q8_0"
+    if mix == "MXFP4_MOE" or columns % (32 if mix == "IQ4_NL_MIX" else 256) or architecture == "falcon":
+        return "Q8_0"
+    return "Q5_K" if mix in (*SMALLEST, "IQ3_XXS_MIX") else "Q6_K"
+
+
+def mix_embedding(mix: str) -> str:
+    """Returns the type of an embedding that is not tied to the output, in one of `MIXES`, before any fallback."""
+    if mix in ("IQ2_S_MIX", "IQ2_M", "IQ3_XXS_MIX"):
+        return "IQ3_S"
+    if mix in SMALLEST:
+        return "Q2_K"
+    return "Q4_K" if mix.startswith("TQ") else MIXES[mix]
 
 
 def file_type(name: str) -> int:
@@ -170,7 +256,7 @@ def file_type(name: str) -> int:
     renamed = {"F32": "ALL_F32", "Q2_K_M": "MOSTLY_Q2_K", "Q6_K_M": "MOSTLY_Q6_K"}
     renamed |= {"MXFP4": "MOSTLY_MXFP4_MOE"}  # llama.cpp has no number for the pure type
     renamed |= {pure: f"MOSTLY_{pure}_S" for pure in ("Q3_K", "Q4_K", "Q5_K")}
-    return int(LlamaFileType[renamed.get(name, f"MOSTLY_{name}")])
+    return int(LlamaFileType[renamed.get(name, f"MOSTLY_{name.removesuffix('_MIX')}")])
 
 
 def fallback_type(gguf_type: str, columns: int) -> str:
