@@ -34,6 +34,9 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
+NEED_MATRIX = ("IQ1", "IQ2", "IQ3_XXS")
+"""Types that llama-quantize makes with an importance matrix alone."""
+
 
 def ours(recipe: Recipe, work: Path, label: str) -> Path:
     """Quantizes and exports by the recipe. Returns the path of the GGUF file."""
@@ -94,7 +97,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     judge = Judge(source, arguments.evaluation, arguments.windows)
     rows = [row("F16", "F16", half, judge, loads_as_solved(Artifact(work / "F16"), half, work))]
     for tensor_type in arguments.types:
-        for label, imatrix in (("llama-quantize", None), ("llama-quantize, imatrix", matrix)):
+        plain = [] if tensor_type.startswith(NEED_MATRIX) else [("llama-quantize", None)]
+        for label, imatrix in (*plain, ("llama-quantize, imatrix", matrix)):
             file = work / f"llama-{tensor_type}.gguf"
             # With `pure`, llama-quantize uses the mix's main type alone.
             mix = f"{tensor_type}_M" if tensor_type in ("Q3_K", "Q4_K", "Q5_K") else tensor_type

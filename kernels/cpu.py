@@ -33,6 +33,7 @@ class Stored(NamedTuple):
     supers    float32 [R, G / span]
     subs      int16 [R, G]
     mantissa, lowest, least, most   the floats that a refit may choose for `supers` (`formats.codec.FloatFormat`)
+    step      the distance between the integers
     """
 
     present: bool
@@ -46,6 +47,7 @@ class Stored(NamedTuple):
     lowest: int
     least: float
     most: float
+    step: int
 
 
 class Form(NamedTuple):
@@ -206,7 +208,8 @@ def _refit(stored, r, basis, values, gradient, hessian, group, direction, work):
         for i in range(first, last):
             direction[i] = stored.sign * supers[g // stored.span] * basis[i]
         step = _best_step(direction, work, gradient, hessian, first, last)
-        change = min(max(np.rint(subs[g] + step), stored.low), stored.high) - subs[g]
+        best = np.rint(subs[g] + step) if stored.step == 1 else subs[g] + stored.step * np.rint(step / stored.step)
+        change = min(max(best, stored.low), stored.high) - subs[g]
         if change * (change - 2 * step) < 0:
             subs[g] += int(change)
             _move(direction, change, values, gradient, hessian, first, last)

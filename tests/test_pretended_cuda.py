@@ -28,13 +28,14 @@ from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.solver import cholesky, feedback
 from lqexport.solver.cholesky import factorize
+from lqexport.solver.linear import unit_of
 from lqexport.storage.artifact import Artifact
 from lqexport.tuning import tune
 from lqexport.verification.verifying import verify
 
 Launched = list[str]
 GRIDS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_XS", "native:affine-3-g64", "native:table-2",
-         "native:mxint-3-g32"]  # fmt: skip
+         "native:mxint-3-g32", "gguf:IQ2_XS"]  # fmt: skip
 CUDA = torch.device("cuda")
 
 
@@ -154,7 +155,8 @@ def test_gradients_are_on_the_device(pretended: Any) -> None:
 def test_every_kind_of_grid(name: str, way: str, pretended: Any) -> None:
     weights, inputs = torch.randn(2, 256, device=CUDA), torch.randn(300, 256, device=CUDA)
     hessian = inputs.T @ inputs
-    cholesky_factor, damped = factorize(hessian.double(), 0.05, True), feedback.damped(hessian, 0.05)
+    cholesky_factor = factorize(hessian.double(), 0.05, True, unit=unit_of([name]))
+    damped = feedback.damped(hessian, 0.05)
     assert minmax(codec_named(name), weights).levels.device.type == "cuda"
     grid = fit(codec_named(name), weights, hessian.diagonal())
     codes = feedback.feedback(weights, grid, cholesky_factor)

@@ -24,11 +24,7 @@ from lqexport.solver import solve_cpu, solve_torch
 from lqexport.solver.cholesky import SHARE_OF_MEDIAN, factorize
 from lqexport.solver.importance import importance
 
-GRIDS = [
-    name
-    for name in names()
-    if hasattr(codec_named(name), "levels") and name not in names("mlx") and codec_named(name).codebook is None
-]
+GRIDS = [name for name in names() if hasattr(codec_named(name), "levels") and name not in names("mlx")]
 FEW = [
     "gguf:Q2_K",
     "gguf:Q3_K",

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, ScaleFormat
 from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_half, round_sub, round_super, shared_levels
+from lqexport.grids.vectors import choose_subs, search_vectors
 from lqexport.kernels import cpu, cuda, cuda_kmeans, cuda_solve
 from lqexport.kernels.kmeans import weighted_kmeans
 
@@ -58,6 +59,8 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
     levels, uniform = shared_levels(codec, weights.device)
     group = codec.scale.group or columns
     group_importance = normalized(importance.unflatten(0, (-1, group)))
+    if codec.codebook is not None:
+        return _fit_vectors(codec, weights, importance, levels)
     groups, floats = weights.unflatten(1, (-1, group)), codec.scale.floats
     if floats.mantissa:
         scale, offset = search(weights, group_importance, levels, uniform, codec.offset)
@@ -69,6 +72,15 @@ def fit(codec: GridCodec, weights: Tensor, importance: Tensor) -> TensorGrid:
         candidates = (round_super(scale * multiple, codec.scale) for multiple in (NEAR if floats.mantissa else POWERS))
         scale = _best(groups, group_importance, levels, uniform, candidates)
     return _stored(codec, columns, levels, uniform, scale, offset, importance.unflatten(0, (-1, group)).sum(1))
+
+
+def _fit_vectors(codec: GridCodec, weights: Tensor, importance: Tensor, levels: Tensor) -> TensorGrid:
+    """Returns the grid of a codec with a codebook. All arguments are as for `fit`; `levels` are [1, K]."""
+    assert codec.scale is not None
+    of_groups = importance.unflatten(0, (-1, codec.scale.group))
+    scale, square = search_vectors(codec, weights, normalized(of_groups))
+    numbers = choose_subs(codec, weights, importance, store(scale, codec.scale, square * of_groups.sum(1)))
+    return TensorGrid(weights.shape[1], levels, False, numbers, codebook=codec.codebook)
 
 
 def search(

@@ -25,6 +25,7 @@ from lqexport.recipe import Moments, Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import Processes
 from lqexport.runtime.progress import Listener
+from lqexport.solver.linear import unit_of
 from lqexport.storage.artifact import Artifact
 
 
@@ -72,6 +73,11 @@ class Job:
     def linears(self) -> dict[str, PlannedTensor]:
         """The linears of the decoder blocks that the solver works on, by name."""
         return {tensor.name: tensor for tensor in self.planned if tensor.linear and tensor.name not in self._outer}
+
+    @cached_property
+    def solved_together(self) -> int:
+        """How many columns the solver takes at once in every linear of the decoder blocks."""
+        return unit_of(tensor.codec_name for tensor in self.linears.values())
 
     @property
     def head(self) -> PlannedTensor | None:

@@ -228,7 +228,7 @@ class Sequential:
     def _factor(self, name: str, hessian: Tensor) -> CholeskyFactor:
         """Returns the factor of the second moments of a group's inputs; `name` is one of the group's linears."""
         settings = self.job.recipe_of(name).solver_settings
-        return factor_of(name, hessian.to(self.job.device), settings, self.job.placement)
+        return factor_of(name, hessian.to(self.job.device), settings, self.job.placement, self.job.solved_together)
 
     def _checked_weight(self, name: str) -> Tensor:
         """Returns a linear's weight. Raises UserError if its type cannot hold it."""

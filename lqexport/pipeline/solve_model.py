@@ -111,7 +111,7 @@ def _solve_sharing(job: Job, linears: Iterable[tuple[str, Tensor]], magnitudes: 
     for name, hessian in linears:
         if cholesky is None and hessian.ndim == 2:
             settings = job.recipe_of(name).solver_settings
-            cholesky = factor_of(name, hessian.to(job.device), settings, job.placement)
+            cholesky = factor_of(name, hessian.to(job.device), settings, job.placement, job.solved_together)
         _solve(
             job, job.linears[name], job.source.read(name), hessian, magnitudes.get(name),
             share=1 / job.processes.count, cholesky=cholesky,

@@ -45,6 +45,14 @@ class CholeskyFactor:
     order: Tensor
     dampening: float
 
+    def keeps_together(self, unit: int) -> bool:
+        """Returns whether each `unit` columns of the matrix follow one another in the order."""
+        if len(self.order) % unit:
+            return False
+        units = self.order.view(-1, unit)
+        first = units[:, :1] // unit * unit
+        return bool((units == first + torch.arange(unit, device=units.device)).all())
+
     def rows(self, run: slice) -> Tensor:
         """Returns U[run, run.start:], float32, on the device that computes."""
         parts = []
@@ -92,20 +100,25 @@ def usual_dampening(diagonal: Tensor) -> float:
     return SHARE_OF_MEDIAN * float(used.median() / diagonal.mean()) if len(used) else 0.0
 
 
-def factorize(hessian: Tensor, dampening: float | None, act_order: bool, keep: Keep = in_place) -> CholeskyFactor:
+def factorize(
+    hessian: Tensor, dampening: float | None, act_order: bool, keep: Keep = in_place, unit: int = 1
+) -> CholeskyFactor:
     """Returns the Cholesky factor of a damped Hessian.
 
     hessian     symmetric [C, C]
     dampening   what is added to the diagonal, over the diagonal's mean (None: `usual_dampening`)
     act_order   whether columns are solved by descending diagonal instead of from left to right
     keep        puts each finished panel where it stays
+    unit        columns that stay together in act-order, beginning at each multiple
 
     If the factorization fails, the dampening rises tenfold, again and again, up to 10; the result records it. Raises
     UserError if it fails at 10, too.
     """
     diagonal = hessian.diagonal()
-    natural = torch.arange(len(diagonal), device=hessian.device)
-    order = diagonal.argsort(descending=True, stable=True) if act_order else natural
+    order = torch.arange(len(diagonal), device=hessian.device)
+    if act_order:
+        importance = diagonal if unit == 1 else diagonal.unflatten(0, (-1, unit)).sum(1)
+        order = order.view(-1, unit)[importance.argsort(descending=True, stable=True)].flatten()
     level = max(usual_dampening(diagonal) if dampening is None else dampening, 1e-6)
     while level <= 10:
         try:

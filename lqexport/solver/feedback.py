@@ -23,7 +23,7 @@ from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
 from lqexport.kernels import cuda
 from lqexport.runtime.tiles import product, tiles
-from lqexport.solver import solve_cpu, solve_cuda, solve_torch
+from lqexport.solver import solve_cpu, solve_cuda, solve_torch, solve_vectors
 from lqexport.solver.cholesky import CholeskyFactor
 
 FEEDBACK_BLOCK = 128
@@ -57,25 +57,36 @@ def layer_loss(difference: Tensor, hessian: Tensor) -> float:
 def feedback(weights: Tensor, grid: TensorGrid | TensorSections, cholesky: CholeskyFactor) -> Tensor:
     """Returns codes uint8 [R, C] for float32 weights [R, C] by error feedback.
 
-    Columns are solved in the order of the Cholesky factor; the result has them in the order of the weight matrix.
+    Columns are solved in the order of the Cholesky factor; the result has them in the order of the weight matrix. With
+    a codebook, the factor must keep the columns of a run together (`CholeskyFactor.keeps_together`).
     """
     remaining = weights[:, cholesky.order].contiguous()
     ordered = torch.empty_like(remaining, dtype=torch.uint8)
     for run, columns, run_grid in grid.runs(cholesky.order):
+        assert run_grid.codebook is None or cholesky.keeps_together(run_grid.codebook.run)
         scale, offset = run_grid.per_group(len(weights))
         for start in range(run.start, run.stop, FEEDBACK_BLOCK):
             block = slice(start, min(start + FEEDBACK_BLOCK, run.stop))
             group_of_column = columns[block.start - run.start : block.stop - run.start] // run_grid.group
             upper = cholesky.rows(block)
             width = len(upper)
-            ordered[:, block], errors = backend(weights).feedback_block(
+            ordered[:, block], errors = _feedback_block(
                 remaining[:, block].contiguous(), upper[:, :width].contiguous(), scale[:, group_of_column].contiguous(),
-                offset[:, group_of_column].contiguous(), run_grid.levels, run_grid.uniform, run_grid.rounding,
+                offset[:, group_of_column].contiguous(), run_grid,
             )  # fmt: skip
             remaining[:, block.stop :] -= product(errors, upper[:, width:])
     codes = torch.empty_like(ordered)
     codes[:, cholesky.order] = ordered
     return codes
+
+
+def _feedback_block(
+    weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, grid: TensorGrid
+) -> tuple[Tensor, Tensor]:
+    """Returns codes uint8 [R, B] and errors float32 [R, B] of one block; its columns have the order of solving."""
+    if grid.codebook is not None:
+        return solve_vectors.feedback_block(weights, upper, scale, grid)
+    return backend(weights).feedback_block(weights, upper, scale, offset, grid.levels, grid.uniform, grid.rounding)
 
 
 def refine(
@@ -100,7 +111,8 @@ def refine(
             gradient = product(values - weights, hessian)
         for block in _blocks(grid):
             new = values[:, block].contiguous()
-            backend(weights).refine_block(
+            loops = backend(weights) if grid.codebook is None else solve_vectors
+            loops.refine_block(
                 new, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
             )
             gradient += product(new - values[:, block], hessian[block])

@@ -6,7 +6,7 @@ A Hessian in this package is the second moments of a linear's inputs (`lqexport.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -154,14 +154,24 @@ def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> Stored
     return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
 
 
-def factor_of(name: str, hessian: Tensor, settings: SolverSettings, placement: Placement) -> CholeskyFactor:
+def unit_of(codec_names: Iterable[str]) -> int:
+    """Returns how many columns are solved together in all of the codecs: 1 if only some of them have codebooks."""
+    books = [getattr(codec_named(name), "codebook", None) for name in set(codec_names)]
+    return max((book.run for book in books if book), default=1) if all(books) else 1
+
+
+def factor_of(
+    name: str, hessian: Tensor, settings: SolverSettings, placement: Placement, unit: int = 1
+) -> CholeskyFactor:
     """Returns the Cholesky factor of the second moments [C, C] of the inputs of a linear and those that share them.
+
+    `unit` is as for `factorize`.
 
     Raises UserError, with the linear's name, if the Hessian is NaN or infinite, or cannot be factorized.
     """
     with inputs_of(name):
         check_moments(hessian)
-        return factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep)
+        return factorize(hessian, settings.dampening, settings.act_order, placement.cholesky.keep, unit)
 
 
 def solve_rows(
@@ -172,13 +182,15 @@ def solve_rows(
 
     weight    [R, C], a linear or a run of its rows that begins at a tile; only the linear's last tile may be short
     hessian   float32 second moments [C, C] for all of these rows; None for the method rtn
-    cholesky  what `factor_of` returns for them (None: it is computed)
+    cholesky  what `factor_of` returns for them (None, or one whose order the codec cannot take: it is computed)
     """
     codec = codec_named(codec_name)
     assert not isinstance(codec, PlainCodec)
     hessian = None if hessian is None else hessian.to(placement.device)
-    if cholesky is None and hessian is not None and settings.method != "rtn":
-        cholesky = factor_of(name, hessian, settings, placement)
+    unit = unit_of([codec_name])
+    fits = cholesky is not None and cholesky.keeps_together(unit)
+    if not fits and hessian is not None and settings.method != "rtn":
+        cholesky = factor_of(name, hessian, settings, placement, unit)
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()
@@ -243,8 +255,6 @@ def _solve_grid(
         grid = minmax(codec, weight)
     else:
         grid = fit(codec, weight, importance(hessian, cholesky, settings.importance, settings.exponent))
-    if grid.codebook is not None:
-        return grid, grid.nearest(weight)
     codes = (in_own_order if settings.solver == "exact" else feedback)(weight, grid, cholesky)
     if settings.method == "lean" and settings.descent:
         return refine(weight, damped(hessian, cholesky.dampening), grid, codes, sweeps=settings.descent, refit=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lqexport.formats.codec import FLOAT16, Rounding
 from lqexport.grids.grid import Numbers, TensorGrid
+from lqexport.grids.vectors import stored
 from lqexport.kernels import cpu
 
 
@@ -51,10 +52,6 @@ def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stor
     """Returns the block's stored numbers as views of the grid's arrays, which the kernel changes in place."""
     if numbers is None:
         return cpu.Stored(
-            False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), *FLOAT16
+            False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), *FLOAT16, 1
         )
-    form = numbers.format
-    first, last = block.start // grid.group, block.stop // grid.group
-    supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
-    subs = numbers.subs.numpy()[:, first:last]
-    return cpu.Stored(True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), *form.floats.fitted)
+    return stored(numbers, grid.group, block)
