@@ -7,7 +7,7 @@ from typing import Any
 
 from lqexport.converters.gguf.mixes import MIXES, SMALLEST, Layer, mix_embedding, mix_output, mix_type, sort_of
 from lqexport.converters.models.architecture import KEY_HEADS, Architecture
-from lqexport.converters.models.tensor_names import gguf_names, head_count, is_linear, is_tied
+from lqexport.converters.models.tensor_names import gguf_names, head_count, is_linear, is_rounded, is_tied
 
 
 def mix_types(
@@ -19,28 +19,30 @@ def mix_types(
     layers    number of decoder blocks
     """
     renamed = gguf_names(architecture, layers)
-    linears = {name: renamed[name] for name in columns if name in renamed and is_linear(architecture, name)}
-    types = _block_types(mix, architecture, config, linears, layers)
-    types |= {name: MIXES[mix] for name in architecture.projections if name in columns}
-    for name in (architecture.embedding, architecture.output, *architecture.tables):
-        if name in columns and name not in types:
+    matrices = [name for name in columns if is_linear(architecture, name) or is_rounded(architecture, name)]
+    in_blocks = {name: renamed[name] for name in matrices if renamed.get(name, "").startswith("blk.")}
+    types = _block_types(mix, architecture, config, in_blocks, layers)
+    for name in matrices:
+        if name in architecture.projections:
+            types[name] = MIXES[mix]
+        elif name in renamed and name not in in_blocks:
             separate = name == architecture.embedding and not is_tied(config)
             types[name] = mix_embedding(mix) if separate else mix_output(mix, str(architecture.gguf), columns[name])
     return types
 
 
 def _block_types(
-    mix: str, architecture: Architecture, config: dict[str, Any], linears: dict[str, str], layers: int
+    mix: str, architecture: Architecture, config: dict[str, Any], matrices: dict[str, str], layers: int
 ) -> dict[str, str]:
-    """Returns the types of the blocks' linears.
+    """Returns the types of the blocks' matrices.
 
-    linears   Hugging Face name -> GGUF name, such as `blk.0.attn_q.weight`
+    matrices   Hugging Face name -> GGUF name, such as `blk.0.attn_q.weight`
     """
     experts = config.get(architecture.experts, 0) if architecture.experts else 0
     queries_per_key = _queries_per_key(architecture, config)
-    positions, counts = _positions(linears.values())
+    positions, counts = _positions(matrices.values())
     types = {}
-    for name, gguf_name in linears.items():
+    for name, gguf_name in matrices.items():
         block, module = _parts(gguf_name)
         values = sort_of(module) == "attn_v"
         # In a mixture of experts, most rules go by the number of the block.
