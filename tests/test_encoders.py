@@ -126,6 +126,18 @@ def test_other_pooling_is_refused(modes: tuple[str, ...], bert: Path, tmp_path: 
         open_source(str(folder))
 
 
+def test_modules_behind_the_pooling_are_refused(bert: Path, tmp_path: Path) -> None:
+    """A layer of sentence-transformers behind BERT changes its embeddings, and no file would hold it."""
+    folder = shutil.copytree(bert, tmp_path / "model")
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"), ("Normalize", "3_Normalize")]
+    listed = [{"path": path, "type": f"sentence_transformers.models.{name}"} for name, path in modules]
+    (folder / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(UserError, match="lists 1 modules Dense"):
+        open_source(str(folder))
+    (folder / "modules.json").write_text(json.dumps([listed[0], listed[1], listed[3]]))
+    open_source(str(folder))
+
+
 def test_windows_stand_between_the_special_tokens(bert: Path, text: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(bert)
     tokens = load_calibration(str(text), tokenizer, samples=5, sequence_length=20, seed=0, encoder=True).tokens

@@ -257,4 +257,6 @@ def test_docs_show_the_table(root: Path, load_script: Callable[[str], ModuleType
     cases: dict[str, list[str]] = {}
     for name in CASES:
         cases.setdefault(architecture_of_case(name).family, []).append(name)
-    assert load_script("tools/models_table.py").table(cases) in (root / "docs/models.md").read_text()
+    script, page = load_script("tools/models_table.py"), (root / "docs/models.md").read_text()
+    assert script.table(cases) in page
+    assert script.refused_table() in page

@@ -12,11 +12,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from family_cases import CASES, export, make_tokenizer, randomized
+from family_cases import CASES, config_and_shapes, export, make_tokenizer, randomized
 from family_cases import pieces as pieces
 from transformers import AutoConfig
 
-from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.gguf.support import check_supported
+from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.text_parts import WITH_TEXT_PARTS
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -41,14 +42,16 @@ QWEN2_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3,
 QWEN3_ROPE = {"rope_type": "default", "rope_theta": 5e6, "mrope_section": [24, 20, 20]}
 QWEN3_5_ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2], "partial_rotary_factor": 0.5}
 QWEN3_MOE_ROPE = QWEN3_ROPE | {"mrope_section": [6, 5, 5]}
+KIMI_EYES = VISION | {"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8}
 OPTIONS: dict[str, dict[str, Any]] = {
     "Qwen3VL": {"rope_parameters": QWEN3_ROPE},
     "Qwen3VLMoe": {"rope_parameters": QWEN3_MOE_ROPE, "num_hidden_layers": 2},
     "Qwen3_5": {"rope_parameters": QWEN3_5_ROPE},
     "Qwen3_5Moe": {"rope_parameters": QWEN3_5_ROPE},
+    "Kimi_K25": {"first_k_dense_replace": 2},  # rounding errors send few tokens to other experts
 }
 """Name of a config class -> options of its text part."""
-TEXTS = {"Qwen3VLMoe": "qwen3vlmoe", "Qwen3_5": "qwen3_5", "Qwen3_5Moe": "qwen3_5moe"}
+TEXTS = {"Qwen3VLMoe": "qwen3vlmoe", "Qwen3_5": "qwen3_5", "Qwen3_5Moe": "qwen3_5moe", "Kimi_K25": "deepseek-v3"}
 """Name of a config class -> the case with the options of its text part, where that is not `model_type`."""
 MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Llava": ("llama", CLIP, "llama-bpe"),
@@ -60,6 +63,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
     "Lfm2Vl": ("lfm2", VISION | {"model_type": "siglip2_vision_model"}, "llama-bpe"),
     "InternVL": ("qwen3", INTERN, "qwen2"),
     "Qwen2Audio": ("qwen2", EARS, "qwen2"),
+    "Kimi_K25": ("deepseek_v3", KIMI_EYES, "deepseek-v3"),
     "Gemma4": ("gemma4_text", GEMMA4_EYES, "pieces without prefix"),
     "Llama4": ("llama4_text", LLAMA4_EYES, "llama-bpe"),
     "Qwen2VL": ("qwen2_vl_text", QWEN2_EYES, "qwen2"),
@@ -72,7 +76,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], str]] = {
 """Name of transformers' config class -> `model_type` of the text part, options of the other part, tokenizer."""
 ARCHITECTURES = {"Llava": "llama", "LlavaNext": "llama", "LlavaOnevision": "qwen2", "SmolVLM": "llama"}
 ARCHITECTURES |= {"Lfm2Vl": "lfm2", "VipLlava": "llama", "Idefics3": "llama", "InternVL": "qwen3"}
-ARCHITECTURES |= {"Gemma4": "gemma4", "Llama4": "llama4"}
+ARCHITECTURES |= {"Gemma4": "gemma4", "Llama4": "llama4", "Kimi_K25": "deepseek2"}
 ARCHITECTURES |= {"Qwen2Audio": "qwen2", "Qwen2VL": "qwen2vl", "Qwen2_5_VL": "qwen2vl", "Qwen3VL": "qwen3vl"}
 ARCHITECTURES |= {"Qwen3VLMoe": "qwen3vlmoe", "Qwen3_5": "qwen35", "Qwen3_5Moe": "qwen35moe"}
 
@@ -84,10 +88,25 @@ def whole_model(name: str) -> transformers.PreTrainedModel:
     text = {key: value for key, value in text.items() if key != "rope_parameters"} | {"model_type": model_type}
     if model_type.startswith("qwen") and model_type.endswith("_text"):
         text |= OPTIONS.get(name, {"rope_parameters": QWEN2_ROPE})
+    elif name in OPTIONS:
+        text |= OPTIONS[name]
     other_part = {"audio_config" if name == "Qwen2Audio" else "vision_config": other}
     config = getattr(transformers, f"{name}Config")(text_config=text, tie_word_embeddings=False, **other_part)
     torch.manual_seed(0)
     return randomized(getattr(transformers, f"{name}ForConditionalGeneration")(config), TEXTS.get(name, name))
+
+
+def name_as_published(folder: Path) -> None:
+    """Gives a Kimi K2.5 the names that it has on the hub. transformers 5.23 writes `blocks` for the text's `layers`."""
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["KimiK25ForConditionalGeneration"]}
+    config["text_config"] |= {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    named = {
+        name.replace("language_model.model.blocks.", "language_model.model.layers."): stored[name] for name in stored
+    }
+    safetensors.torch.save_file(named, folder / "model.safetensors")
 
 
 @pytest.mark.llamacpp
@@ -96,6 +115,8 @@ def test_logits_of_the_text_part_are_those_of_the_whole_model(name: str, tmp_pat
     model = whole_model(name)
     model.save_pretrained(tmp_path / "hf")
     make_tokenizer(MODELS[name][2], pieces).save_pretrained(tmp_path / "hf")
+    if name == "Kimi_K25":
+        name_as_published(tmp_path / "hf")
     with torch.no_grad():
         expected = model(input_ids=torch.tensor([TOKENS])).logits[0].numpy()
     path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
@@ -125,6 +146,14 @@ def test_older_config_of_qwen2_vl_has_the_text_keys_at_the_top(tmp_path: Path) -
     assert manifests[0] == manifests[1]
 
 
+def test_kimi_k2_is_deepseek_v3_by_another_name() -> None:
+    config = config_and_shapes("deepseek-v3")[0]
+    assert normalized(config | {"model_type": "kimi_k2"}) == normalized(config)
+    rope = config["rope_parameters"] | {"beta_fast": 1.0}
+    with pytest.raises(UserError, match="without beta_fast of config"):
+        check_supported(architecture_of(config), normalized(config | {"rope_parameters": rope}))
+
+
 def test_text_parts_of_unknown_families_are_refused() -> None:
     config = {"architectures": ["LlavaForConditionalGeneration"], "text_config": {"model_type": "persimmon"}}
     with pytest.raises(UserError, match="Unknown architecture LlavaForConditionalGeneration"):
@@ -132,7 +161,7 @@ def test_text_parts_of_unknown_families_are_refused() -> None:
 
 
 def test_every_class_with_text_parts_is_one_of_transformers() -> None:
-    assert all(hasattr(transformers, name) for name in WITH_TEXT_PARTS)
+    assert all(hasattr(transformers, name.replace("KimiK25", "Kimi_K25")) for name in WITH_TEXT_PARTS)
 
 
 def test_experts_of_qwen3_vl_on_the_hub_are_transposed(tmp_path: Path) -> None:

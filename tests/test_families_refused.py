@@ -28,6 +28,8 @@ from family_cases import (
 )
 from family_cases import pieces as pieces
 from family_cases import texts as texts
+from gguf import GGUFValueType
+from rewritten_files import Content, rewritten
 from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
@@ -35,7 +37,8 @@ from lqexport.converters.exl2.plan import plan_exl2
 from lqexport.converters.folders import native
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.support import SAME_ACTIVATIONS
-from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
+from lqexport.converters.models.refused import REFUSED, Refused
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -193,6 +196,37 @@ def test_exl2_has_no_rope_scaling_within_windows() -> None:
     change = {"rope_parameters": GEMMA3_ROPE | {"sliding_attention": LINEAR}}
     with pytest.raises(UserError, match="ExLlamaV2 has no rope scaling within windows"):
         plan_exl2(config | change, shapes, bits=4, head_bits=6)
+
+
+@pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.family)
+def test_refused_architectures_are_refused_with_their_reason(entry: Refused) -> None:
+    for name in entry.classes:
+        with pytest.raises(UserError, match=re.escape(f"{name} ({entry.family}) is not supported: {entry.reason}.")):
+            architecture_of({"architectures": [name]})
+        assert not any(name in known.classes for known in ARCHITECTURES)
+
+
+def test_the_reason_for_models_with_an_indexer_is_llamacpps(tmp_path: Path) -> None:
+    """llama.cpp does not load latent attention whose `kv_b_proj` is one tensor as a model of these architectures."""
+    make_model("deepseek-v3").save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
+    for name in ("glm-dsa", "deepseek32"):
+        other = rewritten(path, tmp_path / f"{name}.gguf", lambda content, name=name: _as_indexed(content, name))
+        with pytest.raises(UserError, match=r"attn_k_b\.weight' not found"), LlamaCpp(other, 8, threads=1):
+            pass
+
+
+def _as_indexed(content: Content, name: str) -> None:
+    """Makes the content of a DeepSeek V3 file that of an architecture with an indexer, without its tensors."""
+    content.values["general.architecture"] = name
+    for key in [key for key in content.values if key.startswith("deepseek2.")]:
+        new = key.replace("deepseek2", name)
+        content.values[new], content.types[new] = content.values.pop(key), content.types.pop(key)
+    sizes = {"indexer.head_count": 4, "indexer.key_length": 32, "indexer.top_k": 64, "head_count_kv": 1}
+    sizes |= {"key_length_mla": 48, "value_length_mla": 24, "key_length": 80, "value_length": 64}
+    for key, size in sizes.items():
+        content.add(f"{name}.attention.{key}", size, GGUFValueType.UINT32)
 
 
 def test_unknown_architecture_lists_each_known_one_once() -> None:

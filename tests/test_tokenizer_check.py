@@ -16,8 +16,10 @@ from transformers import AutoTokenizer
 from lqexport.converters.gguf.header import read_header
 from lqexport.converters.gguf.pretokenizers import splitter_named
 from lqexport.converters.gguf.tokenizer import write_vocabulary
+from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
 from lqexport.models.source import HuggingFaceSource
+from lqexport.models.tokenizers import vocabulary_faults
 from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.storage.files import write_json
 
@@ -87,6 +89,21 @@ def test_special_tokens_of_the_base_vocabulary_become_special(
     content["added_tokens"] = content["added_tokens"][3:]
     assert checked(Tokenizer.from_str(json.dumps(content))) == []
     assert in_file(tmp_path)[1][:4] == [1, 3, 3, 1]
+
+
+def test_a_token_that_only_a_class_makes_special_may_be_plain(
+    checked: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """Gemma's class makes <mask> special, and its published files say that it is plain."""
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens([AddedToken("<mask>", normalized=False)])
+    assert checked(tokenizer) == []
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    loaded.add_special_tokens({"mask_token": "<mask>"})
+    arguments = (read_vocabulary(tmp_path), {"bos": 1, "eos": 2}, loaded, tmp_path, ROWS)
+    assert not any("plain ones" in fault for fault in vocabulary_faults(*arguments))
+    write_json(tmp_path / "special_tokens_map.json", NAMES | {"mask_token": "<mask>"})
+    assert any("plain ones" in fault for fault in vocabulary_faults(*arguments))
 
 
 def test_end_of_text_beyond_the_embedding_is_refused(checked: Callable[..., list[str]]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES
+from lqexport.converters.models.refused import REFUSED
 
 ROOT = Path(__file__).resolve().parent.parent
 ENCODERS = {"bert": "test_encoders.py", "gemma-embedding": "test_embedding_gemma.py"}
@@ -42,6 +43,13 @@ def table(cases: dict[str, list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
+def refused_table() -> str:
+    """Returns the table of the architectures that are refused, in Markdown."""
+    rows = [("family", "`architectures`", "refused, because"), ("---",) * 3]
+    rows += [(each.family, ", ".join(f"`{name}`" for name in each.classes), each.reason) for each in REFUSED]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
 def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
     classes = ", ".join(f"`{name}`" for name in entry.classes)
     rope_types = ", ".join(name for name in entry.rope_types if name != "default") or "-"
@@ -60,4 +68,4 @@ def _yes(answer: bool) -> str:
 
 
 if __name__ == "__main__":
-    print(table(tested()), end="")
+    print(table(tested()), refused_table(), sep="\n", end="")

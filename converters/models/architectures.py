@@ -66,7 +66,8 @@ from lqexport.converters.models.families.smollm import SMOLLM3
 from lqexport.converters.models.families.stablelm import STABLELM
 from lqexport.converters.models.families.starcoder import STARCODER2
 from lqexport.converters.models.hf_defaults import default_of, filled_in
-from lqexport.converters.models.text_parts import WITH_TEXT_PARTS, is_whole, text_part
+from lqexport.converters.models.refused import refusal
+from lqexport.converters.models.text_parts import OTHER_TYPES, WITH_TEXT_PARTS, is_whole, text_part
 from lqexport.errors import UserError
 
 ARCHITECTURES = (
@@ -154,8 +155,8 @@ def find_architecture(config: Config) -> Architecture | None:
     """
     names = config.get("architectures") or []
     if any(name in WITH_TEXT_PARTS for name in names):
-        model_type = (config.get("text_config") or {}).get("model_type")
-        named = [entry for entry in ARCHITECTURES if entry.model_type == model_type]
+        model_type = str((config.get("text_config") or {}).get("model_type"))
+        named = [entry for entry in ARCHITECTURES if entry.model_type == OTHER_TYPES.get(model_type, model_type)]
     else:
         named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
     return next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
@@ -174,7 +175,10 @@ def architecture_of(config: Config) -> Architecture:
     config.json does not give their number.
     """
     if (architecture := find_architecture(config)) is None:
-        names = ", ".join(map(str, config.get("architectures") or ())) or "(config.json names none)"
+        given = [str(name) for name in config.get("architectures") or ()]
+        if (reason := refusal(given)) is not None:
+            raise UserError(reason)
+        names = ", ".join(given) or "(config.json names none)"
         known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
         raise UserError(f"Unknown architecture {names}. Known: {known}.")
     of_each_model = (architecture.experts, architecture.only, architecture.borrows, architecture.predictor)
@@ -241,4 +245,5 @@ def _complete(architecture: Architecture, config: Config) -> Config:
     config = {key: value for key, value in config.items() if key not in architecture.former} | given
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
-    return filled_in(architecture, {"model_type": architecture.model_type} | usual | config)
+    known = {"model_type": architecture.model_type} if config.get("model_type") in (None, *OTHER_TYPES) else {}
+    return filled_in(architecture, usual | config | known)

@@ -11,6 +11,8 @@ WITH_TEXT_PARTS = (
     "Gemma4ForConditionalGeneration",
     "Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration",
+    "KimiK25ForConditionalGeneration",
+    "Kimi_K25ForConditionalGeneration",
     "Lfm2VlForConditionalGeneration",
     "LlavaForConditionalGeneration",
     "LlavaNextForConditionalGeneration",
@@ -20,13 +22,15 @@ WITH_TEXT_PARTS = (
     "VipLlavaForConditionalGeneration",
 )
 """Class names of models whose text part may be of any family; `model_type` of `text_config` says of which."""
+OTHER_TYPES = {"kimi_k2": "deepseek_v3"}
+"""`model_type` of published models that transformers does not know -> that of the family that they are of."""
 RENAMED = {
     r"^(model\.)?(language_model|text_model)\.lm_head\.": "lm_head.",
     r"^(model\.)?(language_model|text_model)\.(model\.)?": "model.",
 }
 """Regular expression -> replacement; together they turn the text part's tensor names into those of its family."""
 OTHER_PARTS = (
-    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|connector|audio_tower|embed_(vision|audio))\.|"
+    r"^(model\.)?(vision_tower|vision_model|visual|multi_modal_projector|mm_projector|connector|audio_tower|embed_(vision|audio))\.|"
     r"^(model\.)?image_newline$"
 )
 """A regular expression for the tensors of the other parts."""

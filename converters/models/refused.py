@@ -1,0 +1,79 @@
+"""Architectures that are refused, and why. `tools/models_table.py` makes a table of `docs/models.md` from this one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TRANSPOSED = (
+    "llama.cpp loads it only with kv_b_proj of its latent attention cut in two, one part transposed, and no grid that "
+    "was solved for rows survives that"
+)
+"""The reason why models with an indexer are refused: llama.cpp has no other form of latent attention for them."""
+UNKNOWN = "transformers 5.23 has no such model, and the program runs transformers' own"
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An architecture that is refused.
+
+    family   its usual name
+    classes  its class names in `architectures` of config.json
+    reason   what stands against it, as the end of a sentence
+    """
+
+    family: str
+    classes: tuple[str, ...]
+    reason: str
+
+
+REFUSED = (
+    Refused("GLM-5", ("GlmMoeDsaForCausalLM",), TRANSPOSED),
+    Refused("DeepSeek V3.2", ("DeepseekV32ForCausalLM",), TRANSPOSED),
+    Refused(
+        "DeepSeek V4",
+        ("DeepseekV4ForCausalLM",),
+        "each token has several hidden states, which every block mixes anew, and the program passes one from block to "
+        "block",
+    ),
+    Refused(
+        "Gemma 3n",
+        ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
+        "each token has four hidden states, which every block mixes anew, and the program passes one from block to "
+        "block",
+    ),
+    Refused(
+        "Kimi Linear",
+        ("KimiLinearForCausalLM",),
+        "its delta attention has three convolutions of three dimensions in each block, which the program does not "
+        "write yet",
+    ),
+    Refused(
+        "Apertus",
+        ("ApertusForCausalLM",),
+        "llama.cpp takes four numbers of the activation of each block from the metadata, and they are tensors of the "
+        "model",
+    ),
+    Refused(
+        "Falcon Mamba",
+        ("FalconMambaForCausalLM",),
+        "llama.cpp has one epsilon for all norms, and the model has another one (mixer_rms_eps) within its mixers",
+    ),
+    Refused(
+        "Phi-3.5 MoE",
+        ("PhimoeForCausalLM",),
+        "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean",
+    ),
+    Refused("Step 3.5", ("Step3p5ForCausalLM",), UNKNOWN),
+    Refused("Ling, Ring (Bailing MoE)", ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"), UNKNOWN),
+)
+
+
+def refusal(names: list[str]) -> str | None:
+    """Returns a sentence that says why a model is refused; None if no architecture of the names is in `REFUSED`.
+
+    names   `architectures` of its config.json
+    """
+    for entry in REFUSED:
+        if given := [name for name in names if name in entry.classes]:
+            return f"{given[0]} ({entry.family}) is not supported: {entry.reason}."
+    return None
