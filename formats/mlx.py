@@ -1,4 +1,4 @@
-"""MLX's affine formats (`mlx.core.quantize`, mode affine) and its formats of small floating-point numbers.
+"""MLX's affine formats: `mlx.core.quantize` in its mode affine.
 
 The codes of a row are the bit stream of `formats.native`, whose bytes are taken as little-endian words of 32 bits. So a
 word holds whole codes of 2, 4 and 8 bits, and codes of 3, 5 and 6 bits may lie in two words.

@@ -14,12 +14,15 @@ from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.mlx import MLX
+from lqexport.formats.mlx_floats import MLX_FLOATS
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE
 from lqexport.formats.plain import PLAIN
 from lqexport.target import unknown
 
-_ALL: tuple[PlainCodec | GridCodec, ...] = (*PLAIN, *GGUF, *GGUF_TERNARY, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX)
+_ALL: tuple[PlainCodec | GridCodec, ...] = (
+    *PLAIN, *GGUF, *GGUF_TERNARY, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX, *MLX_FLOATS,
+)  # fmt: skip
 _CODECS = {codec.name: codec for codec in _ALL}
 
 

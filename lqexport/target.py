@@ -70,7 +70,7 @@ class Target:
     @property
     def bits(self) -> int | None:
         """Bits of a GGUF or MLX type or mix by its name, such as 4 of `Q4_K_M` and `4-g64`; None for other targets."""
-        bits = re.match(r"(\d)-|mx?n?v?fp(\d)$", self.type) if self.family == "mlx" else None
+        bits = re.match(r"(\d)-|(?:mx|nv)fp(\d)$", self.type) if self.family == "mlx" else None
         return int(bits[1] or bits[2]) if bits else self.gguf_bits
 
     @property

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from family_cases import config_and_shapes
 from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.converters.folders import shards
 from lqexport.converters.mlx import writer
+from lqexport.converters.mlx.plan import plan_mlx
 from lqexport.converters.mlx.reader import MlxModel
 from lqexport.delivery.deliver import export_model
 from lqexport.errors import UserError
@@ -276,3 +280,37 @@ def test_the_engine_is_refused_where_it_cannot_run(source: Path, folder: Path, m
     monkeypatch.setattr(mlx_lm, "is_installed", lambda: False)
     with pytest.raises(UserError, match="mlx-lm is not installed"):
         verify(folder, str(source), engine="mlx")
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "nvfp4", "mxfp8"])
+def test_modes_of_small_floats(mode: str, source: Path, tmp_path: Path) -> None:
+    quantize(Recipe(str(source), f"mlx:{mode}", method="rtn"), tmp_path / "out", device="cpu")
+    writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
+    stored = safetensors.torch.load_file(tmp_path / "written" / "model.safetensors")
+    assert stored[f"{Q_PROJ}.scales"].dtype == torch.uint8
+    assert f"{Q_PROJ}.biases" not in stored
+    expected = decoded(Artifact(tmp_path / "out").read(f"{Q_PROJ}.weight"))
+    assert np.array_equal(open_export(tmp_path / "written").read(f"{Q_PROJ}.weight").numpy(), expected)
+    if mlx_lm.is_installed():
+        import mlx.core as mx
+        import mlx_lm as theirs
+
+        module = theirs.load(str(tmp_path / "written"))[0].layers[1].self_attn.q_proj
+        values = mx.dequantize(module.weight, module.scales, None, module.group_size, module.bits, module.mode)
+        assert np.array_equal(np.array(values.astype(mx.float32)), expected)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt2", "mamba2"])
+def test_models_that_mlx_lm_computes_otherwise_are_refused(name: str) -> None:
+    config, shapes = config_and_shapes(name)
+    with pytest.raises(UserError, match=r"MLX folders of .* are not written"):
+        plan_mlx(Target.parse("mlx:4-g64"), config, shapes)
+
+
+@needs_mlx
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "deepseek-v2"])
+def test_families_compute_as_transformers_does(
+    name: str, load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    """tools/mlx_models.py does it for all. These have windows, rope scaling, and experts that mlx-lm stacks."""
+    assert load_script("tools/mlx_models.py").largest_difference(name, tmp_path) < 1e-4

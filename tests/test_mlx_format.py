@@ -9,12 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as of_tests
 from hypothesis import strategies as st
 
+from lqexport.converters.mlx.types import settings
 from lqexport.formats import bfloat16
-from lqexport.formats.codec import BFLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales, bits_per_weight
-from lqexport.formats.mlx import BITS, GROUPS
+from lqexport.formats.codec import BFLOAT16, FLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales, bits_per_weight
+from lqexport.formats.mlx import BITS
+from lqexport.formats.mlx_floats import E4M3
 from lqexport.formats.moves import AffineGrid, move
 from lqexport.formats.registry import codec_named, names
 from lqexport.grids.fit import fit
@@ -25,8 +28,8 @@ from lqexport.solver import solve_cpu, solve_torch
 from lqexport.solver.cholesky import factorize
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "mlx.json").read_text())
-AFFINE = [f"mlx:{bits}-g{group}{end}" for end in ("", "-f16") for bits in BITS for group in GROUPS]
-FEW = ["mlx:2-g64", "mlx:4-g32-f16", "mlx:8-g64"]
+ALL = names("mlx")
+FEW = ["mlx:2-g64", "mlx:4-g32-f16", "mlx:8-g64", "mlx:mxfp4", "mlx:nvfp4", "mlx:mxfp8"]
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -38,8 +41,12 @@ def numbers(rng: np.random.Generator, scale_format: ScaleFormat, shape: tuple[in
     either = rng.random(shape) < rng.choice([0, 0.5, 1])
     if scale_format.floats == BFLOAT16:
         supers = np.where(either, bfloat16.rounded(usual), bfloat16.of_bits(bits))
-    else:
+    elif scale_format.floats == FLOAT16:
         supers = np.where(either, usual.astype(np.float16), bits.view(np.float16))
+    elif scale_format.floats.mantissa:
+        supers = rng.choice(np.concatenate([E4M3, -E4M3]), shape)
+    else:
+        supers = np.ldexp(np.float32(1), np.where(either, rng.integers(-20, 5, shape), rng.integers(-127, 128, shape)))
     supers = np.where(np.isfinite(supers), supers, 0).astype(scale_format.dtype)
     return Scales(scale_format, supers, np.ones(shape, np.int16))
 
@@ -65,16 +72,19 @@ def mlx() -> Any:
 
 def dequantized(name: str, planes: dict[str, np.ndarray]) -> np.ndarray:
     """Returns what mlx.core.dequantize makes of the planes of a codec, float32."""
-    mx, (bits, group) = mlx(), (int(part.lstrip("g")) for part in name.removeprefix("mlx:").split("-")[:2])
+    mx, stored = mlx(), settings(name)
+    if stored["mode"] != "affine":
+        values = mx.dequantize(mx.array(planes["weight"]), mx.array(planes["scales"]), **stored)
+        return np.array(values.astype(mx.float32))
     dtype = mx.float16 if name.endswith("-f16") else mx.bfloat16
     scales, biases = (mx.array(planes[plane].view(np.uint16)).view(dtype) for plane in ("scales", "biases"))
-    values = mx.dequantize(mx.array(planes["weight"]), scales, biases, group_size=group, bits=bits)
+    values = mx.dequantize(mx.array(planes["weight"]), scales, biases, **stored)
     assert values.dtype == dtype
     return np.array(values.astype(mx.float32))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(name=st.sampled_from(AFFINE), seed=st.integers(0, 2**32 - 1))
+@of_tests(max_examples=60, deadline=None, derandomize=True)
+@given(name=st.sampled_from(ALL), seed=st.integers(0, 2**32 - 1))
 def test_what_was_encoded_comes_back(name: str, seed: int) -> None:
     codec, grid, codes = random_case(name, seed)
     planes = codec.encode(grid, codes)
@@ -84,15 +94,16 @@ def test_what_was_encoded_comes_back(name: str, seed: int) -> None:
         assert same_bits(unpacked_codes, codes)
         assert (unpacked.rounding, unpacked.columns) == (grid.rounding, grid.columns)
         for stored, restored in ((grid.scale, unpacked.scale), (grid.offset, unpacked.offset)):
-            assert same_bits(restored.supers, stored.supers)
+            if stored is not None:
+                assert same_bits(restored.supers, stored.supers)
         assert {key: (plane.dtype, plane.shape) for key, plane in planes.items()} == codec.layout(*codes.shape)
         order = np.random.default_rng(seed).permutation(len(codes))
         moved = codec.decode({key: plane[order] for key, plane in planes.items()}, codes.shape[1])
         assert same_bits(moved, grid.values(codes)[order])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(name=st.sampled_from(AFFINE), seed=st.integers(0, 2**32 - 1))
+@of_tests(max_examples=60, deadline=None, derandomize=True)
+@given(name=st.sampled_from(ALL), seed=st.integers(0, 2**32 - 1))
 def test_mlx_decodes_the_same_bits(name: str, seed: int) -> None:
     codec, grid, codes = random_case(name, seed)
     planes = codec.encode(grid, codes)
@@ -157,6 +168,19 @@ def test_what_a_file_spends_on_a_weight() -> None:
     assert bits_per_weight(codec_named("mlx:4-g64"), 64, 128) == 4.5
     assert bits_per_weight(codec_named("mlx:3-g32-f16"), 64, 128) == 4
     assert bits_per_weight(codec_named("mlx:6-g128"), 64, 128) == 6.25
+    for mode, bits in {"mxfp4": 4.25, "nvfp4": 4.5, "mxfp8": 8.25}.items():
+        assert bits_per_weight(codec_named(f"mlx:{mode}"), 64, 128) == bits
+
+
+@pytest.mark.parametrize("name", ["mlx:mxfp4", "mlx:nvfp4", "mlx:mxfp8"])
+def test_bytes_that_are_no_numbers_are_refused(name: str) -> None:
+    codec, grid, codes = random_case(name, 1)
+    planes = codec.encode(grid, codes)
+    with pytest.raises(ValueError, match=f"A scale of {name} is not a number"):
+        codec.unpack(planes | {"scales": np.full_like(planes["scales"], 255)}, codes.shape[1])
+    if name == "mlx:mxfp8":
+        with pytest.raises(ValueError, match="A code of mlx:mxfp8 is not a number"):
+            codec.unpack(planes | {"weight": np.full_like(planes["weight"], 0x7F7F7F7F)}, codes.shape[1])
 
 
 @pytest.mark.parametrize("name", FEW)

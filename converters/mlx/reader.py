@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 
 from lqexport.converters.folders.folder_model import FolderModel
@@ -45,10 +44,9 @@ class MlxModel(FolderModel):
         return of_settings(of_module, self.stored[f"{key}.scales"].dtype == torch.float16)
 
     def packed_planes(self, key: str) -> Planes:
-        numbers = np.float16 if self.packed_codec(key).endswith("-f16") else np.uint16
-        stored = {part: self.stored[f"{key}.{part}"].contiguous() for part in ("weight", *PARTS)}
-        planes = {part: stored[part].view(torch.uint8).numpy().view(numbers) for part in PARTS}
-        return {"weight": stored["weight"].view(torch.uint8).numpy().view(np.uint32)} | planes
+        forms = codec_named(self.packed_codec(key)).layout(*self.packed_shape(key))
+        stored = {plane: self.stored[f"{key}.{plane}"].contiguous().view(torch.uint8).numpy() for plane in forms}
+        return {plane: stored[plane].view(dtype) for plane, (dtype, _) in forms.items()}
 
     def _plain_codec(self, name: str, plain: torch.Tensor) -> str:
         if plain.dtype not in PLAIN_CODECS:

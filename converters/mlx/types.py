@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lqexport.formats.mlx import HALF_SUFFIX, Affine
+from lqexport.formats.mlx_floats import SmallFloats
 from lqexport.formats.registry import codec_named, names
 from lqexport.storage.files import read_json
 
@@ -45,24 +46,27 @@ def in_dtype(name: str, half: bool) -> str:
 def settings(codec_name: str) -> dict[str, Any]:
     """Returns the settings of a codec as config.json has them: group_size, bits and mode."""
     codec = codec_named(codec_name)
-    assert isinstance(codec, Affine)
-    return {"group_size": codec.block, "bits": codec.bits, "mode": "affine"}
+    assert isinstance(codec, (Affine, SmallFloats))
+    mode = codec.mode if isinstance(codec, SmallFloats) else "affine"
+    return {"group_size": codec.block, "bits": codec.bits, "mode": mode}
 
 
 def of_settings(stored: dict[str, Any], half: bool) -> str:
-    """Returns the codec name for settings in config.json. Raises ValueError if no codec has them."""
+    """Returns the codec name for settings in config.json. Raises ValueError if no codec has them.
+
+    half   whether scales are float16
+    """
     wanted = {"mode": "affine"} | stored
-    for name in names(FAMILY):
-        if name.endswith(HALF_SUFFIX) == half and settings(name) == wanted:
-            return name
+    for name in types():
+        if settings(name) == wanted:
+            return in_dtype(name, half)
     raise ValueError(f"No format of MLX has the settings {stored}.")
 
 
 def same_groups(codec_name: str) -> tuple[str, ...]:
-    """Returns the codecs with the groups and the dtype of one, by rising bits."""
-    half, block = codec_name.endswith(HALF_SUFFIX), codec_named(codec_name).block
-    of_dtype = (name for name in names(FAMILY) if name.endswith(HALF_SUFFIX) == half)
-    return tuple(name for name in of_dtype if codec_named(name).block == block)
+    """Returns the affine codecs with the groups and the dtype of one, by rising bits."""
+    half, groups = codec_name.endswith(HALF_SUFFIX), f"-g{codec_named(codec_name).block}"
+    return tuple(in_dtype(name, half) for name in types() if name.endswith(groups))
 
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:

@@ -137,7 +137,7 @@ def type_losses(
     return {codec: per_loss * tensor.facts["loss"] for codec, tensor in solved.items()}
 
 
-class _Replaced:
+class Replaced:
     """A model with one tensor replaced."""
 
     def __init__(self, weights: Weights, tensor: StoredTensor) -> None:
@@ -173,7 +173,7 @@ def measure_outer(
         if original.architecture.output in source.names()
         else original.architecture.embedding
     )
-    hessian = _output_moments(original, states) if settings and head in choices else None
+    hessian = output_moments(original, states) if settings and head in choices else None
     for name, codec_names in choices.items():
         losses = {}
         for codec_name in codec_names:
@@ -182,17 +182,17 @@ def measure_outer(
                 stored = solve_linear(name, weight, hessian, codec_name, replace(settings, descent=0))
             else:
                 stored = round_tensor(name, weight, codec_name)
-            changed = BlockModel(_Replaced(source, stored), device)
+            changed = BlockModel(Replaced(source, stored), device)
             # The states do not depend on an output that has weights of its own.
             changed_states = states if name == original.architecture.output else final_states(changed, tokens)
             pairs = zip(states, changed_states, strict=True)
-            divergences = [_kl(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
+            divergences = [divergence(original.logits(p.to(device)), changed.logits(q.to(device))) for p, q in pairs]
             losses[codec_name] = max(0.0, sum(divergences) / len(divergences))
         measured.add(name, losses)
         listener.advance(1)
 
 
-def _output_moments(model: BlockModel, states: list[Tensor]) -> Tensor:
+def output_moments(model: BlockModel, states: list[Tensor]) -> Tensor:
     """Returns the normalized second moments of the output layer's inputs, from the states after the last block."""
     moments = SecondMoments(states[0].shape[-1], "normalized", model.device)
     for state in states:
@@ -200,7 +200,8 @@ def _output_moments(model: BlockModel, states: list[Tensor]) -> Tensor:
     return moments.hessian()
 
 
-def _kl(theirs: Tensor, ours: Tensor) -> float:
+def divergence(theirs: Tensor, ours: Tensor) -> float:
+    """Returns the mean KL(theirs || ours) of logits [n, vocabulary], in nats."""
     p, q = log_softmax(theirs.double(), -1), log_softmax(ours.double(), -1)
     return float(kl_div(q, p, reduction="batchmean", log_target=True))
 

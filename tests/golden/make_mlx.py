@@ -26,6 +26,17 @@ def affine(bits: int, group: int, dtype: mx.Dtype, rng: np.random.Generator) -> 
     return entry(columns, {"weight": packed} | numbers, values)
 
 
+def small_floats(mode: str, bits: int, group: int, rng: np.random.Generator) -> dict:
+    """Codes of all numbers, with scales next to 1 in the first row and of any size in the second."""
+    columns = 8 * group
+    codes = rng.integers(0, 256, (2, columns * bits // 8), dtype=np.uint8)
+    codes[codes % 128 == 127] = 0 if bits == 8 else 127  # not a number, of 8 bits
+    near, wide = rng.integers(50, 60, 8), rng.integers(0, 254, 8)
+    scales = np.stack([near + 65 * (group == 32), wide - (wide % 128 == 127)]).astype(np.uint8)
+    values = mx.dequantize(mx.array(codes.view(np.uint32)), mx.array(scales), group_size=group, bits=bits, mode=mode)
+    return entry(columns, {"weight": codes.view(np.uint32), "scales": scales}, values)
+
+
 def entry(columns: int, planes: dict[str, np.ndarray], values: mx.array) -> dict:
     stored = {name: [plane.dtype.str, list(plane.shape), plane.tobytes().hex()] for name, plane in planes.items()}
     decoded = np.array(values.astype(mx.float32)).astype("<f4")
@@ -38,6 +49,9 @@ def main() -> None:
     for suffix, dtype in {"": mx.bfloat16, "-f16": mx.float16}.items():
         for bits in (2, 3, 4, 5, 6, 8):
             content |= {f"mlx:{bits}-g{group}{suffix}": affine(bits, group, dtype, rng) for group in (32, 64, 128)}
+    content["mlx:mxfp4"] = small_floats("mxfp4", 4, 32, rng)
+    content["mlx:nvfp4"] = small_floats("nvfp4", 4, 16, rng)
+    content["mlx:mxfp8"] = small_floats("mxfp8", 8, 32, rng)
     json.dump(content, sys.stdout, indent=1)
     print()
 

@@ -1,0 +1,102 @@
+"""Compares lqexport's MLX folders with mlx-lm's own converter, of the same types and bytes, all judged in mlx-lm.
+
+    python bench/mlx_quality.py MODEL --work FOLDER --evaluation FILE [FILE ...] [--bits 2 3 4 5 6] [-- OPTION ...]
+
+For each number of bits, in groups of 64, the script makes a folder by `mlx_lm.convert` and one by `lqexport quantize`,
+to which it passes the options behind `--`. mlx-lm runs both: its logits, of the weights as mlx decodes them, in
+float32, are compared with the source's over windows of 512 tokens. Finished folders and figures in FOLDER are reused.
+Prints Markdown, then JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import split_arguments
+from judging import predictions, windows_of
+
+from lqexport.evaluation import evaluate
+from lqexport.evaluation.mlx_process import MlxProcess
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import Source, open_source
+
+PROTOCOL = evaluate.LLAMACPP_512
+
+
+def converted(model: str, bits: int, folder: Path) -> Path:
+    """Makes a folder by mlx-lm's converter, which rounds to nearest."""
+    if not folder.exists():
+        options = ["--hf-path", model, "-q", "--q-bits", str(bits), "--q-group-size", "64", "--mlx-path", str(folder)]
+        subprocess.run([sys.executable, "-m", "mlx_lm", "convert", *options], check=True)
+    return folder
+
+
+def solved(model: str, bits: int, folder: Path, options: list[str]) -> Path:
+    """Makes a folder by lqexport."""
+    artifact = folder.with_name(f"{folder.name}-artifact")
+    if not folder.exists():
+        command = [sys.executable, "-m", "lqexport"]
+        target = ["--target", f"mlx:{bits}-g64", *options]
+        subprocess.run([*command, "quantize", model, str(artifact), *target], check=True)
+        subprocess.run([*command, "to-mlx", str(artifact), str(folder)], check=True)
+    return folder
+
+
+class Judge:
+    """Compares mlx-lm's logits of folders with the source's on one text. The source's are computed once, if needed."""
+
+    def __init__(self, source: Source, text: Path, windows: int, work: Path) -> None:
+        self._source, self.text, self._work = source, text, work
+        self._windows = windows_of(source, str(text), windows)
+        self._reference: list[Any] = []
+
+    def __call__(self, folder: Path) -> dict[str, Any]:
+        """Returns the figures of a folder, which are kept in the work folder."""
+        kept = self._work / f"{folder.name}-{self.text.stem}-{len(self._windows)}.json"
+        if kept.is_file():
+            return json.loads(kept.read_text())
+        self._reference = self._reference or list(predictions(BlockModel(self._source), self._windows))
+        with MlxProcess(folder, patience=7200) as engine:
+            test = evaluate.engine_logits(engine, self._windows, PROTOCOL)
+            result = evaluate.compare(self._reference, test, self._windows, PROTOCOL)
+        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+        figures = {"bytes": size, "kl": result.kl, "kl_error": result.kl_error, "perplexity": result.perplexity,
+                   "source": result.reference_perplexity, "top1": result.top1}  # fmt: skip
+        kept.write_text(json.dumps(figures))
+        return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, nargs="+", required=True)
+    parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6])
+    parser.add_argument("--windows", type=int, default=12)
+    arguments, options = split_arguments(parser)
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    judges = [
+        Judge(open_source(arguments.model), text, arguments.windows, arguments.work) for text in arguments.evaluation
+    ]
+    rows = []
+    print("| bits | made by | MB |" + "".join(f" KL, {judge.text.stem} | perplexity |" for judge in judges))
+    print("|---|---|---|" + "---|---|" * len(judges))
+    for bits in arguments.bits:
+        for label, folder in (
+            ("mlx_lm.convert", converted(arguments.model, bits, arguments.work / f"converted-{bits}")),
+            ("lqexport", solved(arguments.model, bits, arguments.work / f"lqexport-{bits}", options)),
+        ):
+            figures = [judge(folder) for judge in judges]
+            rows.append({"bits": bits, "method": label, "figures": figures})
+            cells = "".join(f" {f['kl']:.4f} ± {f['kl_error']:.4f} | {f['perplexity']:.2f} |" for f in figures)
+            print(f"| {bits} | {label} | {figures[0]['bytes'] / 1e6:.1f} |{cells}", flush=True)
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
