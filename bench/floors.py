@@ -16,7 +16,7 @@ import torch
 
 from lqexport.models.source import open_source
 from lqexport.planning.cost import Work, disk, operations_estimate, passes, source_bytes, source_passes
-from lqexport.planning.dryrun import measured_rate
+from lqexport.planning.rates import measured_rate
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import full_float32

@@ -30,7 +30,7 @@ from lqexport.cli.options import merged_recipe
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.models import inspect as inspection
-from lqexport.planning import cost, dryrun
+from lqexport.planning import cost, dryrun, rates
 from lqexport.planning.memory import memory_estimate
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
@@ -151,6 +151,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(odd_model: Path, tmp_path: P
     assert "12 tensors take gguf:Q5_0 instead of gguf:Q4_K: 96 columns are not a multiple of 256" in output
     assert "Peak memory: about" in output
     assert "Time on" in output
+    assert "By effort: fast" in output
     assert not out.parent.exists()
 
 
@@ -161,6 +162,9 @@ def test_dry_run_as_json_adds_up(odd_model: Path, tmp_path: Path) -> None:
     weights = 64 * 96 + 2 * (4 * 96 * 96 + 3 * 96 * 256 + 2 * 96) + 96
     assert told["bits_per_weight"] == pytest.approx(8 * told["tensor_bytes"] / weights)
     assert {tensor["codec"] for tensor in told["tensors"]} == {"gguf:Q5_0", "gguf:Q4_K", "gguf:Q8_0", "gguf:F32"}
+    seconds = told["estimated_seconds_by_effort"]
+    assert seconds["fast"] < seconds["default"] < seconds["best"]
+    assert seconds["default"] == told["estimated_seconds"]
 
 
 def dry_run(source: Path, out: Path, *options: object, status: int) -> str:
@@ -257,7 +261,7 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measured_rate_is_one_of_this_century(dtype: torch.dtype) -> None:
-    assert 1e8 < dryrun.measured_rate("cpu", dtype, size=256, seconds=0.05) < 1e16
+    assert 1e8 < rates.measured_rate("cpu", dtype, size=256, seconds=0.05) < 1e16
 
 
 # --- inspect ---

@@ -24,7 +24,7 @@ from lqexport.calibration import texts
 from lqexport.cli import options as cli_options
 from lqexport.cli.app import app
 from lqexport.delivery import deliver
-from lqexport.planning import dryrun
+from lqexport.planning import rates
 from lqexport.recipe import Recipe
 from lqexport.verification import report
 
@@ -123,7 +123,7 @@ def little_work() -> Any:
         for module in (cli_options, deliver):
             patch.setattr(module, "Recipe", SmallRecipe)
         patch.setattr(report, "plots", lambda _: [])
-        patch.setattr(dryrun, "measured_rate", lambda *_: 1e11)
+        patch.setattr(rates, "measured_rate", lambda *_: 1e11)
         yield
 
 

@@ -168,6 +168,8 @@ def _check_finished(request: Request, shown: Preview) -> None:
     upload_list(path, record=request.places.record)
     result = read_record(request.places.record)
     recipe = public_run({"recipe": asdict(shown.recipe)})["recipe"]
+    if shown.recipe.compute_dtype is None:
+        del recipe["compute_dtype"]  # the machine that made the file chose it
     made_by = result.get("run", {}).get("recipe", {})
     if different := [name for name in recipe if made_by.get(name) != recipe[name]]:
         raise UserError(f"{path} was made with another {different[0].replace('_', ' ')}. {remedy}")

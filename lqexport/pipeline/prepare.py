@@ -18,6 +18,7 @@ from lqexport.models.context import trained_positions
 from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import Source
 from lqexport.pipeline.job import Job, work_folder
+from lqexport.planning.compute_dtype import with_compute_dtype
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
@@ -52,6 +53,7 @@ def prepare(
     check_recipe(recipe, source.config, planned)
     check_sequence_length(recipe, source, planned)
     artifact = Artifact(out)
+    recipe = _with_compute_dtype(Work(recipe, source.config, planned), artifact, device, processes, listener)
     if not artifact.complete:
         for sentence in (
             *unweighted(source, recipe, planned),
@@ -82,6 +84,19 @@ def prepare(
         imatrix=imatrix, artifact=artifact, moments_cache=moments_cache, token_weights_cache=token_weights_cache,
         placement=placement, device=device, processes=processes, listener=listener,
     )  # fmt: skip
+
+
+def _with_compute_dtype(
+    work: Work, artifact: Artifact, device: torch.device, processes: Processes, listener: Listener
+) -> Recipe:
+    """Returns the recipe with the dtype of its passes, the same in all processes, and says how it was chosen."""
+    chosen, sentence = work.recipe, ""
+    if processes.first:
+        begun = artifact.run().get("recipe") if (artifact.folder / "run.json").is_file() else None
+        chosen, sentence = with_compute_dtype(work, device.type, begun)
+    if sentence and not artifact.complete:
+        listener.message(sentence)
+    return processes.from_first(chosen)
 
 
 def check_recipe(recipe: Recipe, config: dict[str, Any], planned: list[PlannedTensor]) -> None:

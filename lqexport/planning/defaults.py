@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.models.smoothing import pairs
-from lqexport.recipe import Recipe
+from lqexport.recipe import Effort, Recipe
 
 WIDEST = 16384
 """Asymmetric calibration is the default up to this number of inputs of a linear. Its sums are four square float32
@@ -36,6 +36,11 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
         recipe, asymmetric=asymmetric, prefix=prefix, moments=moments, smooth=smooth, descent=recipe.sweeps,
         tune=recipe.tuned_sequences,
     )  # fmt: skip
+
+
+def by_effort(recipe: Recipe, config: dict[str, Any]) -> dict[Effort, Recipe]:
+    """Returns the settled recipe of each effort. Options that are given are those of every effort."""
+    return {effort: settled(replace(recipe, effort=effort), config) for effort in get_args(Effort)}
 
 
 def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import functools
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,15 @@ from lqexport.models.column_order import source_of
 from lqexport.models.inspect import TensorInfo, bits, size, table
 from lqexport.models.source import Source
 from lqexport.models.source_grids import sentences
-from lqexport.planning.cost import Rates, Work, seconds_estimate
-from lqexport.planning.defaults import settled
+from lqexport.planning.compute_dtype import with_compute_dtype
+from lqexport.planning.cost import Work
+from lqexport.planning.defaults import by_effort, settled
+from lqexport.planning.efforts import effort_sentence, seconds_by_effort
 from lqexport.planning.memory import memory_estimate, placement_sentence
 from lqexport.planning.needs import check_needs
+from lqexport.planning.rates import measured_rates
 from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe
-from lqexport.recipe import Recipe
+from lqexport.recipe import Effort, Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
@@ -43,6 +45,7 @@ class Preview(Shown):
     already   bytes of tensors that the output folder holds from an earlier, stopped run
     free      bytes free on the output's disk
     warnings  what the written file will do otherwise than the source, as sentences
+    efforts   the recipe as it would be at each effort
     """
 
     recipe: Recipe
@@ -52,6 +55,7 @@ class Preview(Shown):
     already: int
     free: int
     warnings: tuple[str, ...] = ()
+    efforts: dict[Effort, Recipe] = field(default_factory=dict)
 
     @property
     def entries(self) -> list[TensorInfo]:
@@ -83,11 +87,12 @@ def preview(recipe: Recipe, out: str | Path) -> Preview:
     Raises UserError if the source cannot be read, if the target cannot hold the model, or as `check_needs` does.
     """
     artifact, source = Artifact(Path(out)), source_of(recipe)
-    recipe = settled(recipe, source.config)
+    efforts = by_effort(recipe, source.config)
+    recipe = efforts[recipe.effort]
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
     check_sequence_length(recipe, source, tensors)
     warnings = check_needs(source, recipe, tensors, artifact)
-    return replace(_preview_of(source, recipe, tensors, artifact), warnings=tuple(warnings))
+    return replace(_preview_of(source, recipe, tensors, artifact), warnings=tuple(warnings), efforts=efforts)
 
 
 def preview_of_finished(recipe: Recipe, out: Path) -> Preview:
@@ -114,37 +119,15 @@ def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
     ]
 
 
-@functools.cache
-def measured_rate(device: str, dtype: torch.dtype, size: int = 1024, seconds: float = 0.3) -> float:
-    """Returns the floating-point operations per second of products of `size` x `size` matrices on a device.
-
-    It is the best of several products in about `seconds` seconds, and measured once in a process.
-    """
-    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-    synchronize: Callable[[], None] = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
-    best, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < seconds or best == float("inf"):
-        start = time.perf_counter()
-        left @ right
-        synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def measured_rates(device: str, recipe: Recipe) -> Rates:
-    """Returns the measured rates of matrix products on a device, in the dtypes that a run of `recipe` multiplies in."""
-    dtypes = (torch.float32, getattr(torch, recipe.compute_dtype_on(torch.device(device).type)), torch.float64)
-    return Rates(*(measured_rate(device, dtype) for dtype in dtypes))
-
-
-def _seconds_on(shown: Preview, placement: Placement) -> float:
-    """Returns the estimated seconds of the run on the placement's device, from measured rates."""
-    rates = measured_rates(str(placement.device), shown.recipe)
-    return seconds_estimate(shown.work, rates, torch.get_num_threads(), placement.parts, placement.held)
+def _seconds_on(shown: Preview, placement: Placement) -> dict[Effort, float]:
+    """Returns the estimated seconds of the run at each effort on the placement's device, from measured rates."""
+    rates_in = functools.partial(measured_rates, str(placement.device))
+    return seconds_by_effort(shown.work, shown.efforts, placement, torch.get_num_threads(), rates_in)
 
 
 def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
     """Returns all figures of a dry run as JSON values."""
+    seconds = _seconds_on(shown, placement)
     return {
         "target": shown.recipe.target,
         "bits_per_weight": bits(shown.entries),
@@ -157,7 +140,8 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
             "parts": placement.parts,
             "held_tokens": min(shown.work.tokens, placement.held),
         },
-        "estimated_seconds": _seconds_on(shown, placement),
+        "estimated_seconds": seconds[shown.recipe.effort],
+        "estimated_seconds_by_effort": seconds,
         "free_disk_bytes": shown.free,
         "already_written_bytes": shown.already,
         "fallbacks": fallbacks(shown.tensors),
@@ -181,12 +165,15 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
 
 def show_estimates(shown: Preview, console: Console, placement: Placement) -> None:
     """Prints what the run would cost, how much disk space is free, and the warnings."""
-    minutes = _seconds_on(shown, placement) / 60
+    seconds = _seconds_on(shown, placement)
+    minutes = seconds[shown.recipe.effort] / 60
     lines = (
         f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
         f"Peak memory: about {human_bytes(memory_estimate(shown.work, placement))} (estimate)",
         placement_sentence(placement),
         f"Time on {placement.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",
+        effort_sentence({effort: each / 60 for effort, each in seconds.items()}, "minutes"),
+        *filter(None, [with_compute_dtype(shown.work, placement.device.type, None)[1]]),
         f"Disk: needs {human_bytes(shown.missing_bytes)}, has {human_bytes(shown.free)} free",
         *(f"Warning: {sentence}" for sentence in shown.warnings),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from rich.table import Table
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_shapes
 from lqexport.models.modules import expected_shapes
-from lqexport.planning.cost import Rates, Work, disk, operations_estimate, seconds_estimate
-from lqexport.planning.defaults import settled
-from lqexport.planning.dryrun import measured_rates
+from lqexport.planning.compute_dtype import with_compute_dtype
+from lqexport.planning.cost import Rates, Work, disk, operations_estimate
+from lqexport.planning.defaults import by_effort
+from lqexport.planning.efforts import effort_sentence, seconds_by_effort
 from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, memory, peak, placement_sentence
+from lqexport.planning.rates import measured_rates
 from lqexport.planning.recipe_plan import plan_factors, plan_recipe
-from lqexport.recipe import Recipe
+from lqexport.recipe import ComputeDtype, Effort, Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes, memory_size
@@ -50,13 +52,15 @@ class ConfigModel:
 class Forecast(Shown):
     """The estimates of a run.
 
-    gpu    bytes of the GPU's memory; None for a run on the CPU
-    host   bytes of the host's memory; None if not given
+    gpu       bytes of the GPU's memory; None for a run on the CPU
+    host      bytes of the host's memory; None if not given
+    efforts   the recipe as it would be at each effort
     """
 
     work: Work
     gpu: int | None
     host: int | None
+    efforts: dict[Effort, Recipe] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +74,11 @@ class Forecast(Shown):
     def placement(self) -> Placement:
         """The places where the run would keep its large tensors, to fit into the memory."""
         return choose_placement(self.work, self.device, Path(), self.limits)
+
+    @property
+    def compute_dtype(self) -> ComputeDtype:
+        """The dtype that the passes would multiply in."""
+        return with_compute_dtype(self.work, self.device.type, None)[0].compute_dtype_on(self.device.type)
 
     @property
     def stages(self) -> dict[str, Memory]:
@@ -88,15 +97,20 @@ class Forecast(Shown):
             for location, nbytes, limit in self.limits.excess(stage, self.device)
         ]
 
-    def rates(self) -> Rates:
-        """Returns the assumed rates of a GPU, or the measured rates of this machine's CPU."""
-        return measured_rates("cpu", self.work.recipe) if self.gpu is None else ASSUMED_GPU
+    def rates(self, compute_dtype: ComputeDtype) -> Rates:
+        """Returns the assumed rates of a GPU, or the measured rates of this machine's CPU.
+
+        `compute_dtype` is that of the passes.
+        """
+        return measured_rates("cpu", compute_dtype) if self.gpu is None else ASSUMED_GPU
 
     def as_json(self) -> dict[str, Any]:
         """Returns all estimates as JSON values, in bytes, operations and hours."""
-        work, rates = self.work, self.rates()
+        work, rates_in, effort = self.work, self.rates, self.work.recipe.effort
         weights, nbytes = sum(t.weights for t in work.tensors), sum(t.nbytes for t in work.tensors)
         threads = torch.get_num_threads() if self.gpu is None else HOST_THREADS
+        seconds = seconds_by_effort(work, {effort: work.recipe, **self.efforts}, self.placement, threads, rates_in)
+        hours = {each: time / 3600 for each, time in seconds.items()}
         return {
             "target": work.recipe.target,
             "weights": weights,
@@ -108,8 +122,9 @@ class Forecast(Shown):
             "too_large": self.too_large,
             "disk": asdict(disk(work, self.placement.parts)),
             "operations": asdict(operations_estimate(work, self.placement.parts, self.placement.held)),
-            "rates": asdict(rates) | {"measured": self.gpu is None},
-            "hours": seconds_estimate(work, rates, threads, self.placement.parts, self.placement.held) / 3600,
+            "rates": asdict(rates_in(self.compute_dtype)) | {"measured": self.gpu is None},
+            "hours": hours[effort],
+            "hours_by_effort": hours,
         }
 
 
@@ -123,12 +138,12 @@ def forecast(model: str | Path, recipe: Recipe, gpu: str | None = None, host: st
     model = Path(model)
     path = model / "config.json" if model.is_dir() else model
     shapes = ConfigModel(read_config(path, f"There is no {path}: give a config.json, or a folder that holds one."))
-    recipe = settled(recipe, shapes.config)
+    efforts = by_effort(recipe, shapes.config)
+    recipe = efforts[recipe.effort]
     tensors = plan_recipe(shapes, recipe)
     tensors += plan_factors(shapes, tensors, recipe)
-    return Forecast(
-        Work(recipe, shapes.config, tensors), *(memory_size(size) if size else None for size in (gpu, host))
-    )
+    gpu_bytes, host_bytes = (memory_size(size) if size else None for size in (gpu, host))
+    return Forecast(Work(recipe, shapes.config, tensors), gpu_bytes, host_bytes, efforts)
 
 
 def show(estimate: Forecast, console: Console) -> None:
@@ -168,5 +183,6 @@ def _sentences(estimate: Forecast, content: dict[str, Any]) -> list[str]:
         f"Moved: {human_bytes(disk_bytes['read'])} read, {human_bytes(disk_bytes['written'])} written",
         f"Operations: {sum(operations.values()):.3g} ({parts})",
         f"Time: about {content['hours']:.1f} hours on {where}",
+        effort_sentence(content["hours_by_effort"], "hours"),
         "All of it is computed from shapes. The memory formulas were compared with measured runs on a CPU alone.",
     ]
