@@ -14,6 +14,7 @@ import lqexport
 from lqexport.cli.app import app
 from lqexport.delivery.ladder import Ladder
 from lqexport.pipeline import second_moments
+from lqexport.planning import compute_dtype
 from lqexport.storage.files import file_digest
 from lqexport.verification import report
 from lqexport.verification.publish import upload_list
@@ -26,6 +27,15 @@ def no_plots_in_reports() -> Any:
     """Draws no plots into the files' own reports, which take longer than the rest."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "plots", lambda result: [])
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def chosen_dtype() -> Any:
+    """Makes a machine whose runs choose bfloat16, which their recipes leave open."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute_dtype, "bfloat16_ratio", lambda: 4.0)
+        patch.setattr(compute_dtype, "LEAST_OPERATIONS", 0.0)
         yield
 
 

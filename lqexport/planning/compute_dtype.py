@@ -1,8 +1,8 @@
 """Chooses the dtype that the passes of a run on a CPU multiply in, where the recipe leaves it open.
 
 CPUs with AVX512-BF16 or AMX multiply bfloat16 several times as fast as float32, and others some sixty times slower. So
-a product of each is measured. Moments and targets stay sums in float32 of what the passes give. Linears that were
-solved on either lose the same (docs/experiments.md).
+a product of each is measured. Moments and targets stay sums in float32 of what the passes give. A model that was solved
+on either loses the same (docs/experiments.md, "Passes in bfloat16").
 """
 
 from __future__ import annotations
