@@ -9,12 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config, Factor
-from lqexport.converters.models.families.arcee import ARCEE
+from lqexport.converters.models.families.arcee import AFMOE, ARCEE
 from lqexport.converters.models.families.bert import BERT
 from lqexport.converters.models.families.cohere import COHERE, COHERE2
 from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, DEEPSEEK_V3_LITE
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
-from lqexport.converters.models.families.exaone import EXAONE4
+from lqexport.converters.models.families.exaone import EXAONE4, EXAONE_MOE
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B, FALCON_H1
 from lqexport.converters.models.families.gemma import (
     EMBEDDING_GEMMA,
@@ -61,6 +61,7 @@ from lqexport.converters.models.families.qwen import (
     QWEN3_VL,
     QWEN3_VL_MOE,
 )
+from lqexport.converters.models.families.rednote import DOTS1
 from lqexport.converters.models.families.seed import SEED_OSS
 from lqexport.converters.models.families.smollm import SMOLLM3
 from lqexport.converters.models.families.stablelm import STABLELM
@@ -104,6 +105,9 @@ ARCHITECTURES = (
     GLM4_MOE_LITE,
     MINIMAX_M2,
     MIMO2,
+    DOTS1,
+    EXAONE_MOE,
+    AFMOE,
     GPT_OSS,
     LLAMA4,
     ERNIE_MOE_WITHOUT_SHARED,

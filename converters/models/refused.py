@@ -63,6 +63,7 @@ REFUSED = (
         ("PhimoeForCausalLM",),
         "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean",
     ),
+    Refused("Helium", ("HeliumForCausalLM",), "llama.cpp has no such architecture"),
     Refused("Step 3.5", ("Step3p5ForCausalLM",), UNKNOWN),
     Refused("Ling, Ring (Bailing MoE)", ("BailingMoeForCausalLM", "BailingMoeV2ForCausalLM"), UNKNOWN),
 )

@@ -171,10 +171,17 @@ MIMO2 = SIZES | {"head_dim": 32, "v_head_dim": 16, "num_key_value_heads": 1, "sl
 MIMO2 |= {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
 MIMO2 |= {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 MIMO2 |= {"mlp_layer_types": ["dense", "dense", "sparse"]}
+DOTS1 = SIZES | {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 32}
+DOTS1 |= {"num_key_value_heads": 4, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5}
+EXAONE_MOE = SIZES | EXPERTS | {"head_dim": 32, "num_hidden_layers": 4, "first_k_dense_replace": 3}
+EXAONE_MOE |= {"sliding_window": 16, "sliding_window_pattern": 2}
+AFMOE = SIZES | EXPERTS | {"head_dim": 32, "num_hidden_layers": 4, "num_dense_layers": 3, "sliding_window": 16}
+AFMOE |= {"mup_enabled": True, "route_scale": 1.5, "num_shared_experts": 1}
+del AFMOE["norm_topk_prob"]
 HALF = {"rope_type": "default", "partial_rotary_factor": 0.5}
 MIMO2_ROPE = {"full_attention": HALF | {"rope_theta": 1e6}, "sliding_attention": HALF | {"rope_theta": 1e4}}
-EXPERT_CASES += ("mimo2",)
-UNSMOOTHED += ("mimo2",)
+EXPERT_CASES += ("mimo2", "dots1", "exaone-moe", "afmoe")
+UNSMOOTHED += ("mimo2", "dots1", "exaone-moe", "afmoe")
 
 CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", SIZES | {"rope_parameters": LLAMA3}, "llama-bpe"),
@@ -216,6 +223,9 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "glm4moe-lite": ("Glm4MoeLiteConfig", GLM4_LITE, "smaug-bpe"),
     "minimax-m2": ("MiniMaxM2Config", MINIMAX, "smaug-bpe"),
     "mimo2": ("MiMoV2FlashConfig", MIMO2 | {"rope_parameters": MIMO2_ROPE}, "qwen2"),
+    "dots1": ("Dots1Config", DOTS1, "qwen2"),
+    "exaone-moe": ("ExaoneMoeConfig", EXAONE_MOE, "gpt-2"),
+    "afmoe": ("AfmoeConfig", AFMOE, "llama-bpe"),
     "ernie4_5-moe": ("Ernie4_5_MoeConfig", ERNIE_MOE, "pieces"),
     "ernie4_5-moe-unshared": ("Ernie4_5_MoeConfig", ERNIE_MOE | {"moe_num_shared_experts": 0}, "pieces"),
     "hunyuan-moe": ("HunYuanMoEV1Config", HUNYUAN, "smaug-bpe"),

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lqexport.converters.models.architecture import Config, Key
+from lqexport.converters.models.families.deepseek import SIGMOID
+from lqexport.converters.models.families.glm import GLM4_MOE_NORMED
 from lqexport.converters.models.families.olmo import OLMO2
+from lqexport.converters.models.families.parts import RMS_NORM
 
 EXAONE4 = replace(
     OLMO2,
@@ -17,4 +21,49 @@ EXAONE4 = replace(
     rope_types=("default", "dynamic", "llama3"),
     period=1,
     square_heads=True,
+)
+
+
+def _leading(config: Config) -> Config:
+    """Returns the types of the blocks' MLPs, and the number of leading blocks without experts.
+
+    That is None where blocks without experts follow blocks with experts.
+    """
+    layers, leading = config.get("num_hidden_layers", 0), config.get("first_k_dense_replace", 1)
+    types = config.get("mlp_layer_types")
+    if types is not None:
+        leading = types.count("dense")
+    pattern = ["dense"] * leading + ["sparse"] * (layers - leading)
+    return {"mlp_layer_types": types or pattern, "first_k_dense_replace": leading if types in (None, pattern) else None}
+
+
+EXAONE_MOE = replace(
+    GLM4_MOE_NORMED,
+    family="K-EXAONE",
+    classes=("ExaoneMoeForCausalLM",),
+    model_type="exaone_moe",
+    gguf="exaone-moe",
+    when={},
+    gguf_block=GLM4_MOE_NORMED.gguf_block | {"post_attention_layernorm": "ffn_norm"},
+    experts="num_experts",
+    renamed={r"\.mlp\.e_score_correction_bias$": ".mlp.gate.e_score_correction_bias"},
+    further=False,
+    predictor={},
+    keys=(
+        RMS_NORM,
+        Key("leading_dense_block_count", "first_k_dense_replace"),
+        Key("expert_count", "num_experts"),
+        Key("expert_used_count", "num_experts_per_tok"),
+        Key("expert_shared_count", "num_shared_experts"),
+        Key("expert_feed_forward_length", "moe_intermediate_size"),
+        Key("expert_weights_scale", "routed_scaling_factor", float, 1.0),
+        Key("expert_weights_norm", "norm_topk_prob", bool, True),
+        Key("expert_gating_func", "expert_gating_func", int, SIGMOID),
+    ),
+    derived=_leading,
+    partial=False,
+    flags={},
+    # Blocks that attend to the whole context are not rotated.
+    period=4,
+    needs_windows=True,
 )
