@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from lqexport.integration.loading import LeanQuantModelForCausalLM as LeanQuantModelForCausalLM
     from lqexport.integration.loading import load as load
     from lqexport.models.inspect import inspect as inspect
+    from lqexport.pictures import to_mmproj as to_mmproj
     from lqexport.pipeline.quantize import quantize as quantize
     from lqexport.planning.dryrun import preview as preview
     from lqexport.planning.forecast import forecast as forecast
@@ -70,6 +71,7 @@ _MODULES = {
     "push_to_hub": "verification.publish",
     "quantize": "pipeline.quantize",
     "save_record": "verification.publish",
+    "to_mmproj": "pictures",
     "verify": "verification.verifying",
     "zero_shot": "evaluation.zero_shot_tasks",
 }

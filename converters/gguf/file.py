@@ -7,10 +7,10 @@ name, type and size. Then the tensors are read, checked against the manifest's d
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
@@ -118,7 +118,7 @@ def write_tensors(
     check_space(path, sum(tensor.nbytes for tensor in tensors))
     with contextlib.ExitStack() as opened:  # it closes the first file last
         files = [opened.enter_context(written_whole(file_path)) for file_path in paths]
-        _write_headers(writer, files, split)
+        write_headers(writer, files, split)
         for file, tensor in ((file, tensor) for file, of_file in zip(files, split, strict=True) for tensor in of_file):
             _write_tensor(artifact, file, tensor, on_tensor)
     return paths
@@ -136,7 +136,7 @@ def write_arrays(path: Path, writer: GGUFWriter, arrays: dict[str, np.ndarray]) 
 def write_metadata(writer: GGUFWriter, path: Path) -> None:
     """Writes the metadata of `writer` as a GGUF file without tensors, whole or not at all."""
     with written_whole(path) as file:
-        _write_headers(writer, [file], [[]])
+        write_headers(writer, [file], [[]])
 
 
 def _write_tensor(
@@ -172,7 +172,20 @@ def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
     return (len(stack), *first.shape)
 
 
-def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_Tensor]]) -> None:
+class FileTensor(Protocol):
+    """What the header of a file says of a tensor."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def codec_name(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+def write_headers(writer: GGUFWriter, files: list[BinaryIO], split: Sequence[Sequence[FileTensor]]) -> None:
     """Writes header, metadata and tensor infos by gguf-py, into files that are already open."""
     writer.tensors = []
     for of_file in split:
@@ -191,6 +204,12 @@ def _write_headers(writer: GGUFWriter, files: list[BinaryIO], split: list[list[_
 def _write_array(file: BinaryIO, array: np.ndarray) -> None:
     # gguf-py's write_tensor_data calls numpy's tofile, which hides why a write failed. A full disk must be reported.
     file.write(np.ascontiguousarray(array).data)
+
+
+def write_padded(file: BinaryIO, array: np.ndarray) -> None:
+    """Writes a tensor's bytes, and zeros up to where the next one begins."""
+    _write_array(file, array)
+    file.write(bytes(-array.nbytes % ALIGNMENT))
 
 
 def _file_bytes(artifact: Artifact, entry: GGUFEntry) -> np.ndarray:

@@ -26,6 +26,8 @@ from lqexport.errors import UserError
 # GGUF's codes for the types of metadata values: numbers with their NumPy dtypes, a string, an array.
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _STRING, _ARRAY = 8, 9
+IMAGE_PART = "clip"
+"""`general.architecture` of a file with the part of a model that reads images."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lqexport.converters.gguf.block_types import first_borrower, first_further, values_per_block
-from lqexport.converters.gguf.header import TensorData
+from lqexport.converters.gguf.header import IMAGE_PART, TensorData
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES
@@ -39,7 +39,7 @@ class OpenFile:
     @property
     def is_model(self) -> bool:
         """Whether the file holds a language model, and not an adapter, an importance matrix or an image encoder."""
-        return self.metadata.get("general.type", "model") == "model" and self.architecture != "clip"
+        return self.metadata.get("general.type", "model") == "model" and self.architecture != IMAGE_PART
 
     @cached_property
     def entries(self) -> list[Architecture]:

@@ -20,6 +20,7 @@ from lqexport.cli.imatrix import imatrix
 from lqexport.cli.inspect import inspect
 from lqexport.cli.ladder import ladder
 from lqexport.cli.options import ShortHelp
+from lqexport.cli.pictures import to_mmproj
 from lqexport.cli.quantize import plan, quantize
 from lqexport.cli.unexpected import STATUS, unexpected
 from lqexport.cli.verify import compare, push_to_hub, verify
@@ -74,6 +75,7 @@ for command in (
     to_gptq,
     to_compressed_tensors,
     to_native,
+    to_mmproj,
     check,
     verify,
     compare,

@@ -19,8 +19,9 @@ from lqexport.converters.exl2.reader import Exl2Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folders.folder_model import FolderModel, method_of
 from lqexport.converters.folders.native import METHOD
+from lqexport.converters.gguf.header import IMAGE_PART
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.converters.gguf.split import is_gguf
+from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.converters.mlx.types import quantization_of
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
@@ -147,8 +148,7 @@ def inspect(path: str | Path) -> Inspection:
     if path.is_file():
         if not is_gguf(path):
             raise UserError(f"{path} is not a .gguf file.")
-        file = GGUFModel(path)
-        return Inspection(str(path), "GGUF file", _entries(file, file.names()))
+        return _gguf_inspection(path)
     check_exists(path)
     if (path / "run.json").is_file():
         return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
@@ -165,6 +165,19 @@ def inspect(path: str | Path) -> Inspection:
     source = HuggingFaceSource(path, str(path))
     container = source.layout.container if source.layout else "Hugging Face folder"
     return Inspection(str(path), container, [_source_entry(source, name) for name in source.names()])
+
+
+def _gguf_inspection(path: Path) -> Inspection:
+    """Returns the tensors of a GGUF file; those of an image part by their GGUF names."""
+    try:
+        file = GGUFModel(path)
+        return Inspection(str(path), "GGUF file", _entries(file, file.names()))
+    except UserError:
+        metadata, tensors, _ = read_split(path)
+        if metadata.get("general.architecture") != IMAGE_PART:
+            raise
+    entries = [TensorInfo(name, each.shape, f"gguf:{each.tensor_type}", each.nbytes) for name, each in tensors.items()]
+    return Inspection(str(path), "GGUF file of an image part", entries)
 
 
 def _artifact_entries(artifact: Artifact) -> list[TensorInfo]:

@@ -62,8 +62,11 @@ MODEL_FILES = (
     POOLING,
 )
 
-OTHER_FILES = ("README.md", "adapter_config.json", "model_index.json")
-"""Files that are read where a source has them, and not copied: they say its license, or that it is no model."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+"""Files that say how images are made ready; the second counts before the first."""
+OTHER_FILES = ("README.md", "adapter_config.json", "model_index.json", *PROCESSOR_FILES)
+"""Files that are read where a source has them, and not copied: they say its license, that it is no model, or how images
+are made ready."""
 QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 """Files of settings that tools write beside config.json: AutoGPTQ and ModelOpt."""
 DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
@@ -210,6 +213,10 @@ class HuggingFaceSource:
 
     def names(self) -> list[str]:
         return list(self._stored)
+
+    def others(self) -> list[str]:
+        """Returns the stored names of the tensors beside the text part, such as those of the part that reads images."""
+        return [name for name in self._files if self._has_other_parts and re.search(OTHER_PARTS, name)]
 
     def module(self, name: str) -> str | None:
         """Returns the name by which `layout` knows the module of a quantized weight; None for any other tensor.
