@@ -128,7 +128,7 @@ def write_arrays(path: Path, writer: GGUFWriter, arrays: dict[str, np.ndarray]) 
     """Writes the metadata of `writer` and float32 arrays as a GGUF file, whole or not at all."""
     tensors = [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in arrays.items()]
     with written_whole(path) as file:
-        _write_headers(writer, [file], [tensors])
+        write_headers(writer, [file], [tensors])
         for tensor in tensors:
             _write_values(file, tensor)
 
