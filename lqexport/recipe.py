@@ -28,10 +28,12 @@ ComputeDtype = Literal["float32", "bfloat16"]
 Prefix = Literal["full", "quantized"]
 ImportanceBase = Literal["cholesky", "inverse", "diagonal"]
 Effort = Literal["fast", "default", "best"]
+Without = Literal["iq"]
 
 CHOICES: dict[str, Any] = {
     "method": Method, "solver": Solver, "moments": Moments, "scaling": Scaling, "compute_dtype": ComputeDtype,
     "prefix": Prefix, "importance": ImportanceBase, "effort": Effort,
+    "without": Without,
 }  # fmt: skip
 LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
 LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
@@ -104,6 +106,10 @@ class Recipe:
             "Targets gguf:auto and mlx:auto: the most that all tensors may take, such as 4.25bpw, 3.9GB, 700MiB or "
             "Q4_K_M; their types are chosen to lose least."
         ),
+    )
+    without: Without | None = field(
+        default=None,
+        metadata=_help("Target gguf:auto: iq leaves out i-quants (IQ1 to IQ4), which are slow on CPUs."),
     )
     bits: float | None = field(
         default=None, metadata=_help("Target exl2: bits per weight of the linears on average, such as 3.5.")
@@ -316,6 +322,8 @@ class Recipe:
             raise UserError(
                 f"A size and the target {AUTO} or mlx:auto go together: the types are then chosen to fit the size."
             )
+        if self.without and self.parsed_target != AUTO:
+            raise UserError(f"--without leaves types out of a choice by size, which only the target {AUTO} makes.")
         if self.size is not None and (self.moments not in (None, "guided") or self.method == "rtn"):
             raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
 

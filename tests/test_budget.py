@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.converters.gguf.writer import write
+from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
+from lqexport.formats.registry import names
 from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
+from lqexport.pipeline.type_choices import RELATIVES, choices_of
+from lqexport.pipeline.type_losses import type_losses
 from lqexport.planning.dryrun import preview
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.sizes import model_size
+from lqexport.solver.linear import solve_linear
 from lqexport.storage.artifact import Artifact
 
 
@@ -69,7 +76,9 @@ def test_the_choice_keeps_within_a_mix(recipe: Recipe, tmp_path: Path) -> None:
         budget["losses"][tensor.name][tensor.codec_name] for tensor in mix if tensor.name in budget["losses"]
     )
     assert budget["predicted_kl"] <= loss_of_mix
-    assert len({tensor["codec"] for tensor in report["tensors"]}) > 2
+    chosen = {tensor["codec"] for tensor in report["tensors"]}
+    assert len(chosen) > 2
+    assert {"gguf:IQ3_S", "gguf:IQ3_XXS"} & chosen
     losses = [point["loss"] for point in budget["curve"]]
     assert losses == sorted(losses, reverse=True)
     write(Artifact(tmp_path / "out"), tmp_path / "out.gguf")
@@ -78,11 +87,36 @@ def test_the_choice_keeps_within_a_mix(recipe: Recipe, tmp_path: Path) -> None:
 
 def test_a_type_by_hand_is_kept(recipe: Recipe, tmp_path: Path) -> None:
     types = ["*.down_proj.weight=Q6_K", "model.layers.0.mlp.down_proj.weight=gguf:Q2_K"]
-    report = quantize(Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"}), tmp_path / "out")
+    options = {"types": types, "size": "5.5bpw", "without": "iq"}
+    report = quantize(Recipe(**{**vars(recipe), **options}), tmp_path / "out")
     codec_names = {tensor["name"]: tensor["codec"] for tensor in report["tensors"]}
     assert codec_names["model.layers.0.mlp.down_proj.weight"] == "gguf:Q2_K"
     assert codec_names["model.layers.1.mlp.down_proj.weight"] == "gguf:Q6_K"
     assert not any("down_proj" in name for name in report["budget"]["losses"])
+    assert not any(codec.startswith("gguf:IQ") for losses in report["budget"]["losses"].values() for codec in losses)
+
+
+def test_small_types_are_choices_at_small_sizes_alone() -> None:
+    wide, narrow = (PlannedTensor("a", (256, columns), "gguf:Q8_0", True) for columns in (256, 96))
+    large, small, smallest = (set(choices_of(wide, bits, False)) for bits in (4.5, 3.5, 2.5))
+    assert small - large == {"gguf:IQ2_S", "gguf:IQ2_XS", "gguf:IQ2_XXS"}
+    assert smallest - small == {"gguf:IQ1_S", "gguf:IQ1_M"}
+    assert large - set(choices_of(wide, 4.5, True)) == {"gguf:IQ4_XS", "gguf:IQ3_S", "gguf:IQ3_XXS"}
+    assert set(choices_of(narrow, 2.5, False)) - set(choices_of(narrow, 2.5, True)) == {"gguf:IQ4_NL"}
+    output = PlannedTensor("b", (512, 256), "gguf:Q8_0", False)
+    assert set(choices_of(output, 3.5, True)) - set(choices_of(output, 4.5, True)) == {"gguf:Q2_K", "gguf:Q3_K"}
+    assert set(RELATIVES) <= set(names("gguf"))
+
+
+def test_the_loss_of_an_i_quant_is_predicted_from_few_rows() -> None:
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(512, 256, generator=draw) * torch.rand(512, 1, generator=draw)
+    inputs = torch.randn(1024, 256, generator=draw) @ torch.randn(256, 256, generator=draw)
+    hessian, settings = inputs.T @ inputs / 1024, replace(Recipe("model", "gguf:Q4_K").solver_settings, descent=0)
+    losses = type_losses("a", weight, hessian, ("gguf:Q3_K", "gguf:IQ3_XXS", "gguf:IQ4_XS", "gguf:Q4_K"), settings)
+    for codec, loss in losses.items():
+        solved = solve_linear("a", weight, hessian, codec, settings).facts["loss"] / 2
+        assert loss == pytest.approx(solved, rel=0.15)
 
 
 def test_a_cache_serves_runs_that_choose_for_different_tensors(recipe: Recipe, tmp_path: Path) -> None:
@@ -116,6 +150,8 @@ def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: p
         ({"size": None}, "go together"),
         ({"target": "gguf:Q4_K"}, "go together"),
         ({"moments": "plain"}, "guided"),
+        ({"without": "k"}, "without cannot be 'k'"),
+        ({"target": "gguf:Q4_K", "size": None, "without": "iq"}, "choice by size"),
         ({"types": ["*.down_proj.weight"]}, "is like"),
         ({"types": ["*.nothing=Q4_K"]}, "has a name like"),
         ({"types": ["*.down_proj.weight=Q9_K"]}, "Unknown type"),

@@ -68,9 +68,9 @@ def measure_linears(
             job.listener.advance(job.processes.count)
 
 
-def sampled_rows(weight: Tensor) -> Tensor:
-    """Returns about SAMPLED_ROWS rows of a weight [R, C], evenly spread; all if it has fewer."""
-    return weight[:: max(1, len(weight) // SAMPLED_ROWS)].contiguous()
+def sampled_rows(weight: Tensor, count: int = SAMPLED_ROWS) -> Tensor:
+    """Returns about `count` rows of a weight [R, C], evenly spread; all if it has fewer."""
+    return weight[:: max(1, len(weight) // count)].contiguous()
 
 
 def options(losses: dict[str, float], shape: tuple[int, int]) -> list[Option]:

@@ -1,9 +1,10 @@
 """Types by size: the type of every tensor is chosen so that the whole model loses least at a given size.
 
-The loss of each tensor in each type is measured once. Rows of a linear are solved (error feedback, no descent) under
-its guided second moments, whose loss estimates nats per token of the model (`lqexport.calibration.moments`). The
-embedding and the output are rounded, and the model's KL divergence is measured with that tensor alone replaced. The
-losses are added up, and `lqexport.pipeline.allocate` finds the choice of least sum within the size.
+The size decides which types each tensor may have (`lqexport.pipeline.type_choices`). The loss of each tensor in each of
+them is measured once. Rows of a linear are solved (error feedback, no descent) under its guided second moments, whose
+loss estimates nats per token of the model (`lqexport.calibration.moments`). The embedding and the output are rounded,
+and the model's KL divergence is measured with that tensor alone replaced. The losses are added up, and
+`lqexport.pipeline.allocate` finds the choice of least sum within the size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.calibration.collect import final_states
 from lqexport.calibration.moments import SecondMoments
-from lqexport.converters.mlx.types import same_groups
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import AGAIN, well_formed
 from lqexport.models.blocks import BlockModel
@@ -31,22 +31,15 @@ from lqexport.pipeline.measured_losses import (
     measure_linears,
     measured_losses,
     options,
-    sampled_rows,
 )
+from lqexport.pipeline.type_choices import choices_of
+from lqexport.pipeline.type_losses import type_losses
 from lqexport.planning.recipe_plan import plan_recipe, size_limit
 from lqexport.recipe import Recipe, SolverSettings
-from lqexport.runtime.placement import all_on_device
 from lqexport.runtime.progress import Listener
-from lqexport.solver.linear import factor_of, round_tensor, solve_linear
+from lqexport.solver.linear import round_tensor, solve_linear
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.files import read_json, write_json
-
-SUPERBLOCKS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
-BLOCKS = ("gguf:Q4_0", "gguf:Q4_1", "gguf:Q5_0", "gguf:Q5_1", "gguf:Q8_0")
-"""The types to choose from for columns that are a multiple of 256 (SUPERBLOCKS) or only of 32 (BLOCKS). Other types of
-equal bytes lose more."""
-OUTER = ("gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
-"""The types to choose from for the embedding and the output."""
 
 CURVE_POINTS = 16
 
@@ -77,14 +70,16 @@ def _measured_choice(job: Job) -> dict[str, Any]:
     """Measures the losses that are still unknown, and returns the best choice within the recipe's size."""
     limit_bytes = size_limit(job.source, job.recipe, job.planned)
     assert limit_bytes is not None
-    choices = {tensor.name: choices_of(tensor) for tensor in job.planned if not _has_fixed_type(tensor, job.recipe)}
+    choices = _choices(job.planned, job.recipe, limit_bytes)
     measured = measured_losses(job, "types")
     known = measured.losses()
-    missing = job.processes.from_first([name for name in choices if name not in known])
+    unknown = [name for name, codecs in choices.items() if not set(codecs) <= known.get(name, {}).keys()]
+    missing = job.processes.from_first(unknown)
     if linears := [name for name in missing if name in job.linears]:
 
         def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
-            return type_losses(name, weight, hessian, choices[name], job.recipe.solver_settings)
+            losses = type_losses(name, weight, hessian, choices[name], job.recipe.solver_settings)
+            return known.get(name, {}) | losses
 
         measure_linears(job, measured, linears, "Measuring types", losses_of)
     outer = job.processes.share_of([name for name in missing if name not in job.linears])
@@ -94,47 +89,18 @@ def _measured_choice(job: Job) -> dict[str, Any]:
         job.source, {name: choices[name] for name in outer}, job.sequences, job.device, measured, job.listener, settings
     )
     job.processes.wait()
-    losses = measured.losses()
-    return best_choice(job.planned, {name: losses[name] for name in choices}, limit_bytes)
+    everything = measured.losses()
+    losses = {name: {codec: everything[name][codec] for codec in codecs} for name, codecs in choices.items()}
+    return best_choice(job.planned, losses, limit_bytes)
 
 
-def _has_fixed_type(tensor: PlannedTensor, recipe: Recipe) -> bool:
-    by_hand = any(fnmatchcase(tensor.name, pattern) for pattern in recipe.types_by_pattern())
-    return by_hand or len(choices_of(tensor)) == 1
-
-
-def choices_of(tensor: PlannedTensor) -> tuple[str, ...]:
-    """Returns the names of the codecs that may hold a tensor; its own alone if there is nothing to choose."""
-    if len(tensor.shape) == 1:
-        return (tensor.codec_name,)
-    columns = tensor.shape[1]
-    if tensor.codec_name.startswith("mlx:"):
-        return same_groups(tensor.codec_name)
-    if columns % 32:
-        return (tensor.codec_name,)
-    if columns % 256:
-        return BLOCKS if tensor.linear else ("gguf:Q8_0",)
-    return SUPERBLOCKS if tensor.linear else OUTER
-
-
-def type_losses(
-    name: str, weight: Tensor, hessian: Tensor, codec_names: tuple[str, ...], settings: SolverSettings
-) -> dict[str, float]:
-    """Returns the predicted loss of a linear in each codec, in nats per token of the model.
-
-    weight    float32 [R, C]
-    hessian   guided second moments [C, C], or [G, C, C] for G output groups, which are averaged
-    """
-    without_descent = replace(settings, descent=0)
-    sample = sampled_rows(weight)
-    hessian = hessian.reshape(-1, weight.shape[1], weight.shape[1]).mean(0)
-    placement = all_on_device(hessian.device)
-    cholesky = None if settings.method == "rtn" else factor_of(name, hessian, settings, placement)
-    solved = {
-        codec: solve_linear(name, sample, hessian, codec, without_descent, placement, cholesky) for codec in codec_names
-    }
-    per_loss = 0.5 * len(weight) / len(sample)
-    return {codec: per_loss * tensor.facts["loss"] for codec, tensor in solved.items()}
+def _choices(planned: list[PlannedTensor], recipe: Recipe, limit_bytes: int) -> dict[str, tuple[str, ...]]:
+    """Returns the codecs to choose from for each tensor that has more than one and none by hand."""
+    bits = 8 * limit_bytes / sum(tensor.weights for tensor in planned)
+    patterns = recipe.types_by_pattern()
+    free = [tensor for tensor in planned if not any(fnmatchcase(tensor.name, pattern) for pattern in patterns)]
+    choices = {tensor.name: choices_of(tensor, bits, recipe.without == "iq") for tensor in free}
+    return {name: codecs for name, codecs in choices.items() if len(codecs) > 1}
 
 
 class Replaced:
