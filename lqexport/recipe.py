@@ -96,7 +96,7 @@ class Recipe:
     target: str = field(
         default="",
         metadata=_help(
-            "What to quantize into: gguf:Q4_K_M, gguf:Q3_K, gguf:auto or mlx:auto (with --size), mlx:4-g64, "
+            "What to quantize into: gguf:Q4_K_M, gguf:IQ3_XXS, gguf:auto or mlx:auto (with --size), mlx:4-g64, "
             "native:table-3, gptq:4-g128, exl2 (with --bits)."
         ),
     )
