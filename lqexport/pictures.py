@@ -15,7 +15,7 @@ from lqexport.converters.mmproj.vision import Vision
 from lqexport.converters.mmproj.writer import keys_of, write
 from lqexport.converters.models.architecture import Config
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import UserError, files_at_hand, listed
+from lqexport.errors import UserError, files_at_hand, listed, well_formed
 from lqexport.models.inspect import Inspection, TensorInfo
 from lqexport.models.source import PROCESSOR_FILES, HuggingFaceSource, open_source
 from lqexport.runtime.progress import Listener, Silent
@@ -80,6 +80,11 @@ def plan_mmproj(source: str | Path, type_name: str = "F16") -> Pictures:
     if not isinstance(opened, HuggingFaceSource):
         raise UserError(f"{source} holds the text part alone: give the folder or hub id of the whole model.")
     config = read_config(opened.folder / "config.json", f"{opened.folder} has no config.json.")
+    with well_formed(f"{opened.folder / 'config.json'}"):
+        return _planned(opened, config, type_name)
+
+
+def _planned(opened: HuggingFaceSource, config: Config, type_name: str) -> Pictures:
     family, vision, whole = vision_of(config)
     shapes = {name: opened.stored_shape(name) for name in opened.others()}
     if packed := [name for name in shapes if opened.stored_form(name)[0] not in FLOATS]:
@@ -87,7 +92,7 @@ def plan_mmproj(source: str | Path, type_name: str = "F16") -> Pictures:
     tensors = plan_pictures(family, vision, shapes, type_name)
     if family.break_token:
         tensors.append(_break(opened, family.break_token))
-    name = without_type(model_name({"recipe": {"source": str(source)}}))
+    name = without_type(model_name({"recipe": {"source": opened.name}}))
     return Pictures(
         opened, family, vision, tensors, keys_of(family, vision, whole, _processor(opened), type_name, name)
     )

@@ -51,6 +51,15 @@ def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: P
 
 
 @pytest.mark.llamacpp
+def test_a_block_with_an_embedding_and_an_output_of_its_own(tmp_path: Path) -> None:
+    """Published models have both. They are copies of the model's own there, and others here."""
+    made = Predicting("glm4moe", own_vocabulary=True)
+    path = export(tmp_path, Recipe(str(made.save(tmp_path)), "gguf:F16"))
+    _, further = logits_in_llamacpp(path, TOKENS, made.model.config.hidden_size)
+    assert np.abs(further - made.logits(TOKENS)).mean() < 0.003
+
+
+@pytest.mark.llamacpp
 @pytest.mark.parametrize(("name", "target"), [("qwen3_5", "gguf:Q4_K_M"), ("glm4moe", "gguf:Q4_0")])
 def test_the_block_is_rounded_to_eight_bits(name: str, target: str, tmp_path: Path, texts: tuple[str, str]) -> None:
     made = Predicting(name)

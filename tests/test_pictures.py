@@ -132,6 +132,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
         plan_mmproj(folder, "Q4_K")
     vision = config["vision_config"]
     refused("hidden_act 'gelu_pytorch_tanh', and it is 'relu'", vision_config=vision | {"hidden_act": "relu"})
+    refused("config.json", vision_config=vision | {"patch_size": 0})
     refused("lacks what becomes v.blk.2", vision_config=vision | {"num_hidden_layers": 3})
     (folder / "config.json").write_text(json.dumps(config))
     path = folder / "model.safetensors"

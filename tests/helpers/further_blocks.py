@@ -28,7 +28,7 @@ class Predicting:
     beside   its other tensors, by DeepSeek's names
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, own_vocabulary: bool = False) -> None:
         self.name, self.model = name, make_model(name)
         self.layers = self.model.config.num_hidden_layers
         draw = torch.Generator().manual_seed(1)
@@ -39,6 +39,11 @@ class Predicting:
             f"{norm}.weight": self.one + 0.1 * torch.randn(hidden, generator=draw)
             for norm in ("enorm", "hnorm", "shared_head.norm")
         } | {"eh_proj.weight": 0.05 * torch.randn(hidden, 2 * hidden, generator=draw)}
+        if own_vocabulary:
+            self.beside |= {
+                f"{name}.weight": 0.2 * torch.randn(self.model.config.vocab_size, hidden, generator=draw)
+                for name in ("embed_tokens", "shared_head.head")
+            }
 
     def names(self) -> dict[str, Tensor]:
         """Returns the block's tensors under the names that a checkpoint gives them."""
@@ -64,7 +69,8 @@ class Predicting:
         They are computed by transformers' own block, alone in a model whose inputs are those of the block.
         """
         hidden = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, :-1]
-        embedded = self.model.model.embed_tokens(torch.tensor(tokens[1:]))
+        table = self.beside.get("embed_tokens.weight", self.model.model.embed_tokens.weight)
+        embedded = table[torch.tensor(tokens[1:])]
         joined = torch.cat((self._norm(embedded, "enorm"), self._norm(hidden, "hnorm")), dim=-1)
         inputs = joined @ self.beside["eh_proj.weight"].T
         return self._alone()(inputs_embeds=inputs[None], use_cache=False).logits[0].numpy()
@@ -84,7 +90,7 @@ class Predicting:
         alone.model.layers[0].load_state_dict(self.block)
         alone.model.norm.weight.copy_(self.beside["shared_head.norm.weight"])
         alone.model.embed_tokens.weight.copy_(self.model.model.embed_tokens.weight)
-        alone.lm_head.weight.copy_(self.model.lm_head.weight)
+        alone.lm_head.weight.copy_(self.beside.get("shared_head.head.weight", self.model.lm_head.weight))
         return alone
 
 
