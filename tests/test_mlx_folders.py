@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from family_cases import config_and_shapes
+from family_cases import config_and_shapes, make_model, make_tokenizer
 from typer.testing import CliRunner
 
 from lqexport.cli.app import app
@@ -307,10 +307,48 @@ def test_models_that_mlx_lm_computes_otherwise_are_refused(name: str) -> None:
         plan_mlx(Target.parse("mlx:4-g64"), config, shapes)
 
 
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        ("mistral", {"sliding_window": 16}, "without sliding windows, and by config.json each has 16 of 512"),
+        ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no rope scaling of type 'yarn'"),
+        ("granite", {"hidden_act": "gelu"}, "mlx-lm computes GraniteForCausalLM with hidden_act"),
+    ],
+)
+def test_settings_that_mlx_lm_computes_otherwise_are_refused(name: str, change: dict[str, Any], sentence: str) -> None:
+    config, shapes = config_and_shapes(name)
+    plan_mlx(Target.parse("mlx:4-g64"), config, shapes)
+    with pytest.raises(UserError, match=sentence):
+        plan_mlx(Target.parse("mlx:4-g64"), config | change, shapes)
+
+
+def test_experts_share_tensors(tmp_path: Path) -> None:
+    """mlx-lm has those of a block in one tensor, under a name of its own."""
+    make_model("mixtral").bfloat16().save_pretrained(tmp_path / "source")
+    make_tokenizer("llama-bpe", tmp_path).save_pretrained(tmp_path / "source")
+    quantize(Recipe(str(tmp_path / "source"), "mlx:4-g32", method="rtn"), tmp_path / "out", device="cpu")
+    writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
+    stored = safetensors.torch.load_file(tmp_path / "written" / "model.safetensors")
+    stack, one = "model.layers.0.block_sparse_moe.switch_mlp.up_proj", "model.layers.0.mlp.experts.{}.up_proj.weight"
+    assert stored[f"{stack}.weight"].ndim == 3
+    model, artifact = open_export(tmp_path / "written"), Artifact(tmp_path / "out")
+    for expert in (0, 2):
+        name = one.format(expert)
+        assert np.array_equal(model.read(name).numpy(), decoded(artifact.read(name)))
+        assert model.shape(name) == artifact.read(name).shape
+
+
+def test_experts_in_several_types_are_refused() -> None:
+    config, shapes = config_and_shapes("mixtral")
+    types = {"*.experts.1.up_proj.weight": "mlx:3-g32"}
+    with pytest.raises(UserError, match="experts of a block in one type"):
+        plan_mlx(Target.parse("mlx:4-g32"), config, shapes, types_by_name=types)
+
+
 @needs_mlx
-@pytest.mark.parametrize("name", ["gemma3", "phi3", "deepseek-v2"])
+@pytest.mark.parametrize("name", ["gemma3", "phi3", "deepseek-v2", "mixtral"])
 def test_families_compute_as_transformers_does(
     name: str, load_script: Callable[[str], ModuleType], tmp_path: Path
 ) -> None:
-    """tools/mlx_models.py does it for all. These have windows, rope scaling, and experts that mlx-lm stacks."""
+    """tools/mlx_models.py does it for all. These have windows, rope scaling, and experts that both sides stack."""
     assert load_script("tools/mlx_models.py").largest_difference(name, tmp_path) < 1e-4

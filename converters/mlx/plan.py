@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from lqexport.converters.mlx.names import check_experts
 from lqexport.converters.mlx.support import check_supported
 from lqexport.converters.mlx.types import FAMILY, PLAIN, in_dtype, in_half, types
 from lqexport.converters.models.architecture import Architecture
@@ -64,6 +65,7 @@ def plan_mlx(
         quantized = is_linear(architecture, name) or name in outer or name in architecture.tables
         wanted = matching[-1] if matching else usual if quantized and len(shape) == 2 else PLAIN[half]
         planned.append(_fitted(name, shape, in_dtype(wanted, half), _solved(architecture, config, name)))
+    check_experts(str(config.get("model_type")), {tensor.name: tensor.codec_name for tensor in planned})
     if not fallback:
         refuse_fallbacks(target, planned)
     return planned
