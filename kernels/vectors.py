@@ -393,37 +393,3 @@ def fit_groups(weights, weight, cuts, book, scale, square):
         for k in range(groups):
             part = weights[r, k * width : (k + 1) * width]
             scale[r, k], square[r, k] = _fit_group(part, weight[k], cuts, book, room)
-
-
-@njit(cache=True)
-def _best_sub(x, weight, number, old, scale, around, step, book, room):
-    """Returns the integer of a group, among those `around` steps from the old one, of the least error."""
-    best, least = old, np.float32(np.inf)
-    for sub in range(old - around * step, old + around * step + 1, step):
-        s = number * np.float32(sub)
-        if not scale.low <= sub <= scale.high or s == 0:
-            continue
-        for sign in range(-1 if book.lift > EIGHT else 1, 2, 2):
-            cross, total = _products(x, weight, s, np.float32(sign) * book.shift, book, room)
-            loss = s * (s * total - 2 * cross)
-            if loss < least:
-                best, least = sub, loss
-    return best
-
-
-@njit(parallel=True, cache=True)
-def choose_subs(weights, weight, group, scale, around, step, book):
-    """Moves every group's integer to the one near it under which the nearest vectors have the least error.
-
-    weights   [R, C]
-    weight    [C], the importance of each column
-    scale     `Stored`, with one number per `group` columns
-    around    how many steps down and up are tried
-    step      the distance between integers
-    """
-    for r in prange(weights.shape[0]):
-        room = _room(book)
-        for k in range(scale.subs.shape[1]):
-            where, number = slice(k * group, (k + 1) * group), scale.supers[r, k // scale.span]
-            old = int(scale.subs[r, k])
-            scale.subs[r, k] = _best_sub(weights[r, where], weight[where], number, old, scale, around, step, book, room)

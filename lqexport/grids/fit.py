@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lqexport.formats.codec import GridCodec, ScaleFormat
 from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_half, round_sub, round_super, shared_levels
-from lqexport.grids.vectors import choose_subs, search_vectors
+from lqexport.grids.vectors import search_vectors
 from lqexport.kernels import cpu, cuda, cuda_kmeans, cuda_solve
 from lqexport.kernels.kmeans import weighted_kmeans
 
@@ -79,7 +79,7 @@ def _fit_vectors(codec: GridCodec, weights: Tensor, importance: Tensor, levels: 
     assert codec.scale is not None
     of_groups = importance.unflatten(0, (-1, codec.scale.group))
     scale, square = search_vectors(codec, weights, normalized(of_groups))
-    numbers = choose_subs(codec, weights, importance, store(scale, codec.scale, square * of_groups.sum(1)))
+    numbers = store(scale, codec.scale, square * of_groups.sum(1))
     return TensorGrid(weights.shape[1], levels, False, numbers, codebook=codec.codebook)
 
 

@@ -16,10 +16,10 @@ from lqexport.formats.codec import GridCodec
 from lqexport.grids.grid import Numbers
 from lqexport.kernels import cpu, vectors
 
-CUTS = np.array((-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5), np.float32)
-"""Ranges that the search tries: the shares of a group's largest magnitude that are beyond the levels."""
-AROUND = 1
-"""Steps down and up that a group's integer is moved by, once the float16 of its superblock is known."""
+CUTS = np.array((0.05, 0.2, 0.35, 0.5), np.float32)
+"""Ranges that the search tries: the shares of a group's largest magnitude that are beyond the levels.
+
+With 11 of them, from -0.05 to 0.5, solved linears of SmolLM2-135M lost as much, to 0.7 %."""
 
 
 @cache
@@ -65,21 +65,3 @@ def search_vectors(codec: GridCodec, weights: Tensor, importance: Tensor) -> tup
         book(codec.codebook, codec.levels.tobytes()), scale.numpy(), square.numpy(),
     )  # fmt: skip
     return scale.to(weights.device), square.to(weights.device)
-
-
-def choose_subs(codec: GridCodec, weights: Tensor, importance: Tensor, numbers: Numbers) -> Numbers:
-    """Returns the stored scales with each group's integer moved where the nearest vectors have the least error.
-
-    weights      float32 [R, C]
-    importance   float32 [C]
-    """
-    assert codec.codebook is not None
-    assert codec.levels is not None
-    assert codec.scale is not None
-    moved = Numbers(numbers.format, numbers.supers.cpu().contiguous(), numbers.subs.cpu().clone())
-    vectors.choose_subs(
-        weights.cpu().contiguous().numpy(), importance.cpu().contiguous().numpy(), codec.scale.group,
-        stored(moved, codec.scale.group, slice(0, weights.shape[1])), AROUND, codec.scale.step,
-        book(codec.codebook, codec.levels.tobytes()),
-    )  # fmt: skip
-    return Numbers(numbers.format, numbers.supers, moved.subs.to(weights.device))
