@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from lqexport.cli.app import app
 from lqexport.errors import UserError
-from lqexport.planning.cost import Work, operations_estimate
+from lqexport.formats.gguf_vectors import GGUF_VECTORS
+from lqexport.planning.cost import SEARCH_SECONDS, Work, operations_estimate, search_seconds
 from lqexport.planning.forecast import ConfigModel, Forecast, forecast
 from lqexport.planning.memory import PROCESS_BYTES, memory_estimate, tuned_numbers
 from lqexport.planning.recipe_plan import plan_recipe
@@ -120,6 +121,15 @@ def test_some_experts_at_a_time_where_all_do_not_fit() -> None:
 def test_every_kind_of_grid_is_planned(target: str) -> None:
     path = CONFIGS / "llama-3.1-8b.json"
     assert forecast(path, Recipe(str(path), target, tune=8), "24GB", "64GB").stages["tuning"].device > 0
+
+
+def test_searches_of_codebooks_take_time() -> None:
+    path = CONFIGS / "llama-3.1-8b.json"
+    works = {name: forecast(path, Recipe(str(path), f"gguf:{name}"), "24GB", "64GB").work for name in ("IQ2_S", "Q2_K")}
+    linears = sum(tensor.weights for tensor in works["IQ2_S"].linears)
+    assert search_seconds(works["IQ2_S"]) == pytest.approx(linears * (0.9e-6 + 4 * 0.28e-6))
+    assert search_seconds(works["Q2_K"]) == 0
+    assert {codec.name for codec in GGUF_VECTORS} == SEARCH_SECONDS.keys()
 
 
 def test_what_does_not_fit_is_said() -> None:

@@ -31,6 +31,19 @@ products."""
 UNPACK_SECONDS_PER_WEIGHT = 2e-9
 """Seconds to unpack one stored weight on one core: 0.5 (Q4_K) to 2 (Q3_K) ns. Tuning unpacks again at every step."""
 
+SEARCH_SECONDS = {
+    "gguf:IQ3_XXS": (0.5e-6, 0.16e-6),
+    "gguf:IQ3_S": (0.7e-6, 0.25e-6),
+    "gguf:IQ2_XXS": (0.3e-6, 0.1e-6),
+    "gguf:IQ2_XS": (0.4e-6, 0.16e-6),
+    "gguf:IQ2_S": (0.9e-6, 0.28e-6),
+    "gguf:IQ1_S": (3e-6, 0.5e-6),
+    "gguf:IQ1_M": (4.3e-6, 0.95e-6),
+}
+"""Seconds to search a codebook for one weight on one core: in the fit with error feedback, and in a sweep of descent.
+
+Measured by `bench/vectors.py`, in excess of Q4_K's times. The host searches, whatever the device."""
+
 SOLVER_SHARE = 0.22
 """Rate of error feedback and descent, relative to that of large matrix products. Both go column by column. Measured on
 linears of 4096 x 14336 on one core (docs/scale.md)."""
@@ -356,6 +369,15 @@ class Rates:
     float64: float
 
 
+def search_seconds(work: Work) -> float:
+    """Returns the seconds of one core that searches of codebooks take, for all linears in types with a codebook."""
+    if not work.calibrated:
+        return 0.0
+    sweeps = work.recipe.sweeps
+    of_types = [(tensor.weights, SEARCH_SECONDS.get(tensor.codec_name, (0.0, 0.0))) for tensor in work.linears]
+    return sum(weights * (once + sweeps * each) for weights, (once, each) in of_types)
+
+
 def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1, held: int = 1 << 62) -> float:
     """Returns the seconds of a run from the beginning, without waiting for the disk.
 
@@ -365,7 +387,7 @@ def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1, hel
     weights = sum(tensor.weights for tensor in work.tensors if len(tensor.shape) == 2)
     tuned = work.recipe.tuned_sequences if work.calibrated else 0
     unpacking = 2 * (tuned + HELD_OUT) * weights * UNPACK_SECONDS_PER_WEIGHT if tuned else 0.0
-    host = weights * FIT_SECONDS_PER_WEIGHT / threads + unpacking
+    host = (weights * FIT_SECONDS_PER_WEIGHT + search_seconds(work)) / threads + unpacking
     solving = operations.solver / (SOLVER_SHARE * rates.float32)
     moments, doubles = operations.moments / rates.float32, (operations.factors + operations.targets) / rates.float64
     return operations.passes / rates.passes + moments + doubles + solving + host
