@@ -94,7 +94,7 @@ def floors(work: Work, machine: Machine) -> dict[str, tuple[float, float]]:
     return {
         "rounding": (0.0, machine.moves(source - halfs, stored - solved)),
         "passes": (
-            passed / machine.passes + operations.moments / machine.float32 + operations.targets / machine.float64,
+            passed / machine.passes + (operations.moments + operations.targets) / machine.float32,
             machine.moves(source_passes(work) * source + states, states),
         ),
         "solving": (

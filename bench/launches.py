@@ -54,7 +54,8 @@ class Launches(TorchDispatchMode):
             self.counts[self.stage, "waits"] += 1
             return 1.0 if name != "equal" else True
         is_view = any(each.alias_info and not each.alias_info.is_write for each in function._schema.returns)
-        self.counts[self.stage, "launches"] += not is_view and name not in ALLOCATIONS
+        is_kernel = function.namespace == "aten" and not is_view and name not in ALLOCATIONS
+        self.counts[self.stage, "launches"] += is_kernel
         return function(*arguments, **(named or {}))
 
     def kernel(self, *results: Tensor) -> Any:

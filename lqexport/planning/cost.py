@@ -13,6 +13,7 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Any
 
+from lqexport.calibration.asymmetric import STRENGTH_ROWS
 from lqexport.calibration.experts import parts as parts_of
 from lqexport.calibration.experts import pooled, sees_hidden_states
 from lqexport.calibration.moments import Group
@@ -262,7 +263,7 @@ class Operations:
     passes    matrix products of the forward and backward passes, in the recipe's `compute_dtype`
     moments   Hessians, in float32
     factors   Cholesky factors of the Hessians, and their inverses, in float64
-    targets   targets of asymmetric calibration: Cholesky factors, and products with them, in float64
+    targets   targets of asymmetric calibration: products with sums and Cholesky factors, in float32
     solver    error feedback and descent
     """
 
@@ -295,13 +296,13 @@ def operations_estimate(work: Work, parts: int = 1, held: int = 1 << 62) -> Oper
     moments = work.tokens * halves  # only one triangle of the symmetric matrix
     targets = 0.0
     # The Cholesky factor and its inverse, C^3 / 3 operations each.
-    factors = recipe.output_groups * sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in linears)
-    if (
-        recipe.asymmetric
-    ):  # a triangle and a whole matrix; then the target, once from half of the batches and once from all
+    factors = sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in work.inputs(linears))
+    if recipe.asymmetric:
+        # A triangle and a whole matrix. Then the target: a product with the sums and two with the triangular factor;
+        # and the same from each half of the batches for a sample of rows, with the error on the other half.
         moments = 3 * moments + 2 * work.tokens * sum(work.added(tensor) * tensor.matrix[1] for tensor in linears)
-        products = sum(tensor.weights * tensor.matrix[1] for tensor in linears)
-        moments, targets = moments + 6 * products, 2 * factors + 4 * products
+        sampled = [(min(rows, STRENGTH_ROWS), rows, columns) for rows, columns in (each.matrix for each in linears)]
+        targets = sum((4 * rows + 12 * sample) * columns**2 for sample, rows, columns in sampled)
     descent = sum(2 * recipe.sweeps * tensor.weights * tensor.matrix[1] for tensor in linears)
     solver = descent + sum(_codes(recipe, *tensor.matrix) for tensor in linears)
     sized = min(SEQUENCES, recipe.samples) * recipe.sequence_length * bool(recipe.smooth)
@@ -389,5 +390,5 @@ def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1, hel
     unpacking = 2 * (tuned + HELD_OUT) * weights * UNPACK_SECONDS_PER_WEIGHT if tuned else 0.0
     host = (weights * FIT_SECONDS_PER_WEIGHT + search_seconds(work)) / threads + unpacking
     solving = operations.solver / (SOLVER_SHARE * rates.float32)
-    moments, doubles = operations.moments / rates.float32, (operations.factors + operations.targets) / rates.float64
-    return operations.passes / rates.passes + moments + doubles + solving + host
+    singles, doubles = (operations.moments + operations.targets) / rates.float32, operations.factors / rates.float64
+    return operations.passes / rates.passes + singles + doubles + solving + host

@@ -109,7 +109,7 @@ class Forecast(Shown):
         work, rates_in, effort = self.work, self.rates, self.work.recipe.effort
         weights, nbytes = sum(t.weights for t in work.tensors), sum(t.nbytes for t in work.tensors)
         threads = torch.get_num_threads() if self.gpu is None else HOST_THREADS
-        seconds = seconds_by_effort(work, {effort: work.recipe, **self.efforts}, self.placement, threads, rates_in)
+        seconds = seconds_by_effort(work, self.efforts or {effort: work.recipe}, self.placement, threads, rates_in)
         hours = {each: time / 3600 for each, time in seconds.items()}
         return {
             "target": work.recipe.target,
