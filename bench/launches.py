@@ -94,8 +94,15 @@ def kernels_counted(launches: Launches) -> Iterator[None]:
         yield
 
 
-def count(work: Work, launches: Launches) -> None:
-    """Counts the launches of the first block of a run with asymmetric calibration."""
+def count(work: Work) -> Launches:
+    """Returns the launches of the first block of a run with asymmetric calibration."""
+    launches = Launches()
+    with torch.no_grad(), kernels_counted(launches), FakeTensorMode(allow_non_fake_inputs=True), launches:
+        _run(work, launches)
+    return launches
+
+
+def _run(work: Work, launches: Launches) -> None:
     recipe, weights = work.recipe, NoWeights(work.config)
     model = BlockModel(weights, compute_dtype=torch.bfloat16)
     tokens = torch.zeros(recipe.samples, recipe.sequence_length, dtype=torch.int64)
@@ -145,9 +152,7 @@ def main() -> None:
     arguments = parser.parse_args()
     recipe = Recipe(str(arguments.config), arguments.target, samples=arguments.samples)
     work = forecast(arguments.config, recipe, "1TB", "1TB").work
-    launches = Launches()
-    with torch.no_grad(), kernels_counted(launches), FakeTensorMode(allow_non_fake_inputs=True), launches:
-        count(work, launches)
+    launches = count(work)
     passes = 2 * len(batches(torch.zeros(recipe.samples, recipe.sequence_length)))
     operations = operations_estimate(work)
     per_block = {

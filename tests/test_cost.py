@@ -215,3 +215,16 @@ def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str
     expected = memory_estimate(predicted.work, predicted.placement) - PROCESS_BYTES
     taken = peaks["wide"]["quantize"] - peaks["wide"]["before"]
     assert 1 / 1.5 < taken / expected < 1.5
+
+
+def test_launches_are_counted_without_a_gpu(tiny_model: Path, load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("bench/launches.py")
+    counts = {}
+    for samples in (2, 4):  # one batch and two
+        recipe = Recipe(str(tiny_model), "gguf:Q4_K", samples=samples)
+        counts[samples] = script.count(forecast(tiny_model, recipe).work).counts
+    less, more = counts[2], counts[4]
+    assert more["moments", "launches"] > less["moments", "launches"]
+    for stage in ("a pass of one batch", "factors", "targets", "fit", "feedback", "descent"):
+        assert more[stage, "launches"] == less[stage, "launches"] > 0
+    assert less["targets", "waits"] == 6 * 7
