@@ -45,7 +45,26 @@ QKV_PARTS = {
 }
 
 
-def _pooled(vision: Config, whole: Config) -> dict[str, Any]:
+def _siglip(prefix: str) -> dict[str, str]:
+    """Returns the modules of SigLIP, with the prefix of their names in a checkpoint."""
+    of_blocks = {
+        "layer_norm1": "ln1",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.out_proj": "attn_out",
+        "layer_norm2": "ln2",
+        "mlp.fc1": "ffn_up",
+        "mlp.fc2": "ffn_down",
+    }
+    return blocks(f"{prefix}.encoder.layers", of_blocks) | {
+        f"{prefix}.embeddings.patch_embedding": "v.patch_embd",
+        f"{prefix}.embeddings.position_embedding": "v.position_embd",
+        f"{prefix}.post_layernorm": "v.post_ln",
+    }
+
+
+def _pooled(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
     """Returns by how much the pooling of Gemma 3 shrinks each side of an image, where llama.cpp would take another."""
     side = vision["image_size"] // vision["patch_size"]
     factor = side // round(whole["mm_tokens_per_image"] ** 0.5)
@@ -59,23 +78,8 @@ GEMMA3 = Vision(
     model_types=("siglip_vision_model",),
     projector="gemma3",
     sizes=SIZES,
-    modules=blocks(
-        "vision_tower.encoder.layers",
-        {
-            "layer_norm1": "ln1",
-            "self_attn.q_proj": "attn_q",
-            "self_attn.k_proj": "attn_k",
-            "self_attn.v_proj": "attn_v",
-            "self_attn.out_proj": "attn_out",
-            "layer_norm2": "ln2",
-            "mlp.fc1": "ffn_up",
-            "mlp.fc2": "ffn_down",
-        },
-    )
+    modules=_siglip("vision_tower")
     | {
-        "vision_tower.embeddings.patch_embedding": "v.patch_embd",
-        "vision_tower.embeddings.position_embedding": "v.position_embd",
-        "vision_tower.post_layernorm": "v.post_ln",
         "multi_modal_projector.mm_soft_emb_norm": "mm.soft_emb_norm",
     },
     tensors={"multi_modal_projector.mm_input_projection_weight": "mm.input_projection.weight"},
@@ -86,12 +90,33 @@ GEMMA3 = Vision(
 )
 
 
+def _shuffled(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
+    """Returns by how much Idefics 3 shrinks each side of an image, and to what size it scales an image at first."""
+    longest = (processor.get("size") or {}).get("longest_edge") or vision["image_size"]
+    return {
+        "vision.attention.layer_norm_epsilon": float(vision["layer_norm_eps"]),
+        "vision.projector.scale_factor": whole["scale_factor"],
+        "vision.preproc_image_size": longest,
+    }
+
+
+IDEFICS3 = Vision(
+    family="Idefics 3, SmolVLM",
+    classes=("Idefics3ForConditionalGeneration", "SmolVLMForConditionalGeneration"),
+    model_types=("idefics3", "idefics3_vision", "smolvlm_vision"),
+    projector="idefics3",
+    sizes=SIZES,
+    modules=_siglip("vision_model") | {"connector.modality_projection.proj": "mm.model.fc"},
+    further=_shuffled,
+)
+
+
 def _rotated(values: Values, vision: Config) -> Values:
     """Returns rows with the halves of each head interleaved, as llama.cpp rotates them."""
     return values[rope_order(len(values), vision["num_attention_heads"])]
 
 
-def _pixtral(vision: Config, whole: Config) -> dict[str, Any]:
+def _pixtral(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
     merged = {"vision.spatial_merge_size": whole["spatial_merge_size"]} if "spatial_merge_size" in whole else {}
     return {"vision.attention.layer_norm_epsilon": 1e-5} | merged  # transformers has it in its code
 
@@ -165,7 +190,7 @@ MISTRAL3 = Vision(
 )
 
 
-def _qwen2(vision: Config, whole: Config) -> dict[str, Any]:
+def _qwen2(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
     """Returns the settings of Qwen2-VL and Qwen2.5-VL. The image size is that of llama.cpp's converter, unused."""
     sizes = {"vision.image_size": 560, "vision.attention.layer_norm_epsilon": QWEN_EPSILON}
     if "embed_dim" in vision:
@@ -221,7 +246,7 @@ QWEN2_5_VL = Vision(
 )
 
 
-def _qwen3(vision: Config, whole: Config) -> dict[str, Any]:
+def _qwen3(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
     side = round(vision["num_position_embeddings"] ** 0.5)
     deep = [number in (vision.get("deepstack_visual_indexes") or ()) for number in range(vision["depth"])]
     return {
@@ -274,7 +299,7 @@ QWEN3_VL = Vision(
 )  # fmt: skip
 
 
-def _gemma4(vision: Config, whole: Config) -> dict[str, Any]:
+def _gemma4(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
     return {
         "vision.image_size": 224,  # unused, and llama.cpp wants one
         "vision.attention.layer_norm_epsilon": float(vision["rms_norm_eps"]),
@@ -339,7 +364,7 @@ GEMMA4 = Vision(
     checks=_gemma4_differs,
 )
 
-FAMILIES = (GEMMA3, GEMMA4, PIXTRAL, MISTRAL3, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
+FAMILIES = (GEMMA3, GEMMA4, IDEFICS3, PIXTRAL, MISTRAL3, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
 
 REFUSED = {
     "clip_vision_model": "llama.cpp puts the class token of CLIP after the patches of an image, and takes the outputs "

@@ -47,7 +47,7 @@ class Vision:
     activations  the activations that llama.cpp computes for the family
     fixed        key of `vision_config` -> the values that llama.cpp computes with; any other value is refused
     whole_fixed  the same of config.json itself
-    further      returns further keys without `clip.`, from `vision_config` and config.json
+    further      returns further keys without `clip.`, from `vision_config`, config.json and preprocessor_config.json
     break_token  the token whose embedding stands at the end of each row of an image; None where there is none
     checks       returns a sentence on what llama.cpp would compute otherwise, from `vision_config`; "" for nothing
     """
@@ -70,7 +70,7 @@ class Vision:
     activations: tuple[str, ...] = ("gelu_pytorch_tanh",)
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     whole_fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    further: Callable[[Config, Config], dict[str, Any]] = lambda vision, whole: {}
+    further: Callable[[Config, Config, Config], dict[str, Any]] = lambda vision, whole, processor: {}
     break_token: str | None = None
     checks: Callable[[Config], str] = lambda vision: ""
 

@@ -82,7 +82,7 @@ def keys_of(
     keys |= {f"vision.{key}": _three(processor, key) for key in ("image_mean", "image_std")}
     if (uses := USES.get(vision[family.activation])) is not None:
         keys[uses] = True
-    keys |= family.further(vision, whole)
+    keys |= family.further(vision, whole, processor)
     if missing := [key for key, value in keys.items() if value is None]:
         raise UserError(f"config.json gives no number for {', '.join(missing)}.")
     return keys

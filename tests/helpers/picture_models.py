@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,14 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], tupl
                   "use_clipped_linears": True},
         {"audio_config": None}, (192, 192),
     ),
+    "smolvlm": (
+        "SmolVLM", TEXT | {"model_type": "llama"}, LAYERS | {"image_size": 64, "patch_size": 8}, {"scale_factor": 2},
+        (64, 64),
+    ),
+    "idefics3": (
+        "Idefics3", TEXT | {"model_type": "llama"}, LAYERS | {"image_size": 64, "patch_size": 4}, {"scale_factor": 4},
+        (64, 64),
+    ),
     "pixtral": (
         "Llava", TEXT | {"model_type": "mistral"}, PIXTRAL,
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, (112, 84),
@@ -72,7 +81,7 @@ def make_model(name: str) -> PreTrainedModel:
     model: PreTrainedModel = getattr(transformers, f"{prefix}ForConditionalGeneration")(config).eval()
     draw = torch.Generator().manual_seed(1)
     for key, parameter in model.named_parameters():
-        if "language_model" not in key and not key.startswith("lm_head"):
+        if not re.search("language_model|text_model|lm_head", key):
             parameter.data = _drawn(key, torch.randn(parameter.shape, generator=draw))
     for key, buffer in model.named_buffers():  # the bounds of Gemma 4's linears
         if key.endswith(("_min", "_max")):
@@ -120,7 +129,7 @@ def by_transformers(name: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]
     elif name == "gemma4":
         output = model.get_image_features(*_with_places(values, model.config.vision_config.patch_size))
     else:
-        output = model.get_image_features(values[None])
+        output = model.get_image_features(values[None, None] if name in ("smolvlm", "idefics3") else values[None])
     deep = [_only(each) for each in getattr(output, "deepstack_features", None) or ()]
     return torch.cat([_only(output.pooler_output), *deep], dim=-1).flatten(0, -2).numpy()
 
@@ -186,8 +195,11 @@ _IMAGE = 1  # mtmd_input_chunk_type
 _silent = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
 
 
-def by_llamacpp(file: Path, text: Path, columns: int, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+def by_llamacpp(file: Path, text: Path, columns: int, pixels: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
     """Returns what llama.cpp makes of an image with the image part in `file`, [tokens, columns].
+
+    There is one result for each part that it looks at: for Idefics 3 a tile and the whole image, which are the same
+    here.
 
     text      a GGUF file of a model that takes inputs of that many columns
     """
@@ -207,11 +219,12 @@ def by_llamacpp(file: Path, text: Path, columns: int, pixels: NDArray[np.uint8])
         prompt = _Text(text=b"<__media__>", text_len=11, parse_special=True)
         assert mtmd.mtmd_tokenize(context, chunks, ctypes.byref(prompt), (_Pointer * 1)(bitmap), 1) == 0
         every = [mtmd.mtmd_input_chunks_get(chunks, i) for i in range(mtmd.mtmd_input_chunks_size(chunks))]
-        (chunk,) = [each for each in every if mtmd.mtmd_input_chunk_get_type(each) == _IMAGE]
-        assert mtmd.mtmd_encode_chunk(context, chunk) == 0
-        shape = (mtmd.mtmd_input_chunk_get_n_tokens(chunk), columns)
-        result = np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape).copy()
+        results = []
+        for chunk in [each for each in every if mtmd.mtmd_input_chunk_get_type(each) == _IMAGE]:
+            assert mtmd.mtmd_encode_chunk(context, chunk) == 0
+            shape = (mtmd.mtmd_input_chunk_get_n_tokens(chunk), columns)
+            results.append(np.ctypeslib.as_array(mtmd.mtmd_get_output_embd(context), shape).copy())
         mtmd.mtmd_bitmap_free(_Pointer(bitmap))
         mtmd.mtmd_input_chunks_free(_Pointer(chunks))
         mtmd.mtmd_free(_Pointer(context))
-    return result
+    return results
