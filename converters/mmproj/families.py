@@ -111,6 +111,67 @@ IDEFICS3 = Vision(
 )
 
 
+def _internvl(vision: Config, whole: Config, processor: Config) -> dict[str, Any]:
+    return {
+        "vision.image_size": vision["image_size"][0],
+        "vision.patch_size": vision["patch_size"][0],
+        "vision.attention.layer_norm_epsilon": float(vision["layer_norm_eps"]),
+        "vision.projector.scale_factor": round(1 / whole["downsample_ratio"]),
+    }
+
+
+def _row(values: Values, vision: Config) -> Values:
+    return values.reshape(-1)
+
+
+def _class_last(values: Values, vision: Config) -> Values:
+    """Returns positions [1, positions, columns] as a matrix, that of the class token last, where llama.cpp puts it."""
+    return np.roll(values[0], -1, axis=0)
+
+
+INTERNVL = Vision(
+    family="InternVL",
+    classes=("InternVLForConditionalGeneration",),
+    model_types=("internvl_vision",),
+    projector="internvl",
+    sizes=SIZES,
+    modules=blocks(
+        "vision_tower.encoder.layer",
+        {
+            "layernorm_before": "ln1",
+            "attention.q_proj": "attn_q",
+            "attention.k_proj": "attn_k",
+            "attention.v_proj": "attn_v",
+            "attention.projection_layer": "attn_out",
+            "layernorm_after": "ln2",
+            "mlp.fc1": "ffn_up",
+            "mlp.fc2": "ffn_down",
+        },
+    )
+    | {
+        "vision_tower.embeddings.patch_embeddings.projection": "v.patch_embd",
+        "multi_modal_projector.layer_norm": "mm.model.mlp.0",
+        "multi_modal_projector.linear_1": "mm.model.mlp.1",
+        "multi_modal_projector.linear_2": "mm.model.mlp.3",
+    },
+    parts={
+        "vision_tower.embeddings.cls_token": (("v.class_embd", _row),),
+        "vision_tower.embeddings.position_embeddings": (("v.position_embd.weight", _class_last),),
+        "vision_tower.encoder.layer.*.lambda_1": (("v.blk.*.ls1.weight", _row),),
+        "vision_tower.encoder.layer.*.lambda_2": (("v.blk.*.ls2.weight", _row),),
+    },
+    left_out=(r"^vision_tower\.embeddings\.mask_token$",),
+    activations=("gelu", "gelu_pytorch_tanh"),
+    fixed={"use_qk_norm": (False,), "norm_type": ("layer_norm",), "use_mean_pooling": (True,)},
+    whole_fixed={
+        "projector_hidden_act": ("gelu",),
+        "vision_feature_layer": (-1, [-1]),
+        "vision_feature_select_strategy": ("default",),
+    },
+    further=_internvl,
+)
+
+
 def _rotated(values: Values, vision: Config) -> Values:
     """Returns rows with the halves of each head interleaved, as llama.cpp rotates them."""
     return values[rope_order(len(values), vision["num_attention_heads"])]
@@ -364,7 +425,7 @@ GEMMA4 = Vision(
     checks=_gemma4_differs,
 )
 
-FAMILIES = (GEMMA3, GEMMA4, IDEFICS3, PIXTRAL, MISTRAL3, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
+FAMILIES = (GEMMA3, GEMMA4, IDEFICS3, INTERNVL, PIXTRAL, MISTRAL3, QWEN2_VL, QWEN2_5_VL, QWEN3_VL)
 
 REFUSED = {
     "clip_vision_model": "llama.cpp puts the class token of CLIP after the patches of an image, and takes the outputs "

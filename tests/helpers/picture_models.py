@@ -57,6 +57,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any], tupl
         "Idefics3", TEXT | {"model_type": "llama"}, LAYERS | {"image_size": 64, "patch_size": 4}, {"scale_factor": 4},
         (64, 64),
     ),
+    "internvl": (
+        "InternVL", TEXT | {"model_type": "qwen2"}, LAYERS | {"image_size": [56, 56], "patch_size": [14, 14]}, {},
+        (56, 56),
+    ),
     "pixtral": (
         "Llava", TEXT | {"model_type": "mistral"}, PIXTRAL,
         {"vision_feature_layer": -1, "vision_feature_select_strategy": "full"}, (112, 84),
