@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 from common import split_arguments
 from judging import predictions, windows_of
 
+from lqexport.converters.models.rope import former_rope
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.mlx_process import MlxProcess
 from lqexport.models.blocks import BlockModel
@@ -28,10 +30,31 @@ from lqexport.models.source import Source, open_source
 PROTOCOL = evaluate.LLAMACPP_512
 
 
+def with_former_settings(model: str, folder: Path) -> Path:
+    """Copies a model, with the rotary settings as transformers 4 writes them, too: mlx-lm's Llama reads only those."""
+    if not folder.exists():
+        shutil.copytree(model, folder, copy_function=shutil.copy)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").unlink()
+        (folder / "config.json").write_text(json.dumps(config | former_rope(config)))
+    return folder
+
+
 def converted(model: str, bits: int, folder: Path) -> Path:
     """Makes a folder by mlx-lm's converter, which rounds to nearest."""
     if not folder.exists():
-        options = ["--hf-path", model, "-q", "--q-bits", str(bits), "--q-group-size", "64", "--mlx-path", str(folder)]
+        copy = with_former_settings(model, folder.with_name("source"))
+        options = [
+            "--hf-path",
+            str(copy),
+            "-q",
+            "--q-bits",
+            str(bits),
+            "--q-group-size",
+            "64",
+            "--mlx-path",
+            str(folder),
+        ]
         subprocess.run([sys.executable, "-m", "mlx_lm", "convert", *options], check=True)
     return folder
 
