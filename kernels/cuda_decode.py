@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lqexport.formats.codec import GridCodec
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.gguf_ternary import GGUF_TERNARY
+from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE, Affine, Table
 from lqexport.formats.registry import codec_named, family_of
@@ -43,6 +46,7 @@ READERS: dict[str, Reader] = {
         codec.name: Reader(f"Blocks<{codec.name.removeprefix('gguf:')}>", ("blocks",))
         for codec in (*GGUF, *GGUF_TERNARY)
     },
+    **{codec.name: Reader(f"Vectors<{codec.name.removeprefix('gguf:')}>", ("blocks",)) for codec in GGUF_VECTORS},
     **{codec.name: _native(codec) for codec in NATIVE},
     **{codec.name: Reader(f"MxInt<{codec.bits}>", ("codes", "exponents")) for codec in MXINT},
 }
@@ -61,6 +65,20 @@ def decodes(name: str) -> bool:
     return name in READERS or family_of(name) == "exl2"
 
 
+@cache
+def _table(name: str, device: torch.device) -> Tensor:
+    """Returns the vectors of a format's codebook as its reader takes them, uint8 [N, 4 or 8], on a device.
+
+    Each byte is the weight's rank among the magnitudes, or 0, 1 and 2 where vectors are lifted.
+    """
+    codec = codec_named(name)
+    assert isinstance(codec, GridCodec)
+    assert codec.codebook is not None  # `packed` has seen one
+    codebook = codec.codebook
+    ranks = codebook.vectors >> 1 if codebook.lift else codebook.vectors - codebook.count // 2
+    return torch.from_numpy(ranks.astype(np.uint8)).to(device)
+
+
 def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[cuda.Argument], int]:
     """Returns the first six arguments of a kernel that reads the format `name`, and the number of rows.
 
@@ -71,6 +89,8 @@ def packed(name: str, planes: Mapping[str, Tensor], columns: int) -> tuple[list[
     cuda.check_planes(codec, planes, rows, columns)
     scale = getattr(codec, "scale", None)
     pointers: list[cuda.Argument] = [planes[plane].contiguous() for plane in reader.planes]
+    if getattr(codec, "codebook", None):
+        pointers.append(_table(name, planes[reader.planes[0]].device))
     pointers += [None] * (3 - len(pointers))
     return [*pointers, rows, columns, (scale.group if scale else 0) or columns], rows
 

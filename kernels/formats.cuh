@@ -235,18 +235,16 @@ struct Q6_K : Block256 {
 
 struct TQ1_0 : Block256 {
   static const int bytes = 54;
-  // Digit k of `size` bytes comes before digit k + 1 of any. A byte times 3^k keeps, below 256, the digits from k on.
-  static __device__ int digit(const u8* members, u32 n, u32 size) {
-    const u32 power = 0x511b090301ull >> 8 * (n / size) & 255;
-    return (int)((members[n % size] * power & 255) * 3 >> 8);
-  }
+  // Digit k of 32, then of 16, then of 4 bytes comes before digit k + 1 of any of them. A byte times 3^k keeps, below
+  // 256, the digits from k on.
   static __device__ u64 codes(const u8* block, u32 n) {
+    const u32 shift = n < 160 ? 5 : n < 240 ? 4 : 2, start = n < 160 ? 0 : n < 240 ? 160 : 240;
+    const u8* members = block + (n < 160 ? 0 : n < 240 ? 32 : 48);
     u64 codes = 0;
-#pragma unroll
-    for (int k = 0; k < 8; k++) {
-      const u32 i = n + k;
-      const int code = i < 160 ? digit(block, i, 32) : i < 240 ? digit(block + 32, i - 160, 16) : digit(block + 48, i - 240, 4);
-      codes |= (u64)code << 8 * k;
+#pragma unroll 1  // unrolled, it takes more registers than the others
+    for (int k = 7; k >= 0; k--) {
+      const u32 i = n - start + k, power = (u32)(0x511b090301ull >> 8 * (i >> shift)) & 255;
+      codes = codes << 8 | (members[i & ((1 << shift) - 1)] * power & 255) * 3 >> 8;
     }
     return codes;
   }
@@ -286,6 +284,137 @@ struct Blocks {
     for (int k = 0; k < 8; k++) {
       value[k] = __fmul_rn(scale, (float)Block::level((int)(codes >> 8 * k & 255)));
       if (Block::has_offset) value[k] = __fadd_rn(value[k], offset);
+    }
+  }
+};
+
+// ---- GGUF's i-quants of 1 to 3 bits: vectors of 4 or 8 weights, from a table that is the second plane. The table has a
+// byte for each weight of a vector: its rank among the magnitudes, or 0, 1 and 2 of IQ1.
+
+__device__ __forceinline__ u32 word_at(const u8* bytes) { return *reinterpret_cast<const u16*>(bytes); }
+__device__ __forceinline__ u32 long_word_at(const u8* bytes) { return word_at(bytes) | word_at(bytes + 2) << 16; }
+
+// Returns the sign bits that an index of seven bits stands for: an even number of them is set.
+__device__ __forceinline__ u32 even_signs(u32 index) {
+  const u32 parity = 0x6996 >> ((index ^ index >> 4) & 15) & 1;  // of the four bits that are left, by a table
+  return index | parity << 7;
+}
+
+// A type has its sizes and: width, the weights of a vector; index(block, v) of vector v; flags(block, e), the signs of
+// eight weights or whether they are lifted; level(rank, flag); factor(block, n), the odd multiple of d for weight n; and
+// super(block), d.
+struct Vectors256 {
+  static const int weights = 256;
+  static const int width = 8;
+  static __device__ float super(const u8* block) { return half_at(block); }
+};
+
+struct Iq2 : Vectors256 {
+  static __device__ float level(u32 rank, u32 minus) {
+    const float magnitude = rank == 0 ? 1.0f : rank == 1 ? 3.125f : 5.375f;
+    return minus ? -magnitude : magnitude;
+  }
+};
+
+struct IQ2_XXS : Iq2 {
+  static const int bytes = 66;
+  static __device__ u32 index(const u8* block, u32 v) { return block[2 + v / 4 * 8 + v % 4]; }
+  static __device__ u32 flags(const u8* block, u32 e) {
+    return even_signs(long_word_at(block + 6 + e / 4 * 8) >> 7 * (e % 4) & 127);
+  }
+  static __device__ int factor(const u8* block, u32 n) { return 2 * (long_word_at(block + 6 + n / 32 * 8) >> 28) + 1; }
+};
+
+struct IQ2_XS : Iq2 {
+  static const int bytes = 74;
+  static __device__ u32 index(const u8* block, u32 v) { return word_at(block + 2 + 2 * v) & 511; }
+  static __device__ u32 flags(const u8* block, u32 e) { return even_signs(word_at(block + 2 + 2 * e) >> 9); }
+  static __device__ int factor(const u8* block, u32 n) { return 2 * integer<4, 1>(block + 66, n / 16) + 1; }
+};
+
+struct IQ2_S : Iq2 {
+  static const int bytes = 82;
+  static __device__ u32 index(const u8* block, u32 v) { return block[2 + v] | integer<2, 1>(block + 66, v) << 8; }
+  static __device__ u32 flags(const u8* block, u32 e) { return block[34 + e]; }
+  static __device__ int factor(const u8* block, u32 n) { return 2 * integer<4, 1>(block + 74, n / 16) + 1; }
+};
+
+struct IQ3_XXS : Vectors256 {
+  static const int bytes = 98;
+  static const int width = 4;
+  static __device__ u32 index(const u8* block, u32 v) { return block[2 + v]; }
+  static __device__ u32 flags(const u8* block, u32 e) {
+    return even_signs(long_word_at(block + 66 + e / 4 * 4) >> 7 * (e % 4) & 127);
+  }
+  static __device__ int factor(const u8* block, u32 n) { return 2 * (long_word_at(block + 66 + n / 32 * 4) >> 28) + 1; }
+  static __device__ float level(u32 rank, u32 minus) {
+    const float magnitude = rank < 7 ? (float)(2 * rank + 1) : 15.5f;
+    return minus ? -magnitude : magnitude;
+  }
+};
+
+struct IQ3_S : Vectors256 {
+  static const int bytes = 110;
+  static const int width = 4;
+  static __device__ u32 index(const u8* block, u32 v) { return block[2 + v] | integer<1, 1>(block + 66, v) << 8; }
+  static __device__ u32 flags(const u8* block, u32 e) { return block[74 + e]; }
+  static __device__ int factor(const u8* block, u32 n) { return 2 * integer<4, 1>(block + 106, n / 32) + 1; }
+  static __device__ float level(u32 rank, u32 minus) {
+    const int magnitude = 2 * rank + 1;
+    return (float)(minus ? -magnitude : magnitude);
+  }
+};
+
+struct Iq1 : Vectors256 {
+  static __device__ float level(u32 rank, u32 lifted) { return (float)((int)rank - 1) + (lifted ? 0.125f : -0.125f); }
+};
+
+struct IQ1_S : Iq1 {
+  static const int bytes = 50;
+  static __device__ u32 index(const u8* block, u32 v) {
+    return block[2 + v] | (word_at(block + 34 + v / 4 * 2) >> 3 * (v % 4) & 7) << 8;
+  }
+  static __device__ u32 flags(const u8* block, u32 e) { return word_at(block + 34 + e / 4 * 2) >> 15 ? 0 : 255; }
+  static __device__ int factor(const u8* block, u32 n) { return 2 * (word_at(block + 34 + n / 32 * 2) >> 12 & 7) + 1; }
+};
+
+struct IQ1_M : Iq1 {
+  static const int bytes = 56;
+  static __device__ u32 index(const u8* block, u32 v) { return block[v] | (integer<4, 1>(block + 32, v) & 7) << 8; }
+  static __device__ u32 flags(const u8* block, u32 e) { return integer<4, 1>(block + 32, e) & 8 ? 0 : 255; }
+  static __device__ int factor(const u8* block, u32 n) {
+    return 2 * (word_at(block + 48 + n / 64 * 2) >> 3 * (n / 16 % 4) & 7) + 1;
+  }
+  // The highest four bits of four words, the lowest bits first.
+  static __device__ float super(const u8* block) {
+    u16 bits = 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) bits |= word_at(block + 48 + 2 * k) >> 12 << 4 * k;
+    return half_at(reinterpret_cast<const u8*>(&bits));
+  }
+};
+
+// A row of blocks. A weight is d * factor * level.
+template <class Block>
+struct Vectors {
+  const u8* row;
+  const u8* table;
+
+  __device__ Vectors(const Planes& planes, size_t r, int columns, int)
+      : row(planes.first + r * (columns / Block::weights * Block::bytes)), table(planes.second) {}
+
+  __device__ __forceinline__ void eight(u32 column, int, float* value) const {
+    const u8* block = row + column / Block::weights * Block::bytes;
+    const u32 n = column % Block::weights, flags = Block::flags(block, n / 8);
+    const float scale = __fmul_rn(Block::super(block), (float)Block::factor(block, n));
+#pragma unroll
+    for (int part = 0; part < 8 / Block::width; part++) {
+      const u8* vector = table + Block::index(block, n / Block::width + part) * Block::width;
+#pragma unroll
+      for (int j = 0; j < Block::width; j++) {
+        const int k = part * Block::width + j;
+        value[k] = __fmul_rn(scale, Block::level(vector[j], flags >> k & 1));
+      }
     }
   }
 };

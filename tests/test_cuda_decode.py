@@ -149,24 +149,20 @@ def test_without_kernels_there_is_one_clear_sentence() -> None:
         cuda_decode.decode("gguf:Q4_0", {"blocks": torch.zeros(1, 18, dtype=torch.uint8)}, 32)
 
 
-READ = [
-    name
-    for name in names()
-    if name not in ["gguf-decay:F32", *names("mlx")] and getattr(codec_named(name), "codebook", None) is None
-]
+READ = [name for name in names() if name not in ["gguf-decay:F32", *names("mlx")]]
 
 
 @pytest.mark.parametrize("name", READ)
 def test_every_format_has_a_reader(name: str) -> None:
     """EXL2 is tested in tests/test_cuda_exl2.py. Decays are vectors of some tens of weights, which the CPU decodes, as
-    it does i-quants, and MLX's formats: their runtime is Apple's."""
+    it does MLX's formats: their runtime is Apple's."""
     assert set(cuda_decode.READERS[name].planes) == set(codec_named(name).layout(1, codec_named(name).block))
 
 
 def test_a_format_file_lists_each_reader(root: Path) -> None:
     text = (root / "kernels" / "formats.cuh").read_text()
     for reader in cuda_decode.READERS.values():
-        inner = reader.type.removeprefix("Blocks<").split("<")[0].rstrip(">")
+        inner = reader.type.removeprefix("Blocks<").removeprefix("Vectors<").split("<")[0].rstrip(">")
         assert f"struct {inner}" in text
 
 
