@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_rope
+from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_of, default_rope
 from lqexport.converters.models.rope import head_dim, rope_sections, rope_settings, rotary_dim, window_theta
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
@@ -62,10 +62,20 @@ def check_fixed(engine: str, architecture: Architecture, config: Config) -> None
 
 
 def _check_keys(architecture: Architecture, config: Config) -> None:
-    """Raises UserError if config.json lacks a setting that llama.cpp needs."""
+    """Raises UserError if config.json lacks a setting that llama.cpp needs, or has null where null is not the default.
+
+    Null is not an absent key: transformers takes its default for an absent key alone.
+    """
     for key in architecture.keys:
-        if key.default is None and (rope_settings(config) if key.rope else config).get(key.config) is None:
+        settings = rope_settings(config) if key.rope else config
+        if key.default is None and settings.get(key.config) is None:
             raise UserError(f"config.json gives no {key.config}.")
+        is_null = key.config in settings and settings[key.config] is None
+        if is_null and not key.rope and key.default == default_of(architecture, config, key.config):
+            raise UserError(
+                f"llama.cpp computes {architecture.classes[0]} with a number for {key.config}, and config.json has "
+                "null."
+            )
 
 
 def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:
