@@ -81,6 +81,7 @@ def plan(
     _check_target(target)
     if target.family == "gguf":
         check_supported(architecture, config)
+        _check_biases(architecture, config, kept)
     elif projections := [name for name in architecture.projections if name in kept]:
         raise UserError(
             f"A native folder has no place for {listed(projections)}, by which embeddings are multiplied. Choose a "
@@ -103,6 +104,16 @@ def plan(
         blocks = _layers(config) + further_blocks(architecture, _layers(config), shapes)
         _check_experts(planned, gguf_names(architecture, blocks))
     return planned
+
+
+def _check_biases(architecture: Architecture, config: dict[str, Any], kept: Shapes) -> None:
+    """Raises UserError if the model lacks a bias without which llama.cpp does not load it."""
+    names = gguf_names(architecture, _layers(config)) if architecture.biased else {}
+    if missing := [name for name in names if name.endswith(".bias") and name not in kept]:
+        raise UserError(
+            f"llama.cpp loads {architecture.classes[0]} only with all biases, and the model has no {listed(missing)}. "
+            "Choose a native target, such as native:table-4."
+        )
 
 
 def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:

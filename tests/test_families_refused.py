@@ -209,6 +209,38 @@ def test_exl2_has_no_rope_scaling_within_windows() -> None:
         plan_exl2(config | change, shapes, bits=4, head_bits=6)
 
 
+def without_biases(name: str, folder: Path) -> Path:
+    """Writes the model of a case without the biases of its linears, and its tokenizer."""
+    make_model(name).save_pretrained(folder)
+    make_tokenizer("gpt-2", folder).save_pretrained(folder)
+    stored = safetensors.torch.load_file(folder / "model.safetensors")
+    left = {key: tensor for key, tensor in stored.items() if "norm" in key or not key.endswith(".bias")}
+    safetensors.torch.save_file(left, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.llamacpp
+def test_a_checkpoint_may_lack_biases_that_its_class_has(tmp_path: Path, texts: tuple[str, str]) -> None:
+    """transformers sets them to 0."""
+    source = str(without_biases("qwen2", tmp_path / "hf"))
+    options = {"calibration": texts[0], "samples": 4, "sequence_length": 64, "descent": 1}
+    path = export(tmp_path, Recipe(source, "gguf:Q4_K", **options))  # type: ignore[arg-type]
+    for engine in ("lqexport", "llama.cpp"):
+        result = verify(path, source, text=texts[1], windows=1, engine=engine, artifact=tmp_path / "artifact-Q4_K")
+        assert result.failed == result.warnings == []
+        assert result.evaluations[0].kl < 0.05
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "gpt2", "gptneox", "phi2"])
+def test_biases_that_llamacpp_needs(name: str) -> None:
+    config, shapes = config_and_shapes(name)
+    plan(Target.parse("gguf:F16"), config, shapes)
+    left = {key: shape for key, shape in shapes.items() if not key.endswith(".bias")}
+    with pytest.raises(UserError, match="only with all biases"):
+        plan(Target.parse("gguf:F16"), config, left)
+    plan(Target.parse("native:table-4"), config, left)
+
+
 @pytest.mark.parametrize("entry", REFUSED, ids=lambda entry: entry.family)
 def test_refused_architectures_are_refused_with_their_reason(entry: Refused) -> None:
     for name in entry.classes:

@@ -171,6 +171,7 @@ class Architecture:
     fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
     same        key of config.json -> the key whose value it must have; any other value is refused
     flags       key of config.json -> the module whose bias shows that it is true
+    biased      whether llama.cpp loads it only with a bias in every module of a block
     rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
     partial     whether only a part of each head is rotated where `partial_rotary_factor` of config.json says so
     rope_sections  the default of `mrope_section`: how many pairs of columns are rotated by the position in time, in
@@ -250,6 +251,7 @@ class Architecture:
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     flags: dict[str, str] = field(default_factory=dict)
+    biased: bool = False
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
     partial: bool = False
     rope_sections: tuple[int, ...] = ()

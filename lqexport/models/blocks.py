@@ -108,6 +108,13 @@ def _empty(module: nn.Module) -> None:
     module.load_state_dict({key: value.to("meta") for key, value in module.state_dict().items()}, assign=True)
 
 
+def _leave_out_biases(model: nn.Module, present: set[str]) -> None:
+    """Takes biases of linears and norms that the weights do not have out of a model: transformers sets them to 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.LayerNorm) and module.bias is not None and f"{name}.bias" not in present:
+            module.register_parameter("bias", None)
+
+
 def _rounded_by(rounding: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., torch.Tensor]:
     def before(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> torch.Tensor:
         return rounding(arguments[0])
@@ -141,6 +148,7 @@ class BlockModel:
         self._compute_dtype = compute_dtype or dtype
         self.architecture = architecture_of(weights.config)
         self._model = meta_model(weights.config, dtype)
+        _leave_out_biases(self._model, set(weights.names()))
         compute_buffers(self._model, self.device)
         self._body_name = self.architecture.blocks.rpartition(".")[0]
         self._body = self._model.get_submodule(self._body_name)

@@ -8,6 +8,7 @@ from lqexport.converters.models.architecture import Architecture, Key
 from lqexport.converters.models.families.parts import LAYER_NORM, four_times
 
 GPT_NEOX = Architecture(
+    biased=True,
     family="GPT-NeoX, Pythia",
     classes=("GPTNeoXForCausalLM",),
     model_type="gpt_neox",
@@ -47,6 +48,7 @@ GPT_NEOX = Architecture(
 )
 
 GPT2 = Architecture(
+    biased=True,
     family="GPT-2",
     classes=("GPT2LMHeadModel",),
     model_type="gpt2",

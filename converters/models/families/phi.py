@@ -11,6 +11,7 @@ from lqexport.converters.models.families.qwen import QWEN2
 
 PHI = replace(
     LLAMA,
+    biased=True,
     family="Phi-1, Phi-1.5, Phi-2",
     classes=("PhiForCausalLM",),
     model_type="phi",

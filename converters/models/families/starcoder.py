@@ -11,6 +11,7 @@ from lqexport.converters.models.families.qwen import QWEN2
 
 STARCODER2 = replace(
     QWEN2,
+    biased=True,
     family="StarCoder2",
     classes=("Starcoder2ForCausalLM",),
     model_type="starcoder2",
