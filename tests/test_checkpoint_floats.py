@@ -85,9 +85,14 @@ def test_nvfp4_of_modelopt(make: Make) -> None:
     assert open_source(str(folder)).shape(f"{DOWN}.weight") == (256, 512)
 
 
-@pytest.mark.parametrize(("form", "group"), [("nvfp4-pack-quantized", 16), ("mxfp4-pack-quantized", 32)])
-def test_fp4_of_compressed_tensors_reads_as_its_library_does(form: str, group: int, make: Make, tmp_path: Path) -> None:
-    """The library decodes to bfloat16. MXFP4 moves to GGUF's type, whose blocks are the same."""
+@pytest.mark.parametrize(
+    ("form", "group", "moves"),
+    [("nvfp4-pack-quantized", 16, None), ("nvfp4-pack-quantized", 16, "NVFP4"), ("mxfp4-pack-quantized", 32, "MXFP4")],
+)
+def test_fp4_of_compressed_tensors_reads_as_its_library_does(
+    form: str, group: int, moves: str | None, make: Make, tmp_path: Path
+) -> None:
+    """The library decodes to bfloat16. MXFP4 moves to GGUF's type, and NVFP4 if its scale for the matrix is 1."""
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
@@ -102,7 +107,7 @@ def test_fp4_of_compressed_tensors_reads_as_its_library_does(form: str, group: i
         largest = np.abs(weight.reshape(len(weight), -1, group)).max(2) / 6
         given = {"weight": torch.from_numpy(weight)}
         if group == 16:
-            given["weight_global_scale"] = torch.tensor([448 / largest.max()])
+            given["weight_global_scale"] = torch.tensor([1.0 if moves else 448 / largest.max()])
             scale = torch.from_numpy(largest) * given["weight_global_scale"]
             scale = scale.to(torch.float8_e4m3fn).float()
             factors = scale / given["weight_global_scale"]
@@ -120,8 +125,8 @@ def test_fp4_of_compressed_tensors_reads_as_its_library_does(form: str, group: i
     parts = {key.removeprefix(f"{DOWN}."): tensor for key, tensor in stored.items() if key.startswith(f"{DOWN}.")}
     theirs, ours = compressor.decompress(parts, scheme)["weight"], open_source(str(folder)).read(f"{DOWN}.weight")
     assert torch.allclose(ours, theirs.float(), rtol=2**-7, atol=0)
-    if group == 32:
-        check_moves(folder, "gguf:MXFP4", tmp_path / "out")
+    if moves:
+        check_moves(folder, f"gguf:{moves}", tmp_path / "out")
 
 
 def test_a_scheme_for_each_group_of_modules(make: Make) -> None:
