@@ -352,6 +352,7 @@ def test_names_of_files() -> None:
     assert _is_among("Q4_K_M", {"Q5_0", "Q8_0"})  # the fallback of narrow matrices
     assert _is_among("Q3_K_XL", {"Q3_K"})
     assert _is_among("IQ3_M", {"IQ3_S"})
+    assert _is_among("TQ2_0_MIX", {"TQ2_0", "Q6_K"})
     assert not _is_among("Q8_0", {"Q4_0"})
 
 
