@@ -238,6 +238,6 @@ def test_no_other_grid_moves_here() -> None:
         move(source, codec_named("mlx:4-g64"))
 
 
-def test_bfloat16_reaches_as_far_as_float32() -> None:
-    assert reach(codec_named("mlx:4-g64"))[1] > 1e38
-    assert reach(codec_named("mlx:4-g64-f16")) == (-65504, 15 * 65504)
+def test_bfloat16_reaches_nearly_as_far_as_float32() -> None:
+    assert reach(codec_named("mlx:4-g64"))[1] > 8e37
+    assert reach(codec_named("mlx:4-g64-f16")) == (-16376, 16376)

@@ -22,6 +22,9 @@ def reach(codec: GridCodec | SectionedCodec) -> tuple[float, float]:
     if codec.scale is None:
         return -HALF, HALF
     assert codec.levels is not None  # only a table per row has no levels and no scale
+    if codec.rounding.by_steps:  # scale * level is rounded to the scale's type, and spans a group of either sign
+        most = codec.scale.floats.most / 4
+        return -most, most
     first, last, scale = float(codec.levels[0]), float(codec.levels[-1]), _largest(codec.scale)
     if codec.offset is not None:
         return scale * first - _largest(codec.offset), scale * last
