@@ -20,10 +20,10 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Any
 
+from lqexport.converters.gguf.metadata import check_metadata
 from lqexport.converters.gguf.mix_plan import mix_types
 from lqexport.converters.gguf.mixes import MIXES, fallback_type
 from lqexport.converters.gguf.row_order import row_order
-from lqexport.converters.gguf.support import check_supported
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_blocks, is_beyond, is_further_matrix
@@ -80,7 +80,7 @@ def plan(
     kept = model_tensors(architecture, config, shapes, further=further and target.family == "gguf")
     _check_target(target)
     if target.family == "gguf":
-        check_supported(architecture, config)
+        check_metadata(architecture, config)
         _check_biases(architecture, config, kept)
     elif projections := [name for name in architecture.projections if name in kept]:
         raise UserError(

@@ -16,6 +16,7 @@ from lqexport.converters.models.hf_defaults import SLIDING
 from lqexport.converters.models.rope import (
     head_dim,
     longrope_attention,
+    rope_factors,
     rope_sections,
     rope_settings,
     rotary_dim,
@@ -39,6 +40,13 @@ WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_bas
 def optional_json(path: Path) -> dict[str, Any]:
     """Returns the JSON object in a file, or {} if there is no file. Raises UserError if the file is damaged."""
     return read_json(path, f"{path} is gone.") if path.is_file() else {}
+
+
+def check_metadata(architecture: Architecture, config: Config) -> None:
+    """Raises UserError where a GGUF file of the model cannot be written for its config.json, before any work."""
+    check_supported(architecture, config)
+    add_model(GGUFWriter(None, str(architecture.gguf)), architecture, config, 1)
+    rope_factors(config)
 
 
 def add_model(
