@@ -167,7 +167,7 @@ def refining() -> Work:
         def run() -> None:
             values = grid.values(codes)
             gradient, block = (values - weights) @ hessian, slice(0, width)
-            solve_cuda.refine_block(values, gradient, hessian, codes.clone(), grid, block, True)
+            solve_cuda.refine_block(values, gradient, hessian, codes.clone(), grid, block, True, 1)
 
         return run
 

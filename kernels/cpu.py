@@ -223,49 +223,6 @@ def _number(stored, r, group, default):
     return stored.sign * stored.supers[r, group // stored.span] * np.float32(stored.subs[r, group])
 
 
-@njit(parallel=True, cache=True)
-def refine_block(values, gradient, hessian, codes, levels, uniform, group, scale, offset, refit, rounding):
-    """Makes one sweep of coordinate descent over a block of columns. The loss of a row is (Q - W) H (Q - W)^T.
-
-    If `refit`, the sweep first moves the block's stored scales and offsets with the codes fixed. Then it moves each
-    code in turn. No step raises the loss. All arrays are the block's part of the whole. The values, the gradient, the
-    codes and the stored numbers are changed in place.
-
-    values    [R, B], the decoded weights Q
-    gradient  [R, B], (Q - W) H
-    hessian   [B, B]
-    codes     uint8 [R, B]
-    levels    [1 or R, K]
-    scale, offset   `Stored`, with one number per `group` columns
-    rounding  how values are rounded, a number of `formats.codec.Rounding`
-    """
-    rows, width = values.shape
-    for r in prange(rows):
-        table = levels[r % levels.shape[0]]
-        q, g = values[r], gradient[r]
-        direction, work, basis = np.empty(width, np.float32), np.empty(width, np.float32), np.ones(width, np.float32)
-        if refit and offset.present:
-            _refit(offset, r, basis, q, g, hessian, group, direction, work)
-        if refit and scale.present:
-            for i in range(width):
-                basis[i] = table[codes[r, i]]
-            _refit(scale, r, basis, q, g, hessian, group, direction, work)
-        for i in range(width):
-            s = _number(scale, r, i // group, np.float32(1))
-            o = _number(offset, r, i // group, np.float32(0))
-            if s == 0 or hessian[i, i] <= 0:
-                continue
-            code = _nearest((q[i] - g[i] / hessian[i, i] - o) / s, table, uniform)
-            if code != codes[r, i]:
-                change = _value(s, table[code], o, rounding) - q[i]
-                # Rounding can make the nearest level's value farther than the old one.
-                if rounding and change * (change + 2 * g[i] / hessian[i, i]) >= 0:
-                    continue
-                codes[r, i] = code
-                q[i] += change
-                _push(g, hessian, i, change)
-
-
 @njit(cache=True, inline="always")
 def _span(low, high, form, cut_low, cut_high):
     """Returns the scale and shift that map the levels onto a group's range, after cutting a share of it at each end."""

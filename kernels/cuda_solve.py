@@ -66,13 +66,13 @@ def feedback_block(
 
 def refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, levels: Tensor, uniform: bool, group: int,
-    scale: Stored, offset: Stored, refit: bool, rounding: int,
+    scale: Stored, offset: Stored, refit: bool, rounding: int, rounds: int,
 ) -> None:  # fmt: skip
-    """Makes one sweep of coordinate descent over a block, in place; see `cpu.refine_block`."""
+    """Makes rounds of coordinate descent over a block, in place; see `refine.refine_block`."""
     rows, width = values.shape
     arguments = [
         values, gradient, hessian, codes, levels, *levels.shape, int(uniform), rounding, group, rows, width,
-        *scale.arguments(), *offset.arguments(), int(refit),
+        *scale.arguments(), *offset.arguments(), int(refit), rounds,
     ]  # fmt: skip
     cuda.launch("refine.cu", "refine_block", _blocks(rows, 32), THREADS, arguments)
 

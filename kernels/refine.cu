@@ -1,4 +1,4 @@
-// One sweep of coordinate descent over one block of columns, as cpu.py's refine_block makes it.
+// Rounds of coordinate descent over one block of columns, as refine.py's refine_block makes them.
 //
 // A warp takes a row. Column j belongs to lane j % 32: only this lane reads or writes its value, gradient and code. So
 // lanes exchange data by shuffles, except for the stored numbers of the row.
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(128, 4)
                  short* scale_subs, int scale_span, int scale_low, int scale_high, int scale_sign, int scale_mantissa,
                  int scale_lowest, float scale_least, float scale_most, float* offset_supers, short* offset_subs,
                  int offset_span, int offset_low, int offset_high, int offset_sign, int offset_mantissa,
-                 int offset_lowest, float offset_least, float offset_most, int refitting) {
+                 int offset_lowest, float offset_least, float offset_most, int refitting, int rounds) {
   const int r = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
   if (r >= rows) return;
   const size_t start = (size_t)r * width, groups = width / group;
@@ -194,10 +194,14 @@ __global__ void __launch_bounds__(128, 4)
                                 offset_mantissa, offset_lowest, offset_least, offset_most}, r, groups);
   // Offsets come before scales, and floats before integers. One loop, not unrolled, keeps one copy of the code.
 #pragma unroll 1
-  for (int pass = refitting ? 0 : 4; pass < 4; pass++) {
-    const bool of_scale = pass / 2, of_super = pass % 2 == 0;
+  for (int pass = 0; pass < 5 * rounds; pass++) {
+    const int part = pass % 5;
+    if (part == 4) {
+      sweep_codes(row, scale, offset);
+      continue;
+    }
+    const bool of_scale = part / 2, of_super = part % 2 == 0;
     const Stored stored = of_scale ? scale : offset;
-    if (stored.supers && (of_super || stored.low != stored.high)) refit(row, stored, of_scale, of_super);
+    if (refitting && stored.supers && (of_super || stored.low != stored.high)) refit(row, stored, of_scale, of_super);
   }
-  sweep_codes(row, scale, offset);
 }

@@ -334,7 +334,7 @@ def _refine_row(q, gradient, hessian, codes, r, group, scale, refit, book):
 
 @njit(parallel=True, cache=True)
 def refine_block(values, gradient, hessian, codes, group, scale, refit, book):
-    """Makes one sweep of coordinate descent over a block of columns, as `kernels.cpu.refine_block` does.
+    """Makes one round of coordinate descent over a block of columns, as `kernels.refine.refine_block` does.
 
     Codes change eight at a time.
     """

@@ -38,7 +38,7 @@ CHOICES: dict[str, Any] = {
 LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
 LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
 
-SWEEPS: dict[Effort, int] = {"fast": 0, "default": 4, "best": 8}
+SWEEPS: dict[Effort, int] = {"fast": 0, "default": 2, "best": 5}
 """Sweeps of coordinate descent by effort."""
 TUNED = 64
 """Sequences of end-to-end tuning, where it is the default."""
@@ -224,7 +224,7 @@ class Recipe:
     descent: int | None = field(
         default=None,
         metadata=_help(
-            "Sweeps of coordinate descent after error feedback. [default: 4; effort fast 0, best 8]", SOLVER
+            "Sweeps of coordinate descent after error feedback. [default: 2; effort fast 0, best 5]", SOLVER
         ),
     )
 

@@ -11,7 +11,24 @@ import pytest
 import torch
 
 from lqexport.errors import UserError
+from lqexport.runtime import products
 from lqexport.runtime.environment import choose_device, full_float32, versions
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_are_those_of_torch(fast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if fast and not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "has_fast_products", lambda: fast)
+    draw = torch.Generator().manual_seed(0)
+    for rows, columns, inner in ((5, 7, 300), (0, 3, 4), (3, 4, 0)):
+        left = torch.randn(inner, rows, generator=draw).T  # not contiguous
+        right = torch.randn(columns, inner + 2, generator=draw)[:, 2:]
+        expected = left.double() @ right.double().T
+        added = torch.ones(rows, columns)
+        products.add_times_transposed(added, left, right)
+        for product in (products.times_transposed(left, right), added - 1):
+            torch.testing.assert_close(product.double(), expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(

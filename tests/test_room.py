@@ -95,6 +95,9 @@ def test_a_factor_in_panels_is_the_factor(hessian: Tensor, tmp_path: Path) -> No
     torch.testing.assert_close(cholesky.rows(slice(64, 160)), upper.float()[64:160, 64:])
     torch.testing.assert_close(cholesky.diagonal(), upper.diagonal())
     torch.testing.assert_close(cholesky.inverse_diagonal(), inverse.diagonal())
+    right = torch.randn(5, 320, generator=torch.Generator().manual_seed(2))
+    expected = right.double() @ torch.linalg.inv(solve.damped(hessian.double(), 0.01))
+    torch.testing.assert_close(cholesky.solved(right).double(), expected, rtol=1e-3, atol=1e-5)
     kept = factorize(hessian, 0.01, True, lambda panel: mapped(panel, tmp_path))
     assert all(torch.equal(*pair) for pair in zip(cholesky.panels, kept.panels, strict=True))
     assert list(tmp_path.iterdir()) == []  # the files have no names

@@ -139,6 +139,21 @@ def test_torch_path_equals_the_kernels(
     )
 
 
+@pytest.mark.parametrize("name", ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_NL", "native:affine-4-row"])
+def test_rounds_keep_values_and_gradient_up_to_date(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
+    """Moves along a few directions per group change values and gradient as moving each value would."""
+    weights, hessian = problem
+    grid, codes = solved(name, weights, hessian)
+    values, before = grid.values(codes), codes.clone()
+    gradient = (values - weights) @ hessian
+    moved = values.clone()
+    solve_cpu.refine_block(moved, gradient, hessian, codes, grid, slice(0, weights.shape[1]), True, 3)
+    assert not torch.equal(codes, before)
+    torch.testing.assert_close(moved, grid.values(codes), rtol=1e-5, atol=1e-6)
+    expected = (moved - weights) @ hessian
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_NL", "native:affine-3-g64"])
 def test_torch_fit_equals_the_kernel(name: str, problem: tuple[torch.Tensor, torch.Tensor]) -> None:
     weights, hessian = problem

@@ -23,6 +23,7 @@ from lqexport.calibration.moments import add_products, mirror
 from lqexport.recipe import Moments
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import ALONE, Processes
+from lqexport.runtime.products import add_times_transposed, times_transposed
 from lqexport.solver.cholesky import CholeskyFactor
 
 STRENGTH_ROWS = 128
@@ -79,13 +80,13 @@ class CrossMoments:
         roots = self._token_roots(quantized, weights)
         x, y = (_tokens(model.inputs) * roots for model in (full, quantized))
         add_products(shard["inputs"][half], y)
-        shard["drift"][half].addmm_((x - y).T, y)
+        add_times_transposed(shard["drift"][half], (x - y).T, y.T)
         shard["tokens"] += len(x)
         if "lag" in shard:
             assert full.stream is not None
             assert quantized.stream is not None
             lag = (_tokens(full.stream) - _tokens(quantized.stream)) * roots
-            shard["lag"][half].addmm_(lag.T, y)
+            add_times_transposed(shard["lag"][half], lag.T, y.T)
 
     def end_shard(self, processes: Processes = ALONE, senders: int = 1) -> None:
         """Ends a shard: adds what was added since the last call to the total, which the first process keeps.
@@ -148,7 +149,7 @@ class CrossMoments:
         strength = self._strength(weight, cholesky)
         if not strength:
             return weight, strength
-        pull = weight @ self._both("drift")
+        pull = times_transposed(weight, self._both("drift").mT)
         if "lag" in self._shapes:
             pull += self._both("lag")
         return weight + strength * self._correction(pull, cholesky), strength
@@ -170,7 +171,7 @@ class CrossMoments:
                 continue
             correction = self._correction(pulls[half] / share, cholesky)
             wanted += float((pulls[other] * correction).sum())
-            energy += float(((correction @ self._sum("inputs", other)) * correction).sum())
+            energy += float((times_transposed(correction, self._sum("inputs", other)) * correction).sum())
         return min(max(wanted / energy, 0.0), 1.0) if energy > 0 else 0.0
 
     def _half_pull(self, sample: Tensor, rows: slice, half: int) -> Tensor:
@@ -178,7 +179,7 @@ class CrossMoments:
 
         It is the missing outputs times the inputs: W (X - Y) Y^T, plus (Z - S) Y^T if it is summed.
         """
-        pull = sample @ self._sum("drift", half)
+        pull = times_transposed(sample, self._sum("drift", half).mT)
         return pull.add_(self._sum("lag", half)[rows]) if "lag" in self._shapes else pull
 
     def _correction(self, pull: Tensor, cholesky: CholeskyFactor) -> Tensor:

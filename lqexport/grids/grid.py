@@ -105,7 +105,7 @@ class TensorGrid:
 
     def values(self, codes: Tensor) -> Tensor:
         """Returns the decoded weights float32 [R, C] of codes uint8 [R, C]."""
-        values = self._levels(codes)
+        values = self.level_of(codes)
         if self.scale:
             products = values.unflatten(1, (-1, self.group)) * self.scale.values()[..., None]
             values = rounded_step(products, self.rounding)
@@ -113,7 +113,7 @@ class TensorGrid:
             values = values + self.offset.values()[..., None]
         return rounded(values.reshape(codes.shape), self.rounding)
 
-    def _levels(self, codes: Tensor) -> Tensor:
+    def level_of(self, codes: Tensor) -> Tensor:
         """Returns the level of each code, float32 [R, C]."""
         if self.uniform:  # several times faster than a lookup
             return codes.float() + self.levels[0, 0]

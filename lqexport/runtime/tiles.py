@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lqexport.errors import UserError
+from lqexport.runtime.products import times_transposed
 
 ROW_TILE = 2048
 """The number of rows of a product. It never changes, since the last bits of results depend on it."""
@@ -30,6 +31,12 @@ def tiles(matrix: Tensor) -> tuple[Tensor, ...]:
 def product(left: Tensor, right: Tensor) -> Tensor:
     """Returns left @ right, computed one tile of `left` at a time."""
     products = [tile @ right for tile in tiles(left)]
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def product_transposed(left: Tensor, right: Tensor) -> Tensor:
+    """Returns left @ right^T, computed one tile of `left` at a time."""
+    products = [times_transposed(tile, right) for tile in tiles(left)]
     return products[0] if len(products) == 1 else torch.cat(products)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lqexport.errors import UserError
 from lqexport.runtime.placement import Keep, in_place
+from lqexport.runtime.products import times_transposed
 
 PANEL = 512
 """Columns in a panel. The last bits of U depend on it, so it must not depend on how much memory there is."""
@@ -69,7 +70,7 @@ class CholeskyFactor:
         ordered = torch.zeros_like(remaining)
         for start in range(0, len(self.order), SOLVED_COLUMNS):
             upper = self.rows(slice(start, min(start + SOLVED_COLUMNS, len(self.order))))
-            ordered[:, start:] += (remaining[:, start:] @ upper.mT) @ upper
+            ordered[:, start:] += times_transposed(times_transposed(remaining[:, start:], upper), upper.mT)
         result = torch.empty_like(ordered)
         result[:, self.order] = ordered
         return result

@@ -22,7 +22,8 @@ from torch import Tensor
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
 from lqexport.kernels import cuda
-from lqexport.runtime.tiles import product, tiles
+from lqexport.runtime.products import times_transposed
+from lqexport.runtime.tiles import product, product_transposed, tiles
 from lqexport.solver import solve_cpu, solve_cuda, solve_torch, solve_vectors
 from lqexport.solver.cholesky import CholeskyFactor
 
@@ -30,6 +31,12 @@ FEEDBACK_BLOCK = 128
 """Columns that error feedback solves before it spreads their errors over all later columns."""
 REFINE_BLOCK = 256
 """Columns that coordinate descent takes at once, about."""
+ROUNDS = 3
+"""Rounds over a block of columns in one sweep of coordinate descent.
+
+A round costs little beside the product that a sweep takes to get the block's gradient."""
+VECTOR_ROUNDS = 2
+"""The same for formats with a codebook, whose rounds cost more."""
 REFIT_ROWS = 64
 """Rows whose tables are refitted at once. It bounds the memory that the refit takes."""
 
@@ -51,7 +58,7 @@ def layer_loss(difference: Tensor, hessian: Tensor) -> float:
 
     It is the squared error of the outputs, summed over them, in the unit of H (such as squared error per token).
     """
-    return sum(float(((tile @ hessian) * tile).sum()) for tile in tiles(difference))
+    return sum(float((times_transposed(tile, hessian) * tile).sum()) for tile in tiles(difference))
 
 
 def feedback(weights: Tensor, grid: TensorGrid | TensorSections, cholesky: CholeskyFactor) -> Tensor:
@@ -97,26 +104,27 @@ def refine(
     weights   float32 [R, C]
     hessian   float32 [C, C], damped
     codes     uint8 [R, C]
-    sweeps    how often every code is visited
+    sweeps    how often every block of columns is visited, each time in ROUNDS rounds
     refit     whether stored scales and offsets, or the tables, move too
     """
     codes = codes.clone()
     values = grid.values(codes)
+    difference = values - weights
     grid = replace(grid, scale=grid.scale and grid.scale.clone(), offset=grid.offset and grid.offset.clone())
-    gradient = product(values - weights, hessian)
     for _ in range(sweeps):
         if refit and grid.scale is None:
-            grid, codes = refit_tables(gradient, hessian, grid, codes)
+            grid, codes = refit_tables(product_transposed(difference, hessian), hessian, grid, codes)
             values = grid.values(codes)
-            gradient = product(values - weights, hessian)
+            difference = values - weights
         for block in _blocks(grid):
-            new = values[:, block].contiguous()
-            loops = backend(weights) if grid.codebook is None else solve_vectors
-            loops.refine_block(
-                new, gradient[:, block].contiguous(), hessian[block, block].contiguous(), codes, grid, block, refit
-            )
-            gradient += product(new - values[:, block], hessian[block])
+            new, lines = values[:, block].contiguous(), hessian[block]
+            gradient, square = product_transposed(difference, lines), lines[:, block].contiguous()
+            if grid.codebook is None:
+                backend(weights).refine_block(new, gradient, square, codes, grid, block, refit, ROUNDS)
+            else:
+                solve_vectors.refine_block(new, gradient, square, codes, grid, block, refit, VECTOR_ROUNDS)
             values[:, block] = new
+            difference[:, block] = new - weights[:, block]
     return grid, codes
 
 

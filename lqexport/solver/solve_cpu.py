@@ -9,7 +9,10 @@ from torch import Tensor
 from lqexport.formats.codec import FLOAT16, Rounding
 from lqexport.grids.grid import Numbers, TensorGrid
 from lqexport.grids.vectors import stored
-from lqexport.kernels import cpu
+from lqexport.kernels import cpu, refine
+
+SPREAD_ROWS = 256
+"""Rows whose `spread` is computed at once (`kernels.refine.refine_block`). It bounds the memory that this takes."""
 
 
 def feedback_block(
@@ -27,17 +30,29 @@ def feedback_block(
 
 
 def refine_block(
-    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
-) -> None:
-    """Makes one sweep of coordinate descent over the columns of `block`.
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool,
+    rounds: int,
+) -> None:  # fmt: skip
+    """Makes rounds of coordinate descent over the columns of `block`.
 
     `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
     """
-    block_codes = codes[:, block].contiguous()
-    cpu.refine_block(
-        values.numpy(), gradient.numpy(), hessian.numpy(), block_codes.numpy(), grid.levels.numpy(), grid.uniform,
-        grid.group, _stored(grid.scale, grid, block), _stored(grid.offset, grid, block), refit, int(grid.rounding),
-    )  # fmt: skip
+    group, refit = min(grid.group, values.shape[1]), refit and grid.scale is not None
+    block_codes, lines = codes[:, block].contiguous(), hessian.unflatten(0, (-1, group))
+    scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
+    for start in range(0, len(values), SPREAD_ROWS):
+        rows = slice(start, start + SPREAD_ROWS)
+        levels = grid.levels if len(grid.levels) == 1 else grid.levels[rows]
+        if refit:
+            by_group = grid.level_of(block_codes[rows]).unflatten(1, (-1, group)).transpose(0, 1)
+            spread = torch.bmm(by_group, lines).transpose(0, 1).contiguous()
+        else:
+            spread = torch.empty(len(values[rows]), *lines.shape[::2])
+        refine.refine_block(
+            values[rows].numpy(), gradient[rows].numpy(), hessian.numpy(), block_codes[rows].numpy(), levels.numpy(),
+            grid.uniform, spread.numpy(), _rows_of(scale, rows), _rows_of(offset, rows), refit, int(grid.rounding),
+            rounds,
+        )  # fmt: skip
     codes[:, block] = block_codes
 
 
@@ -46,6 +61,11 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
     products = torch.zeros(len(codes), count, count, dtype=torch.float64)
     cpu.table_products(hessian.contiguous().numpy(), codes.contiguous().numpy(), products.numpy())
     return products
+
+
+def _rows_of(stored: cpu.Stored, rows: slice) -> cpu.Stored:
+    """Returns some rows of a block's stored numbers, as views."""
+    return stored._replace(supers=stored.supers[rows], subs=stored.subs[rows]) if stored.present else stored
 
 
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:

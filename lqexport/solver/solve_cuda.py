@@ -27,9 +27,10 @@ def feedback_block(
 
 
 def refine_block(
-    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
-) -> None:
-    """Makes one sweep of coordinate descent over the columns of `block`.
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool,
+    rounds: int,
+) -> None:  # fmt: skip
+    """Makes rounds of coordinate descent over the columns of `block`.
 
     `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
     """
@@ -49,6 +50,7 @@ def refine_block(
         offset,
         refit,
         int(grid.rounding),
+        rounds,
     )
     codes[:, block] = block_codes
     for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):

@@ -23,7 +23,7 @@ from lqexport.grids.sections import (
     storable,
     storable_scales,
 )
-from lqexport.solver.feedback import REFINE_BLOCK, backend
+from lqexport.solver.feedback import REFINE_BLOCK, ROUNDS, backend
 
 
 def refine_sections(
@@ -37,15 +37,13 @@ def refine_sections(
     target, hessian, codes = weights[:, order], hessian[order][:, order], codes[:, order]
     values = grid.stored_values(codes)
     for _ in range(sweeps):
-        gradient = (values - target) @ hessian
         for run, section in zip(grid.slices(), grid.sections, strict=True):
             for block in _blocks(section, run):
                 inside = slice(block.start - run.start, block.stop - run.start)
                 new = values[:, block].contiguous()
-                block_codes = codes[:, block].contiguous()
-                _refine_block(new, gradient[:, block].contiguous(), hessian[block, block].contiguous(), block_codes,
-                              section, inside)  # fmt: skip
-                gradient += (new - values[:, block]) @ hessian[block]
+                block_codes, lines = codes[:, block].contiguous(), hessian[block]
+                gradient = (values - target) @ lines.mT
+                _refine_block(new, gradient, lines[:, block].contiguous(), block_codes, section, inside)
                 values[:, block], codes[:, block] = new, block_codes
     return grid, codes[:, order.argsort()]
 
@@ -60,19 +58,20 @@ def _refine_block(
     values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, section: Section,
     block: slice,
 ) -> None:  # fmt: skip
-    """Makes one sweep over some whole groups of one section: first each group's stored numbers, then each code.
+    """Makes ROUNDS rounds over some whole groups of a section: first each group's stored numbers, then each code.
 
     `values`, `gradient` and `codes` [R, B] and the section's numbers change in place.
     """
     groups = slice(block.start // section.group, block.stop // section.group)
-    for g in range(groups.start, groups.stop):
-        where = slice((g - groups.start) * section.group, (g - groups.start + 1) * section.group)
-        arguments = codes[:, where], values[:, where], gradient[:, where], hessian[where, where]
-        for change in _moves(section, g, *arguments):
-            values[:, where] += change
-            gradient += change @ hessian[where]
-    fixed = section.part(groups).grid()
-    backend(values).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False)
+    for _ in range(ROUNDS):
+        for g in range(groups.start, groups.stop):
+            where = slice((g - groups.start) * section.group, (g - groups.start + 1) * section.group)
+            arguments = codes[:, where], values[:, where], gradient[:, where], hessian[where, where]
+            for change in _moves(section, g, *arguments):
+                values[:, where] += change
+                gradient += change @ hessian[where]
+        fixed = section.part(groups).grid()
+        backend(values).refine_block(values, gradient, hessian, codes, fixed, slice(0, values.shape[1]), False, 1)
 
 
 def _moves(

@@ -31,28 +31,35 @@ def feedback_block(
 
 
 def refine_block(
-    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
-) -> None:
-    """Makes one sweep of coordinate descent over the columns of `block`.
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool,
+    rounds: int,
+) -> None:  # fmt: skip
+    """Makes rounds of coordinate descent over the columns of `block`.
 
     `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
     """
-    rows = len(values)
-    if refit and grid.offset:
-        _refit(grid.offset, torch.ones_like(values), values, gradient, hessian, grid.group, block)
-    if refit and grid.scale:
-        basis = grid.levels.expand(rows, -1).gather(1, codes[:, block].long())
-        _refit(grid.scale, basis, values, gradient, hessian, grid.group, block)
-    scale, offset = grid.per_group(rows)
+    for _ in range(rounds):
+        if refit and grid.offset:
+            _refit(grid.offset, torch.ones_like(values), values, gradient, hessian, grid.group, block)
+        if refit and grid.scale:
+            basis = grid.levels.expand(len(values), -1).gather(1, codes[:, block].long())
+            _refit(grid.scale, basis, values, gradient, hessian, grid.group, block)
+        _move_codes(values, gradient, hessian, codes, grid, block)
+
+
+def _move_codes(
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice
+) -> None:
+    """Moves each code of the block in turn to the best one."""
+    scale, offset = grid.per_group(len(values))
     for i in range(values.shape[1]):
         column = block.start + i
         column_scale, column_offset = scale[:, column // grid.group], offset[:, column // grid.group]
         step = -gradient[:, i] / hessian[i, i]
         code, value = _round(values[:, i] + step, column_scale, column_offset, grid.levels, grid.uniform, grid.rounding)
         keep = (column_scale == 0) | (code == codes[:, column])
-        if (
-            grid.rounding
-        ):  # values are rounded, so the nearest code may be farther from the minimum than the present one
+        if grid.rounding:
+            # Values are rounded, so the nearest code may be farther from the minimum than the present one.
             change = value - values[:, i]
             keep |= change * (change - 2 * step) >= 0
         codes[:, column] = torch.where(keep, codes[:, column], code)

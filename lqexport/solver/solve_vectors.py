@@ -38,9 +38,10 @@ def feedback_block(weights: Tensor, upper: Tensor, scale: Tensor, grid: TensorGr
 
 
 def refine_block(
-    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool
-) -> None:
-    """Makes one sweep of coordinate descent over the columns of `block`.
+    values: Tensor, gradient: Tensor, hessian: Tensor, codes: Tensor, grid: TensorGrid, block: slice, refit: bool,
+    rounds: int,
+) -> None:  # fmt: skip
+    """Makes rounds of coordinate descent over the columns of `block`.
 
     `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
     """
@@ -48,10 +49,11 @@ def refine_block(
     block_codes = codes[:, block].cpu().contiguous()
     numbers = Numbers(grid.scale.format, grid.scale.supers.cpu(), grid.scale.subs.cpu())
     new, slope = values.cpu(), gradient.cpu()
-    vectors.refine_block(
-        new.numpy(), slope.numpy(), hessian.cpu().numpy(), block_codes.numpy(), grid.group,
-        stored(numbers, grid.group, block), refit, book_of(grid),
-    )  # fmt: skip
+    for _ in range(rounds):
+        vectors.refine_block(
+            new.numpy(), slope.numpy(), hessian.cpu().numpy(), block_codes.numpy(), grid.group,
+            stored(numbers, grid.group, block), refit, book_of(grid),
+        )  # fmt: skip
     codes[:, block] = block_codes.to(codes.device)
     changed = ((values, new), (gradient, slope), (grid.scale.supers, numbers.supers), (grid.scale.subs, numbers.subs))
     for kept, host in changed:
