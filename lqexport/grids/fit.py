@@ -25,14 +25,14 @@ Cuts = tuple[tuple[float, float], ...]
 """Ranges that a search tries: the shares of a group's range that it leaves out below and above.
 
 A negative share widens the range."""
-STEPS = (0.0, 0.08, 0.16, 0.24, 0.32, 0.4)
+STEPS = (0.0, 0.1, 0.2, 0.3)
 """Shares of a group's range that the search leaves out at each end.
 
 LeanQuant's search goes up to 0.4, too, in 2048 steps of the range. Here the refits move a range on from where it
 starts, so a few starts find what its thousands find (tests/test_solver.py)."""
 TWO_SIDED: Cuts = tuple((low, high) for low in STEPS for high in STEPS)
 """The coarse search where the format has offsets."""
-TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.04, 0, 0.04) for high in (-0.04, 0, 0.04) if low or high)
+TWO_SIDED_FINE: Cuts = tuple((low, high) for low in (-0.05, 0, 0.05) for high in (-0.05, 0, 0.05) if low or high)
 """The fine search around the best of the coarse one, where the format has offsets."""
 ONE_SIDED: Cuts = tuple((cut, cut) for cut in (-0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5))
 """The coarse search where the format has no offset: shares of the largest magnitude that are left out."""
