@@ -78,17 +78,24 @@ def _shared(hessian, groups):
     width = hessian.shape[0]
     group = width // groups
     inverse, summed = np.zeros(width, np.float32), np.zeros((groups, width), np.float32)
-    offsets = np.zeros((groups, groups), np.float32)
     for i in range(width):
         if hessian[i, i] > 0:
             inverse[i] = ONE / hessian[i, i]
         line = summed[i // group]
         for j in range(width):
             line[j] += hessian[i, j]
+    return inverse, summed, _by_group(summed)
+
+
+@njit(cache=True)
+def _by_group(lines):
+    """Returns the sums over each group of columns, [G, G], for lines [G, B]."""
+    groups, width = lines.shape
+    sums = np.zeros((groups, groups), np.float32)
     for k in range(groups):
         for j in range(width):
-            offsets[k, j // group] += summed[k, j]
-    return inverse, summed, offsets
+            sums[k, j // (width // groups)] += lines[k, j]
+    return sums
 
 
 @njit(cache=True)
@@ -217,11 +224,17 @@ def _change_code(row, block, k, i, level, change):
     row.codes[i] = row.wanted[i]
     row.level[i] = level
     row.values[i] += change
-    gradient, own = row.gradient, row.spread[k]
+    gradient = row.gradient
     for j in range(line.shape[0]):
         gradient[j] += change * line[j]
-    if not block.refit:
-        return
+    if block.refit:
+        _follow(row, block, k, i, step, change)
+
+
+@njit(cache=True)
+def _follow(row, block, k, i, step, change):
+    """Brings slopes and curvatures up to date after the level and the value of column i of group k have changed."""
+    line, spread = block.hessian[i], row.spread[k]
     for n in range(row.spread.shape[0]):
         along = row.spread[n, i]
         row.scales[k, n] += step * along
@@ -230,14 +243,14 @@ def _change_code(row, block, k, i, level, change):
         row.slopes[0, n] += change * along
         row.slopes[1, n] += change * block.summed[n, i]
     row.scales[k, k] += step * step * line[i]
-    row.slopes[0, k] += step * gradient[i]
+    row.slopes[0, k] += step * row.gradient[i]
     for j in range(line.shape[0]):
-        own[j] += step * line[j]
+        spread[j] += step * line[j]
 
 
 @njit(cache=True)
-def _move_codes(r, row, block, scale, offset):
-    """Moves each code of row r in turn. Returns whether any has moved."""
+def _expand(r, row, scale, offset):
+    """Sets `step`, `per_step` and `offset` of each column of row r from the stored numbers."""
     groups, width = row.spread.shape
     group = width // groups
     for k in range(groups):
@@ -247,17 +260,38 @@ def _move_codes(r, row, block, scale, offset):
             row.step[i] = step
             row.per_step[i] = inverse
             row.offset[i] = shift
+
+
+@njit(cache=True)
+def _move_codes(row, block):
+    """Moves each code in turn. Returns whether any has moved.
+
+    Rounding can make the nearest level's value farther than the old one, so the loss decides where values are rounded.
+    """
+    groups, width = row.spread.shape
+    group = width // groups
     any_moved = False
     i = _next_to_move(row, block, 0)
     while i < width:
         if row.step[i] != 0 and block.inverse[i] > 0:
             level = block.levels[int(row.wanted[i])]
             change = _value(row.step[i], level, row.offset[i], block.rounding) - row.values[i]
-            # Rounding can make the nearest level's value farther than the old one.
             if not block.rounding or change * (change + 2 * row.gradient[i] * block.inverse[i]) < 0:
                 any_moved = True
                 _change_code(row, block, i // group, i, level, change)
         i = _next_to_move(row, block, i + 1)
+    return any_moved
+
+
+@njit(cache=True)
+def _refit(r, row, block, scale, offset):
+    """Moves the stored offsets and then the stored scales of row r. Returns whether any has moved."""
+    any_moved = False
+    if offset.present:
+        any_moved |= _move_numbers(offset, r, row, block, False)
+    if scale.present:
+        any_moved |= _move_numbers(scale, r, row, block, True)
+    _apply(row, block)
     return any_moved
 
 
@@ -270,14 +304,9 @@ def _refine_row(r, row, block, codes, scale, offset, rounds):
     if block.refit:
         _project(row)
     for _ in range(rounds):
-        any_moved = False
-        if block.refit:
-            if offset.present:
-                any_moved |= _move_numbers(offset, r, row, block, False)
-            if scale.present:
-                any_moved |= _move_numbers(scale, r, row, block, True)
-            _apply(row, block)
-        any_moved |= _move_codes(r, row, block, scale, offset)
+        any_moved = block.refit and _refit(r, row, block, scale, offset)
+        _expand(r, row, scale, offset)
+        any_moved |= _move_codes(row, block)
         if not any_moved:
             break
     for i in range(codes.shape[0]):

@@ -43,13 +43,10 @@ def refine_block(
     for start in range(0, len(values), SPREAD_ROWS):
         rows = slice(start, start + SPREAD_ROWS)
         levels = grid.levels if len(grid.levels) == 1 else grid.levels[rows]
-        if refit:
-            by_group = grid.level_of(block_codes[rows]).unflatten(1, (-1, group)).transpose(0, 1)
-            spread = torch.bmm(by_group, lines).transpose(0, 1).contiguous()
-        else:
-            spread = torch.empty(len(values[rows]), *lines.shape[::2])
+        part = block_codes[rows]
+        spread = _spread(grid.level_of(part), lines) if refit else torch.empty(len(part), *lines.shape[::2])
         refine.refine_block(
-            values[rows].numpy(), gradient[rows].numpy(), hessian.numpy(), block_codes[rows].numpy(), levels.numpy(),
+            values[rows].numpy(), gradient[rows].numpy(), hessian.numpy(), part.numpy(), levels.numpy(),
             grid.uniform, spread.numpy(), _rows_of(scale, rows), _rows_of(offset, rows), refit, int(grid.rounding),
             rounds,
         )  # fmt: skip
@@ -61,6 +58,16 @@ def table_products(hessian: Tensor, codes: Tensor, count: int) -> Tensor:
     products = torch.zeros(len(codes), count, count, dtype=torch.float64)
     cpu.table_products(hessian.contiguous().numpy(), codes.contiguous().numpy(), products.numpy())
     return products
+
+
+def _spread(level: Tensor, lines: Tensor) -> Tensor:
+    """Returns the sums of level_i H_i over the columns i of each group, [R, G, B].
+
+    level   [R, B], the level of each code
+    lines   [G, g, B], the block's Hessian by groups of its rows
+    """
+    by_group = level.unflatten(1, lines.shape[:2]).transpose(0, 1)
+    return torch.bmm(by_group, lines).transpose(0, 1).contiguous()
 
 
 def _rows_of(stored: cpu.Stored, rows: slice) -> cpu.Stored:
