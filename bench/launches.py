@@ -31,6 +31,7 @@ from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.planning.cost import Work, operations_estimate
 from lqexport.planning.forecast import ConfigModel, forecast
 from lqexport.recipe import Recipe
+from lqexport.runtime import products
 from lqexport.runtime.placement import all_on_device
 from lqexport.solver import feedback, linear, solve_cuda
 
@@ -90,6 +91,7 @@ def kernels_counted(launches: Launches) -> Iterator[None]:
         mock.patch.object(cuda_solve, "fit_groups", fit_groups),
         mock.patch.object(fit, "_fit_cpu", fit._fit_cuda),
         mock.patch.object(feedback, "backend", return_value=solve_cuda),
+        mock.patch.object(products, "has_fast_products", return_value=False),
     ):
         yield
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from lqexport.recipe import Moments
+from lqexport.runtime import products
 from lqexport.runtime.placement import Keep, in_place
 from lqexport.runtime.processes import ALONE, Processes
-from lqexport.runtime.products import add_times_transposed, has_fast_products
 
 Group = tuple[str, ...]
 """The names of the linears in a block that share their second moments."""
@@ -19,10 +19,10 @@ PANELS = 8
 def add_products(lower: Tensor, x: Tensor) -> None:
     """Adds x^T x to a matrix [C, C], on and below the diagonal alone, for float32 x [tokens, C]."""
     columns = x.shape[1]
-    lines = x.T.contiguous() if has_fast_products() else x.T
+    lines = x.T.contiguous() if products.has_fast_products() else x.T
     for start in range(0, columns, width := -(-columns // PANELS)):
         panel = slice(start, start + width)
-        add_times_transposed(lower[start:, panel], lines[start:], lines[panel])
+        products.add_times_transposed(lower[start:, panel], lines[start:], lines[panel])
 
 
 def mirror(matrices: Tensor) -> Tensor:
