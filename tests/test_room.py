@@ -24,6 +24,7 @@ from lqexport.runtime.placement import locations, mapped
 from lqexport.runtime.progress import Callback
 from lqexport.solver import cholesky as factorization
 from lqexport.solver import feedback as solve
+from lqexport.solver import solve_cpu
 from lqexport.solver.cholesky import factorize
 from lqexport.solver.linear import solve_linear
 
@@ -51,6 +52,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(collect, "BATCH_TOKENS", 64)
     monkeypatch.setattr(factorization, "PANEL", 96)
     monkeypatch.setattr(memory, "PANEL", 96)
+    monkeypatch.setattr(solve_cpu, "SPREAD_ROWS", 32)
     for module in (tiles, memory):
         monkeypatch.setattr(module, "ROW_TILE", 64)
 

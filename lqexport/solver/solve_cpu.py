@@ -12,7 +12,9 @@ from lqexport.grids.vectors import stored
 from lqexport.kernels import cpu, refine
 
 SPREAD_ROWS = 256
-"""Rows whose `spread` is computed at once (`kernels.refine.refine_block`). It bounds the memory that this takes."""
+"""Rows whose `spread` is computed at once (`kernels.refine.refine_block`). It bounds the memory that this takes.
+
+The last bits depend on it. It divides ROW_TILE, so that whole tiles have whole parts."""
 
 
 def feedback_block(
