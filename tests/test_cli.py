@@ -239,7 +239,7 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     # One more pass before, for the sizes of inputs, by which it is smoothed.
     inputs = 2 * [96, 96, 96, 256]  # of query, key and value; of output; of gate and up; of down
     moments = sum(8 * width**2 for width in inputs)
-    factors = 2 * (6 * 96**3 + 256**3) * (1 / 3 + 1 / 3)  # Cholesky, and the inverse of the triangle
+    factors = sum(width**3 for width in inputs) * (1 / 3 + 1 / 3)  # Cholesky, and the inverse of the triangle
     solving = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
     found = cost.operations_estimate(shown.work)
     assert found == cost.Operations(2 * forward, moments, pytest.approx(factors), 0.0, solving)
@@ -252,11 +252,13 @@ def test_flops_of_one_linear_by_hand(odd_model: Path, tmp_path: Path) -> None:
     again = cost.operations_estimate(dataclasses.replace(shown.work, recipe=both), held=0)
     assert again.passes == pytest.approx((1 + runs) * forward)
     sums = 3 * moments + 2 * 8 * 2 * (96 * 96 + 96 * 256)  # and what the hidden states lack
-    # Rows of a linear times a square matrix: what it lacks, by each half, and the error of one half. By two triangles
-    # each: the corrections by one half and by both.
+    assert twice.moments == pytest.approx(sums)
+    assert twice.factors == pytest.approx(factors)  # one factor serves the target and the solver
+    # Rows of a linear times a square matrix: what it lacks, and two triangles. Of at most 128 rows, for either half:
+    # what they lack, two triangles, and the error on the other half.
     products = 2 * (4 * 96**3 + 2 * 256 * 96**2 + 96 * 256**2)
-    assert twice.moments == pytest.approx(sums + 3 * 2 * products)
-    assert twice.targets == pytest.approx(2 * factors + 2 * 2 * products)
+    sampled = 2 * (4 * 96**3 + 2 * 128 * 96**2 + 96 * 256**2)
+    assert twice.targets == pytest.approx((2 + 2) * products + 2 * (2 + 2 + 2) * sampled)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -139,7 +139,7 @@ def test_quantized_and_verified(case: Case, texts: tuple[str, str]) -> None:
         )
         assert result.warnings == result.failed == []
         assert all(tensor.same_bytes for tensor in result.tensors)
-        assert result.evaluations[0].kl < (0.1 if case.name.startswith("deepseek") else 0.05)
+        assert result.evaluations[0].kl < (0.1 if case.name.startswith("deepseek") else 0.06)
 
 
 def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:

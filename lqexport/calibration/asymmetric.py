@@ -123,8 +123,8 @@ class CrossMoments:
 
     def _both(self, name: str) -> Tensor:
         """Returns a sum of both halves on the device, as a new tensor."""
-        first = self._totals()[name][0].to(self._placement.device, copy=True)
-        both = first.add_(self._total[name][1].to(self._placement.device))
+        first, second = (total.to(self._placement.device) for total in self._totals()[name])
+        both = first + second
         return mirror(both) if name == "inputs" else both
 
     def _totals(self) -> dict[str, Tensor]:
