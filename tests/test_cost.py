@@ -32,7 +32,7 @@ ACTIVE = {"mixtral-8x7b": 12.9e9, "deepseek-v3": 37e9, "deepseek-v2-lite": 2.4e9
 """Number of parameters that a token goes through, as the model's page gives it."""
 
 SMALL = {"samples": 8, "sequence_length": 64, "descent": 1, "tune": 2}
-MODELS = {"2": (2, 1536, 512), "8": (8, 1536, 512), "wide": (1, 4096, 16384)}
+MODELS = {"2": (2, 1536, 512), "12": (12, 1536, 512), "wide": (1, 4096, 16384)}
 """Models of hidden size 512: number of blocks, width of the MLP, size of the vocabulary."""
 MEASURE = """
 import json, pathlib, runpy, sys
@@ -202,9 +202,12 @@ def measured(
 
 @pytest.mark.parametrize("command", ["quantize", "to-gguf", "verify"])
 def test_memory_does_not_grow_with_depth(measured: tuple[Path, dict[str, dict[str, float]]], command: str) -> None:
-    """Eight blocks have 35 MB more of float16 weights than two; a first run also leaves some MB in the process."""
+    """Twelve blocks have 58 MB more of float16 weights than two, 8 per cent of the peak.
+
+    A first run leaves some MB in the process, and on a busy machine more tensors wait to be written.
+    """
     _, peaks = measured
-    assert peaks["8"][command] < 1.03 * peaks["2"][command]
+    assert peaks["12"][command] < 1.07 * peaks["2"][command]
 
 
 def test_the_memory_of_a_run_is_what_was_computed(measured: tuple[Path, dict[str, dict[str, float]]]) -> None:

@@ -97,7 +97,7 @@ def random_grid(name: str, rows: int, columns: int) -> tuple[Grid, np.ndarray]:
 def random_codes(random: np.random.Generator, codec: GridCodec, rows: int, columns: int) -> np.ndarray:
     """Returns random codes uint8 [rows, columns] that a codec can hold."""
     if (book := codec.codebook) is None:
-        return random.integers(0, codec.level_count, (rows, columns), dtype=np.uint8)
+        return random.integers(0, codec.level_count, (rows, columns)).astype(np.uint8)
     indices = random.integers(0, len(book.vectors), (rows, columns // book.width))
     flags = random.integers(0, 256, (rows, columns // 8), dtype=np.uint8)
     if book.lift:
