@@ -24,17 +24,18 @@ VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 def load_tokenizer(folder: Path, source: Path | None = None) -> PreTrainedTokenizerBase:
     """Returns the tokenizer in a folder. Raises UserError if there is none or it cannot be loaded.
 
-    A tokenizer.model alone is read here if transformers does not read it: it needs the package protobuf.
+    A tokenizer.model alone is read here: transformers needs the package protobuf for it, and with that leaves out the
+    token that begins a text and the space before it, which sentencepiece does not.
 
     source   the file that the folder was made from, for the message
     """
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        return _of_sentencepiece(folder)
     from transformers import AutoTokenizer  # takes a second, which those who need no tokenizer do not wait for
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
-            return _of_sentencepiece(folder)
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"The tokenizer in {source or folder} cannot be loaded: {reason}") from error
 
