@@ -179,8 +179,10 @@ def _check_finished(request: Request, shown: Preview) -> None:
 
 
 def _cache(rung: Rung, folder: Path) -> Path | None:
-    """Returns the folder of second moments that files share; None where each file has its own, or where they are those
-    of experts, which would have to be kept all at once."""
+    """Returns the folder of the second moments that files share; None if they share none.
+
+    With the quantized prefix each file has its own. Those of experts would have to be kept all at once.
+    """
     shared = rung.preview.recipe.prefix == "full" and not architecture_of(rung.preview.config).experts
     return folder / ".ladder" if shared else None
 

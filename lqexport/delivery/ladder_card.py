@@ -1,4 +1,4 @@
-"""What a ladder says of its files: the numbers of their records, as a table, a plot and one model card."""
+"""Shows the numbers of a ladder's files, which their records have, as a table, a plot and one model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a ladder will make and cost, before any work."""
+"""Shows size, memory and time of every file of a ladder, before any work."""
 
 from __future__ import annotations
 

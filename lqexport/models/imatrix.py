@@ -1,9 +1,10 @@
-"""What the importance matrix of a recipe says of a source's linears."""
+"""Reads the importance matrix of a recipe, and looks up a source's linears in it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,10 +42,10 @@ class SourceImatrix:
     path: Path
     sha256: str
 
-    @property
-    def datasets(self) -> list[str]:
-        """The names of the texts that it was collected on, without folders."""
-        return [Path(name).name for name in self.matrix.datasets]
+    def facts(self) -> dict[str, Any]:
+        """Returns what run.json says of it, as JSON values: its digest, and its texts without their folders."""
+        datasets = [Path(name).name for name in self.matrix.datasets]
+        return {"imatrix": {"sha256": self.sha256, "datasets": datasets}}
 
     def means(self, name: str, columns: int) -> Tensor:
         """Returns the mean squares of a linear's inputs, float32 [columns]; ones if the matrix has none of it.

@@ -22,7 +22,7 @@ from lqexport.planning.compute_dtype import with_compute_dtype
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
-from lqexport.planning.needs import left_out, tokenizer_warnings, unweighted
+from lqexport.planning.needs import warnings_of
 from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
@@ -55,16 +55,11 @@ def prepare(
     artifact = Artifact(out)
     recipe = _with_compute_dtype(Work(recipe, source.config, planned), artifact, device, processes, listener)
     if not artifact.complete:
-        for sentence in (
-            *unweighted(source, recipe, planned),
-            *left_out(source, recipe, planned),
-            *tokenizer_warnings(source, recipe),
-        ):
+        for sentence in warnings_of(source, recipe, planned):
             listener.message(sentence)
     calibration, imatrix = _calibration(recipe, source, planned, listener), imatrix_of(source, recipe)
     identity = _identity(recipe, source, calibration, device)
-    if imatrix is not None:
-        identity["imatrix"] = {"sha256": imatrix.sha256, "datasets": imatrix.datasets}
+    identity |= imatrix.facts() if imatrix else {}
     _claim(artifact, identity, source, processes)
     if recipe.chooses_types and cache is None:  # the choice needs all second moments before solving does
         cache = work_folder(artifact) / "moments"

@@ -38,11 +38,16 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
         source.tokenizer()
     if with_text:
         check_text(recipe.calibration)
-    return [
-        *unweighted(source, recipe, planned),
-        *left_out(source, recipe, planned),
-        *tokenizer_warnings(source, recipe),
-    ]
+    return warnings_of(source, recipe, planned)
+
+
+def warnings_of(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
+    """Returns warnings about what a run will lack, and what its file will do otherwise than the source.
+
+    Raises UserError as `unweighted` and `tokenizer_warnings` do.
+    """
+    lacking = [*unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
+    return [*lacking, *tokenizer_warnings(source, recipe)]
 
 
 def unweighted(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
