@@ -12,8 +12,10 @@ are shared by `group` consecutive columns of a row. A `ScaleFormat` says how a f
 numbers. A `Grid` is built from stored numbers only, so a solver that works inside a grid can only choose values that
 the file can hold.
 
+EXL3 is the exception: its weights have no levels, only walks through a trellis (`TrellisCodec`).
+
 Every codec obeys one law, and a test checks all codecs: `decode(encode(grid, codes))` equals `grid.values(codes)`
-bitwise. `decode` is the definition of the format.
+bitwise (for EXL3 `walks.values()`). `decode` is the definition of the format.
 """
 
 from __future__ import annotations
@@ -27,12 +29,13 @@ from numpy.typing import NDArray
 
 from lqexport.formats import bfloat16
 from lqexport.formats.codebook import Codebook
+from lqexport.formats.trellis import Trellis, Walks
 
 Planes = dict[str, np.ndarray]
 """The packed bytes of one tensor: plane name to array.
 
 The first axis of every plane is the tensor's rows, so `plane[order]` reorders the rows of a packed tensor (GGUF's rope
-permutation does so). The planes of a `SectionedCodec` are the exception."""
+permutation does so). The planes of a `SectionedCodec` and of a `TrellisCodec` are the exceptions."""
 
 
 class Rounding(IntEnum):
@@ -383,6 +386,29 @@ class SectionedCodec(Codec, Protocol):
 
     def unpack(self, planes: Planes, columns: int) -> tuple[Sections, NDArray[np.uint8]]:
         """Returns the grid and the codes that the bytes hold. `decode` returns `grid.values(codes)` of them."""
+
+
+@runtime_checkable
+class TrellisCodec(Codec, Protocol):
+    """A format in which a code stands for a weight only together with its neighbours.
+
+    Its weights have no levels of their own. A tile of them is a walk through a trellis, and the whole matrix is rotated
+    and scaled before that. It has no `Grid`: `Walks` are what a file stores. Its planes are the arrays of its file, in
+    which the matrix is transposed.
+
+    trellis   which walks there are
+    """
+
+    trellis: Trellis
+
+    def encode(self, walks: Walks) -> Planes:
+        """Packs the walks and scales of a matrix.
+
+        Raises ValueError if the format cannot store them exactly.
+        """
+
+    def unpack(self, planes: Planes, columns: int) -> Walks:
+        """Returns what the bytes hold. `decode` returns the `values()` of it."""
 
 
 def bits_per_weight(codec: Codec, rows: int, columns: int) -> float:

@@ -27,6 +27,7 @@ from lqexport.formats.codec import (
     Scales,
     SectionedCodec,
     Sections,
+    TrellisCodec,
 )
 from lqexport.formats.gptq import LEVELS, Gptq
 
@@ -104,13 +105,17 @@ class Move:
         return (ranked + self.lift).astype(np.uint8)
 
 
-def move(source: AffineGrid | FloatGrid | TableGrid, codec: PlainCodec | GridCodec | SectionedCodec) -> Move:
+def move(
+    source: AffineGrid | FloatGrid | TableGrid, codec: PlainCodec | GridCodec | SectionedCodec | TrellisCodec
+) -> Move:
     """Returns the grid of `codec` that holds all values of `source`, whatever the codes are.
 
     Raises ValueError with the reason if `codec` cannot hold them.
     """
     if isinstance(codec, GridCodec) and codec.codebook is not None:
         raise ValueError(f"{codec.name} has no level for each weight alone, only the vectors of a codebook")
+    if isinstance(codec, TrellisCodec):
+        raise ValueError(f"{codec.name} has no levels, only walks through a trellis")
     if isinstance(source, TableGrid):
         return _move_table(source, codec)
     if isinstance(source, FloatGrid):

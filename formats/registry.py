@@ -1,14 +1,15 @@
 """Every codec by name. To add a format, write a file in this folder and add a line here.
 
-`names` leaves out two families. The name of an EXL2 codec lists the groups of one matrix, so there are too many names;
-`codec_named` makes the codec from its name. GPTQ's codecs (`formats.gptq.GPTQ`) are chosen for a whole model, never for
-one tensor.
+`names` leaves out three families. The name of an EXL2 codec lists the groups of one matrix, so there are too many
+names; `codec_named` makes the codec from its name. GPTQ's codecs (`formats.gptq.GPTQ`) are chosen for a whole model,
+never for one tensor. EXL3's (`formats.exl3.EXL3`) have no grid.
 """
 
 from __future__ import annotations
 
-from lqexport.formats.codec import GridCodec, PlainCodec, SectionedCodec
+from lqexport.formats.codec import GridCodec, PlainCodec, SectionedCodec, TrellisCodec
 from lqexport.formats.exl2 import Exl2, runs_named
+from lqexport.formats.exl3 import EXL3
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
@@ -26,7 +27,7 @@ _ALL: tuple[PlainCodec | GridCodec, ...] = (
 _CODECS = {codec.name: codec for codec in _ALL}
 
 
-def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
+def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec | TrellisCodec:
     """Returns the codec called `name`, which packs and unpacks.
 
     Raises ValueError for an unknown name, whose message lists similar names.
@@ -37,6 +38,8 @@ def codec_named(name: str) -> PlainCodec | GridCodec | SectionedCodec:
         return Exl2(runs_named(name))
     if name in GPTQ:
         return GPTQ[name]
+    if name in EXL3:
+        return EXL3[name]
     raise ValueError(unknown("format", name, _CODECS))
 
 

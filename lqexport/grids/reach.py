@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import numpy as np
 
-from lqexport.formats.codec import GridCodec, ScaleFormat, SectionedCodec
+from lqexport.formats.codec import GridCodec, ScaleFormat, SectionedCodec, TrellisCodec
 from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gptq import LEVELS, MOST_SCALE, Gptq
 
+ROTATED = 128.0
+"""The largest weight that a rotated format is sure to hold: with scales as large as it, no sum overflows float16."""
 HALF = float(np.finfo(np.float16).max)
 
 
-def reach(codec: GridCodec | SectionedCodec) -> tuple[float, float]:
+def reach(codec: GridCodec | SectionedCodec | TrellisCodec) -> tuple[float, float]:
     """Returns the least and the greatest value that a grid fitted for `codec` can have.
 
     A weight beyond them is cut off, whatever scale its group gets. A group of weights that are all far above 0 could
     have a positive offset, too, which is not counted. A run of EXL2 with few bits may reach less.
     """
+    if isinstance(codec, TrellisCodec):
+        return -ROTATED, ROTATED
     if isinstance(codec, SectionedCodec):
         return _sectioned(codec)
     if codec.scale is None:

@@ -13,7 +13,7 @@ import numpy as np
 
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
-from lqexport.formats.codec import PlainCodec, nbytes
+from lqexport.formats.codec import PlainCodec, TrellisCodec, nbytes
 from lqexport.formats.moves import AffineGrid, FloatGrid, TableGrid, move
 from lqexport.formats.registry import codec_named, family_of, names
 from lqexport.models.column_order import Reordered
@@ -100,7 +100,7 @@ def moved(source: Source, tensor: PlannedTensor) -> StoredTensor:
     assert checkpoint is not None  # no other source has such weights
     assert checkpoint.layout is not None
     codec, module = codec_named(tensor.codec_name), checkpoint.module(tensor.name)
-    assert not isinstance(codec, PlainCodec)
+    assert not isinstance(codec, PlainCodec | TrellisCodec)
     assert module is not None
     source_grid, source_codes = checkpoint.layout.grid(module), checkpoint.layout.codes(module)
     assert source_grid is not None

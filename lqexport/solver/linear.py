@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lqexport.errors import UserError
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
+from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections, TrellisCodec
 from lqexport.formats.plain import TooLarge
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
@@ -93,10 +93,10 @@ def check_moments(hessian: Tensor) -> None:
         raise UserError(OVERFLOW)
 
 
-def _rounded(codec: PlainCodec | GridCodec | SectionedCodec, matrix: Tensor) -> dict[str, np.ndarray]:
+def _rounded(codec: PlainCodec | GridCodec | SectionedCodec | TrellisCodec, matrix: Tensor) -> dict[str, np.ndarray]:
     if isinstance(codec, PlainCodec):
         return codec.encode_values(matrix.cpu().numpy())
-    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2 or GPTQ without solving it
+    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2, EXL3 or GPTQ without solving it
     grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
     return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
@@ -185,7 +185,7 @@ def solve_rows(
     cholesky  what `factor_of` returns for them (None, or one whose order the codec cannot take: it is computed)
     """
     codec = codec_named(codec_name)
-    assert not isinstance(codec, PlainCodec)
+    assert not isinstance(codec, PlainCodec | TrellisCodec)
     hessian = None if hessian is None else hessian.to(placement.device)
     unit = unit_of([codec_name])
     fits = cholesky is not None and cholesky.keeps_together(unit)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import Grid, PlainCodec, Sections
+from lqexport.formats.codec import Grid, PlainCodec, Sections, TrellisCodec
 from lqexport.formats.registry import codec_named
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
@@ -47,7 +47,7 @@ def unpack(tensor: StoredTensor, device: torch.device) -> Unpacked:
 
 def _on_host(tensor: StoredTensor) -> OnHost:
     codec = codec_named(tensor.codec_name)
-    if isinstance(codec, PlainCodec) or tensor.facts.get("source_grid") == KEPT:
+    if isinstance(codec, PlainCodec | TrellisCodec) or tensor.facts.get("source_grid") == KEPT:
         return None, torch.from_numpy(decoded(tensor))
     grid, codes = codec.unpack(tensor.planes, tensor.shape[1])
     return grid, torch.from_numpy(codes)

@@ -31,7 +31,7 @@ from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.calibration.collect import embed_batches, final_states
 from lqexport.errors import AGAIN
-from lqexport.formats.codec import BFLOAT16, Grid, PlainCodec, Rounding, Sections
+from lqexport.formats.codec import BFLOAT16, Grid, PlainCodec, Rounding, Sections, TrellisCodec
 from lqexport.formats.registry import codec_named
 from lqexport.grids.grid import Numbers, TensorGrid, round_half
 from lqexport.grids.sections import TensorSections
@@ -387,6 +387,7 @@ class Tuner:
         if isinstance(codec, PlainCodec):
             planes = codec.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
         else:
+            assert not isinstance(codec, TrellisCodec)  # it has no grid, so no numbers are tuned
             grid, codes = _with_stored(unpack(tensor, self.solved.device), new)
             planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
