@@ -12,7 +12,8 @@ import torch
 import transformers
 from family_cases import CASES, EXPERTS, SIZES, config_and_shapes, export, make_model, make_tokenizer
 from family_cases import texts as texts
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
+from rewritten_files import Content, rewritten
 from transformers import AutoModelForCausalLM
 
 from lqexport.checking.opened import open_file
@@ -142,6 +143,53 @@ def test_experts_compute_what_transformers_computes(tmp_path: Path) -> None:
     with torch.no_grad():
         assert (hidden @ theirs.gate_up_proj[0]).abs().gt(7).float().mean() > 0.1
         assert torch.allclose(ours(hidden, chosen, weights), theirs(hidden, chosen, weights), atol=1e-4)
+
+
+QWEN_EXPERTS = ("qwen3moe", "qwen2moe", "qwen3next")
+"""Cases whose config.json may say that some blocks have a gated MLP instead of experts."""
+
+
+@pytest.mark.parametrize("name", QWEN_EXPERTS)
+def test_blocks_without_experts_among_others(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They run, and GGUF is refused with the reason."""
+    class_name, options, tokenizer = CASES[name]
+    sizes = {"mlp_only_layers": [0]} if name == "qwen2moe" else {"decoder_sparse_step": 2}
+    monkeypatch.setitem(CASES, name, (class_name, options | sizes, tokenizer))
+    model, tokens = make_model(name), torch.arange(3, 40)[None]
+    model.save_pretrained(tmp_path)
+    source = HuggingFaceSource(tmp_path, "")
+    blocks, shapes = BlockModel(source), {key: source.shape(key) for key in source.names()}
+    assert "mlp.down_proj" in blocks.linears(0)
+    assert not {"mlp.down_proj", "mlp.experts.0.down_proj"} <= {*blocks.linears(0)} & {*blocks.linears(1)}
+    states = blocks.start(tokens)
+    for _, block in blocks.blocks():
+        states = blocks.run(block, states)
+    with torch.no_grad():
+        assert torch.allclose(blocks.logits(states), model(tokens, use_cache=False).logits, atol=1e-4)
+    planned = plan(Target.parse("native:table-4"), source.config, shapes)
+    assert "model.layers.0.mlp.up_proj.weight" in {tensor.name for tensor in planned if tensor.linear}
+    with pytest.raises(UserError, match=f"llama.cpp computes .* with {next(iter(sizes))}"):
+        plan(Target.parse("gguf:F16"), source.config, shapes)
+
+
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("name", [*QWEN_EXPERTS, "qwen3vlmoe"])
+def test_llamacpp_does_not_load_such_blocks(name: str, tmp_path: Path) -> None:
+    make_model(name).save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
+    other = rewritten(path, tmp_path / "dense.gguf", _without_experts_in_the_first_block)
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_gate_inp\.weight' not found"), LlamaCpp(other, 8, threads=1):
+        pass
+
+
+def _without_experts_in_the_first_block(content: Content) -> None:
+    """Puts a gated MLP in the place of the first block's experts."""
+    for name in [name for name in content.tensors if name.startswith("blk.0.ffn_") and "norm" not in name]:
+        del content.tensors[name]
+    for name, shape in (("gate", (96, 64)), ("up", (96, 64)), ("down", (64, 96))):
+        content.tensors[f"blk.0.ffn_{name}.weight"] = np.zeros(shape, np.float32)
+        content.forms[f"blk.0.ffn_{name}.weight"] = GGMLQuantizationType.F32
 
 
 @pytest.mark.llamacpp

@@ -153,7 +153,7 @@ class Architecture:
                 ignored where `predictor` is empty. So are tensors under the name `mtp`, in any architecture
     predictor   modules that a block which predicts further tokens has beside those of a decoder block, `PREDICTOR`;
                 {} where llama.cpp has no such blocks
-    predicts_like   the value of the keys of `only` by which such a block has the modules of a decoder block
+    predicts_like   the values of the keys of `only` by which such a block has the modules of a decoder block
     first_further   the number of the first of these blocks, in an entry for a certain model; None where there is none
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     plain_norms   modules of a block that are norms to which nothing is added
@@ -234,7 +234,7 @@ class Architecture:
     unused: tuple[str, ...] = (r"rotary_emb\.inv_freq$",)
     further: bool = False
     predictor: dict[str, str] = field(default_factory=dict)
-    predicts_like: Any = None
+    predicts_like: tuple[Any, ...] = ()
     first_further: int | None = None
     norm_plus: int = 0
     plain_norms: tuple[str, ...] = ()
@@ -314,8 +314,8 @@ class Architecture:
         if (condition := self.condition(module)) is not None:
             key, values = condition
             # A damaged file may have fewer blocks than it says.
-            value = (self.predicts_like,) if self.predicts(block) else self.per_block[key][block : block + 1]
-            if value not in [(each,) for each in values]:
+            given = self.predicts_like if self.predicts(block) else self.per_block[key][block : block + 1]
+            if not any(value in values for value in given):
                 return False
         if self.dense is None or not module.startswith("mlp."):
             return True

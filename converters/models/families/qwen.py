@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from lqexport.converters.models.architecture import FURTHER_COUNT, GATED, PREDICTOR, Config, ExLlamaV2, Key, Stack
 from lqexport.converters.models.families.llama import LLAMA
@@ -74,18 +75,35 @@ QWEN3_VL = replace(
     rope_sections=(24, 20, 20),
 )
 
+SPARSE = "blocks_with_experts"
+"""The key of `only` that says which blocks have experts. config.json says it by the keys of `ALL_SPARSE`."""
+DENSE_OR_EXPERTS = {"mlp.": (SPARSE, (True,)), **dict.fromkeys(GATED, (SPARSE, (False,)))}
+ALL_SPARSE: dict[str, tuple[Any, ...]] = {"decoder_sparse_step": (1,), "mlp_only_layers": ([], None)}
+"""llama.cpp loads such models only with experts in all blocks."""
+DENSE_LINEARS = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+
+
+def _sparse_blocks(config: Config) -> Config:
+    """Returns which blocks have experts; the others have a gated MLP."""
+    layers, step = config.get("num_hidden_layers") or 0, config.get("decoder_sparse_step") or 1
+    dense = config.get("mlp_only_layers") or []
+    return {SPARSE: [layer not in dense and (layer + 1) % step == 0 for layer in range(layers)]}
+
+
 QWEN3_MOE = replace(
     QWEN3,
     family="Qwen3 MoE",
     classes=("Qwen3MoeForCausalLM",),
     model_type="qwen3_moe",
     gguf="qwen3moe",
-    linears=ALL_EXPERTS_LINEARS,
-    gguf_block=ALL_EXPERTS_BLOCK,
+    linears=(*ALL_EXPERTS_LINEARS, *DENSE_LINEARS),
+    gguf_block=ALL_EXPERTS_BLOCK | GATED,
     experts="num_local_experts",
+    only=DENSE_OR_EXPERTS,
     keys=(RMS_NORM, *EXPERT_KEYS, Key("expert_feed_forward_length", "moe_intermediate_size")),
     aliases={"num_experts": "num_local_experts"},
-    fixed=QWEN3.fixed | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,), "mlp_only_layers": ([], None)},
+    derived=_sparse_blocks,
+    fixed=QWEN3.fixed | {"norm_topk_prob": (True,)} | ALL_SPARSE,
 )
 
 STACKED = {
@@ -105,7 +123,7 @@ QWEN3_VL_MOE = replace(
     },
     keys=(*QWEN3_MOE.keys, *QWEN3_VL.keys[len(QWEN3.keys) :]),
     # The router of its own config class always divides by the sum.
-    derived=lambda config: {"text_part_of": "qwen3_vl_moe", "norm_topk_prob": True},
+    derived=lambda config: _sparse_blocks(config) | {"text_part_of": "qwen3_vl_moe", "norm_topk_prob": True},
     rope_types=QWEN3_VL.rope_types,
     rope_sections=QWEN3_VL.rope_sections,
 )
@@ -123,6 +141,7 @@ QWEN2_MOE = replace(
         ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
         ("mlp.shared_expert.down_proj",),
         *EXPERT_LINEARS,
+        *DENSE_LINEARS,
     ),
     gguf_block={
         "input_layernorm": "attn_norm",
@@ -133,18 +152,15 @@ QWEN2_MOE = replace(
         "mlp.shared_expert.down_proj": "ffn_down_shexp",
         "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
         **EXPERTS,
+        **GATED,
     },
     one_row=("mlp.shared_expert_gate",),
     experts="num_local_experts",
+    only=DENSE_OR_EXPERTS,
     keys=(*QWEN3_MOE.keys, Key("expert_shared_feed_forward_length", "shared_expert_intermediate_size")),
     aliases=QWEN3_MOE.aliases,
-    fixed=QWEN2.fixed
-    | {
-        "norm_topk_prob": (False,),
-        "decoder_sparse_step": (1,),
-        "mlp_only_layers": ([], None),
-        "tie_word_embeddings": (False,),
-    },
+    derived=_sparse_blocks,
+    fixed=QWEN2.fixed | ALL_SPARSE | {"norm_topk_prob": (False,), "tie_word_embeddings": (False,)},
     flags={"qkv_bias": "self_attn.q_proj"},
     square_heads=True,
 )
@@ -233,7 +249,7 @@ QWEN3_5 = replace(
     norm_plus=1,
     further=True,
     predictor=PREDICTOR,
-    predicts_like=FULL,
+    predicts_like=(FULL, True),
     plain_norms=("linear_attn.norm",),
     decays=("linear_attn.A_log",),
     keys=(
@@ -284,6 +300,7 @@ QWEN3_NEXT = replace(
         *QWEN3_5.linears[:2],
         ("linear_attn.in_proj_qkvz.qkv", "linear_attn.in_proj_qkvz.z", "linear_attn.in_proj_ba"),
         *QWEN3_5_MOE.linears[3:],
+        *DENSE_LINEARS,
     ),
     gguf_block={
         "input_layernorm": "attn_norm",
@@ -298,11 +315,13 @@ QWEN3_NEXT = replace(
         "post_attention_layernorm": "post_attention_norm",
         **SHARED_BLOCK,
         **EXPERTS,
+        **GATED,
     },
+    only=QWEN3_5.only | DENSE_OR_EXPERTS,
     rows={},
     tiled=(),
     parts={"linear_attn.in_proj_qkvz": fused_parts},
-    derived=_delta_net,
+    derived=lambda config: _delta_net(config) | _sparse_blocks(config),
     fixed=QWEN3_MOE.fixed,
     rope_types=("default", "dynamic", "yarn"),
     rope_sections=(),
