@@ -97,7 +97,9 @@ def check_mix(source: Path, artifact: Zeros, mix: str) -> None:
     shapes = {key: tuple(facts["shape"]) for key, facts in artifact.manifest().items()}
     planned = plan(Target.parse(f"gguf:{mix}"), artifact.config(), shapes)
     config = normalized(artifact.config())
-    renamed = gguf_names(architecture_of(config), config["num_hidden_layers"])
+    architecture = architecture_of(config)
+    renamed = gguf_names(architecture, config["num_hidden_layers"])
+    planned = [tensor for tensor in planned if not tensor.name.endswith(tuple(architecture.numbers))]
     theirs = types_by_llamacpp(source, mix)
     theirs.pop("rope_freqs.weight", None)  # the writer makes it from the config
     assert {renamed[tensor.name]: tensor.codec_name.partition(":")[2] for tensor in planned} == theirs

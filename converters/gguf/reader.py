@@ -14,6 +14,7 @@ from lqexport.converters.gguf.block_types import first_borrower, first_further, 
 from lqexport.converters.gguf.config import Metadata, config_of
 from lqexport.converters.gguf.fused_experts import taken_apart
 from lqexport.converters.gguf.header import TensorData
+from lqexport.converters.gguf.numbers import with_numbers
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import BORROWED, Architecture
@@ -52,19 +53,20 @@ class GGUFModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.metadata, tensors, self.paths = read_split(path)
-        self._tensors = taken_apart(tensors)
+        name = self.metadata.get("general.architecture")
+        same_name = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
+        self._tensors = with_numbers(taken_apart(tensors), self.metadata, same_name)
         if self.metadata.get("general.type") == "adapter":
             raise UserError(f"{path} is an adapter, not a model: give it as --adapter beside the model that it is for.")
-        self._identify()
+        self._identify(same_name)
 
-    def _candidates(self) -> list[Architecture]:
-        """Returns the entries of the table that have the file's architecture, expanded to its number of experts.
+    def _candidates(self, same_name: list[Architecture]) -> list[Architecture]:
+        """Returns the entries that have the file's architecture, expanded to its number of experts.
 
         Entries that have sliding windows if the file does come first.
         """
         name = self.metadata.get("general.architecture")
         experts, leading = (self.metadata.get(f"{name}.{key}", 0) for key in (EXPERTS, LEADING))
-        same_name = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
         if not same_name:
             known = ", ".join(dict.fromkeys(entry.gguf for entry in ARCHITECTURES if entry.gguf))
             raise UserError(f"{self.path} holds a model of architecture {name!r}. Known: {known}.")
@@ -86,9 +88,12 @@ class GGUFModel:
         windows = f"{name}.{WINDOW}" in self.metadata
         return sorted(candidates, key=lambda entry: (entry.period is not None) != windows)
 
-    def _identify(self) -> None:
-        """Sets the architecture to the first candidate that has exactly the file's tensors."""
-        for architecture in (candidates := self._candidates()):
+    def _identify(self, same_name: list[Architecture]) -> None:
+        """Sets the architecture to the first candidate that has exactly the file's tensors.
+
+        same_name   the entries of the table that have the file's architecture
+        """
+        for architecture in (candidates := self._candidates(same_name)):
             self._architecture = architecture
             self._keys = Metadata(str(self.path), architecture, self.metadata)
             try:

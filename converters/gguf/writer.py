@@ -13,6 +13,7 @@ from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf.file import GGUFEntry, check_types, file_entry, type_of, write_tensors
 from lqexport.converters.gguf.kept import add_kept, kept_name, read_kept
 from lqexport.converters.gguf.metadata import add_model, add_provenance, model_name
+from lqexport.converters.gguf.numbers import add_numbers
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
 from lqexport.converters.gguf.tokenizer import add_tokenizer, name_for_llamacpp
@@ -49,6 +50,7 @@ def write(
     kept = read_kept(artifact.model_folder)
     name = kept_name(kept) or name_for_llamacpp(model_name(artifact.run()), artifact.model_folder)
     add_provenance(writer, artifact.run(), _main_type(entries), name)
+    entries = add_numbers(writer, artifact, architecture, entries)
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
     add_model(writer, architecture, config, rows, _further(artifact, architecture, config))
     if not kept:

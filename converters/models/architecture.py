@@ -117,6 +117,9 @@ class Architecture:
     linears     quantized linears of a block, in groups that share their input, in the order in which data flows
     gguf_block  Hugging Face module of a block -> GGUF name of that module
     gguf_tensors  Hugging Face tensor of a block that is no module's weight or bias -> GGUF tensor; both names are whole
+    numbers     Hugging Face tensor of a block with one number -> key of the GGUF metadata that has these numbers of all
+                blocks, as an array. GGUF has no such tensor
+    scalars     those of them that are stored without a dimension in checkpoints
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
     when        key of config.json (of its text part, if it has one) -> the values that tell this entry from others of
                 the same class
@@ -210,6 +213,8 @@ class Architecture:
     gguf_block: dict[str, str]
     gguf_top: dict[str, str]
     gguf_tensors: dict[str, str] = field(default_factory=dict)
+    numbers: dict[str, str] = field(default_factory=dict)
+    scalars: tuple[str, ...] = ()
     exl2: ExLlamaV2 | None = None
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     told: Callable[[Config], bool] = lambda config: True
@@ -299,8 +304,9 @@ class Architecture:
         return modules | self.predictor if self.predicts(block) else modules
 
     def tensors_of(self, block: int) -> dict[str, str]:
-        """Returns the entries of `gguf_tensors` that the block with this number has."""
-        return {name: gguf for name, gguf in self.gguf_tensors.items() if self.has(block, name)}
+        """Returns the entries of `gguf_tensors` and `numbers` that the block with this number has."""
+        tensors = self.gguf_tensors | self.numbers
+        return {name: gguf for name, gguf in tensors.items() if self.has(block, name)}
 
     def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
         """Returns the groups of `linears` that the block with this number has."""
@@ -308,7 +314,7 @@ class Architecture:
         return tuple(group for group in groups if group)
 
     def has(self, block: int, module: str) -> bool:
-        """Whether the block with this number has a module or tensor of `gguf_block` or `gguf_tensors`."""
+        """Whether the block with this number has a module of `gguf_block`, or a tensor."""
         if self.is_borrowed(block, module):
             return False
         if (condition := self.condition(module)) is not None:

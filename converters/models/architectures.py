@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config, Factor
+from lqexport.converters.models.families.apertus import APERTUS
 from lqexport.converters.models.families.arcee import AFMOE, ARCEE
 from lqexport.converters.models.families.bert import BERT
 from lqexport.converters.models.families.cohere import COHERE, COHERE2
@@ -120,6 +121,7 @@ ARCHITECTURES = (
     ERNIE,
     HUNYUAN,
     ARCEE,
+    APERTUS,
     OLMO2,
     OLMO3,
     SMOLLM3,

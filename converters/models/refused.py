@@ -48,12 +48,6 @@ REFUSED = (
         "write yet",
     ),
     Refused(
-        "Apertus",
-        ("ApertusForCausalLM",),
-        "llama.cpp takes four numbers of the activation of each block from the metadata, and they are tensors of the "
-        "model",
-    ),
-    Refused(
         "Falcon Mamba",
         ("FalconMambaForCausalLM",),
         "llama.cpp has one epsilon for all norms, and the model has another one (mixer_rms_eps) within its mixers",

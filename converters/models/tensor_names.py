@@ -138,12 +138,17 @@ def _within_block(architecture: Architecture, name: str) -> str:
 
 
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels."""
-    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
+    """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels.
+
+    A number without a dimension is a vector of length 1.
+    """
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape or (1,)
 
 
 def checkpoint_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape that transformers stores a tensor in: a convolution's matrix is [channels, 1, width] there."""
+    if _within_block(architecture, name) in architecture.scalars:
+        return ()
     module = block_module(architecture, name)
     is_convolution = module is not None and architecture.gguf_block.get(module[1]) in CONVOLUTIONS
     return (shape[0], 1, shape[1]) if is_convolution and len(shape) == 2 else shape

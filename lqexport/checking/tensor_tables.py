@@ -11,6 +11,7 @@ import gguf
 from lqexport.checking.opened import OpenFile
 from lqexport.checking.problems import Problem, error, warning
 from lqexport.converters.gguf.fused_experts import taken_apart
+from lqexport.converters.gguf.numbers import with_numbers
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.models.tensor_names import gguf_names, needed_names
@@ -76,7 +77,7 @@ def _missing(file: OpenFile, entry: Architecture) -> list[str]:
     layers = min(file.count("block_count") or 0, len(file.tensors))
     names = gguf_names(entry, layers)
     needed = dict.fromkeys(names[name] for name in needed_names(entry, layers))
-    present = taken_apart(file.tensors)
+    present = with_numbers(taken_apart(file.tensors), file.metadata, [entry])
     return [name for name in needed if name not in present]
 
 

@@ -240,6 +240,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "ernie4_5": ("Ernie4_5Config", SIZES | {"head_dim": 32}, "pieces without prefix"),
     "hunyuan": ("HunYuanDenseV1Config", SIZES | {"head_dim": 32, "rope_parameters": ALPHA}, "deepseek-v3"),
     "arcee": ("ArceeConfig", SIZES | {"head_dim": 32, "rope_parameters": YARN | {"mscale": 0.7}}, "llama-bpe"),
+    "apertus": ("ApertusConfig", SIZES | {"attention_bias": True, "rope_parameters": LLAMA3}, "tekken"),
     "gemma": ("GemmaConfig", SIZES | {"head_dim": 32}, "pieces without prefix"),
     "olmo2": ("Olmo2Config", SIZES, "smaug-bpe"),
     "olmo3": ("Olmo3Config", SIZES | OLMO3_WINDOWS, "smaug-bpe"),
@@ -315,7 +316,7 @@ def randomized(model: PreTrainedModel, name: str) -> PreTrainedModel:
         for parameter_name, parameter in model.named_parameters():
             parameter.data *= 0.2 if parameter_name.endswith(("o_proj.weight", "down_proj", "down_proj.weight")) else 1
     for buffer_name, buffer in model.named_buffers():
-        if buffer_name.endswith("_bias"):
+        if buffer_name.endswith(("_bias", "act_fn.beta")):
             buffer.normal_(0, 0.2)
     return model
 
