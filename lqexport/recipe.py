@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from lqexport.errors import UserError
-from lqexport.target import AUTO, Target, full_name, spelled
+from lqexport.target import AUTO, Target, full_name, implied_target, spelled
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -103,8 +103,8 @@ class Recipe:
     size: str | None = field(
         default=None,
         metadata=_help(
-            "Targets gguf:auto and mlx:auto: the most that all tensors may take, such as 4.25bpw, 3.9GB, 700MiB or "
-            "Q4_K_M; their types are chosen to lose least."
+            "Targets gguf:auto (which a size alone means) and mlx:auto: the most that all tensors may take, such as "
+            "4.25bpw, 3.9GB, 700MiB or Q4_K_M; their types are chosen to lose least."
         ),
     )
     without: Without | None = field(
@@ -292,7 +292,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.target:
-            raise UserError("No target: give --target, such as gguf:Q4_K_M, or a --recipe file that has one.")
+            object.__setattr__(self, "target", implied_target(self.size, self.bits))
+        if not self.target:
+            raise UserError(
+                "No target: give --target, such as gguf:Q4_K_M, a --size, such as 4.25bpw, or a --recipe file that has one."
+            )
         self._spell_names()
         for name, literal in CHOICES.items():
             if (value := getattr(self, name)) is not None and value not in get_args(literal):

@@ -144,3 +144,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
         return f"Known are such as {', '.join([full for full in EXAMPLES if full in by_spelling.values()][:3])}."
     *others, last = list(dict.fromkeys(near))[:3]
     return f"Did you mean {', '.join(others) + ' or ' if others else ''}{last}?"
+
+
+def implied_target(size: str | None, bits: float | None) -> str:
+    """Returns the target that a size or a number of bits alone stands for: gguf:auto or exl2; else no name."""
+    if size is not None:
+        return str(AUTO)
+    return "exl2" if bits is not None else ""

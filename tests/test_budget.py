@@ -44,6 +44,14 @@ def test_a_size_means_bytes(text: str, expected: int) -> None:
     assert model_size(text, 8000, {"gguf:Q4_K_M": 77, "gguf:IQ2_M": 55}.__getitem__) == expected
 
 
+def test_a_size_alone_is_a_target() -> None:
+    assert Recipe("model", size="4.25bpw").target == "gguf:auto"
+    assert Recipe("model", "mlx:auto", size="4.25bpw").target == "mlx:auto"
+    assert Recipe("model", bits=3.5).target == "exl2"
+    with pytest.raises(UserError, match="No target: give --target"):
+        Recipe("model")
+
+
 @pytest.mark.parametrize("text", ["4.2.1bpw", "12", "5 apples", "5IB"])
 def test_what_is_no_size_is_said(text: str) -> None:
     with pytest.raises(UserError, match="size"):

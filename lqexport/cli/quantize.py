@@ -75,7 +75,7 @@ def quantize(
 
         lqexport quantize ./model ./out --target gguf:Q4_K_M --dry-run
         lqexport quantize ./model ./out --target gguf:Q3_K --calibration wikitext2
-        lqexport quantize ./model ./out --target gguf:auto --size 4.25bpw
+        lqexport quantize ./model ./out --size 4.25bpw
         lqexport quantize model.gguf ./out --target native:table-3 --recipe recipe.toml
     """
     with plain_endings(RESUME):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
-from lqexport.target import AUTO, Target, type_at_end
+from lqexport.target import AUTO, Target, implied_target, type_at_end
 from lqexport.verification.publish import record_of
 
 
@@ -112,10 +112,8 @@ def target_of(path: Path, *, size: str | None = None, bits: float | None = None)
             f"The name {path.name} says {type_name}, and --size chooses types: choose another name, or give "
             f"--target {AUTO} as well."
         )
-    if size is not None:
-        return str(AUTO)
-    if bits is not None:
-        return "exl2"
+    if implied := implied_target(size, bits):
+        return implied
     if type_name:
         return f"gguf:{type_name}"
     raise UserError(
