@@ -295,8 +295,8 @@ class Recipe:
             object.__setattr__(self, "target", implied_target(self.size, self.bits))
         if not self.target:
             raise UserError(
-                "No target: give --target, such as gguf:Q4_K_M, or --size, such as 4.25bpw, or a --recipe file that has "
-                "one of them."
+                "No target: give --target, such as gguf:Q4_K_M, or --size, such as 4.25bpw, or a --recipe file that "
+                "has one of them."
             )
         self._spell_names()
         for name, literal in CHOICES.items():
