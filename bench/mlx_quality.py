@@ -1,11 +1,12 @@
 """Compares lqexport's MLX folders with mlx-lm's own converter, of the same types and bytes, all judged in mlx-lm.
 
-    python bench/mlx_quality.py MODEL --work FOLDER --evaluation FILE [FILE ...] [--bits 2 3 4 5 6] [-- OPTION ...]
+    python bench/mlx_quality.py MODEL --work FOLDER --evaluation FILE [FILE ...] [--bits 2 3 4 5 6] [--dtype bfloat16]
+        [-- OPTION ...]
 
 For each number of bits, in groups of 64, the script makes a folder by `mlx_lm.convert` and one by `lqexport quantize`,
 to which it passes the options behind `--`. mlx-lm runs both: its logits, of the weights as mlx decodes them, in
 float32, are compared with the source's over windows of 512 tokens. Finished folders and figures in FOLDER are reused.
-Prints Markdown, then JSON.
+With `--dtype` the source is the model in another dtype. Prints Markdown, then JSON.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 from common import split_arguments
 from judging import predictions, windows_of
+from transformers import AutoModelForCausalLM
 
 from lqexport.converters.models.rope import former_rope
 from lqexport.evaluation import evaluate
@@ -28,6 +30,14 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
 
 PROTOCOL = evaluate.LLAMACPP_512
+
+
+def in_dtype(model: str, dtype: str, folder: Path) -> Path:
+    """Makes a copy of a model in another dtype."""
+    if not folder.exists():
+        shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors*"), copy_function=shutil.copy)
+        AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(folder)
+    return folder
 
 
 def with_former_settings(model: str, folder: Path) -> Path:
@@ -59,13 +69,12 @@ def converted(model: str, bits: int, folder: Path) -> Path:
     return folder
 
 
-def solved(model: str, bits: int, folder: Path, options: list[str]) -> Path:
+def solved(model: str, folder: Path, options: list[str]) -> Path:
     """Makes a folder by lqexport."""
     artifact = folder.with_name(f"{folder.name}-artifact")
     if not folder.exists():
         command = [sys.executable, "-m", "lqexport"]
-        target = ["--target", f"mlx:{bits}-g64", *options]
-        subprocess.run([*command, "quantize", model, str(artifact), *target], check=True)
+        subprocess.run([*command, "quantize", model, str(artifact), *options], check=True)
         subprocess.run([*command, "to-mlx", str(artifact), str(folder)], check=True)
     return folder
 
@@ -94,6 +103,11 @@ class Judge:
         return figures
 
 
+def cells(figures: dict[str, Any]) -> str:
+    """Returns the cells of the table for one text."""
+    return f" {figures['kl']:.4f} ± {figures['kl_error']:.4f} | {figures['perplexity']:.2f} |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -101,23 +115,24 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, nargs="+", required=True)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 3, 4, 5, 6])
     parser.add_argument("--windows", type=int, default=12)
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"])
     arguments, options = split_arguments(parser)
-    arguments.work.mkdir(parents=True, exist_ok=True)
-    judges = [
-        Judge(open_source(arguments.model), text, arguments.windows, arguments.work) for text in arguments.evaluation
-    ]
+    work, dtype = arguments.work, arguments.dtype
+    work.mkdir(parents=True, exist_ok=True)
+    model = str(in_dtype(arguments.model, dtype, work / dtype)) if dtype else arguments.model
+    judges = [Judge(open_source(model), text, arguments.windows, work) for text in arguments.evaluation]
     rows = []
     print("| bits | made by | MB |" + "".join(f" KL, {judge.text.stem} | perplexity |" for judge in judges))
     print("|---|---|---|" + "---|---|" * len(judges))
     for bits in arguments.bits:
+        target = ["--target", f"mlx:{bits}-g64", *options]
         for label, folder in (
-            ("mlx_lm.convert", converted(arguments.model, bits, arguments.work / f"converted-{bits}")),
-            ("lqexport", solved(arguments.model, bits, arguments.work / f"lqexport-{bits}", options)),
+            ("mlx_lm.convert", converted(model, bits, work / f"converted-{bits}")),
+            ("lqexport", solved(model, work / f"lqexport-{bits}", target)),
         ):
             figures = [judge(folder) for judge in judges]
             rows.append({"bits": bits, "method": label, "figures": figures})
-            cells = "".join(f" {f['kl']:.4f} ± {f['kl_error']:.4f} | {f['perplexity']:.2f} |" for f in figures)
-            print(f"| {bits} | {label} | {figures[0]['bytes'] / 1e6:.1f} |{cells}", flush=True)
+            print(f"| {bits} | {label} | {figures[0]['bytes'] / 1e6:.1f} |" + "".join(map(cells, figures)), flush=True)
     print(json.dumps(rows))
 
 

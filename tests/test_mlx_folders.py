@@ -223,7 +223,7 @@ def test_mlx_lm_loads_and_generates(folder: Path) -> None:
     import mlx_lm as theirs
 
     model, tokenizer = theirs.load(str(folder))[:2]
-    assert len(theirs.generate(model, tokenizer, "the quick", max_tokens=4)) >= 0
+    assert theirs.generate(model, tokenizer, "the quick", max_tokens=8).strip()
     assert type(model.layers[0].mlp.down_proj).__name__ == "QuantizedLinear"
     assert model.layers[0].mlp.down_proj.bits == 6
     assert model.model.embed_tokens.bits == 3
