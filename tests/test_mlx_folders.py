@@ -36,13 +36,15 @@ from lqexport.target import Target
 from lqexport.verification.verifying import verify
 
 Q_PROJ, EMBEDDING = "model.layers.1.self_attn.q_proj", "model.embed_tokens.weight"
+TEMPLATE = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
 
 
 @pytest.fixture(scope="module")
 def source(smaller_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The smaller model in bfloat16, with its output tied to the embedding."""
-    folder = tmp_path_factory.mktemp("mlx") / "source"
-    return retyped(smaller_model, folder, torch.bfloat16, tied=True)
+    """The smaller model in bfloat16, with its output tied to the embedding, and with a chat template."""
+    folder = retyped(smaller_model, tmp_path_factory.mktemp("mlx") / "source", torch.bfloat16, tied=True)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
 
 
 def retyped(model: Path, folder: Path, dtype: torch.dtype, tied: bool) -> Path:
@@ -143,8 +145,15 @@ def test_types_by_size_keep_within_it(source: Path, text: Path, tmp_path: Path) 
     codecs = {tensor["codec"] for tensor in report["tensors"]} - {"gguf:BF16"}
     assert len(codecs) > 1
     assert all(codec.startswith("mlx:") for codec in codecs)
-    writer.write(Artifact(tmp_path / "out"), tmp_path / "written")
-    assert open_export(tmp_path / "written").names() == list(Artifact(tmp_path / "out").manifest())
+    artifact, written = Artifact(tmp_path / "out"), tmp_path / "written"
+    writer.write(artifact, written)
+    assert open_export(written).names() == list(artifact.manifest())
+    if mlx_lm.is_installed():
+        import mlx_lm as theirs
+
+        for name, module in theirs.load(str(written))[0].named_modules():
+            if "Quantized" in type(module).__name__:
+                assert artifact.manifest()[f"{name}.weight"]["codec"] == f"mlx:{module.bits}-g{module.group_size}"
 
 
 def test_tuning_moves_bfloat16_numbers(source: Path, text: Path, tmp_path: Path) -> None:
@@ -223,6 +232,8 @@ def test_mlx_lm_loads_and_generates(folder: Path) -> None:
     import mlx_lm as theirs
 
     model, tokenizer = theirs.load(str(folder))[:2]
+    talk = tokenizer.apply_chat_template([{"role": "user", "content": "the quick"}], tokenize=False)
+    assert talk == "user the quick "
     assert theirs.generate(model, tokenizer, "the quick", max_tokens=8).strip()
     assert type(model.layers[0].mlp.down_proj).__name__ == "QuantizedLinear"
     assert model.layers[0].mlp.down_proj.bits == 6
