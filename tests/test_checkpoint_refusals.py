@@ -22,7 +22,7 @@ from lqexport.models.source import open_source
     [
         (
             {"quant_method": "quanto"},
-            "by quanto, which is not read.* gptq, awq, compressed-tensors, fp8, .*bitsandbytes, LeanQuant",
+            "by quanto, which is not read.* gptq, awq, compressed-tensors, fp8, .*bitsandbytes, mlx, LeanQuant",
         ),
         ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "version gemv and 4 bits; gemm"),
         ({"quant_method": "gptq", "checkpoint_format": "marlin"}, "format marlin; gptq and gptq_v2"),

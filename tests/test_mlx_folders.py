@@ -26,7 +26,9 @@ from lqexport.evaluation import mlx_lm
 from lqexport.evaluation.mlx_process import MlxFailed, MlxProcess
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import inspect
-from lqexport.models.source import open_source
+from lqexport.models.interface import Weights
+from lqexport.models.source import Source, open_source
+from lqexport.models.source_grids import KEPT
 from lqexport.models.written import open_export
 from lqexport.pipeline.quantize import quantize
 from lqexport.planning.recipe_plan import plan_recipe
@@ -110,6 +112,43 @@ def test_the_embedding_that_is_the_output_is_solved(artifact: Artifact) -> None:
     assert "loss" in artifact.read(f"{Q_PROJ}.weight").facts
 
 
+def check_values(source: Source, folder: Weights) -> None:
+    """Asserts that a folder as a source has the tensors that it has as an export, bit for bit."""
+    assert set(source.names()) == set(folder.names())
+    for name in folder.names():
+        assert source.shape(name) == folder.shape(name)
+        assert torch.equal(source.read(name).float(), folder.read(name).float())
+
+
+def test_a_folder_is_a_source(folder: Path, text: Path, tmp_path: Path) -> None:
+    again = open_source(str(folder))
+    check_values(again, open_export(folder))
+    assert again.dtype(f"{Q_PROJ}.weight") == "mlx:3-g64"
+    assert sum(map(again.nbytes, again.names())) == sum(entry.nbytes for entry in inspect(folder).entries)
+    quantize(recipe_of(folder, text, target="gguf:Q8_0", method="rtn"), tmp_path / "out", device="cpu")
+    assert "quantization" not in Artifact(tmp_path / "out").config()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"), [({"bits": 7}, "MLX has no mode affine of 7 bits"), ({"bits": 5}, "whole groups of 64")]
+)
+def test_a_source_with_wrong_settings_is_refused(
+    change: dict[str, Any], message: str, folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        open_source(str(with_settings(folder, change, tmp_path))).shape(f"{Q_PROJ}.weight")
+
+
+def with_settings(folder: Path, change: dict[str, Any], copy: Path) -> Path:
+    """Copies a folder and changes `quantization` of its config.json."""
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    config["quantization"] |= change
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
 def test_verify_passes_the_folder(folder: Path, source: Path, artifact: Artifact) -> None:
     result = verify(folder, str(source), windows=1, artifact=artifact.folder, device="cpu")
     assert not result.failed
@@ -135,6 +174,7 @@ def test_float16_models_have_float16_scales(smaller_model: Path, text: Path, tmp
     assert {tensor.dtype for tensor in stored.values()} == {torch.uint32, torch.float16}
     manifest = Artifact(tmp_path / "out").manifest()
     assert {entry["codec"] for entry in manifest.values()} == {"mlx:4-g64-f16", "mlx:4-g32-f16", "gguf:F16"}
+    check_values(open_source(str(tmp_path / "written")), open_export(tmp_path / "written"))
     assert "loss" in Artifact(tmp_path / "out").read("lm_head.weight").facts
     assert "loss" not in Artifact(tmp_path / "out").read(EMBEDDING).facts
 
@@ -201,13 +241,8 @@ def test_other_artifacts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
 def test_a_folder_whose_settings_are_wrong_is_refused(
     change: dict[str, Any], message: str, folder: Path, tmp_path: Path
 ) -> None:
-    for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization"] |= change
-    (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=message):
-        open_export(tmp_path).read(f"{Q_PROJ}.weight")
+        open_export(with_settings(folder, change, tmp_path)).read(f"{Q_PROJ}.weight")
 
 
 def test_the_command_line_goes_the_whole_way(artifact: Artifact, tmp_path: Path) -> None:
@@ -302,6 +337,11 @@ def test_modes_of_small_floats(mode: str, source: Path, tmp_path: Path) -> None:
     assert f"{Q_PROJ}.biases" not in stored
     expected = decoded(Artifact(tmp_path / "out").read(f"{Q_PROJ}.weight"))
     assert np.array_equal(open_export(tmp_path / "written").read(f"{Q_PROJ}.weight").numpy(), expected)
+    again = open_source(str(tmp_path / "written"))
+    check_values(again, open_export(tmp_path / "written"))
+    planned = plan_recipe(again, Recipe(again.name, f"gguf:{mode.upper()}" if mode != "mxfp8" else "gguf:Q8_0"))
+    reasons = {tensor.source_grid for tensor in planned if tensor.name == f"{Q_PROJ}.weight"}
+    assert reasons == {KEPT if mode != "mxfp8" else "its values are rounded to 16 bits"}
     if mlx_lm.is_installed():
         import mlx.core as mx
         import mlx_lm as theirs
@@ -342,6 +382,8 @@ def test_experts_share_tensors(tmp_path: Path) -> None:
     stored = safetensors.torch.load_file(tmp_path / "written" / "model.safetensors")
     stack, one = "model.layers.0.block_sparse_moe.switch_mlp.up_proj", "model.layers.0.mlp.experts.{}.up_proj.weight"
     assert stored[f"{stack}.weight"].ndim == 3
+    with pytest.raises(UserError, match="as mlx-lm stacks them, which is not read as a source"):
+        open_source(str(tmp_path / "written"))
     model, artifact = open_export(tmp_path / "written"), Artifact(tmp_path / "out")
     for expert in (0, 2):
         name = one.format(expert)

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import settings as of_tests
 from hypothesis import strategies as st
 
+from lqexport.converters.checkpoints.mlx import Mlx
 from lqexport.converters.mlx.types import settings
 from lqexport.formats import bfloat16
 from lqexport.formats.codec import BFLOAT16, FLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales, bits_per_weight
@@ -145,6 +146,25 @@ def test_codes_of_mlxs_quantizer_are_read(tmp_path: Path) -> None:
     planes = {"weight": np.array(packed)}
     planes |= {"scales": np.array(scales.view(mx.uint16)), "biases": np.array(biases.view(mx.uint16))}
     assert same_bits(codec_named("mlx:3-g64").decode(planes, 128), dequantized("mlx:3-g64", planes))
+
+
+class Stored(dict[str, torch.Tensor]):
+    """The tensors of a checkpoint."""
+
+    def stored_tensor(self, name: str) -> torch.Tensor:
+        return self[name]
+
+    def stored_shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self[name].shape)
+
+
+def test_sources_of_float32_are_read_as_mlx_decodes_them() -> None:
+    """They have no codec, since lqexport writes none."""
+    mx = mlx()
+    planes = mx.quantize(mx.random.normal((8, 128), key=mx.random.key(1)), group_size=64, bits=5)
+    stored = {f"X.{part}": torch.from_numpy(np.array(plane)) for part, plane in zip(Mlx.parts, planes, strict=True)}
+    layout = Mlx(Stored(stored), stored, {"bits": 5, "group_size": 64})
+    assert same_bits(layout.read("X"), np.array(mx.dequantize(*planes, group_size=64, bits=5)))
 
 
 def test_both_roundings_count() -> None:

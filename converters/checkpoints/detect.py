@@ -13,6 +13,7 @@ from lqexport.converters.checkpoints.fp8 import Fp8, ModelOpt
 from lqexport.converters.checkpoints.gptq import Awq, Gptq
 from lqexport.converters.checkpoints.layout import CheckpointLayout, StoredByName
 from lqexport.converters.checkpoints.leanquant import LeanQuant
+from lqexport.converters.checkpoints.mlx import Mlx
 from lqexport.errors import UserError
 from lqexport.storage.files import read_json
 
@@ -25,6 +26,7 @@ LAYOUTS: dict[str, type[CheckpointLayout]] = {
     "modelopt": ModelOpt,
     "mxfp4": Mxfp4,
     "bitsandbytes": BitsAndBytes,
+    "mlx": Mlx,
 }
 """`quant_method` of config.json -> layout. LeanQuant is not among them: its checkpoints come without a config.json."""
 
@@ -41,7 +43,8 @@ def layout_of(
     """
     if any(name.endswith(f".{LeanQuant.mark}") for name in names):
         return LeanQuant(stored, names, {})
-    quantization = config.get("quantization_config") or _gptq_config(folder) or _modelopt_config(folder)
+    quantization = _mlx_config(config) or config.get("quantization_config")
+    quantization = quantization or _gptq_config(folder) or _modelopt_config(folder)
     if not quantization:
         return None
     method = str(quantization.get("quant_method"))
@@ -49,6 +52,15 @@ def layout_of(
         known = ", ".join([*LAYOUTS, "LeanQuant's tables"])
         raise UserError(f"{folder} is quantized by {method}, which is not read as a source. Known: {known}.")
     return LAYOUTS[method](stored, names, quantization)
+
+
+def _mlx_config(config: dict[str, Any]) -> dict[str, Any] | None:
+    """Returns the settings that mlx-lm writes into config.json; None if there are none.
+
+    It writes them a second time, as `quantization_config`, without a method.
+    """
+    quantization = config.get("quantization")
+    return {"quant_method": "mlx"} | quantization if isinstance(quantization, dict) else None
 
 
 def _gptq_config(folder: Path) -> dict[str, Any] | None:

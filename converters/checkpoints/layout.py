@@ -36,6 +36,7 @@ class CheckpointLayout:
     container   name of such a folder, for listings
     mark        the part that every quantized module has, and no other module, unless `is_packed` says otherwise
     parts       all parts that a quantized module can have
+    gridless    why no codec has the values of a module whose `grid` is None, for messages
 
     Methods that read raise UserError if a tensor is missing, damaged, or of another shape or dtype.
     """
@@ -43,6 +44,7 @@ class CheckpointLayout:
     container: str
     mark: str
     parts: tuple[str, ...]
+    gridless = "its codes are floating-point numbers"
 
     def __init__(self, stored: StoredByName, names: Iterable[str], quantization: dict[str, Any]) -> None:
         self.stored, self.names, self.quantization = stored, set(names), quantization

@@ -69,7 +69,7 @@ OTHER_FILES = ("README.md", "adapter_config.json", "model_index.json", *PROCESSO
 are made ready."""
 QUANTIZATION_FILES = ("quantize_config.json", "hf_quant_config.json")
 """Files of settings that tools write beside config.json: AutoGPTQ and ModelOpt."""
-DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "F32": 4, "I64": 8, "F64": 8}
+DTYPE_BYTES = {"I16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4, "F32": 4, "I64": 8, "F64": 8}
 """Bytes per value of each dtype by safetensors' name. Dtypes that are not listed have one byte."""
 
 
@@ -123,7 +123,8 @@ class HuggingFaceSource:
         names = [*(name for name in self._files if name not in stacks), *self._experts]
         with well_formed(f"quantization_config of {folder}"):
             self.layout: CheckpointLayout | None = layout_of(folder, self.config, names, self)
-        self.config.pop("quantization_config", None)  # what is written from this source is not quantized in this way
+        for key in ("quantization_config", "quantization"):  # what is written from this source is not quantized so
+            self.config.pop(key, None)
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in names}
         kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
         self._stored = {self._renamed(tensor): tensor for tensor in kept}

@@ -67,7 +67,9 @@ def _with_source_grid(source: HuggingFaceSource, tensor: PlannedTensor) -> Plann
     module = source.module(tensor.name)
     if module is None or isinstance(codec_named(tensor.codec_name), PlainCodec):
         return tensor
-    grid = source.layout.grid(module) if source.layout else None
+    assert source.layout is not None  # it knows the module
+    if (grid := source.layout.grid(module)) is None:
+        return replace(tensor, source_grid=source.layout.gridless)
     reason = _misfit(grid, tensor.codec_name)
     if reason is None:
         return replace(tensor, linear=False, source_grid=KEPT)
@@ -79,10 +81,8 @@ def _with_source_grid(source: HuggingFaceSource, tensor: PlannedTensor) -> Plann
     return replace(tensor, source_grid=f"{reason}; {smallest} would hold it" if smallest else reason)
 
 
-def _misfit(grid: AffineGrid | FloatGrid | TableGrid | None, name: str) -> str | None:
+def _misfit(grid: AffineGrid | FloatGrid | TableGrid, name: str) -> str | None:
     """Returns why the codec `name` cannot hold a grid; None if it can."""
-    if grid is None:
-        return "its codes are floating-point numbers"
     try:
         move(grid, codec_named(name))
     except ValueError as error:
