@@ -6,12 +6,8 @@ their checkpoints do.
 
 from __future__ import annotations
 
-import re
-from itertools import accumulate, pairwise
-
+from lqexport.converters.folders.pieces import Naming
 from lqexport.converters.models.architecture import Architecture, Config, ExLlamaV2
-from lqexport.converters.models.rope import head_dim
-from lqexport.converters.models.tensor_names import block_module, head_count
 
 
 def rules_of(architecture: Architecture) -> ExLlamaV2:
@@ -19,27 +15,10 @@ def rules_of(architecture: Architecture) -> ExLlamaV2:
     return architecture.exl2 or ExLlamaV2()
 
 
-def stored_names(architecture: Architecture, name: str) -> list[str]:
-    """Returns the names under which a tensor's rows are stored, in the order of the rows.
-
-    It is one name, or several for a fused linear.
-    """
-    rules, module = rules_of(architecture), block_module(architecture, name)
-    if module is not None and module[2] == "weight" and module[1] in rules.split:
-        return [name.replace(module[1], linear) for linear in rules.split[module[1]]]
-    for pattern, new in rules.renamed.items():
-        name = re.sub(pattern, new, name)
-    return [name]
-
-
-def pieces(architecture: Architecture, config: Config, name: str, rows: int) -> dict[str, tuple[int, int]]:
-    """Returns stored name -> (first row, row behind the last) of the rows of a tensor that it holds."""
-    names = stored_names(architecture, name)
-    counts = [rows // len(names)] * len(names)
-    if len(names) == 3:  # queries, keys and values
-        keys = head_dim(config) * head_count(config, "num_key_value_heads")
-        counts = [rows - 2 * keys, keys, keys]
-    return dict(zip(names, pairwise(accumulate(counts, initial=0)), strict=True))
+def naming(architecture: Architecture) -> Naming:
+    """Returns under which names ExLlamaV2's folders store the tensors of an architecture."""
+    rules = rules_of(architecture)
+    return Naming(rules.split, rules.renamed)
 
 
 def wants_bias(architecture: Architecture, config: Config, module: str) -> bool:

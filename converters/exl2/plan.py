@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.converters.exl2.config import check_supported
-from lqexport.converters.exl2.names import pieces, rules_of, wants_bias
+from lqexport.converters.exl2.names import naming, rules_of, wants_bias
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import block_module, is_linear, is_tied
@@ -159,7 +159,7 @@ def _nbytes(shape: tuple[int, ...], runs: tuple[Run, ...]) -> int:
 def _check_linears(architecture: Architecture, config: dict[str, Any], linears: Shapes) -> None:
     """Raises UserError if EXL2 cannot hold one of the linears; ExLlamaV2 needs all linears of a block quantized."""
     for name, shape in linears.items():
-        bounds = pieces(architecture, config, name, shape[0]).values()
+        bounds = naming(architecture).pieces(architecture, config, name, shape[0]).values()
         if shape[1] % UNIT or any(bound % UNIT for rows in bounds for bound in rows):
             raise UserError(
                 f"ExLlamaV2 cannot load this model quantized: {name} is {list(shape)}, not multiples of {UNIT}."

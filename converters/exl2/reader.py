@@ -6,7 +6,7 @@ import functools
 
 import numpy as np
 
-from lqexport.converters.exl2.names import stored_names
+from lqexport.converters.exl2.names import naming
 from lqexport.converters.folders.folder_model import FolderModel
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
@@ -30,7 +30,7 @@ class Exl2Model(FolderModel):
         return architecture_of(self.config)
 
     def stored_names(self, name: str) -> list[str]:
-        return stored_names(self._architecture, name)
+        return naming(self._architecture).stored_names(self._architecture, name)
 
     def joined(self, parts: list[Planes]) -> Planes:
         shared = [[part[plane].tobytes() for plane in SHARED] for part in parts]

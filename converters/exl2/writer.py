@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lqexport.converters.exl2.config import check_supported, exl2_config
-from lqexport.converters.exl2.names import pieces
+from lqexport.converters.exl2.names import naming
 from lqexport.converters.exl2.plan import keeps_order
 from lqexport.converters.folders.packed import FolderEntry, FolderLayout, OnTensor, entries_of, write_folder
 from lqexport.converters.models.architectures import architecture_of, normalized
@@ -31,10 +31,11 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
     """
     entries = entries_of(artifact, "exl2", "an EXL2 folder", "Quantize again with the target exl2.")
     config = normalized(artifact.config())
+    architecture = architecture_of(config)
     layout = FolderLayout(
         forms=lambda name, shape: codec_named(name).layout(*shape),
         planes=lambda tensor: tensor.planes,
-        pieces=functools.partial(pieces, architecture_of(config), config),
+        pieces=functools.partial(naming(architecture).pieces, architecture, config),
         cut=cut,
     )
     write_folder(artifact, folder, entries, layout, {"config.json": _config(artifact, config, entries)}, on_tensor)

@@ -41,6 +41,7 @@ class FolderLayout:
     pieces   name and number of rows -> the names under which a tensor is stored, each with the rows that it holds
     cut      arrays of a tensor and a run of rows -> the arrays of those rows
     plain    codec of a tensor that is not packed -> the dtype of its array
+    stored_shape   name and shape of a tensor that is not packed -> the shape in which it is stored, filled with zeros
     """
 
     forms: Callable[[str, tuple[int, ...]], Forms]
@@ -48,6 +49,7 @@ class FolderLayout:
     pieces: Callable[[str, int], dict[str, Rows]] = lambda name, rows: {name: (0, rows)}
     cut: Callable[[Planes, Rows], Planes] = lambda planes, rows: planes
     plain: Mapping[str, np.dtype] = field(default_factory=lambda: {PLAIN: np.dtype(np.float16)})
+    stored_shape: Callable[[str, tuple[int, ...]], tuple[int, ...]] = lambda name, shape: shape
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class FolderEntry:
         """Returns the names, dtypes and shapes of the tensors that the folder stores for it."""
         pieces = layout.pieces(self.name, self.shape[0])
         if self.codec_name in layout.plain:
-            shape = checkpoint_shape(architecture, self.name, self.shape)
+            shape = layout.stored_shape(self.name, checkpoint_shape(architecture, self.name, self.shape))
             return FolderTensor(self.name, dict.fromkeys(pieces, (layout.plain[self.codec_name], shape)))
         forms = {
             name: layout.forms(self.codec_name, (end - begin, self.shape[1])) for name, (begin, end) in pieces.items()
@@ -135,7 +137,9 @@ def _arrays(artifact: Artifact, entry: FolderEntry, layout: FolderLayout) -> lis
     """Returns the arrays that the folder stores for a tensor, in the order of `folder_tensor`. Checks its digest."""
     tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
     if entry.codec_name in layout.plain:
-        return [tensor.planes["blocks"].view(layout.plain[entry.codec_name]).reshape(entry.shape)]
+        values = tensor.planes["blocks"].view(layout.plain[entry.codec_name]).reshape(entry.shape)
+        stored = layout.stored_shape(entry.name, entry.shape)
+        return [np.pad(values, [(0, end - size) for size, end in zip(values.shape, stored, strict=True)])]
     planes = layout.planes(tensor)
     cuts = [layout.cut(planes, rows) for rows in layout.pieces(entry.name, entry.shape[0]).values()]
     return [cut[plane] for cut in cuts for plane in layout.forms(entry.codec_name, entry.shape)]

@@ -24,15 +24,17 @@ class StoredTensors(Mapping[str, Any]):
         self._folder, self._framework = folder, framework
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         for path in sorted(folder.glob("*.safetensors")):
             with self._open(path) as file:
-                shapes = {name: shape for name, (_, shape) in forms(file).items()}
-            for name in shapes:
+                stored = forms(file)
+            for name in stored:
                 if name in self._files:
                     first = self._files[name].name
                     raise UserError(f"{folder} holds {name} twice, in {first} and {path.name}.")
                 self._files[name] = path
-            self._shapes |= {name: as_matrix(shape) for name, shape in shapes.items()}
+            self._shapes |= {name: as_matrix(shape) for name, (_, shape) in stored.items()}
+            self._dtypes |= {name: dtype for name, (dtype, _) in stored.items()}
         if not self._files:
             raise UserError(f"{folder} has no .safetensors files.")
 
@@ -53,6 +55,11 @@ class StoredTensors(Mapping[str, Any]):
         """Returns a tensor's shape without reading its data. Raises UserError if there is no such tensor."""
         self._file(name)
         return self._shapes[name]
+
+    def dtype(self, name: str) -> str:
+        """Returns a tensor's dtype by safetensors' name, such as BF16. Raises UserError if there is no such tensor."""
+        self._file(name)
+        return self._dtypes[name]
 
     def _file(self, name: str) -> Path:
         if name not in self._files:

@@ -1,0 +1,1 @@
+"""Planning, writing and reading EXL3 folders for ExLlamaV3."""

@@ -1,0 +1,118 @@
+"""The models that ExLlamaV3 1.6.5 runs as transformers does, and how its names and settings differ from ours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from lqexport.converters.folders.pieces import Naming
+from lqexport.converters.gguf.support import check_fixed, window
+from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.rope import longrope_attention, rope_settings
+from lqexport.errors import UserError
+
+BLOCK = 128
+"""Rows and columns that ExLlamaV3 rotates together; matrices are padded to multiples of it."""
+MOST_INTERMEDIATE = 55296
+"""The widest MLP that ExLlamaV3 does not cut into slices."""
+SCALED = ("dynamic", "linear", "llama3", "yarn")
+"""The types of rope scaling that ExLlamaV3 computes as transformers does; within the context `dynamic` changes nothing.
+"""
+
+
+@dataclass(frozen=True)
+class ExLlamaV3:
+    """The rules by which ExLlamaV3 loads an architecture (exllamav3/architecture/).
+
+    naming    its names
+    called    the class name that config.json must have in `architectures`, where it is not our first one
+    keys      key of config.json that it reads -> the usual key
+    rope      the types of rope scaling that it computes as transformers does
+    windows   whether it heeds sliding windows
+    """
+
+    naming: Naming = field(default_factory=Naming)
+    called: str | None = None
+    keys: Mapping[str, str] = field(default_factory=dict)
+    rope: tuple[str, ...] = SCALED
+    windows: bool = False
+
+
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+MIXTRAL = {
+    r"\.mlp\.": ".block_sparse_moe.", r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w3.", r"\.down_proj\.": ".w2.",
+}  # fmt: skip
+RULES: dict[str, ExLlamaV3] | None = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "arcee"), ExLlamaV3()),
+    "ernie4_5": ExLlamaV3(called="Ernie4_5_ForCausalLM"),
+    "gemma2": ExLlamaV3(keys={"sliding_window_size": "sliding_window"}, windows=True),
+    "mixtral": ExLlamaV3(Naming(renamed=MIXTRAL)),
+    "phi3": ExLlamaV3(Naming({"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}), rope=("longrope",)),
+}
+"""`model_type` of the models whose logits in ExLlamaV3 were those of transformers (tools/exl3_models.py) -> its rules;
+None in place of all this for any model."""
+
+
+def rules_of(config: Config) -> ExLlamaV3:
+    """Returns ExLlamaV3's rules for a config.json; for a model that it does not run, the rules of Llama."""
+    return (RULES or {}).get(str(config.get("model_type")), ExLlamaV3())
+
+
+def check_supported(architecture: Architecture, config: Config) -> None:
+    """Raises UserError if ExLlamaV3 lacks the architecture, or computes it in another way than config.json says."""
+    if RULES is None:
+        return
+    name, model_type = architecture.classes[0], str(config.get("model_type"))
+    if model_type not in RULES:
+        raise UserError(
+            f"EXL3 folders of {name} ({model_type}) are not written: ExLlamaV3 1.6.5 does not run it, or not as "
+            "transformers does. Choose another target."
+        )
+    rules = RULES[model_type]
+    check_fixed("ExLlamaV3", architecture, config)
+    _check_rope(name, config, rules)
+    narrow, context = window(config), config.get("max_position_embeddings")
+    if narrow is not None and not rules.windows and (context is None or context > narrow):
+        raise UserError(
+            f"ExLlamaV3 computes {name} without sliding windows, and by config.json each has {narrow} of {context} "
+            "tokens. Choose another target."
+        )
+    if not architecture.experts and config.get("intermediate_size", 0) > MOST_INTERMEDIATE:
+        raise UserError(
+            f"ExLlamaV3 cuts MLPs of more than {MOST_INTERMEDIATE} columns into slices, which are not written; this "
+            f"one has {config['intermediate_size']}."
+        )
+
+
+def _check_rope(name: str, config: Config, rules: ExLlamaV3) -> None:
+    rope = rope_settings(config)
+    rope_type, context = rope["rope_type"], config.get("max_position_embeddings")
+    if rope_type not in ("default", *rules.rope):
+        raise UserError(f"ExLlamaV3 has no rope scaling of type {rope_type!r} for {name}. Choose another target.")
+    original = rope.get("original_max_position_embeddings")
+    if rope_type == "yarn" and original and not math.isclose(rope["factor"], (context or 0) / original):
+        raise UserError(
+            f"ExLlamaV3 computes yarn with the factor max_position_embeddings / original_max_position_embeddings, "
+            f"{(context or 0) / original:g}, and config.json has {rope['factor']:g}."
+        )
+    if rope_type == "longrope":
+        expected = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
+        if not math.isclose(longrope_attention(config), expected):
+            raise UserError("ExLlamaV3 computes longrope without attention_factor and factor of config.json.")
+
+
+def warnings_of(architecture: Architecture, config: Config) -> list[str]:
+    """Returns a warning if ExLlamaV3 loads a folder of the model and cannot run it; else [].
+
+    A gated MLP adds its padded output to hidden states that are not padded (exllamav3/modules/mlp.py of 1.6.5).
+    """
+    hidden = int(config["hidden_size"])
+    gated = any(module.endswith("mlp.gate_proj") or module.endswith("mlp.gate_up_proj") for module in architecture.gguf_block)
+    if hidden % BLOCK == 0 or not gated:
+        return []
+    return [
+        f"ExLlamaV3 1.6.5 loads models whose hidden_size is no multiple of {BLOCK} and stops when it runs them; this "
+        f"one's is {hidden}. Other readers, such as GPTQModel, are not known to stop."
+    ]
