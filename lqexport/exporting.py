@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from lqexport.converters.exl2 import writer as exl2
+from lqexport.converters.exl3 import writer as exl3
 from lqexport.converters.folders import compressed_tensors, gptq, native, peft
 from lqexport.converters.gguf import adapter as gguf_adapter
 from lqexport.converters.gguf import writer as gguf
@@ -19,9 +20,10 @@ from lqexport.sizes import split_size
 from lqexport.storage.artifact import Artifact
 from lqexport.target import Target
 
-Format = Literal["gguf", "exl2", "mlx", "gptq", "gptq_v2", "compressed-tensors", "native", "peft"]
+Format = Literal["gguf", "exl2", "exl3", "mlx", "gptq", "gptq_v2", "compressed-tensors", "native", "peft"]
 FOLDERS: dict[str, Callable[..., None]] = {
     "exl2": exl2.write,
+    "exl3": exl3.write,
     "mlx": mlx.write,
     "gptq": gptq.write,
     "gptq_v2": functools.partial(gptq.write, v2=True),
@@ -42,10 +44,10 @@ def export(
 ) -> Path:
     """Writes a finished artifact to `path`, completely or not at all.
 
-    format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  mlx: a folder for mlx-lm;  gptq, gptq_v2,
-              compressed-tensors: a folder for vLLM and others (docs/gptq.md);  native: a folder for transformers with
-              lqexport;  peft: a PEFT folder of the low-rank corrections alone.  None: the format that the artifact was
-              quantized for
+    format    gguf: a file for llama.cpp;  exl2: a folder for ExLlamaV2;  exl3: a folder for ExLlamaV3;  mlx: a folder
+              for mlx-lm;  gptq, gptq_v2, compressed-tensors: a folder for vLLM and others (docs/gptq.md);  native: a
+              folder for transformers with lqexport;  peft: a PEFT folder of the low-rank corrections alone.  None: the
+              format that the artifact was quantized for
     adapter   gguf: also write the low-rank corrections to this file, as a LoRA adapter for --lora
     split_max_size   gguf: if the tensors take more than this (such as 2G), write several files, named as llama.cpp
                      names them: model-00001-of-00003.gguf and so on

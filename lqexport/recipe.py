@@ -97,7 +97,7 @@ class Recipe:
         default="",
         metadata=_help(
             "What to quantize into: gguf:Q4_K_M, gguf:IQ3_XXS, gguf:auto or mlx:auto (with --size), mlx:4-g64, "
-            "native:table-3, gptq:4-g128, exl2 (with --bits)."
+            "native:table-3, gptq:4-g128, exl3:4, exl3 or exl2 (with --bits)."
         ),
     )
     size: str | None = field(
@@ -112,7 +112,8 @@ class Recipe:
         metadata=_help("Target gguf:auto: iq leaves out i-quants (IQ1 to IQ4), which are slow on CPUs."),
     )
     bits: float | None = field(
-        default=None, metadata=_help("Target exl2: bits per weight of the linears on average, such as 3.5.")
+        default=None,
+        metadata=_help("Targets exl3 and exl2: bits per weight of the linears on average, such as 3.5."),
     )
     calibration: str = field(
         default="python-docs",
@@ -236,7 +237,9 @@ class Recipe:
     )
     embedding_type: str | None = field(default=None, metadata=_help("Type of the embedding, such as Q6_K.", TYPES))
     output_type: str | None = field(default=None, metadata=_help("Type of the output, such as Q6_K.", TYPES))
-    head_bits: int = field(default=6, metadata=_help("Target exl2: bits of the output's codes; 16 for float16.", TYPES))
+    head_bits: int = field(
+        default=6, metadata=_help("Targets exl3 and exl2: bits of the output's weights; 16 for float16.", TYPES)
+    )
     mtp: bool = field(
         default=True,
         metadata=_help(
@@ -310,7 +313,8 @@ class Recipe:
         self._check_method()
         self._check_imatrix()
         self._check_correction()
-        self._check_exl2()
+        self._check_bits()
+        self._check_exl3()
         self._check_fixed_types()
 
     def _spell_names(self) -> None:
@@ -377,20 +381,31 @@ class Recipe:
         if self.merge and self.factor_bytes:
             raise UserError("factor_bytes shares bytes among stored factors, and merge stores none: give one of them.")
 
-    def _check_exl2(self) -> None:
-        if (self.parsed_target.family == "exl2") != (self.bits is not None):
-            raise UserError("The target exl2, and no other, needs --bits: how many the linears may take per weight.")
+    def _check_bits(self) -> None:
+        if self.parsed_target.takes_bits != (self.bits is not None):
+            raise UserError(
+                "The target exl2 or exl3, and no other, needs --bits: how many the linears may take per weight."
+            )
+
+    def _check_exl3(self) -> None:
+        if self.parsed_target.family != "exl3":
+            return
+        if self.tune:
+            raise UserError("End-to-end tuning of EXL3 does not exist yet: leave out tune.")
+        if self.rank:
+            raise UserError("EXL3 is solved without low-rank corrections: leave out rank.")
 
     def _check_fixed_types(self) -> None:
         target = self.parsed_target
         if target.has_fixed_types and (self.embedding_type or self.output_type or self.types):
-            if target.family == "exl2":
+            if target.family in ("exl2", "exl3"):
                 raise UserError(
-                    "EXL2 keeps the embedding in float16 and chooses the rest; --head-bits sets the output."
+                    f"{target.family.upper()} keeps the embedding in float16 and chooses the rest; --head-bits sets "
+                    "the output."
                 )
             raise UserError("GPTQ's layout has one type for all linears, and float16 for embedding and output.")
         if target.rows_share_numbers and self.output_groups > 1:
-            raise UserError("EXL2 and GPTQ's layout have the outputs as columns: they take one output group.")
+            raise UserError("EXL2, EXL3 and GPTQ's layout have the outputs as columns: they take one output group.")
 
     @property
     def parsed_target(self) -> Target:
@@ -432,6 +447,7 @@ class Recipe:
             return self.tune
         wide = (self.parsed_target.bits or 0) >= TUNED_BELOW
         untuned = self.imatrix is not None or self.effort == "fast" or (self.effort == "default" and wide)
+        untuned = untuned or self.parsed_target.family == "exl3"
         return 0 if untuned or self.method != "lean" else TUNED
 
     @property

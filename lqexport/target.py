@@ -19,7 +19,7 @@ GGUF_NAME = re.compile(
 """GGUF's types and mixes as users type them: in any case, with or without the underscores."""
 NOT_KNOWN = {"Q2_0": "TQ2_0 and Q2_K"}
 """Type of llama.cpp that the installed gguf package does not know -> the nearest types that are written."""
-FAMILIES = ("gguf", "native", "mlx", "gptq", "exl2")
+FAMILIES = ("gguf", "native", "mlx", "gptq", "exl2", "exl3")
 EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 
 
@@ -27,8 +27,9 @@ EXAMPLES = ("gguf:Q4_K_M", "native:table-3", "gptq:4-g128", "gguf:Q6_K")
 class Target:
     """A format family and what is asked for within it.
 
-    family   `gguf`, `native`, `mlx`, `gptq` or `exl2`; planning refuses any other
-    type     a type (`Q4_K`, `table-3`, `4-g128-act`), a mix of llama.cpp (`Q4_K_M`) or `auto`; empty for `exl2`
+    family   `gguf`, `native`, `mlx`, `gptq`, `exl2` or `exl3`; planning refuses any other
+    type     a type (`Q4_K`, `table-3`, `4-g128-act`, `2.5`), a mix of llama.cpp (`Q4_K_M`) or `auto`; empty for `exl2`,
+             and for `exl3` with bits per weight
     """
 
     family: str
@@ -60,18 +61,23 @@ class Target:
     @property
     def has_fixed_types(self) -> bool:
         """Whether the target decides the type of every tensor, so that none can be set by hand."""
-        return self.family in ("exl2", "gptq")
+        return self.family in ("exl2", "exl3", "gptq")
 
     @property
     def rows_share_numbers(self) -> bool:
         """Whether rows of a linear share stored numbers, so that all rows need the same second moments."""
-        return self.family in ("exl2", "gptq")
+        return self.family in ("exl2", "exl3", "gptq")
 
     @property
     def bits(self) -> int | None:
         """Bits of a GGUF or MLX type or mix by its name, such as 4 of `Q4_K_M` and `4-g64`; None for other targets."""
         bits = re.match(r"(\d)-|(?:mx|nv)fp(\d)$", self.type) if self.family == "mlx" else None
         return int(bits[1] or bits[2]) if bits else self.gguf_bits
+
+    @property
+    def takes_bits(self) -> bool:
+        """Whether the linears take a number of bits per weight on average, which each linear gets its share of."""
+        return self.family in ("exl2", "exl3") and not self.type
 
     @property
     def quantizes_embedding(self) -> bool:

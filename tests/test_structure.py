@@ -49,7 +49,7 @@ CONVERTER_LAYERS = (
     ("gguf",),
     ("targets", "mmproj"),
     ("folders",),
-    ("exl2", "mlx"),
+    ("exl2", "exl3", "mlx"),
     ("folder_formats",),
 )
 """The same within converters/."""

@@ -1,7 +1,8 @@
-"""config.json and quantization_config.json of an EXL3 folder.
+"""config.json and two further files of an EXL3 folder that say how it is quantized.
 
-ExLlamaV3 1.6.5 reads neither `quantization_config` nor the file of that name: shapes say all. transformers and tabbyAPI
-read `quant_method`, and GPTQModel reads the file.
+ExLlamaV3 1.6.5 reads neither `quantization_config` nor these files: shapes say all. transformers and tabbyAPI read
+`quant_method`. quantization_config.json is what ExLlamaV3's converter writes. GPTQModel 7.7 reads quantize_config.json,
+where there is one; it takes the `version` of config.json for the name of a format.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ def exl3_config(rules: ExLlamaV3, config: Config, separate_output: bool, quantiz
     extended = config | former_rope(config) | {key: config[usual] for key, usual in rules.keys.items()}
     if separate_output and "tie_word_embeddings" in config:
         extended["tie_word_embeddings"] = False
+    if "layer_types" in extended:
+        extended.pop("sliding_window_pattern", None)  # which ExLlamaV3 reads as a text for some models
     if rules.called:
         extended["architectures"] = [rules.called]
     return extended | {"quantization_config": quantization}
@@ -49,6 +52,14 @@ def quantization(run: dict[str, Any], bits: float, head_bits: int) -> dict[str, 
         "out_scales": "always",
         "codebook": WRITTEN_CODEBOOK,
     }
+
+
+def for_gptqmodel(stated: dict[str, Any], storage: dict[str, Any]) -> dict[str, Any]:
+    """Returns quantize_config.json, from `quantization_config` of config.json and all of `tensor_storage`."""
+    rest = {key: value for key, value in stated.items() if key != "version"}
+    head_bits = stated["head_bits"] if stated["head_bits"] <= 8 else None
+    modules = {module: entry for module, entry in storage.items() if "quant_format" in entry}
+    return rest | {"format": "exl3", "head_bits": head_bits, "tensor_storage": modules}
 
 
 def tensor_storage(tensors: list[FolderTensor], bits: Mapping[str, float]) -> dict[str, Any]:

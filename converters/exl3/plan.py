@@ -3,8 +3,8 @@
     exl3:K    every linear of the decoder blocks at K bits per weight
     exl3      K for each linear, so that they have the recipe's bits on average
 
-The output has `head_bits`. All other tensors are in float16. ExLlamaV3 takes any K for any linear, but the experts of a
-block must have one K for each of their projections.
+The output has `head_bits`. All other tensors are in float16, but biases of routers in float32. ExLlamaV3 takes any K
+for any linear, but the experts of a block must have one K for each of their projections.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from lqexport.target import Target, unknown
 
 WIDTHS = {codec.trellis.halves / 2: name for name, codec in EXL3.items() if codec.trellis.codebook == WRITTEN_CODEBOOK}
 """K -> the codec that is written, by rising K."""
+PRECISE = "gguf:F32"
+"""The codec of the biases of routers. Those of some models are so large that float16 would mix up experts."""
 UNQUANTIZED = 16
 """The value of `head_bits` for an output in float16."""
 
@@ -51,12 +53,16 @@ def plan_exl3(
     _check_pieces(architecture, config, linears)
     chosen = dict.fromkeys(linears, str(target)) if bits is None else _even_codecs(linears, bits)
     planned = [
-        PlannedTensor(name, shape, chosen.get(name, PLAIN), name in chosen)
+        PlannedTensor(name, shape, chosen.get(name) or _plain_codec(name), name in chosen)
         for name, shape in kept.items()
         if name != architecture.output
     ]
     head = kept[architecture.embedding if is_tied(config) else architecture.output]
     return planned + _planned_head(architecture, head, is_tied(config), head_bits)
+
+
+def _plain_codec(name: str) -> str:
+    return PRECISE if name.endswith("e_score_correction_bias") else PLAIN
 
 
 def padded_weights(shape: tuple[int, ...]) -> int:
@@ -78,7 +84,8 @@ def _even_codecs(linears: Shapes, bits: float) -> dict[str, str]:
     together: dict[str, list[str]] = {}
     for name in linears:
         together.setdefault(of_each_expert(name), []).append(name)
-    left, chosen = (bits - low) * sum(padded_weights(shape) for shape in linears.values()), {}
+    left = (bits - low) * sum(padded_weights(shape) for shape in linears.values())
+    chosen: dict[str, str] = {}
     for names in together.values():
         more = (high - low) * sum(padded_weights(linears[name]) for name in names)
         fits = 0 < more <= left

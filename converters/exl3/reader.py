@@ -128,12 +128,15 @@ class Exl3Model(FolderModel):
     @functools.cached_property
     def _pieces(self) -> dict[str, tuple[int, int]]:
         """Module of the folder -> rows and columns of the matrix that it holds."""
-        naming, shapes = rules_of(self._normalized).naming, {}
+        naming = rules_of(self._normalized).naming
+        shapes: dict[str, tuple[int, int]] = {}
         for name in self._names:
             if self._is_packed(name):
                 rows, columns = self._shape_of_packed(name)
                 pieces = naming.pieces(self._architecture, self._normalized, name, rows)
-                shapes |= {stored.removesuffix(".weight"): (end - begin, columns) for stored, (begin, end) in pieces.items()}
+                shapes |= {
+                    stored.removesuffix(".weight"): (end - begin, columns) for stored, (begin, end) in pieces.items()
+                }
         return shapes
 
     def _piece(self, key: str) -> tuple[int, int]:
@@ -165,7 +168,9 @@ class Exl3Model(FolderModel):
         """Raises ValueError if a linear's scales are missing, there twice, or of another dtype or length."""
         names = [name for name in (scales, SCALES[scales]) if f"{key}.{name}" in self.stored]
         if len(names) != 1:
-            raise ValueError(f"It has {' and '.join(names) or f'no {scales}'}; one of {scales} and {SCALES[scales]} belongs to it.")
+            raise ValueError(
+                f"It has {' and '.join(names) or f'no {scales}'}; one of {scales} and {SCALES[scales]} belongs to it."
+            )
         (name,) = names
         dtypes, count = (("F16", "BF16"), size) if name == scales else (("I16",), size // 16)
         shape, dtype = self.stored.shape(f"{key}.{name}"), self.stored.dtype(f"{key}.{name}")
@@ -199,7 +204,12 @@ class Exl3Model(FolderModel):
         """Raises UserError for a bias that the model does not have: ExLlamaV3 adds it, and nothing else does."""
         for name in self._names:
             weight = f"{name.removesuffix('.bias')}.weight"
-            if name.endswith(".bias") and name not in self._shapes and weight in self._names and self._is_packed(weight):
+            if (
+                name.endswith(".bias")
+                and name not in self._shapes
+                and weight in self._names
+                and self._is_packed(weight)
+            ):
                 raise UserError(f"{self.folder} holds {name}, and the model has no such bias; ExLlamaV3 would add it.")
 
     def _check_experts(self) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from lqexport.converters.folders.pieces import Naming
 from lqexport.converters.gguf.support import check_fixed, window
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.rope import longrope_attention, rope_settings
+from lqexport.converters.models.rope import longrope_attention, rope_settings, window_theta
 from lqexport.errors import UserError
 
 BLOCK = 128
@@ -29,14 +29,14 @@ class ExLlamaV3:
     called    the class name that config.json must have in `architectures`, where it is not our first one
     keys      key of config.json that it reads -> the usual key
     rope      the types of rope scaling that it computes as transformers does
-    windows   whether it heeds sliding windows
+    windows   how many tokens more than config.json says a sliding window has; None where it ignores windows
     """
 
     naming: Naming = field(default_factory=Naming)
     called: str | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
     rope: tuple[str, ...] = SCALED
-    windows: bool = False
+    windows: int | None = None
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -44,26 +44,28 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 MIXTRAL = {
     r"\.mlp\.": ".block_sparse_moe.", r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w3.", r"\.down_proj\.": ".w2.",
 }  # fmt: skip
-RULES: dict[str, ExLlamaV3] | None = {
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "arcee"), ExLlamaV3()),
+RULES: dict[str, ExLlamaV3] = {
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3", "arcee"), ExLlamaV3()),
+    **dict.fromkeys(("cohere", "dots1", "glm4_moe", "lfm2", "ministral3"), ExLlamaV3()),
+    **dict.fromkeys(("cohere2", "olmo3"), ExLlamaV3(windows=1)),
+    "qwen3_moe": ExLlamaV3(keys={"num_experts": "num_local_experts"}),
     "ernie4_5": ExLlamaV3(called="Ernie4_5_ForCausalLM"),
-    "gemma2": ExLlamaV3(keys={"sliding_window_size": "sliding_window"}, windows=True),
+    "glm4": ExLlamaV3(Naming({"mlp.gate_up_proj": GATE_UP})),
+    "gemma2": ExLlamaV3(keys={"sliding_window_size": "sliding_window"}, windows=0),
     "mixtral": ExLlamaV3(Naming(renamed=MIXTRAL)),
     "phi3": ExLlamaV3(Naming({"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}), rope=("longrope",)),
 }
-"""`model_type` of the models whose logits in ExLlamaV3 were those of transformers (tools/exl3_models.py) -> its rules;
-None in place of all this for any model."""
+"""`model_type` of the models whose logits in ExLlamaV3 were those of transformers (tools/exl3_models.py) -> its rules.
+"""
 
 
 def rules_of(config: Config) -> ExLlamaV3:
     """Returns ExLlamaV3's rules for a config.json; for a model that it does not run, the rules of Llama."""
-    return (RULES or {}).get(str(config.get("model_type")), ExLlamaV3())
+    return RULES.get(str(config.get("model_type")), ExLlamaV3())
 
 
 def check_supported(architecture: Architecture, config: Config) -> None:
     """Raises UserError if ExLlamaV3 lacks the architecture, or computes it in another way than config.json says."""
-    if RULES is None:
-        return
     name, model_type = architecture.classes[0], str(config.get("model_type"))
     if model_type not in RULES:
         raise UserError(
@@ -74,7 +76,7 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     check_fixed("ExLlamaV3", architecture, config)
     _check_rope(name, config, rules)
     narrow, context = window(config), config.get("max_position_embeddings")
-    if narrow is not None and not rules.windows and (context is None or context > narrow):
+    if narrow is not None and rules.windows is None and (context is None or context > narrow):
         raise UserError(
             f"ExLlamaV3 computes {name} without sliding windows, and by config.json each has {narrow} of {context} "
             "tokens. Choose another target."
@@ -88,14 +90,16 @@ def check_supported(architecture: Architecture, config: Config) -> None:
 
 def _check_rope(name: str, config: Config, rules: ExLlamaV3) -> None:
     rope = rope_settings(config)
-    rope_type, context = rope["rope_type"], config.get("max_position_embeddings")
+    rope_type, context = rope["rope_type"], config.get("max_position_embeddings") or 0
     if rope_type not in ("default", *rules.rope):
         raise UserError(f"ExLlamaV3 has no rope scaling of type {rope_type!r} for {name}. Choose another target.")
-    original = rope.get("original_max_position_embeddings")
-    if rope_type == "yarn" and original and not math.isclose(rope["factor"], (context or 0) / original):
+    if window_theta(config) not in (None, rope["rope_theta"]):
+        raise UserError(f"ExLlamaV3 rotates all blocks of {name} with one rope_theta, and config.json has two.")
+    original = rope.get("original_max_position_embeddings") or context
+    if rope_type == "yarn" and context > original and not math.isclose(rope["factor"], context / original):
         raise UserError(
             f"ExLlamaV3 computes yarn with the factor max_position_embeddings / original_max_position_embeddings, "
-            f"{(context or 0) / original:g}, and config.json has {rope['factor']:g}."
+            f"{context / original:g}, and config.json has {rope['factor']:g}."
         )
     if rope_type == "longrope":
         expected = math.sqrt(1 + math.log(context / original) / math.log(original)) if context > original else 1.0
@@ -104,15 +108,32 @@ def _check_rope(name: str, config: Config, rules: ExLlamaV3) -> None:
 
 
 def warnings_of(architecture: Architecture, config: Config) -> list[str]:
-    """Returns a warning if ExLlamaV3 loads a folder of the model and cannot run it; else [].
+    """Returns what ExLlamaV3 does otherwise with a folder of the model.
 
-    A gated MLP adds its padded output to hidden states that are not padded (exllamav3/modules/mlp.py of 1.6.5).
+    Raises UserError as `check_supported` does.
+    """
+    check_supported(architecture, config)
+    return [*_cannot_run(architecture, config), *_wider_windows(config)]
+
+
+def _cannot_run(architecture: Architecture, config: Config) -> list[str]:
+    """Returns a warning if ExLlamaV3 loads the model and cannot run it; else [].
+
+    A gated MLP adds its padded output to hidden states that are not padded (exllamav3/modules/mlp.py).
     """
     hidden = int(config["hidden_size"])
-    gated = any(module.endswith("mlp.gate_proj") or module.endswith("mlp.gate_up_proj") for module in architecture.gguf_block)
+    gated = any(module.endswith(("mlp.gate_proj", "mlp.gate_up_proj")) for module in architecture.gguf_block)
     if hidden % BLOCK == 0 or not gated:
         return []
     return [
-        f"ExLlamaV3 1.6.5 loads models whose hidden_size is no multiple of {BLOCK} and stops when it runs them; this "
-        f"one's is {hidden}. Other readers, such as GPTQModel, are not known to stop."
+        f"ExLlamaV3 1.6.5 loads models whose hidden_size is no multiple of {BLOCK}, and stops when it runs them; "
+        f"GPTQModel does not load them. This one's is {hidden}."
     ]
+
+
+def _wider_windows(config: Config) -> list[str]:
+    """Returns a warning if a sliding window has more tokens in ExLlamaV3; else []."""
+    narrow, more = window(config), rules_of(config).windows
+    if narrow is None or not more:
+        return []
+    return [f"ExLlamaV3 1.6.5 computes sliding windows of {narrow + more} tokens, and transformers of {narrow}."]

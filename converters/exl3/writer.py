@@ -7,7 +7,8 @@ A linear X [R, C] of K bits is stored as
     X.svh       float16 [R]                     padded with zeros, so that the padding's outputs are zero
     X.mul1      int32 []                        the codebook
 
-and every other tensor in float16. The bias of such a linear is padded with zeros, too.
+and every other tensor in float16, but biases of routers in float32. The bias of such a linear is padded with zeros,
+too.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from lqexport.converters.exl3.config import exl3_config, quantization, tensor_storage
+from lqexport.converters.exl3.config import exl3_config, for_gptqmodel, quantization, tensor_storage
+from lqexport.converters.exl3.plan import PRECISE
 from lqexport.converters.exl3.support import check_supported, rules_of
 from lqexport.converters.folders.packed import FolderEntry, FolderLayout, Forms, OnTensor, entries_of, write_folder
 from lqexport.converters.models.architecture import Architecture
@@ -32,6 +34,8 @@ from lqexport.formats.trellis import SIDE, padded
 from lqexport.storage.artifact import Artifact, StoredTensor
 
 FAMILY = "exl3"
+PLAIN_DTYPES: dict[str, np.dtype] = {PLAIN: np.dtype(np.float16), PRECISE: np.dtype(np.float32)}
+"""Codec of a tensor that is not in EXL3 -> dtype of its array."""
 MARKER = np.array(MARKERS[WRITTEN_CODEBOOK], np.uint32).view(np.int32)
 
 
@@ -41,20 +45,24 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
     Raises UserError if the artifact is unfinished, damaged or not in EXL3, if ExLlamaV3 lacks what the model needs, if
     the folder exists, or if the disk is too small.
     """
-    entries = entries_of(artifact, FAMILY, "an EXL3 folder", "Quantize again with a target such as exl3:4.")
+    hint = "Quantize again with a target such as exl3:4."
+    entries = entries_of(artifact, FAMILY, "an EXL3 folder", hint, tuple(PLAIN_DTYPES))
     config = normalized(artifact.config())
     _check_files(artifact, config)
     architecture = architecture_of(config)
     check_supported(architecture, config)
-    trellises = {entry.name for entry in entries if entry.codec_name != PLAIN}
+    trellises = {entry.name for entry in entries if entry.codec_name in EXL3}
     layout = FolderLayout(
         forms=forms,
         planes=planes,
         pieces=functools.partial(rules_of(config).naming.pieces, architecture, config),
         cut=cut,
+        plain=PLAIN_DTYPES,
         stored_shape=functools.partial(_stored_shape, trellises),
     )
-    write_folder(artifact, folder, entries, layout, _configs(artifact, architecture, config, entries, layout), on_tensor)
+    write_folder(
+        artifact, folder, entries, layout, _configs(artifact, architecture, config, entries, layout), on_tensor
+    )
 
 
 def forms(codec_name: str, shape: tuple[int, ...]) -> Forms:
@@ -96,20 +104,22 @@ def _configs(
     artifact: Artifact, architecture: Architecture, config: dict[str, Any], entries: list[FolderEntry],
     layout: FolderLayout,
 ) -> dict[str, Any]:  # fmt: skip
-    """Returns the folder's two JSON files."""
+    """Returns the folder's JSON files."""
     tensors = [entry.folder_tensor(layout, architecture) for entry in entries]
     bits: dict[str, float] = {}
     for entry in entries:
-        if entry.codec_name != PLAIN:
+        if entry.codec_name in EXL3:
             pieces = layout.pieces(entry.name, entry.shape[0])
             bits |= dict.fromkeys((name.removesuffix(".weight") for name in pieces), _bits(entry))
     head = next((entry for entry in entries if entry.name == architecture.output), None)
-    head_bits = int(_bits(head)) if head and head.codec_name != PLAIN else 16
-    linears = [entry for entry in entries if is_linear(architecture, entry.name) and entry.codec_name != PLAIN]
+    head_bits = int(_bits(head)) if head and head.codec_name in EXL3 else 16
+    linears = [entry for entry in entries if is_linear(architecture, entry.name) and entry.codec_name in EXL3]
     stated = quantization(artifact.run(), round(average_bits(linears), 4), head_bits)
+    storage = tensor_storage(tensors, bits)
     return {
         "config.json": exl3_config(rules_of(config), config, head is not None, stated),
-        "quantization_config.json": stated | {"tensor_storage": tensor_storage(tensors, bits)},
+        "quantization_config.json": stated | {"tensor_storage": storage},
+        "quantize_config.json": for_gptqmodel(stated, storage),
     }
 
 

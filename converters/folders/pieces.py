@@ -39,9 +39,7 @@ class Naming:
             name = re.sub(pattern, new, name)
         return [name]
 
-    def pieces(
-        self, architecture: Architecture, config: Config, name: str, rows: int
-    ) -> dict[str, tuple[int, int]]:
+    def pieces(self, architecture: Architecture, config: Config, name: str, rows: int) -> dict[str, tuple[int, int]]:
         """Returns stored name -> (first row, row behind the last) of the rows of a tensor that it holds."""
         names = self.stored_names(architecture, name)
         counts = [rows // len(names)] * len(names)

@@ -14,7 +14,7 @@ import typer
 
 from lqexport.cli.check import check
 from lqexport.cli.evaluate import evaluate, judge
-from lqexport.cli.export import to_compressed_tensors, to_exl2, to_gguf, to_gptq, to_mlx, to_native, to_peft
+from lqexport.cli.export import to_compressed_tensors, to_exl2, to_exl3, to_gguf, to_gptq, to_mlx, to_native, to_peft
 from lqexport.cli.export_model import export
 from lqexport.cli.imatrix import imatrix
 from lqexport.cli.inspect import inspect
@@ -71,6 +71,7 @@ for command in (
     to_gguf,
     to_peft,
     to_exl2,
+    to_exl3,
     to_mlx,
     to_gptq,
     to_compressed_tensors,

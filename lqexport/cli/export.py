@@ -119,6 +119,23 @@ def to_exl2(
         _write_folder(artifact, folder, "exl2")
 
 
+def to_exl3(
+    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target exl3 or exl3:...")],
+    folder: NewFolder,
+) -> None:
+    """Write the artifact as a folder that ExLlamaV3 loads, for TabbyAPI and text-generation-webui.
+
+    Only bytes move: nothing is rounded again.
+
+    Examples:
+
+        lqexport quantize ./model ./out --target exl3 --bits 3.25
+        lqexport to-exl3 ./out ./model-exl3
+    """
+    with plain_endings(NOTHING_WRITTEN):
+        _write_folder(artifact, folder, "exl3")
+
+
 def to_mlx(
     artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target mlx:...")],
     folder: NewFolder,

@@ -157,8 +157,8 @@ def inspect(path: str | Path) -> Inspection:
     method = method_of(path)
     if method == METHOD:
         return Inspection(str(path), "native folder", _native_entries(path))
-    if method == "exl2":
-        folder = Exl2Model(path)
+    if method in ("exl2", "exl3"):
+        folder = Exl2Model(path) if method == "exl2" else _exl3_model(path)
         return Inspection(str(path), folder.container, _entries(folder, folder.names()))
     from lqexport.models.source import HuggingFaceSource
 
@@ -196,6 +196,13 @@ def _mlx_entries(folder: Path) -> list[TensorInfo]:
 
     model = MlxModel(folder)
     return _entries(model, model.names())
+
+
+def _exl3_model(folder: Path) -> FolderModel:
+    from lqexport.converters.exl3.reader import Exl3Model
+    from lqexport.models.modules import expected_shapes
+
+    return Exl3Model(folder, expected_shapes)
 
 
 def _entries(model: GGUFModel | FolderModel | NativeModel, names: list[str]) -> list[TensorInfo]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 
+from lqexport.converters.exl3.reader import Exl3Model
 from lqexport.converters.factors import is_factor
 from lqexport.converters.folder_formats import MODELS
 from lqexport.converters.folders.folder_model import FolderModel, method_of
@@ -18,6 +19,7 @@ from lqexport.converters.mlx.types import quantization_of
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.models.interface import Weights
+from lqexport.models.modules import expected_shapes
 from lqexport.models.source import GGUFSource
 from lqexport.storage.artifact import Artifact, StoredTensor, decoded
 
@@ -96,6 +98,8 @@ def open_export(path: Path) -> Export:
     if quantization_of(path) is not None:
         return PackedFolder(MlxModel(path))
     method = method_of(path)
+    if method == "exl3":
+        return PackedFolder(Exl3Model(path, expected_shapes))
     if method in MODELS:
         return PackedFolder(MODELS[method](path))
     if method == METHOD:

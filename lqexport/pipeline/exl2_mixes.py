@@ -14,61 +14,19 @@ import numpy as np
 from torch import Tensor
 
 from lqexport.converters.exl2.plan import filled_runs
-from lqexport.errors import AGAIN, well_formed
 from lqexport.formats.codec import Run
 from lqexport.formats.exl2 import BITS, UNIT, Exl2
 from lqexport.grids.fit_sections import fit_sections
 from lqexport.grids.sections import TensorSections
 from lqexport.pipeline.allocate import Allocation, allocate
-from lqexport.pipeline.job import Job
-from lqexport.pipeline.measured_losses import Losses, measure_linears, measured_losses, options, sampled_rows
+from lqexport.pipeline.measured_losses import Losses, options, sampled_rows
 from lqexport.recipe import SolverSettings
 from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import feedback, layer_loss
 from lqexport.solver.importance import importance
-from lqexport.solver.weight_checks import check_weights
-from lqexport.storage.files import read_json, write_json
 
 AVERAGES = (2.25, 2.5, 2.75, 3.0, 3.25, 3.5, 3.75, 4.0, 4.5, 5.0, 5.5, 6.0)
 """Mean widths, in bits, of the mixes that are tried besides the pure widths."""
-
-
-def choose_mixes(job: Job) -> tuple[Job, Allocation | None]:
-    """Returns the job with the mixes of widths that lose least within the recipe's bits per weight.
-
-    Every mix is measured for every linear first. For a target other than EXL2, and without calibration, the job stays
-    as it is, and the allocation is None.
-    """
-    if job.recipe.bits is None or job.calibration is None:
-        return job, None
-    path = job.artifact.folder / "mixes.json"
-    if job.processes.from_first(not path.is_file()):
-        losses = _measured_mixes(job)
-        if job.processes.first:
-            write_json(path, losses)
-        job.processes.wait()
-    shapes = {name: linear.matrix for name, linear in job.linears.items()}
-    with well_formed(path, AGAIN):
-        allocation = chosen_mixes(read_json(path, f"{path} is gone."), shapes, job.recipe.bits)
-    chosen = {name: option.name for name, option in allocation.chosen.items()}
-    planned = [replace(tensor, codec_name=chosen.get(tensor.name, tensor.codec_name)) for tensor in job.planned]
-    return replace(job, planned=planned), allocation
-
-
-def _measured_mixes(job: Job) -> Losses:
-    """Returns the loss of every mix for every linear. What an earlier run, also for another size, measured is kept."""
-    measured = measured_losses(job, "mixes")
-    if missing := job.processes.from_first(job.linears.keys() - measured.losses().keys()):
-
-        def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
-            check_weights(name, weight, job.linears[name].codec_name)
-            settings = job.recipe_of(name).solver_settings
-            return mix_losses(weight, hessian, settings, guided=job.recipe.moments == "guided")
-
-        measure_linears(job, measured, missing, "Measuring mixes of widths", losses_of)
-        job.processes.wait()
-    losses = measured.losses()
-    return {name: losses[name] for name in job.linears}
 
 
 def mix_losses(weight: Tensor, hessian: Tensor, settings: SolverSettings, *, guided: bool) -> dict[str, float]:

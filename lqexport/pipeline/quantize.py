@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lqexport.errors import UserError, files_at_hand
-from lqexport.pipeline.exl2_mixes import choose_mixes
+from lqexport.pipeline.choose_bits import choose_bits
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.prepare import prepare
 from lqexport.pipeline.ranks import share_ranks
@@ -74,7 +74,7 @@ def _run_stages(job: Job) -> None:
     """Runs all stages from wherever an earlier run stopped."""
     job = smooth_source(job)
     job, type_choice = choose_types(job)
-    job, allocation = choose_mixes(job)
+    job, allocation = choose_bits(job)
     round_others(job)
     solve_model(job)
     job.processes.wait()

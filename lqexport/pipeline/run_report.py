@@ -19,7 +19,7 @@ class Results:
     """Results of the stages for the report; None or empty if the recipe did not ask for them.
 
     type_choice   the types chosen for a size, as budget.json holds them
-    allocation    the mixes of widths chosen for EXL2
+    allocation    the widths chosen for EXL2 and EXL3
     ranks         the rank of each linear's low-rank correction
     tuning        the outcome of end-to-end tuning
     """

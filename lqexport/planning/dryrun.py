@@ -156,7 +156,7 @@ def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
     if shown.recipe.size and not Artifact(shown.out).chosen_types():
         console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
     if shown.recipe.bits is not None and shown.recipe.method != "rtn":
-        console.print("Widths: even here; the run measures what each mix costs and takes the best of this size.")
+        console.print("Widths: even here; the run measures what each choice costs and takes the best of this size.")
     for sentence in sentences(shown.tensors):
         console.print(sentence, markup=False, highlight=False)
     for sentence in fallbacks(shown.tensors):

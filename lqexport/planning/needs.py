@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lqexport.calibration.texts import check_text
-from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.exl3.support import warnings_of as exl3_warnings
+from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import is_beyond
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
@@ -47,7 +48,14 @@ def warnings_of(source: Source, recipe: Recipe, planned: list[PlannedTensor]) ->
     Raises UserError as `unweighted` and `tokenizer_warnings` do.
     """
     lacking = [*unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
-    return [*lacking, *tokenizer_warnings(source, recipe)]
+    return [*lacking, *tokenizer_warnings(source, recipe), *engine_warnings(source, recipe)]
+
+
+def engine_warnings(source: Source, recipe: Recipe) -> list[str]:
+    """Returns what ExLlamaV3 does otherwise with the folder of a run; [] for other targets."""
+    if recipe.parsed_target.family != "exl3":
+        return []
+    return exl3_warnings(architecture_of(source.config), normalized(source.config))
 
 
 def unweighted(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:

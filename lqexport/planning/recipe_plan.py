@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lqexport.converters.exl2.plan import check_corrections, plan_exl2
+from lqexport.converters.exl3.plan import plan_exl3
 from lqexport.converters.factors import planned_factors
 from lqexport.converters.folders.gptq import plan_gptq
 from lqexport.converters.mlx.plan import plan_mlx
@@ -74,6 +75,8 @@ def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None)
     target = recipe.parsed_target
     if target.family == "gptq":
         return plan_gptq(target, source.config, shapes)
+    if target.family == "exl3":
+        return plan_exl3(target, source.config, shapes, bits=recipe.bits, head_bits=recipe.head_bits)
     if recipe.bits is not None:
         if recipe.rank and not recipe.merge:
             check_corrections(source.config)

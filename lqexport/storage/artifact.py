@@ -4,7 +4,7 @@
     OUT/model/             config.json, tokenizer and other small files of the source; of a .gguf source also
                            source-metadata.gguf, what its metadata says
     OUT/tensors/NAME.safetensors    one finished tensor: its packed planes, and its facts as metadata
-    OUT/mixes.json         EXL2 only: the loss of each linear at each mix of widths
+    OUT/mixes.json         EXL2 and EXL3: the loss of each linear at each choice of widths
     OUT/budget.json        if a size was asked for: the loss of each tensor at each type, and the types that were chosen
     OUT/report.json        what the solver recorded for each tensor
     OUT/manifest.json      every tensor with its codec, shape and digest, the digest of every file, and a digest of

@@ -6,7 +6,14 @@ import shlex
 
 LLAMA_CPP = "With [llama.cpp](https://github.com/ggml-org/llama.cpp):"
 INSTALL = "https://github.com/lqexport/lqexport"
-LIBRARIES = {"gguf": "gguf", "mlx": "mlx", "exl2": "exllamav2", "gptq": "transformers", "native": "transformers"}
+LIBRARIES = {
+    "gguf": "gguf",
+    "mlx": "mlx",
+    "exl2": "exllamav2",
+    "exl3": "exllamav3",
+    "gptq": "transformers",
+    "native": "transformers",
+}
 """Family of a target -> the library that loads it, by the name that the hub has for it."""
 
 
@@ -30,6 +37,8 @@ def commands(name: str, family: str, adapter: str | None = None, *, encoder: boo
         return [f"mlx_lm.chat --model {path}", f"mlx_lm.generate --model {path} --prompt Hello"]
     if family == "exl2":
         return [f"python test_inference.py -m {path} -p Hello  # of exllamav2"]
+    if family == "exl3":
+        return [f"python examples/chat.py -m {path} -mode raw  # of exllamav3"]
     return [f"python examples/generate.py {path} Hello  # of lqexport"]
 
 
@@ -53,5 +62,7 @@ def card_lines(name: str, family: str, adapter: str | None = None, *, encoder: b
         return ["With [mlx-lm](https://github.com/ml-explore/mlx-lm), or in LM Studio:", "", *block]
     if family == "exl2":
         return ["With ExLlamaV2, and what builds on it, such as TabbyAPI:", "", *block]
+    if family == "exl3":
+        return ["With ExLlamaV3, and what builds on it, such as TabbyAPI and text-generation-webui:", "", *block]
     lines = [f"    import lqexport  # {INSTALL}", f"    model = lqexport.load({name!r}, device_map='auto')"]
     return ["With transformers and lqexport:", "", *lines]

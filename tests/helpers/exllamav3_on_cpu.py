@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -54,6 +54,7 @@ def install() -> None:
     extension.__spec__ = importlib.machinery.ModuleSpec(EXTENSION, loader, origin=origin)
     for function in (
         rms_norm, rms_norm_res_in, rope, hgemm, silu_mul, gelu_mul, relu2_mul, softcap, mul_sigmoid_, routing_std,
+        routing_ds3_nogroup, routing_ds3_group, index_add_,
     ):  # fmt: skip
         setattr(extension, function.__name__, function)
     extension.BC_LinearEXL3 = LinearKernel  # type: ignore[attr-defined]
@@ -152,9 +153,49 @@ def mul_sigmoid_(x: Tensor, gate: Tensor) -> None:
     x.copy_(x.float() * torch.sigmoid(gate.float()).view_as(x))
 
 
-def routing_std(logits: Tensor, *more: object) -> None:
-    """See `exllamav3.modules.block_sparse_mlp_routing`."""
-    raise NotImplementedError("ExLlamaV3's kernel routing_std has no replacement.")
+def routing_std(
+    x: Tensor, gate: Tensor, logits: Tensor, chosen: Tensor, weights: Tensor, scale: Tensor | None, transposed: Tensor,
+    bias: Tensor | None, *more: object,
+) -> None:  # fmt: skip
+    """Chooses the experts of largest logits; their weights are a softmax among them."""
+    values = x.float() @ gate.float() + (0 if bias is None else bias.float())
+    best, numbers = values.topk(chosen.shape[-1])
+    chosen.copy_(numbers)
+    weights.copy_(best.softmax(-1) * (1 if scale is None else scale.float()[numbers]))
+
+
+def _weighed(scores: Tensor, choice: Tensor, chosen: Tensor, weights: Tensor, scale: float) -> None:
+    numbers = choice.topk(chosen.shape[-1]).indices
+    best = scores.gather(-1, numbers)
+    chosen.copy_(numbers)
+    weights.copy_(best / (best.sum(-1, keepdim=True) + 1e-20) * scale)
+
+
+def routing_ds3_nogroup(
+    x: Tensor, gate: Tensor, logits: Tensor, bias: Tensor | None, chosen: Tensor, weights: Tensor, scale: float,
+    *more: object,
+) -> None:  # fmt: skip
+    """Chooses the experts of largest sigmoid and bias; their weights are shares of the sigmoids."""
+    scores = (x.float() @ gate.float()).sigmoid()
+    _weighed(scores, scores + (0 if bias is None else bias.float()), chosen, weights, scale)
+
+
+def routing_ds3_group(
+    logits: Tensor, bias: Tensor | None, chosen: Tensor, weights: Tensor, scale: float, activation: int, groups: int,
+    best_groups: int,
+) -> None:  # fmt: skip
+    """The same among the groups whose two best experts have the largest sum."""
+    scores = logits.float().sigmoid()
+    choice = scores + (0 if bias is None else bias.float())
+    grouped = choice.unflatten(-1, (groups, -1))
+    sums = grouped.topk(2).values.sum(-1)
+    outside = torch.ones_like(sums, dtype=torch.bool).scatter(-1, sums.topk(best_groups).indices, False)
+    _weighed(scores, grouped.masked_fill(outside[..., None], float("-inf")).flatten(-2), chosen, weights, scale)
+
+
+def index_add_(total: Tensor, rows: Tensor, values: Tensor, *more: object) -> None:
+    """total[rows] += values."""
+    total.index_add_(0, rows, values.to(total.dtype))
 
 
 class LinearKernel:
@@ -210,10 +251,14 @@ def load(folder: Path) -> Any:
 
     dispatch.attn_fns[:] = [_attention]
     config = Config.from_directory(str(folder), load_method="python")
+    config.infer_params.no_reconstruct = True  # one linear after the other
     model = Model.from_config(config)
-    model.load_cpu = SimpleNamespace()
     for module in model.modules:
         module.load(torch.device("cpu"))
+    for module in model:
+        if type(module).__name__ == "BlockSparseMLP":  # which finishes this on a GPU alone
+            module.load_local()
+            module.load_routing()
     return model
 
 
