@@ -80,6 +80,7 @@ class Exl3Model(FolderModel):
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         if self._is_packed(name):
+            self.codec_name(name)  # says what is wrong before anything is read
             return super().planes(name)
         codec_name, plain = self._plain(name)
         shape = self.shape(name)
@@ -158,8 +159,8 @@ class Exl3Model(FolderModel):
             raise ValueError(f"It has the markers of two codebooks, {' and '.join(markers)}.")
         for name in markers:
             shape, dtype = self.stored.shape(f"{key}.{name}"), self.stored.dtype(f"{key}.{name}")
-            if shape != () or dtype != "I32":
-                raise ValueError(f"Its marker {name} is {dtype} {list(shape)}, not an I32 scalar.")
+            if shape not in ((), (1,)) or dtype != "I32":
+                raise ValueError(f"Its marker {name} is {dtype} {list(shape)}, not one number in I32.")
             if (value := int(self.stored[f"{key}.{name}"]) & 0xFFFFFFFF) != MARKERS[name]:
                 raise ValueError(f"Its marker {name} holds {value:#x}, not {MARKERS[name]:#x}.")
         return markers[0] if markers else "3inst"
