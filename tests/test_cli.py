@@ -35,8 +35,9 @@ from lqexport.planning.memory import memory_estimate
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
 
-COMMANDS = ("export", "quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-exl3", "to-gptq", "to-compressed-tensors",
-            "to-native", "check", "verify", "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
+COMMANDS = ("export", "quantize", "plan", "to-gguf", "to-peft", "to-exl2", "to-exl3", "to-gptq",
+            "to-compressed-tensors", "to-native", "check", "verify",
+            "compare", "eval", "judge", "push-to-hub", "inspect")  # fmt: skip
 
 
 def run(*arguments: object, status: int = 0) -> Any:

@@ -11,13 +11,16 @@ import pytest
 import lqexport
 from lqexport.converters.targets import targets
 from lqexport.errors import UserError
+from lqexport.formats.exl3 import EXL3
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import names
 from lqexport.recipe import Recipe
 from lqexport.target import Target, did_you_mean, full_name, spelled
 
 
-@pytest.mark.parametrize("name", [*targets(), *names(), *GPTQ, "gguf:auto", "exl2", "exl2:8g32x1+4g128x5"])
+@pytest.mark.parametrize(
+    "name", [*targets(), *names(), *GPTQ, *EXL3, "gguf:auto", "exl2", "exl2:8g32x1+4g128x5", "exl3"]
+)
 def test_names_that_are_known_keep_their_spelling(name: str) -> None:
     """run.json holds them, and another spelling would be another run."""
     assert spelled(name) == name
@@ -60,7 +63,7 @@ def test_targets_as_llama_cpps_users_type_them(typed: str, name: str) -> None:
 
 @pytest.mark.parametrize("case", [str.lower, str.upper])
 def test_every_target_is_known_in_any_case(case: type[str]) -> None:
-    for name in [*targets(), *GPTQ, "gguf:auto", "exl2"]:
+    for name in [*targets(), *GPTQ, *EXL3, "gguf:auto", "exl2", "exl3"]:
         assert str(Target.parse(case(name))) == name
 
 
