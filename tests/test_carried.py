@@ -27,15 +27,27 @@ TOKENS = torch.randint(3, 480, (2, 2, 40), generator=torch.Generator().manual_se
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, pieces: Path) -> tuple[PreTrainedModel, Path]:
-    folder, model = tmp_path_factory.mktemp("carried"), make_model(NAME)
+    return saved(NAME, tmp_path_factory.mktemp("carried"), pieces)
+
+
+@pytest.fixture(scope="module", params=[NAME, "gemma3n"])
+def either(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pieces: Path
+) -> tuple[PreTrainedModel, Path]:
+    """A model whose blocks share keys, or one with several hidden states for each token."""
+    return saved(request.param, tmp_path_factory.mktemp("either"), pieces)
+
+
+def saved(name: str, folder: Path, pieces: Path) -> tuple[PreTrainedModel, Path]:
+    model = make_model(name)
     model.save_pretrained(folder)
-    make_tokenizer(CASES[NAME][2], pieces).save_pretrained(folder)
+    make_tokenizer(CASES[name][2], pieces).save_pretrained(folder)
     return model, folder
 
 
-def test_batches_of_one_shape_keep_their_own_inputs_and_keys(source: tuple[PreTrainedModel, Path]) -> None:
+def test_batches_of_one_shape_keep_their_own_inputs_and_keys(either: tuple[PreTrainedModel, Path]) -> None:
     """All batches pass through a block before the next one."""
-    whole, folder = source
+    whole, folder = either
     model = BlockModel(open_source(str(folder)))
     states = [model.start(batch) for batch in TOKENS]
     assert all(state.shape[-1] > whole.config.hidden_size for state in states)
@@ -46,9 +58,9 @@ def test_batches_of_one_shape_keep_their_own_inputs_and_keys(source: tuple[PreTr
             assert torch.allclose(model.logits(state), whole(batch, use_cache=False).logits, atol=1e-4)
 
 
-def test_gradients_pass_through_keys_that_later_blocks_use(source: tuple[PreTrainedModel, Path]) -> None:
+def test_gradients_pass_through_all_that_later_blocks_use(either: tuple[PreTrainedModel, Path]) -> None:
     """A backward pass block by block gives the gradient of the whole model."""
-    model = BlockModel(open_source(str(source[1])))
+    model = BlockModel(open_source(str(either[1])))
     inputs, blocks = [model.start(TOKENS[0])], [model.block(index) for index in range(len(model))]
     for block in blocks:
         inputs.append(model.run(block, inputs[-1]))
@@ -64,9 +76,9 @@ def test_gradients_pass_through_keys_that_later_blocks_use(source: tuple[PreTrai
 
 
 def test_guided_moments_and_tuning(
-    source: tuple[PreTrainedModel, Path], tmp_path: Path, texts: tuple[str, str]
+    either: tuple[PreTrainedModel, Path], tmp_path: Path, texts: tuple[str, str]
 ) -> None:
-    recipe = Recipe(str(source[1]), "gguf:Q4_0", calibration=texts[0], samples=4, sequence_length=32, descent=0, tune=2,
+    recipe = Recipe(str(either[1]), "gguf:Q4_0", calibration=texts[0], samples=4, sequence_length=32, descent=0, tune=2,
                     moments="guided")  # fmt: skip
     report = quantize(recipe, tmp_path / "out")
     assert all(tensor["relative_error"] < 0.1 for tensor in report["tensors"] if "relative_error" in tensor)

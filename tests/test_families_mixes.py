@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.converters.gguf.mixes import MIXES
+from lqexport.converters.models.architecture import BORROWED
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.converters.targets import plan
@@ -60,7 +61,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
             for key, value in options.items()
             if isinstance(value, list) and len(value) == options["num_hidden_layers"] and key != "mrope_section"
         }
-        kept = {key: value for key, value in options.items() if key != "rope_parameters"} | of_blocks
+        of_blocks.pop("activation_sparsity_pattern", None)  # the usual one is the default
+        left_out = ("rope_parameters", "activation_sparsity_pattern")
+        kept = {key: value for key, value in options.items() if key not in left_out} | of_blocks
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
         sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64}
@@ -93,6 +96,16 @@ def test_mix_of_qwen2_with_80_blocks_is_llamacpps(wide: Callable[..., tuple[Path
     check_mix(*wide("qwen2", num_hidden_layers=80, num_key_value_heads=4), mix)
 
 
+@pytest.mark.llamacpp
+@pytest.mark.parametrize("mix", ["Q4_K_M", "Q3_K_L"])
+def test_mix_of_gemma_3n_whose_blocks_share_keys_is_llamacpps(
+    wide: Callable[..., tuple[Path, Zeros]], mix: str
+) -> None:
+    """llama.cpp counts the values of all blocks, also those that it does not compute with."""
+    lists = {"layer_types": None, "activation_sparsity_pattern": None}
+    check_mix(*wide("gemma3n", num_hidden_layers=26, num_kv_shared_layers=6, **lists), mix)
+
+
 def check_mix(source: Path, artifact: Zeros, mix: str) -> None:
     shapes = {key: tuple(facts["shape"]) for key, facts in artifact.manifest().items()}
     planned = plan(Target.parse(f"gguf:{mix}"), artifact.config(), shapes)
@@ -102,4 +115,6 @@ def check_mix(source: Path, artifact: Zeros, mix: str) -> None:
     planned = [tensor for tensor in planned if not tensor.name.endswith(tuple(architecture.numbers))]
     theirs = types_by_llamacpp(source, mix)
     theirs.pop("rope_freqs.weight", None)  # the writer makes it from the config
+    borrowed = tuple(f"{architecture.gguf_block.get(module)}.weight" for module in BORROWED)
+    theirs = {name: form for name, form in theirs.items() if name in renamed.values() or not name.endswith(borrowed)}
     assert {renamed[tensor.name]: tensor.codec_name.partition(":")[2] for tensor in planned} == theirs

@@ -18,7 +18,7 @@ from gguf.gguf_writer import WriterState
 
 from lqexport.converters.gguf.split import ALIGNMENT, in_files, split_paths
 from lqexport.converters.models.architecture import Order
-from lqexport.converters.models.tensor_names import expert_number
+from lqexport.converters.models.tensor_names import place_in_stack
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
@@ -27,6 +27,8 @@ from lqexport.storage.files import check_space, written_whole
 
 GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay")
 """The families of codecs whose bytes are those of a GGUF type."""
+SMALL = "gguf:Q4_0"
+"""The codec of matrices of zeros."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def check_types(entries: list[GGUFEntry], folder: Path, advice: str) -> None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: an entry, the entries of a block's experts, or computed float32 values."""
+    """One tensor of the file: an entry, the entries of a block's experts, or an array that holds its bytes."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,9 +102,11 @@ def write_tensors(
     on_tensor: Callable[[str, int], None] | None,
     computed: dict[str, np.ndarray] | None = None,
     split_max_size: int | None = None,
+    zeros: dict[str, tuple[int, ...]] | None = None,
 ) -> list[Path]:
     """Writes the metadata of `writer`, the entries, then the `computed` float32 tensors, whole or not at all.
 
+    zeros            shapes of tensors of zeros that come last
     split_max_size   bytes of tensors that one file may hold; a larger model becomes several files (see `split.py`),
                      which appear only when all of them are whole
 
@@ -113,6 +117,7 @@ def write_tensors(
         stacks.setdefault(entry.gguf_name, []).append(entry)
     tensors = [_Tensor(name, _shape(stack), stack[0].codec_name, stack) for name, stack in stacks.items()]
     tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
+    tensors += [_zeros(name, shape) for name, shape in (zeros or {}).items()]
     split = in_files(tensors, split_max_size)
     paths = split_paths(path, len(split))
     check_space(path, sum(tensor.nbytes for tensor in tensors))
@@ -122,6 +127,14 @@ def write_tensors(
         for file, tensor in ((file, tensor) for file, of_file in zip(files, split, strict=True) for tensor in of_file):
             _write_tensor(artifact, file, tensor, on_tensor)
     return paths
+
+
+def _zeros(name: str, shape: tuple[int, ...]) -> _Tensor:
+    """Returns a tensor of zeros: a matrix in a small type whose zero bytes are zeros, if its columns fit."""
+    small = len(shape) == 2 and shape[1] % codec_named(SMALL).block == 0
+    codec_name = SMALL if small else "gguf:F32"
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    return _Tensor(name, shape, codec_name, [], np.zeros(nbytes(codec_named(codec_name), rows, columns), np.uint8))
 
 
 def write_arrays(path: Path, writer: GGUFWriter, arrays: dict[str, np.ndarray]) -> None:
@@ -162,7 +175,7 @@ def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
     Raises UserError if the experts of a block differ in shape or codec.
     """
     first = stack[0]
-    if expert_number(first.name) is None:
+    if place_in_stack(first.name) is None:
         return first.gguf_shape
     if different := [entry for entry in stack if (entry.codec_name, entry.shape) != (first.codec_name, first.shape)]:
         raise UserError(

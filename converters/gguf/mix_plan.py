@@ -47,7 +47,8 @@ def _block_types(
         values = sort_of(module) == "attn_v"
         # In a mixture of experts, most rules go by the number of the block.
         index = block if experts > 1 and mix not in SMALLEST and not values else positions[gguf_name]
-        count = counts["attn_v"] if values else layers  # of all but values, llama.cpp takes that each block has one
+        # Of all but values, llama.cpp takes that each block has one.
+        count = counts["attn_v"] if values and not architecture.fills else layers
         layer = Layer(str(architecture.gguf), index, count, queries_per_key, experts)
         types[name] = mix_type(mix, module, layer)
     return types

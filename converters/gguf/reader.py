@@ -22,10 +22,10 @@ from lqexport.converters.models.architectures import ARCHITECTURES
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.models.tensor_names import (
     block_module,
-    expert_number,
     gguf_names,
     is_vector,
     needed_names,
+    place_in_stack,
     plain_codec,
 )
 from lqexport.errors import UserError
@@ -110,7 +110,9 @@ class GGUFModel:
         known = gguf_names(self._architecture, layers)
         unknown = self._tensors.keys() - known.values() - set(FACTORS)
         unknown -= self._borrowed(layers)
-        stacked = {known[name]: 2 if name.endswith(".bias") else 3 for name in known if expert_number(name) is not None}
+        stacked = {
+            known[name]: 2 if name.endswith(".bias") else 3 for name in known if place_in_stack(name) is not None
+        }
         for name, tensor in self._tensors.items():
             dimensions = len(tensor.shape)
             if dimensions != stacked[name] if name in stacked else dimensions > 2:
@@ -143,7 +145,7 @@ class GGUFModel:
             return (1, *shape)
         if is_vector(self._architecture, name):
             return (math.prod(shape),)
-        return shape if expert_number(name) is None else shape[1:]
+        return shape if place_in_stack(name) is None else shape[1:]
 
     def _has_one_row(self, name: str) -> bool:
         module = block_module(self._architecture, name)
@@ -189,7 +191,7 @@ class GGUFModel:
 
     def _data(self, name: str) -> NDArray[np.uint8]:
         """Returns a tensor's bytes; those of an expert are a slice of its block's stacked tensor."""
-        tensor, expert = self._tensor(name), expert_number(name)
+        tensor, expert = self._tensor(name), place_in_stack(name)
         if expert is None:
             return tensor.data
         if expert >= tensor.shape[0]:

@@ -11,6 +11,7 @@ from gguf import GGUFWriter
 
 from lqexport.converters.factors import is_factor
 from lqexport.converters.gguf.file import GGUFEntry, check_types, file_entry, type_of, write_tensors
+from lqexport.converters.gguf.fillers import filler_shapes
 from lqexport.converters.gguf.kept import add_kept, kept_name, read_kept
 from lqexport.converters.gguf.metadata import add_model, add_provenance, model_name
 from lqexport.converters.gguf.numbers import add_numbers
@@ -56,7 +57,8 @@ def write(
     if not kept:
         _add_tokenizer(writer, artifact.model_folder, rows)
     add_kept(writer, kept)
-    return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size)
+    zeros = filler_shapes(architecture, config["num_hidden_layers"], entries)
+    return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size, zeros)
 
 
 def _add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:

@@ -141,9 +141,14 @@ class Architecture:
                 each with the numbers of its rows in the fused linear. They are submodules of the fused linear
     borrows     key of config.json with the number of the last blocks, which use keys and values of earlier blocks
     first_borrower   the number of the first of these blocks, in an entry for a certain model; None where there is none
+    fills       whether llama.cpp loads the model only with keys and values in these blocks, too; files have zeros there
+    streams     key of config.json with the number of hidden states that a token has between blocks; None for one
+    merging     list of linears by which all streams but the first are multiplied after the last block
     carries     whether blocks get more than hidden states: inputs of their own, or keys and values of earlier blocks
     carried     returns the largest number of columns that these have
     tables      matrices outside the blocks of which a token needs one row, as of the embedding; stored in its type
+    extended    those of them that may have fewer rows than the embedding in checkpoints; their first row is that of all
+                further tokens
     rounded     linears of a block that are rounded and not solved, since transformers multiplies by their weights
                 without calling them, so that their inputs are not seen
     transposed  linears that a checkpoint stores as [inputs, outputs]
@@ -225,9 +230,13 @@ class Architecture:
     per_block: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     borrows: str | None = None
     first_borrower: int | None = None
+    fills: bool = False
+    streams: str | None = None
+    merging: str = ""
     carries: bool = False
     carried: Callable[[Config], int] = lambda config: 0
     tables: tuple[str, ...] = ()
+    extended: tuple[str, ...] = ()
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     tiled: tuple[str, ...] = ()
     parts: dict[str, Callable[[Config], dict[str, Order]]] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from lqexport.converters.models.families.gemma import (
     GEMMA4_E,
     GEMMA4_MOE,
 )
+from lqexport.converters.models.families.gemma3n import GEMMA3N
 from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import (
@@ -84,6 +85,7 @@ ARCHITECTURES = (
     GEMMA,
     GEMMA2,
     GEMMA3,
+    GEMMA3N,
     GEMMA4,
     GEMMA4_E,
     GEMMA4_MOE,
@@ -252,4 +254,7 @@ def _complete(architecture: Architecture, config: Config) -> Config:
     aliases = architecture.aliases.items()
     usual = {name: config[alias] for alias, name in aliases if config.get(alias) is not None and name not in config}
     known = {"model_type": architecture.model_type} if config.get("model_type") in (None, *OTHER_TYPES) else {}
-    return filled_in(architecture, usual | config | known)
+    complete = filled_in(architecture, usual | config | known)
+    if isinstance(widths := complete.get("intermediate_size"), list) and len(set(widths)) == 1:
+        complete = complete | {"intermediate_size": widths[0]}  # Gemma 3n has it for each block
+    return complete

@@ -36,12 +36,6 @@ REFUSED = (
         "block",
     ),
     Refused(
-        "Gemma 3n",
-        ("Gemma3nForCausalLM", "Gemma3nForConditionalGeneration"),
-        "each token has four hidden states, which every block mixes anew, and the program passes one from block to "
-        "block",
-    ),
-    Refused(
         "Kimi Linear",
         ("KimiLinearForCausalLM",),
         "its delta attention has three convolutions of three dimensions in each block, which the program does not "

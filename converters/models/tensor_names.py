@@ -9,6 +9,7 @@ from lqexport.converters.models.architecture import CONVOLUTIONS, EACH, LENT, Ar
 from lqexport.errors import UserError
 
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
+_STACKED = re.compile(r"(?:^|\.)(?:experts|altup_projections|altup_unembed_projections)\.(\d+)\.")
 
 
 def gguf_names(architecture: Architecture, layers: int) -> dict[str, str]:
@@ -71,6 +72,13 @@ def expert_number(name: str) -> int | None:
     """Returns the number of the expert that a tensor belongs to; None for a tensor of no expert."""
     match = _EXPERT.search(name)
     return int(match[2]) if match else None
+
+
+def place_in_stack(name: str) -> int | None:
+    """Returns the place of a matrix among those that share a GGUF tensor: an expert's number, or that of a list of
+    linears outside the blocks; None for a tensor of its own."""
+    match = _STACKED.search(name)
+    return int(match[1]) if match else None
 
 
 def of_each_expert(name: str) -> str:

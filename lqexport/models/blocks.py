@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
@@ -19,9 +20,10 @@ from lqexport.converters.models.architecture import FIRST
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.errors import UserError
-from lqexport.models.carried import Carried
+from lqexport.models.carried import INPUT, SHARED, Carried
 from lqexport.models.interface import Weights
 from lqexport.models.modules import compute_buffers, meta_model, run_only
+from lqexport.models.streams import Streams
 from lqexport.storage.background import read_ahead
 
 _Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -91,6 +93,12 @@ def _hidden(output: Any) -> torch.Tensor:
     return states
 
 
+def _named(block: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a block beside the hidden states by their names, without shared keys and values."""
+    names = list(inspect.signature(block.forward).parameters)[1:]
+    return {key: value for key, value in (named | dict(zip(names, positional, strict=False))).items() if key != SHARED}
+
+
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
     """Returns the linear `name` of a decoder block."""
     linear = block.get_submodule(name)
@@ -153,9 +161,14 @@ class BlockModel:
         self._body_name = self.architecture.blocks.rpartition(".")[0]
         self._body = self._model.get_submodule(self._body_name)
         self._blocks = cast(nn.ModuleList, self._model.get_submodule(self.architecture.blocks))
-        hidden = int(weights.config["hidden_size"])
-        self._carried = Carried(hidden, self._blocks) if self.architecture.carries else None
+        self._streams = self._made_streams()
+        self._hidden = int(weights.config["hidden_size"]) * (self._streams.count if self._streams else 1)
+        self._carried = Carried(self._hidden, self._blocks) if self.architecture.carries else None
         self._arguments: dict[tuple[int, int], list[_Arguments]] = {}
+
+    def _made_streams(self) -> Streams | None:
+        key = self.architecture.streams
+        return Streams(int(self.weights.config[key]), self.architecture.merging) if key else None
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -164,14 +177,15 @@ class BlockModel:
     def start(self, ids: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states [batch, length, hidden] that enter the first block, for token ids [batch, length].
 
-        In some models they have more columns up to the last block (see `carried.py`); `hidden_of` leaves these out.
+        In some models they have more columns up to the last block: further hidden states (`streams.py`), and what
+        blocks get beside these (`carried.py`), which `hidden_of` leaves out.
         Also records, for this batch shape, the other arguments of every block (masks, positions), which `run` needs.
         Raises UserError if the embedding has no row for a token.
         """
         self._check_ids(ids)
         for name in self._embeddings():
             self._loaded(name)
-        last, in_tuple = len(self) - 1, self._carried is None
+        last, in_tuple = len(self) - 1, self._carried is None and self._streams is None
         recorders = [_ArgumentRecorder(block, index == last, in_tuple) for index, block in enumerate(self._blocks)]
         self._model.set_submodule(self.architecture.blocks, nn.ModuleList(recorders))
         with contextlib.suppress(_LastBlockCalled):
@@ -179,16 +193,18 @@ class BlockModel:
         self._model.set_submodule(self.architecture.blocks, self._blocks)
         arguments = [recorder.arguments for recorder in recorders]
         hidden: torch.Tensor = recorders[0].hidden
+        hidden = self._streams.joined(hidden) if self._streams else hidden
         if self._carried is not None:
-            inputs = [positional[0] for positional, _ in arguments if positional[0] is not None]
-            hidden = self._carried.joined(0, hidden, {}, torch.cat([hidden[..., :0], *inputs], -1))
-            arguments = [((None, *positional[1:]), named) for positional, named in arguments]
+            arguments = [((), _named(block, *given)) for block, given in zip(self._blocks, arguments, strict=True)]
+            inputs = [named.pop(INPUT, None) for _, named in arguments]
+            given = [each for each in inputs if each is not None]
+            hidden = self._carried.joined(0, hidden, {}, torch.cat([hidden[..., :0], *given], -1))
         self._arguments[(ids.shape[0], ids.shape[1])] = arguments
         return hidden
 
     def hidden_of(self, states: torch.Tensor) -> torch.Tensor:
-        """Returns the hidden states alone of what `start` or `run` returns."""
-        return states[..., : int(self.weights.config["hidden_size"])]
+        """Returns the hidden states alone of what `start` or `run` returns: all that a token has."""
+        return states[..., : self._hidden]
 
     def _check_ids(self, ids: torch.Tensor) -> None:
         rows = self.weights.shape(self.architecture.embedding)[0]
@@ -265,14 +281,21 @@ class BlockModel:
     def _run(self, index: int, hidden: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
         """Returns the hidden states after block `index`, whose modules `call` runs."""
         positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
+        call = self._with_streams(call)
         if self._carried is None:
             return _hidden(call(hidden, *positional, **named))
         return self._carried.run(
             index,
             hidden,
-            lambda states, inputs, shared: _hidden(
-                call(states, inputs, *positional[1:], **named | {"shared_kv_states": shared})
-            ),
+            lambda states, inputs, shared: _hidden(call(states, **named, **{INPUT: inputs, SHARED: shared})),
+        )
+
+    def _with_streams(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a function that runs a block on states [batch, length, columns], of all hidden states of a token."""
+        if (streams := self._streams) is None:
+            return call
+        return lambda states, *positional, **named: streams.joined(
+            _hidden(call(streams.apart(states), *positional, **named))
         )
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
@@ -314,9 +337,10 @@ class BlockModel:
     def normed(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Returns hidden states [..., hidden] after the final norm: the input of the output layer.
 
-        hidden       the hidden states after the last block
+        hidden       the hidden states after the last block, all that a token has
         norm_state   weights that replace those of the final norm; None for the model's own
         """
+        hidden = self._streams.merged(hidden, self._loaded) if self._streams else hidden
         norm = self._loaded(self.architecture.final_norm)
         return norm(hidden) if norm_state is None else torch.func.functional_call(norm, norm_state, (hidden,))
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+INPUT, SHARED = "per_layer_input", "shared_kv_states"
+"""The names of the arguments by which transformers' blocks get inputs of their own, and keys and values of others."""
 Shared = dict[str, tuple[Tensor, Tensor]]
 """Type of blocks -> the keys and values [batch, heads, length, head_dim] that later blocks of this type use."""
 Call = Callable[[Tensor, Tensor | None, Shared], Tensor]

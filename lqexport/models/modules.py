@@ -233,7 +233,7 @@ def compute_buffers(model: PreTrainedModel, device: torch.device) -> None:
         allocated += [module] * bool(buffers)
     # A whole model may compute the buffers of its blocks (Falcon-H1).
     for module in (*allocated, *(module for module in model.modules() if isinstance(module, PreTrainedModel))):
-        model._init_weights(module)
+        (module if isinstance(module, PreTrainedModel) else model)._init_weights(module)
 
 
 def expected_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:

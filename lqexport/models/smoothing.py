@@ -52,14 +52,14 @@ def pairs(architecture: Architecture, layers: int) -> list[Pair]:
     layers   the number of blocks
 
     The list is empty if one norm serves both attention and MLP, if the model has experts or blocks of several types,
-    and for encoders, whose norms also compute hidden states.
+    and for encoders and models with several hidden states for a token, whose norms also compute hidden states.
     """
     modules = {gguf: module for module, gguf in architecture.gguf_block.items()}
     if architecture.adds and "post_attention_norm" in modules:
         # Nothing is between attention's output and the sum, so this norm is the MLP's.
         modules.setdefault("ffn_norm", modules["post_attention_norm"])
     shared = "ffn_norm" not in modules or "attn_norm_2" in modules
-    if shared or architecture.experts or architecture.only or architecture.encoder:
+    if shared or architecture.experts or architecture.only or architecture.encoder or architecture.streams:
         return []
     result = []
     for block in (f"{architecture.blocks}.{layer}" for layer in range(layers)):

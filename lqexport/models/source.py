@@ -129,7 +129,7 @@ class HuggingFaceSource:
         kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
         self._stored = {self._renamed(tensor): tensor for tensor in kept}
         self._fused: dict[str, Order] = {}
-        self._fused = self._taken_apart()
+        self._fused = self._taken_apart() | self._extended()
         self._factors = folded_factors(whole)
         if self._architecture and self._has_own_output(self._architecture):
             self.config["tie_word_embeddings"] = False
@@ -191,6 +191,19 @@ class HuggingFaceSource:
                 self._stored |= dict.fromkeys(taken, self._stored.pop(name))
                 rows |= taken
         return rows
+
+    def _extended(self) -> dict[str, Order]:
+        """Returns the rows of tables that get as many rows as the embedding: the first one is in place of further ones.
+
+        So does transformers look up tokens that such a table lacks.
+        """
+        orders: dict[str, Order] = {}
+        for name in self._architecture.extended if self._architecture else ():
+            assert self._architecture is not None
+            if name in self._stored and self._architecture.embedding in self._stored:
+                rows, wanted = self.shape(name)[0], self.shape(self._architecture.embedding)[0]
+                orders |= {name: np.arange(wanted) * (np.arange(wanted) < rows)} if rows < wanted else {}
+        return orders
 
     @property
     def fingerprint(self) -> str:

@@ -19,6 +19,8 @@ COUNTS = (
 """Keys whose value, if given, is a whole number from 0 to 2^31 - 1: GGUF holds them in 32 bits."""
 COUNTS_OF_BLOCKS = ("moe_intermediate_size", "moe_topk")
 """Keys whose value may also be a list of such numbers, one for each block."""
+EQUAL_IN_BLOCKS = ("intermediate_size",)
+"""Keys whose value may also be a list of such numbers, one for each block, that are equal."""
 LAYERS = ("num_hidden_layers", "n_layer")
 """Keys that hold the number of decoder blocks."""
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -80,6 +82,9 @@ def _unmet_requirement(name: str, value: Any) -> str | None:
         return None
     if name in COUNTS_OF_BLOCKS and isinstance(value, list):
         return None if all(_is_whole(item, 2**31 - 1) for item in value) else "a list of whole numbers"
+    if name in EQUAL_IN_BLOCKS and isinstance(value, list):
+        fits = len(set(map(str, value))) == 1 and _is_whole(value[0], 2**31 - 1)
+        return None if fits else "a whole number, or a list of equal ones"
     if name in COUNTS:
         return None if _is_whole(value, 2**31 - 1) else "a whole number from 0 to 2147483647"
     if name in LAYERS:

@@ -123,6 +123,11 @@ UNSMOOTHED += ("qwen3next", "qwen3_5", "qwen3_5moe")
 PLUS_ONE += ("qwen3next", "qwen3_5", "qwen3_5moe")
 QWEN3_NEXT = SIZES | EXPERTS | DELTA_NET | {"linear_num_value_heads": 4, "rope_parameters": QWEN3_5["rope_parameters"]}
 
+GEMMA3N = SIZES | {"head_dim": 16, "vocab_size_per_layer_input": 512, "intermediate_size": 768, "sliding_window": 16}
+GEMMA3N |= {"num_hidden_layers": 2, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95] * 2}
+GEMMA3N |= {"layer_types": ["sliding_attention", "full_attention"], "pad_token_id": 0}
+UNSMOOTHED += ("gemma3n",)
+
 GEMMA4 = {"head_dim": 16, "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True}
 GEMMA4 |= {"pad_token_id": 0, "sliding_window": 16, "num_hidden_layers": 3, "hidden_size_per_layer_input": 0}
 GEMMA4 |= {"layer_types": ["sliding_attention", "full_attention", "full_attention"]}
@@ -196,6 +201,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "gemma2": ("Gemma2Config", SIZES | WIDE_HEADS, "pieces without prefix"),
     "gemma3": ("Gemma3TextConfig", SIZES | WIDE_HEADS | WINDOWS, "pieces without prefix"),
+    "gemma3n": ("Gemma3nTextConfig", GEMMA3N, "pieces without prefix"),
     "gemma4": ("Gemma4TextConfig", SIZES | GEMMA4 | {"final_logit_softcapping": 5.0}, "pieces without prefix"),
     "gemma4-e": ("Gemma4TextConfig", SIZES | GEMMA4 | GEMMA4_INPUTS, "pieces without prefix"),
     "gemma4-moe": ("Gemma4TextConfig", SIZES | GEMMA4 | GEMMA4_EXPERTS, "pieces without prefix"),
