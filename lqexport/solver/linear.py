@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lqexport.errors import UserError
-from lqexport.formats.codec import Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections, TrellisCodec
+from lqexport.formats.codec import Codec, GridCodec, PlainCodec, Planes, SectionedCodec, TrellisCodec
 from lqexport.formats.plain import TooLarge
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
@@ -30,6 +30,7 @@ from lqexport.solver.feedback import damped, feedback, layer_loss, refine
 from lqexport.solver.importance import importance
 from lqexport.solver.solve_exact import in_own_order
 from lqexport.solver.solve_sections import refine_sections
+from lqexport.solver.trellis_linear import solve_walks
 from lqexport.solver.weight_checks import check_weights, too_large
 from lqexport.storage.artifact import StoredTensor
 
@@ -142,7 +143,8 @@ def solve_linear(
 def rows_are_apart(codec_name: str) -> bool:
     """Returns whether the codec stores each row by itself.
 
-    EXL2 and GPTQ's layout do not: in EXL2 rows share maxima, and in both rows are the last axis of the planes.
+    EXL2, EXL3 and GPTQ's layout do not: their rows are not the first axis of the planes. In EXL2 rows share maxima, and
+    EXL3 mixes rows.
     """
     return isinstance(codec_named(codec_name), GridCodec)
 
@@ -185,7 +187,7 @@ def solve_rows(
     cholesky  what `factor_of` returns for them (None, or one whose order the codec cannot take: it is computed)
     """
     codec = codec_named(codec_name)
-    assert not isinstance(codec, PlainCodec | TrellisCodec)
+    assert not isinstance(codec, PlainCodec)
     hessian = None if hessian is None else hessian.to(placement.device)
     unit = unit_of([codec_name])
     fits = cholesky is not None and cholesky.keeps_together(unit)
@@ -194,11 +196,11 @@ def solve_rows(
 
     def work(rows: slice) -> SolvedRows:
         chunk = weight[rows].to(placement.device).float()
-        if hessian is None or cholesky is None:
-            grid, codes = _round_to_nearest(codec, chunk)
+        if isinstance(codec, TrellisCodec):
+            walks = solve_walks(codec.trellis, chunk, hessian, cholesky, settings)
+            planes, values = _checked(codec, codec.encode(walks), walks.values(), name)
         else:
-            grid, codes = _solve(codec, chunk, hessian, cholesky, settings)
-        planes, values = _pack(codec, grid.numpy(), codes.cpu().numpy(), name)
+            planes, values = _solved_on_grid(codec, chunk, hessian, cholesky, settings, name)
         sums = _sums(torch.from_numpy(values).to(placement.device), chunk, hessian, cholesky)
         return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
 
@@ -233,6 +235,20 @@ def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tupl
     natural = torch.arange(weight.shape[1], device=weight.device)
     grid = minmax(codec, weight) if isinstance(codec, GridCodec) else minmax_sections(codec, weight, natural)
     return grid, grid.nearest(weight)
+
+
+def _solved_on_grid(
+    codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor | None, cholesky: CholeskyFactor | None,
+    settings: SolverSettings, name: str,
+) -> tuple[Planes, np.ndarray]:  # fmt: skip
+    """Returns planes and the values that they decode to."""
+    if hessian is None or cholesky is None:
+        grid, codes = _round_to_nearest(codec, weight)
+    else:
+        grid, codes = _solve(codec, weight, hessian, cholesky, settings)
+    stored, stored_codes = grid.numpy(), codes.cpu().numpy()
+    planes = codec.encode(stored, stored_codes)  # type: ignore[arg-type]  # a grid of this codec
+    return _checked(codec, planes, stored.values(stored_codes), name)
 
 
 def _solve(
@@ -277,16 +293,13 @@ def _solve_sections(
     return grid, codes
 
 
-def _pack(
-    codec: GridCodec | SectionedCodec, grid: Grid | Sections, codes: np.ndarray, name: str
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _checked(codec: Codec, planes: Planes, solved: np.ndarray, name: str) -> tuple[Planes, np.ndarray]:
     """Returns planes and the values that they decode to.
 
-    Raises AssertionError if those are not the grid's values, bit for bit.
+    Raises AssertionError if those are not the solved ones, bit for bit.
     """
-    planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
-    values = codec.decode(planes, grid.columns)
-    if not np.array_equal(values.view(np.uint32), grid.values(codes).view(np.uint32)):
+    values = codec.decode(planes, solved.shape[1])
+    if not np.array_equal(values.view(np.uint32), solved.view(np.uint32)):
         raise AssertionError(
             f"{name}: {codec.name} decodes to other values than were solved. This is a bug in lqexport."
         )
