@@ -39,6 +39,7 @@ from lqexport.converters.models.tensor_names import (
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
 from lqexport.formats.codec import PlainCodec
+from lqexport.formats.exl3 import EXL3
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import AUTO, Target, full_name, unknown
@@ -133,7 +134,7 @@ def _check_experts(planned: list[PlannedTensor], names: dict[str, str]) -> None:
 def _check_target(target: Target) -> None:
     known = [*targets(), str(AUTO)]
     if str(target) not in known:
-        raise UserError(unknown("target", str(target), [*known, *GPTQ, *names("mlx"), "exl2"]))
+        raise UserError(unknown("target", str(target), [*known, *GPTQ, *names("mlx"), *EXL3, "exl2"]))
 
 
 def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:

@@ -17,7 +17,7 @@ import torch
 
 from lqexport.calibration.collect import BATCH_TOKENS, SHARDS
 from lqexport.converters.models.tensor_names import expert_number
-from lqexport.formats.codec import GridCodec, SectionedCodec
+from lqexport.formats.codec import GridCodec, SectionedCodec, TrellisCodec
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
 from lqexport.planning.cost import Work, cross_bytes, largest_part_bytes
@@ -221,8 +221,11 @@ def _solving(work: Work, placement: Placement) -> Memory:
 
 
 def _is_whole(work: Work) -> bool:
-    """Returns whether all rows of a linear are solved at once, under a Hessian with reordered columns (EXL2, GPTQ)."""
-    return any(isinstance(codec_named(tensor.codec_name), SectionedCodec) for tensor in work.block)
+    """Returns whether all rows of a linear are solved at once, under a Hessian in another order or basis.
+
+    This is so in EXL2, EXL3 and GPTQ's layout.
+    """
+    return any(isinstance(codec_named(tensor.codec_name), SectionedCodec | TrellisCodec) for tensor in work.block)
 
 
 def _chunk_bytes(work: Work, placement: Placement) -> int:
