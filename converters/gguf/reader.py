@@ -74,6 +74,7 @@ class GGUFModel:
             raise UserError(f"{self.path} is damaged: it says that it has {experts} experts.")
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
+        marks = {entry.mark: bool(self.metadata.get(f"{name}.{entry.mark}")) for entry in same_name if entry.mark}
         candidates = [
             entry.expanded(
                 experts,
@@ -84,6 +85,7 @@ class GGUFModel:
             )
             for entry in same_name
             if bool(entry.experts) == bool(experts)
+            and all((entry.mark == mark) == is_true for mark, is_true in marks.items())
         ] or same_name
         windows = f"{name}.{WINDOW}" in self.metadata
         return sorted(candidates, key=lambda entry: (entry.period is not None) != windows)

@@ -169,6 +169,8 @@ class Architecture:
     columns     vectors of a block that GGUF holds as matrices of one column
     grouped     vector of a block that GGUF holds as a matrix -> key of config.json with the number of its rows
     keys        GGUF metadata beyond the sizes that every architecture has
+    mark        one of these that is true in files of this entry, and absent or false in those of others with the same
+                tensors; None where tensors tell
     aliases     this family's name of a key of config.json -> the usual name
     former      older key of config.json -> the usual name. transformers takes the older key where config.json has both
     folded      returns the factors of config.json that become parts of the weights when a checkpoint is read, by tensor
@@ -256,6 +258,7 @@ class Architecture:
     columns: tuple[str, ...] = ()
     grouped: dict[str, str] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
+    mark: str | None = None
     aliases: dict[str, str] = field(default_factory=dict)
     former: dict[str, str] = field(default_factory=dict)
     folded: Callable[[Config], dict[str, Factor]] = lambda config: {}

@@ -41,7 +41,7 @@ from lqexport.converters.models.families.jamba import JAMBA, JAMBA_MOE
 from lqexport.converters.models.families.lfm import LFM2, LFM2_MOE
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.llama4 import LLAMA4
-from lqexport.converters.models.families.mamba import MAMBA, MAMBA2
+from lqexport.converters.models.families.mamba import FALCON_MAMBA, MAMBA, MAMBA2
 from lqexport.converters.models.families.mimo import MIMO2
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL, MISTRAL4
@@ -147,6 +147,7 @@ ARCHITECTURES = (
     NEMOTRON_H_MOE,
     FALCON_H1,
     MAMBA,
+    FALCON_MAMBA,
     MAMBA2,
     JAMBA,
     JAMBA_MOE,

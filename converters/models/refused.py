@@ -42,11 +42,6 @@ REFUSED = (
         "write yet",
     ),
     Refused(
-        "Falcon Mamba",
-        ("FalconMambaForCausalLM",),
-        "llama.cpp has one epsilon for all norms, and the model has another one (mixer_rms_eps) within its mixers",
-    ),
-    Refused(
         "Phi-3.5 MoE",
         ("PhimoeForCausalLM",),
         "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean",

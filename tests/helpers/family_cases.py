@@ -170,7 +170,7 @@ MAMBA2 |= {"state_size": 16, "chunk_size": 32}
 MAMBA = SPECIAL | {"hidden_size": 64, "num_hidden_layers": 2, "time_step_rank": 32}
 JAMBA = SIZES | {"attn_layer_period": 2, "attn_layer_offset": 0, "mamba_dt_rank": 32}
 EXPERT_CASES += ("jamba-moe",)
-UNSMOOTHED += ("mamba2", "mamba", "jamba", "jamba-moe")
+UNSMOOTHED += ("mamba2", "mamba", "falcon-mamba", "jamba", "jamba-moe")
 
 MIMO2 = SIZES | {"head_dim": 32, "v_head_dim": 16, "num_key_value_heads": 1, "sliding_window": 16}
 MIMO2 |= {"num_hidden_layers": 3, "layer_types": ["full_attention", "sliding_attention", "full_attention"]}
@@ -274,6 +274,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "falcon-h1-norm": ("FalconH1Config", FALCON_H1_NORM, "smaug-bpe"),
     "mamba2": ("Mamba2Config", MAMBA2, "gpt-2"),
     "mamba": ("MambaConfig", MAMBA, "gpt-2"),
+    "falcon-mamba": ("FalconMambaConfig", MAMBA | {"mixer_rms_eps": 1e-5}, "gpt-2"),
     "jamba": ("JambaConfig", JAMBA | {"num_experts": 1, "attn_layer_offset": 1}, "smaug-bpe"),
     "jamba-moe": ("JambaConfig", JAMBA | {"num_experts": 4}, "smaug-bpe"),
     "lfm2": ("Lfm2Config", LFM2, "llama-bpe"),

@@ -86,6 +86,9 @@ def _sizes_of_mamba1(config: Config) -> Config:
     return sizes | {"max_position_embeddings": CONTEXT} | time_steps(config, "time_step_rank")
 
 
+NORMED_STEPS = "ssm.dt_b_c_rms"
+"""The GGUF key that says whether time steps and the numbers beside them are normed."""
+
 MAMBA = replace(
     MAMBA2,
     family="Mamba",
@@ -108,4 +111,14 @@ MAMBA = replace(
     derived=_sizes_of_mamba1,
     restored=lambda config: {},
     fixed={key: values for key, values in MAMBA2.fixed.items() if key != "time_step_limit"},
+)
+
+FALCON_MAMBA = replace(
+    MAMBA,
+    family="Falcon Mamba with one epsilon for all norms",
+    classes=("FalconMambaForCausalLM",),
+    model_type="falcon_mamba",
+    mark=NORMED_STEPS,
+    keys=(*MAMBA.keys, Key(NORMED_STEPS, "normed_steps", bool, True)),
+    same={"mixer_rms_eps": "layer_norm_epsilon"},
 )
