@@ -40,7 +40,7 @@ from lqexport.converters.folders import native
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.support import SAME_ACTIVATIONS
 from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
-from lqexport.converters.models.refused import REFUSED, Refused
+from lqexport.converters.models.refused import REFUSED, UNKNOWN, Refused
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -51,6 +51,7 @@ from lqexport.storage.artifact import Artifact
 from lqexport.target import Target
 from lqexport.verification.verifying import verify
 
+HELIUM = {"general.architecture": "helium"}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
 
@@ -279,6 +280,22 @@ def _as_indexed(content: Content, name: str) -> None:
     sizes |= {"key_length_mla": 48, "value_length_mla": 24, "key_length": 80, "value_length": 64}
     for key, size in sizes.items():
         content.add(f"{name}.attention.{key}", size, GGUFValueType.UINT32)
+
+
+def test_transformers_lacks_models_that_are_refused_for_that() -> None:
+    assert not any(
+        hasattr(transformers, name) for entry in REFUSED if entry.reason == UNKNOWN for name in entry.classes
+    )
+
+
+@pytest.mark.llamacpp
+def test_llamacpp_lacks_helium(tmp_path: Path) -> None:
+    make_model("llama").save_pretrained(tmp_path / "hf")
+    make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")
+    path = export(tmp_path, Recipe(str(tmp_path / "hf"), "gguf:F16"))
+    other = rewritten(path, tmp_path / "helium.gguf", lambda content: content.values.update(HELIUM))
+    with pytest.raises(UserError, match="unknown model architecture: 'helium'"), LlamaCpp(other, 8, threads=1):
+        pass
 
 
 def test_unknown_architecture_lists_each_known_one_once() -> None:

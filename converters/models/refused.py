@@ -32,8 +32,8 @@ REFUSED = (
     Refused(
         "DeepSeek V4",
         ("DeepseekV4ForCausalLM",),
-        "each token has several hidden states, which every block mixes anew, and the program passes one from block to "
-        "block",
+        "its first blocks choose experts by the number of the token, in a table of whole numbers, and the program "
+        "writes only tensors of floats",
     ),
     Refused(
         "Kimi Linear",
@@ -44,7 +44,8 @@ REFUSED = (
     Refused(
         "Phi-3.5 MoE",
         ("PhimoeForCausalLM",),
-        "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean",
+        "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean: the "
+        "logits of a small random model differ by 0.54 at unit scale",
     ),
     Refused("Helium", ("HeliumForCausalLM",), "llama.cpp has no such architecture"),
     Refused("Step 3.5", ("Step3p5ForCausalLM",), UNKNOWN),
