@@ -17,6 +17,7 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 if TYPE_CHECKING:
     from lqexport.calibration.make_imatrix import make_imatrix as make_imatrix
+    from lqexport.calibration.model_text import write_text as write_text
     from lqexport.delivery.deliver import Delivery as Delivery
     from lqexport.delivery.deliver import export_model as export_model
     from lqexport.delivery.ladder import Ladder as Ladder
@@ -73,6 +74,7 @@ _MODULES = {
     "save_record": "verification.publish",
     "to_mmproj": "pictures",
     "verify": "verification.verifying",
+    "write_text": "calibration.model_text",
     "zero_shot": "evaluation.zero_shot_tasks",
 }
 """Public names and the modules that have them."""

@@ -290,6 +290,8 @@ def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path,
         runnable(folder, torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.perplexity(folder, [str(text)], protocol="llama.cpp-512")
+    with pytest.raises(UserError, match="is an encoder and writes no text"):
+        lqexport.write_text(source, tmp_path / "text.jsonl", device="cpu")
     with pytest.raises(UserError, match="has 64 positions"):
         lqexport.quantize(Recipe(source, "native:table-3", calibration=str(text)), tmp_path / "out")
 

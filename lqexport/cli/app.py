@@ -24,6 +24,7 @@ from lqexport.cli.pictures import to_mmproj
 from lqexport.cli.quantize import plan, quantize
 from lqexport.cli.unexpected import STATUS, unexpected
 from lqexport.cli.verify import compare, push_to_hub, verify
+from lqexport.cli.write_text import write_text
 
 app = typer.Typer(
     name="lqexport",
@@ -83,7 +84,7 @@ for command in (
 ):
     app.command()(command)
 app.command(name="eval")(evaluate)
-for command in (judge, push_to_hub, inspect, imatrix):
+for command in (judge, push_to_hub, inspect, imatrix, write_text):
     app.command()(command)
 
 

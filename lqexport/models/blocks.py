@@ -15,6 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lqexport.converters.models.architecture import FIRST
 from lqexport.converters.models.architectures import architecture_of
@@ -346,8 +347,7 @@ class BlockModel:
 
     def logits(self, hidden: torch.Tensor, norm_state: dict[str, torch.Tensor] | None = None) -> torch.Tensor:
         """Returns the logits [..., vocabulary] for hidden states after the last block; arguments as of `normed`."""
-        tied = self.architecture.output not in self.weights.names()
-        self._loaded(self.architecture.output.removesuffix(".weight"), self.architecture.embedding if tied else None)
+        self._load_output()
         states = self.normed(hidden, norm_state)
         # The model itself computes the logits, since it may scale or cap them. It takes three dimensions, and some
         # models look at the shape of the token ids.
@@ -356,6 +356,21 @@ class BlockModel:
         logits = self._model(torch.zeros(states.shape[:2], dtype=torch.int64, device=self.device)).logits
         self._model.set_submodule(self._body_name, self._body)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def _load_output(self) -> None:
+        """Reads the weights of the output layer, which may be those of the embedding."""
+        tied = self.architecture.output not in self.weights.names()
+        self._loaded(self.architecture.output.removesuffix(".weight"), self.architecture.embedding if tied else None)
+
+    def whole(self) -> PreTrainedModel:
+        """Returns transformers' model of a decoder with all of its weights on the device, in `dtype`."""
+        for name in (*self._embeddings(), self.architecture.final_norm):
+            self._loaded(name)
+        self._load_output()
+        for index, block in enumerate(self._blocks):
+            prefix = f"{self.architecture.blocks}.{index}"
+            self._fill(block, {name: f"{prefix}.{name}" for name in block.state_dict()}, {})
+        return self._model
 
     def embedding(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns an encoder's embeddings [batch, hidden], normalized to length 1.

@@ -1,0 +1,99 @@
+"""Lets a model write text to calibrate on: text of the sorts that it was trained on, without a network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lqexport.calibration.sequences import begins_with_bos
+from lqexport.errors import UserError, files_at_hand
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+from lqexport.runtime.environment import choose_device
+from lqexport.runtime.progress import Listener, Silent
+from lqexport.storage.files import written_whole
+
+BATCH = 32
+"""Sequences that are written at once."""
+MARK = "\u2063text\u2063"
+"""A message that no chat template contains: what stands before it begins a user's message."""
+
+
+@files_at_hand()
+@torch.no_grad()
+def write_text(
+    source: str, path: str | Path, *, samples: int = 64, sequence_length: int = 512, seed: int = 0,
+    device: str = "auto", listener: Listener | None = None,
+) -> None:  # fmt: skip
+    """Writes a file of JSON Lines with texts of the model's own, for `quantize --calibration`.
+
+    Half of the texts go on from a random token. The other half are conversations: the model writes the user's message,
+    too, after the beginning that its chat template gives. A model without a template writes the first sort alone. Each
+    token is drawn from all that the model predicts, at temperature 1.
+
+    source            a folder, a hub id or a .gguf file
+    samples           the number of texts
+    sequence_length   tokens in each text
+
+    Equal arguments give equal texts on one machine; another may round otherwise. Raises UserError for bad input.
+    """
+    path, listener = Path(path), listener or Silent()
+    if path.exists():
+        raise UserError(f"{path} exists. Delete it, or choose another name.")
+    weights = open_source(source)
+    tokenizer, torch_device = weights.tokenizer(), choose_device(device)
+    model = BlockModel(weights, torch_device, torch.float32 if torch_device.type == "cpu" else torch.bfloat16)
+    if model.architecture.encoder:
+        raise UserError(f"{weights.name} is an encoder and writes no text: give it a file to calibrate on.")
+    starts = beginnings(tokenizer, weights.shape(model.architecture.embedding)[0], samples, seed)
+    listener.stage("Write texts", samples)
+    with torch.random.fork_rng(), written_whole(path) as file:
+        torch.manual_seed(seed)
+        for texts in _written(model, starts, sequence_length):
+            for ids in texts.tolist():
+                line = json.dumps({"text": tokenizer.decode(ids[_bos(tokenizer) :])}, ensure_ascii=False)
+                file.write(f"{line}\n".encode())
+            listener.advance(len(texts))
+
+
+def beginnings(tokenizer: Any, vocabulary: int, samples: int, seed: int) -> list[list[int]]:
+    """Returns the token ids that every text begins with; those of equal length stand together.
+
+    vocabulary   rows of the embedding: tokens beyond it cannot be drawn
+    """
+    first = [tokenizer.bos_token_id] if _bos(tokenizer) else []
+    ordinary = sorted(set(range(min(len(tokenizer), vocabulary))) - set(tokenizer.all_special_ids))
+    chosen = torch.randint(len(ordinary), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
+    conversations = samples // 2 if tokenizer.chat_template else 0
+    free = [[*first, ordinary[index]] for index in chosen[conversations:]]
+    return free + [_conversation(tokenizer)] * conversations if conversations else free
+
+
+def _bos(tokenizer: Any) -> int:
+    """Returns 1 if the tokenizer puts its beginning-of-sequence token before a text by itself, else 0."""
+    return int(begins_with_bos(tokenizer))
+
+
+def _conversation(tokenizer: Any) -> list[int]:
+    """Returns the token ids before a user's first message."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
+    before = text.partition(MARK)[0]
+    return list(tokenizer(before, add_special_tokens=False).input_ids)
+
+
+def _written(model: BlockModel, starts: list[list[int]], length: int) -> Iterator[torch.Tensor]:
+    """Yields token ids [batch, length] of texts that go on from `starts`."""
+    whole: Any = model.whole()
+    for begin in range(0, len(starts), BATCH):
+        batch = starts[begin : begin + BATCH]
+        for size in sorted({len(start) for start in batch}):
+            ids = torch.tensor([start for start in batch if len(start) == size], device=model.device)
+            # Without eos_token_id, a text that ends is followed by the next one.
+            yield whole.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+                max_new_tokens=length - size, eos_token_id=None, pad_token_id=0,
+            )  # fmt: skip

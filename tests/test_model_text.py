@@ -1,0 +1,54 @@
+"""Texts that a model writes by itself, to calibrate on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lqexport.calibration.model_text import beginnings, write_text
+from lqexport.calibration.sequences import load_calibration
+from lqexport.cli.app import app
+from lqexport.errors import UserError
+from lqexport.models.blocks import BlockModel
+from lqexport.models.source import open_source
+
+TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
+
+
+def test_the_whole_model_is_that_of_transformers(tiny_model: Path) -> None:
+    whole = BlockModel(open_source(str(tiny_model))).whole()
+    ids = torch.randint(100, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.equal(whole(ids).logits, expected(ids).logits)
+
+
+def test_texts_are_written_and_calibrate(tiny_model: Path, tmp_path: Path) -> None:
+    path, again = tmp_path / "text.jsonl", tmp_path / "again.jsonl"
+    options = ["--samples", "5", "--sequence-length", "24"]
+    result = CliRunner().invoke(app, ["write-text", str(tiny_model), str(path), *options])
+    assert result.exit_code == 0, result.output
+    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(set(texts)) == 5
+    write_text(str(tiny_model), again, samples=5, sequence_length=24, device="cpu")
+    assert again.read_bytes() == path.read_bytes()
+    tokenizer = open_source(str(tiny_model)).tokenizer()
+    assert load_calibration(str(path), tokenizer, samples=2, sequence_length=16, seed=0).tokens.shape == (2, 16)
+    with pytest.raises(UserError, match="exists"):
+        write_text(str(tiny_model), path)
+
+
+def test_half_of_the_texts_are_conversations(tiny_model: Path) -> None:
+    tokenizer = open_source(str(tiny_model)).tokenizer()
+    assert len(beginnings(tokenizer, 1000, 6, 0)) == 6
+    tokenizer.chat_template = TEMPLATE
+    starts = beginnings(tokenizer, len(tokenizer), 6, 0)
+    user = tokenizer("<|user|>", add_special_tokens=False).input_ids
+    assert starts[3:] == [user] * 3
+    assert all(len(start) < len(user) and start[-1] not in tokenizer.all_special_ids for start in starts[:3])
+    assert starts == beginnings(tokenizer, len(tokenizer), 6, 0) != beginnings(tokenizer, len(tokenizer), 6, 1)
