@@ -126,7 +126,7 @@ STAGES = [("Q2_K", corrected), ("Q3_K", corrected), ("Q4_K", plain), ("IQ4_XS", 
 def markdown(rows: list[dict[str, Any]]) -> str:
     lines = ["| type | correction | MB | mean KL | perplexity | same top-1 |", "|---|---|---|---|---|---|"]
     for entry in sorted(rows, key=lambda entry: entry["bytes"]):
-        lines.append(f"| {entry['type']} | {entry['label']} | {figures(entry)} |")
+        lines.append(f"| {entry['type']} | {entry['label']} | {entry['bytes'] / 1e6:.1f} | {figures(entry)} |")
     return "\n".join(lines)
 
 
