@@ -51,6 +51,7 @@ from lqexport.storage.artifact import Artifact
 from lqexport.target import Target
 from lqexport.verification.verifying import verify
 
+HALF_MSCALE = {"mscale": 0.5, "mscale_all_dim": 0.5}
 HELIUM = {"general.architecture": "helium"}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
 
@@ -95,6 +96,17 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
         ("ministral3", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope scaling of type 'linear'"),
         ("mistral4", {"rope_parameters": MINISTRAL_ROPE | {"partial_rotary_factor": 0.5}}, "16 of 48 columns"),
         ("mistral4", {"n_group": 2}, "n_group 1"),
+        ("mistral4", {"rope_parameters": MINISTRAL_ROPE | HALF_MSCALE}, "equal mscale and mscale_all_dim of 1"),
+        (
+            "deepseek-v32",
+            {"rope_parameters": DEEPSEEK_ROPE},
+            "mscale_all_dim of 1, and config.json has 0.707 and 0.707",
+        ),
+        (
+            "deepseek-v3",
+            {"rope_parameters": YARN},
+            "equal mscale and mscale_all_dim, and config.json has None and None",
+        ),
         ("glm4", {"rope_parameters": YARN | {"attention_factor": 1.0}}, "without attention_factor"),
         ("glm", {"rope_parameters": LLAMA3}, "rope scaling of type 'llama3'"),
         ("glm", {"head_dim": 32}, "add up to hidden_size"),

@@ -34,7 +34,9 @@ TOKENS = [1, 5, 6, 7, 9, 30, 31, 77]
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air"])
+@pytest.mark.parametrize(
+    "name", ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air", "deepseek-v32", "glm-dsa"]
+)
 def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: Path) -> None:
     """The model's own logits are those of a file without the block, bit for bit."""
     made = Predicting(name)

@@ -102,15 +102,15 @@ def _is_said(architecture: Architecture, key: str, value: Any) -> bool:
 
 def _sizes(metadata: Metadata) -> Config:
     heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
+    absorbed = metadata.architecture.absorbed
+    length = "attention.key_length_mla" if absorbed else "attention.key_length"
     return {
         "hidden_size": hidden,
         "intermediate_size": metadata.number("feed_forward_length"),
         **_blocks(metadata),
         "num_attention_heads": heads,
-        "num_key_value_heads": metadata.number(KEY_HEADS, heads),
-        "head_dim": metadata.number(
-            "attention.key_length", metadata.number("rope.dimension_count", max(hidden // heads, 1))
-        ),
+        "num_key_value_heads": heads if absorbed else metadata.number(KEY_HEADS, heads),
+        "head_dim": metadata.number(length, metadata.number("rope.dimension_count", max(hidden // heads, 1))),
         "max_position_embeddings": metadata.number("context_length"),
     }
 
@@ -130,7 +130,9 @@ def _latent_head_sizes(metadata: Metadata, config: Config) -> Config:
     return {
         "qk_rope_head_dim": rotated,
         "qk_nope_head_dim": config["head_dim"] - rotated,
-        "v_head_dim": metadata.number("attention.value_length"),
+        "v_head_dim": metadata.number(
+            "attention.value_length_mla" if metadata.architecture.absorbed else "attention.value_length"
+        ),
     }
 
 

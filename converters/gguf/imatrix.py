@@ -37,10 +37,11 @@ class ImportanceMatrix:
     means: dict[str, NDArray[np.float32]]
     datasets: tuple[str, ...] = field(default=())
 
-    def mean(self, weight_name: str, expert: int | None, columns: int) -> NDArray[np.float32] | None:
+    def mean(self, weight_name: str, expert: int | None, columns: int, groups: int = 1) -> NDArray[np.float32] | None:
         """Returns the mean squares of a weight's inputs, float32 [columns]; None if it has none.
 
         expert   the number of the expert within the weight's tensor; None for a weight of no expert
+        groups   the number of matrices that the weight is in the file; the result is the mean over them
 
         The old format has one matrix for all experts of a tensor, one after the other. Raises ValueError if the number
         of columns is another.
@@ -48,6 +49,8 @@ class ImportanceMatrix:
         if weight_name not in self.means:
             return None
         means = self.means[weight_name].reshape(-1)
+        if len(means) == groups * columns:
+            means = means.reshape(groups, columns).mean(0)
         start = (expert or 0) * columns
         if len(means) % columns or start + columns > len(means) or (expert is None and len(means) != columns):
             raise ValueError(f"it has {len(means)} numbers for {weight_name}, whose inputs are {columns}")

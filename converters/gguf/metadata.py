@@ -69,11 +69,14 @@ def add_model(
     if "feed_forward_length" not in given:
         writer.add_feed_forward_length(_size(config, "intermediate_size"))
     writer.add_head_count(head_count(config))
-    if KEY_HEADS not in given:
-        writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
-    writer.add_key_length(head_dim(config))
-    if VALUE_LENGTH not in given:
-        writer.add_value_length(config.get("v_head_dim") or head_dim(config))
+    if architecture.absorbed:
+        _add_absorbed(writer, config)
+    else:
+        if KEY_HEADS not in given:
+            writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
+        writer.add_key_length(head_dim(config))
+        if VALUE_LENGTH not in given:
+            writer.add_value_length(config.get("v_head_dim") or head_dim(config))
     writer.add_vocab_size(vocabulary)
     if TOKEN_TYPES in architecture.gguf_top.values():
         writer.add_token_type_count(_size(config, "type_vocab_size"))
@@ -84,6 +87,16 @@ def add_model(
         _add_rope(writer, architecture, config)
     if architecture.rope_sections:
         writer.add_rope_dimension_sections([*rope_sections(architecture, config), 0])
+
+
+def _add_absorbed(writer: GGUFWriter, config: Config) -> None:
+    """Adds the sizes of the one head that attends to latent vectors, and of the heads that it stands for."""
+    rank = _size(config, "kv_lora_rank")
+    writer.add_head_count_kv(1)
+    writer.add_key_length(rank + rotary_dim(config))
+    writer.add_value_length(rank)
+    writer.add_key_length_mla(head_dim(config))
+    writer.add_value_length_mla(_size(config, "v_head_dim"))
 
 
 def _size(config: Config, key: str) -> int:

@@ -179,15 +179,19 @@ _FALCON: dict[str, dict[str, Rule]] = {
 VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 """The GGUF names of linears that compute the values of attention, alone or among others."""
 
+OF_HEADS = ("attn_k_b", "attn_v_b")
+"""The GGUF names of linears that are [heads, rows, columns], which llama.cpp takes for experts in MXFP4_MOE."""
+
 
 def sort_of(module: str) -> str:
     """Returns the linear whose rules a linear follows, by the GGUF names of their modules.
 
-    `attn_v` for a fused `attn_qkv`, `ffn_down` for stacked `ffn_down_exps`.
+    `attn_v` for a fused `attn_qkv`, `ffn_down` for stacked `ffn_down_exps`, `attn_k` for `indexer.attn_k`.
     """
     if module in VALUES:
         return "attn_v"
-    return next((sort for sort in ("ffn_down", "ffn_up", "ffn_gate") if module.startswith(sort)), module)
+    sorts = ("ffn_down", "ffn_up", "ffn_gate")
+    return next((sort for sort in sorts if module.startswith(sort)), module.removeprefix("indexer."))
 
 
 def mix_type(mix: str, module: str, layer: Layer) -> str:
@@ -196,7 +200,7 @@ def mix_type(mix: str, module: str, layer: Layer) -> str:
     module   GGUF name of the linear's module, such as `attn_v`
     """
     if mix == "MXFP4_MOE":
-        return "MXFP4" if module.endswith("_exps") else MIXES[mix]
+        return "MXFP4" if module.endswith("_exps") or module in OF_HEADS else MIXES[mix]
     module = sort_of(module)
     if mix in SMALLEST:
         return _of_smallest(mix, module, layer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,8 @@ from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FA
 from lqexport.converters.models.tensor_names import (
     block_module,
     gguf_names,
-    is_vector,
+    is_grouped_matrix,
+    model_shape,
     needed_names,
     place_in_stack,
     plain_codec,
@@ -115,6 +115,7 @@ class GGUFModel:
         stacked = {
             known[name]: 2 if name.endswith(".bias") else 3 for name in known if place_in_stack(name) is not None
         }
+        stacked |= {known[name]: 3 for name in known if is_grouped_matrix(self._architecture, name)}
         for name, tensor in self._tensors.items():
             dimensions = len(tensor.shape)
             if dimensions != stacked[name] if name in stacked else dimensions > 2:
@@ -145,9 +146,7 @@ class GGUFModel:
         shape = self._tensor(name).shape
         if len(shape) == 1 and self._has_one_row(name):
             return (1, *shape)
-        if is_vector(self._architecture, name):
-            return (math.prod(shape),)
-        return shape if place_in_stack(name) is None else shape[1:]
+        return model_shape(self._architecture, name, shape) if place_in_stack(name) is None else shape[1:]
 
     def _has_one_row(self, name: str) -> bool:
         module = block_module(self._architecture, name)

@@ -107,6 +107,7 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
         )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
+        _check_mscale(architecture, settings)
     if architecture.period is not None or architecture.any_windows:
         check_window_scaling("llama.cpp", architecture, config)
         _check_window_theta(architecture, config)
@@ -137,6 +138,16 @@ def _check_window_theta(architecture: Architecture, config: Config) -> None:
         raise UserError(
             f"llama.cpp rotates all blocks of {architecture.classes[0]} with rope_theta {theta:g}, and config.json has "
             f"{within:g} within windows."
+        )
+
+
+def _check_mscale(architecture: Architecture, settings: dict[str, Any]) -> None:
+    """Raises UserError if llama.cpp would scale the products of queries and latent keys otherwise than transformers."""
+    given, only = (settings.get("mscale"), settings.get("mscale_all_dim")), architecture.only_mscale
+    if architecture.latent and (not given[1] or given[0] != given[1] or only not in (None, given[1])):
+        raise UserError(
+            f"llama.cpp computes yarn for {architecture.classes[0]} with equal mscale and mscale_all_dim"
+            f"{f' of {only:g}' if only else ''}, and config.json has {given[0]} and {given[1]}."
         )
 
 

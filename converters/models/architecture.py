@@ -116,7 +116,8 @@ class Architecture:
     exl2        ExLlamaV2's rules; None where it does not load the architecture, or computes it wrongly
     linears     quantized linears of a block, in groups that share their input, in the order in which data flows
     gguf_block  Hugging Face module of a block -> GGUF name of that module
-    gguf_tensors  Hugging Face tensor of a block that is no module's weight or bias -> GGUF tensor; both names are whole
+    gguf_tensors  Hugging Face tensor of a block that is no module's weight or bias, or a bias without which llama.cpp
+                does not load the model -> GGUF tensor; both names are whole
     numbers     Hugging Face tensor of a block with one number -> key of the GGUF metadata that has these numbers of all
                 blocks, as an array. GGUF has no such tensor
     scalars     those of them that are stored without a dimension in checkpoints
@@ -139,13 +140,17 @@ class Architecture:
     tiled       linears whose columns are value heads, which llama.cpp wants tiled (`value_heads.py`)
     parts       fused linear of a checkpoint -> a function of config.json that returns the linears which take its place,
                 each with the numbers of its rows in the fused linear. They are submodules of the fused linear
+    turned      linear of `parts` that holds its rows of the fused linear transposed, group by group -> key of
+                config.json with the number of groups: [groups * columns, rows of a group]
     borrows     key of config.json with the number of the last blocks, which use keys and values of earlier blocks
     first_borrower   the number of the first of these blocks, in an entry for a certain model; None where there is none
     fills       whether llama.cpp loads the model only with keys and values in these blocks, too; files have zeros there
     streams     key of config.json with the number of hidden states that a token has between blocks; None for one
     merging     list of linears by which all streams but the first are multiplied after the last block
     carries     whether blocks get more than hidden states: inputs of their own, or keys and values of earlier blocks
-    carried     returns the largest number of columns that these have
+    shares_choices   whether a block may attend to the tokens that an earlier block has chosen. transformers' blocks
+                then return the choice beside hidden states
+    carried     returns the largest number of columns that states have beside hidden states
     tables      matrices outside the blocks of which a token needs one row, as of the embedding; stored in its type
     extended    those of them that may have fewer rows than the embedding in checkpoints; their first row is that of all
                 further tokens
@@ -167,7 +172,8 @@ class Architecture:
     plain_norms   modules of a block that are norms to which nothing is added
     decays      tensors of a block that GGUF holds as -exp(value)
     columns     vectors of a block that GGUF holds as matrices of one column
-    grouped     vector of a block that GGUF holds as a matrix -> key of config.json with the number of its rows
+    grouped     vector of a block that GGUF holds as a matrix, or matrix that it holds as [groups, rows, columns] -> key
+                of config.json with the number of groups
     keys        GGUF metadata beyond the sizes that every architecture has
     mark        one of these that is true in files of this entry, and absent or false in those of others with the same
                 tensors; None where tensors tell
@@ -189,6 +195,7 @@ class Architecture:
     unrounded_yarn  whether all models with yarn leave the borders of its ramp unrounded (`truncate` false in
                 config.json). They are taken, although llama.cpp rounds the borders
     mscale      `rope.scaling.yarn_log_multiplier` for `mscale_all_dim` 1; None where llama.cpp does not read it
+    only_mscale    the only `mscale_all_dim` with which llama.cpp computes yarn; None where it computes all
     period      the default n where every n-th block attends to the whole context and the others to `sliding_window`
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
                 no longer than one window
@@ -202,6 +209,8 @@ class Architecture:
     square_heads   whether llama.cpp wants heads whose sizes add up to hidden_size
     latent      whether keys and values are computed from one vector for all heads (multi-head latent attention), and
                 only a part of each head is rotated
+    absorbed    whether llama.cpp takes that vector as the key and the value of a single head. Each query is turned into
+                its space, and what attention returns is turned back
     encoder     whether every token sees the whole text and there is no output layer: the model returns an embedding of
                 the text, made of the hidden states after the last block
     pools_normed   whether an encoder's hidden states pass the final norm before they are pooled
@@ -236,12 +245,14 @@ class Architecture:
     streams: str | None = None
     merging: str = ""
     carries: bool = False
+    shares_choices: bool = False
     carried: Callable[[Config], int] = lambda config: 0
     tables: tuple[str, ...] = ()
     extended: tuple[str, ...] = ()
     rows: dict[str, tuple[str, str]] = field(default_factory=dict)
     tiled: tuple[str, ...] = ()
     parts: dict[str, Callable[[Config], dict[str, Order]]] = field(default_factory=dict)
+    turned: dict[str, str] = field(default_factory=dict)
     rounded: tuple[str, ...] = ()
     transposed: tuple[str, ...] = ()
     stacked: dict[str, Stack] = field(default_factory=dict)
@@ -274,6 +285,7 @@ class Architecture:
     rope_sections: tuple[int, ...] = ()
     unrounded_yarn: bool = False
     mscale: float | None = None
+    only_mscale: float | None = None
     period: int | None = None
     any_windows: bool = False
     one_theta: bool = False
@@ -283,6 +295,7 @@ class Architecture:
     free_heads: bool = True
     square_heads: bool = False
     latent: bool = False
+    absorbed: bool = False
     encoder: bool = False
     pools_normed: bool = False
     projections: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -338,6 +351,10 @@ class Architecture:
         if self.dense is None or not module.startswith("mlp."):
             return True
         return (module in GATED) == (block < self.leading)
+
+    def is_matrix(self, module: str) -> bool:
+        """Whether a module of a block is a linear, solved or rounded."""
+        return module in self.rounded or any(module in group for group in self.linears)
 
     def predicts(self, block: int) -> bool:
         """Whether the block with this number predicts further tokens."""

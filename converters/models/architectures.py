@@ -13,7 +13,13 @@ from lqexport.converters.models.families.apertus import APERTUS
 from lqexport.converters.models.families.arcee import AFMOE, ARCEE
 from lqexport.converters.models.families.bert import BERT
 from lqexport.converters.models.families.cohere import COHERE, COHERE2
-from lqexport.converters.models.families.deepseek import DEEPSEEK_V2, DEEPSEEK_V2_LITE, DEEPSEEK_V3, DEEPSEEK_V3_LITE
+from lqexport.converters.models.families.deepseek import (
+    DEEPSEEK_V2,
+    DEEPSEEK_V2_LITE,
+    DEEPSEEK_V3,
+    DEEPSEEK_V3_LITE,
+    DEEPSEEK_V32,
+)
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4, EXAONE_MOE
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B, FALCON_H1
@@ -27,7 +33,14 @@ from lqexport.converters.models.families.gemma import (
     GEMMA4_MOE,
 )
 from lqexport.converters.models.families.gemma3n import GEMMA3N
-from lqexport.converters.models.families.glm import GLM, GLM4, GLM4_MOE, GLM4_MOE_LITE, GLM4_MOE_NORMED
+from lqexport.converters.models.families.glm import (
+    GLM,
+    GLM4,
+    GLM4_MOE,
+    GLM4_MOE_LITE,
+    GLM4_MOE_NORMED,
+    GLM_DSA,
+)
 from lqexport.converters.models.families.gpt import GPT2, GPT_NEOX
 from lqexport.converters.models.families.granite import (
     GRANITE,
@@ -98,6 +111,7 @@ ARCHITECTURES = (
     DEEPSEEK_V3,
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V2,
+    DEEPSEEK_V32,
     QWEN2_MOE,
     QWEN3_NEXT,
     QWEN3_5,
@@ -106,6 +120,7 @@ ARCHITECTURES = (
     GLM4_MOE,
     GLM4_MOE_NORMED,
     GLM4_MOE_LITE,
+    GLM_DSA,
     MINIMAX_M2,
     MIMO2,
     DOTS1,

@@ -65,7 +65,7 @@ def is_further_matrix(architecture: Architecture, name: str) -> bool:
     if module is None or module[2] != "weight" or not architecture.predicts(module[0]):
         return False
     norms = {name for name in PREDICTOR if name.endswith("norm")}
-    return module[1] in PREDICTOR.keys() - norms or any(module[1] in group for group in architecture.linears)
+    return module[1] in PREDICTOR.keys() - norms or architecture.is_matrix(module[1])
 
 
 def renaming(architecture: Architecture, layers: Any, names: Collection[str]) -> dict[str, str]:

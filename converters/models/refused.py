@@ -4,11 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-TRANSPOSED = (
-    "llama.cpp loads it only with kv_b_proj of its latent attention cut in two, one part transposed, and no grid that "
-    "was solved for rows survives that"
-)
-"""The reason why models with an indexer are refused: llama.cpp has no other form of latent attention for them."""
 UNKNOWN = "transformers 5.23 has no such model, and the program runs transformers' own"
 
 
@@ -27,8 +22,6 @@ class Refused:
 
 
 REFUSED = (
-    Refused("GLM-5", ("GlmMoeDsaForCausalLM",), TRANSPOSED),
-    Refused("DeepSeek V3.2", ("DeepseekV32ForCausalLM",), TRANSPOSED),
     Refused(
         "DeepSeek V4",
         ("DeepseekV4ForCausalLM",),

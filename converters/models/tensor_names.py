@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -42,7 +43,9 @@ def is_needed(architecture: Architecture, name: str) -> bool:
     """Whether every model of the architecture has a tensor, given that it has the block. The output counts as not."""
     module = block_module(architecture, name)
     is_lent = module is not None and module[1] in LENT
-    return not name.endswith(".bias") and not is_lent and name not in (architecture.output, *architecture.projections)
+    if is_lent or name in (architecture.output, *architecture.projections):
+        return False
+    return not name.endswith(".bias") or _within_block(architecture, name) in architecture.gguf_tensors
 
 
 def projection_shapes(architecture: Architecture, config: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -128,15 +131,30 @@ def gguf_shape(
     if within in architecture.columns:
         return (*shape, 1)
     if within in architecture.grouped:
-        rows = head_count(config, architecture.grouped[within])
-        return (rows, shape[0] // rows)
+        groups = head_count(config, architecture.grouped[within])
+        return (groups, shape[0] // groups, *shape[1:])
     return shape
 
 
-def is_vector(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is a vector that GGUF holds as a matrix."""
+def model_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Returns the shape of a tensor in the model, from its shape in GGUF, rows first."""
+    if is_grouped_matrix(architecture, name):
+        return (math.prod(shape[:-1]), shape[-1])
     within = _within_block(architecture, name)
-    return within in architecture.columns or within in architecture.grouped
+    return (math.prod(shape),) if within in architecture.columns or within in architecture.grouped else shape
+
+
+def is_grouped_matrix(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is a matrix that GGUF holds as [groups, rows, columns]."""
+    within = _within_block(architecture, name)
+    return within in architecture.grouped and architecture.is_matrix(within.removesuffix(".weight"))
+
+
+def group_count(architecture: Architecture, config: dict[str, Any], name: str) -> int:
+    """Returns the number of matrices as which GGUF holds a tensor, the experts of a block aside."""
+    if not is_grouped_matrix(architecture, name):
+        return 1
+    return head_count(config, architecture.grouped[_within_block(architecture, name)])
 
 
 def _within_block(architecture: Architecture, name: str) -> str:

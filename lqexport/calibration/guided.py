@@ -187,11 +187,18 @@ def _pass_back(
 
 
 def _inputs_and_gradient(linear: nn.Linear, add: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """Registers a hook: a backward pass calls `add` with the linear's inputs and the gradient of its outputs."""
+    """Registers a hook: a backward pass calls `add` with the linear's inputs and the gradient of its outputs.
+
+    Outputs that only choose, such as the tokens to attend to, have no gradient. The inputs of their linears weigh the
+    same.
+    """
 
     def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
         inputs = arguments[0].detach()
-        output.register_hook(lambda gradient: add(inputs, gradient))
+        if output.requires_grad:
+            output.register_hook(lambda gradient: add(inputs, gradient))
+        else:
+            add(inputs, torch.ones_like(output))
 
     return linear.register_forward_hook(watch)
 

@@ -14,7 +14,7 @@ from lqexport.calibration.collect import by_weight, forward_pass
 from lqexport.calibration.moments import InputSquares
 from lqexport.calibration.sequences import load_calibration
 from lqexport.converters.gguf.imatrix import write_imatrix
-from lqexport.converters.models.tensor_names import gguf_names
+from lqexport.converters.models.tensor_names import gguf_names, group_count
 from lqexport.errors import UserError, files_at_hand
 from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import in_order
@@ -48,7 +48,8 @@ def make_imatrix(
     ).tokens
     sums: dict[str, list[Tensor]] = {}
     for name, collected in squares(model, tokens, listener):
-        sums.setdefault(gguf_names(model.architecture, len(model))[name], []).append(collected)
+        groups = group_count(model.architecture, model.weights.config, name)
+        sums.setdefault(gguf_names(model.architecture, len(model))[name], []).extend([collected] * groups)
     arrays = {name: torch.stack(matrices).cpu().numpy().astype(np.float32) for name, matrices in sums.items()}
     write_imatrix(path, arrays, dataset=Path(calibration).name, chunks=len(tokens), chunk_size=sequence_length)
 

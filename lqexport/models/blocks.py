@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import inspect
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, cast
 
@@ -21,13 +20,11 @@ from lqexport.converters.models.architecture import FIRST
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.errors import UserError
-from lqexport.models.carried import INPUT, SHARED, Carried
+from lqexport.models.carried import Arguments, hidden_in, states_of
 from lqexport.models.interface import Weights
 from lqexport.models.modules import compute_buffers, meta_model, run_only
 from lqexport.models.streams import Streams
 from lqexport.storage.background import read_ahead
-
-_Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class _LastBlockCalled(Exception):
@@ -37,10 +34,10 @@ class _LastBlockCalled(Exception):
 class _ArgumentRecorder(nn.Module):
     """Replaces a decoder block, and records the hidden states and the other arguments that the block is called with."""
 
-    def __init__(self, block: nn.Module, last: bool, in_tuple: bool) -> None:
+    def __init__(self, block: nn.Module, last: bool, passed: Callable[[Any], Any]) -> None:
         super().__init__()
         self._replaced, self.last = [block], last  # in a list, so that torch does not register it as a submodule
-        self._in_tuple = in_tuple
+        self._passed = passed
 
     def __getattr__(self, name: str) -> Any:
         # Some models read attributes of a block, such as the type of mask that it takes.
@@ -53,8 +50,7 @@ class _ArgumentRecorder(nn.Module):
         self.hidden, self.arguments = hidden, (positional, named)
         if self.last:
             raise _LastBlockCalled
-        # Most models that expect a tensor pass this tuple on to the next recorder.
-        return (hidden,) if self._in_tuple else hidden
+        return self._passed(hidden)
 
 
 class _BodyOutput(tuple[torch.Tensor]):
@@ -86,18 +82,6 @@ class _FixedBody(nn.Module):
 
     def forward(self, *_: Any, **__: Any) -> _BodyOutput:
         return self._output
-
-
-def _hidden(output: Any) -> torch.Tensor:
-    """Returns the hidden states of what a block returns, which may be a tuple that begins with them."""
-    states: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return states
-
-
-def _named(block: nn.Module, positional: tuple[Any, ...], named: dict[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a block beside the hidden states by their names, without shared keys and values."""
-    names = list(inspect.signature(block.forward).parameters)[1:]
-    return {key: value for key, value in (named | dict(zip(names, positional, strict=False))).items() if key != SHARED}
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear:
@@ -164,8 +148,8 @@ class BlockModel:
         self._blocks = cast(nn.ModuleList, self._model.get_submodule(self.architecture.blocks))
         self._streams = self._made_streams()
         self._hidden = int(weights.config["hidden_size"]) * (self._streams.count if self._streams else 1)
-        self._carried = Carried(self._hidden, self._blocks) if self.architecture.carries else None
-        self._arguments: dict[tuple[int, int], list[_Arguments]] = {}
+        self._states = states_of(self.architecture, self._hidden, self._blocks)
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def _made_streams(self) -> Streams | None:
         key = self.architecture.streams
@@ -186,22 +170,16 @@ class BlockModel:
         self._check_ids(ids)
         for name in self._embeddings():
             self._loaded(name)
-        last, in_tuple = len(self) - 1, self._carried is None and self._streams is None
-        recorders = [_ArgumentRecorder(block, index == last, in_tuple) for index, block in enumerate(self._blocks)]
+        last, passed = len(self) - 1, self._states.passed
+        recorders = [_ArgumentRecorder(block, index == last, passed) for index, block in enumerate(self._blocks)]
         self._model.set_submodule(self.architecture.blocks, nn.ModuleList(recorders))
         with contextlib.suppress(_LastBlockCalled):
             self._model(ids.to(self.device), use_cache=False)
         self._model.set_submodule(self.architecture.blocks, self._blocks)
-        arguments = [recorder.arguments for recorder in recorders]
-        hidden: torch.Tensor = recorders[0].hidden
-        hidden = self._streams.joined(hidden) if self._streams else hidden
-        if self._carried is not None:
-            arguments = [((), _named(block, *given)) for block, given in zip(self._blocks, arguments, strict=True)]
-            inputs = [named.pop(INPUT, None) for _, named in arguments]
-            given = [each for each in inputs if each is not None]
-            hidden = self._carried.joined(0, hidden, {}, torch.cat([hidden[..., :0], *given], -1))
+        hidden = self._streams.joined(recorders[0].hidden) if self._streams else recorders[0].hidden
+        states, arguments = self._states.start(hidden, [recorder.arguments for recorder in recorders])
         self._arguments[(ids.shape[0], ids.shape[1])] = arguments
-        return hidden
+        return states
 
     def hidden_of(self, states: torch.Tensor) -> torch.Tensor:
         """Returns the hidden states alone of what `start` or `run` returns: all that a token has."""
@@ -281,22 +259,15 @@ class BlockModel:
 
     def _run(self, index: int, hidden: torch.Tensor, call: Callable[..., Any]) -> torch.Tensor:
         """Returns the hidden states after block `index`, whose modules `call` runs."""
-        positional, named = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
-        call = self._with_streams(call)
-        if self._carried is None:
-            return _hidden(call(hidden, *positional, **named))
-        return self._carried.run(
-            index,
-            hidden,
-            lambda states, inputs, shared: _hidden(call(states, **named, **{INPUT: inputs, SHARED: shared})),
-        )
+        arguments = self._arguments[(hidden.shape[0], hidden.shape[1])][index]
+        return self._states.run(index, hidden, arguments, self._with_streams(call))
 
     def _with_streams(self, call: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a function that runs a block on states [batch, length, columns], of all hidden states of a token."""
         if (streams := self._streams) is None:
             return call
         return lambda states, *positional, **named: streams.joined(
-            _hidden(call(streams.apart(states), *positional, **named))
+            hidden_in(call(streams.apart(states), *positional, **named))
         )
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lqexport.converters.gguf.imatrix import ImportanceMatrix, read_imatrix
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.converters.models.tensor_names import expert_number, gguf_names
+from lqexport.converters.models.tensor_names import expert_number, gguf_names, group_count
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
 from lqexport.models.source import Source
@@ -25,7 +25,8 @@ def imatrix_of(source: Source, recipe: Recipe) -> SourceImatrix | None:
         return None
     path, architecture = Path(recipe.imatrix), architecture_of(source.config)
     names = gguf_names(architecture, int(source.config["num_hidden_layers"]))
-    return SourceImatrix(read_imatrix(path), names, path, file_digest(path))
+    groups = {name: group_count(architecture, source.config, name) for name in names}
+    return SourceImatrix(read_imatrix(path), names, groups, path, file_digest(path))
 
 
 @dataclass(frozen=True)
@@ -34,11 +35,13 @@ class SourceImatrix:
 
     matrix   what the file has, by GGUF names
     names    Hugging Face name -> GGUF name of every tensor
+    groups   Hugging Face name -> the number of matrices that the tensor is in GGUF (`group_count`)
     path, sha256   of the file
     """
 
     matrix: ImportanceMatrix
     names: dict[str, str]
+    groups: dict[str, int]
     path: Path
     sha256: str
 
@@ -54,7 +57,7 @@ class SourceImatrix:
         """
         gguf_name = self.names[name]
         try:
-            means = self.matrix.mean(gguf_name, expert_number(name), columns)
+            means = self.matrix.mean(gguf_name, expert_number(name), columns, self.groups[name])
         except ValueError as error:
             raise UserError(f"{self.path} is of another model: {error}.") from error
         return torch.ones(columns) if means is None else torch.from_numpy(means.copy())

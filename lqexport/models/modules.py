@@ -28,7 +28,7 @@ from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 from lqexport.converters.models.architecture import Architecture, Order
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.hf_defaults import options_of
-from lqexport.converters.models.tensor_names import as_matrix, expert_number, projection_shapes
+from lqexport.converters.models.tensor_names import as_matrix, expert_number, head_count, projection_shapes
 from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.errors import UserError
 
@@ -136,16 +136,34 @@ def _gate(stacked: Any) -> Gate:
     return lambda gate, up: settings._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
 
 
+class Turned(nn.Linear):
+    """A linear whose weight is transposed, group of outputs by group: [groups * inputs, outputs of a group].
+
+    groups   the number of groups
+    """
+
+    def __init__(self, inputs: int, outputs: int, groups: int, dtype: torch.dtype) -> None:
+        super().__init__(outputs // groups, groups * inputs, bias=False, dtype=dtype)
+        self._groups = groups
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Returns the outputs [..., groups * outputs of a group], from inputs [..., inputs]."""
+        return hidden @ self.weight.unflatten(0, (self._groups, -1)).transpose(0, 1).flatten(1)
+
+
 class Parts(nn.Module):
     """The linears that take the place of a fused linear, and compute its outputs together.
 
-    rows   the name of each of them, and the numbers of its rows in the fused linear
+    rows     the name of each of them, and the numbers of its rows in the fused linear
+    turned   name -> number of groups, for those whose weight is transposed
     """
 
-    def __init__(self, fused: nn.Linear, rows: Mapping[str, Order]) -> None:
+    def __init__(self, fused: nn.Linear, rows: Mapping[str, Order], turned: Mapping[str, int]) -> None:
         super().__init__()
         for name, numbers in rows.items():
-            linear = nn.Linear(fused.in_features, len(numbers), bias=False, dtype=fused.weight.dtype)
+            sizes, dtype = (fused.in_features, len(numbers)), fused.weight.dtype
+            groups = turned.get(name)
+            linear = Turned(*sizes, groups, dtype) if groups else nn.Linear(*sizes, bias=False, dtype=dtype)
             self.add_module(name, linear)
         self._order = np.argsort(np.concatenate(list(rows.values())))
 
@@ -211,7 +229,10 @@ def _replace_by_linears(block: nn.Module, architecture: Architecture, config: di
         block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.dtype))
     for name, rows_of in architecture.parts.items():
         if isinstance(fused := dict(block.named_modules()).get(name), nn.Linear):
-            block.set_submodule(name, Parts(fused, rows_of(config)))
+            rows = rows_of(config)
+            keys = {part: architecture.turned.get(f"{name}.{part}") for part in rows}
+            turned = {part: head_count(config, key) for part, key in keys.items() if key}
+            block.set_submodule(name, Parts(fused, rows, turned))
 
 
 def _tile_inputs(block: nn.Module, architecture: Architecture, config: dict[str, Any]) -> None:

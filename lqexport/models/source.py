@@ -24,7 +24,7 @@ from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architecture import Architecture, Factor, Order
 from lqexport.converters.models.architectures import find_architecture, folded_factors, normalized
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
-from lqexport.converters.models.tensor_names import as_matrix, block_module, is_tied
+from lqexport.converters.models.tensor_names import as_matrix, block_module, head_count, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
@@ -289,7 +289,16 @@ class HuggingFaceSource:
 
     def shape(self, name: str) -> tuple[int, ...]:
         whole = self._whole_shape(name)
-        return (len(self._fused[name]), *whole[1:]) if name in self._fused else whole
+        if name not in self._fused:
+            return whole
+        rows, groups = len(self._fused[name]), self._groups(name)
+        return (groups * whole[1], rows // groups) if groups else (rows, *whole[1:])
+
+    def _groups(self, name: str) -> int:
+        """Returns the number of groups of rows by which a part of a fused linear is transposed; 0 if it is not."""
+        module = block_module(self._architecture, name) if self._architecture else None
+        key = self._architecture.turned.get(module[1]) if self._architecture and module else None
+        return head_count(self.config, key) if key else 0
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape; of a part of a fused linear, that of the fused linear."""
@@ -303,7 +312,11 @@ class HuggingFaceSource:
         if self._is_scaled(name):
             factor = torch.tensor(self._factor(name), dtype=torch.float32)
             return whole.float() * (factor[:, None] if factor.ndim else factor)
-        return whole[torch.from_numpy(self._fused[name])] if name in self._fused else whole
+        if name not in self._fused:
+            return whole
+        rows = whole[torch.from_numpy(self._fused[name])]
+        groups = self._groups(name)
+        return rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if groups else rows
 
     def _whole(self, name: str) -> torch.Tensor:
         """Reads a tensor; of a part of a fused linear, the fused linear."""

@@ -51,6 +51,7 @@ DEEPSEEK_ROPE = YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}
 DEEPSEEK = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "rope_parameters": DEEPSEEK_ROPE}
 DEEPSEEK |= {"n_routed_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
 DEEPSEEK_V3 = DEEPSEEK | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1}
+WHOLE_MSCALE = {"mscale": 1.0, "mscale_all_dim": 1.0}
 DEEPSEEK_V2 = DEEPSEEK | {"n_shared_experts": 2, "routed_scaling_factor": 1.5}
 # llama.cpp recognizes these models by their number of blocks. In each block with experts, rounding errors may send a
 # token to other experts, so only the last block has experts.
@@ -71,6 +72,8 @@ GLM4_MOE = SIZES | {"head_dim": 32, "num_hidden_layers": 3, "n_routed_experts": 
 GLM4_MOE |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 1.5}
 GLM4_LITE = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "q_lora_rank": 32, "n_routed_experts": 4}
 GLM4_LITE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+INDEXER = {"q_lora_rank": 32, "index_n_heads": 2, "index_head_dim": 64, "index_topk": 512}
+SHARED_CHOICE = {"indexer_types": ["full", "shared", "full"], "first_k_dense_replace": 2}
 MINIMAX = SIZES | {"head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 ERNIE_MOE = SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3}
 LLAMA4 = SIZES | {"head_dim": 16, "num_hidden_layers": 4, "intermediate_size": 32, "intermediate_size_mlp": 96}
@@ -93,7 +96,7 @@ MISTRAL4 = ONE_KEY_A_QUERY | LATENT | {"q_lora_rank": 32, "n_routed_experts": 4}
 MISTRAL4 |= {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.1}}
 MISTRAL4 |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
 EXPERT_CASES += ("mistral4",)
-UNSMOOTHED += ("mistral4",)
+UNSMOOTHED += ("mistral4", "deepseek-v32", "glm-dsa")
 GLM_ROPE = YARN | {"partial_rotary_factor": 0.5}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
 OLMO3_ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -218,6 +221,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "deepseek-v3-lite": ("DeepseekV3Config", DEEPSEEK_V3 | PLAIN_QUERIES | {"n_group": 2}, "smaug-bpe"),
     "deepseek-v2": ("DeepseekV2Config", DEEPSEEK_V2 | {"q_lora_rank": 32}, "smaug-bpe"),
     "deepseek-v2-lite": ("DeepseekV2Config", DEEPSEEK_V2 | PLAIN_QUERIES, "smaug-bpe"),
+    "deepseek-v32": (
+        "DeepseekV32Config",
+        DEEPSEEK_V3 | INDEXER | {"rope_parameters": DEEPSEEK_ROPE | WHOLE_MSCALE},
+        "deepseek-v3",
+    ),
+    "glm-dsa": ("GlmMoeDsaConfig", GLM4_LITE | INDEXER | SHARED_CHOICE, "smaug-bpe"),
     "qwen3vlmoe": ("Qwen3MoeConfig", QWEN3_VL_MOE, "qwen2"),
     "qwen2moe": ("Qwen2MoeConfig", SIZES | QWEN2_MOE, "qwen2"),
     "qwen3next": ("Qwen3NextConfig", QWEN3_NEXT, "qwen2"),

@@ -86,6 +86,9 @@ class Predicting:
             config.layer_types = ["full_attention"]
         if hasattr(config, "first_k_dense_replace"):
             config.first_k_dense_replace = 0
+        for key, value in (("mlp_layer_types", "sparse"), ("indexer_types", "full")):
+            if hasattr(config, key):
+                setattr(config, key, [value])
         alone = type(self.model)(config).eval()
         alone.model.layers[0].load_state_dict(self.block)
         alone.model.norm.weight.copy_(self.beside["shared_head.norm.weight"])

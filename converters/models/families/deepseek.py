@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, Architecture, Config, Key
+import numpy as np
+
+from lqexport.converters.models.architecture import GATED, PREDICTOR, Architecture, Config, Key, Order
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import EXPERT_LINEARS, EXPERTS, RMS_NORM
+from lqexport.converters.models.tensor_names import head_count
 
 LATENT = {
     "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
@@ -147,6 +150,77 @@ DEEPSEEK_V2 = replace(
     ),
     fixed=DEEPSEEK_V3.fixed
     | {"mlp_bias": (False,), "norm_topk_prob": (False,), "scoring_func": ("softmax",), "topk_method": ("greedy",)},
+)
+
+
+def with_mlp_types(config: Config) -> Config:
+    """Returns what `derived` of DeepSeek V3 returns, and the types of the blocks' MLPs.
+
+    `first_k_dense_replace` is None where blocks without experts follow blocks with experts.
+    """
+    layers, leading = config.get("num_hidden_layers", 0), config.get("first_k_dense_replace", 1)
+    if (types := config.get("mlp_layer_types")) is not None:
+        leading = types.count("dense")
+    pattern = ["dense"] * leading + ["sparse"] * (layers - leading)
+    fits = types in (None, pattern)
+    return _latent(config) | {
+        "mlp_layer_types": pattern if fits else types,
+        "first_k_dense_replace": leading if fits else None,
+    }
+
+
+def _keys_and_values(config: Config) -> dict[str, Order]:
+    """Returns the rows of `kv_b_proj` that compute keys, and those that compute values. Each head has both in turn."""
+    heads, keys = head_count(config), head_count(config, "qk_nope_head_dim")
+    rows = np.arange(heads * (keys + head_count(config, "v_head_dim"))).reshape(heads, -1)
+    return {"k_b": rows[:, :keys].reshape(-1), "v_b": rows[:, keys:].reshape(-1)}
+
+
+K_B, V_B = "self_attn.kv_b_proj.k_b", "self_attn.kv_b_proj.v_b"
+"""The linears that take the place of `kv_b_proj` where llama.cpp attends to latent vectors.
+
+The first turns queries into the space of these vectors, so it is the transpose of what turns the vectors into keys."""
+
+INDEXER = "self_attn.indexer"
+"""The module that chooses the tokens to which a token attends."""
+
+DEEPSEEK_V32 = replace(
+    DEEPSEEK_V3,
+    family="DeepSeek V3.2",
+    classes=("DeepseekV32ForCausalLM",),
+    model_type="deepseek_v32",
+    gguf="deepseek32",
+    linears=(
+        ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", f"{INDEXER}.wk", f"{INDEXER}.weights_proj"),
+        ("self_attn.q_b_proj", f"{INDEXER}.wq_b"),
+        (V_B,),
+        *DEEPSEEK_V3.linears[3:],
+    ),
+    gguf_block={name: gguf for name, gguf in DEEPSEEK_V3.gguf_block.items() if name != "self_attn.kv_b_proj"}
+    | {
+        K_B: "attn_k_b",
+        V_B: "attn_v_b",
+        f"{INDEXER}.wq_b": "indexer.attn_q_b",
+        f"{INDEXER}.wk": "indexer.attn_k",
+        f"{INDEXER}.k_norm": "indexer.k_norm",
+        f"{INDEXER}.weights_proj": "indexer.proj",
+    },
+    gguf_tensors=DEEPSEEK_V3.gguf_tensors | {f"{INDEXER}.k_norm.bias": "indexer.k_norm.bias"},
+    parts={"self_attn.kv_b_proj": _keys_and_values},
+    turned={K_B: "num_attention_heads"},
+    rounded=(K_B,),
+    grouped={f"{K_B}.weight": "num_attention_heads", f"{V_B}.weight": "num_attention_heads"},
+    predictor=PREDICTOR,
+    keys=(
+        *DEEPSEEK_V3.keys,
+        Key("attention.indexer.head_count", "index_n_heads"),
+        Key("attention.indexer.key_length", "index_head_dim"),
+        Key("attention.indexer.top_k", "index_topk"),
+    ),
+    derived=with_mlp_types,
+    fixed={key: values for key, values in DEEPSEEK_V3.fixed.items() if key != "rope_interleave"},
+    absorbed=True,
+    only_mscale=1.0,
 )
 
 DEEPSEEK_V3_LITE = _with_plain_queries(DEEPSEEK_V3, "DeepSeek V3 with plain queries")

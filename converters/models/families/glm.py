@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lqexport.converters.models.architecture import GATED, PREDICTOR, Config, Key
-from lqexport.converters.models.families.deepseek import BESIDE_EXPERTS, DEEPSEEK_V3, ROUTED_KEYS, SHARED, SIGMOID
+from lqexport.converters.models.families.deepseek import (
+    BESIDE_EXPERTS,
+    DEEPSEEK_V3,
+    DEEPSEEK_V32,
+    INDEXER,
+    ROUTED_KEYS,
+    SHARED,
+    SIGMOID,
+    with_mlp_types,
+)
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import ATTENTION, EXPERT_LINEARS, EXPERTS, HEAD_NORMS, QKV, RMS_NORM
+from lqexport.errors import UserError
 
 GLM = replace(
     LLAMA,
@@ -89,27 +99,59 @@ GLM4_MOE_NORMED = replace(
 )
 
 
-def _glm_lite(config: Config) -> Config:
-    """Returns what `derived` of DeepSeek V3 returns, and the types of the blocks' MLPs.
-
-    `first_k_dense_replace` is None where blocks without experts follow blocks with experts.
-    """
-    layers, leading = config.get("num_hidden_layers", 0), config.get("first_k_dense_replace", 1)
-    if (types := config.get("mlp_layer_types")) is not None:
-        leading = types.count("dense")
-    pattern = ["dense"] * leading + ["sparse"] * (layers - leading)
-    fits = types in (None, pattern)
-    return DEEPSEEK_V3.derived(config) | {
-        "mlp_layer_types": pattern if fits else types,
-        "first_k_dense_replace": leading if fits else None,
-    }
-
-
 GLM4_MOE_LITE = replace(
     DEEPSEEK_V3,
     family="GLM-4.7 Flash",
     classes=("Glm4MoeLiteForCausalLM",),
     model_type="glm4_moe_lite",
-    derived=_glm_lite,
+    derived=with_mlp_types,
     rope_types=("default", "dynamic"),
+)
+
+
+def _glm5(config: Config) -> Config:
+    """Returns what `derived` of DeepSeek V3.2 returns, and which blocks choose tokens ("full").
+
+    Raises UserError if the first block takes the choice of an earlier one.
+    """
+    given = config.get("indexer_types")
+    types = given if isinstance(given, list) else _glm5_pattern(config)
+    if types[:1] == ["shared"]:
+        raise UserError("config.json: the first of indexer_types is 'shared', and no block comes before it.")
+    return with_mlp_types(config) | {"indexer_types": types, "chooses": [int(each == "full") for each in types]}
+
+
+def _glm5_pattern(config: Config) -> list[str]:
+    """Returns `indexer_types` where config.json gives a pattern or a frequency, as transformers does."""
+    if (pattern := config.get("index_topk_pattern")) is not None:
+        return [{"F": "full", "S": "shared"}.get(each, each) for each in pattern]
+    every, offset = max(config.get("index_topk_freq") or 1, 1), config.get("index_skip_topk_offset", 2)
+    layers = config.get("num_hidden_layers", 0)
+    return ["shared" if max(block - offset + 1, 0) % every else "full" for block in range(layers)]
+
+
+def _glm5_restored(config: Config) -> Config:
+    """Returns which blocks choose tokens: those whose tensors for it a file has."""
+    return {"indexer_types": [each or "shared" for each in config["indexer_types"]]}
+
+
+def _glm5_carried(config: Config) -> int:
+    """Returns the number of columns of a choice of tokens, if some block uses that of an earlier one."""
+    return int(config["index_topk"]) if "shared" in config["indexer_types"] else 0
+
+
+GLM_DSA = replace(
+    DEEPSEEK_V32,
+    family="GLM-5",
+    classes=("GlmMoeDsaForCausalLM",),
+    model_type="glm_moe_dsa",
+    gguf="glm-dsa",
+    only={INDEXER: ("indexer_types", ("full",))},
+    predicts_like=("full",),
+    shares_choices=True,
+    carried=_glm5_carried,
+    keys=(*DEEPSEEK_V32.keys, Key("attention.indexer.types", "chooses", default=1, many=True)),
+    derived=_glm5,
+    restored=_glm5_restored,
+    rope_types=("default", "dynamic"),  # with yarn, whatever mscale, llama.cpp computes other logits
 )

@@ -71,5 +71,6 @@ MISTRAL4 = replace(
         "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
     },
     rope_types=("yarn",),
+    only_mscale=1.0,
     partial=True,
 )
