@@ -212,12 +212,13 @@ def make(work: Path) -> None:
     (work / "recipe.toml").write_text(RECIPE)
     (work / "text.txt").write_text(read_text("python-heldout").content[:4000], encoding="utf-8")
     few: dict[str, Any] = {"samples": 2, "sequence_length": 32, "tune": 0, "rank": 4}
-    options: dict[str, dict[str, Any]] = {"exl2": {"bits": 4.5}, "gguf:Q4_0": few}
-    for target in ("gguf:Q4_0", "exl2", "gptq:4-g32", "native:table-3"):
+    options: dict[str, dict[str, Any]] = {"exl2": {"bits": 4.5}, "exl3": {"bits": 2.5}, "gguf:Q4_0": few}
+    for target in ("gguf:Q4_0", "exl2", "exl3", "gptq:4-g32", "native:table-3"):
         recipe = Recipe(str(model), target, method="rtn", **options.get(target, {}))
         quantize(recipe, work / f"artifact-{target.partition(':')[0]}")
     export(work / "artifact-gguf", work / "model.gguf", adapter=work / "adapter.gguf")
-    for artifact, format in {"gguf": "peft", "exl2": "exl2", "gptq": "gptq", "native": "native"}.items():
+    for artifact in ("gguf", "exl2", "exl3", "gptq", "native"):
+        format = "peft" if artifact == "gguf" else artifact
         export(work / f"artifact-{artifact}", work / format, format=format)  # type: ignore[arg-type]  # a variable
     export(work / "artifact-gptq", work / "compressed-tensors", format="compressed-tensors")
     make_quantized(model, work / "awq", awq, {"quant_method": "awq", "bits": 4, "version": "gemm"})
@@ -290,6 +291,7 @@ def subjects(work: Path) -> dict[str, Subject]:
         "gguf adapter": Subject(work / "adapter.gguf", (), adapter),
         "peft": Subject(work / "peft", ("*.json", "*.safetensors"), adapter),
         "exl2": Subject(work / "exl2", weights, read_export),
+        "exl3": Subject(work / "exl3", weights, read_export),
         "gptq": Subject(work / "gptq", weights, read_export),
         "compressed-tensors": Subject(work / "compressed-tensors", weights, read_export),
         "gptq as a source": Subject(work / "gptq", weights, read_checkpoint),
