@@ -62,7 +62,7 @@ def plan_exl3(
 
 
 def _plain_codec(name: str) -> str:
-    return PRECISE if name.endswith("e_score_correction_bias") else PLAIN
+    return PRECISE if name.endswith(("e_score_correction_bias", "expert_bias")) else PLAIN
 
 
 def padded_weights(shape: tuple[int, ...]) -> int:

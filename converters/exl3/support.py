@@ -44,12 +44,17 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 MIXTRAL = {
     r"\.mlp\.": ".block_sparse_moe.", r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w3.", r"\.down_proj\.": ".w2.",
 }  # fmt: skip
+LFM2 = {rf"(experts\.\d+)\.{ours}\.": rf"\1.{theirs}." for ours, theirs in
+        {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items()}  # fmt: skip
 RULES: dict[str, ExLlamaV3] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "seed_oss", "smollm3", "arcee"), ExLlamaV3()),
     **dict.fromkeys(("cohere", "dots1", "glm4_moe", "lfm2", "ministral3"), ExLlamaV3()),
-    **dict.fromkeys(("cohere2", "olmo3"), ExLlamaV3(windows=1)),
+    **dict.fromkeys(("afmoe", "cohere2", "olmo3"), ExLlamaV3(windows=1)),
     "qwen3_moe": ExLlamaV3(keys={"num_experts": "num_local_experts"}),
     "ernie4_5": ExLlamaV3(called="Ernie4_5_ForCausalLM"),
+    "gpt_oss": ExLlamaV3(windows=0),
+    "lfm2_moe": ExLlamaV3(Naming(renamed=LFM2)),
+    "minimax_m2": ExLlamaV3(Naming(renamed=MIXTRAL | {r"\.e_score_correction_bias$": ".gate.e_score_correction_bias"})),
     "glm4": ExLlamaV3(Naming({"mlp.gate_up_proj": GATE_UP})),
     "gemma2": ExLlamaV3(keys={"sliding_window_size": "sliding_window"}, windows=0),
     "mixtral": ExLlamaV3(Naming(renamed=MIXTRAL)),

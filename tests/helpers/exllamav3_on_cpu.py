@@ -11,7 +11,7 @@ import importlib.machinery
 import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -53,7 +53,7 @@ def install() -> None:
     loader = importlib.machinery.ExtensionFileLoader(EXTENSION, origin)
     extension.__spec__ = importlib.machinery.ModuleSpec(EXTENSION, loader, origin=origin)
     for function in (
-        rms_norm, rms_norm_res_in, rope, hgemm, silu_mul, gelu_mul, relu2_mul, softcap, mul_sigmoid_, routing_std,
+        rms_norm, rms_norm_res_in, rope, hgemm, silu_mul, gelu_mul, relu2_mul, silu_oai_mul, softcap, mul_sigmoid_, routing_std,
         routing_ds3_nogroup, routing_ds3_group, index_add_,
     ):  # fmt: skip
         setattr(extension, function.__name__, function)
@@ -141,6 +141,12 @@ silu_mul = _multiplied(functional.silu)
 gelu_mul = _multiplied(lambda x: functional.gelu(x, approximate="tanh"))
 relu2_mul = _multiplied(lambda x: functional.relu(x).square())
 silu_mul.__name__, gelu_mul.__name__, relu2_mul.__name__ = "silu_mul", "gelu_mul", "relu2_mul"
+
+
+def silu_oai_mul(gate: Tensor, up: Tensor, result: Tensor, limit: float) -> None:
+    """gpt-oss's product of gate and up, cut off at a limit."""
+    gates, ups = gate.float().clamp(max=limit), up.float().clamp(-limit, limit)
+    result.copy_(gates * torch.sigmoid(1.702 * gates) * (ups + 1))
 
 
 def softcap(x: Tensor, y: Tensor, most: float) -> None:
@@ -239,7 +245,26 @@ def _attention(arguments: Any) -> Tensor | None:
         weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    return (weights @ v).transpose(1, 2).to(arguments.q.dtype)
+    return (weights @ v).transpose(1, 2).contiguous().to(arguments.q.dtype)
+
+
+def _prefill(
+    q: Tensor, *caches: None, causal: bool, softmax_scale: float, window_size: tuple[int, int], softcap: float,
+    sinks: Tensor | None, k_new: Tensor, v_new: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """The attention of blocks that keep no more than one window."""
+    assert causal
+    return _attention(
+        SimpleNamespace(
+            q=q,
+            k=k_new,
+            v=v_new,
+            sm_scale=softmax_scale or q.shape[-1] ** -0.5,
+            softcap=softcap,
+            sinks=sinks,
+            window_size=window_size[0],
+        )  # fmt: skip
+    )
 
 
 def load(folder: Path) -> Any:
@@ -247,9 +272,11 @@ def load(folder: Path) -> Any:
     install()
     from exllamav3.model.config import Config
     from exllamav3.model.model import Model
+    from exllamav3.modules import sliding_attn
     from exllamav3.modules.attention_fn import dispatch
 
     dispatch.attn_fns[:] = [_attention]
+    sliding_attn.paged_attn_triton_prefill = _prefill
     config = Config.from_directory(str(folder), load_method="python")
     config.infer_params.no_reconstruct = True  # one linear after the other
     model = Model.from_config(config)
