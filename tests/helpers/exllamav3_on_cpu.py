@@ -53,7 +53,8 @@ def install() -> None:
     loader = importlib.machinery.ExtensionFileLoader(EXTENSION, origin)
     extension.__spec__ = importlib.machinery.ModuleSpec(EXTENSION, loader, origin=origin)
     for function in (
-        rms_norm, rms_norm_res_in, rope, hgemm, silu_mul, gelu_mul, relu2_mul, silu_oai_mul, softcap, mul_sigmoid_, routing_std,
+        rms_norm, rms_norm_res_in, rope, hgemm, silu_mul, gelu_mul, relu2_mul, silu_oai_mul, softcap, mul_sigmoid_,
+        routing_std,
         routing_ds3_nogroup, routing_ds3_group, index_add_,
     ):  # fmt: skip
         setattr(extension, function.__name__, function)
@@ -263,7 +264,7 @@ def _prefill(
             softcap=softcap,
             sinks=sinks,
             window_size=window_size[0],
-        )  # fmt: skip
+        )
     )
 
 
