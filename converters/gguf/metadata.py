@@ -71,6 +71,8 @@ def add_model(
     writer.add_head_count(head_count(config))
     if architecture.absorbed:
         _add_absorbed(writer, config)
+        if KEY_HEADS not in given:
+            writer.add_head_count_kv(1)
     else:
         if KEY_HEADS not in given:
             writer.add_head_count_kv(head_count(config, "num_key_value_heads"))
@@ -92,7 +94,6 @@ def add_model(
 def _add_absorbed(writer: GGUFWriter, config: Config) -> None:
     """Adds the sizes of the one head that attends to latent vectors, and of the heads that it stands for."""
     rank = _size(config, "kv_lora_rank")
-    writer.add_head_count_kv(1)
     writer.add_key_length(rank + rotary_dim(config))
     writer.add_value_length(rank)
     writer.add_key_length_mla(head_dim(config))

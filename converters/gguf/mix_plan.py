@@ -79,5 +79,5 @@ def _queries_per_key(architecture: Architecture, config: dict[str, Any]) -> int:
     """
     of_blocks = [key.config for key in architecture.keys if key.many and key.name == KEY_HEADS]
     keys = config[of_blocks[0]][0] if of_blocks else head_count(config, "num_key_value_heads")
-    keys = 1 if architecture.absorbed else keys
+    keys = 1 if architecture.absorbed and not of_blocks else keys
     return head_count(config) // keys if keys else 0

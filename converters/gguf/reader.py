@@ -23,6 +23,7 @@ from lqexport.converters.models.tensor_names import (
     block_module,
     gguf_names,
     is_grouped_matrix,
+    is_three_dimensional,
     model_shape,
     needed_names,
     place_in_stack,
@@ -115,10 +116,15 @@ class GGUFModel:
         stacked = {
             known[name]: 2 if name.endswith(".bias") else 3 for name in known if place_in_stack(name) is not None
         }
-        stacked |= {known[name]: 3 for name in known if is_grouped_matrix(self._architecture, name)}
+        stacked |= {
+            known[name]: 3
+            for name in known
+            if is_grouped_matrix(self._architecture, name) or is_three_dimensional(self._architecture, name)
+        }
         for name, tensor in self._tensors.items():
-            dimensions = len(tensor.shape)
-            if dimensions != stacked[name] if name in stacked else dimensions > 2:
+            # ggml does not count leading ones, and a converter may write them.
+            counts = {len(tensor.shape), len(_without_leading_ones(tensor.shape))}
+            if stacked[name] not in counts if name in stacked else min(counts) > 2:
                 unknown.add(name)
         if unknown:
             raise UserError(
@@ -210,6 +216,11 @@ class GGUFModel:
         factors = {name: self._tensors[name].data.view(np.float32) for name in FACTORS if name in self._tensors}
         vocabulary = self.shape(self._architecture.embedding)[0]
         return config_of(self._keys, vocabulary, set(self._names), factors)
+
+
+def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    first = next((place for place, size in enumerate(shape) if size != 1), len(shape))
+    return shape[first:]
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -46,7 +46,9 @@ FURTHER_COUNT = "num_nextn_predict_layers"
 LENT = ("embed_tokens", "shared_head.head")
 """Those of `PREDICTOR` that a block may lack. It uses the model's embedding and output then."""
 
-CONVOLUTIONS = ("shortconv.conv", "ssm_conv1d")
+THREE_DIMENSIONAL = ("ssm_conv1d_q", "ssm_conv1d_k", "ssm_conv1d_v")
+"""The GGUF names of those convolutions that GGUF holds as [channels, 1, width], too."""
+CONVOLUTIONS = ("shortconv.conv", "ssm_conv1d", *THREE_DIMENSIONAL)
 """The GGUF names of convolutions over single channels, which checkpoints store as [channels, 1, width]."""
 
 
@@ -120,7 +122,7 @@ class Architecture:
                 does not load the model -> GGUF tensor; both names are whole
     numbers     Hugging Face tensor of a block with one number -> key of the GGUF metadata that has these numbers of all
                 blocks, as an array. GGUF has no such tensor
-    scalars     those of them that are stored without a dimension in checkpoints
+    shaped      vector of a block -> its shape in checkpoints, -1 for its length; () for a number
     gguf_top    Hugging Face tensor outside the blocks -> GGUF tensor
     when        key of config.json (of its text part, if it has one) -> the values that tell this entry from others of
                 the same class
@@ -230,7 +232,7 @@ class Architecture:
     gguf_top: dict[str, str]
     gguf_tensors: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, str] = field(default_factory=dict)
-    scalars: tuple[str, ...] = ()
+    shaped: dict[str, tuple[int, ...]] = field(default_factory=dict)
     exl2: ExLlamaV2 | None = None
     when: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     told: Callable[[Config], bool] = lambda config: True

@@ -59,6 +59,7 @@ from lqexport.converters.models.families.mimo import MIMO2
 from lqexport.converters.models.families.minimax import MINIMAX_M2
 from lqexport.converters.models.families.mistral import MINISTRAL3, MISTRAL, MISTRAL4
 from lqexport.converters.models.families.mixtral import MIXTRAL
+from lqexport.converters.models.families.moonshot import KIMI_LINEAR
 from lqexport.converters.models.families.nemotron import NEMOTRON, NEMOTRON_H, NEMOTRON_H_MOE
 from lqexport.converters.models.families.olmo import OLMO2, OLMO3, OLMOE
 from lqexport.converters.models.families.openai import GPT_OSS
@@ -112,6 +113,7 @@ ARCHITECTURES = (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V2,
     DEEPSEEK_V32,
+    KIMI_LINEAR,
     QWEN2_MOE,
     QWEN3_NEXT,
     QWEN3_5,

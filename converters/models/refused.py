@@ -29,12 +29,6 @@ REFUSED = (
         "writes only tensors of floats",
     ),
     Refused(
-        "Kimi Linear",
-        ("KimiLinearForCausalLM",),
-        "its delta attention has three convolutions of three dimensions in each block, which the program does not "
-        "write yet",
-    ),
-    Refused(
         "Phi-3.5 MoE",
         ("PhimoeForCausalLM",),
         "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean: the "

@@ -6,7 +6,7 @@ import math
 import re
 from typing import Any
 
-from lqexport.converters.models.architecture import CONVOLUTIONS, EACH, LENT, Architecture
+from lqexport.converters.models.architecture import CONVOLUTIONS, EACH, LENT, THREE_DIMENSIONAL, Architecture
 from lqexport.errors import UserError
 
 _EXPERT = re.compile(r"(^|\.)experts\.(\d+)\.")
@@ -133,12 +133,14 @@ def gguf_shape(
     if within in architecture.grouped:
         groups = head_count(config, architecture.grouped[within])
         return (groups, shape[0] // groups, *shape[1:])
+    if is_three_dimensional(architecture, name):
+        return (shape[0], 1, shape[1])
     return shape
 
 
 def model_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape of a tensor in the model, from its shape in GGUF, rows first."""
-    if is_grouped_matrix(architecture, name):
+    if is_grouped_matrix(architecture, name) or is_three_dimensional(architecture, name):
         return (math.prod(shape[:-1]), shape[-1])
     within = _within_block(architecture, name)
     return (math.prod(shape),) if within in architecture.columns or within in architecture.grouped else shape
@@ -157,6 +159,12 @@ def group_count(architecture: Architecture, config: dict[str, Any], name: str) -
     return head_count(config, architecture.grouped[_within_block(architecture, name)])
 
 
+def is_three_dimensional(architecture: Architecture, name: str) -> bool:
+    """Whether a tensor is a matrix [channels, width] that GGUF holds as [channels, 1, width]."""
+    module = block_module(architecture, name)
+    return module is not None and architecture.gguf_block.get(module[1]) in THREE_DIMENSIONAL
+
+
 def _within_block(architecture: Architecture, name: str) -> str:
     """Returns the name of a tensor of a block without the block's prefix; "" for any other tensor."""
     module = block_module(architecture, name)
@@ -166,15 +174,17 @@ def _within_block(architecture: Architecture, name: str) -> str:
 def as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns [channels, width] for the weight [channels, 1, width] of a convolution over single channels.
 
-    A number without a dimension is a vector of length 1.
+    A number without a dimension is a vector of length 1, and so are four dimensions of which at most one is not 1.
     """
-    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape or (1,)
+    if not shape or (len(shape) == 4 and max(shape) == math.prod(shape)):
+        return (math.prod(shape),)
+    return (shape[0], shape[2]) if len(shape) == 3 and shape[1] == 1 else shape
 
 
 def checkpoint_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the shape that transformers stores a tensor in: a convolution's matrix is [channels, 1, width] there."""
-    if _within_block(architecture, name) in architecture.scalars:
-        return ()
+    if (form := architecture.shaped.get(_within_block(architecture, name))) is not None:
+        return tuple(shape[0] if size == -1 else size for size in form)
     module = block_module(architecture, name)
     is_convolution = module is not None and architecture.gguf_block.get(module[1]) in CONVOLUTIONS
     return (shape[0], 1, shape[1]) if is_convolution and len(shape) == 2 else shape

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -172,6 +172,28 @@ class Parts(nn.Module):
         return outputs[..., torch.from_numpy(self._order).to(outputs.device)]
 
 
+class ConvolutionParts(nn.Module):
+    """Convolutions over single channels that take the place of one over the channels of all of them.
+
+    rows   the name of each of them, and the numbers of its channels, which follow those of the one before
+    """
+
+    bias = None
+
+    def __init__(self, whole: nn.Conv1d, rows: Mapping[str, Order]) -> None:
+        super().__init__()
+        for name, numbers in rows.items():
+            part = nn.Module()
+            form = (len(numbers), *whole.weight.shape[1:])
+            part.weight = nn.Parameter(whole.weight.new_empty(form))
+            self.add_module(name, part)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights [channels, 1, width] of all of them. transformers reads them and does not call the module."""
+        return torch.cat([cast(Tensor, part.weight) for part in self.children()])
+
+
 def _in_order(order: Order) -> Callable[..., Tensor]:
     """Returns a hook that puts the columns of a linear's inputs into an order before the linear is computed."""
 
@@ -228,7 +250,10 @@ def _replace_by_linears(block: nn.Module, architecture: Architecture, config: di
         inputs, outputs = stored.shape
         block.set_submodule(name, nn.Linear(inputs, outputs, dtype=stored.dtype))
     for name, rows_of in architecture.parts.items():
-        if isinstance(fused := dict(block.named_modules()).get(name), nn.Linear):
+        fused = dict(block.named_modules()).get(name)
+        if isinstance(fused, nn.Conv1d):
+            block.set_submodule(name, ConvolutionParts(fused, rows_of(config)))
+        elif isinstance(fused, nn.Linear):
             rows = rows_of(config)
             keys = {part: architecture.turned.get(f"{name}.{part}") for part in rows}
             turned = {part: head_count(config, key) for part, key in keys.items() if key}

@@ -160,6 +160,12 @@ NEMOTRON_H_MOE |= {"moe_shared_expert_intermediate_size": 96, "routed_scaling_fa
 EXPERT_CASES += ("nemotron-h-moe", "nemotron-h-latent")
 UNSMOOTHED += ("nemotron-h", "nemotron-h-moe", "nemotron-h-latent")
 
+KIMI_LINEAR = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "linear_head_dim": 32, "linear_num_heads": 4}
+KIMI_LINEAR |= {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "num_experts": 4}
+KIMI_LINEAR |= {"num_experts_per_token": 2, "moe_intermediate_size": 32, "routed_scaling_factor": 1.5}
+EXPERT_CASES += ("kimi-linear",)
+UNSMOOTHED += ("kimi-linear",)
+
 FALCON_H1 = SIZES | {"head_dim": 32, "mamba_d_ssm": 96, "mamba_n_heads": 6, "mamba_n_groups": 2, "mamba_d_state": 16}
 FALCON_H1 |= {"mamba_chunk_size": 32, "embedding_multiplier": 2.0, "lm_head_multiplier": 0.5, "key_multiplier": 0.8}
 FALCON_H1 |= {"mlp_multipliers": [0.7, 1.2], "attention_in_multiplier": 1.1, "attention_out_multiplier": 0.6}
@@ -227,6 +233,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         "deepseek-v3",
     ),
     "glm-dsa": ("GlmMoeDsaConfig", GLM4_LITE | INDEXER | SHARED_CHOICE, "smaug-bpe"),
+    "kimi-linear": ("KimiLinearConfig", KIMI_LINEAR, "deepseek-v3"),
     "qwen3vlmoe": ("Qwen3MoeConfig", QWEN3_VL_MOE, "qwen2"),
     "qwen2moe": ("Qwen2MoeConfig", SIZES | QWEN2_MOE, "qwen2"),
     "qwen3next": ("Qwen3NextConfig", QWEN3_NEXT, "qwen2"),

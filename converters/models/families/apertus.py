@@ -24,7 +24,7 @@ APERTUS = replace(
         "mlp.down_proj": "ffn_down",
     },
     numbers={f"mlp.act_fn.{name}": f"xielu.{name}" for name in ("alpha_p", "alpha_n", "beta", "eps")},
-    scalars=("mlp.act_fn.beta", "mlp.act_fn.eps"),
+    shaped={"mlp.act_fn.beta": (), "mlp.act_fn.eps": ()},
     rows={},
     fixed={"hidden_act": ("xielu",), "tie_word_embeddings": (False,)},
     flags={"attention_bias": "self_attn.q_proj"},

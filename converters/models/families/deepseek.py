@@ -169,7 +169,7 @@ def with_mlp_types(config: Config) -> Config:
     }
 
 
-def _keys_and_values(config: Config) -> dict[str, Order]:
+def keys_and_values(config: Config) -> dict[str, Order]:
     """Returns the rows of `kv_b_proj` that compute keys, and those that compute values. Each head has both in turn."""
     heads, keys = head_count(config), head_count(config, "qk_nope_head_dim")
     rows = np.arange(heads * (keys + head_count(config, "v_head_dim"))).reshape(heads, -1)
@@ -206,7 +206,7 @@ DEEPSEEK_V32 = replace(
         f"{INDEXER}.weights_proj": "indexer.proj",
     },
     gguf_tensors=DEEPSEEK_V3.gguf_tensors | {f"{INDEXER}.k_norm.bias": "indexer.k_norm.bias"},
-    parts={"self_attn.kv_b_proj": _keys_and_values},
+    parts={"self_attn.kv_b_proj": keys_and_values},
     turned={K_B: "num_attention_heads"},
     rounded=(K_B,),
     grouped={f"{K_B}.weight": "num_attention_heads", f"{V_B}.weight": "num_attention_heads"},
