@@ -273,7 +273,7 @@ def test_refused_architectures_are_refused_with_their_reason(entry: Refused) -> 
         assert not any(name in known.classes for known in ARCHITECTURES)
 
 
-def test_the_reason_for_models_with_an_indexer_is_llamacpps(tmp_path: Path) -> None:
+def test_llamacpp_loads_models_with_an_indexer_only_with_keys_and_values_apart(tmp_path: Path) -> None:
     """llama.cpp does not load latent attention whose `kv_b_proj` is one tensor as a model of these architectures."""
     make_model("deepseek-v3").save_pretrained(tmp_path / "hf")
     make_tokenizer("gpt-2", tmp_path).save_pretrained(tmp_path / "hf")

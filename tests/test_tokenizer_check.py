@@ -199,6 +199,14 @@ def test_spaces_that_added_tokens_swallow_are_said(checked: Callable[..., list[s
 
 
 @pytest.mark.llamacpp
+def test_added_tokens_that_overlap_are_said(checked: Callable[..., list[str]]) -> None:
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ("<ab>", "<ab", "b>cd<")])
+    (sentence,) = checked(tokenizer)
+    assert "'one<ab>cd<two'" in sentence
+
+
+@pytest.mark.llamacpp
 def test_a_splitter_that_does_something_else_is_refused(checked: Callable[..., list[str]]) -> None:
     with pytest.raises(UserError, match=r"llama\.cpp would split .* into the tokens"):
         checked(byte_level_bpe(), tokenizer_config=NAMES | {"tokenizer.ggml.pre": "superbpe"})

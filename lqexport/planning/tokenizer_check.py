@@ -6,6 +6,7 @@ tokenizer that transformers loads. Where llama.cpp is installed, it splits hard 
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -99,7 +100,7 @@ def _split_otherwise(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int
     """
     texts = tuple(
         text
-        for text in (*PLAIN, *HARD, *_with_tokens(tokenizer))
+        for text in (*PLAIN, *HARD, *_with_tokens(tokenizer), *_overlapping(tokenizer))
         if max(tokenizer(text, add_special_tokens=False).input_ids, default=0) < rows
     )
     try:
@@ -132,3 +133,19 @@ def _with_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     peculiar = [token for token in added if token.lstrip or token.rstrip or token.single_word]
     chosen = list(dict.fromkeys(token.content for token in (*peculiar[: _MOST_TOKENS // 2], *added)))[:_MOST_TOKENS]
     return [f"one{text}two {text} three\n{text}\n  four" for text in chosen]
+
+
+def _overlapping(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Returns texts in which an added token ends with what another one begins with.
+
+    transformers finds the token that begins first, and llama.cpp the longer one.
+    """
+    texts = [token.content for token in tokenizer.added_tokens_decoder.values() if token.content]
+    by_start = {text[:length]: text for text in texts for length in range(1, len(text))}
+    pairs = (
+        (text, start, by_start[start])
+        for text in texts
+        for start in (text[-length:] for length in range(1, len(text)))
+        if start in by_start
+    )
+    return [f"one{text}{other.removeprefix(start)}two" for text, start, other in itertools.islice(pairs, _MOST_TOKENS)]
