@@ -27,8 +27,8 @@ from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit
 from lqexport.models.blocks import BlockModel
-from lqexport.models.source import open_source
-from lqexport.recipe import Recipe
+from lqexport.models.source import Source, open_source
+from lqexport.recipe import Moments, Recipe
 from lqexport.runtime.placement import all_on_device
 from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.feedback import layer_loss
@@ -38,24 +38,35 @@ LINEARS = ("self_attn.q_proj", "mlp.up_proj", "mlp.down_proj")
 SETTINGS = Recipe("model", "gguf:Q4_K").solver_settings
 
 
-def problems(arguments: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
-    """Returns the first rows of each linear of the block, and its normalized second moments."""
-    source = open_source(arguments.model)
-    tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=16, sequence_length=512, seed=0).tokens
+def block_linears(
+    source: Source, tokens: Tensor, index: int, names: tuple[str, ...], moments_type: Moments
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the weights of linears of a block, and the second moments of their inputs for tokens [samples, length].
+
+    Ends the script if the model has no such block.
+    """
     model = BlockModel(source)
     hidden = [model.start(ids[None]) for ids in tokens]
-    for index, block in model.blocks():
-        linears = {name: block.get_submodule(name) for name in LINEARS} if index == arguments.block else {}
-        moments = {name: SecondMoments(linear.in_features, "normalized", torch.device("cpu"))
+    for number, block in model.blocks():
+        linears = {name: block.get_submodule(name) for name in names} if number == index else {}
+        moments = {name: SecondMoments(linear.in_features, moments_type, torch.device("cpu"))
                    for name, linear in linears.items()}  # fmt: skip
         for name, linear in linears.items():
             linear.register_forward_pre_hook(lambda _, inputs, add=moments[name].add: add(inputs[0].flatten(0, -2)))
         with torch.no_grad():
             hidden = [model.run(block, state) for state in hidden]
         if linears:
-            return {name: (linear.weight.detach().float()[: arguments.rows].contiguous(), moments[name].hessian())
+            return {name: (linear.weight.detach().float(), moments[name].hessian())
                     for name, linear in linears.items()}  # fmt: skip
-    raise SystemExit(f"{arguments.model} has no block {arguments.block}.")
+    raise SystemExit(f"The model has no block {index}.")
+
+
+def problems(arguments: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
+    """Returns the first rows of each linear of the block, and its normalized second moments."""
+    source = open_source(arguments.model)
+    tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=16, sequence_length=512, seed=0).tokens
+    linears = block_linears(source, tokens, arguments.block, LINEARS, "normalized")
+    return {name: (weight[: arguments.rows].contiguous(), hessian) for name, (weight, hessian) in linears.items()}
 
 
 def llamacpp_loss(type_name: str, weight: Tensor, hessian: Tensor) -> float:

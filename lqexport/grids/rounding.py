@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import Codec, Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections
+from lqexport.formats.codec import Codec, Grid, GridCodec, PlainCodec, Planes, SectionedCodec, Sections, TrellisCodec
 from lqexport.formats.registry import codec_named
+from lqexport.formats.trellis import DISTORTION
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
@@ -45,16 +46,18 @@ def rounded_like(codec_name: str, planes: Planes, weight: Tensor) -> Tensor:
 
     Where the stored grid is the min-max grid of `weight`, as plain rounding and GPTQ leave it, that grid is taken.
     Otherwise the grid is fitted to `weight` with the same importance for all columns. A codec that reorders columns
-    takes the order of the stored matrix. For a type of `USUAL_ERRORS`, the stored weights stand for the rounded ones
-    (`_stand_in`). Raises ValueError if the codec cannot hold the weights.
+    takes the order of the stored matrix. For a type of `USUAL_ERRORS` and for EXL3, the stored weights stand for the
+    rounded ones (`_stand_in`). Raises ValueError if the codec cannot hold the weights.
     """
     codec = codec_named(codec_name)
     if isinstance(codec, SectionedCodec):
         return _rounded_sections(codec, planes, weight.float())
     if isinstance(codec, PlainCodec):
         return torch.cat([_rounded_plain(codec, rows.float()) for rows in _chunks(weight)])
+    if isinstance(codec, TrellisCodec):
+        return _stand_in(codec, planes, weight.float(), DISTORTION[codec.trellis.halves / 2])
     if codec.name in USUAL_ERRORS:
-        return _stand_in(codec, planes, weight.float())
+        return _stand_in(codec, planes, weight.float(), USUAL_ERRORS[codec.name])
     assert isinstance(codec, GridCodec)
     stored = codec.unpack(planes, weight.shape[1])[0]
     use_minmax = _is_minmax(codec, stored, weight)
@@ -91,15 +94,14 @@ def _rounded_sections(codec: SectionedCodec, planes: Planes, weight: Tensor) -> 
     return grid.values(grid.nearest(weight))
 
 
-def _stand_in(codec: Codec, planes: Planes, weight: Tensor) -> Tensor:
+def _stand_in(codec: Codec, planes: Planes, weight: Tensor, usual: float) -> Tensor:
     """Returns the stored weights, float32 [R, C], as what rounding to a type leaves that nothing here rounds to.
 
-    Where their relative squared error is above the type's in `USUAL_ERRORS`, they are moved towards `weight` until they
-    have that error.
+    Where their relative squared error is above the usual one, they are moved towards `weight` until they have that
+    error.
     """
     error = torch.from_numpy(codec.decode(planes, weight.shape[1])).to(weight.device) - weight
     relative = float(error.square().sum() / weight.square().sum().clamp_min(1e-30))
-    usual = USUAL_ERRORS[codec.name]
     return weight + error * (min(1.0, (usual / relative) ** 0.5) if relative else 1.0)
 
 

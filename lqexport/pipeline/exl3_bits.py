@@ -18,18 +18,13 @@ from torch import Tensor
 
 from lqexport.converters.exl3.plan import WIDTHS, padded_weights
 from lqexport.converters.models.tensor_names import of_each_expert
-from lqexport.formats.trellis import SIDE, padded, rotated
+from lqexport.formats.trellis import DISTORTION, SIDE, padded, rotated
 from lqexport.pipeline.allocate import Allocation, Option, allocate
 from lqexport.pipeline.measured_losses import Losses
 from lqexport.recipe import SolverSettings
 from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import layer_loss
 
-DISTORTION = {
-    1.0: 0.2726, 1.5: 0.1367, 2.0: 0.0684, 2.5: 0.0344, 3.0: 0.01732, 3.5: 0.00875, 4.0: 0.00442, 5.0: 0.00113,
-    6.0: 0.00029, 7.0: 0.000077, 8.0: 0.000023,
-}  # fmt: skip
-"""K -> mean squared error of Gaussian weights of unit variance, from an exact search with the codebook mul1."""
 Floats = NDArray[np.float64]
 
 

@@ -21,6 +21,7 @@ from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import block_module, expert_number, of_each_expert
 from lqexport.converters.plan import PlannedTensor
+from lqexport.formats.registry import family_of
 from lqexport.models.smoothing import SEQUENCES
 from lqexport.recipe import Recipe
 from lqexport.tuning.tune import HELD_OUT
@@ -44,6 +45,10 @@ SEARCH_SECONDS = {
 """Seconds to search a codebook for one weight on one core: in the fit with error feedback, and in a sweep of descent.
 
 Measured by `bench/vectors.py`, in excess of Q4_K's times. The host searches, whatever the device."""
+
+TRELLIS_SECONDS = (1.2e-5, 0.6e-5)
+"""The same for the walks of EXL3, in any number of bits: 2 to 3.5 ms for a tile of 256 weights, and half of that in a
+sweep."""
 
 SOLVER_SHARE = 0.22
 """Rate of error feedback and descent, relative to that of large matrix products. Both go column by column. Measured on
@@ -371,12 +376,17 @@ class Rates:
 
 
 def search_seconds(work: Work) -> float:
-    """Returns the seconds of one core that searches of codebooks take, for all linears in types with a codebook."""
+    """Returns the seconds of one core that searches of codebooks and of walks take, for all linears."""
     if not work.calibrated:
         return 0.0
     sweeps = work.recipe.sweeps
-    of_types = [(tensor.weights, SEARCH_SECONDS.get(tensor.codec_name, (0.0, 0.0))) for tensor in work.linears]
+    of_types = [(tensor.weights, _searching(tensor.codec_name)) for tensor in work.linears]
     return sum(weights * (once + sweeps * each) for weights, (once, each) in of_types)
+
+
+def _searching(codec_name: str) -> tuple[float, float]:
+    """Returns the seconds to search for one weight, in the fit with error feedback and in a sweep of descent."""
+    return TRELLIS_SECONDS if family_of(codec_name) == "exl3" else SEARCH_SECONDS.get(codec_name, (0.0, 0.0))
 
 
 def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1, held: int = 1 << 62) -> float:

@@ -35,6 +35,10 @@ SOLVER_MATRICES = 8
 FACTOR_PANELS = 3
 """Number of float64 panels [C, PANEL] that the Cholesky factorization works on, besides the panels that it keeps."""
 
+ROTATED_SQUARES = 10
+"""Matrices of a Hessian's size, counted in float32, that are held while a rotated Hessian is factorized: itself, its
+root, the root's blocks over their diagonal, and a copy, all in float64; the damped Hessian and the result."""
+
 HIDDEN_STATES, INNER_STATES = 14, 6
 """Float32 numbers that a block's backward pass keeps per token, in units of the hidden width and of the MLP's width."""
 HELD_STATES = 4
@@ -211,7 +215,7 @@ def _solving(work: Work, placement: Placement) -> Memory:
     square = 4 * _widest(work) ** 2
     arrays = max(FACTOR_PANELS * _panel_bytes(work), square * bool(work.recipe.sweeps) + _chunk_bytes(work, placement))
     copied = square if work.recipe.asymmetric or not placement.moments.holds(placement.device) else 0
-    working = Memory(copied + arrays + 3 * square * _is_whole(work) + _correction_bytes(work), 0)
+    working = Memory(copied + arrays + _whole_squares(work) * square + _correction_bytes(work), 0)
     if work.recipe.prefix == "quantized":  # the passes go on with the block afterwards
         working += Memory(_blocks_bytes(work, placement) + _held(work, placement), 0)
     guided = work.guided and work.recipe.prefix == "full"
@@ -220,17 +224,20 @@ def _solving(work: Work, placement: Placement) -> Memory:
     return working + states + _kept(placement.moments, _sums_bytes(work, placement)) + _kept_cholesky(work, placement)
 
 
-def _is_whole(work: Work) -> bool:
-    """Returns whether all rows of a linear are solved at once, under a Hessian in another order or basis.
+def _whole_squares(work: Work) -> int:
+    """Returns how many further matrices of a Hessian's size the solver holds where all rows are solved at once; else 0.
 
-    This is so in EXL2, EXL3 and GPTQ's layout.
+    EXL2 and GPTQ's layout reorder the Hessian's columns. EXL3 rotates it, and factorizes it in float64.
     """
-    return any(isinstance(codec_named(tensor.codec_name), SectionedCodec | TrellisCodec) for tensor in work.block)
+    codecs = [codec_named(tensor.codec_name) for tensor in work.block]
+    if any(isinstance(codec, TrellisCodec) for codec in codecs):
+        return ROTATED_SQUARES
+    return 3 * any(isinstance(codec, SectionedCodec) for codec in codecs)
 
 
 def _chunk_bytes(work: Work, placement: Placement) -> int:
     """Returns the bytes of the solver's arrays for the rows that are solved at once."""
-    whole = _is_whole(work)
+    whole = bool(_whole_squares(work))
     rows = [(tensor.matrix[0] if whole else min(placement.rows, tensor.matrix[0])) for tensor in work.block]
     most = max((count * tensor.matrix[1] for count, tensor in zip(rows, work.block, strict=True)), default=0)
     return SOLVER_MATRICES * 4 * most
