@@ -390,8 +390,6 @@ class Recipe:
     def _check_exl3(self) -> None:
         if self.parsed_target.family != "exl3":
             return
-        if self.tune:
-            raise UserError("End-to-end tuning of EXL3 does not exist yet: leave out tune.")
         if self.rank:
             raise UserError("EXL3 is solved without low-rank corrections: leave out rank.")
 
@@ -447,7 +445,6 @@ class Recipe:
             return self.tune
         wide = (self.parsed_target.bits or 0) >= TUNED_BELOW
         untuned = self.imatrix is not None or self.effort == "fast" or (self.effort == "default" and wide)
-        untuned = untuned or self.parsed_target.family == "exl3"
         return 0 if untuned or self.method != "lean" else TUNED
 
     @property

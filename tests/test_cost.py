@@ -130,6 +130,9 @@ def test_searches_of_codebooks_take_time() -> None:
     assert search_seconds(works["IQ2_S"]) == pytest.approx(linears * (0.9e-6 + 2 * 0.28e-6))
     assert search_seconds(works["Q2_K"]) == 0
     assert {codec.name for codec in GGUF_VECTORS} == SEARCH_SECONDS.keys()
+    walks = forecast(path, Recipe(str(path), "exl3:3"), "24GB", "64GB")
+    assert search_seconds(walks.work) == pytest.approx(linears * (1.2e-5 + 2 * 0.6e-5))
+    assert tuned_numbers(walks.work) == (2 * 32 + 1) * 4096 + sum(sum(each.matrix) for each in walks.work.linears)
 
 
 def test_what_does_not_fit_is_said() -> None:

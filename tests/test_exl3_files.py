@@ -195,13 +195,11 @@ def test_options_that_do_not_belong_together_are_refused() -> None:
             Recipe("x", **options)
     for options, message in (
         ({"output_type": "Q6_K"}, "head-bits"),
-        ({"tune": 4}, "leave out tune"),
         ({"rank": 8}, "leave out rank"),
         ({"moments": "guided", "output_groups": 2}, "one output group"),
     ):
         with pytest.raises(UserError, match=message):
             Recipe("x", "exl3:4", **options)
-    assert Recipe("x", "exl3:4").tuned_sequences == 0
 
 
 # Choices.

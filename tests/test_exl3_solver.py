@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lqexport.formats.exl3 import EXL3
 from lqexport.formats.registry import codec_named
-from lqexport.grids.rotation import Basis, fit_basis, rotated
+from lqexport.formats.trellis import Walks
+from lqexport.grids.rotation import Basis, TensorWalks, fit_basis, rotated, unscaled
 from lqexport.recipe import Recipe
 from lqexport.solver.feedback import layer_loss
 from lqexport.solver.linear import solve_linear
@@ -94,6 +95,21 @@ def test_inputs_and_outputs_of_zeros_have_a_basis(rows: int) -> None:
         aim = basis.into(filled)
         assert aim.isfinite().all()
         assert torch.allclose(basis.out_of(aim) * basis.inputs * basis.outputs[:, None], filled, atol=1e-5)
+
+
+def test_tuning_sees_the_weights_that_the_file_holds() -> None:
+    draw = np.random.default_rng(7)
+    walks = solved_walks(draw)
+    values = TensorWalks.of(walks, torch.device("cpu")).values(torch.from_numpy(unscaled(walks)))
+    exact = torch.from_numpy(walks.values())
+    assert float((values - exact).norm() / exact.norm()) < 6e-4
+
+
+def solved_walks(draw: np.random.Generator) -> Walks:
+    trellis = EXL3["exl3:3"].trellis
+    rings = draw.integers(-(2**15), 2**15, (8, 16, trellis.words)).astype(np.int16)
+    scales = [(draw.normal(size=size) * 0.1).astype(np.float16) for size in (100, 200)]
+    return Walks(trellis, trellis.unpack(rings), *scales)
 
 
 # Feedback and sweeps.

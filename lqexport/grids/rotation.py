@@ -7,15 +7,16 @@ matrix of 128 on each run of 128, the file's weights are S B Q B V, for values Q
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lqexport.formats import trellis
-from lqexport.formats.trellis import BLOCK, padded
+from lqexport.formats.trellis import BLOCK, Walks, padded
 
 SPREAD = 0.12
 """How much noise moves from inputs that count to those that do not (`fit_basis`).
@@ -56,6 +57,38 @@ class Basis:
     def out_of(self, values: Tensor) -> Tensor:
         """Returns B Q B without the padding, transposed [R, C], for values Q [padded C, padded R]."""
         return rotated(rotated(values)[: len(self.inputs)].T)[: len(self.outputs)].contiguous()
+
+
+@dataclass(frozen=True)
+class TensorWalks:
+    """The stored scales of a linear whose walks stay, for tuning. The counterpart of `formats.trellis.Walks`.
+
+    inputs    float32 [C], each exactly a float16
+    outputs   float32 [R], the same
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+
+    @staticmethod
+    def of(walks: Walks, device: torch.device) -> TensorWalks:
+        """Returns the scales of walks, on a device."""
+        inputs, outputs = (torch.from_numpy(each.astype(np.float32)) for each in (walks.inputs, walks.outputs))
+        return TensorWalks(inputs.to(device), outputs.to(device))
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Returns the weights, float32 [R, C], of codes that `unscaled` returns.
+
+        They have gradients with respect to the scales. The roundings to float16 on the way, which move a weight by a
+        few units of its last place, are left out.
+        """
+        return codes.float() * self.inputs * self.outputs[:, None]
+
+
+def unscaled(walks: Walks) -> NDArray[np.float16]:
+    """Returns the weights of walks without their scales, float16 [R, C]: the codes that tuning keeps."""
+    inputs, outputs = (np.ones_like(each) for each in (walks.inputs, walks.outputs))
+    return replace(walks, inputs=inputs, outputs=outputs).values().astype(np.float16)
 
 
 def rotated(matrix: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 
 from lqexport.calibration.collect import BATCH_TOKENS, SHARDS
 from lqexport.converters.models.tensor_names import expert_number
+from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.codec import GridCodec, SectionedCodec, TrellisCodec
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
@@ -350,9 +351,14 @@ def _half(limit: int | None, taken: int) -> int:
 
 def _unpacked(work: Work, placement: Placement) -> Memory:
     """Returns the memory of the tensors that tuning keeps unpacked."""
-    needed = int((1 + NUMBERS) * sum(tensor.weights for tensor in work.linears))
+    needed = int(sum(_code_bytes(tensor) * tensor.weights for tensor in work.linears))
     device = min(needed, placement.unpacked[0])
     return Memory(device, min(needed - device, placement.unpacked[1]))
+
+
+def _code_bytes(tensor: PlannedTensor) -> float:
+    """Returns the bytes of a weight's code and its share of the grid while a linear is kept unpacked, at most."""
+    return 2 if isinstance(codec_named(tensor.codec_name), TrellisCodec) else 1 + NUMBERS
 
 
 def placement_sentence(placement: Placement) -> str:
@@ -394,6 +400,8 @@ def tuned_numbers(work: Work) -> int:
 def _grid_numbers(codec_name: str, rows: int, columns: int) -> int:
     """Returns the number of floating-point numbers that the grids of a linear's rows are made of."""
     codec = codec_named(codec_name)
+    if isinstance(codec, TrellisCodec):
+        return rows + columns
     if not isinstance(codec, GridCodec):
         return 0
     arrays = numbers(minmax(codec, torch.ones(1, columns))).values()

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from lqexport.formats.codec import Grid, PlainCodec, Sections, TrellisCodec
 from lqexport.formats.registry import codec_named
+from lqexport.formats.trellis import Walks
 from lqexport.grids.grid import TensorGrid
+from lqexport.grids.rotation import TensorWalks, unscaled
 from lqexport.grids.sections import TensorSections
 from lqexport.models.source_grids import KEPT
 from lqexport.storage.artifact import Artifact, StoredTensor, decoded
@@ -25,18 +27,18 @@ NUMBERS = 0.5
 class Unpacked:
     """A solved tensor, unpacked on a device.
 
-    grid    the tensor's grid, or None
-    codes   uint8 [R, C]; if there is no grid, the tensor's values
+    grid    the tensor's grid, the scales of its walks, or None
+    codes   uint8 [R, C]; of walks, float16 [R, C] (`rotation.unscaled`); if there is no grid, the tensor's values
 
     There is no grid if the tensor is stored as plain numbers. There is none either if the tensor keeps the grid of a
     quantized source: it has no error that tuning could reduce.
     """
 
-    grid: TensorGrid | TensorSections | None
+    grid: TensorGrid | TensorSections | TensorWalks | None
     codes: Tensor
 
 
-OnHost = tuple[Grid | Sections | None, Tensor]
+OnHost = tuple[Grid | Sections | Walks | None, Tensor]
 """A tensor's grid and codes on the host, as the codecs return them; grid and codes are as in `Unpacked`."""
 
 
@@ -47,8 +49,11 @@ def unpack(tensor: StoredTensor, device: torch.device) -> Unpacked:
 
 def _on_host(tensor: StoredTensor) -> OnHost:
     codec = codec_named(tensor.codec_name)
-    if isinstance(codec, PlainCodec | TrellisCodec) or tensor.facts.get("source_grid") == KEPT:
+    if isinstance(codec, PlainCodec) or tensor.facts.get("source_grid") == KEPT:
         return None, torch.from_numpy(decoded(tensor))
+    if isinstance(codec, TrellisCodec):
+        walks = codec.unpack(tensor.planes, tensor.shape[1])
+        return walks, torch.from_numpy(unscaled(walks))
     grid, codes = codec.unpack(tensor.planes, tensor.shape[1])
     return grid, torch.from_numpy(codes)
 
@@ -57,6 +62,8 @@ def _moved_to(device: torch.device, on_host: OnHost) -> Unpacked:
     grid, codes = on_host[0], on_host[1].to(device)
     if grid is None:
         return Unpacked(None, codes)
+    if isinstance(grid, Walks):
+        return Unpacked(TensorWalks.of(grid, device), codes)
     return Unpacked(TensorGrid.of(grid, device) if isinstance(grid, Grid) else TensorSections.of(grid, device), codes)
 
 
@@ -92,4 +99,6 @@ class TensorCache:
 def _size(on_host: OnHost) -> int:
     """Returns the bytes that an unpacked tensor takes, at most."""
     grid, codes = on_host
-    return codes.nbytes if grid is None else int((1 + NUMBERS) * codes.nbytes)
+    if grid is None or isinstance(grid, Walks):
+        return codes.nbytes
+    return int((1 + NUMBERS) * codes.nbytes)

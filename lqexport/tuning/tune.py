@@ -2,9 +2,9 @@
 
 Codes and integers stay as they were solved, so the file does not grow. These numbers are tuned: the gains of the norms,
 biases, and the float16 numbers of every solved linear's grid. The latter are the scales and offsets of superblocks or
-groups, the tables, or EXL2's maxima. The loss is the mean KL(source || quantized) over all positions of some
-calibration sequences. The method is the second phase of EfficientQAT (Chen et al. 2024, E2E-QP), but it aims at the
-source's predictions instead of the next token, and it tunes the norms, too.
+groups, the tables, EXL2's maxima, or EXL3's scales of inputs and outputs. The loss is the mean KL(source || quantized)
+over all positions of some calibration sequences. The method is the second phase of EfficientQAT (Chen et al. 2024,
+E2E-QP), but it aims at the source's predictions instead of the next token, and it tunes the norms, too.
 
 A step runs one sequence forward through all blocks and keeps the inputs of each block. Then it goes backward and runs
 each block again, with gradients. The device holds one block's decoded weights and both models' outputs. The host holds
@@ -34,6 +34,7 @@ from lqexport.errors import AGAIN
 from lqexport.formats.codec import BFLOAT16, Grid, PlainCodec, Rounding, Sections, TrellisCodec
 from lqexport.formats.registry import codec_named
 from lqexport.grids.grid import Numbers, TensorGrid, round_half
+from lqexport.grids.rotation import TensorWalks
 from lqexport.grids.sections import TensorSections
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener
@@ -80,11 +81,13 @@ class Outcome:
         return {f"{name}_before": self.before, f"{name}_after": self.after, "kept": self.kept}
 
 
-def numbers(grid: TensorGrid | TensorSections) -> State:
+def numbers(grid: TensorGrid | TensorSections | TensorWalks) -> State:
     """Returns the float16 numbers that a grid is made of, as float32, by name.
 
-    The names are `scale` and `offset`, `levels` for tables, or `sections`.
+    The names are `scale` and `offset`, `levels` for tables, `sections`, or `inputs` and `outputs` for walks.
     """
+    if isinstance(grid, TensorWalks):
+        return {"inputs": grid.inputs, "outputs": grid.outputs}
     if isinstance(grid, TensorSections):
         return {"sections": grid.numbers()}
     if grid.scale is None:
@@ -105,8 +108,10 @@ def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
     return replace(grid, scale=scale, offset=offset)
 
 
-def tuned_values(grid: TensorGrid | TensorSections, codes: Tensor, new: State) -> Tensor:
+def tuned_values(grid: TensorGrid | TensorSections | TensorWalks, codes: Tensor, new: State) -> Tensor:
     """Returns the grid's values with other numbers. The values have gradients with respect to these numbers."""
+    if isinstance(grid, TensorWalks):
+        return TensorWalks(**new).values(codes)
     if isinstance(grid, TensorSections):
         return grid.with_numbers(new["sections"]).straight_through(codes)
     moved = with_numbers(grid, new)
@@ -149,7 +154,7 @@ def _unit(name: str, values: Tensor) -> Tensor:
     """
     if name == "levels":
         return values.std(1, keepdim=True)
-    return values if name in ("scale", "offset", "sections") else values.abs().mean()
+    return values.abs().mean() if name == "vector" else values
 
 
 class Tuner:
@@ -386,8 +391,11 @@ class Tuner:
         codec = codec_named(tensor.codec_name)
         if isinstance(codec, PlainCodec):
             planes = codec.encode_values(new["vector"].reshape(1, -1).cpu().numpy())
+        elif isinstance(codec, TrellisCodec):
+            walks = codec.unpack(tensor.planes, tensor.shape[1])
+            inputs, outputs = (new[scales].cpu().numpy().astype(np.float16) for scales in ("inputs", "outputs"))
+            planes = codec.encode(replace(walks, inputs=inputs, outputs=outputs))
         else:
-            assert not isinstance(codec, TrellisCodec)  # it has no grid, so no numbers are tuned
             grid, codes = _with_stored(unpack(tensor, self.solved.device), new)
             planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
@@ -396,7 +404,7 @@ class Tuner:
 def _with_stored(unpacked: Unpacked, new: State) -> tuple[Grid | Sections, NDArray[np.uint8]]:
     """Returns the format's grid with the tuned numbers, and its codes."""
     grid, codes = unpacked.grid, unpacked.codes
-    assert grid is not None
+    assert isinstance(grid, TensorGrid | TensorSections)
     if isinstance(grid, TensorSections):
         return grid.with_numbers(new["sections"]).stored().numpy(), codes.cpu().numpy()
     tuned, codes = with_numbers(grid, new).ascending(codes)
