@@ -9,7 +9,16 @@ from types import ModuleType
 
 import pytest
 
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
+from lqexport.kernels import (
+    cuda,
+    cuda_decode,
+    cuda_exl2,
+    cuda_kmeans,
+    cuda_multiply,
+    cuda_solve,
+    cuda_squared,
+    cuda_trellis,
+)
 
 KERNELS = {
     cuda_decode.SOURCE: cuda_decode.kernels(),
@@ -17,6 +26,7 @@ KERNELS = {
     cuda_exl2.SOURCE: cuda_exl2.kernels(),
     cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
     cuda_squared.SOURCE: [cuda_squared.KERNEL],
+    cuda_trellis.SOURCE: [cuda_trellis.KERNEL],
     **cuda_solve.KERNELS,
 }
 REGISTERS = {
@@ -28,6 +38,7 @@ REGISTERS = {
     "fit.cu": 72,
     "kmeans.cu": 80,
     "squared.cu": 48,
+    "trellis.cu": 64,
 }
 """Source file -> most registers per thread of its kernels. With these, at least five warps fit on each of an SM's four
 schedulers."""

@@ -28,7 +28,7 @@ from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.solver import cholesky, feedback
 from lqexport.solver.cholesky import factorize
-from lqexport.solver.linear import unit_of
+from lqexport.solver.linear import solve_linear, unit_of
 from lqexport.storage.artifact import Artifact
 from lqexport.tuning import tune
 from lqexport.verification.verifying import verify
@@ -308,3 +308,11 @@ def test_a_written_file_is_verified(
     assert result.decoding == f"NumPy and the CUDA kernels, the same bits in {count} of {count} tensors"
     assert result.failed == []
     assert set(launched) == ({"decode", "decode_exl2"} if target == "exl2" else {"decode"})
+
+
+def test_walks_are_searched_for_weights_on_the_device(pretended: Any) -> None:
+    weight, inputs = torch.randn(128, 128), torch.randn(300, 128)
+    hessian, settings = inputs.T @ inputs, Recipe("model", "exl3:2", descent=1).solver_settings
+    there = solve_linear("linear", weight.to(CUDA), hessian.to(CUDA), "exl3:2", settings)
+    here = solve_linear("linear", weight, hessian, "exl3:2", settings)
+    assert there.facts["loss"] == pytest.approx(here.facts["loss"], rel=0.03)

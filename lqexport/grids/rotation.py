@@ -8,7 +8,6 @@ matrix of 128 on each run of 128, the file's weights are S B Q B V, for values Q
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache
 
 import numpy as np
 import torch
@@ -135,7 +134,6 @@ def _padded(matrix: Tensor) -> Tensor:
     return torch.nn.functional.pad(matrix, (0, across, 0, down))
 
 
-@cache
 def _hadamard(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Returns the Hadamard matrix of 128, over the root of 128."""
     signs = trellis.rotated(np.eye(BLOCK, dtype=np.float32)) > 0

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.trellis import COLUMN, POSITIONS, ROW, SIDE, States, Trellis
+from lqexport.kernels import cuda, cuda_trellis
 from lqexport.kernels import trellis as kernel
 from lqexport.runtime.products import times_transposed
 
@@ -29,7 +30,7 @@ SEAMS = (POSITIONS // 2, 0)
 
 
 class Encoder:
-    """Searches the walks of rows of tiles, on the host."""
+    """Searches the walks of rows of tiles, on a GPU if the kernels run there, else on the host."""
 
     def __init__(self, trellis: Trellis) -> None:
         self._trellis = trellis
@@ -44,10 +45,12 @@ class Encoder:
         states    uint16 [n / 16, 256], written
         seam      the position at which the walks in `states` are closed again; None if there are none yet
         """
-        tiles = target.unflatten(1, (-1, SIDE)).transpose(0, 1).cpu()[:, ROW, COLUMN].contiguous()
-        positions = weights.float().cpu()[ROW]
-        again = seam is not None
-        kernel.search(tiles.numpy(), positions.numpy(), self._form, seam or 0, again, self._rooms, states)
+        tiles = target.unflatten(1, (-1, SIDE)).transpose(0, 1)[:, ROW, COLUMN].contiguous()
+        positions, form, closing = weights.float()[ROW], self._form, (seam or 0, seam is not None)
+        if cuda.usable(target.device):
+            cuda_trellis.search(tiles, positions, form, *closing, states)
+        else:
+            kernel.search(tiles.cpu().numpy(), positions.cpu().numpy(), form, *closing, self._rooms, states)
         values = torch.empty(len(states), SIDE, SIDE)
         values[:, ROW, COLUMN] = torch.from_numpy(self._trellis.table[states])
         return values.transpose(0, 1).flatten(1).to(target.device)
