@@ -30,7 +30,7 @@ def search(targets: Tensor, weights: Tensor, form: Form, begin: int, again: bool
     whole = (weights * (65535 / weights.max())).to(torch.int32)
     integers = (targets.double() * form.unit).round().clamp(-32767, 32767).to(torch.int16)
     values = torch.from_numpy(form.values).to(device)
-    walks = torch.from_numpy(states.view(np.int16)).to(device, copy=True)
+    walks = torch.from_numpy(np.array(states, order="C").view(np.int16)).to(device)
     halves = 2 * int(form.new_bits.sum()) // POSITIONS
     arguments: list[cuda.Argument] = [
         integers, whole, values, halves, int(form.doublings), int(form.limit), tiles, begin, int(again), nodes, costs,
