@@ -141,11 +141,16 @@ def main() -> None:
     print("| made by | MB |" + "".join(f" KL, {judge.text.stem} | perplexity |" for judge in judges))
     print("|---|---|" + "---|---|" * len(judges))
     for name in arguments.only:
-        theirs, peer = made(name, arguments.model, work, arguments.samples), PEERS[name]
+        peer, theirs = PEERS[name], made(name, arguments.model, work, arguments.samples)
+        print_row(theirs, judges)
         given = [option.format(bytes=tensor_bytes(theirs)) for option in peer.options]
-        for folder in theirs, solved(arguments.model, work / peer.lqexport, [*given, *options]):
-            figures = [judge(folder) for judge in judges]
-            print(f"| {folder.name} | {figures[0]['bytes'] / 1e6:.1f} |" + "".join(map(cells, figures)), flush=True)
+        print_row(solved(arguments.model, work / peer.lqexport, [*given, *options]), judges)
+
+
+def print_row(folder: Path, judges: list[Judge]) -> None:
+    """Prints the row of a folder, which is judged on every text."""
+    figures = [judge(folder) for judge in judges]
+    print(f"| {folder.name} | {figures[0]['bytes'] / 1e6:.1f} |" + "".join(map(cells, figures)), flush=True)
 
 
 if __name__ == "__main__":
