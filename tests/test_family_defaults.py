@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from config_variations import completed, configs_without_a_key, lacking_one_key
 from family_cases import BECOME_OTHERS, CASES, SIZES, export, make_model, make_tokenizer
 from family_cases import pieces as pieces
 from gguf import GGUFWriter
@@ -36,39 +36,6 @@ Outcome = tuple[Any, ...]
 
 TOKENS = [1, *(int(token) for token in np.random.default_rng(0).integers(3, 480, 40))]
 PATTERN = "attention.sliding_window_pattern"
-
-
-def completed(class_name: str, options: Config) -> Config:
-    """Returns config.json with every key that transformers' class has, for a model with these options."""
-    config_class = getattr(transformers, class_name)
-    config = config_class(**{key: value for key, value in options_of(options).items() if key != "model_type"})
-    model_class = transformers.MODEL_FOR_CAUSAL_LM_MAPPING[config_class].__name__
-    return json.loads(config.to_json_string(use_diff=False)) | {"architectures": [model_class]}
-
-
-def older(config: Config) -> Config:
-    """Returns a config.json with its rotary settings as before transformers 5, where one object holds them for all."""
-    rope = dict(config.get("rope_parameters") or {})
-    if not rope or "full_attention" in rope:
-        return config
-    theta, partial = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
-    usual, neox = ("rope_theta", "partial_rotary_factor"), ("rotary_emb_base", "rotary_pct")
-    names = neox if config["model_type"] == "gpt_neox" else usual
-    settings = dict(zip(names, (theta, partial), strict=True)) | {"rope_scaling": rope}
-    others = {key: value for key, value in config.items() if key != "rope_parameters"}
-    return others | {key: value for key, value in settings.items() if value is not None}
-
-
-def lacking_one_key(config: Config) -> Iterator[tuple[str, Config]]:
-    """Yields (key, config.json without it) for every key, also those within the rotary settings."""
-    for key in config.keys() - {"architectures", "model_type"}:
-        yield key, {other: value for other, value in config.items() if other != key}
-    for name in ("rope_parameters", "rope_scaling"):
-        for key, value in lacking_one_key(config[name]) if config.get(name) else ():
-            yield f"{name}.{key}", config | {name: value}
-        for kind, settings in (config.get(name) or {}).items():
-            for key, value in lacking_one_key(settings) if isinstance(settings, dict) else ():
-                yield f"{name}.{kind}.{key}", config | {name: config[name] | {kind: value}}
 
 
 def outcome(config: Config) -> Outcome:
@@ -97,17 +64,10 @@ def outcome_or_refusal(config: Config) -> Outcome:
 
 @pytest.mark.parametrize("name", CASES)
 def test_metadata_without_a_key_are_those_with_transformers_default(name: str) -> None:
-    class_name, options, _ = CASES[name]
-    config = completed(class_name, options)
     checked = 0
-    for style in (config, older(config)):
-        for key, lacking in lacking_one_key(style):
-            try:
-                complete = completed(class_name, lacking)
-            except Exception:  # transformers makes no model of it; each class raises exceptions of its own
-                continue
-            checked += 1
-            assert outcome_or_refusal(lacking) == outcome_or_refusal(complete), key
+    for key, lacking, complete in configs_without_a_key(name):
+        checked += 1
+        assert outcome_or_refusal(lacking) == outcome_or_refusal(complete), key
     assert checked > 20
 
 

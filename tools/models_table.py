@@ -1,11 +1,10 @@
-"""Prints the table of docs/models.md, from the table of architectures and the test cases of each family.
+"""Prints the table of docs/models.md: the table of architectures, the test cases of each family, and what is refused.
 
 python tools/models_table.py
 """
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -16,20 +15,23 @@ from lqexport.converters.models.refused import REFUSED
 ROOT = Path(__file__).resolve().parent.parent
 ENCODERS = {"bert": "test_encoders.py", "gemma-embedding": "test_embedding_gemma.py"}
 """GGUF architecture of an encoder -> the file with its tests."""
-COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "windows in GGUF", "EXL2", "tests")
+COLUMNS = ("family", "`architectures`", "GGUF as", "rope scaling in GGUF", "windows in GGUF", "EXL2", "tried with")
 
 
 def tested() -> dict[str, list[str]]:
-    """Returns family -> the names of its cases in tests/helpers/family_cases.py."""
-    spec = importlib.util.spec_from_file_location("family_cases", ROOT / "tests" / "helpers" / "family_cases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module.__name__] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    """Returns family -> its cases in tests/helpers/family_cases.py, with the number of configs that lack a key.
+
+    The configs are in the styles of transformers 4 and 5.
+    """
+    helpers = str(ROOT / "tests" / "helpers")
+    sys.path += [] if helpers in sys.path else [helpers]
+    from config_variations import configs_without_a_key
+    from family_cases import CASES, architecture_of_case
+
     cases: dict[str, list[str]] = {}
-    for name in module.CASES:
-        cases.setdefault(module.architecture_of_case(name).family, []).append(name)
+    for name in CASES:
+        count = sum(1 for _ in configs_without_a_key(name))
+        cases.setdefault(architecture_of_case(name).family, []).append(f"{name} ({count})")
     return cases
 
 
@@ -39,19 +41,17 @@ def table(cases: dict[str, list[str]]) -> str:
         COLUMNS,
         tuple("---" for _ in COLUMNS),
         *(_row(entry, cases.get(entry.family, [])) for entry in ARCHITECTURES),
+        *((each.family, _names(each.classes), "**refused**", "-", "-", "no", each.reason) for each in REFUSED),
     ]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
 
-def refused_table() -> str:
-    """Returns the table of the architectures that are refused, in Markdown."""
-    rows = [("family", "`architectures`", "refused, because"), ("---",) * 3]
-    rows += [(each.family, ", ".join(f"`{name}`" for name in each.classes), each.reason) for each in REFUSED]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+def _names(classes: tuple[str, ...]) -> str:
+    return ", ".join(f"`{name}`" for name in classes)
 
 
 def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
-    classes = ", ".join(f"`{name}`" for name in entry.classes)
+    classes = _names(entry.classes)
     rope_types = ", ".join(name for name in entry.rope_types if name != "default") or "-"
     if entry.gguf is None:
         return entry.family, classes, "not in llama.cpp", "-", "-", _yes(entry.exl2 is not None), "native"
@@ -68,4 +68,4 @@ def _yes(answer: bool) -> str:
 
 
 if __name__ == "__main__":
-    print(table(tested()), refused_table(), sep="\n", end="")
+    print(table(tested()), end="")
