@@ -216,7 +216,7 @@ def test_a_bit_more_costs_about_a_quarter(problem: tuple[torch.Tensor, torch.Ten
     settings = Recipe("x", "exl3:4").solver_settings
     losses = list(width_losses(*problem, settings, guided=False).values())
     assert sorted(losses, reverse=True) == losses
-    assert losses[6] / losses[4] == pytest.approx(0.25, rel=0.05)  # 4 and 3 bits
+    assert losses[6] / losses[4] == pytest.approx(0.256, rel=0.05)  # 4 and 3 bits
     assert 0 < losses[0] < 0.3
     doubled = width_losses(2 * problem[0], problem[1], settings, guided=True)
     assert list(doubled.values())[4] == pytest.approx(

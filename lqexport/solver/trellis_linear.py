@@ -21,8 +21,8 @@ DEVIATIONS = (1.02, 1.01, 0.98, 0.96, 0.95, 0.95, 0.95)
 
 Rotated weights are nearly Gaussian, so it is the same for all linears. Without feedback, which spreads what it aims at,
 it would be 1.1 at 1 bit and 1 at 2 bits. The refit makes up for the rest."""
-DEVIATION_OF_MORE = 0.9
-"""The same for more bits."""
+DEVIATIONS_OF_MORE = {10: 0.9, 12: 0.85, 14: 0.8, 16: 0.75}
+"""The same for more bits, by twice K (bench/exl3_distortion.py). What lies beyond the codebook costs more there."""
 
 BEYOND = 0.1
 """The second moment of inputs that only pad a linear, over the least damped one. Errors there cost nothing, but with
@@ -79,7 +79,8 @@ def refitted(basis: Basis, values: Tensor, weight: Tensor, hessian: Tensor) -> B
 
 def _deviation(trellis: Trellis) -> float:
     index = trellis.halves - 2
-    return (DEVIATIONS[index] if index < len(DEVIATIONS) else DEVIATION_OF_MORE) * float(trellis.table.std())
+    known = DEVIATIONS[index] if index < len(DEVIATIONS) else DEVIATIONS_OF_MORE[trellis.halves]
+    return known * float(trellis.table.std())
 
 
 def _half(scales: Tensor) -> np.ndarray:
