@@ -205,10 +205,9 @@ def test_linears_with_nothing_in_them_are_solved() -> None:
     assert np.abs(values[:3]).max() < 0.1 * np.abs(values[3]).max()
 
 
-@pytest.mark.parametrize("codec_name", ["exl3:2", "exl3:8"])
-def test_targets_beyond_the_codebook_take_its_ends(codec_name: str) -> None:
-    """At many bits costs are cut off soon. All states would cost the same, and any of them would be taken."""
-    trellis = EXL3[codec_name].trellis
+def test_targets_beyond_the_codebook_take_its_ends() -> None:
+    """At 8 bits costs are cut off soon. All states would cost the same, and any of them would be taken."""
+    trellis = EXL3["exl3:8"].trellis
     target = 0.5 * normal(5, 16, 16)
     target[3, 4], target[7, 0] = 6.0, -9.0
     values = Encoder(trellis).nearest(target, torch.ones(16), np.empty((1, 256), np.uint16))

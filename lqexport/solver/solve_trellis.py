@@ -45,8 +45,9 @@ class Encoder:
         states    uint16 [n / 16, 256], written
         seam      the position at which the walks in `states` are closed again; None if there are none yet
         """
-        # Beyond the values of the codebook, the costs of all states could be cut off at the same number.
-        target = target.clamp(float(self._trellis.table.min()), float(self._trellis.table.max()))
+        # Farther beyond the values of the codebook, the costs of all states could be cut off at the same number.
+        beyond, table = float(self._form.limit) / (2 * self._form.unit), self._trellis.table
+        target = target.clamp(float(table.min()) - beyond, float(table.max()) + beyond)
         tiles = target.unflatten(1, (-1, SIDE)).transpose(0, 1)[:, ROW, COLUMN].contiguous()
         positions, form, closing = weights.float()[ROW], self._form, (seam or 0, seam is not None)
         if cuda.usable(target.device):
