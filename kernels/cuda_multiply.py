@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.exl2 import Exl2
+from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.native import NATIVE
 from lqexport.formats.registry import codec_named
 from lqexport.kernels import cuda, cuda_decode, cuda_exl2
@@ -24,7 +25,8 @@ TILES = (1, 8)
 """The numbers of tokens that a block of threads may have."""
 MOST_TOKENS = 16
 """The most tokens of a fused product. For more, decoding once and multiplying by cuBLAS moves fewer bytes per token."""
-FUSED = ("gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", *(codec.name for codec in NATIVE))
+VECTORS = tuple(codec.name for codec in GGUF_VECTORS)
+FUSED = ("gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", *(codec.name for codec in NATIVE), *VECTORS)
 """The formats, besides all of EXL2, whose kernels decode while they multiply. Others are always decoded first."""
 
 

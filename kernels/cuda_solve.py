@@ -38,10 +38,11 @@ class Stored:
     high: int = 1
     sign: int = 1
     floats: FloatFormat = FLOAT16
+    step: int = 1
 
     def arguments(self) -> list[cuda.Argument]:
-        """Returns the fields in the order of refine.cu's arguments."""
-        return [self.supers, self.subs, self.span, self.low, self.high, self.sign, *self.floats]
+        """Returns the fields in the order of a kernel's arguments."""
+        return [self.supers, self.subs, self.span, self.low, self.high, self.sign, *self.floats, self.step]
 
 
 def feedback_block(
@@ -60,7 +61,7 @@ def feedback_block(
     arguments = [
         weights, upper, scale, offset, levels, *levels.shape, int(uniform), rounding, rows, width, codes, errors,
     ]  # fmt: skip
-    cuda.launch("feedback.cu", "feedback_block", _blocks(rows, 32), THREADS, arguments)
+    cuda.launch("feedback.cu", "feedback_block", blocks_of(rows, 32), THREADS, arguments)
     return codes, errors
 
 
@@ -74,7 +75,7 @@ def refine_block(
         values, gradient, hessian, codes, levels, *levels.shape, int(uniform), rounding, group, rows, width,
         *scale.arguments(), *offset.arguments(), int(refit), rounds,
     ]  # fmt: skip
-    cuda.launch("refine.cu", "refine_block", _blocks(rows, 32), THREADS, arguments)
+    cuda.launch("refine.cu", "refine_block", blocks_of(rows, 32), THREADS, arguments)
 
 
 def fit_groups(
@@ -88,10 +89,10 @@ def fit_groups(
         weights, weight, levels, len(levels), int(uniform), int(has_offset), int(not_positive), cuts, len(cuts), fine,
         len(fine), rows, groups, width, scale, shift,
     ]  # fmt: skip
-    cuda.launch("fit.cu", "fit_groups", _blocks(rows * groups, LANES_PER_GROUP), THREADS, arguments)
+    cuda.launch("fit.cu", "fit_groups", blocks_of(rows * groups, LANES_PER_GROUP), THREADS, arguments)
     return scale, shift
 
 
-def _blocks(items: int, lanes: int) -> int:
+def blocks_of(items: int, lanes: int) -> int:
     """Returns the number of blocks of threads for `items` items of `lanes` lanes each."""
     return -(-items * lanes // THREADS)

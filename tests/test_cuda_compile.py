@@ -18,6 +18,7 @@ from lqexport.kernels import (
     cuda_solve,
     cuda_squared,
     cuda_trellis,
+    cuda_vectors,
 )
 
 KERNELS = {
@@ -27,6 +28,7 @@ KERNELS = {
     cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
     cuda_squared.SOURCE: [cuda_squared.KERNEL],
     cuda_trellis.SOURCE: [cuda_trellis.KERNEL],
+    cuda_vectors.SOURCE: cuda_vectors.KERNELS,
     **cuda_solve.KERNELS,
 }
 REGISTERS = {
@@ -39,19 +41,23 @@ REGISTERS = {
     "kmeans.cu": 80,
     "squared.cu": 48,
     "trellis.cu": 64,
+    "vectors.cu": 96,
 }
 """Source file -> most registers per thread of its kernels. With these, at least five warps fit on each of an SM's four
 schedulers."""
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
 WHOLE = (70, 90, 120)
 """Architectures that all products are compiled for. For the others, only the product with the most registers of each
-format is compiled."""
+format is compiled, and for formats with a codebook this one alone for the first and the last."""
 
 
 def kernels(source: str, architecture: int) -> list[str]:
-    if source == cuda_multiply.SOURCE and architecture not in WHOLE:
-        return [kernel for kernel in KERNELS[source] if kernel.endswith(f", float, {cuda_multiply.TILES[-1]}>")]
-    return KERNELS[source]
+    if source != cuda_multiply.SOURCE:
+        return KERNELS[source]
+    largest = [kernel for kernel in KERNELS[source] if kernel.endswith(f", float, {cuda_multiply.TILES[-1]}>")]
+    vectors = [kernel for kernel in largest if "<Vectors<" in kernel] if architecture in (70, 120) else []
+    scalar = KERNELS[source] if architecture in WHOLE else largest
+    return [*vectors, *(kernel for kernel in scalar if "<Vectors<" not in kernel)]
 
 
 @pytest.fixture(scope="module")

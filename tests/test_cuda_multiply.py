@@ -13,7 +13,8 @@ from lqexport.grids.fit import minmax
 from lqexport.kernels import cuda_decode, cuda_multiply
 
 KernelsOn = Callable[[str, dict[str, list[str]]], str]
-FEW = ["gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", "native:table-3", "native:affine-4-g64"]
+FEW = ["gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", "native:table-3", "native:affine-4-g64",
+       "gguf:IQ1_M"]  # fmt: skip
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 """Largest error allowed, relative to the largest output. bfloat16 keeps 8 bits."""
 

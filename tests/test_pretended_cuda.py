@@ -21,7 +21,7 @@ from lqexport.formats.registry import codec_named
 from lqexport.grids import fit_sections
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import minmax_sections
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared, cuda_vectors
 from lqexport.pipeline import exl2_mixes
 from lqexport.pipeline.quantize import quantize
 from lqexport.planning.memory import MemoryLimits
@@ -59,6 +59,7 @@ def launched(kernels_on: Callable[..., str], device: ModuleType, monkeypatch: py
         "plain",
         {
             **cuda_solve.KERNELS,
+            cuda_vectors.SOURCE: cuda_vectors.KERNELS,
             cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
             cuda_squared.SOURCE: [cuda_squared.KERNEL],
             cuda_exl2.SOURCE: cuda_exl2.kernels(),

@@ -18,7 +18,6 @@ from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.vectors import book
-from lqexport.kernels import vectors
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe, SolverSettings
 from lqexport.solver import feedback as solve
@@ -116,16 +115,44 @@ def test_few_searches_of_the_codebook_miss_the_best_vectors(name: str, most: flo
     assert float(reached.sum()) < most * float(best.sum())
 
 
-def test_a_book_has_all_products_of_a_vector() -> None:
-    codec = codec_named("gguf:IQ1_M")
-    table = book(codec.codebook, codec.levels.tobytes())
-    assert isinstance(table, vectors.Book)
-    assert table.features.shape == (44, 2048)
-    assert np.unique(table.base).tolist() == [-1, 0, 1]
-    assert float(table.shift) == 0.125
-    first = table.base[5]
-    pairs = [first[i] * first[j] for i in range(8) for j in range(i)]
-    assert table.features[:, 5].tolist() == [*first, *first**2, *pairs]
+def test_every_lifted_vector_is_searched() -> None:
+    """Where no signs descend, the search that leaves out vectors by bounds finds what trying all finds."""
+    draw = torch.Generator().manual_seed(3)
+    codec, mixing = codec_named("gguf:IQ1_M"), torch.eye(EIGHT) + 0.2 * torch.randn(EIGHT, EIGHT, generator=draw)
+    upper = torch.linalg.cholesky(mixing @ mixing.T).mT.contiguous()
+    target = torch.randn(64, EIGHT, generator=draw)
+    grid = TensorGrid(EIGHT, torch.from_numpy(codec.levels)[None], False, codebook=codec.codebook)
+    _, errors = solve_vectors.feedback_block(target, upper, torch.ones(64, EIGHT), grid)
+    inverse = torch.linalg.inv(upper.double())
+    table = torch.from_numpy(
+        codec.levels[np.concatenate([codec.codebook.vectors, codec.codebook.vectors + 1])]
+    ).double()
+    best = torch.cdist(target.double() @ inverse, table @ inverse).amin(1).square()
+    torch.testing.assert_close(errors.double().square().sum(1), best, rtol=1e-4, atol=1e-6)
+
+
+def test_columns_that_cannot_be_told_apart_are_searched_one_by_one() -> None:
+    """A metric that is not positive definite has no factor; the loss must not rise nonetheless."""
+    draw = torch.Generator().manual_seed(4)
+    weights, hessian = torch.randn(4, 256, generator=draw), torch.ones(256, 256)
+    codec = codec_named("gguf:IQ2_XS")
+    grid = fit(codec, weights, hessian.diagonal())
+    codes = grid.nearest(weights)
+    assert loss(*solve.refine(weights, hessian, grid, codes, sweeps=1, refit=False), (weights, hessian)) <= loss(
+        grid, codes, (weights, hessian)
+    )
+
+
+@every_type
+def test_vectors_of_a_book_stand_by_their_first_halves(name: str) -> None:
+    codec = codec_named(name)
+    table, half = book(codec.codebook, codec.levels.tobytes()), codec.codebook.width // 2
+    assert sorted(table.vectors.tolist()) == sorted(codec.codebook.vectors.tolist())
+    heads, values = int(table.starts[0]), codec.levels[table.vectors] + table.shift
+    runs = np.diff(table.starts.astype(int))
+    np.testing.assert_array_equal(np.repeat(table.halves[:half, :heads].T, runs, axis=0), values[:, :half])
+    np.testing.assert_array_equal(table.halves[:half, heads:].T, values[:, half:])
+    assert not table.halves[half:].any()
 
 
 def test_a_factor_in_another_order_is_computed_again(problem: Problem) -> None:

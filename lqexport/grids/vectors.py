@@ -1,6 +1,6 @@
 """Chooses the stored scales of a format with a codebook, with the codebook in the loop.
 
-The compiled loops of `lqexport.kernels.vectors` compute on the host, wherever the weights are.
+The search runs in the CUDA kernels where the weights are on a GPU that has them, else on the host.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from lqexport.formats.codebook import Codebook
 from lqexport.formats.codec import GridCodec
 from lqexport.grids.grid import Numbers
-from lqexport.kernels import cpu, vectors
+from lqexport.kernels import cpu, cuda, cuda_vectors, vectors
 
 CUTS = np.array((0.05, 0.2, 0.35, 0.5), np.float32)
 """Ranges that the search tries: the shares of a group's largest magnitude that are beyond the levels.
@@ -26,16 +26,19 @@ Eleven of them, from -0.05 to 0.5, gained nothing on linears of SmolLM2-135M."""
 def book(codebook: Codebook, levels: bytes) -> vectors.Book:
     """Returns a codebook as the compiled loops take it; `levels` are the bytes of its float32 levels."""
     values = np.frombuffer(levels, np.float32)
-    base, shift = values[codebook.vectors], np.float32(0)
-    if codebook.lift:
-        shift = (values[1] - values[0]) / 2
-        base = base + shift
-    columns = base.T
-    pairs = [columns[i] * columns[j] for i in range(len(columns)) for j in range(i)]
-    features = np.array([*columns, *columns**2, *pairs], np.float32)
-    features = np.pad(features, ((0, -len(features) % 4), (0, 0)))
-    base = np.ascontiguousarray(base, np.float32)
-    return vectors.Book(codebook.vectors, base, features, values, codebook.even, codebook.lift, shift)
+    half, shift = codebook.width // 2, (values[1] - values[0]) / 2 if codebook.lift else np.float32(0)
+    heads, head_of, counts = np.unique(codebook.vectors[:, :half], axis=0, return_inverse=True, return_counts=True)
+    codes = codebook.vectors[np.argsort(head_of.ravel(), kind="stable")]
+    halves = values[np.concatenate([heads, codes[:, half:]])].T + shift
+    halves = np.ascontiguousarray(np.pad(halves, ((0, vectors.HALF - half), (0, 0))))
+    starts = len(heads) + np.array([0, *counts.cumsum()], np.uint64)
+    return vectors.Book(codes, halves, starts, values, codebook.even, codebook.lift, shift)
+
+
+@cache
+def book_on(device: torch.device, codebook: Codebook, levels: bytes) -> cuda_vectors.Book:
+    """Returns a codebook as the CUDA kernels take it, on a device."""
+    return cuda_vectors.on_device(book(codebook, levels), device)
 
 
 def stored(numbers: Numbers, group: int, block: slice) -> cpu.Stored:
@@ -59,9 +62,12 @@ def search_vectors(codec: GridCodec, weights: Tensor, importance: Tensor) -> tup
     """
     assert codec.codebook is not None
     assert codec.levels is not None
+    weight, key = importance.contiguous().flatten(), (codec.codebook, codec.levels.tobytes())
+    if cuda.usable(weights.device):
+        cuts, groups = torch.from_numpy(CUTS).to(weights.device), len(importance)
+        return cuda_vectors.fit_groups(weights.contiguous(), weight, cuts, groups, book_on(weights.device, *key))
     scale, square = torch.zeros(2, len(weights), len(importance))
     vectors.fit_groups(
-        weights.cpu().contiguous().numpy(), importance.cpu().contiguous().numpy(), CUTS,
-        book(codec.codebook, codec.levels.tobytes()), scale.numpy(), square.numpy(),
-    )  # fmt: skip
+        weights.cpu().contiguous().numpy(), weight.cpu().numpy(), CUTS, book(*key), scale.numpy(), square.numpy()
+    )
     return scale.to(weights.device), square.to(weights.device)

@@ -34,13 +34,13 @@ UNPACK_SECONDS_PER_WEIGHT = 2e-9
 """Seconds to unpack one stored weight on one core: 0.5 (Q4_K) to 2 (Q3_K) ns. Tuning unpacks again at every step."""
 
 SEARCH_SECONDS = {
-    "gguf:IQ3_XXS": (0.5e-6, 0.16e-6),
-    "gguf:IQ3_S": (0.7e-6, 0.25e-6),
-    "gguf:IQ2_XXS": (0.3e-6, 0.1e-6),
-    "gguf:IQ2_XS": (0.4e-6, 0.16e-6),
-    "gguf:IQ2_S": (0.9e-6, 0.28e-6),
-    "gguf:IQ1_S": (3e-6, 0.5e-6),
-    "gguf:IQ1_M": (4.3e-6, 0.95e-6),
+    "gguf:IQ3_XXS": (0.6e-6, 0.25e-6),
+    "gguf:IQ3_S": (0.5e-6, 0.22e-6),
+    "gguf:IQ2_XXS": (0.4e-6, 0.2e-6),
+    "gguf:IQ2_XS": (0.4e-6, 0.2e-6),
+    "gguf:IQ2_S": (0.4e-6, 0.21e-6),
+    "gguf:IQ1_S": (0.6e-6, 0.15e-6),
+    "gguf:IQ1_M": (0.6e-6, 0.24e-6),
 }
 """Seconds to search a codebook for one weight on one core: in the fit with error feedback, and in a sweep of descent.
 

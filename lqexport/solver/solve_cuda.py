@@ -36,7 +36,7 @@ def refine_block(
     """
     block_codes = codes[:, block].contiguous()
     # The kernel needs contiguous rows, and a slice of the grid's numbers has none: it works on copies.
-    scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
+    scale, offset = stored(grid.scale, grid, block), stored(grid.offset, grid, block)
     group = min(grid.group, values.shape[1])  # a table has no groups: any width that divides the block is right
     cuda_solve.refine_block(
         values,
@@ -53,11 +53,8 @@ def refine_block(
         rounds,
     )
     codes[:, block] = block_codes
-    for numbers, changed in ((grid.scale, scale), (grid.offset, offset)):
-        if numbers is not None and changed.supers is not None and changed.subs is not None:
-            supers, subs = _slices(numbers, grid, block)
-            numbers.supers[:, supers] = changed.supers
-            numbers.subs[:, subs] = changed.subs
+    keep(grid.scale, scale, grid, block)
+    keep(grid.offset, offset, grid, block)
 
 
 def _slices(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, slice]:
@@ -66,9 +63,18 @@ def _slices(numbers: Numbers, grid: TensorGrid, block: slice) -> tuple[slice, sl
     return slice(first // numbers.format.span, last // numbers.format.span), slice(first, last)
 
 
-def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.Stored:
+def stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cuda_solve.Stored:
+    """Returns copies of the stored numbers of a block of columns, which a kernel changes."""
     if numbers is None:
         return cuda_solve.Stored()
     form, (supers, subs) = numbers.format, _slices(numbers, grid, block)
     copies = numbers.supers[:, supers].contiguous(), numbers.subs[:, subs].contiguous()
-    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.floats.fitted)
+    return cuda_solve.Stored(*copies, form.span, form.low, form.high, form.sign, form.floats.fitted, form.step)
+
+
+def keep(numbers: Numbers | None, changed: cuda_solve.Stored, grid: TensorGrid, block: slice) -> None:
+    """Writes the stored numbers that a kernel has changed into the grid's."""
+    if numbers is not None and changed.supers is not None and changed.subs is not None:
+        supers, subs = _slices(numbers, grid, block)
+        numbers.supers[:, supers] = changed.supers
+        numbers.subs[:, subs] = changed.subs
