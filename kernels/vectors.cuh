@@ -185,6 +185,7 @@ __device__ __forceinline__ bool flip(const Book& book, float* work, const float*
   const int winner = lane_of_least(change);
   if (!(change < 0)) return false;
   const int one = __shfl_sync(ALL_LANES, i, winner), other = __shfl_sync(ALL_LANES, j, winner);
+  __syncwarp();  // all lanes have read the values
   if ((lane == one) | (lane == other)) value[lane] = -value[lane], sign[lane] = -sign[lane];
   __syncwarp();
   return true;

@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from llama_files import export, make_model
 from llama_files import tokenizer as tokenizer
+from rewritten_files import Content, rewritten
 from tokenizers import Tokenizer
 
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
+from lqexport.evaluation.llamacpp import LlamaCpp
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +67,47 @@ def test_a_vector_of_a_type_for_matrices(tmp_path: Path, good_file: Path) -> Non
     plain, quantized = (name + struct.pack("<IQI", 1, length, tensor_type) for tensor_type in (0, 8))
     with pytest.raises(UserError, match="is a vector, and of the type gguf:Q8_0"):
         GGUFModel(changed(good_file, tmp_path, plain, quantized)).read("model.layers.0.input_layernorm.weight")
+
+
+def test_a_further_scale_of_a_matrix(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """NVFP4 may have one. It is read as llama.cpp multiplies by it: as in a file whose weights are multiplied."""
+    file = export(tmp_path, make_model(intermediate_size=128), "gguf:NVFP4", tokenizer)
+    matrices = {
+        "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down",
+        "model.layers.1.mlp.up_proj.weight": "blk.1.ffn_up",
+    }
+    plain = GGUFModel(file)
+
+    def scale(content: Content) -> None:
+        for name in matrices.values():
+            content.tensors[f"{name}.scale"] = np.array([3.0], np.float32)
+            content.forms[f"{name}.scale"] = GGMLQuantizationType.F32
+
+    def multiply(content: Content) -> None:
+        for name, stored in matrices.items():
+            content.tensors[f"{stored}.weight"] = 3 * plain.read(name)
+            content.forms[f"{stored}.weight"] = GGMLQuantizationType.F32
+
+    scaled = GGUFModel(rewritten(file, tmp_path / "scaled.gguf", scale))
+    multiplied = GGUFModel(rewritten(file, tmp_path / "multiplied.gguf", multiply))
+    for name in plain.names():
+        np.testing.assert_array_equal(scaled.read(name), multiplied.read(name))
+        assert scaled.codec_name(name) == multiplied.codec_name(name)
+    logits = []
+    for model in (plain, scaled, multiplied):
+        with LlamaCpp(model.path, n_ctx=32, threads=1) as llama:
+            logits.append(llama.logits(list(range(3, 19))))
+    unscaled, difference = (np.abs(other - logits[1]).mean() for other in (logits[0], logits[2]))
+    assert difference < 0.1 * unscaled
+
+
+def test_a_further_scale_of_another_form_is_refused(tmp_path: Path, good_file: Path) -> None:
+    def scale(content: Content) -> None:
+        content.tensors["blk.0.ffn_down.scale"] = np.ones(2, np.float32)
+        content.forms["blk.0.ffn_down.scale"] = GGMLQuantizationType.F32
+
+    with pytest.raises(UserError, match=r"blk\.0\.ffn_down\.scale"):
+        GGUFModel(rewritten(good_file, tmp_path / "scaled.gguf", scale))
 
 
 def test_damaged_headers_give_one_sentence(tmp_path: Path, good_file: Path) -> None:

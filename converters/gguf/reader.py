@@ -34,6 +34,8 @@ from lqexport.formats.codec import PlainCodec, Planes
 from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"
+SCALED = "gguf:F32"
+"""The codec of matrices that have a further scale, since no other holds their values."""
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
@@ -113,6 +115,7 @@ class GGUFModel:
         known = gguf_names(self._architecture, layers)
         unknown = self._tensors.keys() - known.values() - set(FACTORS)
         unknown -= self._borrowed(layers)
+        unknown -= self._scales(known)
         stacked = {
             known[name]: 2 if name.endswith(".bias") else 3 for name in known if place_in_stack(name) is not None
         }
@@ -143,6 +146,32 @@ class GGUFModel:
         borrowers = range(layers if entry.first_borrower is None else entry.first_borrower, layers)
         return {f"blk.{layer}.{name}.weight" for layer in borrowers for name in gguf}
 
+    def _scales(self, known: dict[str, str]) -> set[str]:
+        """Returns the names of the tensors that hold numbers by which llama.cpp multiplies the products of matrices.
+
+        `known` is Hugging Face name -> GGUF name. A file has one float32 for a matrix, or for each of stacked experts.
+        """
+        matrices = {name: self._tensors[name].shape for name in known.values() if name in self._tensors}
+        wanted = {_scale_of(name): math.prod(shape[:-2]) for name, shape in matrices.items() if len(shape) > 1}
+        scales = {name: self._tensors[name] for name in wanted.keys() & self._tensors.keys()}
+        return {
+            name
+            for name, scale in scales.items()
+            if scale.tensor_type == "F32" and math.prod(scale.shape) == wanted[name]
+        }
+
+    def _scale(self, name: str) -> np.float32 | None:
+        """Returns the number by which llama.cpp multiplies a matrix's products; None if the file has none."""
+        scale = self._tensors.get(_scale_of(self._names.get(name, "")))
+        if scale is None or len(self._tensor(name).shape) < 2:
+            return None
+        values, place = scale.data.view(np.float32), place_in_stack(name) or 0
+        if place >= len(values):
+            return None  # `_data` says that there is no such expert
+        if not np.isfinite(values[place]):
+            raise UserError(f"{self.path}: the scale of {name} is infinite or not a number.")
+        return np.float32(values[place])
+
     def names(self) -> list[str]:
         """Every tensor's Hugging Face name, in the order of the model."""
         return list(self._names)
@@ -159,7 +188,13 @@ class GGUFModel:
         return module is not None and {module[1], f"{module[1]}.{module[2]}"} & set(self._architecture.one_row) != set()
 
     def codec_name(self, name: str) -> str:
-        """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""
+        """Returns the name of a tensor's codec: float32 if the file has a further scale for the whole of it.
+
+        Raises UserError if its type is not supported.
+        """
+        return SCALED if self._scale(name) is not None else self._stored_codec_name(name)
+
+    def _stored_codec_name(self, name: str) -> str:
         codec_name = plain_codec(self._architecture, name, self._tensor(name).tensor_type)
         if codec_name not in names():
             known = ", ".join(entry.removeprefix("gguf:") for entry in names() if entry.startswith("gguf:"))
@@ -171,9 +206,20 @@ class GGUFModel:
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """Returns codec name, packed planes and shape of a tensor, with its rows in Hugging Face's order.
 
+        A tensor with a further scale is decoded and multiplied by it.
+
         Raises UserError if the type is not supported, or does not fit the tensor.
         """
-        codec_name, shape = self.codec_name(name), self.shape(name)
+        codec_name, planes, shape = self._stored_planes(name)
+        scale = self._scale(name)
+        if scale is None:
+            return codec_name, planes, shape
+        values = codec_named(codec_name).decode(planes, shape[-1]) * scale
+        return SCALED, _plain(SCALED).encode_values(values), shape
+
+    def _stored_planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
+        """Returns what `planes` does, without a further scale."""
+        codec_name, shape = self._stored_codec_name(name), self.shape(name)
         if len(shape) == 1 and not isinstance(codec_named(codec_name), PlainCodec):
             raise UserError(f"{self.path}: {name} is a vector, and of the type {codec_name}, which only matrices have.")
         layout = codec_named(codec_name).layout(*_matrix(shape))
@@ -221,6 +267,17 @@ class GGUFModel:
 def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     first = next((place for place, size in enumerate(shape) if size != 1), len(shape))
     return shape[first:]
+
+
+def _scale_of(name: str) -> str:
+    """Returns the name of the tensor with the further scale of a matrix, by the matrix's name in the file."""
+    return f"{name.removesuffix('.weight')}.scale"
+
+
+def _plain(codec_name: str) -> PlainCodec:
+    codec = codec_named(codec_name)
+    assert isinstance(codec, PlainCodec)
+    return codec
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -33,8 +33,8 @@ BUILDS = {
     ),
     "thread": ("-O1", "-fsanitize=thread"),
 }  # fmt: skip
-"""Name of a build -> compiler flags. A call's address says which meeting of threads it is, so no block is copied. `address` finds accesses out of bounds and undefined behaviour, `thread` finds
-data races."""
+"""Name of a build -> compiler flags. `address` finds accesses out of bounds and undefined behaviour, `thread` finds
+data races. The address of a call says which meeting of threads it is, so `plain` copies no blocks of code."""
 ENVIRONMENT = {"ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
 """Settings of the sanitizers."""
 
