@@ -44,7 +44,8 @@ SEARCH_SECONDS = {
 }
 """Seconds to search a codebook for one weight on one core: in the fit with error feedback, and in a sweep of descent.
 
-Measured by `bench/vectors.py`, in excess of Q4_K's times. The host searches, whatever the device."""
+Measured on linears of `bench/vectors.py`, in excess of Q4_K's times. Nobody has timed the CUDA kernels, so the host's
+time is counted whatever the device."""
 
 TRELLIS_SECONDS = (1.2e-5, 0.6e-5)
 """The same for the walks of EXL3, in any number of bits: 2 to 3.5 ms for a tile of 256 weights, and half of that in a
