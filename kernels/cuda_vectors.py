@@ -19,7 +19,7 @@ KERNELS = ["feedback_vectors", "refine_vectors", "fit_vectors"]
 WARP = 32
 WORK = 14 * vectors.EIGHT
 """Numbers of a row's work space."""
-MOST_HEADS = 128
+MOST_HEADS = 96
 """The most first halves that a codebook may have."""
 
 

@@ -96,6 +96,7 @@ __device__ __forceinline__ void refine_eight(const Book& book, float* work, cons
   const float value = row.values[first + own], change = sum(work[VALUE * EIGHT + own], -value);
   __syncwarp();
   if (row.lane < EIGHT) row.values[first + own] = sum(value, change);
+#pragma unroll 1
   for (int i = 0; i < EIGHT; i++) {
     const float given = __shfl_sync(ALL_LANES, change, i);
     if (given != 0) push(row, first + i, given);
@@ -110,7 +111,7 @@ __device__ __forceinline__ void refine_eight(const Book& book, float* work, cons
 // codes     [rows, width]
 //
 // All but the Hessian and the metrics are changed in place.
-__global__ void __launch_bounds__(32 * VECTOR_WARPS, 5)
+__global__ void __launch_bounds__(32 * VECTOR_WARPS, 4)
     refine_vectors(float* values, float* gradient, const float* hessian, const float* metrics, u8* codes, int group,
                    int rows, int width, float* supers, short* subs, int span, int low, int high, int sign, int mantissa,
                    int lowest, float least, float most, int step, int refitting, int rounds, const u8* vectors,

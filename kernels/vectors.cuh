@@ -6,7 +6,7 @@
 
 const int EIGHT = 8, FOUR = 4;
 const int ROUNDS = 4;          // vectors.py has the same number
-const int HEADS_PER_LANE = 4;  // so a codebook has at most 128 first halves
+const int HEADS_PER_LANE = 3;  // so a codebook has at most 96 first halves
 const int VECTOR_WARPS = 4;    // of a block
 const u64 MOST = 0x7fffffffffffffffull, INDEX = 0xffffffffull;
 

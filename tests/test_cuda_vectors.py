@@ -112,5 +112,5 @@ def test_what_a_kernel_cannot_hold_is_refused(by_kernels: Callable[[bool], None]
         cuda_vectors.feedback_block(*torch.zeros(6, 1, 136), book)
     wide = Codebook(24, torch.cartesian_prod(*[torch.arange(12, 24, dtype=torch.uint8)] * 4).numpy())
     levels = torch.arange(24, dtype=torch.float32).numpy().tobytes()
-    with pytest.raises(ValueError, match="at most 128 first halves of vectors, not 144"):
+    with pytest.raises(ValueError, match="at most 96 first halves of vectors, not 144"):
         grids.book_on(torch.device("cpu"), wide, levels)
