@@ -56,9 +56,11 @@ def on_device(book: vectors.Book, device: torch.device) -> Book:
     if len(book.starts) - 1 > MOST_HEADS:
         raise ValueError(f"A codebook has at most {MOST_HEADS} first halves of vectors, not {len(book.starts) - 1}.")
     halves = torch.from_numpy(book.halves)[: book.vectors.shape[1] // 2].contiguous()
-    starts = torch.from_numpy(book.starts.astype("int32"))
-    tensors = (torch.from_numpy(book.vectors), halves, starts, torch.from_numpy(book.levels.copy()))
-    return Book(*(tensor.to(device) for tensor in tensors), book.even, book.lift, float(book.shift))
+    return Book(
+        torch.from_numpy(book.vectors).to(device), halves.to(device),
+        torch.from_numpy(book.starts.astype("int32")).to(device), torch.from_numpy(book.levels.copy()).to(device),
+        book.even, book.lift, float(book.shift),
+    )  # fmt: skip
 
 
 def feedback_block(

@@ -28,15 +28,18 @@ def feedback_block(weights: Tensor, upper: Tensor, scale: Tensor, grid: TensorGr
     inverse = torch.linalg.inv(_squares(upper))
     metric, scales = inverse @ inverse.mT, scale[:, ::EIGHT].contiguous()
     weight = metric.float().diagonal(dim1=1, dim2=2).flatten()
-    small = (metrics_of(metric, grid), weight, inverse.float().contiguous())
+    metrics, inverse = metrics_of(metric, grid), inverse.float().contiguous()
     if cuda.usable(weights.device):
-        on_device = (tensor.to(weights.device) for tensor in small)
-        return cuda_vectors.feedback_block(weights, upper, *on_device, scales, book_on(weights.device, *_key(grid)))
+        device = weights.device
+        return cuda_vectors.feedback_block(
+            weights, upper, metrics.to(device), weight.to(device), inverse.to(device), scales,
+            book_on(device, *_key(grid)),
+        )  # fmt: skip
     rows = weights.cpu().clone()
     codes, errors = torch.empty_like(rows, dtype=torch.uint8), torch.empty_like(rows)
     vectors.feedback_block(
-        rows.numpy(), _host(upper), *(tensor.numpy() for tensor in small), _host(scales), book(*_key(grid)),
-        codes.numpy(), errors.numpy(),
+        rows.numpy(), _host(upper), metrics.numpy(), weight.numpy(), inverse.numpy(), _host(scales),
+        book(*_key(grid)), codes.numpy(), errors.numpy(),
     )  # fmt: skip
     return codes.to(weights.device), errors.to(weights.device)
 
