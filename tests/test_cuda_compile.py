@@ -33,7 +33,7 @@ KERNELS = {
 }
 REGISTERS = {
     "decode.cu": 40,
-    "multiply.cu": 96,
+    "multiply.cu": 120,
     "exl2.cu": 64,
     "feedback.cu": 64,
     "refine.cu": 96,
@@ -44,7 +44,8 @@ REGISTERS = {
     "vectors.cu": 120,
 }
 """Source file -> most registers per thread of its kernels. With these, at least five warps fit on each of an SM's four
-schedulers; four of `vectors.cu`, whose descent has both the search of a codebook and the refit."""
+schedulers; four of `vectors.cu`, whose descent has both the search of a codebook and the refit, and of products with
+vectors for sm_120."""
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
 WHOLE = (70, 90, 120)
 """Architectures that all products are compiled for. For the others, only the product with the most registers of each
