@@ -62,7 +62,7 @@ def test_the_encoder_searches_where_the_target_is(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(cuda, "usable", lambda _: True)
     monkeypatch.setattr(solve_trellis.cuda_trellis, "search", recorded)
-    target = torch.arange(16.0 * 32).view(16, 32)
+    target = torch.arange(16.0 * 32).view(16, 32) / 256  # within the codebook
     states = np.zeros((2, 256), np.uint16)
     Encoder(EXL3["exl3:8"].trellis).nearest(target, torch.arange(16.0) + 1, states)
     assert torch.equal(launches[0][1, :9], target[[0, 1, 8, 9, 0, 1, 8, 9, 2], [16] * 4 + [24] * 4 + [16]])

@@ -163,8 +163,9 @@ class GGUFModel:
 
     def _scale(self, name: str) -> np.float32 | None:
         """Returns the number by which llama.cpp multiplies a matrix's products; None if the file has none."""
-        scale = self._tensors.get(_scale_of(self._names.get(name, "")))
-        if scale is None or len(self._tensor(name).shape) < 2:
+        scale_name = _scale_of(self._names.get(name, ""))
+        scale = self._tensors.get(scale_name)
+        if scale is None or scale_name in self._stored_names or len(self._tensor(name).shape) < 2:
             return None
         values, place = scale.data.view(np.float32), place_in_stack(name) or 0
         if place >= len(values):
@@ -172,6 +173,11 @@ class GGUFModel:
         if not np.isfinite(values[place]):
             raise UserError(f"{self.path}: the scale of {name} is infinite or not a number.")
         return np.float32(values[place])
+
+    @cached_property
+    def _stored_names(self) -> frozenset[str]:
+        """The GGUF names of the model's own tensors. Gemma 4's router has one that is called like a further scale."""
+        return frozenset(self._names.values())
 
     def names(self) -> list[str]:
         """Every tensor's Hugging Face name, in the order of the model."""
