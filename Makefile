@@ -8,7 +8,7 @@ DEMO_TARGET ?= gguf:Q4_0
 .PHONY: help setup demo test lint unit docs models reliability clean
 
 help:
-	@echo "make demo   SmolLM2-135M to a GGUF file, verified in llama.cpp; about four processor minutes"
+	@echo "make demo   SmolLM2-135M to a GGUF file, verified in llama.cpp; about five processor minutes"
 	@echo "make setup  all that the others need, in .venv (3 GB); they do this themselves"
 	@echo "make test   lint, type check and all tests"
 	@echo "make lint   ruff and mypy alone"
