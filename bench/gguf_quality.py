@@ -149,7 +149,7 @@ def solved(arguments: argparse.Namespace, table: Table, tensor_type: str) -> Non
         recipe = Recipe(arguments.model, f"gguf:{tensor_type}", calibration=arguments.calibration,
                         samples=arguments.samples, moments=moments, prefix=arguments.prefix, tune=arguments.tune,
                         compute_dtype=arguments.compute_dtype)  # fmt: skip
-        method = f"{SOLVED}, {moments} moments, tuned on {recipe.tuned_sequences}"
+        method = f"{SOLVED}, {moments} moments, {recipe.samples} sequences, tuned on {recipe.tuned_sequences}"
         if table.has(method, tensor_type):
             continue
         label = f"{tensor_type}-{moments}-{arguments.samples}-{recipe.tuned_sequences}"

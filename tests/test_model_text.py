@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from lqexport.calibration.sequences import load_calibration
 from lqexport.cli.app import app
 from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
-from lqexport.models.source import open_source
+from lqexport.models.source import HuggingFaceSource, open_source
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 
@@ -52,3 +53,14 @@ def test_half_of_the_texts_are_conversations(tiny_model: Path) -> None:
     assert starts[3:] == [user] * 3
     assert all(len(start) < len(user) and start[-1] not in tokenizer.all_special_ids for start in starts[:3])
     assert starts == beginnings(tokenizer, len(tokenizer), 6, 0) != beginnings(tokenizer, len(tokenizer), 6, 1)
+
+
+def test_texts_longer_than_the_beginning_of_a_conversation_are_wanted(tiny_model: Path, tmp_path: Path) -> None:
+    tokenizer = open_source(str(tiny_model)).tokenizer()
+    tokenizer.chat_template = "a long beginning of every conversation " + TEMPLATE
+    with (
+        mock.patch.object(HuggingFaceSource, "tokenizer", return_value=tokenizer),
+        pytest.raises(UserError, match="texts need a larger --sequence-length"),
+    ):
+        write_text(str(tiny_model), tmp_path / "text.jsonl", samples=2, sequence_length=8, device="cpu")
+    assert not list(tmp_path.iterdir())

@@ -50,12 +50,15 @@ def write_text(
     if model.architecture.encoder:
         raise UserError(f"{weights.name} is an encoder and writes no text: give it a file to calibrate on.")
     starts = beginnings(tokenizer, weights.shape(model.architecture.embedding)[0], samples, seed)
+    if (longest := max(map(len, starts))) >= sequence_length:
+        raise UserError(f"The chat template begins with {longest} tokens: texts need a larger --sequence-length.")
+    first = len(_before(tokenizer))
     listener.stage("Write texts", samples)
     with torch.random.fork_rng(), written_whole(path) as file:
         torch.manual_seed(seed)
         for texts in _written(model, starts, sequence_length):
             for ids in texts.tolist():
-                line = json.dumps({"text": tokenizer.decode(ids[_bos(tokenizer) :])}, ensure_ascii=False)
+                line = json.dumps({"text": tokenizer.decode(ids[first:])}, ensure_ascii=False)
                 file.write(f"{line}\n".encode())
             listener.advance(len(texts))
 
@@ -65,7 +68,7 @@ def beginnings(tokenizer: Any, vocabulary: int, samples: int, seed: int) -> list
 
     vocabulary   rows of the embedding: tokens beyond it cannot be drawn
     """
-    first = [tokenizer.bos_token_id] if _bos(tokenizer) else []
+    first = _before(tokenizer)
     ordinary = sorted(set(range(min(len(tokenizer), vocabulary))) - set(tokenizer.all_special_ids))
     chosen = torch.randint(len(ordinary), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
     conversations = samples // 2 if tokenizer.chat_template else 0
@@ -73,9 +76,9 @@ def beginnings(tokenizer: Any, vocabulary: int, samples: int, seed: int) -> list
     return free + [_conversation(tokenizer)] * conversations if conversations else free
 
 
-def _bos(tokenizer: Any) -> int:
-    """Returns 1 if the tokenizer puts its beginning-of-sequence token before a text by itself, else 0."""
-    return int(begins_with_bos(tokenizer))
+def _before(tokenizer: Any) -> list[int]:
+    """Returns the token ids that the tokenizer puts before a text by itself."""
+    return [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
 
 
 def _conversation(tokenizer: Any) -> list[int]:

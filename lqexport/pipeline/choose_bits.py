@@ -22,7 +22,7 @@ from lqexport.storage.files import read_json, write_json
 
 @dataclass(frozen=True)
 class Choices:
-    """What there is to choose from in a format.
+    """The choices that a format gives each linear.
 
     noun     the choices, in the name of the folder that keeps their losses and in what a run shows
     losses   weight, second moments, settings and whether these are guided -> the loss of each choice

@@ -191,7 +191,7 @@ def routing_ds3_group(
     logits: Tensor, bias: Tensor | None, chosen: Tensor, weights: Tensor, scale: float, activation: int, groups: int,
     best_groups: int,
 ) -> None:  # fmt: skip
-    """The same among the groups whose two best experts have the largest sum."""
+    """Chooses experts as `routing_ds3_nogroup` does, among the groups whose two best experts have the largest sum."""
     scores = logits.float().sigmoid()
     choice = scores + (0 if bias is None else bias.float())
     grouped = choice.unflatten(-1, (groups, -1))
