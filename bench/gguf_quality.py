@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from lqexport.calibration.make_imatrix import make_imatrix
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.evaluation import evaluate, llamacpp
+from lqexport.evaluation import evaluate, llamacpp, llamacpp_quantizer
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
@@ -60,7 +60,7 @@ def ours(recipe: Recipe, work: Path, label: str) -> Path:
 def loads_as_solved(artifact: Artifact, file: Path, work: Path) -> bool:
     """Returns whether the values that llama.cpp decodes from the file equal the artifact's, bit for bit."""
     decoded_file = work / "decoded.gguf"
-    llamacpp.quantize(file, decoded_file, "F32", requantize=True)
+    llamacpp_quantizer.quantize(file, decoded_file, "F32", requantize=True)
     decoded = GGUFModel(decoded_file)
     for name in artifact.manifest():
         tensor = artifact.read(name)
@@ -139,7 +139,7 @@ def llama_cpps(half: Path, tensor_type: str, imatrix: Path | None, work: Path) -
     file = work / f"llama-{tensor_type}.gguf"
     # With `pure`, llama-quantize uses the mix's main type alone.
     mix = MIX_OF.get(tensor_type, tensor_type)
-    llamacpp.quantize(half, file, mix, imatrix=imatrix, pure=True, token_embedding="Q8_0", output="Q8_0")
+    llamacpp_quantizer.quantize(half, file, mix, imatrix=imatrix, pure=True, token_embedding="Q8_0", output="Q8_0")
     return file
 
 

@@ -35,7 +35,7 @@ def llama_quantize(model: str, tokens: np.ndarray, out: Path) -> None:
     """llama.cpp's quantizer, with an importance matrix of the same tokens, by way of lqexport's F16 file and passes."""
     from lqexport.calibration.make_imatrix import make_imatrix
     from lqexport.converters.gguf import writer
-    from lqexport.evaluation import llamacpp
+    from lqexport.evaluation import llamacpp_quantizer
     from lqexport.pipeline.quantize import quantize
     from lqexport.recipe import Recipe
     from lqexport.storage.artifact import Artifact
@@ -45,7 +45,7 @@ def llama_quantize(model: str, tokens: np.ndarray, out: Path) -> None:
     writer.write(Artifact(artifact), half)
     samples, length = tokens.shape
     make_imatrix(model, matrix, calibration=text_beside(out), samples=samples, sequence_length=length, device="cpu")
-    llamacpp.quantize(half, out, MIX, imatrix=matrix)
+    llamacpp_quantizer.quantize(half, out, MIX, imatrix=matrix)
     half.unlink()
 
 

@@ -24,8 +24,8 @@ from lqexport.converters.models.architectures import normalized
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, token_ids
-from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
+from lqexport.evaluation.llamacpp_quantizer import quantize as llamacpp_quantize
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe

@@ -24,7 +24,7 @@ from lqexport.converters.models.rope import rotary_dim
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
+from lqexport.evaluation.llamacpp_quantizer import quantize as llamacpp_quantize
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import HuggingFaceSource
 from lqexport.pipeline.quantize import quantize

@@ -22,7 +22,7 @@ from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.evaluation.llamacpp import quantize as llamacpp_quantize
+from lqexport.evaluation.llamacpp_quantizer import quantize as llamacpp_quantize
 from lqexport.models.blocks import BlockModel
 from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import HuggingFaceSource, open_source

@@ -17,7 +17,7 @@ from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.converters.targets import plan, targets
 from lqexport.errors import UserError
-from lqexport.evaluation.llamacpp import quantize
+from lqexport.evaluation.llamacpp_quantizer import quantize
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import Target
 

@@ -21,7 +21,7 @@ from lqexport.calibration.texts import read_text
 from lqexport.cli.app import app
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.errors import UserError
-from lqexport.evaluation import llamacpp
+from lqexport.evaluation import llamacpp_quantizer
 from lqexport.formats.gguf_vectors import EVEN_SIGNS, GGUF_VECTORS, IQ1_M
 from lqexport.formats.registry import codec_named
 from lqexport.grids.rounding import USUAL_ERRORS, rounded_like
@@ -138,7 +138,7 @@ def llamacpps(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
     def file(name: str) -> Path:
         if not (path := folder / f"model-{name}.gguf").exists():
-            llamacpp.quantize(plain, path, name, imatrix=imatrix, pure=True)
+            llamacpp_quantizer.quantize(plain, path, name, imatrix=imatrix, pure=True)
         return path
 
     return file

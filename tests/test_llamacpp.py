@@ -15,7 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lqexport.converters.gguf.imatrix import write_imatrix
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp
-from lqexport.evaluation.llamacpp import LlamaCpp, quantize
+from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.evaluation.llamacpp_quantizer import quantize
 
 VOCABULARY, HIDDEN, HEADS, KV_HEADS, LAYERS, FEED_FORWARD = 96, 256, 4, 2, 2, 512
 MODULES = {
@@ -175,16 +176,16 @@ def test_a_truncated_file_is_refused(f32: Path, tmp_path: Path) -> None:
 
 
 def test_missing_file_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llamacpp, "_library", lambda: (None, llamacpp._Log()))
+    monkeypatch.setattr(llamacpp, "library", lambda: (None, llamacpp._Log()))
     with pytest.raises(UserError, match="There is no file"):
         LlamaCpp(tmp_path / "absent.gguf", n_ctx=64)
 
 
 @pytest.fixture
 def without_cache() -> Any:
-    llamacpp._library.cache_clear()
+    llamacpp.library.cache_clear()
     yield
-    llamacpp._library.cache_clear()
+    llamacpp.library.cache_clear()
 
 
 @pytest.mark.usefixtures("without_cache")

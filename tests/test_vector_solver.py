@@ -11,7 +11,7 @@ import torch
 
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.evaluation import llamacpp
+from lqexport.evaluation import llamacpp_quantizer
 from lqexport.formats.codebook import EIGHT
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.registry import codec_named
@@ -187,7 +187,7 @@ def test_a_solved_file_is_read_by_llamacpp_as_solved(tiny_model: Path, text: Pat
     used = {artifact.read(name).codec_name for name in artifact.manifest() if "proj" in name}
     assert used == {f"gguf:{name}" for name in ("IQ3_XXS", "IQ2_XS", "IQ2_S", "IQ1_M")}
     gguf.write(artifact, tmp_path / "model.gguf")
-    llamacpp.quantize(tmp_path / "model.gguf", tmp_path / "decoded.gguf", "F32", requantize=True)
+    llamacpp_quantizer.quantize(tmp_path / "model.gguf", tmp_path / "decoded.gguf", "F32", requantize=True)
     decoded = GGUFModel(tmp_path / "decoded.gguf")
     for name in artifact.manifest():
         np.testing.assert_array_equal(values_of(artifact.read(name)).numpy(), np.asarray(decoded.read(name)))

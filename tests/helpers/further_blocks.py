@@ -115,7 +115,7 @@ def logits_in_llamacpp(path: Path, tokens: list[int], hidden: int) -> tuple[NDAr
 
     llama.cpp has no C function for the hidden states that such a block takes; its C++ functions are called.
     """
-    llama, _ = llamacpp._library()
+    llama, _ = llamacpp.library()
     keep = llama._Z26llama_set_embeddings_nextnP13llama_contextbb
     states = llama._Z26llama_get_embeddings_nextnP13llama_context
     keep.argtypes, states.argtypes = [ctypes.c_void_p, ctypes.c_bool, ctypes.c_bool], [ctypes.c_void_p]

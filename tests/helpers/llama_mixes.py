@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFReader
 
-from lqexport.evaluation import llamacpp
+from lqexport.evaluation import llamacpp, llamacpp_quantizer
 
 LINE = re.compile(r"\[ *\d+/ *\d+\] (\S+) .* type = +(\w+),.*?(?:\((\w+)\))?$")
 """What the quantizer says of a tensor: its name, its type in the source, and its new type if it is another."""
@@ -23,12 +23,12 @@ def types_by_llamacpp(source: Path, mix: str) -> dict[str, str]:
 
     An importance matrix of ones is given for the mixes that need it or whose rules ask for it.
     """
-    llama, log = llamacpp._library()
+    llama, log = llamacpp.library()
     parameters = llama.llama_model_quantize_default_params()
     name = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}.get(mix, mix.removesuffix("_MIX"))
-    parameters.ftype, parameters.nthread, parameters.dry_run = llamacpp._file_type(name), 1, True
-    ones = llamacpp._contiguous(_ones(source) if mix.startswith("IQ") or mix == "Q2_K_S" else {})
-    entries = llamacpp._imatrix_entries(ones)
+    parameters.ftype, parameters.nthread, parameters.dry_run = llamacpp_quantizer._file_type(name), 1, True
+    ones = llamacpp_quantizer._contiguous(_ones(source) if mix.startswith("IQ") or mix == "Q2_K_S" else {})
+    entries = llamacpp_quantizer._imatrix_entries(ones)
     if ones:
         parameters.imatrix = ctypes.addressof(entries)
     lines: list[str] = []

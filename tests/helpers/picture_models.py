@@ -160,7 +160,7 @@ def _with_places(values: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return patches, torch.stack(places, -1).reshape(1, -1, 2)
 
 
-_Parameters = llamacpp._structure(
+_Parameters = llamacpp.structure(
     "mtmd_context_params",
     """c_bool use_gpu
     c_void_p device
@@ -174,7 +174,7 @@ _Parameters = llamacpp._structure(
     c_int32 batch_max_tokens
     c_void_p progress_callback progress_callback_user_data""",
 )
-_Text = llamacpp._structure(
+_Text = llamacpp.structure(
     "mtmd_input_text",
     """c_char_p text
     c_size_t text_len
@@ -207,7 +207,7 @@ def by_llamacpp(file: Path, text: Path, columns: int, pixels: NDArray[np.uint8])
 
     text      a GGUF file of a model that takes inputs of that many columns
     """
-    llamacpp._library()
+    llamacpp.library()
     mtmd = ctypes.CDLL(str(llamacpp._folder() / "lib" / "libmtmd.so.0"))
     for name, (result, arguments) in _FUNCTIONS.items():
         getattr(mtmd, name).restype, getattr(mtmd, name).argtypes = result, arguments
