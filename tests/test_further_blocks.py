@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from family_cases import config_and_shapes, export, make_model, make_tokenizer
 from family_cases import texts as texts
-from further_blocks import Predicting, logits_in_llamacpp
+from further_blocks import Predicting, logits_in_llamacpp, predicting
 from gguf import GGUFReader
 
 from lqexport.checking.checking import check_file
@@ -35,11 +35,13 @@ TOKENS = [1, 5, 6, 7, 9, 30, 31, 77]
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize(
-    "name", ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air", "deepseek-v32", "glm-dsa"]
-)
+    "name",
+    ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air", "deepseek-v32", "glm-dsa", "nemotron-h-moe",
+     "nemotron-h-latent"],
+)  # fmt: skip
 def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: Path) -> None:
     """The model's own logits are those of a file without the block, bit for bit."""
-    made = Predicting(name)
+    made = predicting(name)
     source = str(made.save(tmp_path))
     path = export(tmp_path, Recipe(source, "gguf:F16"))
     logits, further = logits_in_llamacpp(path, TOKENS, made.model.config.hidden_size)
@@ -107,13 +109,19 @@ def test_targets_that_do_not_run_the_block_leave_it_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "key"), [("qwen3_5", "mtp_num_hidden_layers"), ("glm4moe", "num_nextn_predict_layers")]
+    ("name", "key"),
+    [
+        ("qwen3_5", "mtp_num_hidden_layers"),
+        ("glm4moe", "num_nextn_predict_layers"),
+        ("nemotron-h-moe", "num_nextn_predict_layers"),
+        ("nemotron-h-latent", "num_nextn_predict_layers"),
+    ],
 )
 def test_a_plan_by_config_json_counts_the_block(name: str, key: str) -> None:
     config, shapes = config_and_shapes(name)
     model = ConfigModel(config | {key: 1})
     further = {name: model.shape(name) for name in set(model.names()) - shapes.keys()}
-    made = Predicting(name)
+    made = predicting(name)
     expected = {f"model.layers.{made.layers}.{end}": tuple(t.shape) for end, t in (made.block | made.beside).items()}
     expected = {name: shape for name, shape in expected.items() if not name.endswith(".bias")}
     assert {name: shape for name, shape in further.items() if ".experts." not in name} == {

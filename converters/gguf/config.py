@@ -144,7 +144,8 @@ def _keys(metadata: Metadata, *, rope: bool) -> Config:
         if any(not isinstance(each, int | float) or not math.isfinite(each) for each in values):
             raise UserError(f"{metadata.source} gives no {metadata.architecture.gguf}.{key.name}.")
         typed = [_decimal(each) if key.value_type is float else key.value_type(each) for each in values]
-        settings[key.config] = typed if key.many else typed[0]
+        last = metadata.architecture.first_further if key.further else None
+        settings[key.config] = typed[:last] if key.many else typed[0]
     return settings
 
 

@@ -83,7 +83,7 @@ def add_model(
     if TOKEN_TYPES in architecture.gguf_top.values():
         writer.add_token_type_count(_size(config, "type_vocab_size"))
     for key in architecture.keys:
-        _add_key(writer, key, config)
+        _add_key(writer, key, config, further)
     _add_window(writer, architecture, config)
     if architecture.rope_types:
         _add_rope(writer, architecture, config)
@@ -117,11 +117,12 @@ def context_length(architecture: Architecture, config: Config) -> int:
     return min(longest, narrow or longest)
 
 
-def _add_key(writer: GGUFWriter, key: Key, config: Config) -> None:
+def _add_key(writer: GGUFWriter, key: Key, config: Config, further: int) -> None:
     value = (rope_settings(config) if key.rope else config).get(key.config)
     value = key.default if value is None else value
     if key.many:
-        writer.add_array(f"{writer.arch}.{key.name}", [key.value_type(each) for each in value])
+        values = [*value, *([config[key.further]] * further if key.further else [])]
+        writer.add_array(f"{writer.arch}.{key.name}", [key.value_type(each) for each in values])
         return
     add = {int: writer.add_uint32, float: writer.add_float32, bool: writer.add_bool}[key.value_type]
     add(f"{writer.arch}.{key.name}", key.value_type(value))

@@ -62,6 +62,8 @@ class Key:
     default      the value where config.json does not have the key or has null; None where it must have it
     rope         whether config.json has it among the settings of the rotary embedding (`rope_parameters`)
     many         whether config.json has a list of such values, and GGUF an array, such as one value for each block
+    further      the key of config.json with the value that such an array has for each block that predicts further
+                 tokens; None where it has none for these
     """
 
     name: str
@@ -70,6 +72,7 @@ class Key:
     default: Any = None
     rope: bool = False
     many: bool = False
+    further: str | None = None
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,8 @@ class Architecture:
                 ignored where `predictor` is empty. So are tensors under the name `mtp`, in any architecture
     predictor   modules that a block which predicts further tokens has beside those of a decoder block, `PREDICTOR`;
                 {} where llama.cpp has no such blocks
-    predicts_like   the values of the keys of `only` by which such a block has the modules of a decoder block
+    predicts_like   the values of the keys of `only` by which such a block has the modules of a decoder block, if the
+                model has decoder blocks with these values
     first_further   the number of the first of these blocks, in an entry for a certain model; None where there is none
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     plain_norms   modules of a block that are norms to which nothing is added
@@ -347,7 +351,9 @@ class Architecture:
         if (condition := self.condition(module)) is not None:
             key, values = condition
             # A damaged file may have fewer blocks than it says.
-            given = self.predicts_like if self.predicts(block) else self.per_block[key][block : block + 1]
+            given = self.per_block[key][slice(block, block + 1)]
+            if self.predicts(block):
+                given = tuple(set(self.predicts_like) & set(self.per_block[key]))
             if not any(value in values for value in given):
                 return False
         if self.dense is None or not module.startswith("mlp."):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from itertools import count
 from typing import Any
 
-from lqexport.converters.models.architecture import FURTHER_COUNT, PREDICTOR, Architecture, Config
+from lqexport.converters.models.architecture import FURTHER_COUNT, Architecture, Config
 from lqexport.converters.models.tensor_names import block_module, block_names, is_needed
 
 NAMED = r"^(model\.)?mtp[._]"
@@ -19,7 +19,7 @@ NAMED = r"^(model\.)?mtp[._]"
 _OF_BLOCK = re.compile(r"^(?:model\.)?mtp\.layers\.(\d{1,4})\.")
 _BESIDE_BLOCKS = {"fc": "eh_proj", "pre_fc_norm_embedding": "enorm", "pre_fc_norm_hidden": "hnorm",
                   "norm": "shared_head.norm"}  # fmt: skip
-"""Qwen's names of the modules of `PREDICTOR` -> DeepSeek's."""
+"""Qwen's names of the modules of `predictor` -> DeepSeek's."""
 
 
 def block_count(config: Config) -> int:
@@ -64,8 +64,8 @@ def is_further_matrix(architecture: Architecture, name: str) -> bool:
     module = block_module(architecture, name)
     if module is None or module[2] != "weight" or not architecture.predicts(module[0]):
         return False
-    norms = {name for name in PREDICTOR if name.endswith("norm")}
-    return module[1] in PREDICTOR.keys() - norms or architecture.is_matrix(module[1])
+    matrices = {name for name in architecture.predictor if not name.endswith("norm")}
+    return module[1] in matrices or architecture.is_matrix(module[1])
 
 
 def renaming(architecture: Architecture, layers: Any, names: Collection[str]) -> dict[str, str]:
@@ -100,6 +100,8 @@ def further_shapes(
     by_end = {
         f"{module[1]}.{module[2]}": shapes[name] for name in shapes if (module := block_module(architecture, name))
     }
-    by_end |= {f"{module}.weight": (hidden,) for module in PREDICTOR} | {"eh_proj.weight": (hidden, 2 * hidden)}
+    by_end |= {f"{module}.weight": (hidden,) for module in architecture.predictor} | {
+        "eh_proj.weight": (hidden, 2 * hidden)
+    }
     names = [name for block in range(layers, block_count(config)) for name in sorted(_needed(architecture, block))]
     return {name: by_end[name.split(f"{architecture.blocks}.")[1].partition(".")[2]] for name in names}

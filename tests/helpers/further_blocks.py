@@ -5,19 +5,21 @@ from __future__ import annotations
 import copy
 import ctypes
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
 from family_cases import CASES, make_model, make_tokenizer
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lqexport.evaluation import llamacpp
 
 QWEN = {"eh_proj": "fc", "enorm": "pre_fc_norm_embedding", "hnorm": "pre_fc_norm_hidden", "shared_head.norm": "norm"}
 """The names in Qwen's checkpoints, under `mtp`, of what such a block has beside a decoder block."""
+SECOND_NORM = "post_attention_layernorm"
 
 
 class Predicting:
@@ -69,14 +71,14 @@ class Predicting:
         They are computed by transformers' own block, alone in a model whose inputs are those of the block.
         """
         hidden = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, :-1]
-        table = self.beside.get("embed_tokens.weight", self.model.model.embed_tokens.weight)
+        table = self.beside.get("embed_tokens.weight", self.model.get_input_embeddings().weight)
         embedded = table[torch.tensor(tokens[1:])]
         joined = torch.cat((self._norm(embedded, "enorm"), self._norm(hidden, "hnorm")), dim=-1)
         inputs = joined @ self.beside["eh_proj.weight"].T
         return self._alone()(inputs_embeds=inputs[None], use_cache=False).logits[0].numpy()
 
     def _norm(self, values: Tensor, norm: str) -> Tensor:
-        root = (values.square().mean(-1, keepdim=True) + self.model.config.rms_norm_eps).rsqrt()
+        root = (values.square().mean(-1, keepdim=True) + _epsilon(self.model.config)).rsqrt()
         return values * root * (self.beside[f"{norm}.weight"] + 1 - self.one)
 
     def _alone(self) -> PreTrainedModel:
@@ -97,10 +99,61 @@ class Predicting:
         return alone
 
 
+class PredictingInTwo(Predicting):
+    """A case of Nemotron 3, whose block is two blocks in checkpoints: one with attention, one with experts."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        draw, types = torch.Generator().manual_seed(2), self.model.config.layer_types
+        attention, experts = (
+            self.model.model.layers[types.index(each)].state_dict() for each in ("full_attention", "moe")
+        )
+        experts[f"{SECOND_NORM}.weight"] = experts.pop("norm.weight")
+        self.block = {
+            end: value + 0.02 * torch.randn(value.shape, generator=draw) for end, value in (attention | experts).items()
+        }
+
+    def names(self) -> dict[str, Tensor]:
+        parts = {f"{number}.{end}": value for number in (0, 1) for end, value in self._stored_block(number).items()}
+        beside = {("1.final_layernorm.weight" if "head" in end else f"0.{end}"): v for end, v in self.beside.items()}
+        return {
+            f"mtp.layers.{end}": part for each in (parts | beside).items() for end, part in _unstacked(*each).items()
+        }
+
+    def _stored_block(self, number: int) -> dict[str, Tensor]:
+        """Returns the tensors of the first or the second block of a checkpoint, with stacked experts."""
+        first = {"norm.weight", *(f"mixer.{name}_proj.weight" for name in "qkvo")}
+        return {
+            end.replace(SECOND_NORM, "norm"): value
+            for end, value in self.block.items()
+            if (end in first) == (number == 0)
+        }
+
+    def _alone(self) -> PreTrainedModel:
+        config = copy.deepcopy(self.model.config)
+        config.layers_block_type = ["full_attention", "moe"]
+        alone = type(self.model)(config).eval()
+        for number, layer in enumerate(alone.model.layers):
+            layer.load_state_dict(self._stored_block(number))
+        alone.model.norm_f = nn.LayerNorm(config.hidden_size, config.layer_norm_epsilon, bias=False)
+        alone.model.norm_f.weight.copy_(self.beside["shared_head.norm.weight"])
+        alone.lm_head.weight.copy_(self.model.lm_head.weight)
+        return alone
+
+
+def predicting(name: str) -> Predicting:
+    """Returns the model of a case with a block that predicts a further token."""
+    return PredictingInTwo(name) if name.startswith("nemotron") else Predicting(name)
+
+
+def _epsilon(config: Any) -> float:
+    return float(getattr(config, "rms_norm_eps", 0) or config.layer_norm_epsilon)
+
+
 def _unstacked(name: str, value: Tensor) -> dict[str, Tensor]:
     """Returns the tensors of single experts for one that holds those of all; any other tensor as it is."""
     prefix, _, linear = name.partition("experts.")
-    if linear not in ("gate_up_proj", "down_proj"):
+    if linear not in ("gate_up_proj", "up_proj", "down_proj"):
         return {name: value}
     ends = ("gate_proj", "up_proj") if linear == "gate_up_proj" else (linear,)
     return {

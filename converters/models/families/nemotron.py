@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import Config, Key
+from lqexport.converters.models.architecture import PREDICTOR, Config, Key
 from lqexport.converters.models.families.deepseek import ROUTED_KEYS
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import LAYER_NORM, RMS_NORM, UNGATED_BLOCK, UNGATED_LINEARS
@@ -151,6 +151,9 @@ NEMOTRON_H = replace(
     final_norm="model.norm_f",
 )
 
+FURTHER = {"key_heads_of_blocks": "num_key_value_heads", "widths_of_blocks": "moe_intermediate_size"}
+"""Key of config.json with one value for each block -> the key with that of blocks that predict further tokens."""
+
 NEMOTRON_H_MOE = replace(
     NEMOTRON_H,
     family="Nemotron 3 (Nano, Super)",
@@ -180,8 +183,18 @@ NEMOTRON_H_MOE = replace(
     | dict.fromkeys(("mixer.gate", "mixer.experts.", "mixer.shared_experts."), ("layer_types", ("moe",)))
     | dict.fromkeys(("mixer.fc1_latent_proj", "mixer.fc2_latent_proj"), ("latent_experts", (True,))),
     experts="n_routed_experts",
+    # A block with attention and one with experts, of which llama.cpp makes one.
+    renamed=NEMOTRON_H.renamed
+    | {
+        r"^mtp\.layers\.1\.norm\.": "mtp.layers.0.post_attention_layernorm.",
+        r"^mtp\.layers\.1\.final_layernorm\.": "mtp.layers.0.shared_head.norm.",
+        r"^mtp\.layers\.1\.": "mtp.layers.0.",
+    },
+    further=True,
+    predictor=PREDICTOR | {"post_attention_layernorm": "post_attention_norm"},
+    predicts_like=(FULL, "moe", True),
     keys=(
-        *NEMOTRON_H.keys,
+        *(replace(key, further=FURTHER.get(key.config)) for key in NEMOTRON_H.keys),
         *ROUTED_KEYS,
         Key("expert_shared_feed_forward_length", "moe_shared_expert_intermediate_size"),
         Key("expert_weights_norm", "norm_topk_prob", bool, True),
