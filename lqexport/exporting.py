@@ -12,8 +12,11 @@ from lqexport.converters.exl3 import writer as exl3
 from lqexport.converters.folders import compressed_tensors, gptq, native, peft
 from lqexport.converters.gguf import adapter as gguf_adapter
 from lqexport.converters.gguf import writer as gguf
+from lqexport.converters.gguf.file import write_content
 from lqexport.converters.mlx import writer as mlx
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import ANEW, UserError, files_at_hand, well_formed
+from lqexport.evaluation.outline import load_outline
 from lqexport.models.inspect import inspect, size
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import split_size
@@ -53,7 +56,7 @@ def export(
                      names them: model-00001-of-00003.gguf and so on
 
     Returns `path`, or the first of several files. Raises UserError if the artifact is unfinished, damaged or was
-    quantized for another format.
+    quantized for another format, or if llama.cpp, where it is installed, would not load the file.
     """
     stored, path, listener = Artifact(Path(artifact)), Path(path), listener or Silent()
     # Only bytes move here, so any content that does not fit together is the artifact's fault.
@@ -90,7 +93,10 @@ def _write_gguf(
     artifact: Artifact, file: Path, adapter: Path | None, split_max_size: int | None, listener: Listener
 ) -> Path:
     gguf_adapter.check_asked(artifact, adapter is not None)
-    first, *_ = gguf.write(artifact, file, lambda _, written: listener.advance(written), split_max_size)
+    content = gguf.content_of_artifact(artifact)
+    if (loaded := load_outline(content, encoder=architecture_of(artifact.config()).encoder)) and loaded.left_out:
+        listener.message(loaded.left_out)
+    first, *_ = write_content(artifact, file, content, lambda _, written: listener.advance(written), split_max_size)
     if adapter:
         gguf_adapter.write(artifact, adapter, lambda _, written: listener.advance(written))
     return first

@@ -151,7 +151,7 @@ def test_tokenizer_of_a_gguf_file_splits_as_llamacpp_does(source: Path, tmp_path
 
 def check_tokenizer(path: Path) -> None:
     tokenizer = open_source(str(path)).tokenizer()
-    with LlamaCpp(path, 32, vocabulary_only=True) as engine:
+    with LlamaCpp(path, 32, part="vocabulary") as engine:
         for text in (*STRINGS, "<s>with</s> special<tool>tokens"):
             assert engine.tokenize(text) == tokenizer(text, add_special_tokens=False).input_ids, text
 

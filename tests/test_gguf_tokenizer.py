@@ -13,6 +13,7 @@ import sentencepiece
 from gguf import GGUFReader, TokenType
 from llama_files import STRINGS, byte_level_bpe, export, make_artifact, make_model, training_text
 from llama_files import tokenizer as tokenizer
+from planned_files import said_before_work
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -32,7 +33,6 @@ from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.models.source import HuggingFaceSource, open_source
-from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.storage.files import write_json
 
 
@@ -76,7 +76,7 @@ def test_llamacpp_splits_words_as_we_claim(tmp_path: Path, splitter: Splitter) -
 
 def check_tokens(path: Path, tokenizer: Tokenizer) -> None:
     """Asserts that llama.cpp, with the GGUF file, makes the same tokens of test strings as the tokenizer."""
-    with LlamaCpp(path, 32, vocabulary_only=True) as engine:
+    with LlamaCpp(path, 32, part="vocabulary") as engine:
         for text in (*STRINGS, "<s>with</s> special<tool>tokens"):
             assert engine.tokenize(text) == tokenizer.encode(text, add_special_tokens=False).ids, text
 
@@ -198,7 +198,7 @@ def test_tokenizer_json_counts_where_its_class_changes_it(
     source = HuggingFaceSource(tmp_path, "llama")
     alone = tokenizer.encode(" two  spaces", add_special_tokens=False).ids
     assert source.tokenizer()(" two  spaces", add_special_tokens=False).input_ids != alone
-    assert not [sentence for sentence in check_tokenizer(source, 512) if "' two" in sentence or "'   " in sentence]
+    assert not [sentence for sentence in said_before_work(source) if "' two" in sentence or "'   " in sentence]
 
 
 def test_added_tokens_beyond_the_embedding_are_left_out(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lqexport.converters.factors import B, check_present, corrected_linear, factor_names, is_factor
-from lqexport.converters.gguf.file import check_types, file_entry, write_tensors
+from lqexport.converters.gguf.file import check_types, file_content, file_entry, write_content
 from lqexport.converters.gguf.header import read_header
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.support import check_supported
@@ -75,7 +75,7 @@ def write(artifact: Artifact, path: Path, on_tensor: Callable[[str, int], None] 
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 0.0)
     writer.add_string("lqexport.recipe", json.dumps(public_run(artifact.run()).get("recipe"), sort_keys=True))
-    write_tensors(artifact, path, writer, entries, on_tensor)
+    write_content(artifact, path, file_content(writer, entries), on_tensor)
 
 
 def _adapter_names(model_names: dict[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ name, type and size. Then the tensors are read, checked against the manifest's d
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,20 @@ from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import check_space, written_whole
+
+
+class StoredModel(Protocol):
+    """An artifact, finished or planned: what the content of a file is made of. See `Artifact` for the methods."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def model_folder(self) -> Path: ...
+    def run(self) -> dict[str, Any]: ...
+    def config(self) -> dict[str, Any]: ...
+    def manifest(self) -> dict[str, dict[str, Any]]: ...
+    def read_listed(self, name: str, codec: str, shape: tuple[int, ...], sha256: str) -> StoredTensor: ...
+
 
 GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay")
 """The families of codecs whose bytes are those of a GGUF type."""
@@ -94,23 +109,36 @@ class _Tensor:
         return sum(entry.nbytes for entry in self.entries) if self.values is None else self.values.nbytes
 
 
-def write_tensors(
-    artifact: Artifact,
-    path: Path,
+@dataclass(frozen=True)
+class FileContent:
+    """What a file holds: the metadata that `writer` has, and tensors in the file's order."""
+
+    writer: GGUFWriter
+    tensors: list[_Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors, with the padding behind each."""
+        return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors)
+
+    def header(self) -> bytes:
+        """Returns the bytes of the file before those of its tensors."""
+        file = io.BytesIO()
+        write_headers(self.writer, [file], [self.tensors])
+        return file.getvalue()
+
+
+def file_content(
     writer: GGUFWriter,
     entries: list[GGUFEntry],
-    on_tensor: Callable[[str, int], None] | None,
     computed: dict[str, np.ndarray] | None = None,
-    split_max_size: int | None = None,
     zeros: dict[str, tuple[int, ...]] | None = None,
-) -> list[Path]:
-    """Writes the metadata of `writer`, the entries, then the `computed` float32 tensors, whole or not at all.
+) -> FileContent:
+    """Returns the content of a file: the metadata of `writer`, the entries, then the `computed` float32 tensors.
 
-    zeros            shapes of tensors of zeros that come last
-    split_max_size   bytes of tensors that one file may hold; a larger model becomes several files (see `split.py`),
-                     which appear only when all of them are whole
+    zeros   shapes of tensors of zeros that come last
 
-    Returns the files. Raises UserError if a tensor does not match the manifest, or if the disk is too small.
+    Raises UserError if the experts of a block differ in shape or codec.
     """
     stacks: dict[str, list[GGUFEntry]] = {}
     for entry in entries:
@@ -118,12 +146,29 @@ def write_tensors(
     tensors = [_Tensor(name, _shape(stack), stack[0].codec_name, stack) for name, stack in stacks.items()]
     tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
     tensors += [_zeros(name, shape) for name, shape in (zeros or {}).items()]
-    split = in_files(tensors, split_max_size)
+    return FileContent(writer, tensors)
+
+
+def write_content(
+    artifact: Artifact,
+    path: Path,
+    content: FileContent,
+    on_tensor: Callable[[str, int], None] | None,
+    split_max_size: int | None = None,
+) -> list[Path]:
+    """Writes the content of a file, whose tensors the artifact holds, whole or not at all.
+
+    split_max_size   bytes of tensors that one file may hold; a larger model becomes several files (see `split.py`),
+                     which appear only when all of them are whole
+
+    Returns the files. Raises UserError if a tensor does not match the manifest, or if the disk is too small.
+    """
+    split = in_files(content.tensors, split_max_size)
     paths = split_paths(path, len(split))
-    check_space(path, sum(tensor.nbytes for tensor in tensors))
+    check_space(path, sum(tensor.nbytes for tensor in content.tensors))
     with contextlib.ExitStack() as opened:  # it closes the first file last
         files = [opened.enter_context(written_whole(file_path)) for file_path in paths]
-        write_headers(writer, files, split)
+        write_headers(content.writer, files, split)
         for file, tensor in ((file, tensor) for file, of_file in zip(files, split, strict=True) for tensor in of_file):
             _write_tensor(artifact, file, tensor, on_tensor)
     return paths
@@ -198,15 +243,15 @@ class FileTensor(Protocol):
     def nbytes(self) -> int: ...
 
 
-def write_headers(writer: GGUFWriter, files: list[BinaryIO], split: Sequence[Sequence[FileTensor]]) -> None:
+def write_headers(writer: GGUFWriter, files: Sequence[BinaryIO], split: Sequence[Sequence[FileTensor]]) -> None:
     """Writes header, metadata and tensor infos by gguf-py, into files that are already open."""
-    writer.tensors = []
+    writer.tensors, writer.state = [], WriterState.NO_FILE  # it may have written a header before
     for of_file in split:
         writer.tensors.append({})
         for tensor in of_file:
             ggml_type = GGMLQuantizationType[type_of(tensor.codec_name)]
             writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=ggml_type)
-    writer.fout, writer.state = files, WriterState.EMPTY  # type: ignore[assignment]  # it only writes to them
+    writer.fout, writer.state = list(files), WriterState.EMPTY  # type: ignore[arg-type]  # it only writes to them
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

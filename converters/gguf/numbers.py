@@ -14,11 +14,10 @@ import numpy as np
 from gguf import GGUFWriter
 from numpy.typing import NDArray
 
-from lqexport.converters.gguf.file import GGUFEntry
+from lqexport.converters.gguf.file import GGUFEntry, StoredModel
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.models.architecture import Architecture
 from lqexport.formats.registry import codec_named
-from lqexport.storage.artifact import Artifact
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def with_numbers(
 
 
 def add_numbers(
-    writer: GGUFWriter, artifact: Artifact, architecture: Architecture, entries: list[GGUFEntry]
+    writer: GGUFWriter, stored: StoredModel, architecture: Architecture, entries: list[GGUFEntry]
 ) -> list[GGUFEntry]:
     """Adds the numbers of all blocks to `writer`. Returns the entries of the other tensors."""
     keys = set(architecture.numbers.values())
@@ -60,8 +59,8 @@ def add_numbers(
         if (key := entry.gguf_name.split(".", 2)[-1]) not in keys:
             others.append(entry)
             continue
-        stored = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
-        value = codec_named(entry.codec_name).decode(stored.planes, 1)
+        tensor = stored.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
+        value = codec_named(entry.codec_name).decode(tensor.planes, 1)
         arrays.setdefault(key, []).append(float(value.reshape(())))
     for key, values in arrays.items():
         writer.add_array(key, values)

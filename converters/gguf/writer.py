@@ -10,7 +10,16 @@ from typing import Any
 from gguf import GGUFWriter
 
 from lqexport.converters.factors import is_factor
-from lqexport.converters.gguf.file import GGUFEntry, check_types, file_entry, type_of, write_tensors
+from lqexport.converters.gguf.file import (
+    FileContent,
+    GGUFEntry,
+    StoredModel,
+    check_types,
+    file_content,
+    file_entry,
+    type_of,
+    write_content,
+)
 from lqexport.converters.gguf.fillers import filler_shapes
 from lqexport.converters.gguf.kept import add_kept, kept_name, read_kept
 from lqexport.converters.gguf.metadata import add_model, add_provenance, model_name
@@ -25,6 +34,9 @@ from lqexport.converters.models.rope import rope_factors
 from lqexport.converters.models.tensor_names import gguf_names, gguf_shape
 from lqexport.errors import UserError
 from lqexport.storage.artifact import Artifact
+
+NO_TOKENIZER = "no_vocab"
+"""llama.cpp's name of the tokenizer of a file that has none."""
 
 
 def write(
@@ -43,30 +55,52 @@ def write(
     Returns the files; llama.cpp and `GGUFModel` open the first. Raises UserError if the artifact is unfinished, damaged
     or not in GGUF codecs, if llama.cpp lacks what the model or its tokenizer needs, or if the disk is too small.
     """
-    config = normalized(artifact.config())
+    return write_content(artifact, path, content_of_artifact(artifact), on_tensor, split_max_size)
+
+
+def content_of_artifact(artifact: Artifact) -> FileContent:
+    """Returns what `write` writes. Raises UserError as it does.
+
+    An error about the tokenizer says where its files are: a finished run need not be repeated.
+    """
+    mending = f" Its files are in {artifact.model_folder}: mend them there, and export again."
+    return content_of(artifact, mending=mending)
+
+
+def content_of(stored: StoredModel, *, mending: str = "", with_tokenizer: bool = True) -> FileContent:
+    """Returns what the file of a finished or planned artifact holds.
+
+    mending          the end of an error about the tokenizer: what the user can do
+    with_tokenizer   whether the file gets the tokenizer of the model folder, or says that it has none
+
+    Raises UserError if a tensor is not in a GGUF codec, or if llama.cpp lacks what the model or its tokenizer needs.
+    """
+    config = normalized(stored.config())
     architecture = architecture_of(config)
     check_supported(architecture, config)
-    entries = _entries(artifact, architecture, config)
+    entries = _entries(stored, architecture, config)
     writer = GGUFWriter(None, str(architecture.gguf))
-    kept = read_kept(artifact.model_folder)
-    name = kept_name(kept) or name_for_llamacpp(model_name(artifact.run()), artifact.model_folder)
-    add_provenance(writer, artifact.run(), _main_type(entries), name)
-    entries = add_numbers(writer, artifact, architecture, entries)
+    kept = read_kept(stored.model_folder)
+    name = kept_name(kept) or name_for_llamacpp(model_name(stored.run()), stored.model_folder)
+    add_provenance(writer, stored.run(), _main_type(entries), name)
+    entries = add_numbers(writer, stored, architecture, entries)
     rows = next(entry.shape[0] for entry in entries if entry.name == architecture.embedding)
-    add_model(writer, architecture, config, rows, _further(artifact, architecture, config))
-    if not kept:
-        _add_tokenizer(writer, artifact.model_folder, rows)
+    add_model(writer, architecture, config, rows, _further(stored, architecture, config))
+    if not with_tokenizer:
+        writer.add_tokenizer_model(NO_TOKENIZER)
+    elif not kept:
+        _add_tokenizer(writer, stored.model_folder, rows, mending)
     add_kept(writer, kept)
     zeros = filler_shapes(architecture, config["num_hidden_layers"], entries)
-    return write_tensors(artifact, path, writer, entries, on_tensor, rope_factors(config), split_max_size, zeros)
+    return file_content(writer, entries, rope_factors(config), zeros)
 
 
-def _add_tokenizer(writer: GGUFWriter, folder: Path, rows: int) -> None:
-    """Adds the tokenizer of an artifact. An error says where its files are: a finished run need not be repeated."""
+def _add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, mending: str) -> None:
+    """Adds the tokenizer of a model folder. An error ends with `mending`."""
     try:
         add_tokenizer(writer, folder, rows)
     except UserError as error:
-        raise UserError(f"{error} Its files are in {folder}: mend them there, and export again.") from error
+        raise UserError(f"{error}{mending}") from error
 
 
 def _main_type(entries: list[GGUFEntry]) -> str:
@@ -78,24 +112,24 @@ def _main_type(entries: list[GGUFEntry]) -> str:
     return total.most_common(1)[0][0]
 
 
-def _further(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> int:
+def _further(stored: StoredModel, architecture: Architecture, config: dict[str, Any]) -> int:
     """Returns the number of blocks of an artifact that predict further tokens, whatever config.json says."""
-    return further_blocks(architecture, config["num_hidden_layers"], artifact.manifest())
+    return further_blocks(architecture, config["num_hidden_layers"], stored.manifest())
 
 
-def _entries(artifact: Artifact, architecture: Architecture, config: dict[str, Any]) -> list[GGUFEntry]:
-    blocks = config["num_hidden_layers"] + _further(artifact, architecture, config)
+def _entries(stored: StoredModel, architecture: Architecture, config: dict[str, Any]) -> list[GGUFEntry]:
+    blocks = config["num_hidden_layers"] + _further(stored, architecture, config)
     known = gguf_names(architecture, blocks)
     entries = []
-    for name, facts in artifact.manifest().items():
+    for name, facts in stored.manifest().items():
         if is_factor(name):
             continue
         if name not in known:
-            raise UserError(f"{artifact.folder} holds a tensor {name} that {architecture.gguf} does not have in GGUF.")
+            raise UserError(f"{stored.folder} holds a tensor {name} that {architecture.gguf} does not have in GGUF.")
         order = row_order(architecture, config, name, facts["shape"][0])
         shape = gguf_shape(architecture, config, name, tuple(facts["shape"]))
         entries.append(file_entry(name, known[name], facts, order, shape))
-    check_types(entries, artifact.folder, "Quantize again with a target gguf:TYPE.")
+    check_types(entries, stored.folder, "Quantize again with a target gguf:TYPE.")
     if architecture.embedding not in {entry.name for entry in entries}:
-        raise UserError(f"{artifact.folder} has no tensor {architecture.embedding}.")
+        raise UserError(f"{stored.folder} has no tensor {architecture.embedding}.")
     return entries

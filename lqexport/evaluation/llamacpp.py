@@ -18,7 +18,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ MISSING = f"llama.cpp is not installed; it comes with: {install('llamacpp')}"
 _WARNING, _ERROR = 3, 4  # ggml_log_level
 _CONTINUED = 5  # the level of a text that continues the line before it
 _NO_VOCABULARY = 0  # llama_vocab_type
+_NOT_MAPPED = 0  # llama_load_mode
+
+Part = Literal["all", "outline", "vocabulary"]
 
 
 def structure(name: str, fields: str) -> type[ctypes.Structure]:
@@ -252,7 +255,8 @@ class LlamaCpp:
     threads   the number of CPU threads; None: all cores
     adapter   a GGUF LoRA adapter to apply at run time, as llama.cpp's --lora does
     embeddings   whether to compute an encoder's embeddings instead of logits
-    vocabulary_only   whether only `tokenize` is wanted: the file needs no tensors then, and none are read
+    part      what of the file is loaded. `outline`: all but the tensors' bytes, so that any bytes will do; a model of
+              any size takes little time and memory, and cannot run. `vocabulary`: only what `tokenize` needs
     alive     called again and again while llama.cpp loads the file, and before each operation of a sequence's graph;
               must not raise
 
@@ -262,7 +266,7 @@ class LlamaCpp:
     """
 
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
-                 embeddings: bool = False, vocabulary_only: bool = False,
+                 embeddings: bool = False, part: Part = "all",
                  alive: Callable[[], None] = lambda: None) -> None:  # fmt: skip
         self._llama, self._log = library()
         self._model = self._context = None
@@ -274,7 +278,9 @@ class LlamaCpp:
         self._loading, self._running = _callbacks(alive)
         parameters = self._llama.llama_model_default_params()
         parameters.progress_callback = ctypes.cast(self._loading, ctypes.c_void_p)
-        parameters.vocab_only = vocabulary_only
+        parameters.vocab_only = part == "vocabulary"
+        if part == "outline":
+            parameters.no_alloc, parameters.load_mode = True, _NOT_MAPPED
         parameters.load_mtp = True  # their shapes are checked, too, and no tensor is said to be unused
         self._model = self._llama.llama_model_load_from_file(os.fsencode(path), parameters)
         if not self._model:
@@ -284,7 +290,7 @@ class LlamaCpp:
         self._vocabulary = self._llama.llama_model_get_vocab(self._model)
         self.n_vocab: int = self._llama.llama_vocab_n_tokens(self._vocabulary)
         self.n_ctx = n_ctx
-        if not vocabulary_only:
+        if part != "vocabulary":
             self._make_context(path, threads_or_all(threads), embeddings)
         if adapter is not None:
             self._set_adapter(adapter)

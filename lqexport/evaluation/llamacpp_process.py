@@ -26,7 +26,7 @@ class LlamaCppFailed(EngineFailed):
 class LlamaCppProcess(EngineProcess):
     """A GGUF file loaded in llama.cpp in a child process, which loads it once. The methods are those of `LlamaCpp`.
 
-    n_ctx, threads, adapter, embeddings, vocabulary_only   as of `LlamaCpp`
+    n_ctx, threads, adapter, embeddings, part   as of `LlamaCpp`
     patience   as of `EngineProcess`
 
     The attribute `warnings` has the different warnings of llama.cpp while it loaded the file, at most WARNINGS. Raises
@@ -36,12 +36,12 @@ class LlamaCppProcess(EngineProcess):
     engine, child, failure = "llama.cpp", "lqexport.evaluation.llamacpp_child", LlamaCppFailed
 
     def __init__(self, path: Path, n_ctx: int, threads: int | None = None, adapter: Path | None = None,
-                 embeddings: bool = False, vocabulary_only: bool = False,
+                 embeddings: bool = False, part: llamacpp.Part = "all",
                  patience: float = PATIENCE) -> None:  # fmt: skip
         llamacpp.check_installed()
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
-        options = {"n_ctx": n_ctx, "threads": threads, "embeddings": embeddings, "vocabulary_only": vocabulary_only}
+        options = {"n_ctx": n_ctx, "threads": threads, "embeddings": embeddings, "part": part}
         super().__init__(path, options | {"adapter": str(adapter.absolute()) if adapter else None}, patience)
         self.n_vocab: int = self.loaded["n_vocab"]
         self.warnings = _few(self.loaded["warnings"])

@@ -13,23 +13,23 @@ from lqexport.errors import UserError, listed
 from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
+from lqexport.planning.file_check import check_file
 from lqexport.planning.recipe_plan import calibrates, size_limit
 from lqexport.planning.small_files import check_small_files
-from lqexport.planning.tokenizer_check import check_tokenizer
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
 
 def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> list[str]:
-    """Returns warnings about a GGUF file: its tokenizer (`tokenizer_warnings`), and blocks that it lacks (`left_out`).
+    """Returns warnings about a GGUF file: its tokenizer (`file_warnings`), and blocks that it lacks (`left_out`).
 
     Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
 
     The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
-    tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and one of a .gguf file always
-    writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts on the hub only the name
-    and the split are checked. An importance matrix must be the model's. A size must be one, or the target that it names
-    known.
+    tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and a file that llama.cpp loads. One
+    of a .gguf file always writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts
+    on the hub only the name and the split are checked. An importance matrix must be the model's. A size must be one, or
+    the target that it names known.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
@@ -45,10 +45,10 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
 def warnings_of(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
     """Returns warnings about what a run will lack, and what its file will do otherwise than the source.
 
-    Raises UserError as `unweighted` and `tokenizer_warnings` do.
+    Raises UserError as `unweighted` and `file_warnings` do.
     """
     lacking = [*unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
-    return [*lacking, *tokenizer_warnings(source, recipe), *engine_warnings(source, recipe)]
+    return [*lacking, *file_warnings(source, recipe, planned), *engine_warnings(source, recipe)]
 
 
 def engine_warnings(source: Source, recipe: Recipe) -> list[str]:
@@ -79,17 +79,17 @@ def left_out(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> li
     return [f"Blocks that predict further tokens are left out, since {reason}: {listed(names, 3)}."]
 
 
-def tokenizer_warnings(source: Source, recipe: Recipe) -> list[str]:
-    """Returns what the GGUF file of a run will do otherwise than the source's tokenizer; [] for other targets.
+def file_warnings(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
+    """Returns what the GGUF file of a run will do otherwise than the source, as `check_file`; [] for other targets.
 
-    Raises UserError as `check_small_files` and `check_tokenizer` do.
+    Raises UserError as `check_small_files` and `check_file` do.
     """
     model, rows = opened(source), source.shape(architecture_of(source.config).embedding)[0]
     if isinstance(model, HuggingFaceSource):
         check_small_files(model.folder, rows)
     if recipe.parsed_target.family != "gguf":
         return []
-    return check_tokenizer(source, rows)
+    return check_file(source, recipe, planned)
 
 
 def _check_apart(source: Path, out: Path) -> None:

@@ -1,55 +1,32 @@
-"""Checks, before any work, that the GGUF file of a run can hold the source's tokenizer.
-
-The files that the artifact would hold are written to a temporary folder, and their vocabulary is compared with the
-tokenizer that transformers loads. Where llama.cpp is installed, it splits hard texts with that vocabulary.
-"""
+"""Compares the tokenizer of a GGUF file with the source's: vocabulary, special tokens, and llama.cpp's splits."""
 
 from __future__ import annotations
 
 import itertools
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lqexport.converters.gguf.metadata import model_name
-from lqexport.converters.gguf.tokenizer import name_for_llamacpp, special_ids, write_vocabulary
+from lqexport.converters.gguf.tokenizer import special_ids
 from lqexport.converters.gguf.tokenizer_json import is_splitter_known
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError
 from lqexport.evaluation.hard_texts import HARD, PLAIN
-from lqexport.evaluation.llamacpp_process import LlamaCppFailed
-from lqexport.evaluation.splitting import llamacpp_splits
-from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
+from lqexport.models.source import GGUFSource
 from lqexport.models.tokenizers import Splits, vocabulary_faults
 
 _MOST_TOKENS = 12
 """The most added tokens that stand in a text to compare."""
 
 
-def check_tokenizer(source: Source, rows: int) -> list[str]:
-    """Returns sentences about what the GGUF file of `source` will do otherwise than the source's tokenizer.
+def check_kept(source: GGUFSource, rows: int) -> list[str]:
+    """Returns a sentence if the tokenizer of a .gguf source is not known here.
 
     rows   number of rows of the embedding
 
-    Raises UserError if the file cannot hold the tokenizer: if llama.cpp has no such tokenizer, if texts or ids of
-    tokens are not those that transformers loads, or if llama.cpp splits plain text into other tokens.
+    Raises UserError if it has another number of tokens.
     """
-    if isinstance(source, GGUFSource):
-        return _of_gguf(source, rows)
-    if isinstance(source, HuggingFaceSource) and not source.has_tokenizer():
-        return [f"{source.name} has no tokenizer, and a GGUF file needs one: put its files there, or into OUT/model."]
-    tokenizer = source.tokenizer()
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        source.copy_model_files(folder)
-        _check_vocabulary(folder, tokenizer, rows)
-        name = name_for_llamacpp(model_name({"recipe": {"source": source.name}}), folder)
-        write_vocabulary(folder, folder / "vocabulary.gguf", rows, name)
-        return [*_without_rows(tokenizer, rows), *_split_otherwise(folder, tokenizer, rows)]
-
-
-def _of_gguf(source: GGUFSource, rows: int) -> list[str]:
     count = len(source.metadata.get("tokenizer.ggml.tokens") or ())
     if count != rows:
         raise UserError(
@@ -64,8 +41,16 @@ def _of_gguf(source: GGUFSource, rows: int) -> list[str]:
     ]
 
 
-def _check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """Raises UserError if the vocabulary of a model folder is not the tokenizer's, or if its EOS has no row."""
+def check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """Returns a sentence if the model has no rows for some of the tokens that texts are split into.
+
+    folder      the files from which a GGUF file gets its vocabulary
+    tokenizer   what transformers loads
+    rows        number of rows of the embedding
+
+    Raises UserError if the vocabulary is not the tokenizer's, if its EOS has no row, or if llama.cpp has no such
+    tokenizer.
+    """
     vocabulary = read_vocabulary(folder)
     ids = special_ids(folder, vocabulary)
     if ids.get("eos", 0) >= rows:
@@ -78,10 +63,6 @@ def _check_vocabulary(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: in
             f"The GGUF file would have another vocabulary than the tokenizer that transformers loads. {faults[0]} "
             "Mend the tokenizer's files; saving the tokenizer again with transformers (save_pretrained) may do."
         )
-
-
-def _without_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
-    """Returns a sentence if the model has no rows for some of the tokens that texts are split into."""
     beyond = len(tokenizer) - rows
     if beyond <= 0:
         return []
@@ -92,23 +73,24 @@ def _without_rows(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     ]
 
 
-def _split_otherwise(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
-    """Returns a sentence if llama.cpp splits hard texts otherwise than the tokenizer; none if it is not installed.
-
-    Texts with tokens beyond the rows of the embedding are left out. Raises UserError if llama.cpp does not load the
-    vocabulary, or splits plain text otherwise.
-    """
-    texts = tuple(
+def texts_to_split(tokenizer: PreTrainedTokenizerBase, rows: int) -> tuple[str, ...]:
+    """Returns plain and hard texts, without those that have tokens beyond the rows of the embedding."""
+    return tuple(
         text
         for text in (*PLAIN, *HARD, *_with_tokens(tokenizer), *_overlapping(tokenizer))
         if max(tokenizer(text, add_special_tokens=False).input_ids, default=0) < rows
     )
-    try:
-        splits = llamacpp_splits((folder / "vocabulary.gguf").read_bytes(), texts)
-    except LlamaCppFailed as failure:
-        raise UserError(f"llama.cpp does not load the vocabulary of the GGUF file: {failure}") from failure
-    except UserError:  # it is not installed
-        return []
+
+
+def compare_splits(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], splits: Sequence[list[int]]
+) -> list[str]:
+    """Returns a sentence if llama.cpp splits hard texts otherwise than the tokenizer.
+
+    splits   the token ids that llama.cpp makes of each text
+
+    Raises UserError if it splits plain text otherwise.
+    """
     expected, pairs = Splits(tokenizer, folder), zip(texts, splits, strict=True)
     different = {text: split for text, split in pairs if not expected.agree(text, split)}
     for text, split in different.items():
