@@ -183,6 +183,8 @@ def model_tensors(
 
 
 def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
+    if 0 in shape:
+        raise UserError(f"{name} is empty: its shape is {list(shape)}.")
     vector = name.endswith(("norm.weight", ".bias"))
     matrix = any(holds(architecture, name) for holds in (is_linear, is_rounded, is_further_matrix))
     if (vector or matrix) and len(shape) != (1 if vector else 2):

@@ -39,7 +39,7 @@ from lqexport.converters.exl2.plan import plan_exl2
 from lqexport.converters.folders import native
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.support import SAME_ACTIVATIONS
-from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
+from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of, normalized
 from lqexport.converters.models.refused import REFUSED, UNKNOWN, Refused
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError
@@ -54,6 +54,23 @@ from lqexport.verification.verifying import verify
 HALF_MSCALE = {"mscale": 0.5, "mscale_all_dim": 0.5}
 HELIUM = {"general.architecture": "helium"}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+
+
+def test_values_that_no_model_has_are_one_sentence() -> None:
+    gemma, _ = config_and_shapes("gemma4")
+    with pytest.raises(UserError, match=r"config\.json is damaged, or of another form"):
+        normalized(gemma | {"num_kv_shared_layers": None})
+    config, shapes = config_and_shapes("gemma2")
+    with pytest.raises(UserError, match=r"up_proj.weight is empty: its shape is \[0, 64\]"):
+        plan(Target.parse("gguf:Q4_0"), config, shapes | {"model.layers.0.mlp.up_proj.weight": (0, 64)})
+
+
+def test_null_types_of_blocks_are_those_of_transformers() -> None:
+    target = Target.parse("gguf:Q4_0")
+    for name in ("gemma2", "gpt-oss"):
+        config, shapes = config_and_shapes(name)
+        assert plan(target, config | {"layer_types": None}, shapes) == plan(target, config, shapes)
+        assert normalized(config | {"layer_types": None}).get("layer_types") in (None, config["layer_types"])
 
 
 def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str, str]) -> None:

@@ -201,7 +201,7 @@ def _check_heads(architecture: Architecture, config: Config) -> None:
 
 def window(config: Config) -> int | None:
     """Returns the size of the sliding window in tokens; None where all blocks attend to the whole context."""
-    if config.get("use_sliding_window") is False or SLIDING not in config.get("layer_types", [SLIDING]):
+    if config.get("use_sliding_window") is False or SLIDING not in (config.get("layer_types") or [SLIDING]):
         return None
     return config.get("sliding_window")
 

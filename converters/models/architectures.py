@@ -85,7 +85,7 @@ from lqexport.converters.models.families.starcoder import STARCODER2
 from lqexport.converters.models.hf_defaults import default_of, filled_in
 from lqexport.converters.models.refused import refusal
 from lqexport.converters.models.text_parts import OTHER_TYPES, WITH_TEXT_PARTS, is_whole, text_part
-from lqexport.errors import UserError
+from lqexport.errors import UserError, well_formed
 
 ARCHITECTURES = (
     LLAMA,
@@ -250,12 +250,14 @@ def _values_per_block(architecture: Architecture, config: Config) -> dict[str, t
 def normalized(config: Config) -> Config:
     """Returns config.json under the usual names of its keys, with transformers' defaults of keys that it leaves out.
 
-    For a model with images, this is the config of its text part.
+    For a model with images, this is the config of its text part. Raises UserError for values of other types than they
+    must have.
     """
     if (architecture := find_architecture(config)) is None:
         return config
-    complete = _complete(architecture, config)
-    return complete | architecture.derived(complete)
+    with well_formed("config.json"):
+        complete = _complete(architecture, config)
+        return complete | architecture.derived(complete)
 
 
 def folded_factors(config: Config) -> dict[str, Factor]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
 
+LAYER_TYPES = "layer_types"
 FULL, SLIDING = "full_attention", "sliding_attention"
 """The types of blocks in `layer_types` of config.json; nested `rope_parameters` have one object for each type."""
 READ = (
@@ -43,6 +44,8 @@ def filled_in(architecture: Architecture, config: Config) -> Config:
     config_class = _config_class(architecture, config)
     values, rope = _class_defaults(config_class)
     given = {usual for alias, usual in architecture.aliases.items() if alias in config} | config.keys()
+    if config.get(LAYER_TYPES) is None:  # transformers takes null as if it were left out
+        given -= {LAYER_TYPES}
     names = {key: _name_of(architecture, values, key) for key in _read_keys(architecture) if key not in given}
     names = {key: name for key, name in names.items() if values.get(name) is not None}
     rotary = _missing_rotary(config, rope)
