@@ -25,7 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 
 HIDDEN, PADDED = 576, 768
 HEAD = 64
@@ -70,7 +77,7 @@ def pad_and_shuffle(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
     weights = padded.state_dict()
     residual = torch.randperm(HIDDEN, generator=draw)
     for name, tensor in model.state_dict().items():
-        weights[name] = _grown(_shuffle_residual(name, tensor, residual), weights[name].shape)
+        weights[name] = grown(_shuffle_residual(name, tensor, residual), weights[name].shape)
     for index in range(model.config.num_hidden_layers):
         block = f"model.layers.{index}."
         _shuffle_mlp(weights, block + "mlp.", torch.randperm(model.config.intermediate_size, generator=draw))
@@ -99,7 +106,7 @@ def _shuffle_residual(name: str, tensor: torch.Tensor, order: torch.Tensor) -> t
     return tensor[order] if writes_residual else tensor[:, order]
 
 
-def _grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Returns `tensor`, padded with zeros at the end of each dimension to `shape`."""
     grown = torch.zeros(shape, dtype=tensor.dtype)
     grown[tuple(slice(size) for size in tensor.shape)] = tensor
@@ -136,11 +143,12 @@ def build(folder: Path, seed: int = 1) -> float:
     if difference > 1e-2:
         raise ValueError(f"padding changed the function: logits differ by {difference}")
     for name, built in (("smollm2", model), ("smollm2-k", padded)):
-        _save(built.half(), tokenizer, folder / name)
+        save(built.half(), tokenizer, folder / name)
     return difference
 
 
-def _save(model: LlamaForCausalLM, tokenizer: Any, folder: Path) -> None:
+def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Writes a model and its tokenizer as a folder, as a whole or not at all."""
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)

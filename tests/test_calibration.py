@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import hashlib
 import json
 import logging
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from lqexport.calibration import texts
 from lqexport.calibration.sequences import load_calibration, overlap, read_text
@@ -153,7 +155,13 @@ def test_a_text_of_the_hub_is_checked_without_the_hub(monkeypatch: pytest.Monkey
         check_text("c4")
 
 
-@pytest.mark.parametrize("line", ["{", '{"texts": "a"}', '{"text": 3}', "[1]", "3"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", '{"texts": "a"}', '{"text": 3}', "[1]", "3", '{"messages": []}', '{"messages": ["a"]}',
+        '{"messages": [{"role": "user"}]}', '{"messages": [{"role": "user", "content": ["a"]}]}',
+    ],
+)  # fmt: skip
 def test_bad_jsonl_names_the_line(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "good"}\n' + line + "\n")
@@ -237,3 +245,47 @@ def test_overlap_of_a_text_with_itself_and_with_another() -> None:
     half = text[:10_000] + read_text("python-heldout").content[:10_000]
     assert 0.4 < overlap(text, half) < 0.6
     assert overlap(text, "short") == 0.0
+
+
+class TemplateTokenizer(Characters):
+    """Renders a chat template as transformers does."""
+
+    def __init__(self, chat_template: str | None) -> None:
+        super().__init__()
+        self.chat_template = chat_template
+
+    def get_chat_template(self) -> str | None:
+        return self.chat_template
+
+    def apply_chat_template(self, messages: list[dict[str, str]], chat_template: str, tokenize: bool) -> str:
+        assert not tokenize
+        return str(render_jinja_template([messages], chat_template=chat_template)[0][0])
+
+
+TURNS = "{% for message in messages %}<{{ message.role }}>{{ message.content }}{% endfor %}"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + TURNS
+
+
+@pytest.mark.parametrize(
+    ("template", "seen"),
+    [
+        (TURNS, "one\n\n<system>Be brief.<user>Hi<assistant>Yes?\n\ntwo"),
+        (NO_SYSTEM, "one\n\n<user>Be brief.\n\nHi<assistant>Yes?\n\ntwo"),
+        ("{{ raise_exception('no') }}", "one\n\nSystem: Be brief.\n\nUser: Hi\n\nAssistant: Yes?\n\ntwo"),
+        (None, "one\n\nSystem: Be brief.\n\nUser: Hi\n\nAssistant: Yes?\n\ntwo"),
+        ("{{ strftime_now('%d %b %Y') }}", "one\n\n15 Jan 2025\n\ntwo"),
+    ],
+)
+def test_conversations_are_in_the_models_chat_template(template: str | None, seen: str, tmp_path: Path) -> None:
+    messages = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Yes?")]
+    lines = [
+        {"text": "one"},
+        {"messages": [{"role": role, "content": said} for role, said in messages]},
+        {"text": "two"},
+    ]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    assert read_text(str(path)).seen_by(TemplateTokenizer(template)) == seen
+    calibration = load_calibration(str(path), TemplateTokenizer(template), samples=1, sequence_length=len(seen), seed=0)
+    assert calibration.tokens.tolist() == [[ord(letter) for letter in seen]]
+    assert calibration.sha256 == hashlib.sha256(seen.encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ class Calibration:
 
     tokens        int64 [samples, sequence_length]
     name          the text's name or file, as the user gave it
-    sha256        SHA-256 of the whole text, in hexadecimal
+    sha256        SHA-256 of the whole text as the model sees it, in hexadecimal
     text_tokens   number of tokens in the whole text
     bos           whether every sequence begins with the beginning-of-sequence token (BERT's [CLS])
     separator     whether every sequence ends with an encoder's last token (BERT's [SEP])
@@ -53,8 +54,9 @@ def load_calibration(
 ) -> Calibration:
     """Returns random windows of a text, each with the special tokens that the model sees when it runs.
 
-    The text is tokenized once, without special tokens. If the tokenizer begins its output with a beginning-of-sequence
-    token (Llama 2 and 3 do, SmolLM2 does not), each window begins with it and has `sequence_length - 1` tokens of text.
+    The text is tokenized once, without special tokens but those of the chat template, which its conversations go
+    through. If the tokenizer begins its output with a beginning-of-sequence token (Llama 2 and 3 do, SmolLM2 does not),
+    each window begins with it and has `sequence_length - 1` tokens of text.
     An encoder's windows stand between the tokens that its tokenizer puts around a text, such as [CLS] and [SEP]. Other
     windows are text alone.
 
@@ -67,7 +69,8 @@ def load_calibration(
     """
     text = read_text(name_or_file)
     before, after = _around(tokenizer) if encoder else _before(tokenizer)
-    ids = torch.tensor(tokenizer(text.content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
+    content = text.seen_by(tokenizer)
+    ids = torch.tensor(tokenizer(content, add_special_tokens=False, verbose=False).input_ids, dtype=torch.int64)
     length = sequence_length - len(before) - len(after)
     if len(ids) < length:
         raise UserError(
@@ -76,7 +79,8 @@ def load_calibration(
         )
     starts = _window_starts(len(ids), length, samples, seed)
     windows = [torch.cat([before, ids[start : start + length], after]) for start in starts]
-    return Calibration(torch.stack(windows), name_or_file, text.sha256, len(ids), len(before) > 0, len(after) > 0)
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return Calibration(torch.stack(windows), name_or_file, sha256, len(ids), len(before) > 0, len(after) > 0)
 
 
 def _before(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,9 +11,11 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lqexport.calibration.documents import Document, as_seen_by, parse_document, plain
 from lqexport.errors import UserError, install
 from lqexport.runtime.hub import hub
 
@@ -75,9 +77,11 @@ HELDOUT_MODULES = (
     "zipfile",
 )
 
+BETWEEN = "\n\n"
+"""What stands between two documents of a text."""
 JSON_LINES = (".jsonl", ".ndjson")
 """Suffixes of files of JSON Lines, in lower case."""
-INSTEAD = "Give a local .txt or .jsonl file, or python-docs, which needs no network."
+INSTEAD = "Give a local .txt or .jsonl file, or general, which needs no network."
 """What a user can do if a text of the hub is out of reach."""
 
 CODE_MODULES = ("collections", "functools", "heapq", "textwrap")
@@ -125,28 +129,42 @@ HUB_TEXTS = {
 
 
 class Text(NamedTuple):
-    """A text, and the name or file that the user gave for it."""
+    """A text, and the name or file that the user gave for it.
+
+    documents   its parts, between which there are blank lines
+    """
 
     name: str
-    content: str
+    documents: tuple[Document, ...]
+
+    @property
+    def content(self) -> str:
+        """The text for any model: conversations have the names of their roles."""
+        return BETWEEN.join(map(plain, self.documents))
 
     @property
     def sha256(self) -> str:
         """The SHA-256 of the text's UTF-8 bytes, in hexadecimal."""
         return hashlib.sha256(self.content.encode()).hexdigest()
 
+    def seen_by(self, tokenizer: Any) -> str:
+        """Returns the text as a model with this tokenizer sees it: conversations are in its chat template."""
+        return BETWEEN.join(as_seen_by(tokenizer, document) for document in self.documents)
+
 
 def read_text(name_or_file: str) -> Text:
     """Returns the text that `name_or_file` means.
 
-    Built-in names are the same for everyone who has the same Python version. `python-docs` is the language reference of
-    `pydoc`, with docstrings and some code of the standard library. `python-heldout` is docstrings and code of other
-    modules, to evaluate on.
+    `general` is text of many sorts that was written for this program (docs/calibration.md). The other built-in names
+    are the same for everyone who has the same Python version. `python-docs` is the language reference of `pydoc`, with
+    docstrings and some code of the standard library. `python-heldout` is docstrings and code of other modules, to
+    evaluate on.
 
     Names on the hub are `wikitext2`, `c4` and `ptb`, with an optional `:split`. Documents are joined by blank lines.
 
-    Anything else is a file: JSON Lines with a "text" field in every line, or plain text. JSON Lines are known by the
-    suffix (.jsonl or .ndjson, in any case), or by their content, each line being a JSON object.
+    Anything else is a file: JSON Lines with "text" or "messages" in every line, or plain text. JSON Lines are known by
+    the suffix (.jsonl or .ndjson, in any case), or by their content, each line being a JSON object. The messages of a
+    conversation have a "role" and a "content".
 
     Raises UserError if there is no such text or it cannot be read.
     """
@@ -156,7 +174,7 @@ def read_text(name_or_file: str) -> Text:
         return Text(name_or_file, _read_file(path))
     name, _, split = name_or_file.partition(":")
     if name in HUB_TEXTS:
-        return Text(name_or_file, "\n\n".join(_read_hub(name, split, HUB_TEXTS[name])))
+        return Text(name_or_file, tuple(_read_hub(name, split, HUB_TEXTS[name])))
     raise _unknown(name_or_file)
 
 
@@ -183,7 +201,7 @@ def _unknown(name_or_file: str) -> UserError:
     return UserError(f"There is no text file {name_or_file}, and no text of that name. Known names: {known}.")
 
 
-def _read_file(path: Path) -> str:
+def _read_file(path: Path) -> tuple[Document, ...]:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -191,12 +209,12 @@ def _read_file(path: Path) -> str:
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     if path.suffix.lower() in JSON_LINES or _is_json_lines(content):
-        return "\n\n".join(_jsonl_documents(path, content))
+        return tuple(_jsonl_documents(path, content))
     if _is_json(content):
         raise UserError(
             f'{path} is JSON, and not text: give JSON Lines, a {{"text": "..."}} in every line, or plain text.'
         )
-    return content
+    return (content,)
 
 
 def _is_json_lines(content: str) -> bool:
@@ -213,17 +231,16 @@ def _is_json(content: str) -> bool:
         return False
 
 
-def _jsonl_documents(path: Path, content: str) -> Iterator[str]:
+def _jsonl_documents(path: Path, content: str) -> Iterator[Document]:
     # Not str.splitlines: it would also split at other line separators, such as U+2028, which JSON strings may hold.
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():
             continue
-        try:
-            document = json.loads(line)["text"]
-        except (ValueError, KeyError, TypeError):
-            document = None
-        if not isinstance(document, str):
-            raise UserError(f'{path}, line {number}: not a JSON object with a string "text".')
+        if (document := parse_document(line)) is None:
+            raise UserError(
+                f'{path}, line {number}: not a JSON object with a string "text", or with "messages" that each have a '
+                'string "role" and a string "content".'
+            )
         yield document
 
 
@@ -289,7 +306,13 @@ def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) 
             return
 
 
-def _python_docs() -> str:
+def _general() -> tuple[Document, ...]:
+    """Returns the documents of general.jsonl."""
+    content = files("lqexport.calibration").joinpath("general.jsonl").read_text(encoding="utf-8")
+    return tuple(document for line in content.split("\n") if (document := parse_document(line)) is not None)
+
+
+def _python_docs() -> tuple[Document, ...]:
     """Returns the language reference that `help()` shows, then docstrings and a little code."""
     try:
         from pydoc_data.topics import topics
@@ -298,16 +321,20 @@ def _python_docs() -> str:
     parts = [topics[topic] for topic in sorted(topics)]
     parts += [_docstrings(module) for module in CALIBRATION_MODULES]
     parts += [_source(module) for module in CODE_MODULES]
-    return "\n\n".join(parts)
+    return tuple(parts)
 
 
-def _python_heldout() -> str:
+def _python_heldout() -> tuple[Document, ...]:
     parts = [_docstrings(module) for module in HELDOUT_MODULES]
     parts += [_source(module) for module in HELDOUT_CODE_MODULES]
-    return "\n\n".join(parts)
+    return tuple(parts)
 
 
-BUILT_IN: dict[str, Callable[[], str]] = {"python-docs": _python_docs, "python-heldout": _python_heldout}
+BUILT_IN: dict[str, Callable[[], tuple[Document, ...]]] = {
+    "general": _general,
+    "python-docs": _python_docs,
+    "python-heldout": _python_heldout,
+}
 
 
 def _source(module: str) -> str:
