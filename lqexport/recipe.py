@@ -46,6 +46,11 @@ TUNED_BELOW = 4
 """GGUF and MLX types of fewer bits are tuned by default. From 4 bits on, tuning takes longer than the rest of a run,
 and lowers the loss by some 3 per cent at most (docs/experiments.md)."""
 
+CALIBRATION_TEXT = "general"
+CALIBRATION_HELP = (
+    "Text to calibrate on: general (of many sorts; needs no network), python-docs, wikitext2, c4, ptb, or a .txt or "
+    ".jsonl file, also of conversations."
+)
 CALIBRATION, SOLVER, TYPES = "Calibration", "Solver", "Types of single tensors"
 TUNING, CORRECTION = "End-to-end tuning", "Low-rank correction"
 """Panels of `quantize --help`; options without a panel are of the common path and come first."""
@@ -116,8 +121,8 @@ class Recipe:
         metadata=_help("Targets exl3 and exl2: bits per weight of the linears on average, such as 3.5."),
     )
     calibration: str = field(
-        default="python-docs",
-        metadata=_help("Text to calibrate on: python-docs, wikitext2, c4, ptb, or a .txt or .jsonl file."),
+        default=CALIBRATION_TEXT,
+        metadata=_help(CALIBRATION_HELP),
     )
     samples: int = field(default=64, metadata=_help("Calibration sequences."))
     effort: Effort = field(

@@ -20,6 +20,7 @@ from lqexport.calibration.texts import (
     CALIBRATION_MODULES,
     HELDOUT_MODULES,
     HUB_TEXTS,
+    Text,
     _hub_documents,
     check_text,
 )
@@ -30,6 +31,8 @@ class Characters:
     """A tokenizer with one token per character. With `bos`, every text begins with token 1, as in Llama's tokenizer."""
 
     bos_token_id = 1
+
+    chat_template: str | None = None
 
     def __init__(self, bos: bool = False) -> None:
         self.bos = bos
@@ -196,7 +199,7 @@ def test_hub_text_without_the_package_says_what_to_do(name: str, monkeypatch: py
         return original(module, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"'\.\[datasets\]'.*python-docs"):
+    with pytest.raises(UserError, match=r"'\.\[datasets\]'.*general"):
         read_text(name)
 
 
@@ -219,7 +222,7 @@ def test_a_hub_out_of_reach_prints_no_tries(monkeypatch: pytest.MonkeyPatch, cap
 @pytest.mark.parametrize("name", HUB_TEXTS)
 def test_hub_text_offline_says_what_to_do(name: str) -> None:
     pytest.importorskip("datasets")
-    with pytest.raises(UserError, match=r"cannot be loaded from the hub.*python-docs"):
+    with pytest.raises(UserError, match=r"cannot be loaded from the hub.*general"):
         read_text(name)
 
 
@@ -289,3 +292,25 @@ def test_conversations_are_in_the_models_chat_template(template: str | None, see
     calibration = load_calibration(str(path), TemplateTokenizer(template), samples=1, sequence_length=len(seen), seed=0)
     assert calibration.tokens.tolist() == [[ord(letter) for letter in seen]]
     assert calibration.sha256 == hashlib.sha256(seen.encode()).hexdigest()
+
+
+class Bytes(Characters):
+    """A tokenizer that knows the letters of English and spells others in bytes."""
+
+    def __call__(self, text: str, add_special_tokens: bool = True, **_: Any) -> Any:
+        return type("Encoding", (), {"input_ids": list(text.encode())})()
+
+
+def test_languages_that_a_tokenizer_spells_are_left_out_of_the_general_text() -> None:
+    text = read_text("general")
+    seen = text.seen_by(Bytes())
+    assert set(seen) < set(text.content)
+    assert seen.isascii()
+    assert len(seen) > 100_000
+    assert text.seen_by(Characters()) == text.content
+
+
+def test_a_file_is_seen_whole_and_so_is_a_text_of_which_nothing_is_known(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("é", encoding="utf-8")
+    assert read_text(str(tmp_path / "text.txt")).seen_by(Bytes()) == "é"
+    assert Text("general", ("é", "è"), fitted=True).seen_by(Bytes()) == "é\n\nè"

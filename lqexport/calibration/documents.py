@@ -66,6 +66,15 @@ def as_seen_by(tokenizer: Any, document: Document) -> str:
     return plain(document)
 
 
+def is_spelled(tokenizer: Any, document: Document) -> bool:
+    """Returns whether a tokenizer spells a document in bytes: it makes more tokens of it than it has characters.
+
+    The model was then hardly trained on the language.
+    """
+    text = plain(document)
+    return len(tokenizer(text, add_special_tokens=False, verbose=False).input_ids) > len(text)
+
+
 def _without_system(messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """Returns the messages with a system message put before the content of the next one."""
     if len(messages) < 2 or messages[0]["role"] != "system":

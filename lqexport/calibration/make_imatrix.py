@@ -19,6 +19,7 @@ from lqexport.errors import UserError, files_at_hand
 from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import in_order
 from lqexport.models.source import open_source
+from lqexport.recipe import CALIBRATION_TEXT
 from lqexport.runtime.environment import choose_device, full_float32
 from lqexport.runtime.progress import Listener, Silent
 
@@ -26,8 +27,8 @@ from lqexport.runtime.progress import Listener, Silent
 @files_at_hand()
 @torch.no_grad()
 def make_imatrix(
-    source: str, path: str | Path, *, calibration: str = "python-docs", samples: int = 64, sequence_length: int = 512,
-    seed: int = 0, device: str = "auto", listener: Listener | None = None,
+    source: str, path: str | Path, *, calibration: str = CALIBRATION_TEXT, samples: int = 64,
+    sequence_length: int = 512, seed: int = 0, device: str = "auto", listener: Listener | None = None,
 ) -> None:  # fmt: skip
     """Writes an importance matrix as a GGUF file, for `quantize --imatrix` and llama.cpp's quantizer.
 

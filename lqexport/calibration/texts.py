@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lqexport.calibration.documents import Document, as_seen_by, parse_document, plain
+from lqexport.calibration.documents import Document, as_seen_by, is_spelled, parse_document, plain
 from lqexport.errors import UserError, install
 from lqexport.runtime.hub import hub
 
@@ -132,10 +132,12 @@ class Text(NamedTuple):
     """A text, and the name or file that the user gave for it.
 
     documents   its parts, between which there are blank lines
+    fitted      whether a model sees only the languages that its tokenizer has tokens for
     """
 
     name: str
     documents: tuple[Document, ...]
+    fitted: bool = False
 
     @property
     def content(self) -> str:
@@ -149,7 +151,8 @@ class Text(NamedTuple):
 
     def seen_by(self, tokenizer: Any) -> str:
         """Returns the text as a model with this tokenizer sees it: conversations are in its chat template."""
-        return BETWEEN.join(as_seen_by(tokenizer, document) for document in self.documents)
+        known = [part for part in self.documents if not (self.fitted and is_spelled(tokenizer, part))]
+        return BETWEEN.join(as_seen_by(tokenizer, document) for document in known or self.documents)
 
 
 def read_text(name_or_file: str) -> Text:
@@ -169,7 +172,7 @@ def read_text(name_or_file: str) -> Text:
     Raises UserError if there is no such text or it cannot be read.
     """
     if name_or_file in BUILT_IN:
-        return Text(name_or_file, BUILT_IN[name_or_file]())
+        return Text(name_or_file, BUILT_IN[name_or_file](), fitted=name_or_file == "general")
     if (path := Path(name_or_file)).is_file():
         return Text(name_or_file, _read_file(path))
     name, _, split = name_or_file.partition(":")

@@ -10,15 +10,14 @@ import typer
 from lqexport.cli.common import NOTHING_WRITTEN, Device, plain_endings
 from lqexport.cli.quantize import SourceModel
 from lqexport.models.model_path import check_source_name
+from lqexport.recipe import CALIBRATION_HELP, CALIBRATION_TEXT
 from lqexport.runtime.progress import terminal_listener
 
 
 def imatrix(
     source: SourceModel,
     file: Annotated[Path, typer.Argument(help="The file to write, such as imatrix.gguf.")],
-    calibration: Annotated[
-        str, typer.Option(help="Text to calibrate on: python-docs, wikitext2, c4, ptb, or a .txt or .jsonl file.")
-    ] = "python-docs",
+    calibration: Annotated[str, typer.Option(help=CALIBRATION_HELP)] = CALIBRATION_TEXT,
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 64,
     sequence_length: Annotated[int, typer.Option(min=8, help="Tokens in each calibration sequence.")] = 512,
     seed: Annotated[int, typer.Option(help="Draws the sequences from the text.")] = 0,

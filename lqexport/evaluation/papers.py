@@ -132,7 +132,7 @@ def _windows(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, 
     if text in TEXTS:
         return TEXTS[text](tokenizer, protocol)[:limit]
     bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    return cut(tokenize(tokenizer, read_text(text).content), protocol, bos, limit)
+    return cut(tokenize(tokenizer, read_text(text).seen_by(tokenizer)), protocol, bos, limit)
 
 
 def _measured(model: BlockModel, text: str, protocol: Protocol, windows: Windows, listener: Listener) -> Perplexity:

@@ -85,7 +85,7 @@ def _means(
 
 def _window(tokenizer: PreTrainedTokenizerBase, text: Text, config: dict[str, Any]) -> tuple[NDArray[np.int64], str]:
     """Returns the token ids of the longest window, and what its length comes from."""
-    tokens = evaluate.tokenize(tokenizer, text.content)
+    tokens = evaluate.tokenize(tokenizer, text.seen_by(tokenizer))
     trained = trained_positions(config)
     limits = {"the length of the text": len(tokens), "free memory": _tokens_in_memory(config)}
     limits |= {"the length that the model was trained on": trained} if trained else {}

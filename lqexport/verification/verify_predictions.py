@@ -88,7 +88,7 @@ def cut_text(
 ) -> dict[evaluate.Protocol, NDArray[np.int64]]:
     """Returns protocol -> the text's windows, token ids [windows, window length]. Raises UserError if the text is too
     short for a window."""
-    tokens = evaluate.tokenize(tokenizer, text.content)
+    tokens = evaluate.tokenize(tokenizer, text.seen_by(tokenizer))
     bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
     return {protocol: evaluate.cut(tokens, protocol, bos, limit) for protocol in protocols}
 

@@ -1,0 +1,76 @@
+"""Compares lqexport's files by default with llama-quantize's of the same mixes, on texts of several sorts.
+
+    python bench/defaults.py MODEL --mixes Q4_K_M Q2_K --evaluation FILE [FILE ...] --work FOLDER [--windows 12]
+        [-- OPTION ...]
+
+Both calibrate on the text that lqexport takes by default, on 64 x 512 tokens: llama-quantize by an importance matrix.
+The options behind `--` go to `lqexport quantize`; without any, its files are by default in everything. llama.cpp judges
+all files. Files that FOLDER holds are not made again. Prints Markdown: mean KL from the source, and lqexport's part of
+llama-quantize's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from common import split_arguments
+
+from lqexport.evaluation import llamacpp_quantizer
+from lqexport.verification.comparison import compare
+
+COMMAND = (sys.executable, "-m", "lqexport")
+
+
+def by_lqexport(model: str, target: str, file: Path, options: list[str]) -> Path:
+    """Makes a GGUF file by lqexport, if it is missing."""
+    artifact = file.with_suffix(".artifact")
+    if not file.exists():
+        subprocess.run([*COMMAND, "quantize", model, str(artifact), "--target", target, *options], check=True)
+        subprocess.run([*COMMAND, "to-gguf", str(artifact), str(file)], check=True)
+    return file
+
+
+def by_llama_quantize(model: str, mix: str, work: Path) -> Path:
+    """Makes a GGUF file by llama.cpp's quantizer with an importance matrix, if it is missing."""
+    file, matrix = work / f"llama-quantize-{mix}.gguf", work / "imatrix.gguf"
+    half = by_lqexport(model, "gguf:F16", work / "F16.gguf", [])
+    if not matrix.exists():
+        subprocess.run([*COMMAND, "imatrix", model, str(matrix)], check=True)
+    if not file.exists():
+        llamacpp_quantizer.quantize(half, file, mix, imatrix=matrix)
+    return file
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--mixes", nargs="+", required=True)
+    parser.add_argument("--evaluation", nargs="+", required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--windows", type=int, default=12)
+    arguments, options = split_arguments(parser)
+    work: Path = arguments.work
+    work.mkdir(parents=True, exist_ok=True)
+    print("| mix | MB | text | llama-quantize, imatrix | lqexport | ratio |\n|---|---|---|---|---|---|")
+    for mix in arguments.mixes:
+        files = [
+            by_llama_quantize(arguments.model, mix, work),
+            by_lqexport(arguments.model, f"gguf:{mix}", work / f"lqexport-{mix}.gguf", options),
+        ]
+        size = " / ".join(f"{file.stat().st_size / 1e6:.1f}" for file in files)
+        for text in arguments.evaluation:
+            compared = compare(
+                files, arguments.model, text=text, windows=arguments.windows, engine="llama.cpp", device="cpu"
+            )
+            theirs, ours = (entry.evaluation for entry in compared.files)
+            cells = [f"{loss.kl:.4f} ± {loss.kl_error:.4f}" for loss in (theirs, ours)]
+            print(
+                f"| {mix} | {size} | {Path(text).stem} | {' | '.join(cells)} | {ours.kl / theirs.kl:.2f} |", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
