@@ -104,6 +104,22 @@ class Decay(F32):
             return np.log(-stored.astype(np.float64)).astype(np.float32)
 
 
+class Whole(_Plain):
+    """A whole number as a 4-byte integer, for tables of numbers such as those of experts.
+
+    Every whole number up to 2^24 is exact, since float32 holds it exactly.
+    """
+
+    name = "gguf-whole:I32"
+    stored = np.dtype("<i4")
+
+    def _round(self, weights: NDArray[np.float32]) -> np.ndarray:
+        """Raises ValueError if a weight is no whole number, or above 2^24."""
+        if not np.all((weights == np.rint(weights)) & (np.abs(weights) <= 1 << 24)):
+            raise ValueError(f"{self.name} stores whole numbers up to 2^24.")
+        return weights.astype(self.stored)
+
+
 class F16(_Plain):
     """IEEE half precision, 2 bytes."""
 
@@ -124,4 +140,4 @@ class BF16(_Plain):
         return bfloat16.of_bits(stored)
 
 
-PLAIN = (F32(), NormPlusOne(), Decay(), F16(), BF16())
+PLAIN = (F32(), NormPlusOne(), Decay(), Whole(), F16(), BF16())

@@ -149,13 +149,13 @@ def test_without_kernels_there_is_one_clear_sentence() -> None:
         cuda_decode.decode("gguf:Q4_0", {"blocks": torch.zeros(1, 18, dtype=torch.uint8)}, 32)
 
 
-READ = [name for name in names() if name not in ["gguf-decay:F32", *names("mlx")]]
+READ = [name for name in names() if name not in ["gguf-decay:F32", "gguf-whole:I32", *names("mlx")]]
 
 
 @pytest.mark.parametrize("name", READ)
 def test_every_format_has_a_reader(name: str) -> None:
-    """EXL2 is tested in tests/test_cuda_exl2.py. Decays are vectors of some tens of weights, which the CPU decodes, as
-    it does MLX's formats: their runtime is Apple's."""
+    """EXL2 is tested in tests/test_cuda_exl2.py. The CPU decodes decays, which are vectors of some tens of weights,
+    tables of whole numbers, and MLX's formats, whose runtime is Apple's."""
     assert set(cuda_decode.READERS[name].planes) == set(codec_named(name).layout(1, codec_named(name).block))
 
 

@@ -148,7 +148,7 @@ def test_the_table_says_where_outputs_are_added_as_they_are(case: Case) -> None:
     hidden, architecture = model.start(torch.tensor([TOKENS])), model.architecture
     for index in range(len(model) - 1):
         hidden = model.run(model.block(index), hidden)
-    (attention,) = modules_called(model, "attn_output") or modules_called(model, "ssm_out")
+    (attention,) = modules_called(model, "attn_output", "attn_output_b") or modules_called(model, "ssm_out")
     last = modules_called(model, "ffn_down", "ffn_down_exps", "ffn_down_shexp")
     for linear, without in ((attention, last), *((only, []) for only in last if len(last) == 1)):
         block = model.block(len(model) - 1)

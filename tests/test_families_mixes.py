@@ -26,6 +26,9 @@ from lqexport.models.modules import expected_shapes
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.target import Target
 
+KEPT = {"deepseek4": ("hc_attn_fn", "hc_ffn_fn", "output_hc_fn", "attn_compressor_ape", "indexer_compressor_ape")}
+"""llama.cpp's name of an architecture -> tensors that are F32 here, and that its quantizer rounds as linears."""
+
 
 class Zeros(Artifact):
     """A finished F16 artifact without files: its tensors are all zero."""
@@ -117,4 +120,7 @@ def check_mix(source: Path, artifact: Zeros, mix: str) -> None:
     theirs.pop("rope_freqs.weight", None)  # the writer makes it from the config
     borrowed = tuple(f"{architecture.gguf_block.get(module)}.weight" for module in BORROWED)
     theirs = {name: form for name, form in theirs.items() if name in renamed.values() or not name.endswith(borrowed)}
+    kept = {name for name in theirs if name.removesuffix(".weight").endswith(KEPT.get(str(architecture.gguf), ()))}
+    assert "F32" not in {theirs[name] for name in kept}
+    theirs |= dict.fromkeys(kept, "F32")
     assert {renamed[tensor.name]: tensor.codec_name.partition(":")[2] for tensor in planned} == theirs

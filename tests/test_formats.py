@@ -31,7 +31,7 @@ from lqexport.formats.codec import (
 from lqexport.formats.native import pack_bits
 from lqexport.formats.registry import codec_named, names
 
-PLAIN = ["gguf:F32", "gguf-norm:F32", "gguf-decay:F32", "gguf:F16", "gguf:BF16"]
+PLAIN = ["gguf:F32", "gguf-norm:F32", "gguf-decay:F32", "gguf-whole:I32", "gguf:F16", "gguf:BF16"]
 GRIDS = [name for name in names() if name not in [*PLAIN, *names("mlx")]]  # tests/test_mlx_format.py has those
 BLOCK_TYPES = [name for name in names("gguf") if name not in PLAIN]
 WITH_UNUSED_BITS = ["gguf:TQ1_0", "gguf:TQ2_0", "gguf:NVFP4"]
@@ -587,7 +587,8 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 
 
 def test_names_of_a_family() -> None:
-    assert {*names("gguf"), *names("gguf-norm"), *names("gguf-decay"), *names("native"), *names("mlx")} == set(names())
+    families = ("gguf", "gguf-norm", "gguf-decay", "gguf-whole", "native", "mlx")
+    assert {name for family in families for name in names(family)} == set(names())
     assert names("gguf-norm") == ["gguf-norm:F32"]
     assert names("gguf")[:4] == ["gguf:F32", "gguf:F16", "gguf:BF16", "gguf:Q4_0"]
     assert names("gg") == []

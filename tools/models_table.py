@@ -58,7 +58,7 @@ def _row(entry: Architecture, cases: list[str]) -> tuple[str, ...]:
     windows = f"all but every {entry.period}th block" if entry.period and entry.period > 2 else "every other block"
     without = entry.period == 1 or (entry.encoder and entry.period is None)
     windows = "-" if without else windows if entry.period else "context cut to one"
-    windows = "any blocks" if entry.any_windows else windows
+    windows = "any blocks" if entry.any_windows else "all blocks" if entry.all_windows else windows
     tests = ENCODERS[entry.gguf] if entry.encoder else ", ".join(cases)
     return entry.family, classes, f"`{entry.gguf}`", rope_types, windows, _yes(entry.exl2 is not None), tests
 

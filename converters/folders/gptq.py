@@ -42,7 +42,7 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
     """Returns every tensor of a model in GPTQ's layout, in the order of the model.
 
     Raises UserError if the target is unknown, if the layout cannot hold a linear, if the model is an encoder or has
-    linears in parts, and as `targets.model_tensors` does.
+    linears in parts or tables of whole numbers, and as `targets.model_tensors` does.
     """
     codec_name = str(target)
     if codec_name not in GPTQ:
@@ -53,6 +53,11 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
     if architecture.in_parts:
         raise UserError(
             f"GPTQ's layout of {architecture.classes[0]} is not written: some of its linears are in parts here."
+        )
+    if architecture.whole:
+        raise UserError(
+            f"GPTQ's layout of {architecture.classes[0]} is not written: some of its tensors are tables of whole "
+            "numbers, and such a folder holds floats."
         )
     kept = model_tensors(architecture, config, shapes)
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}

@@ -40,7 +40,7 @@ class StoredModel(Protocol):
     def read_listed(self, name: str, codec: str, shape: tuple[int, ...], sha256: str) -> StoredTensor: ...
 
 
-GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay")
+GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay", "gguf-whole")
 """The families of codecs whose bytes are those of a GGUF type."""
 SMALL = "gguf:Q4_0"
 """The codec of matrices of zeros."""

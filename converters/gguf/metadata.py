@@ -113,7 +113,8 @@ def context_length(architecture: Architecture, config: Config) -> int:
     Where llama.cpp ignores sliding windows, that is at most one window.
     """
     longest = _size(config, "max_position_embeddings")
-    narrow = window(config) if architecture.period is None and not architecture.any_windows else None
+    has_windows = architecture.period is not None or architecture.any_windows or architecture.all_windows
+    narrow = None if has_windows else window(config)
     return min(longest, narrow or longest)
 
 

@@ -24,6 +24,8 @@ def check_supported(architecture: Architecture, config: Config) -> None:
             f"llama.cpp does not run {name}, so there is no GGUF of it. Choose a native target, such as native:table-4."
         )
     check_fixed("llama.cpp", architecture, config)
+    if (reason := architecture.refuses(config)) is not None:
+        raise UserError(reason)
     _check_rope(architecture, config)
     _check_scale(architecture, config)
     _check_heads(architecture, config)

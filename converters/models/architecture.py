@@ -46,6 +46,11 @@ FURTHER_COUNT = "num_nextn_predict_layers"
 LENT = ("embed_tokens", "shared_head.head")
 """Those of `PREDICTOR` that a block may lack. It uses the model's embedding and output then."""
 
+TOKEN_DIGITS = 3
+"""How many digits to the base 256 stand for the number of a token beside hidden states.
+
+Every type of floats holds such a digit exactly."""
+
 THREE_DIMENSIONAL = ("ssm_conv1d_q", "ssm_conv1d_k", "ssm_conv1d_v")
 """The GGUF names of those convolutions that GGUF holds as [channels, 1, width], too."""
 CONVOLUTIONS = ("shortconv.conv", "ssm_conv1d", *THREE_DIMENSIONAL)
@@ -151,10 +156,12 @@ class Architecture:
     first_borrower   the number of the first of these blocks, in an entry for a certain model; None where there is none
     fills       whether llama.cpp loads the model only with keys and values in these blocks, too; files have zeros there
     streams     key of config.json with the number of hidden states that a token has between blocks; None for one
-    merging     list of linears by which all streams but the first are multiplied after the last block
+    merging     what merges them after the last block: a list of linears by which all but the first are multiplied
+                (`streams.AltUp`), or a module that merges all of them (`streams.HyperConnections`)
     carries     whether blocks get more than hidden states: inputs of their own, or keys and values of earlier blocks
     shares_choices   whether a block may attend to the tokens that an earlier block has chosen. transformers' blocks
                 then return the choice beside hidden states
+    token_ids   whether blocks get the numbers of the tokens
     carried     returns the largest number of columns that states have beside hidden states
     tables      matrices outside the blocks of which a token needs one row, as of the embedding; stored in its type
     extended    those of them that may have fewer rows than the embedding in checkpoints; their first row is that of all
@@ -178,6 +185,7 @@ class Architecture:
     plain_norms   modules of a block that are norms to which nothing is added
     decays      tensors of a block that GGUF holds as -exp(value)
     columns     vectors of a block that GGUF holds as matrices of one column
+    whole       tensors of a block that are tables of whole numbers
     grouped     vector of a block that GGUF holds as a matrix, or matrix that it holds as [groups, rows, columns] -> key
                 of config.json with the number of groups
     keys        GGUF metadata beyond the sizes that every architecture has
@@ -192,6 +200,8 @@ class Architecture:
     restored    returns values of config.json that follow from those read from a GGUF file; they replace these
     fixed       key of config.json -> the values that llama.cpp computes with; any other value is refused
     same        key of config.json -> the key whose value it must have; any other value is refused
+    refuses     returns why llama.cpp does not compute a model, as a sentence, where that follows from several keys of
+                config.json; None where it does
     flags       key of config.json -> the module whose bias shows that it is true
     biased      whether llama.cpp loads it only with a bias in every module of a block
     rope_types  the types of rope scaling that llama.cpp computes for it; () where positions are learned
@@ -206,6 +216,7 @@ class Architecture:
                 tokens; 1 where no model has windows; None where llama.cpp ignores windows, so that the context may be
                 no longer than one window
     any_windows  whether GGUF says for each block whether it has a sliding window, so that no pattern is needed
+    all_windows  whether every block has a sliding window, beside what else it attends to
     one_theta   whether config.json has rotary settings for each type of blocks, and llama.cpp rotates all blocks with
                 one `rope_theta`
     needs_windows  whether llama.cpp computes it only with a sliding window in some blocks
@@ -252,6 +263,7 @@ class Architecture:
     merging: str = ""
     carries: bool = False
     shares_choices: bool = False
+    token_ids: bool = False
     carried: Callable[[Config], int] = lambda config: 0
     tables: tuple[str, ...] = ()
     extended: tuple[str, ...] = ()
@@ -273,6 +285,7 @@ class Architecture:
     plain_norms: tuple[str, ...] = ()
     decays: tuple[str, ...] = ()
     columns: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
     grouped: dict[str, str] = field(default_factory=dict)
     keys: tuple[Key, ...] = ()
     mark: str | None = None
@@ -284,6 +297,7 @@ class Architecture:
     restored: Callable[[Config], Config] = lambda config: {}
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
+    refuses: Callable[[Config], str | None] = lambda config: None
     flags: dict[str, str] = field(default_factory=dict)
     biased: bool = False
     rope_types: tuple[str, ...] = ("default", "dynamic", "linear", "yarn")
@@ -294,6 +308,7 @@ class Architecture:
     only_mscale: float | None = None
     period: int | None = None
     any_windows: bool = False
+    all_windows: bool = False
     one_theta: bool = False
     needs_windows: bool = False
     gated: bool = False

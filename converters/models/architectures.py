@@ -20,6 +20,7 @@ from lqexport.converters.models.families.deepseek import (
     DEEPSEEK_V3_LITE,
     DEEPSEEK_V32,
 )
+from lqexport.converters.models.families.deepseek4 import DEEPSEEK_V4
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
 from lqexport.converters.models.families.exaone import EXAONE4, EXAONE_MOE
 from lqexport.converters.models.families.falcon import FALCON, FALCON_7B, FALCON_H1
@@ -113,6 +114,7 @@ ARCHITECTURES = (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V2,
     DEEPSEEK_V32,
+    DEEPSEEK_V4,
     KIMI_LINEAR,
     QWEN2_MOE,
     QWEN3_NEXT,

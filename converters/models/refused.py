@@ -23,12 +23,6 @@ class Refused:
 
 REFUSED = (
     Refused(
-        "DeepSeek V4",
-        ("DeepseekV4ForCausalLM",),
-        "its first blocks choose experts by the number of the token, in a table of whole numbers, and the program "
-        "writes only tensors of floats",
-    ),
-    Refused(
         "Phi-3.5 MoE",
         ("PhimoeForCausalLM",),
         "llama.cpp weighs its experts in another way than transformers, and its norms do not subtract the mean: the "

@@ -66,7 +66,7 @@ def head_dim(config: dict[str, Any]) -> int:
     Where heads have another size in blocks with a sliding window, it is the size in the blocks that attend to the whole
     context.
     """
-    if "qk_rope_head_dim" in config:
+    if "qk_nope_head_dim" in config:
         return int(config["qk_nope_head_dim"] + config["qk_rope_head_dim"])
     size = config.get("global_head_dim") or config.get("head_dim")
     return int(size or config["hidden_size"] // head_count(config))
@@ -74,7 +74,7 @@ def head_dim(config: dict[str, Any]) -> int:
 
 def rotary_dim(config: dict[str, Any]) -> int:
     """Returns how many columns of a head are rotated; the type `proportional` rotates all, some of them by zero."""
-    if "qk_rope_head_dim" in config:
+    if "qk_nope_head_dim" in config:
         return int(config["qk_rope_head_dim"])
     if rope_settings(config)["rope_type"] == "proportional":
         return head_dim(config)

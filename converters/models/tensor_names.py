@@ -110,12 +110,17 @@ def is_norm(name: str) -> bool:
     return name.endswith("norm.weight")
 
 
-def plain_codec(architecture: Architecture, name: str, type_name: str = "F32") -> str:
-    """Returns the codec in which GGUF holds a tensor that is no matrix: `gguf:F32`, or one that changes its values.
+def plain_codec(architecture: Architecture, name: str, type_name: str | None = None) -> str:
+    """Returns the codec in which GGUF holds a tensor that is no matrix.
 
-    type_name   the tensor's GGUF type; only F32 has codecs that change values
+    It is `gguf:F32`, one that changes the tensor's values, or that of whole numbers.
+
+    type_name   the tensor's GGUF type in a file; None for the one that it gets. Only F32 has codecs that change values
     """
     within = _within_block(architecture, name)
+    if within in architecture.whole:
+        return f"gguf-whole:{type_name or 'I32'}"
+    type_name = type_name or "F32"
     if within in architecture.decays:
         return f"gguf-decay:{type_name}"
     if architecture.norm_plus and is_norm(name) and within.removesuffix(".weight") not in architecture.plain_norms:

@@ -172,46 +172,61 @@ def _pass_back(
     """
     (index,) = {collector.index for collector in collectors}
     block = model.block(index, collectors[0].experts_needed(number))
+    outputs = _Outputs()
     with contextlib.ExitStack() as hooks:
         for collector in collectors:
-            hooks.enter_context(collector.collecting(block, number, _inputs_and_gradient))
+            hooks.enter_context(collector.collecting(block, number, outputs.watch))
         for shard, senders in processes.rounds(states.shards):
             if shard is not None:
                 gradients = states.read("gradient", index + 1, shard)
                 pairs = zip(states.read("inputs", index, shard), gradients, strict=True)
-                passed = [_backward(model, block, *pair) for pair in pairs]
+                passed = [_backward(model, block, outputs, *pair) for pair in pairs]
                 if number == 0:  # not after the last part: the blocks of other processes go on from these
                     states.write("gradient", index, shard, passed)
             for collector in collectors:
                 collector.end_shard(processes, owner, senders)
 
 
-def _inputs_and_gradient(linear: nn.Linear, add: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
-    """Registers a hook: a backward pass calls `add` with the linear's inputs and the gradient of its outputs.
+class _Outputs:
+    """The outputs of watched linears, which are added with their inputs once their gradient is known.
 
     Outputs that only choose, such as the tokens to attend to, have no gradient. The inputs of their linears weigh the
     same.
     """
 
-    def watch(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-        inputs = arguments[0].detach()
-        if output.requires_grad:
-            output.register_hook(lambda gradient: add(inputs, gradient))
-        else:
-            add(inputs, torch.ones_like(output))
+    def __init__(self) -> None:
+        self._waiting: list[tuple[list[Tensor], tuple[int, ...], Callable[[Tensor, Tensor], None]]] = []
 
-    return linear.register_forward_hook(watch)
+    def watch(self, linear: nn.Linear, add: Callable[[Tensor, Tensor], None]) -> RemovableHandle:
+        """Registers a hook: a backward pass calls `add` with the linear's inputs and the gradient of its outputs."""
+
+        def after(_: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+            inputs = [arguments[0].detach()]
+            self._waiting.append((inputs, tuple(output.shape), add))
+            if output.requires_grad:
+                output.register_hook(lambda gradient: add(inputs.pop(), gradient))
+
+        return linear.register_forward_hook(after)
+
+    def end(self) -> None:
+        """Ends a backward pass: adds what has had no gradient."""
+        waiting, self._waiting = self._waiting, []
+        for inputs, shape, add in waiting:
+            for each in inputs:
+                add(each, each.new_ones(shape))
 
 
-def _backward(model: BlockModel, block: nn.Module, hidden: Tensor, gradient: Tensor) -> Tensor:
+def _backward(model: BlockModel, block: nn.Module, outputs: _Outputs, hidden: Tensor, gradient: Tensor) -> Tensor:
     """Returns the gradient with respect to a block's inputs, from its inputs and the gradient of its outputs.
 
-    All are [batch, length, hidden].
+    All are [batch, length, hidden]. `outputs` are those of the block's linears.
     """
     with torch.enable_grad():
         hidden = hidden.to(model.device).requires_grad_()
         output = model.run(block, hidden)
-    return torch.autograd.grad(output, hidden, gradient.to(model.device))[0].cpu()
+    passed = torch.autograd.grad(output, hidden, gradient.to(model.device))[0].cpu()
+    outputs.end()
+    return passed
 
 
 class _States:

@@ -23,7 +23,7 @@ from lqexport.errors import UserError
 from lqexport.models.carried import Arguments, hidden_in, states_of
 from lqexport.models.interface import Weights
 from lqexport.models.modules import compute_buffers, meta_model, run_only
-from lqexport.models.streams import Streams
+from lqexport.models.streams import AltUp, HyperConnections, Streams
 from lqexport.storage.background import read_ahead
 
 
@@ -152,8 +152,11 @@ class BlockModel:
         self._arguments: dict[tuple[int, int], list[Arguments]] = {}
 
     def _made_streams(self) -> Streams | None:
-        key = self.architecture.streams
-        return Streams(int(self.weights.config[key]), self.architecture.merging) if key else None
+        if (key := self.architecture.streams) is None:
+            return None
+        count, merging = int(self.weights.config[key]), self.architecture.merging
+        is_list = isinstance(self._model.get_submodule(merging), nn.ModuleList)
+        return AltUp(count, merging) if is_list else HyperConnections(count, merging)
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -381,9 +384,12 @@ class BlockModel:
 
         Raises UserError if a tensor's shape is not the parameter's.
         """
-        all_dtypes = {parameter: dtypes.get(parameter, self.dtype) for parameter in names}
-        state = {key: self.weights.read(name).to(self.device, all_dtypes[key]) for key, name in names.items()}
         parameters = module.state_dict()
+        all_dtypes = {
+            parameter: dtypes.get(parameter, self.dtype) if stored.is_floating_point() else stored.dtype
+            for parameter, stored in parameters.items()
+        }
+        state = {key: self.weights.read(name).to(self.device, all_dtypes[key]) for key, name in names.items()}
         for key, tensor in state.items():
             if [size for size in parameters[key].shape if size > 1] == [size for size in tensor.shape if size > 1]:
                 # A convolution over single channels is a matrix [channels, width] here, and [channels, 1, width] there.

@@ -1,4 +1,5 @@
-"""What decoder blocks pass on: hidden states, and in some models inputs of blocks, keys, or a choice of tokens.
+"""What decoder blocks pass on: hidden states, and in some models inputs of blocks, keys, a choice of tokens, or the
+numbers of the tokens.
 
 All of it belongs to tokens, as hidden states do. So the rest are further columns of these, and whoever keeps the states
 of a sequence between blocks keeps all that the next blocks need. Gradients flow through keys and values, too.
@@ -13,10 +14,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architecture import TOKEN_DIGITS, Architecture
 
-INPUT, SHARED = "per_layer_input", "shared_kv_states"
-"""The names of the arguments by which transformers' blocks get inputs of their own, and keys and values of others."""
+INPUT, SHARED, IDS = "per_layer_input", "shared_kv_states", "input_ids"
+"""The names of the arguments by which transformers' blocks get inputs of their own, keys and values of others, and the
+numbers of the tokens."""
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """The arguments of a block beside hidden states: those by position, and those by name."""
 Call = Callable[..., Any]
@@ -49,6 +51,8 @@ def states_of(architecture: Architecture, hidden: int, blocks: nn.ModuleList) ->
     """
     if architecture.carries:
         return Carried(hidden, blocks)
+    if architecture.token_ids:
+        return TokenIds(hidden, blocks)
     return Choices(hidden, blocks) if architecture.shares_choices else Hidden()
 
 
@@ -153,6 +157,43 @@ class Carried:
 
     def _by_head(self, name: str, columns: Tensor) -> Tensor:
         return columns.unflatten(-1, (-1, self._sizes[name][1])).transpose(1, 2)
+
+
+class TokenIds:
+    """The states of models in which some blocks choose experts by the number of a token.
+
+    They are the hidden states and, up to the last such block, the digits of the token's number.
+
+    hidden   the number of columns of the hidden states
+    blocks   transformers' decoder blocks (DeepSeek V4)
+    """
+
+    def __init__(self, hidden: int, blocks: nn.ModuleList) -> None:
+        self._hidden = hidden
+        users = [index for index, block in enumerate(blocks) if block.mlp.is_hash]  # type: ignore[union-attr]
+        self._last_user = max(users, default=-1)
+
+    def passed(self, hidden: Any) -> Any:
+        return hidden
+
+    def start(self, hidden: Tensor, arguments: list[Arguments]) -> tuple[Tensor, list[Arguments]]:
+        ids = arguments[0][1][IDS]
+        others = [
+            (positional, {key: value for key, value in named.items() if key != IDS}) for positional, named in arguments
+        ]
+        digits = torch.stack([ids >> 8 * place & 255 for place in range(TOKEN_DIGITS)], -1)
+        return self._joined(0, hidden, digits), others
+
+    def _joined(self, index: int, hidden: Tensor, digits: Tensor) -> Tensor:
+        """Returns the states that enter block `index`."""
+        return torch.cat([hidden, digits.to(hidden.dtype)], -1) if index <= self._last_user else hidden
+
+    def run(self, index: int, states: Tensor, arguments: Arguments, call: Call) -> Tensor:
+        positional, named = arguments
+        hidden, digits = states[..., : self._hidden], states[..., self._hidden :]
+        ids = sum(digit << 8 * place for place, digit in enumerate(digits.long().unbind(-1)))
+        output = call(hidden, *positional, **named | {IDS: ids})
+        return self._joined(index + 1, hidden_in(output), digits)
 
 
 def hidden_in(output: Any) -> Tensor:

@@ -23,6 +23,7 @@ from transformers import (
     Mistral4ForCausalLM,
     PreTrainedModel,
 )
+from transformers.integrations.moe import _default_apply_gate
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 from lqexport.converters.models.architecture import Architecture, Order
@@ -127,12 +128,16 @@ class ExpertsOfWeighedInputs(Experts):
 
 def _gate(stacked: Any) -> Gate:
     """Returns what transformers' module of all experts computes between its two products."""
-    if getattr(stacked, "is_concatenated", True):
+    method = getattr(type(stacked), "_apply_gate", _default_apply_gate)
+    if method is _default_apply_gate:
         activation = stacked.act_fn
         return lambda gate, up: activation(gate) * up
-    # Its rows of gate_proj and of up_proj take turns. The method reads only settings of the module.
+    # The method reads only settings of the module.
     settings = copy.copy(stacked)
     settings._parameters = {}
+    if getattr(stacked, "is_concatenated", True):
+        return lambda gate, up: settings._apply_gate(torch.cat((gate, up), dim=-1))
+    # Its rows of gate_proj and of up_proj take turns.
     return lambda gate, up: settings._apply_gate(torch.stack((gate, up), dim=-1).flatten(-2))
 
 

@@ -127,6 +127,8 @@ def main() -> None:
     content["gguf-decay:F32"] = entry(5, {"blocks": decay.view(np.uint8)}, np.log(-decay.astype("<f8")))
     content |= {f"gguf:{name}": small_floats(name, rng) for name in SMALL_FLOATS}
     content |= {f"gguf:{name}": block_type(name, rng) for name in QUANTIZED}
+    whole = np.array([[0, 1, -1, 255, 256], [129279, 384, 7, 1 << 24, -(1 << 24)]], "<i4")
+    content["gguf-whole:I32"] = entry(5, {"blocks": whole.view(np.uint8)}, whole.astype("<f4"))
     json.dump(content, sys.stdout, indent=1)
     print()
 

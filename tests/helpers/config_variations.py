@@ -27,6 +27,9 @@ def older(config: Config) -> Config:
     rope = dict(config.get("rope_parameters") or {})
     if not rope or "full_attention" in rope:
         return config
+    if "compress" in rope:  # the settings that both have are keys of their own
+        scaling = {key: value for key, value in rope["compress"].items() if key not in config}
+        return {key: value for key, value in config.items() if key != "rope_parameters"} | {"rope_scaling": scaling}
     theta, partial = rope.pop("rope_theta"), rope.pop("partial_rotary_factor", None)
     usual, neox = ("rope_theta", "partial_rotary_factor"), ("rotary_emb_base", "rotary_pct")
     names = neox if config["model_type"] == "gpt_neox" else usual

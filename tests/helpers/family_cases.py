@@ -73,6 +73,11 @@ GLM4_MOE |= {"moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_sc
 GLM4_LITE = ONE_KEY_A_QUERY | LATENT | {"num_hidden_layers": 3, "q_lora_rank": 32, "n_routed_experts": 4}
 GLM4_LITE |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
 INDEXER = {"q_lora_rank": 32, "index_n_heads": 2, "index_head_dim": 64, "index_topk": 512}
+DEEPSEEK_V4 = NARROW | INDEXER | {"num_hidden_layers": 3, "head_dim": 32, "partial_rotary_factor": 0.5}
+DEEPSEEK_V4 |= {"max_position_embeddings": 512, "sliding_window": 16, "o_groups": 2, "o_lora_rank": 32}
+DEEPSEEK_V4 |= {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "swiglu_limit": 1.0}
+DEEPSEEK_V4 |= {"rope_parameters": dict(YARN), "index_head_dim": 128, "num_hash_layers": 2}
+DEEPSEEK_V4 |= {"layer_types": ["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"]}
 SHARED_CHOICE = {"indexer_types": ["full", "shared", "full"], "first_k_dense_replace": 2}
 MINIMAX = SIZES | {"head_dim": 32, "rotary_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}
 ERNIE_MOE = SIZES | {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 32, "num_hidden_layers": 3}
@@ -96,7 +101,7 @@ MISTRAL4 = ONE_KEY_A_QUERY | LATENT | {"q_lora_rank": 32, "n_routed_experts": 4}
 MISTRAL4 |= {"rope_parameters": MINISTRAL_ROPE | {"llama_4_scaling_beta": 0.1}}
 MISTRAL4 |= {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_hidden_layers": 2, "first_k_dense_replace": 1}
 EXPERT_CASES += ("mistral4",)
-UNSMOOTHED += ("mistral4", "deepseek-v32", "glm-dsa")
+UNSMOOTHED += ("mistral4", "deepseek-v32", "deepseek-v4", "glm-dsa")
 GLM_ROPE = YARN | {"partial_rotary_factor": 0.5}
 ALPHA = {"rope_type": "dynamic", "rope_theta": 1e4, "alpha": 1000.0, "factor": 1.0}
 OLMO3_ROPE = {"rope_type": "default", "rope_theta": 1e4}
@@ -232,6 +237,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         DEEPSEEK_V3 | INDEXER | {"rope_parameters": DEEPSEEK_ROPE | WHOLE_MSCALE},
         "deepseek-v3",
     ),
+    "deepseek-v4": ("DeepseekV4Config", DEEPSEEK_V4, "deepseek-v3"),
     "glm-dsa": ("GlmMoeDsaConfig", GLM4_LITE | INDEXER | SHARED_CHOICE, "smaug-bpe"),
     "kimi-linear": ("KimiLinearConfig", KIMI_LINEAR, "deepseek-v3"),
     "qwen3vlmoe": ("Qwen3MoeConfig", QWEN3_VL_MOE, "qwen2"),
@@ -341,6 +347,8 @@ def randomized(model: PreTrainedModel, name: str) -> PreTrainedModel:
     for buffer_name, buffer in model.named_buffers():
         if buffer_name.endswith(("_bias", "act_fn.beta")):
             buffer.normal_(0, 0.2)
+        if buffer_name.endswith("tid2eid"):  # for each token, the numbers of different experts
+            buffer.copy_(torch.rand(len(buffer), model.config.n_routed_experts).argsort()[:, : buffer.shape[1]])
     return model
 
 
