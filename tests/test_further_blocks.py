@@ -18,8 +18,9 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.models.further import block_count
 from lqexport.converters.targets import plan
 from lqexport.evaluation.llamacpp import LlamaCpp
+from lqexport.models.column_order import source_of
 from lqexport.models.inspect import inspect
-from lqexport.models.source import HuggingFaceSource, open_source
+from lqexport.models.source import HuggingFaceSource
 from lqexport.models.written import open_export
 from lqexport.planning.dryrun import preview
 from lqexport.planning.forecast import ConfigModel
@@ -30,17 +31,19 @@ from lqexport.target import Target
 from lqexport.verification.verify_tensors import relative_error
 from lqexport.verification.verifying import verify
 
+CUT_FOR_DRAFTS = ("deepseek-v3", "glm4moe-lite")
+"""Cases in which `kv_b_proj` is cut in two in a file with the block, and is not in one without it."""
 TOKENS = [1, 5, 6, 7, 9, 30, 31, 77]
 
 
 @pytest.mark.llamacpp
 @pytest.mark.parametrize(
     "name",
-    ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air", "deepseek-v32", "glm-dsa", "nemotron-h-moe",
-     "nemotron-h-latent"],
+    ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air", "glm4moe-lite", "glm-dsa", "deepseek-v3",
+     "deepseek-v32", "nemotron-h-moe", "nemotron-h-latent"],
 )  # fmt: skip
 def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: Path) -> None:
-    """The model's own logits are those of a file without the block, bit for bit."""
+    """The model's own logits are those of a file without the block, bit for bit, if this has the same tensors of it."""
     made = predicting(name)
     source = str(made.save(tmp_path))
     path = export(tmp_path, Recipe(source, "gguf:F16"))
@@ -48,7 +51,8 @@ def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: P
     assert np.abs(further - made.logits(TOKENS)).mean() < 0.003
     without = export(tmp_path / "without", Recipe(source, "gguf:F16", mtp=False))
     with LlamaCpp(without, 64, threads=1) as engine:
-        assert (engine.logits(TOKENS) == logits).all()
+        difference = np.abs(engine.logits(TOKENS) - logits).mean()
+    assert difference < 0.003 if name in CUT_FOR_DRAFTS else difference == 0
     model = GGUFModel(path)
     assert (model.config["num_hidden_layers"], block_count(model.config)) == (made.layers, made.layers + 1)
     assert not any("nextn" in tensor.name for tensor in GGUFReader(without).tensors)
@@ -64,15 +68,15 @@ def test_a_block_with_an_embedding_and_an_output_of_its_own(tmp_path: Path) -> N
 
 
 @pytest.mark.llamacpp
-@pytest.mark.parametrize(("name", "target"), [("qwen3_5", "gguf:Q4_K_M"), ("glm4moe", "gguf:Q4_0")])
+@pytest.mark.parametrize(("name", "target"), [("qwen3_5", "gguf:Q4_K_M"), ("glm4moe-lite", "gguf:Q4_0")])
 def test_the_block_is_rounded_to_eight_bits(name: str, target: str, tmp_path: Path, texts: tuple[str, str]) -> None:
     made = Predicting(name)
-    source = open_source(str(made.save(tmp_path)))
-    path = export(tmp_path, Recipe(source.name, target, calibration=texts[0], samples=2, sequence_length=64, descent=0))
+    recipe = Recipe(str(made.save(tmp_path)), target, calibration=texts[0], samples=2, sequence_length=64, descent=0)
+    source, path = source_of(recipe), export(tmp_path, recipe)
     file, prefix = open_export(path), f"model.layers.{made.layers}."
     matrices = [entry for entry in inspect(path).entries if entry.name.startswith(prefix) and len(entry.shape) == 2]
     assert {entry.type for entry in matrices if not entry.name.endswith("mlp.gate.weight")} == {"gguf:Q8_0"}
-    assert {f"{prefix}eh_proj.weight", f"{prefix}self_attn.q_proj.weight"} <= {entry.name for entry in matrices}
+    assert {f"{prefix}eh_proj.weight", f"{prefix}self_attn.o_proj.weight"} <= {entry.name for entry in matrices}
     for entry in matrices:
         rounded = round_tensor(entry.name, source.read(entry.name), entry.type)
         assert (file.read(entry.name).numpy() == decoded(rounded)).all()

@@ -35,10 +35,11 @@ def write(artifact: Artifact, folder: Path) -> None:
     """Writes the low-rank corrections of a finished artifact into `folder`.
 
     Factors in F16 are stored in float16, all others in float32, so no value changes. adapter_config.json is written
-    last: where it exists, the folder is whole. Raises UserError if the artifact has no corrections or is damaged, or if
-    columns of a corrected linear are in llama.cpp's order.
+    last: where it exists, the folder is whole. Raises UserError if the artifact has no corrections or is damaged, if a
+    corrected linear is a part of transformers' linear, or if its columns are in llama.cpp's order.
     """
     check_present(artifact)
+    _check_parts(artifact)
     _check_order(artifact)
     tensors, ranks = {}, {}
     for name in filter(is_factor, artifact.manifest()):
@@ -52,6 +53,18 @@ def write(artifact: Artifact, folder: Path) -> None:
     with written_whole(folder / WEIGHTS) as file:
         file.write(safetensors.numpy.save(tensors, {"format": "pt"}))
     write_json(folder / CONFIG, adapter_config(artifact.config(), ranks))
+
+
+def _check_parts(artifact: Artifact) -> None:
+    architecture = architecture_of(artifact.config())
+    starts = tuple(f"{fused}." for fused in architecture.parts)
+    for linear in map(corrected_linear, filter(is_factor, artifact.manifest())):
+        module = block_module(architecture, linear)
+        if module is not None and module[1].startswith(starts):
+            raise UserError(
+                f"{linear} is a part of a linear of transformers, which PEFT would correct as a whole: write the "
+                "corrections with `to-gguf --adapter`."
+            )
 
 
 def _check_order(artifact: Artifact) -> None:

@@ -18,7 +18,7 @@ from lqexport.converters.gguf.numbers import with_numbers
 from lqexport.converters.gguf.row_order import row_order
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import BORROWED, Architecture
-from lqexport.converters.models.architectures import ARCHITECTURES
+from lqexport.converters.models.architectures import ARCHITECTURES, entries_of_gguf
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.models.tensor_names import (
     block_module,
@@ -58,7 +58,7 @@ class GGUFModel:
         self.path = path
         self.metadata, tensors, self.paths = read_split(path)
         name = self.metadata.get("general.architecture")
-        same_name = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
+        same_name = entries_of_gguf(str(name))
         self._tensors = with_numbers(taken_apart(tensors), self.metadata, same_name)
         if self.metadata.get("general.type") == "adapter":
             raise UserError(f"{path} is an adapter, not a model: give it as --adapter beside the model that it is for.")

@@ -43,6 +43,8 @@ PREDICTOR = {
 Hugging Face module -> GGUF name."""
 FURTHER_COUNT = "num_nextn_predict_layers"
 """The key of config.json with the number of blocks that predict further tokens."""
+CUT = "kv_b_proj_in_two"
+"""The key of config.json that says whether `kv_b_proj` of a `cuttable` model is cut in two."""
 LENT = ("embed_tokens", "shared_head.head")
 """Those of `PREDICTOR` that a block may lack. It uses the model's embedding and output then."""
 
@@ -228,6 +230,8 @@ class Architecture:
                 only a part of each head is rotated
     absorbed    whether llama.cpp takes that vector as the key and the value of a single head. Each query is turned into
                 its space, and what attention returns is turned back
+    cuttable    whether llama.cpp also loads the models with `kv_b_proj` cut in two, `absorbed` then (`in_two` of
+                `families/deepseek.py`). config.json says `CUT` where it is
     encoder     whether every token sees the whole text and there is no output layer: the model returns an embedding of
                 the text, made of the hidden states after the last block
     pools_normed   whether an encoder's hidden states pass the final norm before they are pooled
@@ -317,6 +321,7 @@ class Architecture:
     square_heads: bool = False
     latent: bool = False
     absorbed: bool = False
+    cuttable: bool = False
     encoder: bool = False
     pools_normed: bool = False
     projections: dict[str, tuple[str, str]] = field(default_factory=dict)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lqexport.converters.models.architecture import Architecture, Config, Factor
+from lqexport.converters.models.architecture import CUT, Architecture, Config, Factor
 from lqexport.converters.models.families.apertus import APERTUS
 from lqexport.converters.models.families.arcee import AFMOE, ARCEE
 from lqexport.converters.models.families.bert import BERT
@@ -19,6 +19,7 @@ from lqexport.converters.models.families.deepseek import (
     DEEPSEEK_V3,
     DEEPSEEK_V3_LITE,
     DEEPSEEK_V32,
+    in_two,
 )
 from lqexport.converters.models.families.deepseek4 import DEEPSEEK_V4
 from lqexport.converters.models.families.ernie import ERNIE, ERNIE_MOE, ERNIE_MOE_WITHOUT_SHARED
@@ -187,7 +188,14 @@ def find_architecture(config: Config) -> Architecture | None:
         named = [entry for entry in ARCHITECTURES if entry.model_type == OTHER_TYPES.get(model_type, model_type)]
     else:
         named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
-    return next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
+    found = next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
+    return in_two(found) if found and found.cuttable and config.get(CUT) else found
+
+
+def entries_of_gguf(name: str) -> list[Architecture]:
+    """Returns the entries for a `general.architecture` of GGUF files, those with `kv_b_proj` cut in two last."""
+    named = [entry for entry in ARCHITECTURES if entry.gguf is not None and entry.gguf == name]
+    return named + [in_two(entry) for entry in named if entry.cuttable]
 
 
 def _is_told_by(entry: Architecture, config: Config) -> bool:

@@ -18,6 +18,7 @@ from lqexport.converters.models.tensor_names import gguf_names, group_count
 from lqexport.errors import UserError, files_at_hand
 from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import in_order
+from lqexport.models.latent import for_drafts
 from lqexport.models.source import open_source
 from lqexport.recipe import CALIBRATION_TEXT
 from lqexport.runtime.environment import choose_device, full_float32
@@ -41,7 +42,7 @@ def make_imatrix(
     path, listener = Path(path), listener or Silent()
     if path.exists():
         raise UserError(f"{path} exists. Delete it, or choose another name.")
-    model = BlockModel(in_order(open_source(source), True), choose_device(device))
+    model = BlockModel(in_order(for_drafts(open_source(source)), True), choose_device(device))
     if model.architecture.gguf is None:
         raise UserError(f"llama.cpp does not run {model.architecture.classes[0]}, so no file needs its matrix.")
     tokens = load_calibration(

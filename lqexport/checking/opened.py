@@ -12,7 +12,7 @@ from lqexport.converters.gguf.block_types import first_borrower, first_further, 
 from lqexport.converters.gguf.header import IMAGE_PART, TensorData
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import Architecture
-from lqexport.converters.models.architectures import ARCHITECTURES
+from lqexport.converters.models.architectures import entries_of_gguf
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class OpenFile:
     def entries(self) -> list[Architecture]:
         """Our entries for the file's architecture, with one expert in place of all. Empty where we have none."""
         experts, leading = self.count("expert_count") or 0, self.count("leading_dense_block_count") or 0
-        named = [entry for entry in ARCHITECTURES if entry.gguf and entry.gguf == self.architecture]
+        named = entries_of_gguf(self.architecture)
         fitting = [entry for entry in named if bool(entry.experts) == bool(experts)] or named
         return [
             entry.expanded(

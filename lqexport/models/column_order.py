@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lqexport.converters.models.architectures import find_architecture
 from lqexport.converters.models.value_heads import TILED, tiled_columns
+from lqexport.models.latent import for_drafts
 from lqexport.models.source import Source, open_source
 from lqexport.models.source_view import SourceView
 from lqexport.recipe import Recipe
@@ -58,8 +59,9 @@ def in_order(source: Source, tiled: bool) -> Source:
 
 
 def source_of(recipe: Recipe) -> Source:
-    """Opens the source of a recipe, with columns in the order that the files of its target have.
+    """Opens the source of a recipe as the files of its target have it: the order of columns, and `kv_b_proj`.
 
     Raises UserError as `open_source`.
     """
-    return in_order(open_source(recipe.source), recipe.parsed_target.family == "gguf")
+    source, for_gguf = open_source(recipe.source), recipe.parsed_target.family == "gguf"
+    return in_order(for_drafts(source) if for_gguf and recipe.mtp else source, for_gguf)

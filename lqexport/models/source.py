@@ -21,7 +21,7 @@ from lqexport.converters.checkpoints.layout import CheckpointLayout
 from lqexport.converters.gguf.kept import keep
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf
-from lqexport.converters.models.architecture import Architecture, Factor, Order
+from lqexport.converters.models.architecture import CUT, Architecture, Factor, Order
 from lqexport.converters.models.architectures import find_architecture, folded_factors, normalized
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
 from lqexport.converters.models.tensor_names import as_matrix, block_module, head_count, is_tied
@@ -95,16 +95,17 @@ class HuggingFaceSource:
     Matrices that another tool has quantized are decoded to float32 when they are read.
 
     layout   how the matrices are quantized; None if they are not
+    cut      whether `kv_b_proj` of a `cuttable` architecture is read as two linears
 
     Raises UserError if a file is missing or damaged, or if the method of quantization is unknown.
     """
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(self, folder: Path, name: str, cut: bool = False) -> None:
         self.folder = folder
         self.name = name
         _check_is_model(folder)
         whole = read_config(folder / "config.json", _missing(folder / "config.json"))
-        self.config: dict[str, Any] = normalized(whole)
+        self.config: dict[str, Any] = normalized(whole) | ({CUT: True} if cut else {})
         self._architecture = find_architecture(self.config)
         self._files = _tensor_files(folder)
         self._projections: dict[str, Path] = {}

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_shapes
+from lqexport.models.latent import of_drafting
 from lqexport.models.modules import expected_shapes
 from lqexport.planning.compute_dtype import with_compute_dtype
 from lqexport.planning.cost import Rates, Work, disk, operations_estimate
@@ -137,7 +138,9 @@ def forecast(model: str | Path, recipe: Recipe, gpu: str | None = None, host: st
     """
     model = Path(model)
     path = model / "config.json" if model.is_dir() else model
-    shapes = ConfigModel(read_config(path, f"There is no {path}: give a config.json, or a folder that holds one."))
+    config = read_config(path, f"There is no {path}: give a config.json, or a folder that holds one.")
+    drafts = recipe.mtp and recipe.parsed_target.family == "gguf"
+    shapes = ConfigModel(of_drafting(config) if drafts else config)
     efforts = by_effort(recipe, shapes.config)
     recipe = efforts[recipe.effort]
     tensors = plan_recipe(shapes, recipe)

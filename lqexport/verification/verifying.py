@@ -19,6 +19,7 @@ from lqexport.checking.opened import open_file
 from lqexport.converters.folders.native import RECORD
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.converters.mlx.types import quantization_of
+from lqexport.converters.models.architecture import CUT
 from lqexport.converters.models.value_heads import TILED
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp, mlx_lm
@@ -27,6 +28,7 @@ from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.column_order import in_order
 from lqexport.models.interface import Weights
+from lqexport.models.latent import in_two
 from lqexport.models.licenses import license_of
 from lqexport.models.smoothing import Pair, Smoothed, scales_between
 from lqexport.models.source import Source, open_source
@@ -152,9 +154,10 @@ def verify(
 
 
 def _opened(file: Path, against: str) -> tuple[Export, Source]:
-    """Opens a file and its source, with columns in the order that the file has them."""
-    export = open_export(file)
-    return export, in_order(open_source(against), bool(export.config.get(TILED)))
+    """Opens a file and its source, with columns in the order that the file has them, and `kv_b_proj` as it has it."""
+    export, source = open_export(file), open_source(against)
+    source = in_two(source) if export.config.get(CUT) else source
+    return export, in_order(source, bool(export.config.get(TILED)))
 
 
 def check_metadata(result: Verification, export: Weights, source: Source) -> None:

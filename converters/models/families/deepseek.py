@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lqexport.converters.models.architecture import GATED, PREDICTOR, Architecture, Config, Key, Order
+from lqexport.converters.models.architecture import CUT, GATED, PREDICTOR, Architecture, Config, Key, Order
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import EXPERT_LINEARS, EXPERTS, RMS_NORM
 from lqexport.converters.models.tensor_names import head_count
@@ -117,6 +117,7 @@ DEEPSEEK_V3 = replace(
     },
     flags={},
     latent=True,
+    cuttable=True,
     mscale=0.1,
     rope_types=("default", "dynamic", "yarn"),
 )
@@ -181,36 +182,51 @@ K_B, V_B = "self_attn.kv_b_proj.k_b", "self_attn.kv_b_proj.v_b"
 
 The first turns queries into the space of these vectors, so it is the transpose of what turns the vectors into keys."""
 
+
+def in_two(entry: Architecture) -> Architecture:
+    """Returns the entry for the same models with `kv_b_proj` cut in two, so that llama.cpp attends to latent vectors.
+
+    It drafts with their blocks that predict further tokens only then, and if queries are latent, too.
+    """
+    return replace(
+        entry,
+        when=entry.when | {CUT: (True,)},
+        linears=tuple((V_B,) if group == ("self_attn.kv_b_proj",) else group for group in entry.linears),
+        gguf_block={name: gguf for name, gguf in entry.gguf_block.items() if name != "self_attn.kv_b_proj"}
+        | {K_B: "attn_k_b", V_B: "attn_v_b"},
+        parts={"self_attn.kv_b_proj": keys_and_values},
+        turned={K_B: "num_attention_heads"},
+        rounded=(K_B,),
+        grouped={f"{K_B}.weight": "num_attention_heads", f"{V_B}.weight": "num_attention_heads"},
+        predictor=PREDICTOR if LATENT_QUERY.keys() <= entry.gguf_block.keys() else {},
+        absorbed=True,
+        cuttable=False,
+    )
+
+
 INDEXER = "self_attn.indexer"
 """The module that chooses the tokens to which a token attends."""
 
 DEEPSEEK_V32 = replace(
-    DEEPSEEK_V3,
+    in_two(DEEPSEEK_V3),
     family="DeepSeek V3.2",
     classes=("DeepseekV32ForCausalLM",),
     model_type="deepseek_v32",
     gguf="deepseek32",
+    when={},
     linears=(
         ("self_attn.q_a_proj", "self_attn.kv_a_proj_with_mqa", f"{INDEXER}.wk", f"{INDEXER}.weights_proj"),
         ("self_attn.q_b_proj", f"{INDEXER}.wq_b"),
-        (V_B,),
-        *DEEPSEEK_V3.linears[3:],
+        *in_two(DEEPSEEK_V3).linears[2:],
     ),
-    gguf_block={name: gguf for name, gguf in DEEPSEEK_V3.gguf_block.items() if name != "self_attn.kv_b_proj"}
+    gguf_block=in_two(DEEPSEEK_V3).gguf_block
     | {
-        K_B: "attn_k_b",
-        V_B: "attn_v_b",
         f"{INDEXER}.wq_b": "indexer.attn_q_b",
         f"{INDEXER}.wk": "indexer.attn_k",
         f"{INDEXER}.k_norm": "indexer.k_norm",
         f"{INDEXER}.weights_proj": "indexer.proj",
     },
     gguf_tensors=DEEPSEEK_V3.gguf_tensors | {f"{INDEXER}.k_norm.bias": "indexer.k_norm.bias"},
-    parts={"self_attn.kv_b_proj": keys_and_values},
-    turned={K_B: "num_attention_heads"},
-    rounded=(K_B,),
-    grouped={f"{K_B}.weight": "num_attention_heads", f"{V_B}.weight": "num_attention_heads"},
-    predictor=PREDICTOR,
     keys=(
         *DEEPSEEK_V3.keys,
         Key("attention.indexer.head_count", "index_n_heads"),
@@ -219,7 +235,6 @@ DEEPSEEK_V32 = replace(
     ),
     derived=with_mlp_types,
     fixed={key: values for key, values in DEEPSEEK_V3.fixed.items() if key != "rope_interleave"},
-    absorbed=True,
     only_mscale=1.0,
 )
 
