@@ -60,7 +60,9 @@ def run_plan(*arguments: object, status: int) -> str:
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_config_is_enough(name: str) -> None:
-    plan = json.loads(run_plan(CONFIGS / f"{name}.json", "--gpu", "1TB", "--host", "1TB", "--json", status=0))
+    plan = json.loads(
+        run_plan(CONFIGS / f"{name}.json", "--gpu", "1TB", "--host", "1TB", "--json", "--no-mtp", status=0)
+    )
     assert plan["weights"] == WEIGHTS[name]
     assert plan["tensor_bytes"] == pytest.approx(plan["bits_per_weight"] * WEIGHTS[name] / 8)
     assert plan["disk"]["artifact"] == plan["tensor_bytes"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -13,6 +14,7 @@ from family_cases import CASES, config_and_shapes, make_model, make_tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Lfm2Config
 
 import lqexport
+from lqexport.converters.folders import peft
 from lqexport.converters.folders.gptq import plan_gptq
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.targets import plan
@@ -64,6 +66,13 @@ def test_gptq_of_linears_in_parts_is_refused_by_name(name: str) -> None:
     config, shapes = config_and_shapes(name)
     with pytest.raises(UserError, match=r"GPTQ's layout of .*ForCausalLM is not written"):
         plan_gptq(Target.parse("gptq:4-g32"), config, shapes)
+
+
+def test_corrections_of_linears_in_parts_are_no_peft_adapter(tmp_path: Path) -> None:
+    factor = "model.layers.0.shared_mlp.input_linear.gate_proj.lora_A.weight"
+    artifact = SimpleNamespace(config=lambda: config_and_shapes("granite4")[0], manifest=lambda: {factor: {}})
+    with pytest.raises(UserError, match=r"input_linear.gate_proj.weight is a part of a linear of transformers"):
+        peft.write(artifact, tmp_path / "peft")  # type: ignore[arg-type]
 
 
 def test_folders_hold_convolutions_as_transformers_does(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from gguf import GGUFReader
 
 from lqexport.checking.checking import check_file
 from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.models.architecture import CUT
 from lqexport.converters.models.further import block_count
 from lqexport.converters.targets import plan
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -29,7 +31,7 @@ from lqexport.solver.linear import round_tensor
 from lqexport.storage.artifact import decoded
 from lqexport.target import Target
 from lqexport.verification.verify_tensors import relative_error
-from lqexport.verification.verifying import verify
+from lqexport.verification.verifying import _opened, verify
 
 CUT_FOR_DRAFTS = ("deepseek-v3", "glm4moe-lite")
 """Cases in which `kv_b_proj` is cut in two in a file with the block, and is not in one without it."""
@@ -40,7 +42,7 @@ TOKENS = [1, 5, 6, 7, 9, 30, 31, 77]
 @pytest.mark.parametrize(
     "name",
     ["qwen3_5", "qwen3_5moe", "qwen3next", "glm4moe", "glm4moe-air", "glm4moe-lite", "glm-dsa", "deepseek-v3",
-     "deepseek-v32", "nemotron-h-moe", "nemotron-h-latent"],
+     "deepseek-v32", "mimo2", "nemotron-h-moe", "nemotron-h-latent"],
 )  # fmt: skip
 def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: Path) -> None:
     """The model's own logits are those of a file without the block, bit for bit, if this has the same tensors of it."""
@@ -54,8 +56,14 @@ def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: P
         difference = np.abs(engine.logits(TOKENS) - logits).mean()
     assert difference < 0.003 if name in CUT_FOR_DRAFTS else difference == 0
     model = GGUFModel(path)
-    assert (model.config["num_hidden_layers"], block_count(model.config)) == (made.layers, made.layers + 1)
+    assert (model.config["num_hidden_layers"], block_count(model.config)) == (made.layers, made.layers + made.count)
     assert not any("nextn" in tensor.name for tensor in GGUFReader(without).tensors)
+    file, against = _opened(path, source)
+    further_names = [name for name in file.names() if name.startswith(f"model.layers.{made.layers}.")]
+    assert {end for name in further_names if ".experts." not in (end := name.split(".", 3)[3])} == {
+        end for end in made.shapes() if ".experts." not in end
+    }
+    assert all(relative_error(file.read(name).numpy(), against.read(name)) < 1e-3 for name in further_names)
 
 
 @pytest.mark.llamacpp
@@ -119,6 +127,7 @@ def test_targets_that_do_not_run_the_block_leave_it_out() -> None:
         ("glm4moe", "num_nextn_predict_layers"),
         ("nemotron-h-moe", "num_nextn_predict_layers"),
         ("nemotron-h-latent", "num_nextn_predict_layers"),
+        ("mimo2", "num_nextn_predict_layers"),
     ],
 )
 def test_a_plan_by_config_json_counts_the_block(name: str, key: str) -> None:
@@ -126,7 +135,7 @@ def test_a_plan_by_config_json_counts_the_block(name: str, key: str) -> None:
     model = ConfigModel(config | {key: 1})
     further = {name: model.shape(name) for name in set(model.names()) - shapes.keys()}
     made = predicting(name)
-    expected = {f"model.layers.{made.layers}.{end}": tuple(t.shape) for end, t in (made.block | made.beside).items()}
+    expected = {f"model.layers.{made.layers}.{end}": shape for end, shape in made.shapes().items()}
     expected = {name: shape for name, shape in expected.items() if not name.endswith(".bias")}
     assert {name: shape for name, shape in further.items() if ".experts." not in name} == {
         name: shape for name, shape in expected.items() if ".experts." not in name
@@ -155,3 +164,19 @@ def test_blocks_that_are_left_out_are_said(tmp_path: Path) -> None:
     safetensors.torch.save_file(safetensors.torch.load_file(path) | {"model.mtp.fc.weight": torch.zeros(4, 4)}, path)
     (said,) = preview(Recipe(str(tmp_path / "llama"), "gguf:Q4_0"), tmp_path / "out").warnings
     assert said.endswith("since GGUF files of LlamaForCausalLM are written without them: model.mtp.fc.weight.")
+
+
+def test_files_of_others_with_kv_b_proj_cut_in_two_are_read(tmp_path: Path) -> None:
+    folder = tmp_path / "hf"
+    make_model("deepseek-v2-lite").save_pretrained(folder)
+    make_tokenizer("smaug-bpe", tmp_path).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {CUT: True}))
+    source = HuggingFaceSource(folder, "")
+    path = export(tmp_path, Recipe(str(folder), "gguf:F16"))
+    file = GGUFModel(path)
+    assert (file.config[CUT], file.config["architectures"]) == (True, ["DeepseekV2ForCausalLM"])
+    assert set(file.names()) == set(source.names())
+    assert all(relative_error(file.read(name), source.read(name)) < 1e-6 for name in file.names())
+    again = export(tmp_path / "again", Recipe(str(path), "gguf:Q4_0", method="rtn"))
+    assert GGUFModel(again).config == file.config

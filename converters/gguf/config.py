@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lqexport.converters.gguf.metadata import TOKEN_TYPES, WINDOW_PERIOD, WINDOW_THETA
 from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
 from lqexport.converters.models.architecture import FIRST, FURTHER_COUNT, KEY_HEADS, MEAN, Architecture, Config
+from lqexport.converters.models.further import block_count
 from lqexport.converters.models.hf_defaults import default_of, default_rope
 from lqexport.converters.models.rope import (
     LONG_FACTORS,
@@ -178,9 +179,9 @@ def _windows(metadata: Metadata, config: Config) -> Config:
 
 def _any_windows(metadata: Metadata, config: Config) -> Config:
     given = metadata.get(WINDOW_PERIOD)
-    if not isinstance(given, list) or len(given) != config["num_hidden_layers"]:
+    if not isinstance(given, list) or len(given) != block_count(config):
         raise UserError(f"{metadata.source} does not say for each block whether it has a sliding window.")
-    types = [SLIDING if has_window else FULL for has_window in given]
+    types = [SLIDING if has_window else FULL for has_window in given[: config["num_hidden_layers"]]]
     return {"layer_types": types, "sliding_window": int(metadata.number("attention.sliding_window"))}
 
 

@@ -84,7 +84,7 @@ def add_model(
         writer.add_token_type_count(_size(config, "type_vocab_size"))
     for key in architecture.keys:
         _add_key(writer, key, config, further)
-    _add_window(writer, architecture, config)
+    _add_window(writer, architecture, config, further)
     if architecture.rope_types:
         _add_rope(writer, architecture, config)
     if architecture.rope_sections:
@@ -129,14 +129,15 @@ def _add_key(writer: GGUFWriter, key: Key, config: Config, further: int) -> None
     add(f"{writer.arch}.{key.name}", key.value_type(value))
 
 
-def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config) -> None:
+def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config, further: int) -> None:
     period = window_period(architecture, config)
     if period is None and not architecture.any_windows:
         return
     if period is not None:
         writer.add_uint32(f"{writer.arch}.{WINDOW_PERIOD}", period)
     else:
-        writer.add_sliding_window_pattern([block_type == SLIDING for block_type in config["layer_types"]])
+        of_further = [SLIDING in architecture.predicts_like] * further
+        writer.add_sliding_window_pattern([name == SLIDING for name in config["layer_types"]] + of_further)
     writer.add_sliding_window(window(config) or 0)
     if (theta := window_theta(config)) is not None and not architecture.one_theta:
         writer.add_float32(f"{writer.arch}.{WINDOW_THETA}", theta)

@@ -181,7 +181,9 @@ class Architecture:
     predictor   modules that a block which predicts further tokens has beside those of a decoder block, `PREDICTOR`;
                 {} where llama.cpp has no such blocks
     predicts_like   the values of the keys of `only` by which such a block has the modules of a decoder block, if the
-                model has decoder blocks with these values
+                model has decoder blocks with these values. SLIDING if it has a sliding window
+    joins       linear of `predictor` -> the linears of a checkpoint whose rows it has, one after the other, in such a
+                block
     first_further   the number of the first of these blocks, in an entry for a certain model; None where there is none
     norm_plus   the number that llama.cpp's norm weights have added to Hugging Face's
     plain_norms   modules of a block that are norms to which nothing is added
@@ -284,6 +286,7 @@ class Architecture:
     further: bool = False
     predictor: dict[str, str] = field(default_factory=dict)
     predicts_like: tuple[Any, ...] = ()
+    joins: dict[str, tuple[str, ...]] = field(default_factory=dict)
     first_further: int | None = None
     norm_plus: int = 0
     plain_norms: tuple[str, ...] = ()
@@ -366,7 +369,7 @@ class Architecture:
 
     def has(self, block: int, module: str) -> bool:
         """Whether the block with this number has a module of `gguf_block`, or a tensor."""
-        if self.is_borrowed(block, module):
+        if self.is_borrowed(block, module) or self.is_joined(block, module):
             return False
         if (condition := self.condition(module)) is not None:
             key, values = condition
@@ -387,6 +390,10 @@ class Architecture:
     def predicts(self, block: int) -> bool:
         """Whether the block with this number predicts further tokens."""
         return self.first_further is not None and block >= self.first_further
+
+    def is_joined(self, block: int, module: str) -> bool:
+        """Whether a module's rows are those of another linear in the block with this number."""
+        return self.predicts(block) and any(module in parts for parts in self.joins.values())
 
     def condition(self, module: str) -> tuple[str, tuple[Any, ...]] | None:
         """Returns the entry of `only` for a module or tensor of a block; None if all blocks have it."""

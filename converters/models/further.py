@@ -12,6 +12,7 @@ from itertools import count
 from typing import Any
 
 from lqexport.converters.models.architecture import FURTHER_COUNT, Architecture, Config
+from lqexport.converters.models.hf_defaults import SLIDING
 from lqexport.converters.models.tensor_names import block_module, block_names, is_needed
 
 NAMED = r"^(model\.)?mtp[._]"
@@ -98,10 +99,21 @@ def further_shapes(
         return {}
     layers, hidden = config["num_hidden_layers"], config["hidden_size"]
     by_end = {
-        f"{module[1]}.{module[2]}": shapes[name] for name in shapes if (module := block_module(architecture, name))
+        f"{module[1]}.{module[2]}": shapes[name]
+        for name in _windows_last(architecture, config, shapes)
+        if (module := block_module(architecture, name))
     }
-    by_end |= {f"{module}.weight": (hidden,) for module in architecture.predictor} | {
-        "eh_proj.weight": (hidden, 2 * hidden)
-    }
+    for whole, parts in architecture.joins.items():
+        stacked = [by_end[f"{part}.weight"] for part in parts]
+        by_end[f"{whole}.weight"] = (sum(shape[0] for shape in stacked), stacked[0][1])
+    norms = {f"{module}.weight": (hidden,) for module in architecture.predictor if module.endswith("norm")}
+    by_end |= norms | {"eh_proj.weight": (hidden, 2 * hidden)}
     names = [name for block in range(layers, block_count(config)) for name in sorted(_needed(architecture, block))]
     return {name: by_end[name.split(f"{architecture.blocks}.")[1].partition(".")[2]] for name in names}
+
+
+def _windows_last(architecture: Architecture, config: Config, names: Collection[str]) -> list[str]:
+    """Returns names of tensors, those of blocks with a sliding window last if blocks that predict further have one."""
+    types = config["layer_types"] if SLIDING in architecture.predicts_like else []
+    blocks = {name: module[0] for name in names if types and (module := block_module(architecture, name))}
+    return sorted(names, key=lambda name: name in blocks and types[blocks[name]] == SLIDING)

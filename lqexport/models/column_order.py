@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lqexport.converters.models.architectures import find_architecture
 from lqexport.converters.models.value_heads import TILED, tiled_columns
+from lqexport.models.joined import joined
 from lqexport.models.latent import for_drafts
 from lqexport.models.source import Source, open_source
 from lqexport.models.source_view import SourceView
@@ -64,4 +65,4 @@ def source_of(recipe: Recipe) -> Source:
     Raises UserError as `open_source`.
     """
     source, for_gguf = open_source(recipe.source), recipe.parsed_target.family == "gguf"
-    return in_order(for_drafts(source) if for_gguf and recipe.mtp else source, for_gguf)
+    return in_order(joined(for_drafts(source)) if for_gguf and recipe.mtp else source, for_gguf)

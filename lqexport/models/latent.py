@@ -14,7 +14,7 @@ from lqexport.models.source import HuggingFaceSource, Source
 
 def for_drafts(source: Source) -> Source:
     """Returns the source with `kv_b_proj` cut in two if llama.cpp drafts with one of its blocks only then."""
-    if (cut := in_two(source)) is source:
+    if (cut := cut_in_two(source)) is source:
         return source
     drafts = further_blocks(architecture_of(cut.config), cut.config["num_hidden_layers"], cut.names())
     return cut if drafts else source
@@ -29,7 +29,7 @@ def of_drafting(config: Config) -> Config:
     return cut if architecture_of(cut).predictor else config
 
 
-def in_two(source: Source) -> Source:
+def cut_in_two(source: Source) -> Source:
     """Returns the source with `kv_b_proj` cut in two, where it is a checkpoint of a `cuttable` architecture."""
     architecture = find_architecture(source.config)
     if not isinstance(source, HuggingFaceSource) or architecture is None or not architecture.cuttable:

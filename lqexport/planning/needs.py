@@ -7,6 +7,7 @@ from pathlib import Path
 from lqexport.calibration.texts import check_text
 from lqexport.converters.exl3.support import warnings_of as exl3_warnings
 from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.converters.models.families.deepseek import in_two
 from lqexport.converters.models.further import is_beyond
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, listed
@@ -75,7 +76,8 @@ def left_out(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> li
     if not names or not recipe.mtp or recipe.parsed_target.family != "gguf":
         return []
     without = f"GGUF files of {architecture.classes[0]} are written without them"
-    reason = "some of their tensors are missing" if architecture.predictor else without
+    drafts = in_two(architecture) if architecture.cuttable else architecture
+    reason = "some of their tensors are missing" if drafts.predictor else without
     return [f"Blocks that predict further tokens are left out, since {reason}: {listed(names, 3)}."]
 
 

@@ -28,7 +28,8 @@ from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.models.adapters import CorrectedModel, open_factors
 from lqexport.models.column_order import in_order
 from lqexport.models.interface import Weights
-from lqexport.models.latent import in_two
+from lqexport.models.joined import joined
+from lqexport.models.latent import cut_in_two
 from lqexport.models.licenses import license_of
 from lqexport.models.smoothing import Pair, Smoothed, scales_between
 from lqexport.models.source import Source, open_source
@@ -156,7 +157,7 @@ def verify(
 def _opened(file: Path, against: str) -> tuple[Export, Source]:
     """Opens a file and its source, with columns in the order that the file has them, and `kv_b_proj` as it has it."""
     export, source = open_export(file), open_source(against)
-    source = in_two(source) if export.config.get(CUT) else source
+    source = joined(cut_in_two(source) if export.config.get(CUT) else source)
     return export, in_order(source, bool(export.config.get(TILED)))
 
 

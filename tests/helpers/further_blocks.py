@@ -26,9 +26,12 @@ class Predicting:
     """A case of `family_cases` with one block more, which predicts the token after the next.
 
     model    transformers' model, without that block
+    count    the number of such blocks
     block    the tensors of that block that a decoder block has
     beside   its other tensors, by DeepSeek's names
     """
+
+    count = 1
 
     def __init__(self, name: str, own_vocabulary: bool = False) -> None:
         self.name, self.model = name, make_model(name)
@@ -55,6 +58,10 @@ class Predicting:
         beside = {f"mtp.{QWEN[end.removesuffix('.weight')]}.weight": value for end, value in self.beside.items()}
         return {f"mtp.layers.0.{end}": value for end, value in self.block.items()} | beside
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the block's tensors by the ends of our names, with stacked experts."""
+        return {end: tuple(value.shape) for end, value in (self.block | self.beside).items()}
+
     def save(self, folder: Path) -> Path:
         """Writes the checkpoint with that block, and a tokenizer, into a new folder `hf`. Returns that."""
         self.model.save_pretrained(folder / "hf")
@@ -70,12 +77,15 @@ class Predicting:
 
         They are computed by transformers' own block, alone in a model whose inputs are those of the block.
         """
-        hidden = self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0, :-1]
+        hidden = self._hidden(tokens)[:-1]
         table = self.beside.get("embed_tokens.weight", self.model.get_input_embeddings().weight)
         embedded = table[torch.tensor(tokens[1:])]
         joined = torch.cat((self._norm(embedded, "enorm"), self._norm(hidden, "hnorm")), dim=-1)
         inputs = joined @ self.beside["eh_proj.weight"].T
         return self._alone()(inputs_embeds=inputs[None], use_cache=False).logits[0].numpy()
+
+    def _hidden(self, tokens: list[int]) -> Tensor:
+        return self.model.model(torch.tensor([tokens]), use_cache=False).last_hidden_state[0]
 
     def _norm(self, values: Tensor, norm: str) -> Tensor:
         root = (values.square().mean(-1, keepdim=True) + _epsilon(self.model.config)).rsqrt()
@@ -91,7 +101,10 @@ class Predicting:
         for key, value in (("mlp_layer_types", "sparse"), ("indexer_types", "full")):
             if hasattr(config, key):
                 setattr(config, key, [value])
-        alone = type(self.model)(config).eval()
+        return self._filled(type(self.model)(config).eval())
+
+    def _filled(self, alone: PreTrainedModel) -> PreTrainedModel:
+        """Returns a model of one block with this block's weights, and the vocabulary's."""
         alone.model.layers[0].load_state_dict(self.block)
         alone.model.norm.weight.copy_(self.beside["shared_head.norm.weight"])
         alone.model.embed_tokens.weight.copy_(self.model.model.embed_tokens.weight)
@@ -141,9 +154,49 @@ class PredictingInTwo(Predicting):
         return alone
 
 
+class PredictingInWindows(Predicting):
+    """A case of MiMo V2 Flash with two equal blocks with a sliding window and no experts, which see states unnormed."""
+
+    count = 2
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        draw = torch.Generator().manual_seed(2)
+        like = self.model.model.layers[self.model.config.layer_types.index("sliding_attention")].state_dict()
+        self.block = {end: value + 0.02 * torch.randn(value.shape, generator=draw) for end, value in like.items()}
+
+    def names(self) -> dict[str, Tensor]:
+        stored = {"post_attention_layernorm.weight": "pre_mlp_layernorm.weight"}
+        stored |= {"self_attn.sinks": "self_attn.attention_sink_bias"}
+        stored |= {"shared_head.norm.weight": "final_layernorm.weight"}
+        return {
+            f"model.mtp.layers.{number}.{stored.get(end, end)}": value.clone()
+            for number in range(self.count)
+            for end, value in (self.block | self.beside).items()
+        }
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        shapes = super().shapes()
+        parts = [shapes.pop(f"self_attn.{name}_proj.weight") for name in "qkv"]
+        return shapes | {"self_attn.qkv_proj.weight": (sum(rows for rows, _ in parts), parts[0][1])}
+
+    def _hidden(self, tokens: list[int]) -> Tensor:
+        states: list[Tensor] = []
+        hook = self.model.model.norm.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0][0]))
+        super()._hidden(tokens)
+        hook.remove()
+        return states[0]
+
+    def _alone(self) -> PreTrainedModel:
+        config = copy.deepcopy(self.model.config)
+        config.num_hidden_layers, config.layer_types, config.mlp_layer_types = 1, ["sliding_attention"], ["dense"]
+        return self._filled(type(self.model)(config).eval())
+
+
 def predicting(name: str) -> Predicting:
     """Returns the model of a case with a block that predicts a further token."""
-    return PredictingInTwo(name) if name.startswith("nemotron") else Predicting(name)
+    classes = {"nemotron-h": PredictingInTwo, "mimo2": PredictingInWindows}
+    return next((made for start, made in classes.items() if name.startswith(start)), Predicting)(name)
 
 
 def _epsilon(config: Any) -> float:

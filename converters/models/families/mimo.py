@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import KEY_HEADS, Config, Key
+from lqexport.converters.models.architecture import KEY_HEADS, PREDICTOR, Config, Key
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import ATTENTION, EXPERT_LINEARS, EXPERTS, QKV, RMS_NORM
 from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_rope
@@ -29,6 +29,7 @@ def _blocks(config: Config) -> Config:
         "layer_types": types,
         "mlp_layer_types": config.get("mlp_layer_types") or [DENSE, *[SPARSE] * (layers - 1)],
         "with_sinks": [each == SLIDING for each in types],
+        "key_heads_in_windows": heads * 2,
         "key_heads": [heads * 2 if each == SLIDING else heads for each in types],
         "sliding_window": config.get("sliding_window") if before is None else before + 1,
         "rope_parameters": rope,
@@ -73,10 +74,18 @@ MIMO2 = replace(
     },
     experts="n_routed_experts",
     rows={},
-    renamed={r"\.attention_sink_bias$": ".sinks"},
+    renamed={
+        r"\.attention_sink_bias$": ".sinks",
+        r"^(model\.mtp\.layers\.\d+\.)pre_mlp_layernorm\.": r"\1post_attention_layernorm.",
+        r"^(model\.mtp\.layers\.\d+\.)final_layernorm\.": r"\1shared_head.norm.",
+    },
+    further=True,
+    predictor=PREDICTOR | {"self_attn.qkv_proj": "attn_qkv"},
+    predicts_like=(True, DENSE, SLIDING),
+    joins={"self_attn.qkv_proj": QKV},
     keys=(
         RMS_NORM,
-        Key(KEY_HEADS, "key_heads", many=True),
+        Key(KEY_HEADS, "key_heads", many=True, further="key_heads_in_windows"),
         Key("attention.value_length", "v_head_dim"),
         Key("attention.value_scale", "attention_value_scale", float, 1.0),
         Key("expert_count", "n_routed_experts"),
