@@ -373,10 +373,9 @@ class Architecture:
             return False
         if (condition := self.condition(module)) is not None:
             key, values = condition
+            of_blocks = self.per_block[key]
             # A damaged file may have fewer blocks than it says.
-            given = self.per_block[key][slice(block, block + 1)]
-            if self.predicts(block):
-                given = tuple(set(self.predicts_like) & set(self.per_block[key]))
+            given = set(self.predicts_like) & set(of_blocks) if self.predicts(block) else of_blocks[block : block + 1]
             if not any(value in values for value in given):
                 return False
         if self.dense is None or not module.startswith("mlp."):

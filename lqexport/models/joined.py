@@ -23,6 +23,10 @@ class Joined(SourceView):
         super().__init__(source)
         self.parts = parts
 
+    def moves(self, name: str) -> bool:
+        """Whether a tensor is a joined one."""
+        return name in self.parts
+
     def names(self) -> list[str]:
         within = {part for parts in self.parts.values() for part in parts}
         return [*(name for name in self.source.names() if name not in within), *self.parts]
@@ -37,7 +41,8 @@ class Joined(SourceView):
         return torch.cat([self.source.read(part) for part in self.parts[name]])
 
     def file_spans(self, name: str) -> list[FileSpan]:
-        return [span for part in self.parts.get(name, [name]) for span in super().file_spans(part)]
+        spans_of = super().file_spans
+        return [span for part in self.parts.get(name, [name]) for span in spans_of(part)]
 
 
 def joined(source: Source) -> Source:

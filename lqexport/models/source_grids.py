@@ -18,6 +18,7 @@ from lqexport.formats.moves import AffineGrid, FloatGrid, TableGrid, move
 from lqexport.formats.registry import codec_named, family_of, names
 from lqexport.models.column_order import Reordered
 from lqexport.models.interface import ModelShapes
+from lqexport.models.joined import Joined
 from lqexport.models.source import HuggingFaceSource, Source
 from lqexport.storage.artifact import StoredTensor
 from lqexport.target import Target
@@ -40,7 +41,7 @@ def outer_types(source: ModelShapes, target: Target) -> tuple[str | None, str | 
 
 def _checkpoint(source: ModelShapes) -> HuggingFaceSource | None:
     """Returns the quantized checkpoint that a source is; None if it is none, or a smoothed one."""
-    inner = source.source if isinstance(source, Reordered) else source
+    inner = source.source if isinstance(source, Reordered | Joined) else source
     return inner if isinstance(inner, HuggingFaceSource) and inner.layout is not None else None
 
 
@@ -58,7 +59,8 @@ def with_moves(source: ModelShapes, planned: list[PlannedTensor]) -> list[Planne
     """
     if (checkpoint := _checkpoint(source)) is None:
         return planned
-    staying = [tensor for tensor in planned if not (isinstance(source, Reordered) and source.moves(tensor.name))]
+    rearranged = source if isinstance(source, Reordered | Joined) else None
+    staying = [tensor for tensor in planned if not (rearranged and rearranged.moves(tensor.name))]
     moved_or_not = {tensor.name: _with_source_grid(checkpoint, tensor) for tensor in staying}
     return [moved_or_not.get(tensor.name, tensor) for tensor in planned]
 
