@@ -12,12 +12,15 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from checkpoint_layouts import fp4_packed
 from family_cases import CASES, config_and_shapes, export, make_model, make_tokenizer
-from gguf import GGMLQuantizationType, GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader, GGUFWriter
 from torch import nn
 from transformers import PreTrainedModel
 
 from lqexport.converters.folders.gptq import plan_gptq
+from lqexport.converters.gguf.config import Metadata, config_of
+from lqexport.converters.gguf.metadata import add_model
 from lqexport.converters.gguf.support import check_supported
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import plain_codec
@@ -28,6 +31,8 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.carried import IDS, TokenIds
 from lqexport.models.modules import meta_model
 from lqexport.models.source import HuggingFaceSource, open_source
+from lqexport.models.source_grids import KEPT
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.target import Target
 
@@ -131,6 +136,40 @@ def test_checkpoints_under_deepseeks_names(tmp_path: Path, monkeypatch: pytest.M
     assert all(torch.equal(source.read(name), tensor) for name, tensor in expected.items())
 
 
+def test_weights_as_they_are_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are MXFP4 and other linears FP8; scales are powers of two. Experts move to GGUF's MXFP4 as they are."""
+    _, folder = saved({}, tmp_path, monkeypatch)
+    path, expected = Path(folder) / "model.safetensors", {}
+    stored = safetensors.torch.load_file(path)
+    quantized = {name: tensor for name, tensor in stored.items() if re.search(r"\.w[123q][_a-z]*\.weight$", name)}
+    for name, tensor in quantized.items():
+        scale = name.replace(".weight", ".scale")
+        if ".experts." in name:
+            powers = tensor.unflatten(1, (-1, 32)).abs().amax(2).log2().ceil().exp2() / 4
+            codes, values = fp4_packed(tensor.numpy(), powers.numpy())
+            stored[name], expected[name] = codes.view(torch.int8), torch.from_numpy(values)
+        else:
+            power = tensor.abs().max().log2().ceil().exp2() / 256
+            powers = power.repeat(-(-len(tensor) // 128), 1)
+            stored[name] = (tensor / power).to(torch.float8_e4m3fn)
+            expected[name] = stored[name].float() * power
+        stored[scale] = powers.to(torch.float8_e8m0fnu)
+    safetensors.torch.save_file(stored, path)
+    config = json.loads((Path(folder) / "config.json").read_text())
+    settings = {"quant_method": "fp8", "fmt": "e4m3", "scale_fmt": "ue8m0", "weight_block_size": [128, 128]}
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    source = HuggingFaceSource(Path(folder), "")
+    names = {name: source._renamed(name) for name in expected}
+    assert "model.layers.0.mlp.experts.3.down_proj.weight" in names.values()
+    for name, tensor in expected.items():
+        assert torch.equal(source.read(names[name]).float(), tensor)
+        is_expert = ".experts." in name
+        assert source.dtype(names[name]) == ("mxfp4:g32" if is_expert else "fp8:128x128")
+    planned = plan_recipe(source, Recipe(folder, "gguf:MXFP4"))
+    kept = {tensor.name for tensor in planned if tensor.source_grid == KEPT}
+    assert kept == {new for name, new in names.items() if ".experts." in name}
+
+
 def test_config_as_it_is_published() -> None:
     """It has one number for each block, and one more for the block that predicts further tokens."""
     yarn = {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536, "beta_fast": 32, "beta_slow": 1}
@@ -163,6 +202,24 @@ def test_blocks_that_llamacpp_does_not_run(change: dict[str, Any], message: str)
     config = config_and_shapes("deepseek-v4")[0] | change
     with pytest.raises(UserError, match=message):
         check_supported(architecture_of(config), normalized(config))
+
+
+def test_files_of_llamacpps_converter() -> None:
+    """They leave out the width of MLPs that are no experts, and have a number more for the block of `mtp`."""
+    config = normalized(config_and_shapes("deepseek-v4")[0])
+    architecture, writer = architecture_of(config), GGUFWriter(None, "deepseek4")
+    add_model(writer, architecture, config, 512)
+    metadata = {key: value.value for key, value in writer.kv_data[0].items()}
+    assert metadata.pop("deepseek4.feed_forward_length") == 32
+    assert metadata["deepseek4.attention.compress_ratios"] == [0, 4, 128]
+    metadata["deepseek4.attention.compress_ratios"] = [0, 4, 128, 0]
+    rebuilt = normalized(config_of(Metadata("file", architecture, metadata), 512, {architecture.output}, {}))
+    again = GGUFWriter(None, "deepseek4")
+    add_model(again, architecture_of(rebuilt), rebuilt, 512)
+    assert again.kv_data == writer.kv_data
+    metadata["deepseek4.swiglu_clamp_exp"] = [1.0, 2.0, 1.0]
+    with pytest.raises(UserError, match=r"The limits of the experts are \[1\.0, 2\.0\]"):
+        config_of(Metadata("file", architecture, metadata), 512, {architecture.output}, {})
 
 
 def test_tables_of_whole_numbers_are_exact_or_refused() -> None:

@@ -148,6 +148,30 @@ def test_tuning_moves_maxima_and_scales_alone(
             assert {plane for plane in old if not np.array_equal(old[plane], new[plane])} == {moved}
 
 
+def test_numbers_without_a_gradient_have_no_state_to_save(tiny_model: Path, tmp_path: Path) -> None:
+    """Such as those of an expert without tokens, or of what only chooses. Others may have had fewer steps."""
+    quantize(Recipe(str(tiny_model), "gguf:Q4_0", method="rtn"), tmp_path / "out")
+    tuner, again = (tuner_of(tmp_path / "out", tiny_model) for _ in range(2))
+    key, other, *_ = tuner.deltas
+    optimizer, resumed = (torch.optim.Adam(list(each.deltas.values())) for each in (tuner, again))
+    for names in ([other], [name for name in tuner.deltas if name != key]):
+        for name in names:
+            tuner.deltas[name].grad = torch.ones_like(tuner.deltas[name])
+        optimizer.step()
+        optimizer.zero_grad()
+    tuner.folder.mkdir(exist_ok=True)
+    tuner._save(2, 1.0, optimizer)
+    assert again._resume(resumed) == (2, 1.0)
+    assert resumed.state[again.deltas[key]] == {}
+    for name in tuner.deltas:
+        theirs, ours = optimizer.state[tuner.deltas[name]], resumed.state[again.deltas[name]]
+        assert torch.equal(again.deltas[name], tuner.deltas[name])
+        assert {part: values.tolist() for part, values in theirs.items()} == {
+            part: values.tolist() for part, values in ours.items()
+        }
+    assert float(resumed.state[again.deltas[other]]["step"]) == 2
+
+
 def stop_tuning_half_way(tuner: Tuner, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Tuner._save
 

@@ -3,8 +3,13 @@
     weight   float8_e4m3fn [R, C]
     scale    the factor by which the weights are multiplied: one for the matrix, [R] or [R, 1] for each row, or
              [ceil(R / r), ceil(C / c)] for each block of r rows and c columns (`weight_block_size` of config.json); the
-             last blocks may be smaller. It is called weight_scale_inv (DeepSeek V3, Qwen3, Ministral 3) or weight_scale
-             (fbgemm, ModelOpt, AutoFP8)
+             last blocks may be smaller. It is called weight_scale_inv (DeepSeek V3, Qwen3, Ministral 3), weight_scale
+             (fbgemm, ModelOpt, AutoFP8) or scale (DeepSeek V4)
+
+MXFP4 of DeepSeek V4's experts, beside FP8:
+
+    weight   int8 [R, C / 2], two numbers in a byte (see `fp4.py`)
+    scale    float8_e8m0fnu [R, C / 32]
 
 NVFP4 of ModelOpt:
 
@@ -22,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lqexport.converters.checkpoints.fp4 import e2m1_codes, e2m1_grid
+from lqexport.converters.checkpoints.fp4 import e2m1_codes, e2m1_grid, powers
 from lqexport.converters.checkpoints.layout import FLOATS, CheckpointLayout, Codes
 from lqexport.errors import UserError
 from lqexport.formats.moves import FloatGrid
@@ -32,13 +37,17 @@ BLOCK = [128, 128]
 SCALES = (*FLOATS, torch.float8_e8m0fnu)
 
 
+SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
+PACKED = (torch.uint8, torch.int8)
+"""The dtypes of bytes that hold two numbers."""
+
+
 class Fp8(CheckpointLayout):
-    """FP8 weights. No grid holds them, so they are solved again."""
+    """FP8 weights, also beside MXFP4. No grid holds FP8, so such weights are solved again."""
 
     container = "FP8 folder"
-    parts: tuple[str, ...] = (
-        "weight", "weight_scale_inv", "weight_scale", "activation_scale", "input_scale", "input_scale_ub",
-    )  # fmt: skip
+    parts: tuple[str, ...] = ("weight", *SCALE_NAMES, "activation_scale", "input_scale", "input_scale_ub")
+    fp4_name = "mxfp4:g32"
 
     def check(self) -> None:
         block = self.quantization.get("weight_block_size", BLOCK)
@@ -52,20 +61,42 @@ class Fp8(CheckpointLayout):
         return f"{module}.weight" in self.names and self._scale_name(module) in self.names
 
     def _scale_name(self, module: str) -> str:
-        name = f"{module}.weight_scale_inv"
-        return name if name in self.names else f"{module}.weight_scale"
+        names = [f"{module}.{name}" for name in SCALE_NAMES]
+        return next((name for name in names if name in self.names), names[0])
+
+    def _is_fp4(self, module: str) -> bool:
+        """Whether two numbers share a byte. Each row has scales of its own then, one for 32 columns."""
+        rows, stored = self.matrix(f"{module}.weight")
+        is_of_v4 = self._scale_name(module) == f"{module}.scale"
+        return is_of_v4 and rows > 1 and self._scale_shape(module) == (rows, stored // 16)
+
+    def _fp4_scales(self, module: str) -> tuple[str, NDArray[np.float32]]:
+        """Returns the scales of packed numbers [R, groups], and the name of the stored ones."""
+        name, (rows, columns) = f"{module}.scale", self.shape(module)
+        exponents = self.checked_tensor(name, (rows, columns // 32), (torch.float8_e8m0fnu, torch.uint8))
+        return name, powers(name, exponents.view(torch.uint8).numpy())
 
     def quantization_name(self, module: str) -> str:
+        if self._is_fp4(module):
+            return self.fp4_name
         shape = self._scale_shape(module)
         if len(shape) == 2 and shape[1] > 0 and not self._is_by_row(module):
             return f"fp8:{self._block[0]}x{self._block[1]}"
         return "fp8:row" if self._is_by_row(module) else "fp8:matrix"
 
     def shape(self, module: str) -> tuple[int, int]:
-        return self.matrix(f"{module}.weight")
+        rows, columns = self.matrix(f"{module}.weight")
+        return (rows, 2 * columns) if self._is_fp4(module) else (rows, columns)
 
     def grid(self, module: str) -> FloatGrid | None:
-        return None
+        if not self._is_fp4(module):
+            return None
+        return e2m1_grid(*self._fp4_scales(module), self.shape(module)[1])
+
+    def codes(self, module: str) -> Codes:
+        rows, columns = self.shape(module)
+        packed = self.checked_tensor(f"{module}.weight", (rows, columns // 2), PACKED)
+        return e2m1_codes(packed.view(torch.uint8).numpy())
 
     def _scale_shape(self, module: str) -> tuple[int, ...]:
         return self.stored.stored_shape(self._scale_name(module))
@@ -75,6 +106,8 @@ class Fp8(CheckpointLayout):
         return rows > 1 and shape in ((rows,), (rows, 1))
 
     def read(self, module: str) -> NDArray[np.float32]:
+        if (grid := self.grid(module)) is not None:
+            return grid.values(self.codes(module))
         weight = self.checked_tensor(f"{module}.weight", self.shape(module), (torch.float8_e4m3fn,)).float()
         return (weight * self._scale(module)).numpy()
 
@@ -94,6 +127,7 @@ class ModelOpt(Fp8):
 
     container = "ModelOpt folder"
     parts = (*Fp8.parts, "weight_scale_2")
+    fp4_name = "nvfp4:g16"
 
     def check(self) -> None:
         super().check()
@@ -104,26 +138,9 @@ class ModelOpt(Fp8):
     def _is_fp4(self, module: str) -> bool:
         return f"{module}.weight_scale_2" in self.names
 
-    def quantization_name(self, module: str) -> str:
-        return "nvfp4:g16" if self._is_fp4(module) else super().quantization_name(module)
-
-    def shape(self, module: str) -> tuple[int, int]:
-        rows, columns = self.matrix(f"{module}.weight")
-        return (rows, 2 * columns) if self._is_fp4(module) else (rows, columns)
-
-    def grid(self, module: str) -> FloatGrid | None:
-        if not self._is_fp4(module):
-            return None
+    def _fp4_scales(self, module: str) -> tuple[str, NDArray[np.float32]]:
         name, of_all, (rows, columns) = f"{module}.weight_scale", f"{module}.weight_scale_2", self.shape(module)
         scale = self.checked_tensor(name, (rows, columns // 16), (torch.float8_e4m3fn,)).float()
         shape = self.stored.stored_shape(of_all)
         whole = self.checked_tensor(of_all, shape if shape == (1,) else (), FLOATS).float()
-        return e2m1_grid(name, (scale * whole).numpy(), columns)
-
-    def codes(self, module: str) -> Codes:
-        rows, columns = self.shape(module)
-        return e2m1_codes(self.checked_tensor(f"{module}.weight", (rows, columns // 2), (torch.uint8,)).numpy())
-
-    def read(self, module: str) -> NDArray[np.float32]:
-        grid = self.grid(module)
-        return super().read(module) if grid is None else grid.values(self.codes(module))
+        return name, (scale * whole).numpy()

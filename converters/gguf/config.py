@@ -107,7 +107,8 @@ def _sizes(metadata: Metadata) -> Config:
     length = "attention.key_length_mla" if absorbed else "attention.key_length"
     return {
         "hidden_size": hidden,
-        "intermediate_size": metadata.number("feed_forward_length"),
+        # llama.cpp's converter leaves the key out where all MLPs are experts (DeepSeek V4).
+        "intermediate_size": metadata.number("feed_forward_length", metadata.get("expert_feed_forward_length")),
         **_blocks(metadata),
         "num_attention_heads": heads,
         "num_key_value_heads": heads if absorbed else metadata.number(KEY_HEADS, heads),

@@ -45,6 +45,8 @@ from lqexport.tuning.tensor_cache import TensorCache, Unpacked, unpack
 
 SAVE_EVERY = 4
 """Number of steps after which the state is saved."""
+ADAM = ("step", "exp_avg", "exp_avg_sq")
+"""What Adam keeps of a number that has had a gradient."""
 HELD_OUT = 8
 """Number of sequences that are not tuned on. They tell whether tuning helped."""
 WARM_UP = 4
@@ -349,10 +351,13 @@ class Tuner:
         return sum(float(self._divergence(self._forward(x)[-1][0].to(device), y)) for x, y in pairs) / HELD_OUT
 
     def _save(self, step: int, before: float, optimizer: torch.optim.Adam) -> None:
-        """Saves what the next step needs."""
+        """Saves what the next step needs.
+
+        A number that has had no gradient yet, such as of an expert without tokens, has no state in the optimizer.
+        """
         content: State = {}
         for key, delta in self.deltas.items():
-            content |= {f"{key}/{name}": optimizer.state[delta][name] for name in ("exp_avg", "exp_avg_sq")}
+            content |= {f"{key}/{name}": values for name, values in optimizer.state[delta].items()}
             content[f"{key}/delta"] = delta.detach()
         _write(self.folder / "tuning.safetensors", content, {"step": step, "before": before})
 
@@ -365,11 +370,12 @@ class Tuner:
         if not path.is_file():
             return 0, None
         with open_tensors(path, "pt", AGAIN) as file:
-            state = json.loads(file.metadata()["facts"])
+            state, present = json.loads(file.metadata()["facts"]), set(file.keys())
             for key, delta in self.deltas.items():
                 delta.data.copy_(file.get_tensor(f"{key}/delta"))
-                moments = {name: file.get_tensor(f"{key}/{name}") for name in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[delta] = {"step": torch.tensor(float(state["step"]))} | moments
+                kept = {name: file.get_tensor(f"{key}/{name}") for name in ADAM if f"{key}/{name}" in present}
+                if kept:  # a file of an earlier version has no `step` of its own for each number
+                    optimizer.state[delta] = {"step": torch.tensor(float(state["step"]))} | kept
         return state["step"], state["before"]
 
     def _finished(self) -> State:

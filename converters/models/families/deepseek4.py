@@ -104,6 +104,7 @@ def _deepseek4(config: Config) -> Config:
         "compress_ratios": [RATES.get(each, 0) for each in types],
         "swiglu_limits": [float(limit)] * len(types),
         "num_key_value_heads": 1,
+        "intermediate_size": config.get("moe_intermediate_size"),
         "norm_topk_prob": True,
     }  # fmt: skip
 
@@ -259,7 +260,6 @@ DEEPSEEK_V4 = replace(
         Key("hyper_connection.count", "hc_mult"),
         Key("hyper_connection.sinkhorn_iterations", "hc_sinkhorn_iters"),
         Key("hyper_connection.epsilon", "hc_eps", float),
-        Key("feed_forward_length", "moe_intermediate_size"),
         *ROUTED_KEYS,
         Key("expert_weights_norm", "norm_topk_prob", bool, True),
         Key("expert_gating_func", "expert_gating_func", int, SQRT_SOFTPLUS),
