@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
+from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
 
@@ -239,6 +240,7 @@ def _wanted(target: Target, architecture: Architecture, mix: Mapping[str, str], 
     return str(target) if is_pure and (linear or _is_plain(str(target))) else "gguf:Q8_0"
 
 
+@lru_cache
 def _is_plain(codec_name: str) -> bool:
     """Whether a codec rounds each weight alone, so that the solver has nothing to do."""
     return isinstance(codec_named(codec_name), PlainCodec)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -362,6 +363,11 @@ class Architecture:
         tensors = self.gguf_tensors | self.numbers
         return {name: gguf for name, gguf in tensors.items() if self.has(block, name)}
 
+    @cached_property
+    def linear_names(self) -> frozenset[str]:
+        """The names of all `linears`. Those of experts are many, and every tensor is looked up."""
+        return frozenset(linear for group in self.linears for linear in group)
+
     def linears_of(self, block: int) -> tuple[tuple[str, ...], ...]:
         """Returns the groups of `linears` that the block with this number has."""
         groups = (tuple(linear for linear in group if self.has(block, linear)) for group in self.linears)
@@ -384,7 +390,7 @@ class Architecture:
 
     def is_matrix(self, module: str) -> bool:
         """Whether a module of a block is a linear, solved or rounded."""
-        return module in self.rounded or any(module in group for group in self.linears)
+        return module in self.rounded or module in self.linear_names
 
     def predicts(self, block: int) -> bool:
         """Whether the block with this number predicts further tokens."""

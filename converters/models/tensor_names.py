@@ -94,7 +94,7 @@ def is_linear(architecture: Architecture, name: str) -> bool:
     module = block_module(architecture, name)
     if module is None or module[2] != "weight" or architecture.predicts(module[0]):
         return False
-    return any(module[1] in group for group in architecture.linears)
+    return module[1] in architecture.linear_names
 
 
 def is_rounded(architecture: Architecture, name: str) -> bool:

@@ -40,14 +40,25 @@ Gate = Callable[[Tensor, Tensor], Tensor]
 AutoModelForCausalLM.register(Mistral4Config, Mistral4ForCausalLM, exist_ok=True)
 
 
+class _Unset(nn.Linear):
+    """A linear without storage, whose weights come from a checkpoint.
+
+    PyTorch would draw numbers for it. Without storage these are none, but to draw them takes longer than all the rest,
+    and a model may have 50000 experts.
+    """
+
+    def reset_parameters(self) -> None:
+        """Leaves the weights as they are."""
+
+
 class Expert(nn.Module):
     """One expert: a gated MLP."""
 
     def __init__(self, hidden: int, inner: int, gate: Gate, bias: bool, dtype: torch.dtype) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
-        self.up_proj = nn.Linear(hidden, inner, bias=bias, dtype=dtype)
-        self.down_proj = nn.Linear(inner, hidden, bias=bias, dtype=dtype)
+        self.gate_proj = _Unset(hidden, inner, bias=bias, dtype=dtype)
+        self.up_proj = _Unset(hidden, inner, bias=bias, dtype=dtype)
+        self.down_proj = _Unset(inner, hidden, bias=bias, dtype=dtype)
         self.gate = gate
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -59,8 +70,8 @@ class UngatedExpert(nn.Module):
 
     def __init__(self, hidden: int, inner: int, activation: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(hidden, inner, bias=False, dtype=dtype)
-        self.down_proj = nn.Linear(inner, hidden, bias=False, dtype=dtype)
+        self.up_proj = _Unset(hidden, inner, bias=False, dtype=dtype)
+        self.down_proj = _Unset(inner, hidden, bias=False, dtype=dtype)
         self.activation = activation
 
     def forward(self, hidden: Tensor) -> Tensor:

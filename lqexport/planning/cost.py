@@ -86,6 +86,16 @@ class Work:
         return [tensor for tensor in self.linears if tensor.name.startswith(prefix)]
 
     @cached_property
+    def block_weights(self) -> int:
+        """Number of weights of the linears of `block`."""
+        return sum(tensor.weights for tensor in self.block)
+
+    @cached_property
+    def different(self) -> list[PlannedTensor]:
+        """One linear of `block` for each shape and codec. The experts of a block are many and alike."""
+        return list({(tensor.shape, tensor.codec_name): tensor for tensor in self.block}.values())
+
+    @cached_property
     def _largest_block(self) -> str:
         """The prefix of the names of the tensors in that block."""
         weights: Counter[str] = Counter()
@@ -123,7 +133,7 @@ class Work:
         """Number of weights of the embedding; the output has as many."""
         return int(self.config["vocab_size"]) * self.hidden
 
-    @property
+    @cached_property
     def tables(self) -> int:
         """Number of weights of the further tables of which a token needs one row."""
         return sum(tensor.weights for tensor in self.tensors if tensor.name in self.architecture.tables)
@@ -155,6 +165,18 @@ class Work:
         named = {tensor.name: tensor for tensor in self.block}
         groups = ([f"{self._largest_block}{linear}.weight" for linear in group] for group in self.architecture.linears)
         return [[named[name] for name in group if name in named] for group in groups]
+
+    @cached_property
+    def measured(self) -> dict[Group, PlannedTensor]:
+        """The linears of `block` for which a Hessian is kept, each as a group of its own."""
+        return {(self.in_block(tensor),): tensor for tensor in self.inputs(self.block)}
+
+    @cached_property
+    def pools(self) -> list[PlannedTensor]:
+        """One linear for each average Hessian over all experts."""
+        return [
+            self.measured[(first,)] for first, *_ in pooled(self.measured, self.measured, self.architecture).values()
+        ]
 
     def added(self, tensor: PlannedTensor) -> int:
         """Returns the number of the linear's rows whose outputs are added to the hidden states, else 0.
@@ -196,11 +218,9 @@ def moments_bytes(work: Work) -> int:
 def largest_part_bytes(work: Work, count: int) -> int:
     """Returns the bytes of Hessians of the largest of `count` parts of a block (`experts.parts`), with the average ones
     over all experts."""
-    tensors = work.inputs(work.block)
-    named: dict[Group, PlannedTensor] = {(work.in_block(tensor),): tensor for tensor in tensors}
-    pools = [named[(first,)] for first, *_ in pooled(named, named, work.architecture).values()]
+    named = work.measured
     largest = max((_squares(named[group] for group in part) for part in parts_of(list(named), count)), default=0)
-    return work.recipe.output_groups * (largest + _squares(pools))
+    return work.recipe.output_groups * (largest + _squares(work.pools))
 
 
 def _squares(tensors: Iterable[PlannedTensor]) -> int:

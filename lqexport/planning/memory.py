@@ -68,16 +68,23 @@ SOLVING = "solving the largest linear"
 
 def memory(work: Work, placement: Placement) -> dict[str, Memory]:
     """Returns stage -> peak memory under a placement."""
-    stages = {"rounding the embedding": Memory(2 * 4 * max(work.outer, work.tables), 0)}
-    if work.calibrated:
-        stages[PASSING] = _passing(work, placement)
+    process = Memory(0, PROCESS_BYTES)
+    stages = {"rounding the embedding": Memory(2 * 4 * max(work.outer, work.tables), 0) + process}
+    stages |= _placed(work, placement)
+    if work.calibrated and work.recipe.tuned_sequences:
+        stages["tuning"] = _tuning_memory(work, placement) + _unpacked(work, placement) + process
+    return stages
+
+
+def _placed(work: Work, placement: Placement) -> dict[str, Memory]:
+    """Returns stage -> peak memory, of the stages that the placement is chosen for."""
+    if not work.calibrated:
+        stages = {SOLVING: Memory(_chunk_bytes(work, placement), 0)}
+    else:
+        stages = {PASSING: _passing(work, placement)}
         if work.recipe.asymmetric:
             stages[AIMING] = _aiming(work, placement)
         stages[SOLVING] = _solving(work, placement)
-    else:
-        stages[SOLVING] = Memory(_chunk_bytes(work, placement), 0)
-    if work.calibrated and work.recipe.tuned_sequences:
-        stages["tuning"] = _tuning_memory(work, placement) + _unpacked(work, placement)
     return {name: stage + Memory(0, PROCESS_BYTES) for name, stage in stages.items()}
 
 
@@ -104,7 +111,7 @@ def _passing(work: Work, placement: Placement) -> Memory:
     they are paused. At their locations: the total Hessian sums and the hidden states.
     """
     batch = min(max(work.recipe.sequence_length, BATCH_TOKENS), work.tokens)
-    inner = max((max(tensor.matrix) for tensor in work.block), default=0)
+    inner = max((max(tensor.matrix) for tensor in work.different), default=0)
     activations = 4 * batch * (HIDDEN_STATES * work.hidden + INNER_STATES * inner)
     logits = 3 * 4 * work.recipe.sequence_length * int(work.config["vocab_size"]) if work.guided else 0
     block = _blocks_bytes(work, placement)
@@ -150,12 +157,12 @@ def _sums_bytes(work: Work, placement: Placement) -> int:
 
 def _widest(work: Work) -> int:
     """Returns the largest number of inputs of a linear."""
-    return max((tensor.matrix[1] for tensor in work.block), default=0)
+    return max((tensor.matrix[1] for tensor in work.different), default=0)
 
 
 def _largest(work: Work) -> int:
     """Returns the number of weights of the largest linear."""
-    return max((tensor.weights for tensor in work.block), default=0)
+    return max((tensor.weights for tensor in work.different), default=0)
 
 
 def _panel_bytes(work: Work) -> int:
@@ -170,11 +177,7 @@ def _kept_cholesky(work: Work, placement: Placement) -> Memory:
 
 def _blocks_bytes(work: Work, placement: Placement) -> int:
     """Returns the bytes of a block's linears in a pass; with asymmetric calibration, of both models' blocks."""
-    return (
-        _weight_bytes(work, placement)
-        * sum(tensor.weights for tensor in work.block)
-        * (1 + bool(work.recipe.asymmetric))
-    )
+    return _weight_bytes(work, placement) * work.block_weights * (1 + bool(work.recipe.asymmetric))
 
 
 def _weight_bytes(work: Work, placement: Placement) -> int:
@@ -221,7 +224,7 @@ def _solving(work: Work, placement: Placement) -> Memory:
         working += Memory(_blocks_bytes(work, placement) + _held(work, placement), 0)
     guided = work.guided and work.recipe.prefix == "full"
     states = Memory(0, _kept_states(work, placement)) if guided else _states(work, placement)
-    working += Memory(0, 2 * max((tensor.nbytes for tensor in work.block), default=0))
+    working += Memory(0, 2 * max((tensor.nbytes for tensor in work.different), default=0))
     return working + states + _kept(placement.moments, _sums_bytes(work, placement)) + _kept_cholesky(work, placement)
 
 
@@ -230,7 +233,7 @@ def _whole_squares(work: Work) -> int:
 
     EXL2 and GPTQ's layout reorder the Hessian's columns. EXL3 rotates it, and factorizes it in float64.
     """
-    codecs = [codec_named(tensor.codec_name) for tensor in work.block]
+    codecs = [codec_named(tensor.codec_name) for tensor in work.different]
     if any(isinstance(codec, TrellisCodec) for codec in codecs):
         return ROTATED_SQUARES
     return 3 * any(isinstance(codec, SectionedCodec) for codec in codecs)
@@ -239,8 +242,8 @@ def _whole_squares(work: Work) -> int:
 def _chunk_bytes(work: Work, placement: Placement) -> int:
     """Returns the bytes of the solver's arrays for the rows that are solved at once."""
     whole = bool(_whole_squares(work))
-    rows = [(tensor.matrix[0] if whole else min(placement.rows, tensor.matrix[0])) for tensor in work.block]
-    most = max((count * tensor.matrix[1] for count, tensor in zip(rows, work.block, strict=True)), default=0)
+    matrices = [tensor.matrix for tensor in work.different]
+    most = max(((rows if whole else min(placement.rows, rows)) * columns for rows, columns in matrices), default=0)
     return SOLVER_MATRICES * 4 * most
 
 
@@ -248,7 +251,7 @@ def _correction_bytes(work: Work) -> int:
     """Returns the bytes of a low-rank correction's float64 arrays: two of the error, one of its columns' weights."""
     if not work.recipe.rank:
         return 0
-    return max((8 * (2 * tensor.weights + tensor.matrix[1] ** 2) for tensor in work.block), default=0)
+    return max((8 * (2 * tensor.weights + tensor.matrix[1] ** 2) for tensor in work.different), default=0)
 
 
 def placements(work: Work, device: torch.device, folder: Path) -> Iterator[Placement]:
@@ -257,7 +260,7 @@ def placements(work: Work, device: torch.device, folder: Path) -> Iterator[Place
     `folder` is for files, where the host has no room.
     """
     kept = locations(device, folder)
-    most = max((whole_tiles(tensor.matrix[0] + ROW_TILE - 1) for tensor in work.block), default=ROW_TILE)
+    most = max((whole_tiles(tensor.matrix[0] + ROW_TILE - 1) for tensor in work.different), default=ROW_TILE)
     for moments in range(len(kept)):
         hidden = kept[max(moments, len(kept) - 2)]  # on the host, unless even Hessians have to be in files
         for parts, factors in product(_parts(work), sorted({max(0, moments - 1), moments})):
@@ -318,10 +321,9 @@ def choose_placement(work: Work, device: torch.device, folder: Path, limits: Mem
     `folder` is for files, where the host has no room.
     """
     for placement in placements(work, device, folder):
-        stages = memory(work, placement)
-        if not any(limits.excess(stages[name], device) for name in (PASSING, AIMING, SOLVING) if name in stages):
+        needed = list(_placed(work, placement).values())
+        if not any(limits.excess(stage, device) for stage in needed):
             break
-    needed = [stages[name] for name in (PASSING, AIMING, SOLVING) if name in stages]
     if work.calibrated and (bytes_per_token := _held_bytes(work)):
         free = min(_half(*each) for each in _taken(needed, device, limits))
         placement = replace(placement, held=min(work.tokens, free // bytes_per_token))
@@ -383,7 +385,7 @@ def _tuning_memory(work: Work, placement: Placement) -> Memory:
     sequence.
     """
     length, vocabulary = work.recipe.sequence_length, int(work.config["vocab_size"])
-    block = (1 + _weight_bytes(work, placement)) * sum(tensor.weights for tensor in work.block)
+    block = (1 + _weight_bytes(work, placement)) * work.block_weights
     largest = _largest(work)
     device = 2 * 4 * work.outer + max(block + TUNED_MATRICES * 4 * largest, 8 * 4 * length * vocabulary)
     states = 4 * length * work.states * (work.blocks + 1 + 2 * (work.recipe.tuned_sequences + HELD_OUT))
