@@ -339,4 +339,5 @@ def refine_block(values, gradient, hessian, codes, levels, uniform, spread, scal
         block = Block(hessian, inverse, summed, offsets, levels[r % levels.shape[0]], uniform, rounding, refit)
         row = Row(values[r], gradient[r], lines[0], lines[1], lines[2], lines[3], lines[4], lines[5], spread[r],
                   squares[0], squares[1], pairs[0], pairs[1])  # fmt: skip
-        _refine_row(r, row, block, codes[r], scale, offset, rounds)
+        # As int64, since the type of `r` itself differs between numba's passes, and all would be compiled twice.
+        _refine_row(np.int64(r), row, block, codes[r], scale, offset, rounds)

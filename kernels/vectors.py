@@ -452,7 +452,8 @@ def refine_block(values, gradient, hessian, metrics, codes, group, scale, refit,
     Codes change eight at a time. `metrics` are those of `feedback_block`, of the Hessian's blocks on its diagonal.
     """
     for r in prange(values.shape[0]):
-        _refine_row(values[r], gradient[r], hessian, metrics, codes[r], r, group, scale, refit, book)
+        # As int64, since the type of `r` itself differs between numba's passes, and all would be compiled twice.
+        _refine_row(values[r], gradient[r], hessian, metrics, codes[r], np.int64(r), group, scale, refit, book)
 
 
 @njit(cache=True)

@@ -64,10 +64,13 @@ def outcome_or_refusal(config: Config) -> Outcome:
 
 @pytest.mark.parametrize("name", CASES)
 def test_metadata_without_a_key_are_those_with_transformers_default(name: str) -> None:
-    checked = 0
+    checked, expected = 0, dict[str, Outcome]()  # many keys have the default, so that many complete ones are alike
     for key, lacking, complete in configs_without_a_key(name):
         checked += 1
-        assert outcome_or_refusal(lacking) == outcome_or_refusal(complete), key
+        content = json.dumps(complete, sort_keys=True)
+        if content not in expected:
+            expected[content] = outcome_or_refusal(complete)
+        assert outcome_or_refusal(lacking) == expected[content], key
     assert checked > 20
 
 

@@ -19,6 +19,7 @@ from lqexport.formats.registry import codec_named, names
 from lqexport.grids import fit as fitting
 from lqexport.grids.fit import fit, minmax, store
 from lqexport.grids.grid import Numbers, TensorGrid
+from lqexport.grids.vectors import stored
 from lqexport.solver import feedback as solve
 from lqexport.solver import solve_cpu, solve_torch
 from lqexport.solver.cholesky import SHARE_OF_MEDIAN, factorize
@@ -152,6 +153,19 @@ def test_rounds_keep_values_and_gradient_up_to_date(name: str, problem: tuple[to
     torch.testing.assert_close(moved, grid.values(codes), rtol=1e-5, atol=1e-6)
     expected = (moved - weights) @ hessian
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_blocks_stored_numbers_are_contiguous_and_come_back() -> None:
+    """A loop would be compiled again for arrays in another layout, which takes half a minute."""
+    form = codec_named("gguf:Q2_K").scale
+    numbers = Numbers(form, torch.zeros(3, 2), torch.zeros(3, 32, dtype=torch.int16))
+    for block in (slice(0, 256), slice(256, 512), slice(0, 512)):
+        with stored(numbers, form.group, block) as held:
+            for array in (held.supers, held.subs):
+                assert array.flags.c_contiguous
+                array += 1
+    assert numbers.supers.tolist() == [[2] * 2] * 3
+    assert numbers.subs.tolist() == [[2] * 32] * 3
 
 
 @pytest.mark.parametrize("name", ["gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_1", "gguf:IQ4_NL", "native:affine-3-g64"])

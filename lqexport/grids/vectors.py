@@ -5,6 +5,8 @@ The search runs in the CUDA kernels where the weights are on a GPU that has them
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -41,15 +43,21 @@ def book_on(device: torch.device, codebook: Codebook, levels: bytes) -> cuda_vec
     return cuda_vectors.on_device(book(codebook, levels), device)
 
 
-def stored(numbers: Numbers, group: int, block: slice) -> cpu.Stored:
-    """Returns the stored numbers of a block of columns as views of the arrays, which a kernel changes in place."""
+@contextmanager
+def stored(numbers: Numbers, group: int, block: slice) -> Iterator[cpu.Stored]:
+    """Yields the stored numbers of a block of columns, which a kernel changes in place; then they are the grid's, too.
+
+    The arrays are contiguous, and not slices of the grid's: a kernel is compiled for each layout that it gets.
+    """
     form = numbers.format
     first, last = block.start // group, block.stop // group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    return cpu.Stored(
-        True, supers, subs, form.span, form.low, form.high, np.float32(form.sign), *form.floats.fitted, form.step
+    copies = np.ascontiguousarray(supers), np.ascontiguousarray(subs)
+    yield cpu.Stored(
+        True, *copies, form.span, form.low, form.high, np.float32(form.sign), *form.floats.fitted, form.step
     )
+    supers[:], subs[:] = copies
 
 
 def search_vectors(codec: GridCodec, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -41,17 +43,17 @@ def refine_block(
     """
     group, refit = min(grid.group, values.shape[1]), refit and grid.scale is not None
     block_codes, lines = codes[:, block].contiguous(), hessian.unflatten(0, (-1, group))
-    scale, offset = _stored(grid.scale, grid, block), _stored(grid.offset, grid, block)
-    for start in range(0, len(values), SPREAD_ROWS):
-        rows = slice(start, start + SPREAD_ROWS)
-        levels = grid.levels if len(grid.levels) == 1 else grid.levels[rows]
-        part = block_codes[rows]
-        spread = _spread(grid.level_of(part), lines) if refit else torch.empty(len(part), *lines.shape[::2])
-        refine.refine_block(
-            values[rows].numpy(), gradient[rows].numpy(), hessian.numpy(), part.numpy(), levels.numpy(),
-            grid.uniform, spread.numpy(), _rows_of(scale, rows), _rows_of(offset, rows), refit, int(grid.rounding),
-            rounds,
-        )  # fmt: skip
+    with _stored(grid.scale, grid, block) as scale, _stored(grid.offset, grid, block) as offset:
+        for start in range(0, len(values), SPREAD_ROWS):
+            rows = slice(start, start + SPREAD_ROWS)
+            levels = grid.levels if len(grid.levels) == 1 else grid.levels[rows]
+            part = block_codes[rows]
+            spread = _spread(grid.level_of(part), lines) if refit else torch.empty(len(part), *lines.shape[::2])
+            refine.refine_block(
+                values[rows].numpy(), gradient[rows].numpy(), hessian.numpy(), part.numpy(), levels.numpy(),
+                grid.uniform, spread.numpy(), _rows_of(scale, rows), _rows_of(offset, rows), refit, int(grid.rounding),
+                rounds,
+            )  # fmt: skip
     codes[:, block] = block_codes
 
 
@@ -77,10 +79,9 @@ def _rows_of(stored: cpu.Stored, rows: slice) -> cpu.Stored:
     return stored._replace(supers=stored.supers[rows], subs=stored.subs[rows]) if stored.present else stored
 
 
-def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> cpu.Stored:
-    """Returns the block's stored numbers as views of the grid's arrays, which the kernel changes in place."""
+def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> AbstractContextManager[cpu.Stored]:
+    """Returns a context that gives the block's stored numbers, which the kernel changes in place."""
     if numbers is None:
-        return cpu.Stored(
-            False, np.ones((1, 1), np.float32), np.ones((1, 1), np.int16), 1, 1, 1, np.float32(1), *FLOAT16, 1
-        )
+        ones = np.ones((1, 1), np.float32), np.ones((1, 1), np.int16)
+        return nullcontext(cpu.Stored(False, *ones, 1, 1, 1, np.float32(1), *FLOAT16, 1))
     return stored(numbers, grid.group, block)

@@ -60,11 +60,12 @@ def refine_block(
     block_codes = codes[:, block].cpu().contiguous()
     numbers = Numbers(grid.scale.format, grid.scale.supers.cpu(), grid.scale.subs.cpu())
     new, slope = values.cpu(), gradient.cpu()
-    for _ in range(rounds):
-        vectors.refine_block(
-            new.numpy(), slope.numpy(), _host(hessian), metrics.numpy(), block_codes.numpy(), grid.group,
-            stored(numbers, grid.group, block), refit, book(*_key(grid)),
-        )  # fmt: skip
+    with stored(numbers, grid.group, block) as scale:
+        for _ in range(rounds):
+            vectors.refine_block(
+                new.numpy(), slope.numpy(), _host(hessian), metrics.numpy(), block_codes.numpy(), grid.group, scale,
+                refit, book(*_key(grid)),
+            )  # fmt: skip
     codes[:, block] = block_codes.to(codes.device)
     changed = ((values, new), (gradient, slope), (grid.scale.supers, numbers.supers), (grid.scale.subs, numbers.subs))
     for kept, host in changed:

@@ -119,26 +119,26 @@ def build(source: Path, kernels: Iterable[str], flavour: str, folder: Path) -> P
     It is built once per folder and content.
     """
     text = f'#include "{source}"\n' + "".join(f"CUDACPU_KERNEL({kernel})\n" for kernel in kernels)
-    parts = [text, flavour, *(path.read_text() for path in sorted([*source.parent.glob("*.cu*"), *HERE.glob("*.*")]))]
-    path = folder / f"{source.stem}-{flavour}-{hashlib.sha256(''.join(parts).encode()).hexdigest()[:16]}"
+    parts = [text, flavour, *(path.read_text() for path in sorted(source.parent.glob("*.cu*")))]
+    runtime = _built(folder, "runtime", [], ["-O2", "-c", HERE / "runtime.cpp"])  # the same in all programs
+    return Program(_built(folder, f"{source.stem}-{flavour}", parts, [
+        *BUILDS[flavour], "-Wno-attributes", "-Wno-psabi", f"-I{HERE / 'include'}", f"-I{KERNELS}",
+        "-isystem", headers(), "-include", HERE / "cudacpu.h", "-x", "c++", "-", "-x", "none", runtime, "-ldl",
+    ], text))  # fmt: skip
+
+
+def _built(folder: Path, name: str, parts: list[str], arguments: list[object], text: str = "") -> Path:
+    """Returns what g++ makes with these arguments of `text`, once per folder, of `parts` and of the harness's files."""
+    content = "".join([*parts, *(path.read_text() for path in sorted(HERE.glob("*.*")))])
+    path = folder / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:16]}"
     with FileLock(f"{path}.lock"):
         if not path.exists():
-            _compile(text, flavour, path)
-    return Program(path)
+            _run(text, "g++", *COMMON, *arguments, "-o", path)
+    return path
 
 
-def _compile(text: str, flavour: str, path: Path) -> None:
-    runtime, main = path.with_suffix(".o"), path.with_suffix(".cpp")
-    main.write_text(text)
-    _run("g++", *COMMON, "-O2", "-c", HERE / "runtime.cpp", "-o", runtime)
-    _run(
-        "g++", *COMMON, *BUILDS[flavour], "-Wno-attributes", "-Wno-psabi", f"-I{HERE / 'include'}", f"-I{KERNELS}",
-        "-isystem", headers(), "-include", HERE / "cudacpu.h", main, runtime, "-ldl", "-o", path,
-    )  # fmt: skip
-
-
-def _run(*command: object) -> None:
-    process = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+def _run(text: str, *command: object) -> None:
+    process = subprocess.run([str(part) for part in command], input=text, capture_output=True, text=True, check=False)
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, command))}\n{process.stderr[-4000:]}")
 

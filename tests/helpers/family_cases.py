@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import json
 import math
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -468,7 +470,12 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def config_and_shapes(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
-    """Returns the config.json of a case, and its tensors' names and shapes."""
+    """Returns the config.json of a case, and its tensors' names and shapes. The caller may change them."""
+    return copy.deepcopy(_config_and_shapes(name))
+
+
+@cache
+def _config_and_shapes(name: str) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
     model = make_model(name)
     config = json.loads(model.config.to_json_string(use_diff=False)) | {"architectures": [type(model).__name__]}
     return config, expected_shapes(config)
