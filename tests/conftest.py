@@ -115,6 +115,31 @@ def kernels_on(
     return choose
 
 
+@pytest.fixture(scope="module")
+def llamacpp_here() -> Iterator[None]:
+    """Lets llama.cpp load outlines of GGUF files, and run files that are verified, in the test process by one thread.
+
+    That is for tests which run the same files there anyway. A child process would take half a second.
+    """
+    from lqexport.errors import UserError
+    from lqexport.evaluation import llamacpp, outline
+    from lqexport.evaluation.llamacpp_process import LlamaCppFailed, _few
+    from lqexport.verification import verify_predictions
+
+    class Here(llamacpp.LlamaCpp):
+        def __init__(self, path: Path, n_ctx: int, **options: Any) -> None:
+            try:
+                super().__init__(path, n_ctx, **{"threads": 1} | options)
+            except UserError as error:
+                raise LlamaCppFailed(str(error)) from error
+            self.warnings = _few(self.warnings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (outline, verify_predictions):
+            patch.setattr(module, "LlamaCppProcess", Here)
+        yield
+
+
 @pytest.fixture
 def served() -> Iterator[Callable[[Server], Server]]:
     """A function that starts a server on this machine. The server stops after the test."""

@@ -48,7 +48,9 @@ class Case:
 
 
 @pytest.fixture(scope="module", params=CASES)
-def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pieces: Path) -> Iterator[Case]:
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pieces: Path, llamacpp_here: None
+) -> Iterator[Case]:
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     model, tokenizer = make_model(name), make_tokenizer(CASES[name][2], pieces)
     model.save_pretrained(folder / "hf")

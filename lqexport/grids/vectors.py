@@ -53,11 +53,12 @@ def stored(numbers: Numbers, group: int, block: slice) -> Iterator[cpu.Stored]:
     first, last = block.start // group, block.stop // group
     supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
     subs = numbers.subs.numpy()[:, first:last]
-    copies = np.ascontiguousarray(supers), np.ascontiguousarray(subs)
-    yield cpu.Stored(
-        True, *copies, form.span, form.low, form.high, np.float32(form.sign), *form.floats.fitted, form.step
-    )
-    supers[:], subs[:] = copies
+    held = cpu.Stored(
+        True, np.ascontiguousarray(supers), np.ascontiguousarray(subs), form.span, form.low, form.high,
+        np.float32(form.sign), *form.floats.fitted, form.step,
+    )  # fmt: skip
+    yield held
+    supers[:], subs[:] = held.supers, held.subs
 
 
 def search_vectors(codec: GridCodec, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,6 @@ def _rows_of(stored: cpu.Stored, rows: slice) -> cpu.Stored:
 def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> AbstractContextManager[cpu.Stored]:
     """Returns a context that gives the block's stored numbers, which the kernel changes in place."""
     if numbers is None:
-        ones = np.ones((1, 1), np.float32), np.ones((1, 1), np.int16)
-        return nullcontext(cpu.Stored(False, *ones, 1, 1, 1, np.float32(1), *FLOAT16, 1))
+        supers, subs = np.ones((1, 1), np.float32), np.ones((1, 1), np.int16)
+        return nullcontext(cpu.Stored(False, supers, subs, 1, 1, 1, np.float32(1), *FLOAT16, 1))
     return stored(numbers, grid.group, block)
