@@ -95,6 +95,8 @@ def test_opt_has_no_gguf_and_a_native_artifact(tmp_path: Path, texts: tuple[str,
     ("name", "change", "message"),
     [
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'silu'"),
+        ("qwen3", {"head_dim": 33}, "pairs of columns, and by config.json 33 are"),
+        ("glm4moe", {"head_dim": 1}, "pairs of columns, and by config.json 0 are"),
         ("gemma2", {"query_pre_attn_scalar": 24}, "query_pre_attn_scalar 32"),
         ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th block"),
         ("smollm3", {"no_rope_layers": [1, 0, 1, 1]}, "every fourth block"),

@@ -107,6 +107,10 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
             f"config.json: partial_rotary_factor is {share}, and {rotary_dim(config)} of {head_dim(config)} columns of "
             "a head are rotated."
         )
+    if architecture.rope_types and (rotary_dim(config) < 1 or rotary_dim(config) % 2):
+        raise UserError(
+            f"llama.cpp rotates pairs of columns, and by config.json {rotary_dim(config)} are to be rotated."
+        )
     if rope_type == "yarn":
         _check_yarn(architecture, settings)
         _check_mscale(architecture, settings)
