@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -105,7 +106,8 @@ def in_llamacpp(planned: Planned) -> tuple[str, str]:
 
 
 def _load_and_run(planned: Planned, writing: int) -> None:
-    """Loads the outline of a file, then all of it, and runs it; ends the process."""
+    """Loads the outline of a file, then all of it, and runs it; ends the process, after two minutes at the latest."""
+    signal.alarm(120)
     try:
         with LlamaCpp(planned.path, 32, 1, embeddings=planned.encoder, part="outline"):
             os.write(writing, LOADS)
