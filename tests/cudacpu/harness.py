@@ -24,7 +24,7 @@ from torch import Tensor
 HERE = Path(__file__).parent
 KERNELS = HERE.parent.parent / "kernels"
 # NVRTC compiles so too: IEEE arithmetic, and values may be read through pointers of other types.
-COMMON = ("-std=c++17", "-g", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer", "-rdynamic")
+COMMON = ("-std=c++17", "-g1", "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer", "-rdynamic")
 BUILDS = {
     "plain": ("-O2", "-freorder-blocks-algorithm=simple"),
     "address": (
