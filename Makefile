@@ -12,6 +12,7 @@ help:
 	@echo "make setup  all that the others need, in .venv (3 GB); they do this themselves"
 	@echo "make test   lint, type check and all tests"
 	@echo "make lint   ruff and mypy alone"
+	@echo "make kernels   compiles the solver's loops, once for all test processes"
 	@echo "make docs   the documentation as a site, in site/"
 	@echo "make models build the two reference models in .models"
 	@echo "make reliability   damaged files and injected faults: the figures of docs/reliability.md"
