@@ -114,11 +114,11 @@ def little_work() -> Any:
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     content = {
         name: "".join(SENTENCE.format(f"{name} {first}", second) for first in words for second in words)[:2600]
-        for name in ("python-docs", "python-heldout", "hub")
+        for name in (*texts.BUILT_IN, "hub")
     }
     with pytest.MonkeyPatch.context() as patch:
         for name in texts.BUILT_IN:
-            patch.setitem(texts.BUILT_IN, name, lambda name=name: content[name])
+            patch.setitem(texts.BUILT_IN, name, lambda name=name: (content[name],))
         patch.setattr(texts, "_read_hub", lambda *_: [content["hub"]])
         for module in (cli_options, deliver):
             patch.setattr(module, "Recipe", SmallRecipe)
