@@ -1,12 +1,12 @@
 """Compares lqexport's files by default with llama-quantize's of the same mixes, on texts of several sorts.
 
-    python bench/defaults.py MODEL --mixes Q4_K_M Q2_K --evaluation FILE [FILE ...] --work FOLDER [--windows 12]
+    python bench/defaults.py MODEL --mixes Q4_K_M Q2_K_M --evaluation FILE [FILE ...] --work FOLDER [--windows 12]
         [-- OPTION ...]
 
-Both calibrate on the text that lqexport takes by default, on 64 x 512 tokens: llama-quantize by an importance matrix.
-The options behind `--` go to `lqexport quantize`; without any, its files are by default in everything. llama.cpp judges
-all files. Files that FOLDER holds are not made again. Prints Markdown: mean KL from the source, and lqexport's part of
-llama-quantize's.
+Mixes have lqexport's names: Q2_K_M is what llama.cpp calls Q2_K. Both tools calibrate on the text that lqexport takes
+by default, on 64 x 512 tokens: llama-quantize by an importance matrix. The options behind `--` go to `lqexport
+quantize`; without any, its files are by default in everything. llama.cpp judges all files. Files that FOLDER holds are
+not made again. Prints Markdown: mean KL from the source, and lqexport's part of llama-quantize's.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from lqexport.evaluation import llamacpp_quantizer
 from lqexport.verification.comparison import compare
 
 COMMAND = (sys.executable, "-m", "lqexport")
+LLAMA_NAMES = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}
+"""llama.cpp's names of mixes that are called like a type there."""
 
 
 def by_lqexport(model: str, target: str, file: Path, options: list[str]) -> Path:
@@ -40,7 +42,7 @@ def by_llama_quantize(model: str, mix: str, work: Path) -> Path:
     if not matrix.exists():
         subprocess.run([*COMMAND, "imatrix", model, str(matrix)], check=True)
     if not file.exists():
-        llamacpp_quantizer.quantize(half, file, mix, imatrix=matrix)
+        llamacpp_quantizer.quantize(half, file, LLAMA_NAMES.get(mix, mix), imatrix=matrix)
     return file
 
 

@@ -41,7 +41,7 @@ STAGES = {
     "feedback": ["solver.feedback:feedback"],
     "descent": ["solver.feedback:refine"],
     "losses": ["solver.linear:_sums"],
-    "packing": ["solver.linear:_pack"],
+    "checks of packed bytes": ["solver.linear:_checked"],
     "reading": ["models.blocks:BlockModel._fill"],
     "writing": ["storage.artifact:Artifact.write_behind", "storage.artifact:Artifact.settle"],
     "tuning": ["tuning.tune:Tuner.run"],

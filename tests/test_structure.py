@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from types import ModuleType
 
@@ -187,3 +189,10 @@ def test_packages_are_the_folders() -> None:
     assert sorted(setuptools["packages"]) == sorted(
         module for module, path in MODULES.items() if path.name == "__init__.py"
     )
+
+
+def test_the_bench_of_stages_times_functions_that_exist(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("bench/processor_seconds.py")
+    for path in (path for functions in script.STAGES.values() for path in functions):
+        module, _, name = path.partition(":")
+        attrgetter(name)(import_module(f"lqexport.{module}"))
