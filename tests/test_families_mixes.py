@@ -69,7 +69,8 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, 
         kept = {key: value for key, value in options.items() if key not in left_out} | of_blocks
         sizes = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 17, "moe_intermediate_size": 256}
         sizes |= {"n_embd": 256, "n_layer": 17, "num_local_experts": 8} | more
-        sizes |= {"head_dim": 64, "query_pre_attn_scalar": 64}
+        # MiMo rotates 0.334 of a head, which must be an even number of columns.
+        sizes |= {"head_dim": 96 if name == "mimo2" else 64, "query_pre_attn_scalar": 64}
         sizes |= {} if "linear_num_key_heads" in options else {"mrope_section": [16, 8, 8]}  # others rotate a quarter
         if options.get("num_local_experts") == 0:
             del sizes["num_local_experts"]

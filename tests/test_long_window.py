@@ -99,7 +99,7 @@ def test_ranges() -> None:
 
 def test_what_limits_the_window(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = open_source(str(model))
-    text = Text("a", read_text("python-heldout").content[:500])
+    text = Text("a", (read_text("python-heldout").content[:500],))
     because = _window(source.tokenizer(), text, source.config)[1]
     assert because == "the length of the text"
     monkeypatch.setattr(long_window, "_tokens_in_memory", lambda config: 100)

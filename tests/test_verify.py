@@ -286,7 +286,7 @@ def test_another_split_into_tokens_is_said(
     engine = SimpleNamespace(tokenize=tokenize, warnings=[])
     monkeypatch.setattr(verify_predictions, "LlamaCppProcess", lambda *_, **__: contextlib.nullcontext(engine))
     result = dataclasses.replace(found, failed=[], warnings=[])
-    check_tokenizer(result, Splits(tokenizer, tiny_model), Text("t", "\n".join(lines)))
+    check_tokenizer(result, Splits(tokenizer, tiny_model), Text("t", ("\n".join(lines),)))
     assert (len(result.failed), len(result.warnings)) == (failed, warned)
     assert all(f"splits {wrong} of 200 lines" in sentence for sentence in result.failed + result.warnings)
 
