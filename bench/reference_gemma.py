@@ -14,7 +14,6 @@ their epsilon and the embedding are scaled to compensate. In float32, logits dif
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import shutil
 import tempfile
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference_models import PROMPT, grown, save
+from reference_models import folder_and_seed, grown, padding_changed, save
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from lqexport.models.blocks import BlockModel
@@ -108,20 +107,13 @@ def build(folder: Path, seed: int = 1) -> float:
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         model, tokenizer = load_gemma(Path(temporary))
     padded = pad_and_shuffle(model, seed)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with torch.no_grad():
-        difference = (model(ids).logits - padded(ids).logits).abs().max().item()
-    if difference > 1e-2:
-        raise ValueError(f"padding changed the function: logits differ by {difference}")
+    difference = padding_changed(model, padded, tokenizer)
     save(padded.half(), tokenizer, folder / "gemma-k")
     return difference
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=1, help="draws the shuffle; name it with any result (default 1)")
-    arguments = parser.parse_args()
+    arguments = folder_and_seed(__doc__)
     difference = build(arguments.folder, arguments.seed)
     print(f"{arguments.folder}: gemma-k; logits differ by at most {difference:.2g} in float32")
 

@@ -137,13 +137,22 @@ def build(folder: Path, seed: int = 1) -> float:
     """
     model, tokenizer = load_smollm2()
     padded = pad_and_shuffle(model, seed)
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
-    with torch.no_grad():
-        difference = (model(ids).logits - padded(ids).logits).abs().max().item()
-    if difference > 1e-2:
-        raise ValueError(f"padding changed the function: logits differ by {difference}")
+    difference = padding_changed(model, padded, tokenizer)
     for name, built in (("smollm2", model), ("smollm2-k", padded)):
         save(built.half(), tokenizer, folder / name)
+    return difference
+
+
+def padding_changed(model: Any, padded: Any, tokenizer: Any) -> float:
+    """Returns the largest difference of logits between a model and its padded form.
+
+    Raises ValueError if padding changed the function.
+    """
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    with torch.no_grad():
+        difference = float((model(ids).logits - padded(ids).logits).abs().max())
+    if difference > 1e-2:
+        raise ValueError(f"padding changed the function: logits differ by {difference}")
     return difference
 
 
@@ -156,11 +165,16 @@ def save(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     temporary.rename(folder)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def folder_and_seed(description: str | None) -> argparse.Namespace:
+    """Returns the arguments of a script that builds models."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1, help="draws the shuffle; name it with any result (default 1)")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = folder_and_seed(__doc__)
     difference = build(arguments.folder, arguments.seed)
     print(f"{arguments.folder}: smollm2 and smollm2-k; logits differ by at most {difference:.2g} in float32")
 
