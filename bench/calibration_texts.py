@@ -11,11 +11,9 @@ text, and the largest of them, by which a default is judged.
 from __future__ import annotations
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
-from common import split_arguments
+from common import solved, split_arguments
 
 from lqexport.evaluation.evaluate import Evaluation
 from lqexport.verification.comparison import compare
@@ -23,14 +21,8 @@ from lqexport.verification.comparison import compare
 
 def made(model: str, target: str, text: str, work: Path, options: list[str]) -> Path:
     """Returns a GGUF file of a model that was calibrated on a text, and makes it if it is missing."""
-    artifact = work / f"{target.partition(':')[2]}-{Path(text).stem}"
-    file = artifact.with_name(f"{artifact.name}.gguf")
-    if not file.exists():
-        command = [sys.executable, "-m", "lqexport"]
-        quantize = [*command, "quantize", model, str(artifact), "--target", target, "--calibration", text, *options]
-        subprocess.run(quantize, check=True)
-        subprocess.run([*command, "to-gguf", str(artifact), str(file)], check=True)
-    return file
+    file = work / f"{target.partition(':')[2]}-{Path(text).stem}.gguf"
+    return solved(model, file, "to-gguf", ["--target", target, "--calibration", text, *options])
 
 
 def losses(files: list[Path], model: str, text: str, windows: int) -> list[Evaluation]:

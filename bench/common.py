@@ -1,4 +1,5 @@
-"""Functions that several scripts of this folder share: command lines, an artifact's digests, the times in its log.
+"""Functions that several scripts of this folder share: command lines, an artifact's digests, the times in its
+log, files that lqexport makes.
 
 This module only imports the standard library, so a script that only starts commands stays small. Python finds it beside
 the script that runs as `python bench/NAME.py`.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,6 +28,19 @@ def split_arguments(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace
     """Returns the arguments of this script, and those after `--`, which the script passes to an lqexport command."""
     split = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     return parser.parse_args(sys.argv[1:split]), sys.argv[split + 1 :]
+
+
+def solved(model: str, out: Path, writer: str, options: list[str]) -> Path:
+    """Makes a file or folder by lqexport, unless it exists.
+
+    writer    the command that writes it from an artifact, such as `to-gguf`
+    options   those of `quantize`
+    """
+    artifact, command = out.with_name(f"{out.name}-artifact"), [sys.executable, "-m", "lqexport"]
+    if not out.exists():
+        subprocess.run([*command, "quantize", model, str(artifact), *options], check=True)
+        subprocess.run([*command, writer, str(artifact), str(out)], check=True)
+    return out
 
 
 def digests(folder: Path) -> dict[str, str]:

@@ -16,31 +16,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-from common import split_arguments
+from common import solved, split_arguments
 
 from lqexport.evaluation import llamacpp_quantizer
 from lqexport.verification.comparison import compare
 
-COMMAND = (sys.executable, "-m", "lqexport")
 LLAMA_NAMES = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}
 """llama.cpp's names of mixes that are called like a type there."""
-
-
-def by_lqexport(model: str, target: str, file: Path, options: list[str]) -> Path:
-    """Makes a GGUF file by lqexport, if it is missing."""
-    artifact = file.with_suffix(".artifact")
-    if not file.exists():
-        subprocess.run([*COMMAND, "quantize", model, str(artifact), "--target", target, *options], check=True)
-        subprocess.run([*COMMAND, "to-gguf", str(artifact), str(file)], check=True)
-    return file
 
 
 def by_llama_quantize(model: str, mix: str, work: Path) -> Path:
     """Makes a GGUF file by llama.cpp's quantizer with an importance matrix, if it is missing."""
     file, matrix = work / f"llama-quantize-{mix}.gguf", work / "imatrix.gguf"
-    half = by_lqexport(model, "gguf:F16", work / "F16.gguf", [])
+    half = solved(model, work / "F16.gguf", "to-gguf", ["--target", "gguf:F16"])
     if not matrix.exists():
-        subprocess.run([*COMMAND, "imatrix", model, str(matrix)], check=True)
+        subprocess.run([sys.executable, "-m", "lqexport", "imatrix", model, str(matrix)], check=True)
     if not file.exists():
         llamacpp_quantizer.quantize(half, file, LLAMA_NAMES.get(mix, mix), imatrix=matrix)
     return file
@@ -60,7 +50,7 @@ def main() -> None:
     for mix in arguments.mixes:
         files = [
             by_llama_quantize(arguments.model, mix, work),
-            by_lqexport(arguments.model, f"gguf:{mix}", work / f"lqexport-{mix}.gguf", options),
+            solved(arguments.model, work / f"lqexport-{mix}.gguf", "to-gguf", ["--target", f"gguf:{mix}", *options]),
         ]
         size = " / ".join(f"{file.stat().st_size / 1e6:.1f}" for file in files)
         for text in arguments.evaluation:

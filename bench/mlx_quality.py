@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import split_arguments
+from common import solved, split_arguments
 from judging import predictions, windows_of
 from transformers import AutoModelForCausalLM
 
@@ -66,16 +66,6 @@ def converted(model: str, bits: int, folder: Path) -> Path:
             str(folder),
         ]
         subprocess.run([sys.executable, "-m", "mlx_lm", "convert", *options], check=True)
-    return folder
-
-
-def solved(model: str, folder: Path, options: list[str]) -> Path:
-    """Makes a folder by lqexport."""
-    artifact = folder.with_name(f"{folder.name}-artifact")
-    if not folder.exists():
-        command = [sys.executable, "-m", "lqexport"]
-        subprocess.run([*command, "quantize", model, str(artifact), *options], check=True)
-        subprocess.run([*command, "to-mlx", str(artifact), str(folder)], check=True)
     return folder
 
 
@@ -128,7 +118,7 @@ def main() -> None:
         target = ["--target", f"mlx:{bits}-g64", *options]
         for label, folder in (
             ("mlx_lm.convert", converted(model, bits, work / f"converted-{bits}")),
-            ("lqexport", solved(model, work / f"lqexport-{bits}", target)),
+            ("lqexport", solved(model, work / f"lqexport-{bits}", "to-mlx", target)),
         ):
             figures = [judge(folder) for judge in judges]
             rows.append({"bits": bits, "method": label, "figures": figures})

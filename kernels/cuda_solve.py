@@ -45,6 +45,16 @@ class Stored:
         return [self.supers, self.subs, self.span, self.low, self.high, self.sign, *self.floats, self.step]
 
 
+def feedback_results(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns room for the codes, uint8 [R, B], and the errors [R, B] of a block of error feedback.
+
+    Raises ValueError if the block has more than MOST_COLUMNS columns.
+    """
+    if (width := weights.shape[1]) > MOST_COLUMNS:
+        raise ValueError(f"A block of error feedback has at most {MOST_COLUMNS} columns, not {width}.")
+    return torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
+
+
 def feedback_block(
     weights: Tensor, upper: Tensor, scale: Tensor, offset: Tensor, levels: Tensor, uniform: bool, rounding: int
 ) -> tuple[Tensor, Tensor]:
@@ -55,9 +65,7 @@ def feedback_block(
     more than MOST_COLUMNS columns.
     """
     rows, width = weights.shape
-    if width > MOST_COLUMNS:
-        raise ValueError(f"A block of error feedback has at most {MOST_COLUMNS} columns, not {width}.")
-    codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
+    codes, errors = feedback_results(weights)
     arguments = [
         weights, upper, scale, offset, levels, *levels.shape, int(uniform), rounding, rows, width, codes, errors,
     ]  # fmt: skip

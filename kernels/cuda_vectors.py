@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lqexport.kernels import cuda, vectors
-from lqexport.kernels.cuda_solve import MOST_COLUMNS, THREADS, Stored, blocks_of
+from lqexport.kernels.cuda_solve import MOST_COLUMNS, THREADS, Stored, blocks_of, feedback_results
 
 SOURCE = "vectors.cu"
 KERNELS = ["feedback_vectors", "refine_vectors", "fit_vectors"]
@@ -73,9 +73,7 @@ def feedback_block(
     more than MOST_COLUMNS columns.
     """
     rows, width = weights.shape
-    if width > MOST_COLUMNS:
-        raise ValueError(f"A block of error feedback has at most {MOST_COLUMNS} columns, not {width}.")
-    codes, errors = torch.empty_like(weights, dtype=torch.uint8), torch.empty_like(weights)
+    codes, errors = feedback_results(weights)
     arguments = [
         weights, upper, metrics, weight, inverse, scale, rows, width, codes, errors, *book.arguments(),
     ]  # fmt: skip

@@ -20,7 +20,7 @@ from lqexport.kernels.cpu import ONE, ZERO, _nearest, _number, _round_float, _va
 
 
 class Block(NamedTuple):
-    """What all rows of a block share.
+    """The arguments that all rows of a block share.
 
     hessian   [B, B]
     inverse   [B], 1 / H_ii, or 0 if H_ii is not positive

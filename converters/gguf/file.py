@@ -111,7 +111,7 @@ class _Tensor:
 
 @dataclass(frozen=True)
 class FileContent:
-    """What a file holds: the metadata that `writer` has, and tensors in the file's order."""
+    """The content of a file: the metadata that `writer` has, and tensors in the file's order."""
 
     writer: GGUFWriter
     tensors: list[_Tensor]
@@ -231,7 +231,7 @@ def _shape(stack: list[GGUFEntry]) -> tuple[int, ...]:
 
 
 class FileTensor(Protocol):
-    """What the header of a file says of a tensor."""
+    """A tensor as the header of a file describes it."""
 
     @property
     def name(self) -> str: ...

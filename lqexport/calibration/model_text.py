@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lqexport.calibration.sequences import begins_with_bos
+from lqexport.calibration.sequences import ids_before
 from lqexport.errors import UserError, files_at_hand
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
@@ -52,7 +52,7 @@ def write_text(
     starts = beginnings(tokenizer, weights.shape(model.architecture.embedding)[0], samples, seed)
     if (longest := max(map(len, starts))) >= sequence_length:
         raise UserError(f"The chat template begins with {longest} tokens: texts need a larger --sequence-length.")
-    first = len(_before(tokenizer))
+    first = len(ids_before(tokenizer))
     listener.stage("Write texts", samples)
     with torch.random.fork_rng(), written_whole(path) as file:
         torch.manual_seed(seed)
@@ -68,17 +68,12 @@ def beginnings(tokenizer: Any, vocabulary: int, samples: int, seed: int) -> list
 
     vocabulary   rows of the embedding: tokens beyond it cannot be drawn
     """
-    first = _before(tokenizer)
+    first = ids_before(tokenizer)
     ordinary = sorted(set(range(min(len(tokenizer), vocabulary))) - set(tokenizer.all_special_ids))
     chosen = torch.randint(len(ordinary), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
     conversations = samples // 2 if tokenizer.chat_template else 0
     free = [[*first, ordinary[index]] for index in chosen[conversations:]]
     return free + [_conversation(tokenizer)] * conversations if conversations else free
-
-
-def _before(tokenizer: Any) -> list[int]:
-    """Returns the token ids that the tokenizer puts before a text by itself."""
-    return [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
 
 
 def _conversation(tokenizer: Any) -> list[int]:

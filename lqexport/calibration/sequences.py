@@ -85,8 +85,7 @@ def load_calibration(
 
 def _before(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the ids of the tokens before and after a text as a model that predicts tokens sees it, int64 each."""
-    first = [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
-    return torch.tensor(first, dtype=torch.int64), torch.empty(0, dtype=torch.int64)
+    return torch.tensor(ids_before(tokenizer), dtype=torch.int64), torch.empty(0, dtype=torch.int64)
 
 
 def _around(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,6 +94,11 @@ def _around(tokenizer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     start = next(place for place in range(len(whole)) if whole[place : place + len(bare)] == bare)
     before, after = whole[:start], whole[start + len(bare) :]
     return torch.tensor(before, dtype=torch.int64), torch.tensor(after, dtype=torch.int64)
+
+
+def ids_before(tokenizer: Any) -> list[int]:
+    """Returns the token ids that the tokenizer puts before a text by itself."""
+    return [tokenizer.bos_token_id] if begins_with_bos(tokenizer) else []
 
 
 def begins_with_bos(tokenizer: Any) -> bool:

@@ -11,7 +11,6 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -310,9 +309,7 @@ def _hub_documents(load_dataset: Callable[..., Any], text: HubText, split: str) 
 
 
 def _general() -> tuple[Document, ...]:
-    """Returns the documents of general.jsonl."""
-    content = files("lqexport.calibration").joinpath("general.jsonl").read_text(encoding="utf-8")
-    return tuple(document for line in content.split("\n") if (document := parse_document(line)) is not None)
+    return _read_file(Path(__file__).with_name("general.jsonl"))
 
 
 def _python_docs() -> tuple[Document, ...]:

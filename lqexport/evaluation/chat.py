@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lqexport.calibration.documents import plain
 from lqexport.errors import UserError
 
 DEFAULT_QUESTIONS = Path(__file__).with_name("questions.jsonl")
@@ -76,5 +77,4 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]
     if tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    text = "".join(f"{entry['role'].title()}: {entry['content']}\n\n" for entry in messages)
-    return list(tokenizer(f"{text}Assistant:")["input_ids"])
+    return list(tokenizer(f"{plain(tuple(messages))}\n\nAssistant:")["input_ids"])

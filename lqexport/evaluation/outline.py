@@ -29,7 +29,7 @@ class NoHoles(Exception):
 
 @dataclass(frozen=True)
 class Loaded:
-    """What llama.cpp makes of a file that is not written yet.
+    """The result of loading, in llama.cpp, a file that is not written yet.
 
     splits     the token ids of each text, without tokens at the ends
     left_out   a sentence if only the vocabulary was loaded; else ""

@@ -1,5 +1,5 @@
-"""What decoder blocks pass on: hidden states, and in some models inputs of blocks, keys, a choice of tokens, or the
-numbers of the tokens.
+"""The states that decoder blocks pass on: hidden states, and in some models inputs of blocks, keys, a choice of
+tokens, or the numbers of the tokens.
 
 All of it belongs to tokens, as hidden states do. So the rest are further columns of these, and whoever keeps the states
 of a sequence between blocks keeps all that the next blocks need. Gradients flow through keys and values, too.

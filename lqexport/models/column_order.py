@@ -60,7 +60,7 @@ def in_order(source: Source, tiled: bool) -> Source:
 
 
 def source_of(recipe: Recipe) -> Source:
-    """Opens the source of a recipe as the files of its target have it: the order of columns, and `kv_b_proj`.
+    """Opens the source of a recipe as the files of its target have it: the order of columns, cut and joined linears.
 
     Raises UserError as `open_source`.
     """

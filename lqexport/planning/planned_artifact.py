@@ -16,7 +16,7 @@ from lqexport.storage.config_check import read_config
 
 @dataclass(frozen=True)
 class PlannedArtifact:
-    """What an artifact of a run will hold: a `StoredModel`.
+    """The artifact that a run will write, as a `StoredModel`.
 
     planned   the tensors that the run will store, without low-rank factors
     folder    a folder in which `copy_model_files` of the source has written its `model_folder`

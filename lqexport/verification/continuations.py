@@ -46,7 +46,7 @@ FACTOR, LEAST = 10.0, 0.01
 
 
 class Speaks(Protocol):
-    """What runs a file: llama.cpp's server, or mlx-lm."""
+    """An engine that runs a file: llama.cpp's server, or mlx-lm."""
 
     def continuation(self, prompt: list[int], count: int, /) -> list[int]:
         """Returns at most `count` tokens that the model continues the prompt with, the likeliest each time."""

@@ -50,8 +50,11 @@ def measure_long_window(
     result: Verification, export: Weights, factors: LowRankFactors | None, source: Source, text: Text,
     rounded: RoundedSource | None, listener: Listener,
 ) -> None:  # fmt: skip
-    """Runs source, file and rounded source on the first tokens of the text, stores the losses in `result.long`, and
-    fails the file if it loses too much at late positions. Nothing is done for a model without other evaluations."""
+    """Measures the loss of a file by position in one long window, and stores it in `result.long`.
+
+    The source, the file and the rounded source run on the first tokens of the text. The file fails if it loses too much
+    at late positions. Nothing is done for a model without other evaluations.
+    """
     if not result.evaluations:
         return
     window, because = _window(source.tokenizer(), text, source.config)

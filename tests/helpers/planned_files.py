@@ -1,4 +1,4 @@
-"""What is said of the GGUF file of a run before the run."""
+"""The check of a run's GGUF file before the run."""
 
 from __future__ import annotations
 
