@@ -2,6 +2,7 @@
 #include "common.cuh"
 
 const int POSITIONS = 256;
+const int APPROACH = 64;     // positions on each side of the seam that the first pass goes over
 const u32 NEVER = 1u << 30;  // the cost of a node that no walk leads to: more than any walk costs, and sums fit
 
 // halves      2 K
@@ -58,20 +59,21 @@ __device__ int cheapest(const u32* costs, int nodes) {
   return (int)(warp_least(best) & 0xffff);
 }
 
-// Goes once around the ring from position `start`. costs [257, nodes] has the first line.
-__device__ void around(const Form& form, const short* targets, const int* weights, int start, int nodes, u32* costs) {
-  for (int k = 0; k < POSITIONS; k++) {
+// Goes over `count` positions of the ring from `start`. costs [257, nodes] has the first line.
+__device__ void along(const Form& form, const short* targets, const int* weights, int start, int count, int nodes,
+                      u32* costs) {
+  for (int k = 0; k < count; k++) {
     const int position = (start + k) % POSITIONS;
     step(form, costs + (size_t)k * nodes, costs + (size_t)(k + 1) * nodes, position, targets[position],
          (u32)weights[position]);
   }
 }
 
-// Follows the best walk back from `node`, after the last position, to before step `end`. Returns the node there, and
+// Follows the best walk back from `node`, after `count` positions, to before step `end`. Returns the node there, and
 // writes the states if there is room for them. One warp calls it.
-__device__ int back(const Form& form, const short* targets, const int* weights, int start, int nodes, const u32* costs,
-                    int node, int end, u16* states) {
-  for (int k = POSITIONS - 1; k >= end; k--) {
+__device__ int back(const Form& form, const short* targets, const int* weights, int start, int count, int nodes,
+                    const u32* costs, int node, int end, u16* states) {
+  for (int k = count - 1; k >= end; k--) {
     const int position = (start + k) % POSITIONS;
     const int state = state_before(form, costs + (size_t)k * nodes, position, targets[position],
                                    (u32)weights[position], node);
@@ -97,17 +99,17 @@ __global__ void __launch_bounds__(1024)
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
     const short* target = targets + (size_t)tile * POSITIONS;
     u16* walk = states + (size_t)tile * POSITIONS;
-    const int half_way = POSITIONS / 2, opposite = begin + half_way;
+    const int first = begin + POSITIONS - APPROACH, count = 2 * APPROACH;
     if (again) {
       if (threadIdx.x == 0)
         *seam = walk[(begin + POSITIONS - 1) % POSITIONS] & ((1 << (16 - new_bits(form, begin))) - 1);
     } else {
       for (int node = threadIdx.x; node < nodes; node += blockDim.x) costs[node] = 0;
       __syncthreads();
-      around(form, target, weights, opposite, nodes, costs);
+      along(form, target, weights, first, count, nodes, costs);
       if (threadIdx.x < 32) {
-        const int last = cheapest(costs + (size_t)POSITIONS * nodes, 1 << (16 - new_bits(form, opposite)));
-        const int node = back(form, target, weights, opposite, nodes, costs, last, half_way, nullptr);
+        const int last = cheapest(costs + (size_t)count * nodes, 1 << (16 - new_bits(form, first + count)));
+        const int node = back(form, target, weights, first, count, nodes, costs, last, APPROACH, nullptr);
         if (threadIdx.x == 0) *seam = node;
       }
     }
@@ -115,8 +117,8 @@ __global__ void __launch_bounds__(1024)
     const int closed = *seam;
     for (int node = threadIdx.x; node < nodes; node += blockDim.x) costs[node] = node == closed ? 0 : NEVER;
     __syncthreads();
-    around(form, target, weights, begin, nodes, costs);
-    if (threadIdx.x < 32) back(form, target, weights, begin, nodes, costs, closed, 0, walk);
+    along(form, target, weights, begin, POSITIONS, nodes, costs);
+    if (threadIdx.x < 32) back(form, target, weights, begin, POSITIONS, nodes, costs, closed, 0, walk);
     __syncthreads();
   }
 }
