@@ -30,8 +30,9 @@ RUN = 8192
 """States that a loop takes at once: two arrays of them stay in the first cache."""
 POSITIONS = 256
 APPROACH = 64
-"""Positions on each side of the seam that the first pass goes over. With all 128, the error is 0.4 to 0.8 per cent smaller
-at 1 to 4 bits, and 0.05 to 0.25 after two sweeps, which close walks elsewhere; the search takes a third longer."""
+"""Positions on each side of the seam that the first pass goes over. With all 128, the error is 0.4 to 0.8 per cent
+smaller at 1 to 4 bits, and 0.05 to 0.25 after two sweeps, which close walks elsewhere. The search takes a third longer.
+"""
 _TWICE = np.uint32(0x10001)
 _FOUR_TIMES = np.uint64(0x0001000100010001)
 
