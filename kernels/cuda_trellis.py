@@ -33,7 +33,7 @@ def search(targets: Tensor, weights: Tensor, form: Form, begin: int, again: bool
     walks = torch.from_numpy(np.array(states, order="C").view(np.int16)).to(device)
     halves = 2 * int(form.new_bits.sum()) // POSITIONS
     arguments: list[cuda.Argument] = [
-        integers, whole, values, halves, int(form.doublings), int(form.limit), tiles, begin, int(again), nodes, costs,
+        integers, whole, values, halves, int(form.doublings), tiles, begin, int(again), nodes, costs,
         walks,
     ]  # fmt: skip
     cuda.launch(SOURCE, KERNEL, blocks, THREADS, arguments, shared_bytes=16)

@@ -45,32 +45,14 @@ def _upper_half(number: types.Integer, extend: str) -> Callable[..., Any]:
     return intrinsic(typed)
 
 
-def _shift() -> Callable[..., Any]:
-    """Returns a function of two int16 that shifts the one to the left by the other."""
-
-    def typed(context, number, places):
-        def build(context, builder, signature, arguments):
-            return builder.shl(*arguments)
-
-        return types.int16(types.int16, types.int16), build
-
-    return intrinsic(typed)
-
-
 difference = _instruction("llvm.ssub.sat.i16", types.int16)
 """The difference of two int16; the nearest int16 where it is beyond."""
+signed_sum = _instruction("llvm.sadd.sat.i16", types.int16)
+"""The sum of two int16; the nearest int16 where it is beyond."""
 sum_of = _instruction("llvm.uadd.sat.i16", types.uint16)
 """The sum of two uint16; 65535 where it is beyond."""
 lesser = _instruction("llvm.umin.i16", types.uint16)
 """The lesser of two uint16."""
-least_of = _instruction("llvm.smin.i16", types.int16)
-"""The lesser of two int16."""
-most_of = _instruction("llvm.smax.i16", types.int16)
-"""The greater of two int16."""
-
-
-shifted = _shift()
-"""An int16 times 2^places, for an int16 `places` of 0 to 15. The upper bits are lost."""
 signed_product = _upper_half(types.int16, "sext")
 """The product of two int16 of one sign, over 65536 and rounded down, uint16."""
 product = _upper_half(types.uint16, "zext")

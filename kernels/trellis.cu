@@ -7,10 +7,10 @@ const u32 NEVER = 1u << 30;  // the cost of a node that no walk leads to: more t
 
 // halves      2 K
 // values      [65536], the value of each state
-// doublings   how often a difference is doubled, and limit, the largest that is
+// doublings   how often a difference is doubled
 struct Form {
   const short* values;
-  int halves, doublings, limit;
+  int halves, doublings;
 };
 
 __device__ __forceinline__ int new_bits(const Form& form, int position) {
@@ -19,8 +19,7 @@ __device__ __forceinline__ int new_bits(const Form& form, int position) {
 
 // Returns the weighted squared difference of a state's value from the target.
 __device__ __forceinline__ u32 error_of(const Form& form, int state, int target, u32 weight) {
-  const int most = form.doublings ? form.limit : 32767, least = form.doublings ? -form.limit : -32768;
-  const int error = min(max(form.values[state] - target, least), most) * (1 << form.doublings);
+  const int error = min(max((form.values[state] - target) * (1 << form.doublings), -32768), 32767);
   return ((u32)(error * error) >> 16) * weight >> 16;
 }
 
@@ -91,9 +90,9 @@ __device__ int back(const Form& form, const short* targets, const int* weights, 
 // costs     [blocks, 257, nodes], work space
 // states    [tiles, 256], written
 __global__ void __launch_bounds__(1024)
-    search(const short* targets, const int* weights, const short* values, int halves, int doublings, int limit,
-           int tiles, int begin, int again, int nodes, u32* costs, u16* states) {
-  const Form form = {values, halves, doublings, limit};
+    search(const short* targets, const int* weights, const short* values, int halves, int doublings, int tiles,
+           int begin, int again, int nodes, u32* costs, u16* states) {
+  const Form form = {values, halves, doublings};
   DYNAMIC_SHARED(int, seam);
   costs += (size_t)blockIdx.x * (POSITIONS + 1) * nodes;
   for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {

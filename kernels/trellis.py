@@ -20,7 +20,7 @@ import numpy as np
 from numba import njit, prange
 from numpy.typing import NDArray
 
-from lqexport.kernels.sixteen import difference, least_of, lesser, most_of, product, shifted, signed_product, sum_of
+from lqexport.kernels.sixteen import difference, lesser, product, signed_product, signed_sum, sum_of
 
 NEVER = np.uint16(65535)
 """The cost of a node that no walk leads to."""
@@ -43,8 +43,8 @@ class Form(NamedTuple):
     values     int16 [65536], the value of each state, scaled so that the largest is LARGEST
     unit       the int16 for a value of 1
     new_bits   int64 [256], the bits that each position takes
-    doublings  int16, how often a difference is doubled before it is squared, so that small errors count
-    limit      int16, the largest difference that may be doubled so often
+    doublings  int16, how often a difference is doubled before it is squared, so that small errors count: 0, 1, 3 or 5
+    limit      int16, the largest difference that may be doubled so often; the errors of larger ones are alike
     """
 
     values: NDArray[np.int16]
@@ -68,7 +68,7 @@ class Rooms(NamedTuple):
 def form_of(table: NDArray[np.float32], new_bits: NDArray[np.int64]) -> Form:
     """Returns a trellis as the loops need it, from its values float32 [65536] and its bits int64 [256]."""
     unit, bits = float(LARGEST / np.abs(table).max()), int(new_bits.sum()) // POSITIONS
-    doublings = max(0, bits - 3)
+    doublings = (bits - 3) | 1 if bits > 3 else 0  # `_error` knows 0, 1, 3 and 5
     values = np.rint(table * unit).astype(np.int16)
     return Form(values, unit, new_bits, np.int16(doublings), np.int16(32767 >> doublings))
 
@@ -94,34 +94,42 @@ def _expand(costs, bits, twice, four_times):
             four = np.uint64(costs[n]) * _FOUR_TIMES
             four_times[2 * n] = four
             four_times[2 * n + 1] = four
+    elif bits == 4:
+        for n in range(costs.shape[0]):
+            four = np.uint64(costs[n]) * _FOUR_TIMES
+            for i in range(4):
+                four_times[4 * n + i] = four
     else:
         for n in range(costs.shape[0]):
             four = np.uint64(costs[n]) * _FOUR_TIMES
-            for i in range(n << (bits - 4), (n + 1) << (bits - 4)):
-                four_times[4 * i] = four
-                four_times[4 * i + 1] = four
-                four_times[4 * i + 2] = four
-                four_times[4 * i + 3] = four
+            for eight in range(n << (bits - 5), (n + 1) << (bits - 5)):
+                for i in range(8):
+                    four_times[8 * eight + i] = four
 
 
 @njit(cache=True, inline="always")
-def _error(value, target, weight, form, doubled):
-    """Returns the weighted squared difference of a state's value from the target, uint16."""
+def _error(value, target, weight, doublings):
+    """Returns the weighted squared difference of a state's value from the target, uint16.
+
+    The compiler makes a loop of its own for each number of doublings, since it is the same for all states.
+    """
     error = difference(value, target)
-    if doubled:
-        error = shifted(most_of(least_of(error, form.limit), np.int16(-form.limit)), form.doublings)
+    if doublings >= 1:
+        error = signed_sum(error, error)
+    if doublings >= 3:
+        error = signed_sum(error, error)
+        error = signed_sum(error, error)
+    if doublings >= 5:
+        error = signed_sum(error, error)
+        error = signed_sum(error, error)
     return product(signed_product(error, error), weight)
 
 
 @njit(cache=True)
-def _add_errors(values, target, weight, form, costs):
+def _add_errors(values, target, weight, doublings, costs):
     """Adds the errors of states to their costs."""
-    if form.doublings:
-        for n in range(costs.shape[0]):
-            costs[n] = sum_of(costs[n], _error(values[n], target, weight, form, True))
-    else:
-        for n in range(costs.shape[0]):
-            costs[n] = sum_of(costs[n], _error(values[n], target, weight, form, False))
+    for n in range(costs.shape[0]):
+        costs[n] = sum_of(costs[n], _error(values[n], target, weight, doublings))
 
 
 @njit(cache=True)
@@ -150,7 +158,7 @@ def _step(before, form, position, target, weight, after, wide):
     after[:] = NEVER
     for first in range(0, 1 << 16, RUN):  # the state k * nodes + n leads to node n
         _expand(before[first >> here : (first + RUN) >> here], here, twice, wide)
-        _add_errors(form.values[first : first + RUN], target, weight, form, costs)
+        _add_errors(form.values[first : first + RUN], target, weight, form.doublings, costs)
         width, start = RUN, first % nodes
         while width > nodes:
             width >>= 1
@@ -166,7 +174,7 @@ def _state_before(before, form, position, target, weight, node):
     best, least = node, np.int64(NEVER) + 1
     for k in range(1 << there):
         state = (k << (16 - there)) + node
-        cost = sum_of(before[state >> here], _error(form.values[state], target, weight, form, form.doublings > 0))
+        cost = sum_of(before[state >> here], _error(form.values[state], target, weight, form.doublings))
         if cost < least:
             best, least = state, np.int64(cost)
     return best
