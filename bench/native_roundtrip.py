@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import lqexport
 from lqexport.calibration.texts import read_text
-from lqexport.models.adapters import CorrectedModel, open_factors
+from lqexport.models.adapters import corrected, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import bits, inspect
 from lqexport.models.written import open_export
@@ -32,7 +32,7 @@ def verifiers_logits(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     """Returns the logits [1, tokens, vocabulary] as `verify` computes them, from the files alone."""
     export = open_export(folder)
     factors = open_factors(folder, None, export.config)
-    model = BlockModel(CorrectedModel(export, factors) if factors else export)
+    model = BlockModel(corrected(export, factors))
     hidden = model.start(ids)
     for _, block in model.blocks():
         hidden = model.run(block, hidden)

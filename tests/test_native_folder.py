@@ -24,7 +24,7 @@ from lqexport.grids.fit import minmax
 from lqexport.integration import loading
 from lqexport.integration.packed_linear import PackedLinear
 from lqexport.kernels import cuda, cuda_decode, cuda_multiply, native_decode
-from lqexport.models.adapters import CorrectedModel, open_factors
+from lqexport.models.adapters import corrected, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.inspect import inspect
 from lqexport.models.written import open_export
@@ -73,7 +73,7 @@ def verifier_logits(folder: Path) -> torch.Tensor:
     """Returns the logits that `verify` computes."""
     export = open_export(folder)
     factors = open_factors(folder, None, export.config)
-    model = BlockModel(CorrectedModel(export, factors) if factors else export)
+    model = BlockModel(corrected(export, factors))
     hidden = model.start(ids())
     for _, block in model.blocks():
         hidden = model.run(block, hidden)

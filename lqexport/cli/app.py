@@ -14,14 +14,23 @@ import typer
 
 from lqexport.cli.check import check
 from lqexport.cli.evaluate import evaluate, judge
-from lqexport.cli.export import to_compressed_tensors, to_exl2, to_exl3, to_gguf, to_gptq, to_mlx, to_native, to_peft
-from lqexport.cli.export_model import export
+from lqexport.cli.export import export
 from lqexport.cli.imatrix import imatrix
 from lqexport.cli.inspect import inspect
 from lqexport.cli.ladder import ladder
 from lqexport.cli.options import ShortHelp
 from lqexport.cli.pictures import to_mmproj
 from lqexport.cli.quantize import plan, quantize
+from lqexport.cli.to_formats import (
+    to_compressed_tensors,
+    to_exl2,
+    to_exl3,
+    to_gguf,
+    to_gptq,
+    to_mlx,
+    to_native,
+    to_peft,
+)
 from lqexport.cli.unexpected import STATUS, unexpected
 from lqexport.cli.verify import compare, push_to_hub, verify
 from lqexport.cli.write_text import write_text

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Json, plain_endings, print_result
+from lqexport.cli.common import plain_endings, print_result
+from lqexport.cli.shared_options import Json
 from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import terminal_listener
 
@@ -30,7 +31,7 @@ def check(
         lqexport check ./downloads --json
         lqexport check model.gguf --against ./model
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(*files)
         from lqexport.verification import checks
 

@@ -1,4 +1,4 @@
-"""Parts that several commands share: their endings, their output, and common options."""
+"""Parts that several commands share: their endings and their output."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
@@ -20,18 +19,9 @@ NOTHING_WRITTEN = "Stopped. Nothing was written under a final name; run the same
 BROKEN_PIPE = 141
 """The exit status after SIGPIPE: 128 and the signal's number."""
 
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
-NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")]
-EvaluationText = Annotated[
-    str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
-]
-Windows = Annotated[int | None, typer.Option(help="Largest number of windows. [default: the whole text]")]
-
 
 @contextlib.contextmanager
-def plain_endings(stopped: str) -> Iterator[None]:
+def plain_endings(stopped: str = NOTHING_WRITTEN) -> Iterator[None]:
     """Ends a command with sentences and exit statuses instead of tracebacks.
 
     A UserError becomes one line and status 2; Ctrl-C becomes `stopped` and status 130; a reader of the output that has
@@ -57,6 +47,11 @@ def plain_endings(stopped: str) -> Iterator[None]:
         raise typer.Exit(STATUS) from error
 
 
+def print_json(content: Any) -> None:
+    """Prints JSON values."""
+    print(json.dumps(content, indent=1))
+
+
 class HasJson(Protocol):
     """A result that can be printed as JSON."""
 
@@ -70,7 +65,7 @@ Result = TypeVar("Result", bound=HasJson)
 def print_result(result: Result, table: Callable[[Result], RenderableType], *, as_json: bool) -> None:
     """Prints a result: as JSON, or as what `table` makes of it."""
     if as_json:
-        print(json.dumps(result.as_json(), indent=1))
+        print_json(result.as_json())
     else:
         output().print(table(result))
 

@@ -7,14 +7,15 @@ from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Windows, plain_endings, print_result
+from lqexport.cli.common import plain_endings, print_result
+from lqexport.cli.shared_options import Device, Json, Windows, WrittenFile
 from lqexport.errors import UserError
 from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import terminal_listener
 
 
 def evaluate(
-    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    file: WrittenFile,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,7 +44,7 @@ def evaluate(
         lqexport eval model.gguf --text wikitext2 --text c4
         lqexport eval ./model-3bit --tasks arc_easy,piqa --limit 200
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(file)
         from lqexport.evaluation import scores
 
@@ -59,7 +60,7 @@ def evaluate(
 
 
 def judge(
-    file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")],
+    file: WrittenFile,
     endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible API, such as http://localhost:8000/v1.")],
     model: Annotated[str, typer.Option(help="What the endpoint calls the model that judges.")],
     against: Annotated[
@@ -81,7 +82,7 @@ def judge(
         lqexport judge model.gguf --endpoint http://localhost:8000/v1 --model judge --against ./model
         lqexport judge ./model-3bit --endpoint https://api.openai.com/v1 --model NAME --questions mine.jsonl --json
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(file)
         from lqexport.evaluation import judging
 

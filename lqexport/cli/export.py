@@ -1,207 +1,144 @@
-"""The commands that write an artifact as a file or folder: to-gguf, to-mlx, to-gptq and others. Only bytes move."""
+"""The command export: the whole way from a model to a verified file."""
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, NewFolder, plain_endings
-from lqexport.models.model_path import check_exists
+from lqexport.cli.common import output, plain_endings, print_json
+from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
+from lqexport.cli.quantize import Run, is_another_process, print_plan
+from lqexport.cli.shared_options import (
+    Cache,
+    Device,
+    DeviceMemory,
+    DryRun,
+    EvaluationText,
+    HostMemory,
+    Json,
+    MaxKl,
+    MaxOverExpected,
+    MaxPerplexityRatio,
+    MinCosine,
+    SourceModel,
+    Verbose,
+    VerifiedWindows,
+    VerifyingEngine,
+)
+from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 if TYPE_CHECKING:
-    from lqexport.exporting import Format
+    from lqexport.delivery.deliver import Delivery
+    from lqexport.delivery.request import Request
+    from lqexport.planning.dryrun import Preview
+
+STOPPED = "Stopped. Run the same command again to go on; nothing has its final name yet."
 
 
-def to_gguf(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gguf:...")],
-    file: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
-    adapter: Annotated[
-        Path | None, typer.Option(help="Write the low-rank corrections here, as a LoRA adapter for --lora.")
-    ] = None,
-    split_max_size: Annotated[
-        str | None,
-        typer.Option(help="Most bytes of tensors in a file, such as 2G: more go into FILE-00001-of-00003.gguf, ..."),
-    ] = None,
+@with_recipe_options(target="[default: gguf: and the type in FILE's name; gguf:auto with --size, exl2 with --bits]")
+def export(
+    source: SourceModel,
+    file: Annotated[
+        Path, typer.Argument(help="The file to write, such as model-Q4_K_M.gguf; of other targets, the folder.")
+    ],
+    options: dict[str, Any],
+    recipe_file: RecipeFile = None,
+    text: EvaluationText = "python-heldout",
+    windows: VerifiedWindows = None,
+    engine: VerifyingEngine = None,
+    max_kl: MaxKl = None,
+    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
+    max_over_expected: MaxOverExpected = 3.0,
+    min_cosine: MinCosine = None,
+    keep_artifact: Annotated[
+        bool, typer.Option("--keep-artifact", help="Keep FILE.work/artifact once the file is verified.")
+    ] = False,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    as_json: Json = False,
+    device: Device = "auto",
+    device_memory: DeviceMemory = None,
+    host_memory: HostMemory = None,
+    cache: Cache = None,
 ) -> None:
-    """Write the artifact as a GGUF file for llama.cpp.
+    """Quantize SOURCE, write it as FILE, and verify FILE.
 
-    Only bytes move: nothing is rounded again.
+    FILE gets its name once it has passed; FILE.record then has its model card, report and verification.json. A file
+    that exceeds a limit is called like model-Q4_K_M.failed.gguf, and the exit status is 1. A stopped export goes on
+    when the same command is given again; FILE.work has what it goes on from.
 
     Examples:
 
-        lqexport to-gguf ./out model.gguf
-        lqexport to-gguf ./out model.gguf --adapter adapter.gguf
-        lqexport to-gguf ./out model.gguf --split-max-size 2G
+        lqexport export ./model model-Q4_K_M.gguf
+        lqexport export ./model model-Q4_K_M.gguf --dry-run
+        lqexport export ./model model.gguf --size 4.25bpw
+        lqexport export ./model ./model-exl2 --bits 3.5 --text wikitext2:test
     """
-    with plain_endings(NOTHING_WRITTEN):
-        check_exists(artifact)
-        from lqexport.converters.gguf.split import read_split
-        from lqexport.exporting import export
-        from lqexport.sizes import human_bytes
+    with plain_endings(STOPPED):
+        check_source_name(source)
+        from lqexport.delivery.places import Places, target_of
+        from lqexport.delivery.request import Measurement, Request
 
-        with terminal_listener() as listener:
-            first = export(
-                artifact, file, format="gguf", adapter=adapter, split_max_size=split_max_size, listener=listener
-            )
-        _, _, files = read_split(first)
-        written = f"{first}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
-        beside = f", and {adapter}, {human_bytes(adapter.stat().st_size)}" if adapter else ""
-        print(f"Wrote {written}, {human_bytes(sum(file.stat().st_size for file in files))}{beside}.")
-        _say_verify(artifact, first, adapter)
-
-
-def to_peft(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote with --rank.")],
-    folder: Annotated[Path, typer.Argument(help="The folder to write.")],
-) -> None:
-    """Write the artifact's low-rank corrections as a PEFT LoRA folder.
-
-    For transformers, vLLM and ExLlamaV2, beside the quantized base.
-
-    Examples:
-
-        lqexport to-peft ./out ./adapter
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        check_exists(artifact)
-        from lqexport.converters.folders.peft import write
-        from lqexport.storage.artifact import Artifact
-
-        write(Artifact(artifact), folder)
-        print(f"Wrote {folder}.")
+        recipe = merged_recipe(
+            recipe_file, options | {"source": source},
+            lambda given: target_of(file, size=given.get("size"), bits=given.get("bits")),
+        )  # fmt: skip
+        places = Places(file)
+        run = Run(recipe, places.artifact, device, cache, device_memory, host_memory)
+        if is_another_process():
+            if not dry_run:
+                run.quantize()
+            return
+        measurement = Measurement(
+            text, windows, engine,  # type: ignore[arg-type]  # checked later
+            max_kl, max_perplexity_ratio, max_over_expected, min_cosine,
+        )  # fmt: skip
+        request = Request(recipe, places, measurement, device, cache, run.limits, keep_artifact)
+        if dry_run:
+            _preview(request, run, verbose=verbose, as_json=as_json)
+            return
+        delivery = _deliver(request, verbose=verbose, as_json=as_json)
+    if not delivery.passed:
+        raise typer.Exit(1)
 
 
-def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
-    """Prints the command that comes after an export. It has few windows: a whole text takes hours for a large model."""
-    from lqexport.storage.artifact import Artifact
+def _preview(request: Request, run: Run, *, verbose: bool, as_json: bool) -> None:
+    """Prints the plan and the estimates of an export, after all its checks."""
+    from lqexport.converters.models.architectures import architecture_of
+    from lqexport.planning.dryrun import as_json as preview_json
 
-    source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
-    more = ["--adapter", str(adapter)] if adapter else []
-    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more, '--windows', '16'])}")
+    shown = request.check()
+    request.check_room(shown)
+    placement = run.placement(shown)
+    if as_json:
+        print_json(preview_json(shown, placement))
+        return
+    print_plan(shown, placement, verbose=verbose, estimates=True)
+    print(f"While {request.places.model} is not verified, its artifact takes as much again on the disk.")
+    encoder = architecture_of(shown.config).encoder
+    most = request.measurement.most(encoder)
+    extent = f"{most} {'sentences' if encoder else 'windows'}" if most else "the whole"
+    print(f"Verified in {request.engine}, on {extent} of {request.measurement.text}")
 
 
-def _write_folder(artifact: Path, folder: Path, format: Format) -> None:
-    """Exports to a folder, and prints what comes next."""
-    check_exists(artifact)
-    from lqexport.converters.factors import is_factor
-    from lqexport.exporting import export
-    from lqexport.models.inspect import inspect, size
-    from lqexport.sizes import human_bytes
+def _deliver(request: Request, *, verbose: bool, as_json: bool) -> Delivery:
+    """Runs the export, and prints its plan before and its summary after."""
+    from lqexport.delivery.deliver import deliver
+    from lqexport.delivery.summary import next_steps, summary
+    from lqexport.planning.dryrun import show_plan
+
+    def show(plan: Preview) -> None:
+        if not as_json:
+            show_plan(plan, output(), verbose)
 
     with terminal_listener() as listener:
-        export(artifact, folder, format=format, listener=listener)
-    written = human_bytes(size(inspect(folder).entries))
-    print(f"Wrote {folder}, {written}.")
-    adapter = format != "native" and any(is_factor(entry.name) for entry in inspect(artifact).entries)
-    if adapter:
-        print(f"It is the base of low-rank corrections: lqexport to-peft {artifact} ADAPTER writes them.")
-    _say_verify(artifact, folder, "ADAPTER" if adapter else None)
-
-
-def to_exl2(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with the target exl2.")],
-    folder: NewFolder,
-) -> None:
-    """Write the artifact as a folder that ExLlamaV2 loads.
-
-    Only bytes move: nothing is rounded again.
-
-    Examples:
-
-        lqexport quantize ./model ./out --target exl2 --bits 3.5
-        lqexport to-exl2 ./out ./model-exl2
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        _write_folder(artifact, folder, "exl2")
-
-
-def to_exl3(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target exl3 or exl3:...")],
-    folder: NewFolder,
-) -> None:
-    """Write the artifact as a folder that ExLlamaV3 loads, for TabbyAPI and text-generation-webui.
-
-    Only bytes move: nothing is rounded again.
-
-    Examples:
-
-        lqexport quantize ./model ./out --target exl3 --bits 3.25
-        lqexport to-exl3 ./out ./model-exl3
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        _write_folder(artifact, folder, "exl3")
-
-
-def to_mlx(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target mlx:...")],
-    folder: NewFolder,
-) -> None:
-    """Write the artifact as a folder that mlx-lm and LM Studio load, for Apple's machines.
-
-    Only bytes move: nothing is rounded again.
-
-    Examples:
-
-        lqexport quantize ./model ./out --target mlx:4-g64
-        lqexport to-mlx ./out ./model-4bit
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        _write_folder(artifact, folder, "mlx")
-
-
-def to_gptq(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gptq:...")],
-    folder: NewFolder,
-    v2: Annotated[
-        bool, typer.Option("--v2", help="checkpoint_format gptq_v2, which GPTQModel wants of asymmetric models.")
-    ] = False,
-) -> None:
-    """Write the artifact as a folder in GPTQ's layout, for vLLM, transformers and ExLlamaV2.
-
-    Only bytes move: nothing is rounded again.
-
-    Examples:
-
-        lqexport quantize ./model ./out --target gptq:4-g128-sym
-        lqexport to-gptq ./out ./model-gptq
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        _write_folder(artifact, folder, "gptq_v2" if v2 else "gptq")
-
-
-def to_compressed_tensors(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target gptq:... but -act.")],
-    folder: NewFolder,
-) -> None:
-    """Write the artifact as a compressed-tensors folder, format pack-quantized, for vLLM and transformers.
-
-    Only bytes move: nothing is rounded again.
-
-    Examples:
-
-        lqexport quantize ./model ./out --target gptq:4-g128
-        lqexport to-compressed-tensors ./out ./model-ct
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        _write_folder(artifact, folder, "compressed-tensors")
-
-
-def to_native(
-    artifact: Annotated[Path, typer.Argument(help="A folder that quantize wrote, with a target native:...")],
-    folder: NewFolder,
-) -> None:
-    """Write the artifact as a folder that transformers loads, with `import lqexport`.
-
-    Only bytes move: nothing is rounded again.
-
-    Examples:
-
-        lqexport quantize ./model ./out --target native:table-3
-        lqexport to-native ./out ./model-3bit
-    """
-    with plain_endings(NOTHING_WRITTEN):
-        _write_folder(artifact, folder, "native")
+        delivery = deliver(request, listener, show)
+    if as_json:
+        print_json(delivery.as_json())
+    else:
+        output().print(summary(delivery))
+        print("\n".join(next_steps(delivery)))
+    return delivery

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, plain_endings
-from lqexport.cli.quantize import SourceModel
+from lqexport.cli.common import plain_endings
+from lqexport.cli.shared_options import Device, SourceModel
 from lqexport.models.model_path import check_source_name
 from lqexport.recipe import CALIBRATION_HELP, CALIBRATION_TEXT
 from lqexport.runtime.progress import terminal_listener
@@ -32,7 +32,7 @@ def imatrix(
         lqexport imatrix ./model imatrix.gguf
         lqexport quantize ./model ./out --target gguf:Q4_K_M --imatrix imatrix.gguf
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_source_name(source)
         from lqexport.calibration.make_imatrix import make_imatrix
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Json, Verbose, output, plain_endings
+from lqexport.cli.common import plain_endings, print_result
+from lqexport.cli.shared_options import Json, Verbose
 from lqexport.models.model_path import check_exists
 
 
@@ -26,15 +26,9 @@ def inspect(
         lqexport inspect model.gguf
         lqexport inspect ./out --json
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(path)
         from lqexport.models.inspect import inspect as look
-        from lqexport.models.inspect import table
+        from lqexport.models.inspect import listing
 
-        inspection = look(path)
-        if as_json:
-            print(json.dumps(inspection.as_json(), indent=1))
-        else:
-            console = output()
-            console.print(f"{inspection.path}: {inspection.container}", markup=False, highlight=False)
-            console.print(table(inspection.entries, verbose))
+        print_result(look(path), lambda inspection: listing(inspection, verbose), as_json=as_json)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lqexport.cli.common import Device, EvaluationText, Json, output, plain_endings
-from lqexport.cli.export_model import Engine, VerifiedWindows
+from lqexport.cli.common import output, plain_endings, print_json
 from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
-from lqexport.cli.quantize import DeviceMemory, DryRun, HostMemory, Run, SourceModel
-from lqexport.cli.verify import MaxKl, MaxOverExpected, MaxPerplexityRatio
+from lqexport.cli.quantize import memory_limits
+from lqexport.cli.shared_options import (
+    Device,
+    DeviceMemory,
+    DryRun,
+    EvaluationText,
+    HostMemory,
+    Json,
+    MaxKl,
+    MaxOverExpected,
+    MaxPerplexityRatio,
+    SourceModel,
+    VerifiedWindows,
+    VerifyingEngine,
+)
 from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
 
@@ -34,7 +45,7 @@ def ladder(
     recipe_file: RecipeFile = None,
     text: EvaluationText = "python-heldout",
     windows: VerifiedWindows = None,
-    engine: Engine = None,
+    engine: VerifyingEngine = None,
     max_kl: MaxKl = None,
     max_perplexity_ratio: MaxPerplexityRatio = 2.0,
     max_over_expected: MaxOverExpected = 3.0,
@@ -65,9 +76,9 @@ def ladder(
         recipe = merged_recipe(recipe_file, options | {"source": source}, lambda _: f"gguf:{names[0]}" if names else "")
         measurement = Measurement(
             text, windows, engine,  # type: ignore[arg-type]  # checked later
-            max_kl, max_perplexity_ratio or None, max_over_expected or None,
+            max_kl, max_perplexity_ratio, max_over_expected,
         )  # fmt: skip
-        limits = Run(recipe, folder, device, None, device_memory, host_memory).limits
+        limits = memory_limits(device, device_memory, host_memory)
         rungs = planned_ladder(recipe, folder, names, measurement, device=device, memory=limits)
         if dry_run:
             _preview(rungs, device, limits, as_json=as_json)
@@ -85,7 +96,7 @@ def _preview(rungs: list[Rung], device: str, limits: MemoryLimits, *, as_json: b
 
     files = planned_files(rungs, device, limits)
     if as_json:
-        print(json.dumps(files, indent=1))
+        print_json(files)
     else:
         output().print(table(files))
 
@@ -95,7 +106,7 @@ def _show(made: Ladder, *, as_json: bool) -> None:
     from lqexport.delivery.ladder_card import table
 
     if as_json:
-        print(json.dumps(made.as_json(), indent=1))
+        print_json(made.as_json())
         return
     output().print(table(made.steps))
     for path in made.failed:

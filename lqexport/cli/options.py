@@ -12,6 +12,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 from typer.core import TyperCommand
 
+from lqexport.cli.shared_options import MACHINE
 from lqexport.errors import UserError
 from lqexport.recipe import CALIBRATION, CORRECTION, SOLVER, TUNING, TYPES, Recipe, load_recipe, plain_type
 
@@ -24,7 +25,6 @@ RecipeFile = Annotated[
     Path | None, typer.Option("--recipe", help="TOML file of these options; those given here count before it.")
 ]
 
-MACHINE = "Machine"
 RARE = (CALIBRATION, SOLVER, TYPES, TUNING, CORRECTION, MACHINE)
 """Panels that `--help-all` shows and `--help` does not."""
 HELP_ALL = "help_all"

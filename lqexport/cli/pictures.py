@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Json, Verbose, output, plain_endings
+from lqexport.cli.common import output, plain_endings, print_json
+from lqexport.cli.shared_options import Json, NewFile, Verbose
 from lqexport.runtime.progress import terminal_listener
 
 
 def to_mmproj(
     source: Annotated[str, typer.Argument(help="A Hugging Face folder or hub id of a model with images.")],
-    file: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    file: NewFile,
     type_name: Annotated[str, typer.Option("--type", help="Type of the matrices: F16, BF16, F32 or Q8_0.")] = "F16",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the tensors and the size; write nothing.")] = False,
     verbose: Verbose = False,
@@ -30,9 +29,9 @@ def to_mmproj(
         lqexport to-mmproj ./gemma-3-4b-it mmproj.gguf --type Q8_0 --dry-run
         llama-server -m gemma-3-4b-it-Q4_K_M.gguf --mmproj mmproj.gguf
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         from lqexport import pictures
-        from lqexport.models.inspect import size, table
+        from lqexport.models.inspect import listing, size
         from lqexport.sizes import human_bytes
 
         wanted = type_name.upper()
@@ -42,11 +41,8 @@ def to_mmproj(
             with terminal_listener() as listener:
                 planned = pictures.to_mmproj(source, file, type_name=wanted, listener=listener)
         if as_json:
-            print(json.dumps(planned.as_json(), indent=1))
+            print_json(planned.as_json())
             return
-        inspection = planned.inspection
-        console = output()
-        console.print(f"{inspection.path}: {inspection.container}", markup=False, highlight=False)
-        console.print(table(inspection.entries, verbose))
+        output().print(listing(planned.inspection, verbose))
         if not dry_run:
-            print(f"Wrote {file}, {human_bytes(size(inspection.entries))}.")
+            print(f"Wrote {file}, {human_bytes(size(planned.inspection.entries))}.")

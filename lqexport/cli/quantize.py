@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import shlex
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, Json, Verbose, output, plain_endings
-from lqexport.cli.options import MACHINE, RecipeFile, merged_recipe, with_recipe_options
+from lqexport.cli.common import output, plain_endings, print_json
+from lqexport.cli.options import RecipeFile, merged_recipe, with_recipe_options
+from lqexport.cli.shared_options import Cache, Device, DeviceMemory, DryRun, HostMemory, Json, SourceModel, Verbose
 from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import terminal_listener
@@ -26,31 +26,6 @@ if TYPE_CHECKING:
     from lqexport.runtime.progress import Listener
 
 RESUME = "Stopped. Run the same command again to go on from the last finished tensor."
-
-SourceModel = Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")]
-DeviceMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="Largest use of a GPU's memory, such as 24GB. It does not change the result. [default: what is free]",
-        rich_help_panel=MACHINE,
-    ),
-]
-HostMemory = Annotated[
-    str | None,
-    typer.Option(
-        help="Largest use of this machine's memory, such as 64GB. It does not change the result. [default: what is "
-        "free]",
-        rich_help_panel=MACHINE,
-    ),
-]
-Cache = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder that keeps second moments of the full prefix, for other runs over source and calibration.",
-        rich_help_panel=MACHINE,
-    ),
-]
 
 
 @with_recipe_options(target="[required, here or in the --recipe file]")
@@ -98,14 +73,15 @@ class Run:
 
     @functools.cached_property
     def limits(self) -> MemoryLimits:
-        """The given limits, else what is free: asked once, so that the run has the limits that were shown."""
-        from lqexport.planning.memory import MemoryLimits, available
-        from lqexport.runtime.environment import choose_device
-        from lqexport.sizes import memory_size
+        """The memory to fit into: asked once, so that the run has the limits that were shown."""
+        return memory_limits(self.device, self.device_memory, self.host_memory)
 
-        free = available(choose_device(self.device))
-        given = [memory_size(size) if size else None for size in (self.device_memory, self.host_memory)]
-        return MemoryLimits(given[0] or free.device, given[1] or free.host)
+    def placement(self, shown: Preview) -> Placement:
+        """Returns where the run keeps large tensors."""
+        from lqexport.planning.memory import choose_placement
+        from lqexport.runtime.environment import choose_device
+
+        return choose_placement(shown.work, choose_device(self.device), self.out, self.limits)
 
     def quantize(self, listener: Listener | None = None) -> dict[str, Any]:
         """Runs, and returns the report."""
@@ -114,31 +90,41 @@ class Run:
         return run(self.recipe, self.out, device=self.device, cache=self.cache, listener=listener, limits=self.limits)
 
 
+def memory_limits(device: str, device_memory: str | None, host_memory: str | None) -> MemoryLimits:
+    """Returns the given limits, such as 24GB, and what is free where one is not given."""
+    from lqexport.planning.memory import MemoryLimits, available
+    from lqexport.runtime.environment import choose_device
+    from lqexport.sizes import memory_size
+
+    free = available(choose_device(device))
+    given = [memory_size(size) if size else None for size in (device_memory, host_memory)]
+    return MemoryLimits(given[0] or free.device, given[1] or free.host)
+
+
 def _quantize(run: Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
     """Shows the plan; then, unless it is a dry run, checks the disk and runs."""
     from lqexport.planning.dryrun import as_json as preview_json
     from lqexport.planning.dryrun import preview
-    from lqexport.planning.memory import choose_placement
     from lqexport.runtime.environment import choose_device
 
     if is_another_process():
         if not dry_run:
             run.quantize()
         return
-    device = choose_device(run.device)  # an unknown device is said before the source is read
+    choose_device(run.device)  # an unknown device is said before the source is read
     shown = preview(run.recipe, run.out)
-    placement = choose_placement(shown.work, device, run.out, run.limits)
+    placement = run.placement(shown)
     if not as_json:
         print_plan(shown, placement, verbose=verbose, estimates=dry_run)
     if dry_run:
         if as_json:
-            print(json.dumps(preview_json(shown, placement), indent=1))
+            print_json(preview_json(shown, placement))
         return
     shown.check_disk()
     with terminal_listener() as listener:
         report = run.quantize(listener)
     if as_json:
-        print(json.dumps(report, indent=1))
+        print_json(report)
     else:
         _show_report(run, report)
 
@@ -214,14 +200,14 @@ def plan(
         lqexport plan ./config.json --target gguf:Q4_K_M --gpu 24GB --host 64GB
         lqexport plan ./model --target native:table-3 --json
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(model)
         from lqexport.planning.forecast import forecast, show
 
         recipe = merged_recipe(recipe_file, {"source": str(model), "target": target})
         result = forecast(model, recipe, gpu, host)
         if as_json:
-            print(json.dumps(result.as_json(), indent=1))
+            print_json(result.as_json())
         else:
             show(result, output())
         too_large = result.too_large

@@ -7,40 +7,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, EvaluationText, Json, Windows, plain_endings, print_result
+from lqexport.cli.common import plain_endings, print_result
+from lqexport.cli.shared_options import (
+    Against,
+    Device,
+    EvaluationText,
+    Json,
+    MaxKl,
+    MaxOverExpected,
+    MaxPerplexityRatio,
+    MinCosine,
+    Windows,
+)
 from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 if TYPE_CHECKING:
     from lqexport.verification.result import Verification
 
-LIMITS, REPORTS, MORE = "Limits", "What to write", "More to measure"
-"""Panels of `verify --help`."""
+REPORTS, MORE = "What to write", "More to measure"
+"""Panels of `verify --help`, beside that of the limits."""
 
 MadeFrom = Annotated[
     Path | None, typer.Option(help="The folder that the file was made from: compare every tensor's digest.")
-]
-MaxKl = Annotated[
-    float | None, typer.Option(help="Fail if the mean KL divergence is above this.", rich_help_panel=LIMITS)
-]
-MaxPerplexityRatio = Annotated[
-    float,
-    typer.Option(
-        min=0, help="Fail if the perplexity grew by more than this factor; 0: no such limit.", rich_help_panel=LIMITS
-    ),
-]
-MaxOverExpected = Annotated[
-    float,
-    typer.Option(
-        min=0,
-        help="Fail if the mean KL divergence is above this many times what rounding to the file's types costs; "
-        "0: no such limit.",
-        rich_help_panel=LIMITS,
-    ),
-]
-MinCosine = Annotated[
-    float | None,
-    typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
 ]
 Html = Annotated[Path | None, typer.Option(help="Write a page with plots per layer here.", rich_help_panel=REPORTS)]
 ShownLinear = Annotated[
@@ -87,7 +76,7 @@ LongWindow = Annotated[
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")],
-    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    against: Against,
     text: EvaluationText = "python-heldout",
     windows: Windows = None,
     engine: Annotated[str, typer.Option(help="What runs the file: lqexport, llama.cpp or mlx.")] = "lqexport",
@@ -118,7 +107,7 @@ def verify(
         lqexport verify model.gguf --against ./model --engine llama.cpp --text wikitext2:test --max-kl 0.05
         lqexport verify model.gguf --against ./model --artifact ./out --html report.html
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(file)
         check_source_name(against)
         from lqexport.verification import report
@@ -131,9 +120,8 @@ def verify(
                 file, against, text=text, protocols=tuple(protocol), windows=windows,
                 engine=engine,  # type: ignore[arg-type]  # checked there
                 artifact=artifact, adapter=adapter, activations=activations, max_kl=max_kl,
-                max_perplexity_ratio=max_perplexity_ratio or None,
-                max_over_expected=max_over_expected or None, min_cosine=min_cosine, linear=linear, long=long,
-                device=device, listener=listener,
+                max_perplexity_ratio=max_perplexity_ratio, max_over_expected=max_over_expected, min_cosine=min_cosine,
+                linear=linear, long=long, device=device, listener=listener,
             )  # fmt: skip
         print_result(result, report.for_terminal, as_json=as_json)
         written = _write_reports(result, html, card, record)
@@ -163,7 +151,7 @@ def compare(
     files: Annotated[
         list[Path], typer.Argument(help=".gguf files, or folders that to-native, to-exl2 or quantize wrote.")
     ],
-    against: Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")],
+    against: Against,
     text: EvaluationText = "python-heldout",
     protocol: Annotated[str, typer.Option(help="llama.cpp-512 or hf-2048, as in verify.")] = "llama.cpp-512",
     windows: Windows = None,
@@ -178,7 +166,7 @@ def compare(
 
         lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_exists(*files)
         check_source_name(against)
         from lqexport.verification import comparison, report

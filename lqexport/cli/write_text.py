@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lqexport.cli.common import NOTHING_WRITTEN, Device, plain_endings
-from lqexport.cli.quantize import SourceModel
+from lqexport.cli.common import plain_endings
+from lqexport.cli.shared_options import Device, SourceModel
 from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
 
@@ -30,7 +30,7 @@ def write_text(
         lqexport write-text ./model text.jsonl
         lqexport quantize ./model ./out --target gguf:Q4_K_M --calibration text.jsonl
     """
-    with plain_endings(NOTHING_WRITTEN):
+    with plain_endings():
         check_source_name(source)
         from lqexport.calibration.model_text import write_text as write
 

@@ -28,7 +28,7 @@ from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, perplexity_and_error, tokenize
 from lqexport.evaluation.fitting import fitted, window_warnings
-from lqexport.models.adapters import CorrectedModel, open_factors
+from lqexport.models.adapters import corrected, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.models.written import open_export
@@ -124,7 +124,7 @@ def perplexity(
     fitting = {text: fitted(chosen, export.config) for text, chosen in protocols.items()}
     windows_of = {text: _windows(text, chosen, tokenizer, windows) for text, chosen in fitting.items()}
     factors = open_factors(path, None, export.config)
-    model = BlockModel(CorrectedModel(export, factors) if factors else export, choose_device(device))
+    model = BlockModel(corrected(export, factors), choose_device(device))
     return [_measured(model, text, fitting[text], windows_of[text], listener) for text in windows_of]
 
 

@@ -15,7 +15,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError, install
 from lqexport.evaluation.evaluate import check_predicts
 from lqexport.integration.loading import load
-from lqexport.models.adapters import CorrectedModel, open_factors
+from lqexport.models.adapters import corrected, open_factors
 from lqexport.models.interface import Weights
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.models.written import NativeFolder, open_export
@@ -139,7 +139,7 @@ def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrained
     if isinstance(export, NativeFolder):
         return load(path, dtype=dtype, device_map={"": device})
     factors = open_factors(path, None, export.config)
-    return dense(CorrectedModel(export, factors) if factors else export, device, dtype)
+    return dense(corrected(export, factors), device, dtype)
 
 
 def dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:

@@ -96,6 +96,11 @@ class CorrectedModel:
         return values_of(StoredTensor(name, codec_name, shape, planes))
 
 
+def corrected(base: Weights, factors: LowRankFactors | None) -> Weights:
+    """Returns a written model with its low-rank corrections, if it has any."""
+    return CorrectedModel(base, factors) if factors else base
+
+
 def misfits(base: Weights, factors: LowRankFactors) -> list[str]:
     """Returns a sentence for each correction that lacks a factor or does not fit its weight's shape.
 

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from lqexport.converters.exl2.reader import Exl2Model
 from lqexport.converters.factors import is_factor
@@ -137,6 +139,11 @@ def table(entries: list[TensorInfo], every: bool = False) -> Table:
         row = (label, str(len(group)), shapes, type_, f"{bits(group):.3f}", human_bytes(size(group)))
         result.add_row(*row)
     return result
+
+
+def listing(inspection: Inspection, every: bool = False) -> RenderableType:
+    """Returns what `lqexport inspect` prints: what the model is, and its `table`."""
+    return Group(Text(f"{inspection.path}: {inspection.container}"), table(inspection.entries, every))
 
 
 def inspect(path: str | Path) -> Inspection:

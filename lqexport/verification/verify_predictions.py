@@ -26,7 +26,7 @@ from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
 from lqexport.evaluation.mlx_process import MlxProcess
-from lqexport.models.adapters import CorrectedModel, LowRankFactors
+from lqexport.models.adapters import LowRankFactors, corrected
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.models.source import HuggingFaceSource, Source
@@ -130,8 +130,9 @@ def logits_of_file(
 
 def model_of_file(result: Verification, export: Weights, factors: LowRankFactors | None) -> BlockModel:
     """Returns the file's model by this program's own decoding, with the adapter if `factors` are given."""
-    weights = CorrectedModel(export, factors) if factors else export
-    return BlockModel(weights, result.device, rounding=rounding(result.activations) if result.activations else None)
+    return BlockModel(
+        corrected(export, factors), result.device, rounding=rounding(result.activations) if result.activations else None
+    )
 
 
 def evaluate_file(
@@ -157,7 +158,7 @@ def evaluate_file(
             with logits_of_file(result, export, None, cut, protocol, listener) as test:
                 result.base_evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
         if rounded:
-            file, measured = CorrectedModel(export, factors) if factors else export, result.evaluations[-1]
+            file, measured = corrected(export, factors), result.evaluations[-1]
             loss = expected_loss(result, measured, file, rounded, reference, cut, protocol, listener)
             result.expected += [loss] if loss else []
     if rounded:

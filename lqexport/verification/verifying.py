@@ -7,6 +7,8 @@ source's. Limits decide whether the file passes.
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +27,7 @@ from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import PROTOCOLS
-from lqexport.models.adapters import CorrectedModel, open_factors
+from lqexport.models.adapters import LowRankFactors, corrected, open_factors
 from lqexport.models.column_order import in_order
 from lqexport.models.interface import Weights
 from lqexport.models.joined import joined
@@ -115,10 +117,10 @@ def verify(
     listener = listener or Silent()
     (export, source), evaluation_text = _opened(file, against), read_text(text)
     made_from = Artifact(artifact) if artifact else _record_in(file)
-    factors = open_factors(file, adapter, source.config)
+    compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
     listener.stage(f"Read the digest of {file.name}", 0)
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
-    result.adapter = str(adapter or file) if factors else None
+    result.adapter = str(adapter or file) if compared.factors else None
     result.activations = activations
     limits = {
         "max_kl": max_kl,
@@ -127,31 +129,76 @@ def verify(
         "min_cosine": min_cosine,
     }
     result.limits = limits_for(limits, source.config)
-    usable = check_structure(result, export, factors, source)
-    check_metadata(result, export, source)
-    check_files(result, made_from)
-    scales = _scales(source, export)
-    smoothed, result.smoothed = Smoothed(source, scales), len(scales)
-    check_tensors(result, export, factors, smoothed, made_from, listener)
+    usable = _check_content(result, compared, listener)
     check_overlap(result, evaluation_text)
     if max_over_expected is not None:
         result.failed += different_settings(export.config, source.config)
         result.failed += lost_settings(export.config, source.config)
         result.failed += different_splits(export, source)
-    if usable and all(tensor.finite for tensor in result.tensors):
-        rounded = RoundedSource(smoothed, export) if "max_over_expected" in result.limits else None
-        compare_predictions(
-            result, export, factors, source, text=evaluation_text, protocols=protocols, windows=windows,
-            listener=listener, rounded=rounded,
-        )  # fmt: skip
-        check_talk(result, export, source, listener)
-        if long:
-            measure_long_window(result, export, factors, source, evaluation_text, rounded, listener)
-        result.portrait = _matrix_view(result, export, smoothed, linear)
-        check_limits(result)
-        if rounded and above_expected(result):
-            result.causes = causes(result, CorrectedModel(export, factors) if factors else export, rounded, smoothed)
+    if usable:
+        _measure(result, compared, protocols, windows, linear=linear, long=long, listener=listener)
     return result
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """What a verification compares.
+
+    export     the written file
+    source     the model that it was made from, with its tensors as the file has them
+    factors    the file's low-rank corrections; None if it has none
+    artifact   the artifact that the file was made from; None if it is not known
+    text       the evaluation text
+    """
+
+    export: Export
+    source: Source
+    factors: LowRankFactors | None
+    artifact: Artifact | None
+    text: Text
+
+    @functools.cached_property
+    def scales(self) -> dict[Pair, Tensor]:
+        """The scales by which the file was smoothed; none where it holds numbers that are not finite."""
+        try:
+            return not_contradicted(self.source, self.export, scales_between(self.source, self.export))
+        except UserError:  # check_tensors says which tensors those are
+            return {}
+
+    @functools.cached_property
+    def smoothed(self) -> Smoothed:
+        """The source, scaled as the file was."""
+        return Smoothed(self.source, self.scales)
+
+
+def _check_content(result: Verification, compared: _Compared, listener: Listener) -> bool:
+    """Checks the file's structure, its metadata and every tensor. Returns whether its model can be run."""
+    complete = check_structure(result, compared.export, compared.factors, compared.source)
+    check_metadata(result, compared.export, compared.source)
+    check_files(result, compared.artifact)
+    result.smoothed = len(compared.scales)
+    check_tensors(result, compared.export, compared.factors, compared.smoothed, compared.artifact, listener)
+    return complete and all(tensor.finite for tensor in result.tensors)
+
+
+def _measure(
+    result: Verification, compared: _Compared, protocols: tuple[str, ...], windows: int | None, *, linear: str | None,
+    long: bool, listener: Listener,
+) -> None:  # fmt: skip
+    """Runs the file and its source, stores what the file loses, and checks the limits. The arguments are `verify`'s."""
+    export, source, factors, text = compared.export, compared.source, compared.factors, compared.text
+    rounded = RoundedSource(compared.smoothed, export) if "max_over_expected" in result.limits else None
+    compare_predictions(
+        result, export, factors, source, text=text, protocols=protocols, windows=windows, listener=listener,
+        rounded=rounded,
+    )  # fmt: skip
+    check_talk(result, export, source, listener)
+    if long:
+        measure_long_window(result, export, factors, source, text, rounded, listener)
+    result.portrait = _matrix_view(result, export, compared.smoothed, linear)
+    check_limits(result)
+    if rounded and above_expected(result):
+        result.causes = causes(result, corrected(export, factors), rounded, compared.smoothed)
 
 
 def _opened(file: Path, against: str) -> tuple[Export, Source]:
@@ -168,14 +215,6 @@ def check_metadata(result: Verification, export: Weights, source: Source) -> Non
         problems = metadata_problems(open_file(path))
         result.failed += [problem.sentence for problem in problems if problem.level == "error"]
     result.failed += vocabulary_differences(export, source)
-
-
-def _scales(source: Source, export: Export) -> dict[Pair, Tensor]:
-    """Returns the scales by which the file was smoothed; none where it holds numbers that are not finite."""
-    try:
-        return not_contradicted(source, export, scales_between(source, export))
-    except UserError:  # check_tensors says which tensors those are
-        return {}
 
 
 def _record_in(file: Path) -> Artifact | None:

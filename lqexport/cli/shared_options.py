@@ -1,0 +1,93 @@
+"""Arguments and options that several commands have, each declared once as an annotated type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MACHINE = "Machine"
+LIMITS = "Limits"
+"""Panels of `--help`."""
+
+SourceModel = Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")]
+WrittenFile = Annotated[
+    Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")
+]
+NewFile = Annotated[Path, typer.Argument(help="The .gguf file to write.")]
+NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest use of a GPU's memory, such as 24GB. It does not change the result. [default: what is free]",
+        rich_help_panel=MACHINE,
+    ),
+]
+HostMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="Largest use of this machine's memory, such as 64GB. It does not change the result. [default: what is "
+        "free]",
+        rich_help_panel=MACHINE,
+    ),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder that keeps second moments of the full prefix, for other runs over source and calibration.",
+        rich_help_panel=MACHINE,
+    ),
+]
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print types, fallbacks, size and cost, then stop.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List every tensor.")]
+
+Against = Annotated[str, typer.Option(help="The source: a Hugging Face folder or hub id, or a .gguf file.")]
+EvaluationText = Annotated[
+    str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
+]
+Windows = Annotated[int | None, typer.Option(help="Largest number of windows. [default: the whole text]")]
+VerifiedWindows = Annotated[
+    int | None,
+    typer.Option(min=0, help="Windows of the text to verify on; 0: all. [default: 16; 256 sentences for encoders]"),
+]
+VerifyingEngine = Annotated[
+    str | None,
+    typer.Option(help="What runs the file: llama.cpp or lqexport. [default: llama.cpp, where it is installed]"),
+]
+
+
+def _none_for_zero(limit: float) -> float | None:
+    return limit or None
+
+
+MaxKl = Annotated[
+    float | None, typer.Option(help="Fail if the mean KL divergence is above this.", rich_help_panel=LIMITS)
+]
+MaxPerplexityRatio = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=_none_for_zero,
+        help="Fail if the perplexity grew by more than this factor; 0: no such limit.",
+        rich_help_panel=LIMITS,
+    ),
+]
+MaxOverExpected = Annotated[
+    float | None,
+    typer.Option(
+        min=0,
+        callback=_none_for_zero,
+        help="Fail if the mean KL divergence is above this many times what rounding to the file's types costs; "
+        "0: no such limit.",
+        rich_help_panel=LIMITS,
+    ),
+]
+MinCosine = Annotated[
+    float | None,
+    typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
+]
