@@ -81,20 +81,10 @@ def plan(
     architecture = architecture_of(config)
     kept = model_tensors(architecture, config, shapes, further=further and target.family == "gguf")
     _check_target(target)
-    if target.family == "gguf":
-        check_metadata(architecture, config)
-        _check_biases(architecture, config, kept)
-    elif projections := [name for name in architecture.projections if name in kept]:
-        raise UserError(
-            f"A native folder has no place for {listed(projections)}, by which embeddings are multiplied. Choose a "
-            "GGUF type, such as gguf:Q4_0."
-        )
+    _check_format(target, architecture, config, kept)
     overrides = _overrides(architecture, config, embedding_type, output_type)
     _check_types(types, kept)
-    mix: dict[str, str] = {}
-    if target.type in MIXES:
-        columns = {name: shape[1] for name, shape in kept.items() if len(shape) == 2}
-        mix = mix_types(target.type, architecture, config, columns, _layers(config))
+    mix = _mix(target, architecture, config, kept)
     planned = []
     for name, shape in kept.items():
         matching = [codec_name for pattern, codec_name in types.items() if matches(pattern, name, shape)]
@@ -106,6 +96,26 @@ def plan(
         blocks = _layers(config) + further_blocks(architecture, _layers(config), shapes)
         _check_experts(planned, gguf_names(architecture, blocks))
     return planned
+
+
+def _check_format(target: Target, architecture: Architecture, config: dict[str, Any], kept: Shapes) -> None:
+    """Raises UserError if the target's format has no place for a setting or a tensor, or lacks one that it needs."""
+    if target.family == "gguf":
+        check_metadata(architecture, config)
+        _check_biases(architecture, config, kept)
+    elif projections := [name for name in architecture.projections if name in kept]:
+        raise UserError(
+            f"A native folder has no place for {listed(projections)}, by which embeddings are multiplied. Choose a "
+            "GGUF type, such as gguf:Q4_0."
+        )
+
+
+def _mix(target: Target, architecture: Architecture, config: dict[str, Any], kept: Shapes) -> dict[str, str]:
+    """Returns tensor -> type in the mix that the target is; {} for any other target."""
+    if target.type not in MIXES:
+        return {}
+    columns = {name: shape[1] for name, shape in kept.items() if len(shape) == 2}
+    return mix_types(target.type, architecture, config, columns, _layers(config))
 
 
 def _check_biases(architecture: Architecture, config: dict[str, Any], kept: Shapes) -> None:

@@ -155,7 +155,7 @@ def test_functions_stay_short(load_script: Callable[[str], ModuleType]) -> None:
     _, median, ninety, longest = script.table(ROOT)["all"]
     assert median <= 5
     assert ninety <= 14
-    assert longest <= 65
+    assert longest <= 55
 
 
 def relative(path: Path) -> str:
