@@ -1,4 +1,4 @@
-"""Decodes packed planes to a dense matrix on a GPU (decode.cu, exl2.cu), bit for bit as `formats` does."""
+"""Decodes packed planes to a dense matrix on a GPU (decode.cu, exl2.cu, exl3.cu), bit for bit as `formats` does."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import GridCodec
+from lqexport.formats.codec import GridCodec, Planes
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.mxint import MXINT
 from lqexport.formats.native import NATIVE, Affine, Table
 from lqexport.formats.registry import codec_named, family_of
-from lqexport.kernels import cuda, cuda_exl2
+from lqexport.kernels import cuda, cuda_exl2, cuda_exl3
 
 SOURCE = "decode.cu"
 THREADS = 256
@@ -50,8 +50,8 @@ READERS: dict[str, Reader] = {
     **{codec.name: _native(codec) for codec in NATIVE},
     **{codec.name: Reader(f"MxInt<{codec.bits}>", ("codes", "exponents")) for codec in MXINT},
 }
-"""Codec name to its reader. To add a format, write a reader in formats.cuh and add an entry here. EXL2 has kernels of
-its own, because its planes hold the transposed matrix in another order."""
+"""Codec name to its reader. To add a format, write a reader in formats.cuh and add an entry here. EXL2 and EXL3 have
+kernels of their own, because their planes hold the transposed matrix in another order or basis."""
 
 
 def kernels() -> list[str]:
@@ -62,7 +62,7 @@ def kernels() -> list[str]:
 
 def decodes(name: str) -> bool:
     """Returns whether a kernel decodes the format `name`."""
-    return name in READERS or family_of(name) == "exl2"
+    return name in READERS or family_of(name) in ("exl2", "exl3")
 
 
 @cache
@@ -103,9 +103,19 @@ def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.d
     """
     if family_of(name) == "exl2":
         return cuda_exl2.decode(name, planes, columns, dtype)
+    if family_of(name) == "exl3":
+        return cuda_exl3.decode(name, planes, columns, dtype)
     arguments, rows = packed(name, planes, columns)
     out = torch.empty(rows, columns, dtype=dtype, device=planes[READERS[name].planes[0]].device)
     blocks = -(-rows * -(-columns // 8) // THREADS)
     kernel = f"decode<{READERS[name].type}, {cuda.TYPES[dtype]}>"
     cuda.launch(SOURCE, kernel, blocks, THREADS, [*arguments, out])
     return out
+
+
+def decode_arrays(
+    name: str, planes: Planes, columns: int, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Decodes planes of the host on a CUDA device; see `decode`."""
+    tensors = {plane: torch.from_numpy(np.array(array)).to(device) for plane, array in planes.items()}
+    return decode(name, tensors, columns, dtype)

@@ -1,7 +1,7 @@
 """Multiplies activations by packed weights on a GPU.
 
-For a few tokens, the kernel decodes weights while it multiplies (multiply.cu, exl2.cu). For more, they are decoded
-first.
+For a few tokens, the kernel decodes weights while it multiplies (multiply.cu, exl2.cu, exl3.cu). For more, they are
+decoded first.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lqexport.formats.exl2 import Exl2
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.native import NATIVE
-from lqexport.formats.registry import codec_named
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2
+from lqexport.formats.registry import family_of
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_exl3
 
 SOURCE = "multiply.cu"
 THREADS = 128
@@ -27,7 +26,10 @@ MOST_TOKENS = 16
 """The most tokens of a fused product. For more, decoding once and multiplying by cuBLAS moves fewer bytes per token."""
 VECTORS = tuple(codec.name for codec in GGUF_VECTORS)
 FUSED = ("gguf:Q4_0", "gguf:Q8_0", "gguf:Q4_K", "gguf:Q6_K", *(codec.name for codec in NATIVE), *VECTORS)
-"""The formats, besides all of EXL2, whose kernels decode while they multiply. Others are always decoded first."""
+"""The formats, besides all of EXL2 and EXL3, whose kernels decode while they multiply. Others are always decoded first.
+"""
+APART = {"exl2": cuda_exl2.multiply, "exl3": cuda_exl3.multiply}
+"""The products of the families that have kernels of their own."""
 
 
 class LowRank(NamedTuple):
@@ -56,17 +58,17 @@ def multiply(x: Tensor, name: str, planes: Mapping[str, Tensor], low_rank: LowRa
     """Returns x W^T, [tokens, rows], in the dtype of x.
 
     x is [tokens, columns], in float32, float16 or bfloat16; the fused kernels sum in float32. W has the format `name`,
-    and `low_rank` adds left @ right to it. For at most MOST_TOKENS tokens, the formats in FUSED and EXL2 are decoded
-    while they are multiplied. Otherwise W is decoded into memory first.
+    and `low_rank` adds left @ right to it. For at most MOST_TOKENS tokens, the formats in FUSED, EXL2 and EXL3 are
+    decoded while they are multiplied. Otherwise W is decoded into memory first.
 
     Raises ValueError if the planes are not those of a matrix of x's columns, and KernelsMissingError if kernels cannot
     run.
     """
-    exl2 = isinstance(codec_named(name), Exl2)
-    if len(x) > MOST_TOKENS or not (exl2 or name in FUSED):
+    apart = APART.get(family_of(name))
+    if len(x) > MOST_TOKENS or not (apart or name in FUSED):
         return _dense(x, name, planes, low_rank)
-    if exl2:
-        return cuda_exl2.multiply(x, name, planes, _correction(x, low_rank))
+    if apart:
+        return apart(x, name, planes, _correction(x, low_rank))
     arguments, rows = cuda_decode.packed(name, planes, x.shape[1])
     x = _aligned(x)
     y = torch.empty(len(x), rows, dtype=x.dtype, device=x.device)

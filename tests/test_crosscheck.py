@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from lqexport.formats.registry import codec_named
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2
+from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_exl3
 from lqexport.runtime.progress import Silent
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.verification.crosscheck import CrossCheck
 from lqexport.verification.result import Verification
 from lqexport.verification.verify_tensors import check_tensors
 
-NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3", "exl2:4g32x3+2g32x5"]
+NAMES = ["gguf:Q4_K", "gguf:F32", "native:table-3", "exl2:4g32x3+2g32x5", "exl3:2.5"]
 
 
 def tensor(name: str) -> StoredTensor:
@@ -52,7 +52,11 @@ def kernels(kernels_on: Callable[[str, dict[str, list[str]]], str], monkeypatch:
     readers = [cuda_decode.READERS[name].type for name in NAMES if name in cuda_decode.READERS]
     kernels_on(
         "plain",
-        {cuda_decode.SOURCE: [f"decode<{reader}, float>" for reader in readers], cuda_exl2.SOURCE: cuda_exl2.kernels()},
+        {
+            cuda_decode.SOURCE: [f"decode<{reader}, float>" for reader in readers],
+            cuda_exl2.SOURCE: cuda_exl2.kernels(),
+            cuda_exl3.SOURCE: cuda_exl3.kernels(),
+        },
     )
     monkeypatch.setattr(cuda, "usable", lambda device: True)
 
@@ -72,15 +76,15 @@ def verified() -> Verification:
 def test_what_is_decoded_alike_passes() -> None:
     result = verified()
     assert result.failed == []
-    assert result.decoding == "NumPy and the CUDA kernels, the same bits in 4 of 4 tensors"
+    assert result.decoding == "NumPy and the CUDA kernels, the same bits in 5 of 5 tensors"
 
 
 @pytest.mark.usefixtures("kernels")
 def test_one_wrong_bit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     right = cuda_decode.decode
 
-    def wrong(name: str, planes: dict[str, torch.Tensor], columns: int) -> torch.Tensor:
-        values = right(name, planes, columns)
+    def wrong(name: str, planes: dict[str, torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
+        values = right(name, planes, columns, dtype)
         if name == "native:table-3":
             values.view(torch.int32)[1, 17] ^= 1
         return values
@@ -88,7 +92,7 @@ def test_one_wrong_bit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_decode, "decode", wrong)
     result = verified()
     assert result.failed == ["1 tensors decode to other values by the CUDA kernels: native:table-3."]
-    assert result.decoding.endswith("3 of 4 tensors")
+    assert result.decoding.endswith("4 of 5 tensors")
 
 
 @pytest.mark.usefixtures("kernels")

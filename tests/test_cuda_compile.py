@@ -13,6 +13,7 @@ from lqexport.kernels import (
     cuda,
     cuda_decode,
     cuda_exl2,
+    cuda_exl3,
     cuda_kmeans,
     cuda_multiply,
     cuda_solve,
@@ -25,6 +26,7 @@ KERNELS = {
     cuda_decode.SOURCE: cuda_decode.kernels(),
     cuda_multiply.SOURCE: cuda_multiply.kernels(),
     cuda_exl2.SOURCE: cuda_exl2.kernels(),
+    cuda_exl3.SOURCE: cuda_exl3.kernels(),
     cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
     cuda_squared.SOURCE: [cuda_squared.KERNEL],
     cuda_trellis.SOURCE: [cuda_trellis.KERNEL],
@@ -35,6 +37,7 @@ REGISTERS = {
     "decode.cu": 40,
     "multiply.cu": 120,
     "exl2.cu": 64,
+    "exl3.cu": 128,
     "feedback.cu": 64,
     "refine.cu": 96,
     "fit.cu": 72,
@@ -44,15 +47,18 @@ REGISTERS = {
     "vectors.cu": 120,
 }
 """Source file -> most registers per thread of its kernels. With these, at least five warps fit on each of an SM's four
-schedulers; four of `vectors.cu`, whose descent has both the search of a codebook and the refit, and of products with
-vectors for sm_120."""
+schedulers; four of `vectors.cu`, whose descent has both the search of a codebook and the refit, of products with
+vectors for sm_120, and of `exl3.cu`, whose decoding has 64 weights of a lane in registers."""
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 120)
 WHOLE = (70, 90, 120)
 """Architectures that all products are compiled for. For the others, only the product with the most registers of each
-format is compiled, and for formats with a codebook this one alone for the first and the last."""
+format is compiled, and for formats with a codebook this one alone for the first and the last. EXL3's kernels are
+compiled for one architecture each, in turn, since decoding takes the compiler half a second."""
 
 
 def kernels(source: str, architecture: int) -> list[str]:
+    if source == cuda_exl3.SOURCE:
+        return KERNELS[source][ARCHITECTURES.index(architecture) :: len(ARCHITECTURES)]
     if source != cuda_multiply.SOURCE:
         return KERNELS[source]
     largest = [kernel for kernel in KERNELS[source] if kernel.endswith(f", float, {cuda_multiply.TILES[-1]}>")]

@@ -13,15 +13,26 @@ from typing import Any
 
 import pytest
 import torch
+from random_exl3 import random_artifact
 from torch import Tensor
 
 from lqexport.converters.exl2 import writer as exl2_writer
+from lqexport.converters.exl3 import writer as exl3_writer
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.formats.registry import codec_named
 from lqexport.grids import fit_sections
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import minmax_sections
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_solve, cuda_squared, cuda_vectors
+from lqexport.kernels import (
+    cuda,
+    cuda_decode,
+    cuda_exl2,
+    cuda_exl3,
+    cuda_kmeans,
+    cuda_solve,
+    cuda_squared,
+    cuda_vectors,
+)
 from lqexport.pipeline import exl2_mixes
 from lqexport.pipeline.quantize import quantize
 from lqexport.planning.memory import MemoryLimits
@@ -31,6 +42,7 @@ from lqexport.solver.cholesky import factorize
 from lqexport.solver.linear import solve_linear, unit_of
 from lqexport.storage.artifact import Artifact
 from lqexport.tuning import tune
+from lqexport.tuning.tensor_cache import TensorCache
 from lqexport.verification.verifying import verify
 
 Launched = list[str]
@@ -63,6 +75,7 @@ def launched(kernels_on: Callable[..., str], device: ModuleType, monkeypatch: py
             cuda_kmeans.SOURCE: [cuda_kmeans.KERNEL],
             cuda_squared.SOURCE: [cuda_squared.KERNEL],
             cuda_exl2.SOURCE: cuda_exl2.kernels(),
+            cuda_exl3.SOURCE: cuda_exl3.kernels(),
             cuda_decode.SOURCE: cuda_decode.kernels(),
         },
     )
@@ -309,6 +322,36 @@ def test_a_written_file_is_verified(
     assert result.decoding == f"NumPy and the CUDA kernels, the same bits in {count} of {count} tensors"
     assert result.failed == []
     assert set(launched) == ({"decode", "decode_exl2"} if target == "exl2" else {"decode"})
+
+
+@pytest.fixture
+def walks(recipe: Recipe, tmp_path: Path) -> Artifact:
+    """An artifact in EXL3 with random linears."""
+    return random_artifact(changed(recipe, target="exl3:2.5", method="gptq"), tmp_path / "walks")
+
+
+def test_a_written_folder_of_walks_is_verified(
+    walks: Artifact, recipe: Recipe, text: Path, launched: Launched, pretended: Any, tmp_path: Path
+) -> None:
+    exl3_writer.write(walks, tmp_path / "model")
+    arguments = {"text": str(text), "protocols": ("llama.cpp-512",), "windows": 1, "max_over_expected": None}
+    result = verify(tmp_path / "model", recipe.source, device="cuda", **arguments)
+    count = len(result.tensors)
+    assert result.decoding == f"NumPy and the CUDA kernels, the same bits in {count} of {count} tensors"
+    assert result.failed == []
+    assert set(launched) == {"decode", "decode_exl3"}
+
+
+def test_walks_are_decoded_on_the_device_for_tuning(walks: Artifact, launched: Launched, pretended: Any) -> None:
+    """They are decoded once if the host has room for them."""
+    name = "model.layers.0.self_attn.k_proj.weight"
+    expected = TensorCache(walks, torch.device("cpu"), (0, 0))[name]
+    cache = TensorCache(walks, CUDA, (0, 1 << 20))
+    for unpacked in (cache[name], cache[name]):
+        assert unpacked.codes.device.type == unpacked.grid.inputs.device.type == "cuda"
+        assert torch.equal(unpacked.codes.cpu(), expected.codes)
+        assert torch.equal(unpacked.grid.outputs.cpu(), expected.grid.outputs)
+    assert launched == ["decode_exl3"]
 
 
 def test_walks_are_searched_for_weights_on_the_device(pretended: Any) -> None:

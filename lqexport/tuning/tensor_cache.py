@@ -1,12 +1,14 @@
 """Unpacks the tensors of a solved artifact for tuning, and keeps them unpacked where memory allows it.
 
-Tuning needs every tensor twice for each sequence, and unpacking is slow: the codecs do it in NumPy, on the host.
+Tuning needs every tensor twice for each sequence, and unpacking is slow: the codecs do it in NumPy, on the host. Only
+walks, the slowest of all, are decoded by the CUDA kernels where these run.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +18,7 @@ from lqexport.formats.trellis import Walks
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.rotation import TensorWalks, unscaled
 from lqexport.grids.sections import TensorSections
+from lqexport.kernels import cuda, cuda_decode
 from lqexport.models.source_grids import KEPT
 from lqexport.storage.artifact import Artifact, StoredTensor, decoded
 
@@ -38,32 +41,41 @@ class Unpacked:
     codes: Tensor
 
 
-OnHost = tuple[Grid | Sections | Walks | None, Tensor]
-"""A tensor's grid and codes on the host, as the codecs return them; grid and codes are as in `Unpacked`."""
+Parts = tuple[Grid | Sections | TensorWalks | None, Tensor]
+"""A tensor's grid and codes on the host; they are as in `Unpacked`. Codes that a CUDA kernel has decoded are still
+on the device."""
 
 
 def unpack(tensor: StoredTensor, device: torch.device) -> Unpacked:
     """Returns a tensor unpacked on a device."""
-    return _moved_to(device, _on_host(tensor))
+    return _moved_to(device, _parts(tensor, device))
 
 
-def _on_host(tensor: StoredTensor) -> OnHost:
+def _parts(tensor: StoredTensor, device: torch.device) -> Parts:
     codec = codec_named(tensor.codec_name)
     if isinstance(codec, PlainCodec) or tensor.facts.get("source_grid") == KEPT:
         return None, torch.from_numpy(decoded(tensor))
     if isinstance(codec, TrellisCodec):
         walks = codec.unpack(tensor.planes, tensor.shape[1])
-        return walks, torch.from_numpy(unscaled(walks))
+        return TensorWalks.of(walks, torch.device("cpu")), _codes_of(walks, tensor, device)
     grid, codes = codec.unpack(tensor.planes, tensor.shape[1])
     return grid, torch.from_numpy(codes)
 
 
-def _moved_to(device: torch.device, on_host: OnHost) -> Unpacked:
-    grid, codes = on_host[0], on_host[1].to(device)
+def _codes_of(walks: Walks, tensor: StoredTensor, device: torch.device) -> Tensor:
+    """Returns `rotation.unscaled` of a tensor's walks, decoded on `device` if the CUDA kernels run there."""
+    if not cuda.usable(device):
+        return torch.from_numpy(unscaled(walks))
+    planes = tensor.planes | {"suh": np.ones_like(walks.inputs), "svh": np.ones_like(walks.outputs)}
+    return cuda_decode.decode_arrays(tensor.codec_name, planes, tensor.shape[1], device, torch.float16)
+
+
+def _moved_to(device: torch.device, parts: Parts) -> Unpacked:
+    grid, codes = parts[0], parts[1].to(device)
     if grid is None:
         return Unpacked(None, codes)
-    if isinstance(grid, Walks):
-        return Unpacked(TensorWalks.of(grid, device), codes)
+    if isinstance(grid, TensorWalks):
+        return Unpacked(TensorWalks(grid.inputs.to(device), grid.outputs.to(device)), codes)
     return Unpacked(TensorGrid.of(grid, device) if isinstance(grid, Grid) else TensorSections.of(grid, device), codes)
 
 
@@ -80,25 +92,25 @@ class TensorCache:
         self._artifact, self._device = artifact, device
         self._device_bytes, self._host_bytes = cache_bytes  # what is left of them
         self._on_device: dict[str, Unpacked] = {}
-        self._on_host: dict[str, OnHost] = {}
+        self._on_host: dict[str, Parts] = {}
 
     def __getitem__(self, name: str) -> Unpacked:
         if name in self._on_device:
             return self._on_device[name]
-        on_host = self._on_host.get(name) or _on_host(self._artifact.read(name))
-        unpacked, size = _moved_to(self._device, on_host), _size(on_host)
+        parts = self._on_host.get(name) or _parts(self._artifact.read(name), self._device)
+        unpacked, size = _moved_to(self._device, parts), _size(parts)
         if size <= self._device_bytes:
             self._on_device[name] = unpacked
             self._device_bytes -= size
         elif name not in self._on_host and size <= self._host_bytes:
-            self._on_host[name] = on_host
+            self._on_host[name] = parts[0], parts[1].cpu()
             self._host_bytes -= size
         return unpacked
 
 
-def _size(on_host: OnHost) -> int:
+def _size(parts: Parts) -> int:
     """Returns the bytes that an unpacked tensor takes, at most."""
-    grid, codes = on_host
-    if grid is None or isinstance(grid, Walks):
+    grid, codes = parts
+    if grid is None or isinstance(grid, TensorWalks):
         return codes.nbytes
     return int((1 + NUMBERS) * codes.nbytes)

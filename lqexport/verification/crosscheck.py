@@ -31,7 +31,8 @@ class CrossCheck:
         if not (cuda_decode.decodes(tensor.codec_name) and cuda.usable(self.device)):
             return
         self.compared += 1
-        ours = decoded_on(tensor, self.device).cpu().numpy()
+        decoded = cuda_decode.decode_arrays(tensor.codec_name, tensor.planes, tensor.shape[-1], self.device)
+        ours = decoded.cpu().numpy().reshape(tensor.shape)
         if not np.all((ours.view(np.uint32) == values.view(np.uint32)) | (np.isnan(ours) & np.isnan(values))):
             self.different.append(tensor.name)
 
@@ -44,9 +45,3 @@ class CrossCheck:
             return "NumPy"
         reason = cuda.missing() or "The CUDA kernels know none of the file's formats."
         return f"NumPy alone. {reason}"
-
-
-def decoded_on(tensor: StoredTensor, device: torch.device) -> torch.Tensor:
-    """Returns a stored tensor decoded by the CUDA kernels, as float32 in the tensor's shape, on `device`."""
-    planes = {name: torch.from_numpy(np.array(plane)).to(device) for name, plane in tensor.planes.items()}
-    return cuda_decode.decode(tensor.codec_name, planes, tensor.shape[-1]).reshape(tensor.shape)

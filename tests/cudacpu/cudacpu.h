@@ -78,6 +78,16 @@ ALWAYS_INLINE To bits_as(From value) {
 ALWAYS_INLINE unsigned __float_as_uint(float value) { return bits_as<unsigned>(value); }
 ALWAYS_INLINE float __uint_as_float(unsigned value) { return bits_as<float>(value); }
 
+// The low 32 bits of `high` and `low`, one after the other, shifted to the right.
+ALWAYS_INLINE unsigned __funnelshift_r(unsigned low, unsigned high, unsigned distance) {
+  return (unsigned)(((uint64_t)high << 32 | low) >> (distance & 31));
+}
+// `sum` and the products of the four bytes of `a` and `b`.
+ALWAYS_INLINE unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {
+  for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 255) * (b >> shift & 255);
+  return sum;
+}
+
 // ---- the kernels of a program, by the name that the launcher uses.
 namespace cudacpu {
 typedef void (*Launch)(void** arguments);
