@@ -20,9 +20,9 @@ from lqexport.converters.models.architecture import CUT
 from lqexport.converters.models.further import block_count
 from lqexport.converters.targets import plan
 from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.models.column_order import source_of
+from lqexport.models.column_order import source_like, source_of
 from lqexport.models.inspect import inspect
-from lqexport.models.source import HuggingFaceSource
+from lqexport.models.source import HuggingFaceSource, open_source
 from lqexport.models.written import open_export
 from lqexport.planning.dryrun import preview
 from lqexport.planning.forecast import ConfigModel
@@ -30,8 +30,9 @@ from lqexport.recipe import Recipe
 from lqexport.solver.linear import round_tensor
 from lqexport.storage.artifact import decoded
 from lqexport.target import Target
+from lqexport.verification.comparison import compare
 from lqexport.verification.verify_tensors import relative_error
-from lqexport.verification.verifying import _opened, verify
+from lqexport.verification.verifying import verify
 
 CUT_FOR_DRAFTS = "glm4moe-lite"
 """A case in which `kv_b_proj` is cut in two in a file with the block, and is not in one without it."""
@@ -54,7 +55,8 @@ def test_llamacpp_computes_the_block_as_transformers_does(name: str, tmp_path: P
     assert np.abs(further - made.logits(TOKENS)).mean() < 0.003
     model = GGUFModel(path)
     assert (model.config["num_hidden_layers"], block_count(model.config)) == (made.layers, made.layers + made.count)
-    file, against = _opened(path, source)
+    file = open_export(path)
+    against = source_like(open_source(source), file.config)
     of_file, of_source = (
         {name for name in each.names() if name.startswith(f"model.layers.{made.layers}.")} for each in (file, against)
     )
@@ -100,6 +102,8 @@ def test_the_block_is_rounded_to_eight_bits(name: str, target: str, tmp_path: Pa
         assert (file.read(entry.name).numpy() == decoded(rounded)).all()
     assert [problem.sentence for problem in check_file(path).problems] == []
     result = verify(path, source.name, text=texts[1], windows=1)
+    (compared,) = compare([path], source.name, text=texts[1], windows=1).files
+    assert compared.evaluation.kl == pytest.approx(result.evaluations[0].kl, rel=1e-3)
     assert (result.failed, [line for line in result.warnings if "architecture" in line]) == ([], [])
     assert f"{prefix}eh_proj.weight" in {tensor.name for tensor in result.tensors}
     again = export(tmp_path / "again", Recipe(str(path), "gguf:Q5_0", method="rtn"))

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lqexport.converters.models.architecture import CUT, Config
 from lqexport.converters.models.architectures import find_architecture
 from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.models.joined import joined
-from lqexport.models.latent import for_drafts
+from lqexport.models.latent import cut_in_two, for_drafts
 from lqexport.models.source import Source, open_source
 from lqexport.models.source_view import SourceView
 from lqexport.recipe import Recipe
@@ -57,6 +58,12 @@ def in_order(source: Source, tiled: bool) -> Source:
     if architecture is None or not architecture.tiled or bool(source.config.get(TILED)) == tiled:
         return source
     return Reordered(source)
+
+
+def source_like(source: Source, config: Config) -> Source:
+    """Returns the source as a written file with this config has it: the order of columns, cut and joined linears."""
+    source = joined(cut_in_two(source) if config.get(CUT) else source)
+    return in_order(source, bool(config.get(TILED)))
 
 
 def source_of(recipe: Recipe) -> Source:

@@ -22,6 +22,7 @@ from lqexport.evaluation.figures import figure, finite_or_null, share, with_erro
 from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
+from lqexport.models.column_order import source_like
 from lqexport.models.inspect import bits, inspect, size
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import Export, open_export
@@ -119,7 +120,9 @@ class _Opened:
 
 def _opened(head: Verification, source: Source) -> _Opened:
     path = Path(head.file)
-    export, factors = open_export(path), open_factors(path, None, source.config)
+    export = open_export(path)
+    source = source_like(source, export.config)
+    factors = open_factors(path, None, source.config)
     if not check_structure(head, export, factors, source):
         raise UserError(f"{path} is not a model like {source.name}: {head.failed[0]}")
     return _Opened(head, export, factors)

@@ -21,17 +21,13 @@ from lqexport.checking.opened import open_file
 from lqexport.converters.folders.native import RECORD
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.converters.mlx.types import quantization_of
-from lqexport.converters.models.architecture import CUT
-from lqexport.converters.models.value_heads import TILED
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.evaluate import PROTOCOLS
 from lqexport.models.adapters import LowRankFactors, corrected, open_factors
-from lqexport.models.column_order import in_order
+from lqexport.models.column_order import source_like
 from lqexport.models.interface import Weights
-from lqexport.models.joined import joined
-from lqexport.models.latent import cut_in_two
 from lqexport.models.licenses import license_of
 from lqexport.models.smoothing import Pair, Smoothed, scales_between
 from lqexport.models.source import Source, open_source
@@ -115,7 +111,8 @@ def verify(
     _check_engine(engine, adapter, activations)
     full_float32()
     listener = listener or Silent()
-    (export, source), evaluation_text = _opened(file, against), read_text(text)
+    export = open_export(file)
+    source, evaluation_text = source_like(open_source(against), export.config), read_text(text)
     made_from = Artifact(artifact) if artifact else _record_in(file)
     compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
     listener.stage(f"Read the digest of {file.name}", 0)
@@ -199,13 +196,6 @@ def _measure(
     check_limits(result)
     if rounded and above_expected(result):
         result.causes = causes(result, corrected(export, factors), rounded, compared.smoothed)
-
-
-def _opened(file: Path, against: str) -> tuple[Export, Source]:
-    """Opens a file and its source, with columns in the order that the file has them, and `kv_b_proj` as it has it."""
-    export, source = open_export(file), open_source(against)
-    source = joined(cut_in_two(source) if export.config.get(CUT) else source)
-    return export, in_order(source, bool(export.config.get(TILED)))
 
 
 def check_metadata(result: Verification, export: Weights, source: Source) -> None:
