@@ -18,6 +18,8 @@ from lqexport.converters.gguf.pretokenizers import SPLITTERS
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.models.source import GGUFSource, open_source
+from lqexport.models.source_view import SourceView
+from lqexport.verification.splits import different_splits
 from lqexport.verification.verify_vocabulary import vocabulary_differences
 
 STRING, NUMBER, FLAG, ARRAY = GGUFValueType.STRING, GGUFValueType.UINT32, GGUFValueType.BOOL, GGUFValueType.ARRAY
@@ -110,6 +112,7 @@ def test_verify_compares_the_keys_of_the_tokenizer(source: Path, again: Path, tm
     changed = rewritten(again, tmp_path / "a.gguf", {"tokenizer.ggml.eos_token_id": (3, NUMBER)})
     sentences = vocabulary_differences(GGUFModel(changed), GGUFSource(source))
     assert sentences == ["tokenizer.ggml.eos_token_id is 3, and the source has 2."]
+    assert vocabulary_differences(GGUFModel(changed), SourceView(GGUFSource(source))) == sentences
 
 
 def test_verify_compares_the_vocabulary_with_the_tokenizer(smaller_model: Path, tmp_path: Path) -> None:
@@ -130,6 +133,10 @@ def test_verify_compares_the_vocabulary_with_the_tokenizer(smaller_model: Path, 
         (fault,) = vocabulary_differences(GGUFModel(rewritten(file, tmp_path / "a.gguf", said)), source)
         assert sentence in fault
     assert types[0] == 3
+    other = GGUFModel(rewritten(file, tmp_path / "a.gguf", {"tokenizer.ggml.pre": ("bloom", STRING)}))
+    (sentence,) = different_splits(other, source)
+    assert "tokenizer.ggml.pre is 'bloom'" in sentence
+    assert different_splits(other, SourceView(source)) == [sentence]
 
 
 def test_folders_of_other_formats_have_no_copy_of_the_metadata(source: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from lqexport.models.licenses import license_of
 from lqexport.models.source import open_source
+from lqexport.models.source_view import SourceView
 from lqexport.storage.published import is_hub_id, public_name, public_run, public_sentence
 
 
@@ -59,5 +60,6 @@ def test_the_license_of_a_source(tiny_model: Path, tmp_path: Path) -> None:
     )
     stated = {"license": "other", "license_name": "of ours", "license_link": "https://a.org/b"}
     assert license_of(open_source(str(tmp_path))) == stated
+    assert license_of(SourceView(open_source(str(tmp_path)))) == stated
     (tmp_path / "README.md").write_text("# license: mit\n")
     assert license_of(open_source(str(tmp_path))) == {}

@@ -13,7 +13,7 @@ from lqexport.delivery.places import Places, check_name
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.embeddings import sentences
-from lqexport.evaluation.evaluate import PROTOCOLS
+from lqexport.evaluation.evaluate import PROTOCOLS, cut_text
 from lqexport.evaluation.fitting import fitted
 from lqexport.models.inspect import size
 from lqexport.models.source import open_source
@@ -23,7 +23,6 @@ from lqexport.recipe import Recipe
 from lqexport.storage.files import check_space
 from lqexport.verification.limits import limits_for
 from lqexport.verification.result import Engine
-from lqexport.verification.verify_predictions import cut_text
 from lqexport.verification.verifying import MAX_OVER_EXPECTED, check_options
 
 WINDOWS, SENTENCES = 16, 256

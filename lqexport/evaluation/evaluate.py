@@ -15,6 +15,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
+from lqexport.calibration.sequences import begins_with_bos
+from lqexport.calibration.texts import Text
 from lqexport.converters.models.architecture import Architecture
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -84,6 +86,20 @@ def cut(tokens: NDArray[np.int64], protocol: Protocol, bos: int | None, limit: i
     if protocol.bos and bos is not None:
         windows[:, 0] = bos
     return windows
+
+
+def cut_text(
+    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: Iterable[Protocol], limit: int | None
+) -> dict[Protocol, NDArray[np.int64]]:
+    """Returns protocol -> the windows of a text, token ids [count, protocol.window].
+
+    limit   the most windows; None for all
+
+    Raises UserError if the text is shorter than one window.
+    """
+    tokens = tokenize(tokenizer, text.seen_by(tokenizer))
+    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    return {protocol: cut(tokens, protocol, bos, limit) for protocol in protocols}
 
 
 def check_predicts(architecture: Architecture) -> None:

@@ -22,11 +22,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lqexport.calibration.sequences import begins_with_bos
 from lqexport.calibration.texts import documents, read_text
 from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
-from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, perplexity_and_error, tokenize
+from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, cut_text, perplexity_and_error, tokenize
 from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.models.adapters import corrected, open_factors
 from lqexport.models.blocks import BlockModel
@@ -131,8 +130,7 @@ def perplexity(
 def _windows(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Windows:
     if text in TEXTS:
         return TEXTS[text](tokenizer, protocol)[:limit]
-    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    return cut(tokenize(tokenizer, read_text(text).seen_by(tokenizer)), protocol, bos, limit)
+    return cut_text(tokenizer, read_text(text), [protocol], limit)[protocol]
 
 
 def _measured(model: BlockModel, text: str, protocol: Protocol, windows: Windows, listener: Listener) -> Perplexity:

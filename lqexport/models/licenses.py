@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
-from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
+from lqexport.models.source import GGUFSource, Source
+from lqexport.models.source_view import folder_of, opened
 
 KEYS = ("license", "license_name", "license_link")
 """Keys of a card's front matter, which GGUF files have as general.license, general.license.name and so on."""
@@ -18,10 +20,10 @@ def license_of(source: Source) -> dict[str, str]:
 
     Empty if the source states no license.
     """
-    if isinstance(source, GGUFSource):
-        stated = {key: source.metadata.get(f"general.{key.replace('_', '.')}") for key in KEYS}
-    elif isinstance(source, HuggingFaceSource):
-        stated = dict(_front_matter(source.folder / "README.md"))
+    if (folder := folder_of(source)) is not None:
+        stated: dict[str, Any] = dict(_front_matter(folder / "README.md"))
+    elif isinstance(file := opened(source), GGUFSource):
+        stated = {key: file.metadata.get(f"general.{key.replace('_', '.')}") for key in KEYS}
     else:
         return {}
     return {key: value for key in KEYS if isinstance(value := stated.get(key), str) and value and len(value) <= LONGEST}

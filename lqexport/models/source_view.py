@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lqexport.models.source import Source
+from lqexport.models.source import HuggingFaceSource, Source
 from lqexport.storage.background import FileSpan, HasFileSpans
 
 
@@ -44,3 +44,9 @@ class SourceView:
 def opened(source: Source) -> Source:
     """Returns the source that was opened, without the views of it."""
     return opened(source.source) if isinstance(source, SourceView) else source
+
+
+def folder_of(source: Source) -> Path | None:
+    """Returns the folder of the files of a source, below any view of it; None for a .gguf file."""
+    inner = opened(source)
+    return inner.folder if isinstance(inner, HuggingFaceSource) else None

@@ -17,7 +17,7 @@ from rich.table import Table
 from lqexport.calibration.texts import read_text
 from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
-from lqexport.evaluation.evaluate import BlockLogits, Evaluation
+from lqexport.evaluation.evaluate import BlockLogits, Evaluation, cut_text
 from lqexport.evaluation.figures import figure, finite_or_null, share, with_error
 from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.models.adapters import LowRankFactors, open_factors
@@ -33,7 +33,7 @@ from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification.report import svg
 from lqexport.verification.result import Engine, Verification
-from lqexport.verification.verify_predictions import cut_text, logits_of_file
+from lqexport.verification.verify_predictions import logits_of_file
 from lqexport.verification.verify_tensors import check_structure
 from lqexport.verification.verifying import check_options, empty_result
 

@@ -9,7 +9,8 @@ from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
 from lqexport.models.interface import Weights
-from lqexport.models.source import HuggingFaceSource, Source
+from lqexport.models.source import Source
+from lqexport.models.source_view import folder_of
 
 
 def different_splits(file: Weights, source: Source) -> list[str]:
@@ -17,10 +18,10 @@ def different_splits(file: Weights, source: Source) -> list[str]:
 
     Nothing is said of other files, of other sources, and of a source whose tokenizer is not known to fit llama.cpp.
     """
-    if not isinstance(file, GGUFModel) or not isinstance(source, HuggingFaceSource):
+    if not isinstance(file, GGUFModel) or (folder := folder_of(source)) is None:
         return []
     try:
-        vocabulary = read_vocabulary(source.folder)
+        vocabulary = read_vocabulary(folder)
     except UserError:
         return []
     if vocabulary.model != "gpt2":
@@ -30,15 +31,17 @@ def different_splits(file: Weights, source: Source) -> list[str]:
 
 
 def _differences(metadata: dict[str, Any], splitter: str, merges: list[str]) -> list[str]:
-    given, found, alike = metadata.get("tokenizer.ggml.pre"), [], splitter_named(splitter)
+    given, differences, alike = metadata.get("tokenizer.ggml.pre"), [], splitter_named(splitter)
     if given != splitter and not (alike and given in alike.names):
-        found.append(f"tokenizer.ggml.pre is {given!r}, and the source's tokenizer splits words as {splitter!r} does.")
+        differences.append(
+            f"tokenizer.ggml.pre is {given!r}, and the source's tokenizer splits words as {splitter!r} does."
+        )
     ours = metadata.get("tokenizer.ggml.merges") or []
     if ours != merges:
         pairs = zip(ours, merges, strict=False)
         first = next((number for number, pair in enumerate(pairs) if pair[0] != pair[1]), min(len(ours), len(merges)))
-        found.append(
+        differences.append(
             f"The file has {len(ours)} merges, and the source's tokenizer {len(merges)}; they differ from number "
             f"{first} on."
         )
-    return found
+    return differences

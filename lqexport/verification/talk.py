@@ -18,8 +18,8 @@ from lqexport.evaluation.llama_server import LlamaServer, TemplateRefused
 from lqexport.evaluation.llamacpp_process import LlamaCppFailed
 from lqexport.evaluation.mlx_process import MlxProcess
 from lqexport.models.interface import Weights
-from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
-from lqexport.models.source_view import SourceView
+from lqexport.models.source import GGUFSource, Source
+from lqexport.models.source_view import folder_of
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.runtime.progress import Listener
 from lqexport.verification import stop_tokens
@@ -77,7 +77,7 @@ def _check_stops(
     server: LlamaServer | None,
 ) -> list[int]:  # fmt: skip
     """Compares the file's stop tokens with the source's, which are returned."""
-    of_source = stop_tokens.of_folder(_folder(source), source.config, tokenizer)
+    of_source = stop_tokens.of_folder(folder_of(source), source.config, tokenizer)
     talk.stops = stop_tokens.stop_tokens(tokenizer, of_source, stops, server)
     gguf = is_gguf(Path(result.file)) and Path(result.file).is_file()
     failed, warnings = stop_tokens.faults(talk.stops, tokenizer, of_source, stops, gguf)
@@ -93,13 +93,6 @@ def _check_mlx_stops(
     if missing := [token for token in of_source if token not in stops]:
         names = [repr(text) for text in token_texts(tokenizer, missing)]
         result.failed.append(f"mlx-lm does not stop at {listed(names)} as the source does.")
-
-
-def _folder(source: Source) -> Path | None:
-    """Returns the folder of the source's files, below any view of it; None for a .gguf file."""
-    while isinstance(source, SourceView):
-        source = source.source
-    return source.folder if isinstance(source, HuggingFaceSource) else None
 
 
 def _of_file(result: Verification, export: Weights) -> tuple[FileTemplate, list[int]]:

@@ -15,21 +15,21 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from lqexport.calibration.sequences import begins_with_bos
 from lqexport.calibration.texts import Text
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.engine_process import EngineFailed
-from lqexport.evaluation.evaluate import PROTOCOLS
+from lqexport.evaluation.evaluate import PROTOCOLS, cut_text
 from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
 from lqexport.evaluation.mlx_process import MlxProcess
 from lqexport.models.adapters import LowRankFactors, corrected
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
-from lqexport.models.source import HuggingFaceSource, Source
+from lqexport.models.source import Source
+from lqexport.models.source_view import folder_of
 from lqexport.models.tokenizers import Splits
 from lqexport.runtime.progress import Listener
 from lqexport.verification.expected_loss import expected_loss
@@ -57,9 +57,7 @@ def compare_predictions(
     tokenizer = source.tokenizer()
     with engine_failures(result):
         if result.engine == "llama.cpp":
-            check_tokenizer(
-                result, Splits(tokenizer, source.folder if isinstance(source, HuggingFaceSource) else None), text
-            )
+            check_tokenizer(result, Splits(tokenizer, folder_of(source)), text)
         if architecture_of(source.config).encoder:
             texts = sentences(text.content, windows)
             compare_embeddings(result, export, factors, source, texts=texts, tokenizer=tokenizer, listener=listener)
@@ -81,16 +79,6 @@ def engine_failures(result: Verification) -> Iterator[None]:
         yield
     except EngineFailed as failure:
         result.failed.append(str(failure))
-
-
-def cut_text(
-    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: Iterable[evaluate.Protocol], limit: int | None
-) -> dict[evaluate.Protocol, NDArray[np.int64]]:
-    """Returns protocol -> the text's windows, token ids [windows, window length]. Raises UserError if the text is too
-    short for a window."""
-    tokens = evaluate.tokenize(tokenizer, text.seen_by(tokenizer))
-    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    return {protocol: evaluate.cut(tokens, protocol, bos, limit) for protocol in protocols}
 
 
 @contextlib.contextmanager

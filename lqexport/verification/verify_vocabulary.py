@@ -12,7 +12,8 @@ from lqexport.converters.gguf.tokenizer_json import special_ids
 from lqexport.converters.gguf.tokens import Token, Vocabulary
 from lqexport.errors import well_formed
 from lqexport.models.interface import Weights
-from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
+from lqexport.models.source import GGUFSource, Source
+from lqexport.models.source_view import folder_of, opened
 from lqexport.models.tokenizers import vocabulary_faults
 
 _PREFIX = "tokenizer.ggml."
@@ -26,8 +27,8 @@ def vocabulary_differences(file: Weights, source: Source) -> list[str]:
     if not isinstance(file, GGUFModel) or not file.metadata.get(f"{_PREFIX}tokens"):
         return []
     with well_formed(f"The tokenizer in {file.path}"):
-        if isinstance(source, GGUFSource):
-            return _different_keys(file.metadata, source.metadata)
+        if isinstance(of_source := opened(source), GGUFSource):
+            return _different_keys(file.metadata, of_source.metadata)
         return _from_tokenizer(file.metadata, source)
 
 
@@ -45,8 +46,7 @@ def _from_tokenizer(metadata: dict[str, Any], source: Source) -> list[str]:
     types = metadata.get(f"{_PREFIX}token_type") or [int(TokenType.NORMAL)] * len(texts)
     tokens = {number: Token(text, TokenType(types[number])) for number, text in enumerate(texts)}
     vocabulary = Vocabulary(str(metadata[f"{_PREFIX}model"]), str(metadata.get(f"{_PREFIX}pre")), tokens)
-    folder = source.folder if isinstance(source, HuggingFaceSource) else None
-    faults = vocabulary_faults(vocabulary, special_ids(metadata), tokenizer, folder, len(texts))
+    faults = vocabulary_faults(vocabulary, special_ids(metadata), tokenizer, folder_of(source), len(texts))
     begins = metadata.get(f"{_PREFIX}add_bos_token")
     if begins is not None and vocabulary.model != "bert" and bool(begins) != begins_with_bos(tokenizer):
         faults.append(
