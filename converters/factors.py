@@ -23,7 +23,7 @@ def factor_names(weight: str) -> tuple[str, str]:
 
 
 def is_factor(name: str) -> bool:
-    """Whether a tensor is a low-rank factor."""
+    """Returns whether a tensor is a low-rank factor."""
     return name.endswith((A, B))
 
 

@@ -163,7 +163,7 @@ def check_names(patterns: Iterable[str], shapes: Shapes) -> None:
 
 
 def matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor is a matrix whose name matches a shell pattern."""
+    """Returns whether a tensor is a matrix whose name matches a shell pattern."""
     return len(shape) == 2 and fnmatchcase(name, pattern)
 
 
@@ -204,7 +204,7 @@ def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, 
 
 
 def _is_unused(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
-    """Whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
+    """Returns whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
     if any(re.search(pattern, name) for pattern in architecture.unused):
         return True
     module = block_module(architecture, name)
@@ -252,7 +252,7 @@ def _wanted(target: Target, architecture: Architecture, mix: Mapping[str, str], 
 
 @lru_cache
 def _is_plain(codec_name: str) -> bool:
-    """Whether a codec rounds each weight alone, so that the solver has nothing to do."""
+    """Returns whether a codec rounds each weight alone, so that the solver has nothing to do."""
     return isinstance(codec_named(codec_name), PlainCodec)
 
 

@@ -92,5 +92,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names, for completion in an interactive session."""
+    """Returns the public names, for completion in an interactive session."""
     return sorted(__all__)

@@ -393,9 +393,7 @@ class Recipe:
             )
 
     def _check_exl3(self) -> None:
-        if self.parsed_target.family != "exl3":
-            return
-        if self.rank:
+        if self.parsed_target.family == "exl3" and self.rank:
             raise UserError("EXL3 is solved without low-rank corrections: leave out rank.")
 
     def _check_fixed_types(self) -> None:
@@ -437,7 +435,10 @@ class Recipe:
         return self.size is not None or self.bits is not None
 
     def types_by_pattern(self) -> dict[str, str]:
-        """Tensor name pattern to codec name, from `types`. Raises UserError if an entry is not PATTERN=TYPE."""
+        """Returns pattern of tensor names -> codec name, from `types`.
+
+        Raises UserError if an entry is not PATTERN=TYPE.
+        """
         entries = [entry.partition("=") for entry in self.types]
         if wrong := [entry for entry, (_, _, type_name) in zip(self.types, entries, strict=True) if not type_name]:
             raise UserError(f"A type for some tensors is like '*.down_proj.weight=Q6_K', not {wrong[0]!r}.")
@@ -458,7 +459,7 @@ class Recipe:
         return SWEEPS[self.effort] if self.descent is None else self.descent
 
     def compute_dtype_on(self, device_type: str) -> ComputeDtype:
-        """Dtype of the passes on a type of device, `cpu` or `cuda`: `compute_dtype`, or the device's default."""
+        """Returns the dtype of the passes on a `cpu` or `cuda` device: `compute_dtype`, or the device's default."""
         return self.compute_dtype or ("bfloat16" if device_type == "cuda" else "float32")
 
 
@@ -473,7 +474,7 @@ def _same_fields(recipe: Recipe, settings: type) -> dict[str, Any]:
 
 
 def plain_type(option: dataclasses.Field[Any]) -> str:
-    """The type of an option's value, as TOML and the command line know it: str, int, float, bool or list[str]."""
+    """Returns the type of an option's value for TOML and the command line: str, int, float, bool or list[str]."""
     name = str(option.type).split(" |")[0]
     return name if name in _TOML_TYPES else "str"
 
@@ -484,7 +485,10 @@ _TOML_TYPES: dict[str, tuple[type, ...]] = {
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
-    """Options from a TOML file, for `Recipe(**options)`. Raises UserError for an unknown option or a wrong type."""
+    """Returns the options of a TOML file, for `Recipe(**options)`.
+
+    Raises UserError for an unknown option or a wrong type.
+    """
     try:
         options = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

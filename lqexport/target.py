@@ -37,7 +37,7 @@ class Target:
 
     @classmethod
     def parse(cls, text: str) -> Target:
-        """The target that a text names: `gguf:Q4_K_M`, or `q4_k_m` for short.
+        """Returns the target that a text names: `gguf:Q4_K_M`, or `q4_k_m` for short.
 
         Any text is one: planning refuses what no format has.
         """
@@ -95,13 +95,13 @@ AUTO = Target("gguf", "auto")
 
 
 def full_name(type_name: str) -> str:
-    """The name of a type with its family: `Q6_K` or `q6_k` is short for `gguf:Q6_K`."""
+    """Returns the name of a type with its family: `Q6_K` or `q6_k` is short for `gguf:Q6_K`."""
     name = spelled(type_name)
     return name if ":" in name else f"gguf:{name}"
 
 
 def spelled(name: str) -> str:
-    """The one spelling of a target or type: `gguf:Q4_K_M` for `GGUF:q4km`, `Q4_K_M` for `q4_k_m`.
+    """Returns the one spelling of a target or type: `gguf:Q4_K_M` for `GGUF:q4km`, `Q4_K_M` for `q4_k_m`.
 
     A name without a family stays without one. What looks like no name, such as a size, stays as it is.
     """
@@ -116,7 +116,7 @@ def spelled(name: str) -> str:
 
 
 def type_at_end(stem: str) -> str | None:
-    """The type or mix that the stem of a GGUF file's name ends with, in its one spelling; None if it ends with none.
+    """Returns the type or mix at the end of the stem of a GGUF file's name, in its one spelling; None if there is none.
 
     `Q4_K_M` for `model-Q4_K_M`, `IQ4_XS` for `Model.iq4_xs`.
     """
@@ -126,7 +126,7 @@ def type_at_end(stem: str) -> str | None:
 
 
 def unknown(noun: str, name: str, known: Iterable[str], use: str = "") -> str:
-    """The message about a name that cannot be chosen.
+    """Returns the message about a name that cannot be chosen.
 
     noun   what the name should be, such as `target`
     use    what it is asked for, such as ` for the embedding`; empty if that is clear
@@ -140,7 +140,7 @@ def unknown(noun: str, name: str, known: Iterable[str], use: str = "") -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: at most three known ones that are like it, else some examples.
+    """Returns the end of a message about an unknown name: at most three known ones like it, else some examples.
 
     Users forget the family and the case, so names are compared without both, too.
     """

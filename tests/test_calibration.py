@@ -14,7 +14,7 @@ import torch
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from lqexport.calibration import texts
-from lqexport.calibration.sequences import load_calibration, overlap, read_text
+from lqexport.calibration.sequences import load_calibration, overlap
 from lqexport.calibration.texts import (
     BUILT_IN,
     CALIBRATION_MODULES,
@@ -23,6 +23,7 @@ from lqexport.calibration.texts import (
     Text,
     _hub_documents,
     check_text,
+    read_text,
 )
 from lqexport.errors import UserError
 

@@ -173,6 +173,11 @@ def test_an_answer_is_the_likeliest_continuation_of_the_conversation(folder: Pat
     assert answer(model, tokenizer, ["two"], 3) != [second]
 
 
+def test_a_missing_file_of_questions_is_said(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"Cannot read the questions .*mine\.jsonl: No such file"):
+        read_questions(tmp_path / "mine.jsonl")
+
+
 @pytest.mark.parametrize("content", ["", "x", '{"turns": "one"}', '{"turns": []}', '{"id": 1}', "[1]"])
 def test_a_file_that_holds_no_questions_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(content)

@@ -65,7 +65,7 @@ class Fp8(CheckpointLayout):
         return next((name for name in names if name in self.names), names[0])
 
     def _is_fp4(self, module: str) -> bool:
-        """Whether two numbers share a byte. Each row has scales of its own then, one for 32 columns."""
+        """Returns whether two numbers share a byte. Each row has scales of its own then, one for 32 columns."""
         rows, stored = self.matrix(f"{module}.weight")
         is_of_v4 = self._scale_name(module) == f"{module}.scale"
         return is_of_v4 and rows > 1 and self._scale_shape(module) == (rows, stored // 16)

@@ -59,7 +59,7 @@ class CheckpointLayout:
         return f"{module}.weight" if part in self.parts and self.is_packed(module) else name
 
     def is_packed(self, module: str) -> bool:
-        """Whether a module's weight is stored in parts."""
+        """Returns whether a module's weight is stored in parts."""
         return f"{module}.{self.mark}" in self.names
 
     def parts_of(self, module: str) -> list[str]:

@@ -22,7 +22,7 @@ def naming(architecture: Architecture) -> Naming:
 
 
 def wants_bias(architecture: Architecture, config: Config, module: str) -> bool:
-    """Whether ExLlamaV2 adds a bias to a linear of a block."""
+    """Returns whether ExLlamaV2 adds a bias to a linear of a block."""
     biased = rules_of(architecture).biased
     if module in biased or not module.startswith("self_attn."):
         return module in biased or bool(config.get("mlp_bias"))

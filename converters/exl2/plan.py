@@ -99,7 +99,7 @@ def _even_codecs(linears: Shapes, bits: float) -> dict[str, str]:
 
 
 def keeps_order(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
-    """Whether a linear's columns must be stored in their original order.
+    """Returns whether a linear's columns must be stored in their original order.
 
     This is so for `down_proj` where `up_proj` and `gate_proj` have biases. ExLlamaV2 reorders the outputs of these two
     as `down_proj` stores its columns, but it does not reorder their biases.

@@ -119,7 +119,7 @@ class CompressedModel(FolderModel):
 
 
 def _same_weights(stored: dict[str, Any], wanted: dict[str, Any]) -> bool:
-    """Whether a stored quantization_config has all settings of weights that the `wanted` one has."""
+    """Returns whether a stored quantization_config has all settings of weights that the `wanted` one has."""
     groups = list((stored.get("config_groups") or {}).values())
     weights = wanted["config_groups"]["group_0"]["weights"]
     return (

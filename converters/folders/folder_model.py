@@ -73,7 +73,7 @@ class FolderModel:
         return f"{key}.weight" if part in self.parts else stored
 
     def names(self) -> list[str]:
-        """Every tensor's Hugging Face name, in the order of the model."""
+        """Returns every tensor's Hugging Face name, in the order of the model."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -95,7 +95,7 @@ def _write_record(artifact: Artifact, folder: Path) -> None:
 
 
 def is_packed(entry: dict[str, Any]) -> bool:
-    """Whether a tensor of a manifest is in a native codec, which the folder stores packed."""
+    """Returns whether a tensor of a manifest is in a native codec, which the folder stores packed."""
     return str(entry["codec"]).startswith("native:")
 
 
@@ -154,5 +154,5 @@ def _arrays(artifact: Artifact, folder_tensor: FolderTensor, entry: dict[str, An
 
 
 def is_native_folder(folder: Path) -> bool:
-    """Whether a folder's config.json says that it holds a model of the native format."""
+    """Returns whether a folder's config.json says that it holds a model of the native format."""
     return method_of(folder) == METHOD

@@ -58,11 +58,11 @@ class NativeModel:
         return [name for name in known if name in present]
 
     def names(self) -> list[str]:
-        """Every tensor's Hugging Face name, in the order of the model."""
+        """Returns every tensor's Hugging Face name, in the order of the model."""
         return list(self._names)
 
     def factors(self) -> list[str]:
-        """The names of the low-rank factors."""
+        """Returns the names of the low-rank factors."""
         return list(self._factors)
 
     def shape(self, name: str) -> tuple[int, ...]:

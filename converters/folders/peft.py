@@ -119,7 +119,7 @@ class PeftAdapter:
             self._tensors = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def names(self) -> list[str]:
-        """The names of the low-rank factors."""
+        """Returns the names of the low-rank factors."""
         return list(self._tensors)
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:

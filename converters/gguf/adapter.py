@@ -119,7 +119,7 @@ class GGUFAdapter:
         return present
 
     def names(self) -> list[str]:
-        """The names of the low-rank factors, in the order of the model."""
+        """Returns the names of the low-rank factors, in the order of the model."""
         return list(self._names)
 
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:

@@ -97,7 +97,7 @@ def config_of(metadata: Metadata, vocabulary: int, present: set[str], factors: M
 
 
 def _is_said(architecture: Architecture, key: str, value: Any) -> bool:
-    """Whether config.json must have a key: not where None is the default."""
+    """Returns whether config.json must have a key: not where None is the default."""
     return value is not None or default_of(architecture, {}, key) is not None
 
 

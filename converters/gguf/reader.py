@@ -180,7 +180,7 @@ class GGUFModel:
         return frozenset(self._names.values())
 
     def names(self) -> list[str]:
-        """Every tensor's Hugging Face name, in the order of the model."""
+        """Returns every tensor's Hugging Face name, in the order of the model."""
         return list(self._names)
 
     def shape(self, name: str) -> tuple[int, ...]:

@@ -52,7 +52,7 @@ def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:
 
 
 def is_gguf(path: Path) -> bool:
-    """Whether a path has the suffix .gguf, in any case."""
+    """Returns whether a path has the suffix .gguf, in any case."""
     return path.suffix.lower() == ".gguf"
 
 
@@ -115,7 +115,7 @@ def _tensors_of_file(path: Path, number: int, count: int, earlier: Set[str]) -> 
 
 
 def is_later_part(path: Path, among: Collection[Path]) -> bool:
-    """Whether a path is called like a later file of a split model whose first file is in `among`."""
+    """Returns whether a path is called like a later file of a split model whose first file is in `among`."""
     match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", path.name, re.IGNORECASE)
     if match is None or match[2] == "00001":
         return False

@@ -50,10 +50,10 @@ def check_fixed(engine: str, architecture: Architecture, config: Config) -> None
     """
     for key, allowed in architecture.fixed.items():
         if key in config and not _is_allowed(config[key], allowed):
-            own = "the model's output is not its embedding" if key == "tie_word_embeddings" and not config[key] else ""
+            untied = key == "tie_word_embeddings" and not config[key]
+            given = "the model's output is not its embedding" if untied else f"config.json has {config[key]!r}"
             raise UserError(
-                f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and "
-                f"{own or f'config.json has {config[key]!r}'}."
+                f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and {given}."
             )
     for key, other in architecture.same.items():
         if config.get(key) not in (None, config.get(other)):

@@ -71,7 +71,7 @@ def template_files(metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def is_splitter_known(metadata: Mapping[str, Any]) -> bool:
-    """Whether the word splitter that the file names is one of `pretokenizers.SPLITTERS`, or the file needs none."""
+    """Returns whether the file's word splitter is one of `pretokenizers.SPLITTERS`, or it needs none."""
     return metadata.get(Keys.Tokenizer.MODEL) != "gpt2" or _splitter(metadata) is not None
 
 

@@ -72,7 +72,7 @@ def plan_mlx(
 
 
 def _solved(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
-    """Whether the solver works on a tensor if its type has a grid."""
+    """Returns whether the solver works on a tensor if its type has a grid."""
     return is_linear(architecture, name) or name == (architecture.embedding if is_tied(config) else architecture.output)
 
 

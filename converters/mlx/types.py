@@ -25,7 +25,7 @@ def types() -> list[str]:
 
 
 def in_half(config: dict[str, Any]) -> bool:
-    """Whether a model of this config.json is stored in float16; if not, it is in bfloat16."""
+    """Returns whether a model of this config.json is stored in float16; if not, it is in bfloat16."""
     text = config.get("text_config") or {}
     stored = [part.get(key) for part in (config, text) for key in ("dtype", "torch_dtype")]
     return next((dtype for dtype in stored if dtype), "bfloat16") in ("float16", "half")

@@ -129,9 +129,9 @@ def plan_pictures(
         name = BEFORE.sub("", stored, count=1)
         if any(re.search(pattern, name) for pattern in family.left_out):
             continue
-        found = [*_places(family, vision, name)]
-        unknown += [] if found else [stored]
-        for gguf_name, take in found:
+        places = [*_places(family, vision, name)]
+        unknown += [] if places else [stored]
+        for gguf_name, take in places:
             taken = np.atleast_1d(take(np.broadcast_to(np.float32(0), shape), vision)).shape
             plus = float(gguf_name in family.plus_one)
             type_ = _type(family, gguf_name, taken, type_name)

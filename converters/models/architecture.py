@@ -374,7 +374,7 @@ class Architecture:
         return tuple(group for group in groups if group)
 
     def has(self, block: int, module: str) -> bool:
-        """Whether the block with this number has a module of `gguf_block`, or a tensor."""
+        """Returns whether the block with this number has a module of `gguf_block`, or a tensor."""
         if self.is_borrowed(block, module) or self.is_joined(block, module):
             return False
         if (condition := self.condition(module)) is not None:
@@ -389,15 +389,15 @@ class Architecture:
         return (module in GATED) == (block < self.leading)
 
     def is_matrix(self, module: str) -> bool:
-        """Whether a module of a block is a linear, solved or rounded."""
+        """Returns whether a module of a block is a linear, solved or rounded."""
         return module in self.rounded or module in self.linear_names
 
     def predicts(self, block: int) -> bool:
-        """Whether the block with this number predicts further tokens."""
+        """Returns whether the block with this number predicts further tokens."""
         return self.first_further is not None and block >= self.first_further
 
     def is_joined(self, block: int, module: str) -> bool:
-        """Whether a module's rows are those of another linear in the block with this number."""
+        """Returns whether a module's rows are those of another linear in the block with this number."""
         return self.predicts(block) and any(module in parts for parts in self.joins.values())
 
     def condition(self, module: str) -> tuple[str, tuple[Any, ...]] | None:
@@ -406,7 +406,7 @@ class Architecture:
         return self.only[max(starts, key=len)] if starts else None
 
     def is_borrowed(self, block: int, module: str) -> bool:
-        """Whether a module of the block with this number is not used, since the block takes what an earlier one has."""
+        """Returns whether a module of the block with this number is not used, since an earlier block's stands in."""
         return self.first_borrower is not None and block >= self.first_borrower and module in BORROWED
 
     def expanded(

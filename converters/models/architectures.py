@@ -188,8 +188,8 @@ def find_architecture(config: Config) -> Architecture | None:
         named = [entry for entry in ARCHITECTURES if entry.model_type == OTHER_TYPES.get(model_type, model_type)]
     else:
         named = [entry for entry in ARCHITECTURES if any(name in entry.classes for name in names)]
-    found = next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
-    return in_two(found) if found and found.cuttable and config.get(CUT) else found
+    entry = next((entry for entry in named if _is_told_by(entry, config.get("text_config") or config)), None)
+    return in_two(entry) if entry and entry.cuttable and config.get(CUT) else entry
 
 
 def entries_of_gguf(name: str) -> list[Architecture]:
@@ -199,7 +199,7 @@ def entries_of_gguf(name: str) -> list[Architecture]:
 
 
 def _is_told_by(entry: Architecture, config: Config) -> bool:
-    """Whether a config.json, which names the entry's class, has the values by which the entry is told from others."""
+    """Returns whether a config.json that names the entry's class has the values that tell the entry from others."""
     values = {key: config[key] if key in config else default_of(entry, config, key) for key in entry.when}
     return all(value in entry.when[key] for key, value in values.items()) and entry.told(config)
 

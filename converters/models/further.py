@@ -46,13 +46,13 @@ def _needed(architecture: Architecture, block: int) -> set[str]:
 
 
 def is_further(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is of a block that predicts further tokens."""
+    """Returns whether a tensor is of a block that predicts further tokens."""
     module = block_module(architecture, name)
     return module is not None and architecture.predicts(module[0])
 
 
 def is_beyond(architecture: Architecture, layers: int, name: str) -> bool:
-    """Whether a checkpoint's tensor is of such a block, by its name alone: also where llama.cpp knows none.
+    """Returns whether a checkpoint's tensor is of such a block, by its name alone: also where llama.cpp knows none.
 
     layers   number of decoder blocks
     """
@@ -61,7 +61,7 @@ def is_beyond(architecture: Architecture, layers: int, name: str) -> bool:
 
 
 def is_further_matrix(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is a matrix of such a block that is stored in fewer bits than norms."""
+    """Returns whether a tensor is a matrix of such a block that is stored in fewer bits than norms."""
     module = block_module(architecture, name)
     if module is None or module[2] != "weight" or not architecture.predicts(module[0]):
         return False

@@ -72,14 +72,14 @@ def _read_keys(architecture: Architecture) -> list[str]:
 
 def _missing_rotary(config: Config, rope: Config) -> Config:
     """Returns the keys of the rotary settings `rope` that neither the config nor its own rotary settings give."""
-    own = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    own_full, full = own.get(FULL) or own, rope.get(FULL) or rope
-    if not own and full.get("rope_type", "default") != "default":
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    given_full, full = given.get(FULL) or given, rope.get(FULL) or rope
+    if not given and full.get("rope_type", "default") != "default":
         return {"rope_parameters": rope}
     keys = ("rope_theta", "partial_rotary_factor")
-    missing = {key: full[key] for key in keys if key in full and key not in own_full}
+    missing = {key: full[key] for key in keys if key in full and key not in given_full}
     theta = (rope.get(SLIDING) or {}).get("rope_theta")
-    if theta is not None and "rope_theta" not in (own.get(SLIDING) or {}):
+    if theta is not None and "rope_theta" not in (given.get(SLIDING) or {}):
         missing["rope_local_base_freq"] = theta
     return {key: value for key, value in missing.items() if config.get(key) is None}
 

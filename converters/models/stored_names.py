@@ -14,7 +14,7 @@ _OF_A_WHOLE = re.compile("|".join(RENAMED))
 
 
 def has_other_parts(names: Collection[str]) -> bool:
-    """Whether a checkpoint's names show that its model is the text part of a larger one."""
+    """Returns whether a checkpoint's names show that its model is the text part of a larger one."""
     return any(_OF_A_WHOLE.match(name) for name in names)
 
 

@@ -40,7 +40,7 @@ def needed_names(architecture: Architecture, layers: int) -> list[str]:
 
 
 def is_needed(architecture: Architecture, name: str) -> bool:
-    """Whether every model of the architecture has a tensor, given that it has the block. The output counts as not."""
+    """Returns whether every model of the architecture with that block has a tensor; False for the output."""
     module = block_module(architecture, name)
     is_lent = module is not None and module[1] in LENT
     if is_lent or name in (architecture.output, *architecture.projections):
@@ -90,7 +90,7 @@ def of_each_expert(name: str) -> str:
 
 
 def is_linear(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is the weight of a linear of a decoder block. Blocks that predict further tokens are none."""
+    """Returns whether a tensor is a linear's weight in a decoder block that does not predict further tokens."""
     module = block_module(architecture, name)
     if module is None or module[2] != "weight" or architecture.predicts(module[0]):
         return False
@@ -98,7 +98,7 @@ def is_linear(architecture: Architecture, name: str) -> bool:
 
 
 def is_rounded(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is a matrix that is stored in fewer bits than norms, and that the solver does not work on."""
+    """Returns whether a tensor is a matrix in fewer bits than norms have, which the solver does not work on."""
     if name in (architecture.embedding, architecture.output, *architecture.tables, *architecture.projections):
         return True
     module = block_module(architecture, name)
@@ -106,7 +106,7 @@ def is_rounded(architecture: Architecture, name: str) -> bool:
 
 
 def is_norm(name: str) -> bool:
-    """Whether a tensor is the weight of a norm."""
+    """Returns whether a tensor is the weight of a norm."""
     return name.endswith("norm.weight")
 
 
@@ -152,7 +152,7 @@ def model_shape(architecture: Architecture, name: str, shape: tuple[int, ...]) -
 
 
 def is_grouped_matrix(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is a matrix that GGUF holds as [groups, rows, columns]."""
+    """Returns whether a tensor is a matrix that GGUF holds as [groups, rows, columns]."""
     within = _within_block(architecture, name)
     return within in architecture.grouped and architecture.is_matrix(within.removesuffix(".weight"))
 
@@ -165,7 +165,7 @@ def group_count(architecture: Architecture, config: dict[str, Any], name: str) -
 
 
 def is_three_dimensional(architecture: Architecture, name: str) -> bool:
-    """Whether a tensor is a matrix [channels, width] that GGUF holds as [channels, 1, width]."""
+    """Returns whether a tensor is a matrix [channels, width] that GGUF holds as [channels, 1, width]."""
     module = block_module(architecture, name)
     return module is not None and architecture.gguf_block.get(module[1]) in THREE_DIMENSIONAL
 
@@ -196,7 +196,7 @@ def checkpoint_shape(architecture: Architecture, name: str, shape: tuple[int, ..
 
 
 def is_tied(config: dict[str, Any]) -> bool:
-    """Whether the model's output shares the embedding's weights."""
+    """Returns whether the model's output shares the embedding's weights."""
     return bool(config.get("tie_word_embeddings", False))
 
 

@@ -42,7 +42,7 @@ transformers has it among the rotary settings, and a config of the text part bes
 
 
 def is_whole(config: Config) -> bool:
-    """Whether a config.json is that of a model with a text part and other parts."""
+    """Returns whether a config.json is that of a model with a text part and other parts."""
     return any(key in config for key in ("text_config", "vision_config"))
 
 

@@ -23,6 +23,7 @@ from lqexport.models.source import open_source
 from lqexport.recipe import CALIBRATION_TEXT
 from lqexport.runtime.environment import choose_device, full_float32
 from lqexport.runtime.progress import Listener, Silent
+from lqexport.storage.files import check_new
 
 
 @files_at_hand()
@@ -40,13 +41,13 @@ def make_imatrix(
     """
     full_float32()
     path, listener = Path(path), listener or Silent()
-    if path.exists():
-        raise UserError(f"{path} exists. Delete it, or choose another name.")
-    model = BlockModel(in_order(for_drafts(open_source(source)), True), choose_device(device))
+    check_new(path)
+    weights = in_order(for_drafts(open_source(source)), True)
+    model = BlockModel(weights, choose_device(device))
     if model.architecture.gguf is None:
         raise UserError(f"llama.cpp does not run {model.architecture.classes[0]}, so no file needs its matrix.")
     tokens = load_calibration(
-        calibration, open_source(source).tokenizer(), samples=samples, sequence_length=sequence_length, seed=seed
+        calibration, weights.tokenizer(), samples=samples, sequence_length=sequence_length, seed=seed
     ).tokens
     sums: dict[str, list[Tensor]] = {}
     for name, collected in squares(model, tokens, listener):

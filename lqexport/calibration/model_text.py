@@ -15,7 +15,7 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
-from lqexport.storage.files import written_whole
+from lqexport.storage.files import check_new, written_whole
 
 BATCH = 32
 """Sequences that are written at once."""
@@ -42,8 +42,7 @@ def write_text(
     Equal arguments give equal texts on one machine; another may round otherwise. Raises UserError for bad input.
     """
     path, listener = Path(path), listener or Silent()
-    if path.exists():
-        raise UserError(f"{path} exists. Delete it, or choose another name.")
+    check_new(path)
     weights = open_source(source)
     tokenizer, torch_device = weights.tokenizer(), choose_device(device)
     model = BlockModel(weights, torch_device, torch.float32 if torch_device.type == "cpu" else torch.bfloat16)

@@ -8,10 +8,8 @@ from typing import Any
 
 import torch
 
-from lqexport.calibration.texts import Text, read_text
+from lqexport.calibration.texts import read_text
 from lqexport.errors import UserError
-
-__all__ = ["Calibration", "Text", "load_calibration", "overlap", "read_text"]
 
 SHINGLE = 50
 """Characters in a run of text that `overlap` compares."""

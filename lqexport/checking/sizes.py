@@ -67,7 +67,7 @@ def _file_type(file: OpenFile) -> str | None:
 
 
 def _is_among(name: str, present: set[str]) -> bool:
-    """Whether a file with matrices of the types `present` may bear the name of a type or mix."""
+    """Returns whether a file with matrices of the types `present` may bear the name of a type or mix."""
     base = re.sub(r"_(XL|L|M|S|XS|MOE|MIX)$", "", name) if name not in present else name
     family = {other for other in present if other.startswith(base[:3]) and base.startswith("IQ")}
     return bool({name, base, FALLBACKS.get(base), *family} & present)

@@ -112,7 +112,7 @@ def _merges(file: OpenFile, texts: set[str]) -> Iterator[Problem]:
 
 
 def _names_tokens(merge: str, texts: set[str]) -> bool:
-    """Whether both sides of a merge, and what it makes, are tokens. The first letter may itself be a space."""
+    """Returns whether both sides of a merge, and what it makes, are tokens. The first letter may itself be a space."""
     cut = merge.find(" ", 1)
     return cut > 0 and {merge[:cut], merge[cut + 1 :], merge[:cut] + merge[cut + 1 :]} <= texts
 

@@ -56,7 +56,7 @@ class HasJson(Protocol):
     """A result that can be printed as JSON."""
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as JSON values."""
+        """Returns everything, as JSON values."""
 
 
 Result = TypeVar("Result", bound=HasJson)

@@ -73,15 +73,15 @@ def _with_recipe_options(
 ) -> Callable[..., None]:
     fields = [option for option in dataclasses.fields(Recipe) if option.name not in left_out]
     hints = get_type_hints(command, include_extras=True)
-    own = [
+    declared = [
         parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
         for name, parameter in inspect.signature(command).parameters.items()
         if name != "options"
     ]
-    arguments = [parameter for parameter in own if parameter.default is inspect.Parameter.empty]
+    arguments = [parameter for parameter in declared if parameter.default is inspect.Parameter.empty]
     common = [_parameter(option, notes) for option in fields if option.metadata["panel"] is None]
     others = [_parameter(option, notes) for option in fields if option.metadata["panel"] is not None]
-    own_options = [parameter for parameter in own if parameter not in arguments]
+    own_options = [parameter for parameter in declared if parameter not in arguments]
     own_common = [parameter for parameter in own_options if _panel(parameter) is None]
     own_others = [parameter for parameter in own_options if _panel(parameter) is not None]
 

@@ -130,7 +130,7 @@ def _quantize(run: Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
 
 
 def is_another_process() -> bool:
-    """Whether this is one of several processes that torchrun started, and not the first, which alone prints."""
+    """Returns whether this is one of several processes that torchrun started, and not the first, which alone prints."""
     return int(os.environ.get("RANK", 0)) > 0
 
 

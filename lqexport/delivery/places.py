@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
+from lqexport.storage.files import check_new
 from lqexport.target import AUTO, Target, implied_target, type_at_end
 from lqexport.verification.publish import record_of
 
@@ -67,8 +68,7 @@ class Places:
 
     def check_free(self) -> None:
         """Raises UserError if the model exists, or if other files than an export's have the names made from it."""
-        if self.model.exists():
-            raise UserError(f"{self.model} exists. Delete it, or choose another name.")
+        check_new(self.model)
         if self.artifact.exists():
             return  # a stopped or failed export, which goes on
         if self.work.exists() and any(self.work.iterdir()):

@@ -31,10 +31,13 @@ def read_questions(path: Path | None = None) -> list[Question]:
     A line is `{"id": ..., "turns": ["...", ...]}`. `question_id` may stand for `id`, as in MT-Bench's file. Raises
     UserError if the file cannot be read, a line is not a question, or there is none.
     """
+    path = path or DEFAULT_QUESTIONS
     try:
-        lines = [line for line in (path or DEFAULT_QUESTIONS).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         questions = [_question(json.loads(line)) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise UserError(f"Cannot read the questions {path}: {error.strerror or error}.") from error
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f'{path} has a line that is no question such as {{"id": "a", "turns": ["..."]}}: {error}.'
         ) from error

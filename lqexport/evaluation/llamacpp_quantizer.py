@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from lqexport.converters.gguf.imatrix import read_imatrix
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import library, structure, threads_or_all
+from lqexport.storage.files import unfinished
 
 _ImatrixEntry = structure(
     "llama_model_imatrix_data",
@@ -72,7 +73,7 @@ def quantize(
 @contextlib.contextmanager
 def _renamed(out: Path) -> Iterator[Path]:
     """Gives a path beside `out`. The file there is renamed to `out` on success, and removed on failure."""
-    temporary = out.with_name(f".{out.name}.part")
+    temporary = unfinished(out)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         yield temporary

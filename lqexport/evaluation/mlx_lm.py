@@ -24,7 +24,7 @@ MISSING = f"mlx-lm is not installed; it comes with: {install('mlx')}"
 
 
 def is_installed() -> bool:
-    """Whether mlx and mlx-lm are installed."""
+    """Returns whether mlx and mlx-lm are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("mlx", "mlx_lm"))
 
 
@@ -40,10 +40,10 @@ def share_matrix_products() -> None:
     The wheel `mlx-cpu` brings a BLAS without vector instructions, which is some twenty times slower. A library whose
     symbols are global before mlx is loaded takes its place. It must be called before mlx is imported.
     """
-    found = importlib.util.find_spec("torch") if sys.platform == "linux" else None
-    if found is not None and found.origin is not None:
+    spec = importlib.util.find_spec("torch") if sys.platform == "linux" else None
+    if spec is not None and spec.origin is not None:
         with contextlib.suppress(OSError):
-            ctypes.CDLL(str(Path(found.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
+            ctypes.CDLL(str(Path(spec.origin).parent / "lib" / "libtorch_cpu.so"), mode=ctypes.RTLD_GLOBAL)
 
 
 class MlxLm:

@@ -92,7 +92,7 @@ def linear_of(block: nn.Module, name: str) -> nn.Linear:
 
 
 def _is_of(name: str, experts: Collection[int] | None) -> bool:
-    """Whether a tensor belongs to one of the given experts, or to no expert. None stands for all experts."""
+    """Returns whether a tensor belongs to one of the given experts, or to no expert. None stands for all experts."""
     return experts is None or expert_number(name) in (None, *experts)
 
 

@@ -132,8 +132,8 @@ class Carried:
             for names, (positional, named) in zip(self._names, arguments, strict=True)
         ]
         inputs = [named.pop(INPUT, None) for named in by_name]
-        own = [each for each in inputs if each is not None]
-        states = self._joined(0, hidden, {}, torch.cat([hidden[..., :0], *own], -1))
+        given = [each for each in inputs if each is not None]
+        states = self._joined(0, hidden, {}, torch.cat([hidden[..., :0], *given], -1))
         return states, [((), named) for named in by_name]
 
     def _joined(self, index: int, hidden: Tensor, shared: Shared, inputs: Tensor) -> Tensor:
@@ -150,9 +150,9 @@ class Carried:
         hidden, *parts = states.split([self._hidden, *pairs, sum(self._inputs[index:])], -1)
         inputs, by_head = parts.pop(), [self._by_head(types[i // 2], part) for i, part in enumerate(parts)]
         shared = dict(zip(types, zip(by_head[::2], by_head[1::2], strict=True), strict=True))
-        own = inputs[..., : self._inputs[index]] if self._inputs[index] else None
+        of_block = inputs[..., : self._inputs[index]] if self._inputs[index] else None
         # A copy, since some blocks change hidden states in place.
-        output = call(hidden.clone(), **arguments[1] | {INPUT: own, SHARED: shared})
+        output = call(hidden.clone(), **arguments[1] | {INPUT: of_block, SHARED: shared})
         return self._joined(index + 1, hidden_in(output), shared, inputs[..., self._inputs[index] :])
 
     def _by_head(self, name: str, columns: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ class Reordered(SourceView):
         self.config = source.config | {TILED: self._tiled}
 
     def moves(self, name: str) -> bool:
-        """Whether the columns of a tensor change places."""
+        """Returns whether the columns of a tensor change places."""
         return tiled_columns(self._architecture, self.config, name, self.shape(name)[-1]) is not None
 
     def read(self, name: str) -> Tensor:

@@ -24,7 +24,7 @@ class Joined(SourceView):
         self.parts = parts
 
     def moves(self, name: str) -> bool:
-        """Whether a tensor is a joined one."""
+        """Returns whether a tensor is a joined one."""
         return name in self.parts
 
     def names(self) -> list[str]:

@@ -146,7 +146,7 @@ class HuggingFaceSource:
         return sizes
 
     def _has_own_output(self, architecture: Architecture) -> bool:
-        """Whether the output is another than the embedding, although config.json says that it is tied.
+        """Returns whether the output is another than the embedding, although config.json says that it is tied.
 
         transformers 5 computes with an output in the files (`PreTrainedModel.tie_weights`). Also, the embedding and the
         output may have factors of their own.
@@ -374,7 +374,7 @@ class HuggingFaceSource:
         return load_tokenizer(self.folder)
 
     def has_tokenizer(self) -> bool:
-        """Whether the folder has a file that holds a vocabulary."""
+        """Returns whether the folder has a file that holds a vocabulary."""
         return any((self.folder / name).is_file() for name in VOCABULARIES)
 
     def copy_model_files(self, folder: Path) -> None:
@@ -385,7 +385,10 @@ class HuggingFaceSource:
         write_json(folder / "config.json", self.config)
 
     def _has_whole_tokenizer(self) -> bool:
-        """Whether one file holds all of the tokenizer. Without it, transformers' class knows how words are split."""
+        """Returns whether one file holds all of the tokenizer.
+
+        Without it, transformers' class knows how words are split.
+        """
         return any((self.folder / name).is_file() for name in VOCABULARIES[:2])
 
 

@@ -42,8 +42,8 @@ class ExpertRows(NamedTuple):
         whole: Tensor = stored[self.expert]
         rows = whole.T if stack.transposed else whole
         size = len(rows) // count
-        own = slice(self.number, None, count) if stack.interleaved else slice(self.number * size, None)
-        return rows[own][:size].contiguous()
+        rows_of_part = slice(self.number, None, count) if stack.interleaved else slice(self.number * size, None)
+        return rows[rows_of_part][:size].contiguous()
 
     def span(self, stored: tuple[int, ...], nbytes: int) -> tuple[int, int]:
         """Returns the first byte and the number of bytes that must be read, within the stored tensor's bytes.
@@ -54,8 +54,8 @@ class ExpertRows(NamedTuple):
         expert = nbytes // stored[0]
         if self.stack.transposed or self.stack.interleaved:
             return self.expert * expert, expert
-        own = expert // len(self.stack.tensors)
-        return self.expert * expert + self.number * own, own
+        part = expert // len(self.stack.tensors)
+        return self.expert * expert + self.number * part, part
 
 
 def experts_within(
@@ -71,20 +71,20 @@ def experts_within(
 
     Raises UserError if a stored tensor cannot be such a stack by its shape.
     """
-    found: dict[str, ExpertRows] = {}
+    located: dict[str, ExpertRows] = {}
     for stored in names:
         layer, module, end = block_module(architecture, renamed(stored)) or (0, "", "")
         if usual := architecture.stacked.get(f"{module}.{end}"):
             stack = _as_stored(usual, config, shape(stored))
             experts = _checked(stored, shape(stored), stack)[0]
-            found |= {
+            located |= {
                 f"{architecture.blocks}.{layer}.{tensor.replace(EACH, str(expert))}": ExpertRows(
                     stored, expert, number, stack
                 )
                 for expert in range(experts)
                 for number, tensor in enumerate(stack.tensors)
             }
-    return found
+    return located
 
 
 def _as_stored(stack: Stack, config: Config, shape: tuple[int, ...]) -> Stack:

@@ -46,7 +46,7 @@ class Splits:
         return Tokenizer.from_file(str(self._path)) if self._path and self._path.is_file() else None
 
     def agree(self, text: str, split: list[int]) -> bool:
-        """Whether the source splits a text into these token ids, without tokens at the ends."""
+        """Returns whether the source splits a text into these token ids, without tokens at the ends."""
         if split == self.tokenizer(text, add_special_tokens=False)["input_ids"]:
             return True
         return self._alone is not None and split == self._alone.encode(text, add_special_tokens=False).ids
@@ -96,7 +96,7 @@ def vocabulary_faults(
 
 
 def _same(vocabulary: Vocabulary, number: int, text: str | None) -> bool:
-    """Whether a token has the tokenizer's text; fillers stand for ids that the tokenizer does not have."""
+    """Returns whether a token has the tokenizer's text; fillers stand for ids that the tokenizer does not have."""
     if text is None or number not in vocabulary.tokens:
         return text is None and _is_filler(vocabulary.tokens.get(number))
     return vocabulary.source_text(number).replace(SPACE, " ") == text.replace(SPACE, " ")

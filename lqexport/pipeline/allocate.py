@@ -123,7 +123,7 @@ def _steps(tensors: list[list[Option]], first: int) -> _Steps:
             size, gain = options[after].nbytes - options[before].nbytes, options[before].loss - options[after].loss
             rows.append((-gain / size, number, after, size, gain))
     table = np.array(sorted(rows)).reshape(-1, 5)
-    start = [sum(getattr(options[0], what) for options in tensors[first:]) for what in ("nbytes", "loss")]
+    start = [sum(getattr(options[0], figure) for options in tensors[first:]) for figure in ("nbytes", "loss")]
     sums = np.cumsum(np.concatenate([[start], table[:, 3:] * [1, -1]]), axis=0)
     return _Steps(sums[:, 0], sums[:, 1], table[:, 1].astype(np.int64), table[:, 2].astype(np.int64))
 
@@ -139,7 +139,7 @@ def _hull(options: list[Option]) -> list[int]:
 
 
 def _above(left: Option, middle: Option, right: Option) -> bool:
-    """Whether the middle option lies on or above the line through the other two."""
+    """Returns whether the middle option lies on or above the line through the other two."""
     across = (middle.loss - left.loss) * (right.nbytes - left.nbytes)
     return across >= (right.loss - left.loss) * (middle.nbytes - left.nbytes)
 
@@ -164,7 +164,7 @@ def _search(tensors: list[list[Option]], limit_bytes: int) -> tuple[list[int], f
     nbytes, loss, history = np.zeros(1), np.zeros(1), np.zeros((1, 0), np.uint8)
     dropped = np.inf
     for number, options in enumerate(tensors):
-        sizes, losses = (np.array([getattr(option, what) for option in options]) for what in ("nbytes", "loss"))
+        sizes, losses = (np.array([getattr(option, figure) for option in options]) for figure in ("nbytes", "loss"))
         nbytes, loss = (nbytes[:, None] + sizes).ravel(), (loss[:, None] + losses).ravel()
         last = np.tile(np.arange(len(options), dtype=np.uint8), len(history))[:, None]
         history = np.hstack([np.repeat(history, len(options), axis=0), last])

@@ -99,13 +99,13 @@ def chosen_widths(losses: Losses, shapes: Mapping[str, tuple[int, int]], bits: f
         together.setdefault(of_each_expert(name), []).append(name)
     tensors = {group: _options(names, losses, shapes) for group, names in together.items()}
     limit = int(bits * sum(padded_weights(shape) for shape in shapes.values()) / 8)
-    found = allocate(tensors, limit)
+    allocation = allocate(tensors, limit)
     chosen = {
         name: Option(option.name, _nbytes(option.name, shapes[name]), losses[name][option.name])
-        for group, option in found.chosen.items()
+        for group, option in allocation.chosen.items()
         for name in together[group]
     }
-    return Allocation({name: chosen[name] for name in shapes}, found.nbytes, found.loss, found.gap)
+    return Allocation({name: chosen[name] for name in shapes}, allocation.nbytes, allocation.loss, allocation.gap)
 
 
 def _options(names: list[str], losses: Losses, shapes: Mapping[str, tuple[int, int]]) -> list[Option]:

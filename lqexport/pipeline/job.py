@@ -111,7 +111,7 @@ class Job:
         return self.calibration.tokens[: self.recipe.samples]
 
     def recipe_of(self, name: str) -> Recipe:
-        """The recipe for one linear."""
+        """Returns the recipe for one linear."""
         in_solve_order = self.recipe.parsed_target.stores_columns_in_solve_order
         if in_solve_order and keeps_order(self.architecture, self.source.config, name):
             return replace(self.recipe, act_order=False)
@@ -120,16 +120,16 @@ class Job:
         return self.recipe
 
     def model(self) -> BlockModel:
-        """The full-precision model, made ready to calibrate with."""
+        """Returns the full-precision model, made ready to calibrate with."""
         return self.model_of(self.source)
 
     def model_of(self, weights: Weights) -> BlockModel:
-        """A model of any weights, made ready to calibrate with."""
+        """Returns a model of any weights, made ready to calibrate with."""
         dtype = getattr(torch, self.recipe.compute_dtype_on(self.device.type))
         return BlockModel(weights, self.device, compute_dtype=dtype)
 
     def is_unfinished(self, name: str) -> bool:
-        """Whether the solver has yet to work on this tensor."""
+        """Returns whether the solver has yet to work on this tensor."""
         # A linear whose shape no grid holds is planned as F16 and is not among the linears.
         return name in self.linears and name not in self.artifact
 
@@ -139,5 +139,5 @@ class Job:
 
 
 def work_folder(artifact: Artifact) -> Path:
-    """The folder of an artifact for what a stopped run goes on from."""
+    """Returns the folder of an artifact for what a stopped run goes on from."""
     return artifact.folder / "work"

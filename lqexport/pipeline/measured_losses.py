@@ -35,7 +35,7 @@ class MeasuredLosses:
         self._folder = folder
 
     def losses(self) -> Losses:
-        """All losses that any process or run has measured. Raises UserError if a file is damaged."""
+        """Returns all losses that any process or run has measured. Raises UserError if a file is damaged."""
         return {path.stem: read_json(path, f"{path} is gone.") for path in self._folder.glob("*.json")}
 
     def add(self, name: str, losses: dict[str, float]) -> None:

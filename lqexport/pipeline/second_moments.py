@@ -68,5 +68,5 @@ def token_weights(job: Job, model: BlockModel) -> dict[str, Tensor]:
 
 
 def _keeps_states_in_memory(job: Job) -> bool:
-    """Whether the guided pass keeps hidden states in memory; several processes share them in files."""
+    """Returns whether the guided pass keeps hidden states in memory; several processes share them in files."""
     return job.placement.states and job.processes.count == 1

@@ -100,8 +100,8 @@ class Sequential:
         groups = self.model.architecture.linears_of(index)
         if groups not in self.orders:
             number = next(iter(self.inputs), None)
-            own = list(groups) if number is None else execution_order(self.model, block, groups, self.inputs[number])
-            self.orders[groups] = self.processes.from_first(own)
+            order = list(groups) if number is None else execution_order(self.model, block, groups, self.inputs[number])
+            self.orders[groups] = self.processes.from_first(order)
         return self.orders[groups]
 
     def _paused(self, block: nn.Module, groups: list[Group], hidden: dict[int, Tensor]) -> PausedBlock:
@@ -158,7 +158,7 @@ class Sequential:
         return (blocks[0], blocks[-1] + 1) if blocks else (0, 0)
 
     def _states(self) -> dict[str, dict[int, Tensor]]:
-        """The hidden states between blocks, by model and batch."""
+        """Returns the hidden states between blocks, by model and batch."""
         return {"quantized": self.inputs, "full": self.full} if self.recipe.asymmetric else {"quantized": self.inputs}
 
     def _keep_states(self, index: int) -> None:
@@ -241,9 +241,9 @@ class Sequential:
         linears = [self.job.linears[name] for name in names]
         is_whole = [bool(self.recipe.rank) or not rows_are_apart(linear.codec_name) for linear in linears]
         rows = [1 if whole else linear.matrix[0] for linear, whole in zip(linears, is_whole, strict=True)]
-        own = dealt(rows, self.processes.count)[self.processes.rank]
-        weights = sum(linears[i].weights * (run.stop - run.start) / rows[i] for i, run in own)
-        runs = [(names[i], None if run == slice(0, rows[i]) else run) for i, run in own]
+        dealt_runs = dealt(rows, self.processes.count)[self.processes.rank]
+        weights = sum(linears[i].weights * (run.stop - run.start) / rows[i] for i, run in dealt_runs)
+        runs = [(names[i], None if run == slice(0, rows[i]) else run) for i, run in dealt_runs]
         return runs, weights / sum(linear.weights for linear in linears)
 
     def _moments(self, group: Group, block: nn.Module) -> Tensor:
@@ -257,8 +257,9 @@ class Sequential:
         if self.processes.count == 1:
             return moments.hessian()
         # NCCL sends only what is on the device.
-        own = moments.hessian().to(self.job.device) if self.processes.first else None
-        return self.processes.broadcast(torch.empty(columns, columns, device=self.job.device) if own is None else own)
+        if self.processes.first:
+            return self.processes.broadcast(moments.hessian().to(self.job.device))
+        return self.processes.broadcast(torch.empty(columns, columns, device=self.job.device))
 
     def _cross_moments(
         self, group: Group, names: list[str], linear: nn.Linear, original: PausedBlock

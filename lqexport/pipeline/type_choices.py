@@ -54,6 +54,6 @@ def choices_of(tensor: PlannedTensor, bits: float, without_iq: bool) -> tuple[st
 
 
 def _may_need(name: str, known: tuple[str, ...], bits: float) -> bool:
-    """Whether an i-quant is a choice beside `known` types for a model of so many bits per weight."""
+    """Returns whether an i-quant is a choice beside `known` types for a model of so many bits per weight."""
     least = {"gguf:IQ1": SMALLEST, "gguf:IQ2": SMALL}.get(name[:8])
     return RELATIVES[name] in known and (least is None or bits < least)

@@ -22,9 +22,9 @@ from lqexport.storage.artifact import Artifact
 
 
 def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> list[str]:
-    """Returns warnings about a GGUF file: its tokenizer (`file_warnings`), and blocks that it lacks (`left_out`).
+    """Returns the warnings of `warnings_of`, after checking what a run of `recipe` into an artifact folder will need.
 
-    Raises UserError if a run of `recipe` into an artifact folder would lack something that can be known at once.
+    Raises UserError if the run would lack something that can be known at once.
 
     The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
     tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and a file that llama.cpp loads. One

@@ -41,7 +41,7 @@ class Location:
     choices: tuple[torch.device | Path, ...]
 
     def holds(self, device: torch.device) -> bool:
-        """Whether tensors kept here can be used on `device` without a copy.
+        """Returns whether tensors kept here can be used on `device` without a copy.
 
         A CPU can also use files, since they are mapped into its memory.
         """

@@ -111,7 +111,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_settings(value: Any) -> bool:
-    """Whether a value is an object that holds only texts, numbers, nulls, lists of numbers and further such objects."""
+    """Returns whether a value is an object of texts, numbers, nulls, lists of numbers and further such objects."""
     return isinstance(value, dict) and all(map(_is_setting, value.values()))
 
 

@@ -127,6 +127,12 @@ def inside(folder: Path, path: Path) -> Path:
     return path
 
 
+def check_new(path: Path) -> None:
+    """Raises UserError if there is a file or folder at a path that is to be written."""
+    if path.exists():
+        raise UserError(f"{path} exists. Delete it, or choose another name.")
+
+
 def check_space(path: Path, size: int) -> None:
     """Raises UserError if the disk of a new file or folder `path` lacks room for `size` bytes of tensors.
 

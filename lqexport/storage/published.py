@@ -14,7 +14,7 @@ ABSOLUTE = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)")
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source is a repository of the hub, such as org/model, and no folder of this machine."""
+    """Returns whether a source is a repository of the hub, such as org/model, and no folder of this machine."""
     return HUB_ID.fullmatch(source) is not None and not Path(source).exists()
 
 

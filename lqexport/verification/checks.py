@@ -81,10 +81,10 @@ def check(
 def _paths(path: Path) -> list[Path]:
     """Returns the file, or the .gguf files of a folder that are no later part of a split model."""
     if path.is_dir():
-        found = sorted(entry for entry in path.iterdir() if is_gguf(entry) and entry.is_file())
-        if not found:
+        files = sorted(entry for entry in path.iterdir() if is_gguf(entry) and entry.is_file())
+        if not files:
             raise UserError(f"There is no .gguf file in {path}.")
-        return [entry for entry in found if not is_later_part(entry, found)]
+        return [entry for entry in files if not is_later_part(entry, files)]
     check_exists(path)
     return [path]
 
@@ -94,9 +94,9 @@ def _compare(result: FileCheck, path: Path, against: str, listener: Listener) ->
     from lqexport.verification.verifying import verify  # imports torch and transformers, which takes seconds
 
     engine: Engine = "llama.cpp" if result.engine == "loads" else "lqexport"
-    found = verify(path, against, windows=WINDOWS, engine=engine, max_perplexity_ratio=2.0, listener=listener)
-    result.problems += [error("source", sentence) for sentence in found.failed]
-    result.problems += [warning("source", sentence) for sentence in (*found.warnings, *found.causes)]
+    verification = verify(path, against, windows=WINDOWS, engine=engine, max_perplexity_ratio=2.0, listener=listener)
+    result.problems += [error("source", sentence) for sentence in verification.failed]
+    result.problems += [warning("source", sentence) for sentence in (*verification.warnings, *verification.causes)]
 
 
 def table(result: CheckResult) -> RenderableType:

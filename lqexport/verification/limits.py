@@ -96,12 +96,12 @@ def parts_above(parts: Sequence[Part], factor: float) -> list[Part]:
     A part is allowed as much as the parts before it: a solver may make it correct their errors, which shows as an error
     on the source's hidden states.
     """
-    allowed, found = 0.0, []
+    allowed, above = 0.0, []
     for part in parts:
         allowed = max(allowed, part.expected)
         if part.error > factor * allowed + PART_FLOOR:
-            found.append((part.error / (allowed + PART_FLOOR), part))
-    return [part for _, part in sorted(found, key=lambda pair: -pair[0])]
+            above.append((part.error / (allowed + PART_FLOOR), part))
+    return [part for _, part in sorted(above, key=lambda pair: -pair[0])]
 
 
 def tensors_above(result: Verification) -> list[TensorCheck]:

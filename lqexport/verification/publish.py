@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.errors import UserError, well_formed
 from lqexport.storage.files import file_digest, read_json, write_json
+from lqexport.verification import report
 from lqexport.verification.card import save_card
-from lqexport.verification.report import save_html
 from lqexport.verification.result import Verification
 
 RESULT = "verification.json"
@@ -31,8 +30,8 @@ def save_record(result: Verification, folder: str | Path) -> None:
     digests = {name: file_digest(path) for name, path in model_files(result.file, result.adapter).items()}
     write_json(folder / RESULT, result.published().as_json() | {"files": digests})
     save_card(result, folder / "README.md")
-    if all(importlib.util.find_spec(name) for name in ("jinja2", "matplotlib")):
-        save_html(result, folder / "report.html")
+    if report.is_installed():
+        report.save_html(result, folder / "report.html")
 
 
 def model_files(file: str | Path, adapter: str | None = None) -> dict[str, Path]:
@@ -169,8 +168,8 @@ def _refusal(error: Exception, file: str | Path, repository: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     reason = " ".join(str(error).split("\n")[0].split()).rstrip(".")
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if kinds & {"ConnectionError", "TransportError", "Timeout", "TimeoutError"}:
+    names = {base.__name__ for base in type(error).__mro__}
+    if names & {"ConnectionError", "TransportError", "Timeout", "TimeoutError"}:
         return (
             f"The hub cannot be reached, so {file} was not uploaded as {repository}: {reason}. Check the network and "
             "HF_HUB_OFFLINE, and run the same command again."

@@ -213,9 +213,14 @@ def _draw_budget(axes: Axes, budget: dict[str, Any]) -> None:
     axes.legend(frameon=False)
 
 
+def is_installed() -> bool:
+    """Returns whether the packages that the page needs are installed."""
+    return all(importlib.util.find_spec(name) is not None for name in ("jinja2", "matplotlib"))
+
+
 def check_installed() -> None:
     """Raises UserError if a package that the page needs is not installed. Callers check before long work."""
-    if any(importlib.util.find_spec(name) is None for name in ("jinja2", "matplotlib")):
+    if not is_installed():
         raise UserError(MISSING)
 
 

@@ -45,15 +45,15 @@ def _settings(config: dict[str, Any], prefix: str = "", in_rope: bool = False) -
 
     Settings of rope for one type of blocks get its name before theirs: `full_attention.rope_theta`.
     """
-    found: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for name, value in config.items():
         if isinstance(value, dict):
             if name in ROPE or in_rope:
-                found |= _settings(value, prefix if name in ROPE else f"{prefix}{name}.", True)
+                settings |= _settings(value, prefix if name in ROPE else f"{prefix}{name}.", True)
         elif any(part in name for part in SETTINGS) and value is not None and name not in COUNTS:
             # Within the context, `dynamic` changes nothing.
-            found[prefix + name] = "default" if (name, value) == ("rope_type", "dynamic") else value
-    return found
+            settings[prefix + name] = "default" if (name, value) == ("rope_type", "dynamic") else value
+    return settings
 
 
 def _equal(ours: Any, theirs: Any) -> bool:

@@ -155,7 +155,7 @@ def _given_for_full_blocks(config: Config) -> Config:
 def _gemma4_from_gguf(config: Config) -> Config:
     """Returns the keys of config.json of which `_gemma4` makes what a GGUF file says of each block."""
     types, heads, widths = config["layer_types"], config["key_value_heads"], config["feed_forward_lengths"]
-    own = range(len(types) - config["num_kv_shared_layers"])
+    with_own_keys = range(len(types) - config["num_kv_shared_layers"])
     in_windows = [count for count, each in zip(heads * len(types), types, strict=False) if each == SLIDING]
     in_full = [count for count, each in zip(heads * len(types), types, strict=False) if each == FULL]
     return {
@@ -163,7 +163,7 @@ def _gemma4_from_gguf(config: Config) -> Config:
         "global_head_dim": config["head_dim"],
         "num_key_value_heads": max(in_windows or heads),
         "num_global_key_value_heads": max(in_full or heads),
-        "attention_k_eq_v": not all(config["value_projections"][layer] for layer in own),
+        "attention_k_eq_v": not all(config["value_projections"][layer] for layer in with_own_keys),
         "intermediate_size": widths[0],
         "use_double_wide_mlp": widths[-1] != widths[0],
         "final_logit_softcapping": config["final_logit_softcapping"] or None,

@@ -90,7 +90,7 @@ GRANITE_MOE = replace(
 
 
 def _is_granite3(config: Config) -> bool:
-    """Whether all blocks have attention with rotation, and no experts, as in Granite 3."""
+    """Returns whether all blocks have attention with rotation, and no experts, as in Granite 3."""
     types = block_types(config.get("layer_types") or config.get("layers_block_type"))
     rotated = config.get("position_embedding_type") == "rope"
     return isinstance(types, list) and set(types) == {FULL} and rotated and config.get("num_local_experts") == 0
