@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Runs everything that needs a GPU: the GPU tests, each kernel's time beside its floor, and a model that is quantized
-# and verified on the GPU in three formats. Run it from the repository after `pip install -e '.[test,cuda]'`, with a CUDA
+# and verified on the GPU in four formats. Run it from the repository after `pip install -e '.[test,cuda]'`, with a CUDA
 # build of torch.
 #
 #     bench/gpu.sh MODEL [WORK]      MODEL: a Hugging Face folder; WORK: the folder for exports (default: gpu-work)
@@ -31,3 +31,7 @@ quantized exl2 --bits 4
 rm -rf "$work/exl2"
 $python -m lqexport to-exl2 "$work/artifact" "$work/exl2"
 verified "$work/exl2"
+quantized exl3:3
+rm -rf "$work/exl3"
+$python -m lqexport to-exl3 "$work/artifact" "$work/exl3"
+verified "$work/exl3"

@@ -22,16 +22,29 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import GridCodec, SectionedCodec, nbytes
+from lqexport.formats.codebook import EIGHT
+from lqexport.formats.codec import GridCodec, SectionedCodec, TrellisCodec, nbytes
 from lqexport.formats.registry import codec_named
-from lqexport.grids import fit, fit_sections
-from lqexport.kernels import cuda, cuda_decode, cuda_exl2, cuda_kmeans, cuda_multiply, cuda_solve, cuda_squared
-from lqexport.solver import solve_cuda
+from lqexport.grids import fit, fit_sections, vectors
+from lqexport.kernels import (
+    cuda,
+    cuda_decode,
+    cuda_exl2,
+    cuda_exl3,
+    cuda_kmeans,
+    cuda_multiply,
+    cuda_solve,
+    cuda_squared,
+    cuda_vectors,
+)
+from lqexport.kernels.vectors import ROUNDS, Book
+from lqexport.solver import solve_cuda, solve_vectors
 
 SIZE = 4096
 WEIGHTS = SIZE * SIZE
-EXL2 = "exl2:4g128x32"
-FORMATS = ("gguf:Q4_0", "gguf:Q4_K", "gguf:Q6_K", "gguf:Q8_0", "native:affine-4-g64", "native:table-4", EXL2)
+EXL2, EXL3 = "exl2:4g128x32", "exl3:4"
+FORMATS = ("gguf:Q4_0", "gguf:Q4_K", "gguf:Q6_K", "gguf:Q8_0", "native:affine-4-g64", "native:table-4", EXL2, EXL3)
+VECTORS = "gguf:IQ2_XS"
 FEEDBACK_COLUMNS = 128
 REFINE_COLUMNS = 256
 
@@ -83,6 +96,11 @@ class Work:
 def packed(name: str) -> dict[str, Tensor]:
     """Returns the planes of a random matrix on the GPU. They repeat those of one row (EXL2: of 32 rows)."""
     codec, few = codec_named(name), 32 if name == EXL2 else 1
+    if isinstance(codec, TrellisCodec):  # any bits are a walk
+        shapes = {plane: shape for plane, (_, shape) in codec.layout(SIZE, SIZE).items()}
+        scales = {plane: torch.randn(shapes[plane], device="cuda").half() for plane in ("suh", "svh")}
+        rings = torch.randint(-(2**15), 2**15, shapes["trellis"], dtype=torch.int16, device="cuda")
+        return {"trellis": rings, **scales}
     weights = torch.randn(few, SIZE)
     if isinstance(codec, SectionedCodec):
         sections = fit_sections.minmax_sections(codec, weights, torch.randperm(SIZE))
@@ -105,17 +123,20 @@ def decoding(name: str) -> Work:
         return lambda: cuda_decode.decode(name, planes, SIZE, torch.float16)
 
     moved = nbytes(codec_named(name), SIZE, SIZE) + 2 * WEIGHTS
-    label = f"decode {name} to float16"
+    label, operations = f"decode {name} to float16", 2 * WEIGHTS
     if name == EXL2:
         kernel, source, threads = "decode_exl2<__half>", cuda_exl2.SOURCE, cuda_exl2.DECODE_THREADS
+    elif name == EXL3:
+        kernel, source, threads = "decode_exl3<Mul1, __half>", cuda_exl3.SOURCE, cuda_exl3.DECODE_THREADS
+        operations += 2 * (7 + 2) * WEIGHTS  # seven sums of each rotation, and two scales
     else:
         kernel = f"decode<{cuda_decode.READERS[name].type}, __half>"
         source, threads = cuda_decode.SOURCE, cuda_decode.THREADS
-    return Work(label, source, kernel, threads, moved, 2 * WEIGHTS, prepare)
+    return Work(label, source, kernel, threads, moved, operations, prepare)
 
 
 def multiplying(name: str, tokens: int) -> Work:
-    """Returns the launch that multiplies activations by a packed matrix."""
+    """Returns the launch that multiplies activations by a packed matrix; for EXL3, the longest of its three."""
 
     def prepare() -> Callable[[], object]:
         planes, x = packed(name), torch.randn(tokens, SIZE, device="cuda", dtype=torch.float16)
@@ -124,6 +145,8 @@ def multiplying(name: str, tokens: int) -> Work:
     tile = cuda_multiply.TILES[tokens > 1]
     if name == EXL2:
         kernel, source, threads = f"multiply_exl2<__half, {tile}>", cuda_exl2.SOURCE, cuda_exl2.MULTIPLY_THREADS
+    elif name == EXL3:
+        kernel, source, threads = f"multiply_exl3<Mul1, {tile}>", cuda_exl3.SOURCE, cuda_exl3.MULTIPLY_THREADS
     else:
         kernel = f"multiply<{cuda_decode.READERS[name].type}, __half, {tile}>"
         source, threads = cuda_multiply.SOURCE, cuda_multiply.THREADS
@@ -224,6 +247,95 @@ def choosing() -> Work:
     return Work(label, source, kernel, threads, moved, operations, prepare)
 
 
+def searching(codec: GridCodec) -> int:
+    """Returns the most operations of a search of VECTORS' codebook for eight columns, where no vector is excluded."""
+    book, half = book_of(codec), 28  # operations of the loss of half a vector
+    return (len(book.starts) - 1) * (half + 32) + len(book.vectors) * half
+
+
+def turning(codec: GridCodec) -> int:
+    """Returns the most operations that find the vector and the signs of eight columns: all rounds, and all flips."""
+    return ROUNDS * (searching(codec) + 8 * 8 * 7 + 8 * (8 * 17 + 28 * 6))
+
+
+def book_of(codec: GridCodec) -> Book:
+    assert codec.codebook is not None
+    assert codec.levels is not None
+    return vectors.book(codec.codebook, codec.levels.tobytes())
+
+
+def vector_feedback() -> Work:
+    """Returns the launch of `feedback` in a format with a codebook."""
+    width, codec = FEEDBACK_COLUMNS, codec_named(VECTORS)
+    assert isinstance(codec, GridCodec)
+
+    def prepare() -> Callable[[], object]:
+        weights, scale = torch.randn(SIZE, width, device="cuda"), torch.full((SIZE, width // EIGHT), 0.2, device="cuda")
+        upper = torch.eye(width) + 0.1 * torch.randn(width, width).triu(1)
+        inverse = torch.linalg.inv(solve_vectors.squares(upper))
+        metric = inverse @ inverse.mT
+        metrics = solve_vectors.metrics_of(metric, fit.minmax(codec, torch.randn(1, 2 * width)))
+        weight = metric.float().diagonal(dim1=1, dim2=2).flatten()
+        given = [tensor.cuda() for tensor in (upper, metrics, weight, inverse.float().contiguous())]
+        book = cuda_vectors.on_device(book_of(codec), weights.device)
+        return lambda: cuda_vectors.feedback_block(weights, *given, scale, book)
+
+    moved = SIZE * width * (4 + 5) + 4 * SIZE * width // EIGHT + 4 * width * (width + 4 * EIGHT + 1)
+    operations = SIZE * (width // EIGHT * turning(codec) + width * (width + 4 * EIGHT))
+    label = f"error feedback of {VECTORS}, {width} columns"
+    return Work(label, cuda_vectors.SOURCE, "feedback_vectors", cuda_solve.THREADS, moved, operations, prepare)
+
+
+def vector_refining() -> Work:
+    """Returns the launch of `refining` in a format with a codebook."""
+    width, codec = REFINE_COLUMNS, codec_named(VECTORS)
+    assert isinstance(codec, GridCodec)
+    assert codec.scale is not None
+    group = codec.scale.group
+
+    def prepare() -> Callable[[], object]:
+        weights, mixing = torch.randn(SIZE, width, device="cuda"), torch.randn(width, width, device="cuda")
+        hessian = mixing @ mixing.T / width + torch.eye(width, device="cuda")
+        grid, block = fit.fit(codec, weights, torch.ones(width, device="cuda")), slice(0, width)
+        codes = grid.nearest(weights)
+        values = grid.values(codes)
+        gradient = (values - weights) @ hessian
+        metrics = solve_vectors.metrics_of(solve_vectors.squares(hessian), grid).cuda()
+        book = cuda_vectors.on_device(book_of(codec), weights.device)
+
+        def run() -> None:
+            changed, scale = [values.clone(), gradient.clone()], solve_cuda.stored(grid.scale, grid, block)
+            cuda_vectors.refine_block(*changed, hessian, metrics, codes.clone(), group, scale, True, 1, book)
+
+        return run
+
+    moved = SIZE * (width * (2 * 8 + 2) + width // group * 2 * 2 + 2 * 4) + 4 * width * (width + 3 * EIGHT)
+    steps = 2 * width * width + width // group * 2 * group * group  # H d for a float16 and sixteen integers
+    pushes = (2 * width + width) * 2 * width
+    eights = width // EIGHT * (turning(codec) + 3 * 17 * 8)
+    label = f"coordinate descent, {width} columns of {VECTORS}"
+    operations = SIZE * (steps + pushes + eights)
+    return Work(label, cuda_vectors.SOURCE, "refine_vectors", cuda_solve.THREADS, moved, operations, prepare)
+
+
+def vector_fitting() -> Work:
+    """Returns the launch that fits the groups of a format with a codebook."""
+    codec = codec_named(VECTORS)
+    assert isinstance(codec, GridCodec)
+    assert codec.scale is not None
+    group = codec.scale.group
+
+    def prepare() -> Callable[[], object]:
+        weights, weight = torch.randn(SIZE, SIZE, device="cuda"), torch.full((SIZE,), 1 / group, device="cuda")
+        cuts, book = torch.from_numpy(vectors.CUTS).cuda(), cuda_vectors.on_device(book_of(codec), weights.device)
+        return lambda: cuda_vectors.fit_groups(weights, weight, cuts, SIZE // group, book)
+
+    operations = WEIGHTS // EIGHT * (len(vectors.CUTS) + 2) * (searching(codec) + 8 * 10)
+    moved = 4 * (WEIGHTS + SIZE) + 2 * 4 * WEIGHTS // group
+    label = f"fit of {VECTORS}'s groups"
+    return Work(label, cuda_vectors.SOURCE, "fit_vectors", cuda_solve.THREADS, moved, operations, prepare)
+
+
 def works() -> list[Work]:
     """Returns all launches."""
     products = [multiplying(name, tokens) for name in FORMATS for tokens in (1, 16)]
@@ -235,6 +347,9 @@ def works() -> list[Work]:
         fitting(),
         choosing(),
         clustering(),
+        vector_feedback(),
+        vector_refining(),
+        vector_fitting(),
     ]
 
 

@@ -14,26 +14,35 @@ const int SIDE = 16;                        // inputs and outputs of a tile
 const int RUN = 128;                        // inputs or outputs that a rotation mixes
 const float LENGTH = 0.08838834764831845f;  // 1 / sqrt(RUN)
 
-// The value of a state, in a codebook. Every operation before the rounding to float16 is exact.
+// The values of two states, in each codebook. Of their operations only one rounds, and that to float16.
+__device__ __forceinline__ __half2 halves_of(u32 low, u32 high) {
+  return __halves2half2(__ushort_as_half((u16)low), __ushort_as_half((u16)high));
+}
+
 struct Mul1 {
-  static __device__ __forceinline__ float value(u32 state) {
-    const u32 total = __dp4a(state * 0x83DCD12Du, 0x01010101u, 0u);  // of the four bytes
-    return to_float(__float2half_rn((float)total * (1774.0f / 262144) - 884.0f / 256));
+  static __device__ __forceinline__ __half2 values(u32 one, u32 other) {
+    // 0x6400 is 1024, and adding the sum of four bytes to its bits adds the sum to the number.
+    const u32 first = __dp4a(one * 0x83DCD12Du, 0x01010101u, 0x6400u);
+    const u32 second = __dp4a(other * 0x83DCD12Du, 0x01010101u, 0x6400u);
+    return __hfma2(halves_of(first, second), halves_of(0x1EEE, 0x1EEE), halves_of(0xC931, 0xC931));
   }
 };
 
-__device__ __forceinline__ float sum_of_halves(u32 mixed) {
+__device__ __forceinline__ __half sum_of_halves(u32 mixed) {
   const u32 halves = (mixed & 0x8FFF8FFFu) ^ 0x3B603B60u;
-  const float low = to_float(__ushort_as_half((u16)halves)), high = to_float(__ushort_as_half((u16)(halves >> 16)));
-  return to_float(__float2half_rn(low + high));
+  return __hadd_rn(__ushort_as_half((u16)halves), __ushort_as_half((u16)(halves >> 16)));
 }
 
 struct Mcg {
-  static __device__ __forceinline__ float value(u32 state) { return sum_of_halves(state * 0xCBAC1FEDu); }
+  static __device__ __forceinline__ __half2 values(u32 one, u32 other) {
+    return __halves2half2(sum_of_halves(one * 0xCBAC1FEDu), sum_of_halves(other * 0xCBAC1FEDu));
+  }
 };
 
 struct ThreeInst {
-  static __device__ __forceinline__ float value(u32 state) { return sum_of_halves(state * 89226354u + 64248484u); }
+  static __device__ __forceinline__ __half2 values(u32 one, u32 other) {
+    return __halves2half2(sum_of_halves(one * 89226354u + 64248484u), sum_of_halves(other * 89226354u + 64248484u));
+  }
 };
 
 // Where a lane's eight states are in each ring: in three words, which follow one another. The last `later` bits of the
@@ -50,17 +59,23 @@ __device__ __forceinline__ Place place_of(int halves, int lane) {
   return {halves, first, second, third, 32 * (third + 1) - end};
 }
 
-// Reads a lane's eight codes of a tile, each exactly a float16.
+// Reads a lane's eight codes of a tile.
 template <class Codebook>
 __device__ __forceinline__ void read_eight(const u32* ring, const Place& place, float* code) {
   const u32 first = ring[place.first], second = ring[place.second], third = ring[place.third];
-  const u32 low = __funnelshift_r(third, second, place.later), middle = __funnelshift_r(second, first, place.later);
-  const u32 high = first >> place.later;
+  const int whole = place.halves / 2, half = place.halves & 1;
+  u32 low = __funnelshift_r(third, second, place.later), high = __funnelshift_r(second, first, place.later);
 #pragma unroll
-  for (int j = 0; j < 8; j++) {
-    const int behind = (7 - j) * (place.halves / 2) + (8 - j) / 2 * (place.halves & 1);  // bits of the states after it
-    const bool far = behind >= 32;
-    code[j] = Codebook::value(__funnelshift_r(far ? middle : low, far ? high : middle, behind & 31) & 0xffff);
+  for (int j = 7; j > 0; j -= 2) {
+    if (j == 3) {  // four states, of 32 bits at most, are done
+      low = __funnelshift_rc(low, high, 2 * place.halves);
+      high = __funnelshift_rc(high, first >> place.later, 2 * place.halves);
+    }
+    // The bits of the states after each, of these four.
+    const int later = (7 - j) % 4 * whole + (7 - j) % 4 / 2 * half, earlier = later + whole + half;
+    const u32 one = __funnelshift_r(low, high, earlier) & 0xffff, other = __funnelshift_r(low, high, later) & 0xffff;
+    const float2 values = __half22float2(Codebook::values(one, other));
+    code[j - 1] = values.x, code[j] = values.y;
   }
 }
 
@@ -85,33 +100,50 @@ __device__ __forceinline__ void mix_lanes(float* value) {
   for (int i = 0; i < COUNT; i++) value[i] = value[i] * sign + __shfl_xor_sync(ALL_LANES, value[i], DISTANCE);
 }
 
-__device__ __forceinline__ float rounded(float value) { return to_float(__float2half_rn(value)); }
-
-// Returns a scale; 0 in the padding.
-__device__ __forceinline__ float scale_at(const __half* scales, int index, int count) {
-  return index < count ? to_float(scales[index]) : 0;
-}
-
 template <class T>
 struct alignas(2 * sizeof(T)) Two {
   T item[2];
 };
 
+template <class T>
+__device__ __forceinline__ void store_two(T* out, __half2 values) {
+  const float2 exact = __half22float2(values);
+  Two<T> stored;
+  store(&stored.item[0], exact.x);
+  store(&stored.item[1], exact.y);
+  *reinterpret_cast<Two<T>*>(out) = stored;
+}
+__device__ __forceinline__ void store_two(__half* out, __half2 values) { *reinterpret_cast<__half2*>(out) = values; }
+
+// Returns the last step of two rotations, each times a scale.
+__device__ __forceinline__ __half2 scaled(float one, float other, __half2 scales) {
+  return __hmul2_rn(__floats2half2_rn(one * LENGTH, other * LENGTH), scales);
+}
+
 // Where the weights of two neighbouring inputs and an output are in shared memory. Neither the lanes that write at once
 // nor those that read at once share a bank.
 __device__ __forceinline__ int shared_place(int output, int pair) { return output * 68 + output / 32 * 8 + pair; }
+const int SHARED_WEIGHTS = RUN * 68 + 32;
 
-// Writes the weights, rounded to T, to out [rows, columns]. A block takes 128 inputs and outputs. `out` is on a 16-byte
-// boundary.
+// Writes the weights, rounded to T, to out [rows, pitch]; `pitch` is even. A block takes 128 inputs and outputs. `out` is
+// on a 16-byte boundary.
 template <class Codebook, class T>
 __global__ void __launch_bounds__(256, 2)
-    decode_exl3(const u32* trellis, const __half* suh, const __half* svh, int halves, int rows, int columns, T* out) {
-  DYNAMIC_SHARED(__half2, tile);  // 128 outputs of 64 pairs of inputs
+    decode_exl3(const u32* trellis, const __half* suh, const __half* svh, int halves, int rows, int columns, int pitch,
+                T* out) {
+  DYNAMIC_SHARED(__half2, tile);  // the weights, and the scales of the block's inputs and outputs
+  __half2* scales = tile + SHARED_WEIGHTS;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, runs = (rows + RUN - 1) / RUN;
   const int first_output = (int)(blockIdx.x % runs) * RUN, first_input = (int)(blockIdx.x / runs) * RUN;
-  float value[64];
+  {
+    const bool of_output = threadIdx.x >= RUN;
+    const int index = (of_output ? first_output : first_input) + threadIdx.x % RUN;
+    const bool padding = index >= (of_output ? rows : columns);
+    reinterpret_cast<__half*>(scales)[threadIdx.x] = padding ? __ushort_as_half(0) : (of_output ? svh : suh)[index];
+  }
 
   // A warp takes the eight tiles of 16 outputs.
+  float value[64];
   const int across = runs * (RUN / SIDE), words = 4 * halves;
   const u32* ring = trellis + ((size_t)(first_input / SIDE) * across + first_output / SIDE + warp) * words;
   const Place place = place_of(halves, lane);
@@ -126,25 +158,20 @@ __global__ void __launch_bounds__(256, 2)
   mix_own<64, 8>(value);
   mix_own<64, 16>(value);
   mix_own<64, 32>(value);
+  __syncthreads();
 #pragma unroll
-  for (int k = 0; k < 16; k++) {
-    const int input = 8 * k + lane % 4 * 2, i = k / 2 * 8 + k % 2 * 2;
-    const float scale = scale_at(suh, first_input + input, columns);
-    const float next = scale_at(suh, first_input + input + 1, columns);
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-      const float one = rounded(value[i + 4 * c] * LENGTH), other = rounded(value[i + 4 * c + 1] * LENGTH);
-      tile[shared_place(warp * SIDE + 8 * c + lane / 4, input / 2)] = __floats2half2_rn(one * scale, other * next);
-    }
+  for (int i = 0; i < 64; i += 2) {
+    const int pair = i / 8 * 8 + i % 4 * 2 + lane % 4, output = warp * SIDE + i / 4 % 2 * 8 + lane / 4;
+    tile[shared_place(output, pair)] = scaled(value[i], value[i + 1], scales[pair]);
   }
   __syncthreads();
 
   // A warp takes 16 inputs of all outputs, and a lane two of 32 outputs, which are the lower bits of an output's number.
-  const int input = warp * SIDE + lane % 8 * 2, output = lane / 8 * 32;
+  const int pair = warp * SIDE / 2 + lane % 8, output = lane / 8 * 32;
 #pragma unroll
   for (int i = 0; i < 32; i++) {
-    const float2 pair = __half22float2(tile[shared_place(output + i, input / 2)]);
-    value[2 * i] = pair.x, value[2 * i + 1] = pair.y;
+    const float2 weights = __half22float2(tile[shared_place(output + i, pair)]);
+    value[2 * i] = weights.x, value[2 * i + 1] = weights.y;
   }
   mix_own<64, 2>(value);
   mix_own<64, 4>(value);
@@ -153,22 +180,13 @@ __global__ void __launch_bounds__(256, 2)
   mix_own<64, 32>(value);
   mix_lanes<64, 8>(value);
   mix_lanes<64, 16>(value);
-  const int column = first_input + input;
+  const int column = first_input + 2 * pair, count = rows - first_output - output;
+  if (column >= pitch) return;
+  T* target = out + (size_t)(first_output + output) * pitch + column;
 #pragma unroll
-  for (int i = 0; i < 32; i++) {
-    const int row = first_output + output + i;
-    if (row >= rows || column >= columns) continue;
-    const float scale = to_float(svh[row]);
-    Two<T> pair;
-#pragma unroll
-    for (int k = 0; k < 2; k++) store(&pair.item[k], rounded(rounded(value[2 * i + k] * LENGTH) * scale));
-    T* target = out + (size_t)row * columns + column;
-    if (columns % 2 == 0) {
-      *reinterpret_cast<Two<T>*>(target) = pair;
-      continue;
-    }
-    target[0] = pair.item[0];
-    if (column + 1 < columns) target[1] = pair.item[1];
+  for (int i = 0; i < 32; i++, target += pitch) {
+    const __half2 two = scales[RUN / 2 + (output + i) / 2], scale = i % 2 ? __high2half2(two) : __low2half2(two);
+    if (i < count) store_two(target, scaled(value[2 * i], value[2 * i + 1], scale));
   }
 }
 

@@ -25,7 +25,7 @@ def feedback_block(weights: Tensor, upper: Tensor, scale: Tensor, grid: TensorGr
     upper     float32 [B, B], the block's part of U
     scale     float32 [R, B], of each column
     """
-    inverse = torch.linalg.inv(_squares(upper))
+    inverse = torch.linalg.inv(squares(upper))
     metric, scales = inverse @ inverse.mT, scale[:, ::EIGHT].contiguous()
     weight = metric.float().diagonal(dim1=1, dim2=2).flatten()
     metrics, inverse = metrics_of(metric, grid), inverse.float().contiguous()
@@ -53,7 +53,7 @@ def refine_block(
     `values` [R, B], `gradient` [R, B], `codes` [R, C] and the grid's stored numbers change in place.
     """
     assert grid.scale is not None
-    metrics = metrics_of(_squares(hessian), grid)
+    metrics = metrics_of(squares(hessian), grid)
     if cuda.usable(values.device):
         _refine_on_device(values, gradient, hessian, metrics, codes, grid, block, refit, rounds)
         return
@@ -86,7 +86,7 @@ def _refine_on_device(
     solve_cuda.keep(grid.scale, scale, grid, block)
 
 
-def _squares(matrix: Tensor) -> Tensor:
+def squares(matrix: Tensor) -> Tensor:
     """Returns the blocks of eight columns on a matrix's diagonal, float64 [n, 8, 8], on the host."""
     runs = range(0, len(matrix), EIGHT)
     return torch.stack([matrix[start : start + EIGHT, start : start + EIGHT] for start in runs]).cpu().double()

@@ -68,6 +68,12 @@ ALWAYS_INLINE float __fmul_rn(float a, float b) { return a * b; }
 ALWAYS_INLINE float __fadd_rn(float a, float b) { return a + b; }
 ALWAYS_INLINE double __dadd_rn(double a, double b) { return a + b; }
 
+// Products and their sums are exact in float64, unless one number is 2^31 times the other.
+ALWAYS_INLINE __half2 __hfma2(__half2 a, __half2 b, __half2 c) {
+  const float2 x = __half22float2(a), y = __half22float2(b), z = __half22float2(c);
+  return __halves2half2(__double2half((double)x.x * y.x + z.x), __double2half((double)x.y * y.y + z.y));
+}
+
 template <class To, class From>
 ALWAYS_INLINE To bits_as(From value) {
   static_assert(sizeof(To) == sizeof(From), "the same bits");
@@ -81,6 +87,10 @@ ALWAYS_INLINE float __uint_as_float(unsigned value) { return bits_as<float>(valu
 // The low 32 bits of `high` and `low`, one after the other, shifted to the right.
 ALWAYS_INLINE unsigned __funnelshift_r(unsigned low, unsigned high, unsigned distance) {
   return (unsigned)(((uint64_t)high << 32 | low) >> (distance & 31));
+}
+// The same, but at most by 32.
+ALWAYS_INLINE unsigned __funnelshift_rc(unsigned low, unsigned high, unsigned distance) {
+  return (unsigned)(((uint64_t)high << 32 | low) >> std::min(distance, 32u));
 }
 // `sum` and the products of the four bytes of `a` and `b`.
 ALWAYS_INLINE unsigned __dp4a(unsigned a, unsigned b, unsigned sum) {

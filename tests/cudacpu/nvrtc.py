@@ -45,6 +45,7 @@ def library() -> ctypes.CDLL | None:
 def compile_kernels(source: Path, kernels: Sequence[str], architecture: int, options: Sequence[str]) -> list[Usage]:
     """Compiles some kernels of one .cu file to machine code, and returns what each takes.
 
+    NVRTC compiles others of the file with them, if they are no templates; they are left out.
     `architecture` is one of ARCHITECTURES. Raises RuntimeError with NVRTC's log if compiling fails.
     """
     nvrtc = library()
@@ -60,7 +61,7 @@ def compile_kernels(source: Path, kernels: Sequence[str], architecture: int, opt
         raise RuntimeError(f"{source.name} for sm_{architecture}: {log}")
     lowered = {_lowered(nvrtc, program, kernel): kernel for kernel in kernels}
     nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
-    return [usage._replace(kernel=lowered[usage.kernel]) for usage in _usages(log)]
+    return [usage._replace(kernel=lowered[usage.kernel]) for usage in _usages(log) if usage.kernel in lowered]
 
 
 def _text(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, name: str) -> str:
