@@ -154,8 +154,8 @@ READ = [name for name in names() if name not in ["gguf-decay:F32", "gguf-whole:I
 
 @pytest.mark.parametrize("name", READ)
 def test_every_format_has_a_reader(name: str) -> None:
-    """EXL2 and EXL3 have tests of their own. The CPU decodes decays, which are vectors of some tens of weights, tables of
-    whole numbers, and MLX's formats, whose runtime is Apple's."""
+    """EXL2 and EXL3 have tests of their own. The CPU decodes decays, which are vectors of some tens of weights, tables
+    of whole numbers, and MLX's formats, whose runtime is Apple's."""
     assert set(cuda_decode.READERS[name].planes) == set(codec_named(name).layout(1, codec_named(name).block))
 
 
