@@ -283,4 +283,7 @@ def refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
     """Raises UserError, naming them, if some tensors would fall back to another type."""
     fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
     if fallen:
-        raise UserError(f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {listed(fallen)}.")
+        raise UserError(
+            f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {listed(fallen)}. Let them fall back, or "
+            "choose another target."
+        )

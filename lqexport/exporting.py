@@ -73,7 +73,7 @@ def _export(
     if adapter is not None and chosen != "gguf":
         raise UserError("An adapter file is written beside a GGUF file; format 'peft' writes a PEFT folder.")
     if split_max_size is not None and chosen != "gguf":
-        raise UserError("Only GGUF files are split by a size that is asked for.")
+        raise UserError(f"Only GGUF files are split by a size: leave out split_max_size for the format {chosen}.")
     most = split_size(split_max_size) if split_max_size is not None else None
     listener.stage(f"Write {path.name}", size(inspect(stored.folder).entries))
     if chosen == "gguf":

@@ -338,9 +338,14 @@ class Recipe:
                 f"A size and the target {AUTO} or mlx:auto go together: the types are then chosen to fit the size."
             )
         if self.without and self.parsed_target != AUTO:
-            raise UserError(f"--without leaves types out of a choice by size, which only the target {AUTO} makes.")
+            raise UserError(
+                f"--without leaves types out of a choice by size, which only the target {AUTO} makes: leave it out."
+            )
         if self.size is not None and (self.moments not in (None, "guided") or self.method == "rtn"):
-            raise UserError("Choosing types by size needs guided moments: their loss compares tensors with each other.")
+            raise UserError(
+                "Types are chosen by size under guided moments, whose loss compares tensors with each other: leave out "
+                "moments, and take method lean or gptq."
+            )
 
     def _check_moments(self) -> None:
         if self.moments == "guided" and self.prefix == "quantized" and self.asymmetric is False:
@@ -361,7 +366,10 @@ class Recipe:
         if self.solver == "exact" and self.method == "rtn":
             raise UserError("Method rtn solves nothing: leave out the solver exact, or take method lean.")
         if self.smooth and self.method == "rtn":
-            raise UserError("Smoothing takes the size of inputs from the calibration, and method rtn has none.")
+            raise UserError(
+                "Smoothing takes the size of inputs from the calibration, and method rtn has none: leave out smooth, "
+                "or take method lean."
+            )
 
     def _check_imatrix(self) -> None:
         if self.imatrix is None:
@@ -404,7 +412,10 @@ class Recipe:
                     f"{target.family.upper()} keeps the embedding in float16 and chooses the rest; --head-bits sets "
                     "the output."
                 )
-            raise UserError("GPTQ's layout has one type for all linears, and float16 for embedding and output.")
+            raise UserError(
+                "GPTQ's layout has one type for all linears, and float16 for embedding and output: leave out types of "
+                "single tensors."
+            )
         if target.rows_share_numbers and self.output_groups > 1:
             raise UserError("EXL2, EXL3 and GPTQ's layout have the outputs as columns: they take one output group.")
 

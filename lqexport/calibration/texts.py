@@ -207,7 +207,7 @@ def _read_file(path: Path) -> tuple[Document, ...]:
     try:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from None
+        raise UserError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Convert it.") from None
     except OSError as error:
         raise UserError(f"Cannot read {path}: {error.strerror or error}.") from error
     if path.suffix.lower() in JSON_LINES or _is_json_lines(content):

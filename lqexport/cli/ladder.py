@@ -26,6 +26,7 @@ from lqexport.cli.shared_options import (
 )
 from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:
     from lqexport.delivery.ladder import Ladder, Rung
@@ -47,8 +48,8 @@ def ladder(
     windows: VerifiedWindows = None,
     engine: VerifyingEngine = None,
     max_kl: MaxKl = None,
-    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
-    max_over_expected: MaxOverExpected = 3.0,
+    max_perplexity_ratio: MaxPerplexityRatio = MAX_PERPLEXITY_RATIO,
+    max_over_expected: MaxOverExpected = MAX_OVER_EXPECTED,
     dry_run: DryRun = False,
     as_json: Json = False,
     device: Device = "auto",

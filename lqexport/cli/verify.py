@@ -21,6 +21,7 @@ from lqexport.cli.shared_options import (
 )
 from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:
     from lqexport.verification.result import Verification
@@ -84,8 +85,8 @@ def verify(
     as_json: Json = False,
     device: Device = "auto",
     max_kl: MaxKl = None,
-    max_perplexity_ratio: MaxPerplexityRatio = 2.0,
-    max_over_expected: MaxOverExpected = 3.0,
+    max_perplexity_ratio: MaxPerplexityRatio = MAX_PERPLEXITY_RATIO,
+    max_over_expected: MaxOverExpected = MAX_OVER_EXPECTED,
     min_cosine: MinCosine = None,
     html: Html = None,
     linear: ShownLinear = None,

@@ -13,7 +13,7 @@ from typing import Any
 from lqexport.converters.factors import is_factor
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.places import Places, target_of
-from lqexport.delivery.request import MAX_PERPLEXITY_RATIO, Measurement, Request
+from lqexport.delivery.request import Measurement, Request
 from lqexport.errors import files_at_hand
 from lqexport.exporting import export
 from lqexport.pipeline.quantize import quantize
@@ -24,9 +24,10 @@ from lqexport.runtime.progress import Listener, Silent
 from lqexport.runtime.shown import Shown
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import claimed
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 from lqexport.verification.publish import save_record
 from lqexport.verification.result import Engine, Verification
-from lqexport.verification.verifying import MAX_OVER_EXPECTED, verify
+from lqexport.verification.verifying import verify
 
 
 @dataclass(repr=False)

@@ -21,7 +21,7 @@ from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.deliver import deliver
 from lqexport.delivery.ladder_card import CARD, PLOT, Step, read_record, save_card, save_plot, step_of
 from lqexport.delivery.places import Places
-from lqexport.delivery.request import MAX_PERPLEXITY_RATIO, Measurement, Request
+from lqexport.delivery.request import Measurement, Request
 from lqexport.errors import UserError, files_at_hand
 from lqexport.models.inspect import size
 from lqexport.planning.dryrun import Preview, preview
@@ -32,9 +32,9 @@ from lqexport.runtime.shown import Shown
 from lqexport.storage.files import check_space, write_json
 from lqexport.storage.published import public_name, public_run
 from lqexport.target import AUTO, Target, spelled
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 from lqexport.verification.publish import LADDER, record_of, upload_list
 from lqexport.verification.result import Engine
-from lqexport.verification.verifying import MAX_OVER_EXPECTED
 
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 """The types of a ladder by default."""

@@ -21,14 +21,13 @@ from lqexport.planning.dryrun import Preview, preview
 from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.storage.files import check_space
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 from lqexport.verification.limits import limits_for
 from lqexport.verification.result import Engine
-from lqexport.verification.verifying import MAX_OVER_EXPECTED, check_options
+from lqexport.verification.verifying import check_options
 
 WINDOWS, SENTENCES = 16, 256
 """Windows of the evaluation text by default, and sentences for an encoder, so that verifying takes minutes."""
-MAX_PERPLEXITY_RATIO = 2.0
-"""The perplexity may grow by this factor by default."""
 PROTOCOL = "llama.cpp-512"
 
 

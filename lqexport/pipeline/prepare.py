@@ -61,13 +61,10 @@ def prepare(
     identity = _identity(recipe, source, calibration, device)
     identity |= imatrix.facts() if imatrix else {}
     _claim(artifact, identity, source, processes)
-    if recipe.chooses_types and cache is None:  # the choice needs all second moments before solving does
-        cache = work_folder(artifact) / "moments"
     moments_cache, token_weights_cache = None, None
     if calibration is not None:
         facts = _moments_facts(recipe, source, calibration, device)
-        moments_cache = MomentsCache(cache, facts) if cache else None
-        token_weights_cache = MomentsCache((cache or work_folder(artifact)) / "weights", facts)
+        moments_cache, token_weights_cache = _caches(recipe, facts, cache, work_folder(artifact))
     placement = _placement(
         Work(recipe, source.config, planned), artifact, device, processes, listener, limits,
         whole_blocks=moments_cache is not None,
@@ -101,7 +98,7 @@ def check_recipe(recipe: Recipe, config: dict[str, Any], planned: list[PlannedTe
         if tensor.linear and tensor.name != architecture.output and tensor.shape[0] % recipe.output_groups:
             raise UserError(
                 f"{tensor.name} has {tensor.shape[0]} outputs, which {recipe.output_groups} output groups do not "
-                "divide."
+                "divide: take another number of them."
             )
     if architecture.experts:
         _check_experts(recipe, architecture.classes[0])
@@ -162,6 +159,20 @@ def _moments_facts(recipe: Recipe, source: Source, calibration: Calibration, dev
         "recipe": {key: getattr(recipe, key) for key in keys},
         "compute_dtype": recipe.compute_dtype_on(device.type),
     }
+
+
+def _caches(
+    recipe: Recipe, facts: dict[str, Any], folder: Path | None, work: Path
+) -> tuple[MomentsCache | None, MomentsCache]:
+    """Returns the caches of second moments, if anything needs them again, and of the tokens' weights.
+
+    facts    what second moments depend on
+    folder   the folder that keeps them for other runs; None for none
+    work     the folder for what a stopped run goes on from
+    """
+    if recipe.chooses_types and folder is None:  # the choice needs all second moments before solving does
+        folder = work / "moments"
+    return MomentsCache(folder, facts) if folder else None, MomentsCache((folder or work) / "weights", facts)
 
 
 def _claim(artifact: Artifact, identity: dict[str, Any], source: Source, processes: Processes) -> None:

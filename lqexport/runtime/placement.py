@@ -75,7 +75,8 @@ def mapped(tensor: Tensor, folder: Path) -> Tensor:
             os.posix_fallocate(file.fileno(), 0, max(1, tensor.nbytes))
         except OSError as error:
             raise UserError(
-                f"No room for {tensor.nbytes} bytes of a run's work in {folder}: {error.strerror}."
+                f"No room for {tensor.nbytes} bytes of a run's work in {folder}: {error.strerror}. Free some space, or "
+                "choose another output folder."
             ) from error
         storage = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
         return storage.view(tensor.shape).copy_(tensor)

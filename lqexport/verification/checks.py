@@ -20,6 +20,7 @@ from lqexport.evaluation.figures import finite_or_null
 from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.sizes import human_bytes
+from lqexport.verification.default_limits import MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:
     from lqexport.verification.result import Engine
@@ -94,7 +95,9 @@ def _compare(result: FileCheck, path: Path, against: str, listener: Listener) ->
     from lqexport.verification.verifying import verify  # imports torch and transformers, which takes seconds
 
     engine: Engine = "llama.cpp" if result.engine == "loads" else "lqexport"
-    verification = verify(path, against, windows=WINDOWS, engine=engine, max_perplexity_ratio=2.0, listener=listener)
+    verification = verify(
+        path, against, windows=WINDOWS, engine=engine, max_perplexity_ratio=MAX_PERPLEXITY_RATIO, listener=listener
+    )
     result.problems += [error("source", sentence) for sentence in verification.failed]
     result.problems += [warning("source", sentence) for sentence in (*verification.warnings, *verification.causes)]
 

