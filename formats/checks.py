@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.formats.codec import FLOAT16, Codec, Grid, GridCodec, GroupNumbers, Planes, ScaleFormat, Scales
+from lqexport.formats.codec import FLOAT16, WHOLE, Codec, Grid, GridCodec, GroupNumbers, Planes, ScaleFormat, Scales
 
 
 def check_shape(codec: Codec, rows: int, columns: int) -> None:
@@ -18,7 +18,7 @@ def check_shape(codec: Codec, rows: int, columns: int) -> None:
 
 def check_planes(codec: Codec, planes: Planes, columns: int) -> int:
     """Returns the number of rows in `planes`. Raises ValueError if they do not hold a matrix of `columns` columns."""
-    rows = len(next(iter(planes.values()), ()))
+    rows = next((len(plane) for name, plane in planes.items() if name != WHOLE), 0)
     check_layout(codec, planes, rows, columns)
     return rows
 
@@ -47,6 +47,7 @@ def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
         raise ValueError(f"The grid has {grid.columns} columns and the codes {columns}.")
     if grid.rounding != codec.rounding:
         raise ValueError(f"The grid is not one of {codec.name}: its values are rounded otherwise.")
+    check_whole(codec, grid)
     if (largest := int(codes.max())) >= codec.level_count:
         raise ValueError(f"Code {largest} is too large: {codec.name} has {codec.level_count} levels.")
     _check_levels(codec, grid.levels, rows)
@@ -54,6 +55,14 @@ def check_grid(codec: GridCodec, grid: Grid, codes: NDArray[np.uint8]) -> None:
         raise ValueError(f"The grid is not one of {codec.name}: it has another codebook.")
     _check_scales(codec, "scale", codec.scale, grid.scale, codes.shape)
     _check_scales(codec, "offset", codec.offset, grid.offset, codes.shape)
+
+
+def check_whole(codec: GridCodec, grid: Grid) -> None:
+    """Raises ValueError if `codec` cannot store the number by which all values of a grid are multiplied."""
+    if grid.whole != 1 and not codec.has_whole:
+        raise ValueError(f"The grid is not one of {codec.name}: it has a further scale for the whole matrix.")
+    if not np.isfinite(grid.whole) or np.float32(grid.whole) != grid.whole:
+        raise ValueError(f"The scale of a whole matrix of {codec.name} must be a finite float32, not {grid.whole}.")
 
 
 def _check_levels(codec: GridCodec, levels: NDArray[np.float32], rows: int) -> None:

@@ -4,7 +4,8 @@ A stored weight is always
 
     value = scale * level[code] + offset          (float32, one rounding per operation, in this order)
 
-A `Rounding` says where a format's own decoder rounds to fewer bits on the way.
+A `Rounding` says where a format's own decoder rounds to fewer bits on the way. One format has a further number for the
+whole matrix, by which the value is multiplied last (`Grid.whole`).
 
 The levels are shared by the whole format (integers low..high, or a fixed list), or each row has a table of its own. In
 some formats only certain vectors of consecutive codes may stand in a row: those of a `Codebook`. A scale and an offset
@@ -35,7 +36,10 @@ Planes = dict[str, np.ndarray]
 """The packed bytes of one tensor: plane name to array.
 
 The first axis of every plane is the tensor's rows, so `plane[order]` reorders the rows of a packed tensor (GGUF's rope
-permutation does so). The planes of a `SectionedCodec` and of a `TrellisCodec` are the exceptions."""
+permutation does so). The exceptions are the plane WHOLE, and the planes of a `SectionedCodec` and a `TrellisCodec`."""
+
+WHOLE = "whole"
+"""The name of the plane that holds a matrix's `Grid.whole`, float32 [1, 1]."""
 
 
 class Rounding(IntEnum):
@@ -199,6 +203,7 @@ class Grid:
     offset   None if the format has no offset; such a format keeps the sign of zero
     rounding how the format's decoder rounds the values
     codebook   which vectors of codes may stand in a row; None if any codes may
+    whole    a float32 by which every value is multiplied, rounded once; 1 in formats that do not store one
     """
 
     columns: int
@@ -207,6 +212,7 @@ class Grid:
     offset: GroupNumbers | None = None
     rounding: Rounding = field(default=Rounding.NONE, kw_only=True)
     codebook: Codebook | None = field(default=None, kw_only=True)
+    whole: float = field(default=1.0, kw_only=True)
 
     @property
     def uniform(self) -> bool:
@@ -222,7 +228,8 @@ class Grid:
             values = self.rounding.rounded(values)
         if self.offset is not None:
             values = grouped(values, self.offset) + self.offset.values()[..., None]
-        return self.rounding.rounded(values).reshape(codes.shape)
+        values = self.rounding.rounded(values).reshape(codes.shape)
+        return values if self.whole == 1 else values * np.float32(self.whole)
 
     def nearest(self, weights: NDArray[np.float32]) -> NDArray[np.uint8]:
         """Returns the codes, uint8 [rows, columns], of the grid values nearest to weights float32 [rows, columns].
@@ -241,9 +248,9 @@ class Grid:
         return codes
 
     def _in_levels(self, weights: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Returns `(weights - offset) / scale`, float32 [rows, columns]. It is 0 where the scale is 0, because
+        """Returns `(weights / whole - offset) / scale`, float32 [rows, columns]. It is 0 where the scale is 0, because
         every level gives the same value there."""
-        target = weights
+        target = weights if self.whole == 1 else weights / np.float32(self.whole)
         if self.offset is not None:
             target = grouped(target, self.offset) - self.offset.values()[..., None]
         if self.scale is not None:
@@ -345,6 +352,7 @@ class GridCodec(Codec, Protocol):
     scale, offset   how the file stores the scales and offsets; None if the format has none
     rounding   how the format's decoder rounds
     codebook   which vectors of codes may stand in a row; None if any codes may
+    has_whole  whether the file stores `Grid.whole`
     """
 
     levels: NDArray[np.float32] | None
@@ -352,6 +360,7 @@ class GridCodec(Codec, Protocol):
     scale: ScaleFormat | None
     offset: ScaleFormat | None
     rounding: Rounding = Rounding.NONE
+    has_whole: bool = False
 
     @property
     def codebook(self) -> Codebook | None:

@@ -13,13 +13,14 @@ of `run` integers. The first run is in the lowest bits of those bytes, and the n
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.formats.checks import check_grid, check_planes, check_shape
-from lqexport.formats.codec import FloatFormat, Grid, GridCodec, Planes, ScaleFormat, Scales
+from lqexport.formats.checks import check_grid, check_planes, check_shape, check_whole
+from lqexport.formats.codec import WHOLE, FloatFormat, Grid, GridCodec, Planes, ScaleFormat, Scales
 
 CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 """The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
@@ -320,6 +321,36 @@ class NVFP4(MXFP4):
         blocks[member] = np.searchsorted(self.small_scales[:127], supers).reshape(blocks[member].shape)
 
 
+class ScaledNVFP4(NVFP4):
+    """NVFP4 beside llama.cpp's further tensor `X.scale`: w * s * q with a float32 w for the whole matrix.
+
+    planes   blocks   those of NVFP4
+             whole    float32 [1, 1], w
+    decode   w * (s * q), rounded once: s * q is exact in float32
+
+    llama.cpp multiplies the product of the blocks and a linear's inputs by w.
+    """
+
+    name = "gguf-scaled:NVFP4"
+    has_whole = True
+
+    def layout(self, rows: int, columns: int) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+        """See `codec.Codec`. Raises ValueError if the columns do not fill whole blocks."""
+        return super().layout(rows, columns) | {WHOLE: (np.dtype(np.float32), (1, 1))}
+
+    def encode(self, grid: Grid, codes: NDArray[np.uint8]) -> Planes:
+        """See `codec.GridCodec`. Raises ValueError for a grid of another format."""
+        return super().encode(grid, codes) | {WHOLE: np.array([[grid.whole]], np.float32)}
+
+    def unpack(self, planes: Planes, columns: int) -> tuple[Grid, NDArray[np.uint8]]:
+        """See `codec.GridCodec`. Raises ValueError if the planes are not those of such a matrix, or if the float32 is
+        infinite or not a number."""
+        grid, codes = super().unpack(planes, columns)
+        grid = replace(grid, whole=float(planes[WHOLE][0, 0]))
+        check_whole(self, grid)
+        return grid, codes
+
+
 class Q2_K(BlockType):
     """256 weights, 84 bytes: d * s * q - dmin * m with q in 0..3, s and m in 0..15 per 16 weights.
 
@@ -427,3 +458,4 @@ class Q6_K(BlockType):
 GGUF = (
     Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), MXFP4(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K(), NVFP4()
 )  # fmt: skip
+GGUF_SCALED = (ScaledNVFP4(),)

@@ -1,9 +1,9 @@
 """Moves an already quantized matrix to another format without changing a value, if that format's grid can hold it.
 
 Checkpoints of other projects hold more than any codec here: scales of any dtype, zero points, and codes of 1 to 8 bits.
-A value is `scale * (code - zero)`, `scale * level[code]`, or an entry of the row's table. Where codes are integers,
-`lift` is added to a code to get the code on the other grid, whose levels begin at `low`. The offset, if there is one,
-cancels the lift:
+A value is `scale * (code - zero)`, `scale * level[code] * whole`, or an entry of the row's table. Where codes are
+integers, `lift` is added to a code to get the code on the other grid, whose levels begin at `low`. The offset, if there
+is one, cancels the lift:
 
     scale * (low + code + lift) + offset,   offset = -scale * (zero + low + lift)
 
@@ -54,20 +54,23 @@ class AffineGrid:
 
 @dataclass(frozen=True)
 class FloatGrid:
-    """The values `scale * level` of a quantized matrix whose codes stand for the same levels everywhere.
+    """The values `scale * level * whole` of a quantized matrix whose codes stand for the same levels everywhere.
 
     levels    float32 [K], ascending
     scale     float32 [R, G]
     group_of  int64 [C], the group of each column
+    whole     a float32 for the whole matrix, by which the product of scale and level is multiplied last
     """
 
     levels: NDArray[np.float32]
     scale: NDArray[np.float32]
     group_of: NDArray[np.int64]
+    whole: float = 1.0
 
     def values(self, codes: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns the float32 values [R, C] of codes uint8 [R, C]."""
-        return self.scale[:, self.group_of] * self.levels[codes]
+        values = self.scale[:, self.group_of] * self.levels[codes]
+        return values if self.whole == 1 else values * np.float32(self.whole)
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,22 @@ def _move_floats(source: FloatGrid, codec: PlainCodec | GridCodec | SectionedCod
     if not np.array_equal(codec.levels[ranks], source.levels):
         raise ValueError(f"{codec.name} has no such levels")
     columns = np.arange(len(source.group_of))
-    numbers = source.scale[:, _stored_groups(source.group_of, codec.scale, columns)]
+    numbers, whole = source.scale[:, _stored_groups(source.group_of, codec.scale, columns)], source.whole
+    if not np.isfinite(whole):
+        raise ValueError("its scale for the whole matrix is not finite")
+    if not codec.has_whole:
+        numbers, whole = _multiplied(numbers, whole), 1.0
     scale = _scales(numbers, codec.scale, np.ones(numbers.shape, np.int16))
     lift = np.zeros((len(numbers), 1), np.int16)
-    return Move(Grid(len(columns), codec.levels, scale), lift, ranks.astype(np.uint8))
+    return Move(Grid(len(columns), codec.levels, scale, whole=whole), lift, ranks.astype(np.uint8))
+
+
+def _multiplied(numbers: NDArray[np.float32], whole: float) -> NDArray[np.float32]:
+    """Returns scales multiplied by the number for the whole matrix. Raises ValueError if a product is rounded."""
+    products = (exact := numbers.astype(np.float64) * whole).astype(np.float32)
+    if not np.array_equal(products, exact):
+        raise ValueError("it has a scale for the whole matrix, and the type has none")
+    return products
 
 
 def _move_affine(

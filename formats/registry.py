@@ -10,7 +10,7 @@ from __future__ import annotations
 from lqexport.formats.codec import GridCodec, PlainCodec, SectionedCodec, TrellisCodec
 from lqexport.formats.exl2 import Exl2, runs_named
 from lqexport.formats.exl3 import EXL3
-from lqexport.formats.gguf import GGUF
+from lqexport.formats.gguf import GGUF, GGUF_SCALED
 from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.gptq import GPTQ
@@ -22,7 +22,7 @@ from lqexport.formats.plain import PLAIN
 from lqexport.target import unknown
 
 _ALL: tuple[PlainCodec | GridCodec, ...] = (
-    *PLAIN, *GGUF, *GGUF_TERNARY, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX, *MLX_FLOATS,
+    *PLAIN, *GGUF, *GGUF_SCALED, *GGUF_TERNARY, *GGUF_VECTORS, *NATIVE, *MXINT, *MLX, *MLX_FLOATS,
 )  # fmt: skip
 _CODECS = {codec.name: codec for codec in _ALL}
 

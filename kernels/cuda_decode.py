@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import GridCodec, Planes
+from lqexport.formats.codec import WHOLE, GridCodec, Planes
 from lqexport.formats.gguf import GGUF
 from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
@@ -54,6 +54,10 @@ READERS: dict[str, Reader] = {
 kernels of their own, because their planes hold the transposed matrix in another order or basis."""
 
 
+SCALED = {"gguf-scaled:NVFP4": "gguf:NVFP4"}
+"""Codec whose values are multiplied by its plane WHOLE -> the codec of its other planes."""
+
+
 def kernels() -> list[str]:
     """Returns the name of every kernel of decode.cu that `decode` may launch."""
     readers = dict.fromkeys(reader.type for reader in READERS.values())
@@ -62,7 +66,7 @@ def kernels() -> list[str]:
 
 def decodes(name: str) -> bool:
     """Returns whether a kernel decodes the format `name`."""
-    return name in READERS or family_of(name) in ("exl2", "exl3")
+    return name in READERS or name in SCALED or family_of(name) in ("exl2", "exl3")
 
 
 @cache
@@ -105,6 +109,9 @@ def decode(name: str, planes: Mapping[str, Tensor], columns: int, dtype: torch.d
         return cuda_exl2.decode(name, planes, columns, dtype)
     if family_of(name) == "exl3":
         return cuda_exl3.decode(name, planes, columns, dtype)
+    if name in SCALED:
+        inner = {plane: values for plane, values in planes.items() if plane != WHOLE}
+        return (decode(SCALED[name], inner, columns) * planes[WHOLE]).to(dtype)
     arguments, rows = packed(name, planes, columns)
     out = torch.empty(rows, columns, dtype=dtype, device=planes[READERS[name].planes[0]].device)
     blocks = -(-rows * -(-columns // 8) // THREADS)

@@ -15,6 +15,7 @@ from checkpoint_layouts import make as make
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+from lqexport.converters.gguf.scales import WITH_SCALE
 from lqexport.errors import UserError
 from lqexport.models.source import open_source
 from lqexport.models.written import open_export
@@ -71,13 +72,15 @@ def nvfp4_tensors(name: str, weight: NDArray[np.float32]) -> Made:
     largest = np.abs(weight.reshape(len(weight), -1, 16)).max(2) / 6
     whole = np.float32(largest.max() / 448)
     scale = torch.from_numpy(largest / whole).to(torch.float8_e4m3fn)
-    packed, values = fp4_packed(weight, scale.float().numpy() * whole)
+    packed, products = fp4_packed(weight / whole, scale.float().numpy())
     stored = {"weight": packed, "weight_scale": scale, "weight_scale_2": torch.tensor(whole)}
-    return {f"{name}.{part}": tensor for part, tensor in stored.items()}, values
+    return {f"{name}.{part}": tensor for part, tensor in stored.items()}, products * whole
 
 
-def test_nvfp4_of_modelopt(make: Make) -> None:
+def test_nvfp4_of_modelopt(make: Make, tmp_path: Path) -> None:
+    """Its scale for the matrix moves to a tensor of the GGUF file."""
     folder = check(make, nvfp4_tensors, {"quant_method": "modelopt", "quant_algo": "NVFP4"})
+    check_moves(folder, "gguf:NVFP4", tmp_path / "out")
     config = json.loads((folder / "config.json").read_text())
     quantization = config.pop("quantization_config")
     (folder / "config.json").write_text(json.dumps(config))
@@ -86,13 +89,12 @@ def test_nvfp4_of_modelopt(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("form", "group", "moves"),
-    [("nvfp4-pack-quantized", 16, None), ("nvfp4-pack-quantized", 16, "NVFP4"), ("mxfp4-pack-quantized", 32, "MXFP4")],
+    ("form", "group", "moves"), [("nvfp4-pack-quantized", 16, "NVFP4"), ("mxfp4-pack-quantized", 32, "MXFP4")]
 )
 def test_fp4_of_compressed_tensors_reads_as_its_library_does(
-    form: str, group: int, moves: str | None, make: Make, tmp_path: Path
+    form: str, group: int, moves: str, make: Make, tmp_path: Path
 ) -> None:
-    """The library decodes to bfloat16. MXFP4 moves to GGUF's type, and NVFP4 if its scale for the matrix is 1."""
+    """The library decodes to bfloat16. Both move to GGUF's types."""
     pytest.importorskip("compressed_tensors", reason="the package compressed-tensors is not installed")
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
@@ -107,15 +109,16 @@ def test_fp4_of_compressed_tensors_reads_as_its_library_does(
         largest = np.abs(weight.reshape(len(weight), -1, group)).max(2) / 6
         given = {"weight": torch.from_numpy(weight)}
         if group == 16:
-            given["weight_global_scale"] = torch.tensor([1.0 if moves else 448 / largest.max()])
+            given["weight_global_scale"] = torch.tensor([448 / largest.max()])
             scale = torch.from_numpy(largest) * given["weight_global_scale"]
             scale = scale.to(torch.float8_e4m3fn).float()
-            factors = scale / given["weight_global_scale"]
+            whole = (1 / given["weight_global_scale"]).numpy()
         else:
-            scale = factors = torch.from_numpy(np.exp2(np.ceil(np.log2(largest))).astype(np.float32))
+            scale = torch.from_numpy(np.exp2(np.ceil(np.log2(largest))).astype(np.float32))
+            whole = np.ones(1, np.float32)
         parts = compressor.compress(given | {"weight_scale": scale}, scheme)
         numbers = unpack_fp4_from_uint8(parts["weight_packed"], *weight.shape, torch.float32).numpy()
-        values = np.repeat(factors.numpy(), group, 1) * numbers
+        values = np.repeat(scale.numpy(), group, 1) * numbers * whole
         return {f"{name}.{part}": tensor for part, tensor in parts.items()}, values
 
     groups = {"group_0": {"format": form, "targets": ["Linear"]}}
@@ -125,8 +128,7 @@ def test_fp4_of_compressed_tensors_reads_as_its_library_does(
     parts = {key.removeprefix(f"{DOWN}."): tensor for key, tensor in stored.items() if key.startswith(f"{DOWN}.")}
     theirs, ours = compressor.decompress(parts, scheme)["weight"], open_source(str(folder)).read(f"{DOWN}.weight")
     assert torch.allclose(ours, theirs.float(), rtol=2**-7, atol=0)
-    if moves:
-        check_moves(folder, f"gguf:{moves}", tmp_path / "out")
+    check_moves(folder, f"gguf:{moves}", tmp_path / "out")
 
 
 def test_a_scheme_for_each_group_of_modules(make: Make) -> None:
@@ -168,7 +170,8 @@ def check_moves(folder: Path, target: str, out: Path) -> None:
     """Asserts that all linears of a source move to a target without calibration, and decode to the same values."""
     report = quantize(Recipe(str(folder), target), out)
     kept = [tensor for tensor in report["tensors"] if "proj" in tensor["name"]]
-    assert all(tensor["source_grid"] == "kept" and tensor["codec"] == target for tensor in kept)
+    assert all(tensor["source_grid"] == "kept" for tensor in kept)
+    assert {tensor["codec"] for tensor in kept} == {WITH_SCALE.get(target, target)}
     source, written = open_source(str(folder)), open_export(out)
     assert all(same_bits(written.read(name).numpy(), source.read(name).float().numpy()) for name in written.names())
 

@@ -20,6 +20,7 @@ from llama_files import random_codes
 from lqexport.formats.codebook import Codebook
 from lqexport.formats.codec import (
     FLOAT16,
+    WHOLE,
     FloatFormat,
     Grid,
     GridCodec,
@@ -96,7 +97,9 @@ def random_case(name: str, seed: int) -> tuple[GridCodec, Grid, np.ndarray]:
     scale = random_scales(rng, grid_codec.scale, rows, columns)
     offset = random_scales(rng, grid_codec.offset, rows, columns)
     codes = random_codes(rng, grid_codec, rows, columns)
-    return grid_codec, Grid(columns, levels, scale, offset, codebook=grid_codec.codebook), codes
+    # Any float32 is one, also a number by which products are rounded.
+    whole = float(np.float32(rng.normal(0, 1e-3))) if grid_codec.has_whole else 1.0
+    return grid_codec, Grid(columns, levels, scale, offset, codebook=grid_codec.codebook, whole=whole), codes
 
 
 def random_blocks(name: str, seed: int) -> np.ndarray:
@@ -138,7 +141,7 @@ def test_unpacking_gives_back_grid_and_codes(name: str, seed: int) -> None:
     grid_codec, grid, codes = random_case(name, seed)
     unpacked, unpacked_codes = grid_codec.unpack(grid_codec.encode(grid, codes), codes.shape[1])
     assert same_bits(unpacked_codes, codes)
-    assert unpacked.columns == grid.columns
+    assert (unpacked.columns, unpacked.whole) == (grid.columns, grid.whole)
     assert same_bits(unpacked.levels, grid.levels)
     for original, restored in ((grid.scale, unpacked.scale), (grid.offset, unpacked.offset)):
         assert (original is None) == (restored is None)
@@ -156,7 +159,8 @@ def test_planes_are_as_laid_out_and_rows_move_freely(name: str, seed: int) -> No
     planes = grid_codec.encode(grid, codes)
     assert {key: (plane.dtype, plane.shape) for key, plane in planes.items()} == grid_codec.layout(*codes.shape)
     order = np.random.default_rng(seed).permutation(len(codes))
-    moved = grid_codec.decode({key: plane[order] for key, plane in planes.items()}, codes.shape[1])
+    rows = {key: plane if key == WHOLE else plane[order] for key, plane in planes.items()}
+    moved = grid_codec.decode(rows, codes.shape[1])
     assert same_bits(moved, grid.values(codes)[order])
 
 
@@ -264,6 +268,8 @@ def test_values_are_scale_times_level_plus_offset_in_float32(name: str) -> None:
             expected = stored_number(grid.scale, row, column, codes.shape[1]) * expected
         if grid.offset is not None:
             expected = expected + stored_number(grid.offset, row, column, codes.shape[1])
+        if grid.whole != 1:
+            expected = expected * np.float32(grid.whole)
         assert same_bits(values[row, column], expected)
 
 
@@ -587,9 +593,10 @@ def test_unknown_names_are_answered_with_near_ones() -> None:
 
 
 def test_names_of_a_family() -> None:
-    families = ("gguf", "gguf-norm", "gguf-decay", "gguf-whole", "native", "mlx")
+    families = ("gguf", "gguf-norm", "gguf-decay", "gguf-whole", "gguf-scaled", "native", "mlx")
     assert {name for family in families for name in names(family)} == set(names())
     assert names("gguf-norm") == ["gguf-norm:F32"]
+    assert names("gguf-scaled") == ["gguf-scaled:NVFP4"]
     assert names("gguf")[:4] == ["gguf:F32", "gguf:F16", "gguf:BF16", "gguf:Q4_0"]
     assert names("gg") == []
     assert all(codec_named(name).name == name for name in names())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ import gguf
 import numpy as np
 import pytest
 from llama_mixes import types_by_llamacpp
+from rich.console import Console
 
-from lqexport.converters.gguf.mixes import MIXES, file_type
+from lqexport.converters.gguf.mixes import LLAMA_NAMES, MIXES, file_type, other_meaning
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.row_order import rope_order
 from lqexport.converters.models.families.llama import LLAMA
@@ -19,6 +21,9 @@ from lqexport.converters.targets import plan, targets
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp_quantizer import quantize
 from lqexport.formats.registry import codec_named, names
+from lqexport.planning.dryrun import preview
+from lqexport.planning.forecast import forecast, show
+from lqexport.recipe import Recipe
 from lqexport.target import Target
 
 
@@ -275,3 +280,20 @@ def test_planned_bytes_are_the_codecs() -> None:
     (tensor, *_) = [tensor for tensor in plan(Target.parse("gguf:Q4_K"), config, make_shapes(config)) if tensor.linear]
     assert tensor.nbytes == 256 * 144
     assert codec_named(tensor.codec_name).block == 256
+
+
+def test_a_type_that_llamacpp_calls_a_mix(tiny_model: Path, tmp_path: Path) -> None:
+    """A dry run and a forecast say once that the name means another thing to users of llama.cpp."""
+    assert set(LLAMA_NAMES) <= {name.removeprefix("gguf:") for name in names("gguf")}
+    assert set(LLAMA_NAMES.values()) <= set(MIXES)
+    for name in ("gguf:Q2_K_M", "gguf:IQ3_XS", "gguf:Q8_0", "gguf:Q4_0", "gguf:auto", "mlx:4-g64"):
+        assert other_meaning(Target.parse(name)) == []
+    (of_q3,) = other_meaning(Target.parse("q3_k"))
+    assert of_q3 == "gguf:Q3_K is that type in every linear; what llama.cpp calls Q3_K is the mix gguf:Q3_K_M."
+    recipe = Recipe(str(tiny_model), "gguf:Q2_K", method="rtn")
+    (said,) = other_meaning(recipe.parsed_target)
+    assert "the mix gguf:Q2_K_M, which is smaller and better by default (docs/quality.md)" in said
+    assert preview(recipe, tmp_path / "out").warnings == (said,)
+    console = Console(file=io.StringIO(), width=300)
+    show(forecast(tiny_model, recipe), console)
+    assert console.file.getvalue().count(f"Warning: {said}") == 1

@@ -69,9 +69,10 @@ def test_a_vector_of_a_type_for_matrices(tmp_path: Path, good_file: Path) -> Non
         GGUFModel(changed(good_file, tmp_path, plain, quantized)).read("model.layers.0.input_layernorm.weight")
 
 
-def test_a_further_scale_of_a_matrix(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    """NVFP4 may have one. It is read as llama.cpp multiplies by it: as in a file whose weights are multiplied."""
-    file = export(tmp_path, make_model(intermediate_size=128), "gguf:NVFP4", tokenizer)
+@pytest.mark.parametrize(("target", "codec"), [("gguf:NVFP4", "gguf-scaled:NVFP4"), ("gguf:Q4_0", "gguf:F32")])
+def test_a_further_scale_of_a_matrix(target: str, codec: str, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Any type may have one. It is read as llama.cpp multiplies by it: as in a file whose weights are multiplied."""
+    file = export(tmp_path, make_model(intermediate_size=128), target, tokenizer)
     matrices = {
         "model.layers.0.mlp.down_proj.weight": "blk.0.ffn_down",
         "model.layers.1.mlp.up_proj.weight": "blk.1.ffn_up",
@@ -92,7 +93,7 @@ def test_a_further_scale_of_a_matrix(tmp_path: Path, tokenizer: Tokenizer) -> No
     multiplied = GGUFModel(rewritten(file, tmp_path / "multiplied.gguf", multiply))
     for name in plain.names():
         np.testing.assert_array_equal(scaled.read(name), multiplied.read(name))
-        assert scaled.codec_name(name) == multiplied.codec_name(name)
+        assert scaled.codec_name(name) == (codec if name in matrices else plain.codec_name(name))
     logits = []
     for model in (plain, scaled, multiplied):
         with LlamaCpp(model.path, n_ctx=32, threads=1) as llama:

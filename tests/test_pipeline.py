@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 
 from lqexport.converters.gguf.reader import GGUFModel
+from lqexport.converters.gguf.scales import WITH_SCALE
 from lqexport.converters.gguf.writer import write
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named
@@ -64,15 +65,17 @@ def test_every_tensor_is_stored_near_its_source(recipe: Recipe, target: str, met
 
 @pytest.mark.parametrize(("target", "most"), [("gguf:TQ1_0", 0.35), ("gguf:Q1_0", 0.5), ("gguf:NVFP4", 0.012)])
 def test_small_types_are_solved_tuned_and_written(recipe: Recipe, target: str, most: float, tmp_path: Path) -> None:
-    """Types of fewer than 4 bits are tuned, and NVFP4 is smoothed. The file holds the bits that were solved."""
+    """Types of fewer than 4 bits are tuned, and NVFP4 is smoothed and has a scale for each matrix. The file holds the
+    bits that were solved."""
     report = quantize(changed(recipe, target=target, tune=2), tmp_path / "out")
     stored, file = Artifact(tmp_path / "out"), GGUFModel(write(Artifact(tmp_path / "out"), tmp_path / "out.gguf")[0])
-    solved = [tensor for tensor in report["tensors"] if tensor["codec"] == target]
+    codec_name = WITH_SCALE.get(target, target)
+    solved = [tensor for tensor in report["tensors"] if tensor["codec"] == codec_name]
     assert len(solved) == 14
     for tensor in solved:
         assert tensor["weight_error"] < most
         planes = stored.read(tensor["name"]).planes
-        assert np.array_equal(file.read(tensor["name"]), codec_named(target).decode(planes, tensor["shape"][1]))
+        assert np.array_equal(file.read(tensor["name"]), codec_named(codec_name).decode(planes, tensor["shape"][1]))
 
 
 def test_methods_order_as_they_should(recipe: Recipe, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from lqexport.evaluation.evaluate import WORST
 from lqexport.models.source import open_source
 from lqexport.storage.artifact import Artifact, decoded
 from lqexport.verification import card, report
-from lqexport.verification.result import Verification
+from lqexport.verification.result import TensorCheck, Verification
 from lqexport.verification.verifying import verify
 
 
@@ -227,3 +227,11 @@ def test_roles_sum_up_all_tensors(found: Verification) -> None:
     by_name = {role.name: role for role in roles}
     assert (by_name["mlp.down_proj"].count, by_name["mlp.down_proj"].types) == (2, ("gguf:Q4_0",))
     assert by_name["norms and biases"].count == 5
+
+
+def test_a_file_with_norms_of_gemma_is_a_gguf_file() -> None:
+    """Codecs such as gguf-norm:F32 are no family of their own: the card says how a GGUF file is run."""
+    result = Verification("model.gguf", "", "", "", "lqexport", "cpu", "", "", {})
+    for codec in ("gguf:Q4_K", "gguf-norm:F32", "gguf-scaled:NVFP4"):
+        result.tensors.append(TensorCheck("name", codec, (2, 2), 8, None, None, True, None))
+    assert result.family == "gguf"

@@ -8,8 +8,8 @@ For R rows, C columns, G groups and B bits, the formats are
                      weight_zero_point int32 [R * B / 32, G], unless symmetric
     nvfp4- and mxfp4-pack-quantized
                      weight_packed uint8 [R, C / 2], two numbers of 4 bits in a byte (see `fp4.py`)
-                     weight_scale float8 [R, C / 16], and weight_global_scale, by which the scales are divided; of mxfp4
-                     uint8 [R, C / 32]
+                     weight_scale float8 [R, C / 16], and weight_global_scale, by whose reciprocal in float32 the
+                     products of numbers and scales are multiplied; of mxfp4 uint8 [R, C / 32]
     the others       weight int8 or float8 [R, C]
                      weight_scale, one for the whole matrix, or one for each row, group or block
                      weight_zero_point int8, of the same shape, unless symmetric
@@ -130,7 +130,7 @@ class CompressedTensors(CheckpointLayout):
         divisor = self.checked_tensor(whole, self.stored.stored_shape(whole), FLOATS).float()
         if divisor.numel() != 1:
             raise UserError(f"{whole} should be one number, but its shape is {list(divisor.shape)}.")
-        return e2m1_grid(name, (scale / divisor).numpy(), columns)
+        return e2m1_grid(name, scale.numpy(), columns, float(1 / divisor))
 
     def _affine(self, module: str) -> AffineGrid:
         """Returns the grid; for floating-point codes, only its scales and groups mean something."""

@@ -4,7 +4,7 @@ A byte holds two numbers, that of the even column in its low nibble. A nibble ha
 stand for 0, 1/2, 1, 3/2, 2, 3, 4, 6. Each group of columns of a row has a scale:
 
     MXFP4   a byte e for 32 columns: 2^(e - 127)
-    NVFP4   a float8 for 16 columns, and a float32 for the matrix
+    NVFP4   a float8 for 16 columns, and a float32 for the matrix, by which the product of the others is multiplied
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ def e2m1_codes(packed: NDArray[np.uint8]) -> Codes:
     return e2m1_ranks(np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1))
 
 
-def e2m1_grid(name: str, scale: NDArray[np.float32], columns: int) -> FloatGrid:
+def e2m1_grid(name: str, scale: NDArray[np.float32], columns: int, whole: float = 1.0) -> FloatGrid:
     """Returns the grid of a matrix of packed numbers with scales float32 [R, G], by which they are multiplied.
 
-    name   the stored scales, for the message
+    name    the stored scales, for the message
+    whole   a float32 by which the product is multiplied
 
     Raises UserError unless groups of one size fill the columns.
     """
@@ -38,7 +39,7 @@ def e2m1_grid(name: str, scale: NDArray[np.float32], columns: int) -> FloatGrid:
     if not groups or columns % groups:
         raise UserError(f"{name}, {list(scale.shape)}, does not fit a matrix of {columns} columns.")
     halves = scale / np.float32(2)  # E2M1 has twice the numbers
-    return FloatGrid(E2M1, halves, np.arange(columns) // (columns // groups))
+    return FloatGrid(E2M1, halves, np.arange(columns) // (columns // groups), whole)
 
 
 def powers(name: str, exponents: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -15,7 +15,7 @@ NVFP4 of ModelOpt:
 
     weight           uint8 [R, C / 2], two numbers in a byte (see `fp4.py`)
     weight_scale     float8_e4m3fn [R, C / 16]
-    weight_scale_2   float32, by which the scales are multiplied
+    weight_scale_2   float32, by which the products of numbers and scales are multiplied
 
 Scales of activations are ignored.
 """
@@ -70,11 +70,11 @@ class Fp8(CheckpointLayout):
         is_of_v4 = self._scale_name(module) == f"{module}.scale"
         return is_of_v4 and rows > 1 and self._scale_shape(module) == (rows, stored // 16)
 
-    def _fp4_scales(self, module: str) -> tuple[str, NDArray[np.float32]]:
-        """Returns the scales of packed numbers [R, groups], and the name of the stored ones."""
+    def _fp4_grid(self, module: str) -> FloatGrid:
+        """Returns the grid of packed numbers."""
         name, (rows, columns) = f"{module}.scale", self.shape(module)
         exponents = self.checked_tensor(name, (rows, columns // 32), (torch.float8_e8m0fnu, torch.uint8))
-        return name, powers(name, exponents.view(torch.uint8).numpy())
+        return e2m1_grid(name, powers(name, exponents.view(torch.uint8).numpy()), columns)
 
     def quantization_name(self, module: str) -> str:
         if self._is_fp4(module):
@@ -89,9 +89,7 @@ class Fp8(CheckpointLayout):
         return (rows, 2 * columns) if self._is_fp4(module) else (rows, columns)
 
     def grid(self, module: str) -> FloatGrid | None:
-        if not self._is_fp4(module):
-            return None
-        return e2m1_grid(*self._fp4_scales(module), self.shape(module)[1])
+        return self._fp4_grid(module) if self._is_fp4(module) else None
 
     def codes(self, module: str) -> Codes:
         rows, columns = self.shape(module)
@@ -138,9 +136,9 @@ class ModelOpt(Fp8):
     def _is_fp4(self, module: str) -> bool:
         return f"{module}.weight_scale_2" in self.names
 
-    def _fp4_scales(self, module: str) -> tuple[str, NDArray[np.float32]]:
+    def _fp4_grid(self, module: str) -> FloatGrid:
         name, of_all, (rows, columns) = f"{module}.weight_scale", f"{module}.weight_scale_2", self.shape(module)
         scale = self.checked_tensor(name, (rows, columns // 16), (torch.float8_e4m3fn,)).float()
         shape = self.stored.stored_shape(of_all)
         whole = self.checked_tensor(of_all, shape if shape == (1,) else (), FLOATS).float()
-        return name, (scale * whole).numpy()
+        return e2m1_grid(name, scale.numpy(), columns, float(whole))

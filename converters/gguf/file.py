@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
+from lqexport.converters.gguf.scales import scale_name
 from lqexport.converters.gguf.split import ALIGNMENT, in_files, split_paths
 from lqexport.converters.models.architecture import Order
 from lqexport.converters.models.tensor_names import place_in_stack
 from lqexport.errors import UserError
-from lqexport.formats.codec import nbytes
+from lqexport.formats.codec import WHOLE, nbytes
 from lqexport.formats.registry import codec_named
 from lqexport.storage.artifact import Artifact, StoredTensor
 from lqexport.storage.files import check_space, written_whole
@@ -40,8 +42,10 @@ class StoredModel(Protocol):
     def read_listed(self, name: str, codec: str, shape: tuple[int, ...], sha256: str) -> StoredTensor: ...
 
 
-GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay", "gguf-whole")
+GGUF_FAMILIES = ("gguf", "gguf-norm", "gguf-decay", "gguf-whole", "gguf-scaled")
 """The families of codecs whose bytes are those of a GGUF type."""
+BLOCKS = "blocks"
+"""The plane that holds the bytes of a GGUF type."""
 SMALL = "gguf:Q4_0"
 """The codec of matrices of zeros."""
 
@@ -64,8 +68,13 @@ class GGUFEntry:
 
     @property
     def nbytes(self) -> int:
+        return sum(self.planes().values())
+
+    def planes(self) -> dict[str, int]:
+        """Returns the bytes of each plane of the tensor: its blocks, and WHOLE if it has that."""
         rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        return nbytes(codec_named(self.codec_name), rows, columns)
+        layout = codec_named(self.codec_name).layout(rows, columns)
+        return {plane: dtype.itemsize * math.prod(shape) for plane, (dtype, shape) in layout.items()}
 
 
 def file_entry(
@@ -96,17 +105,21 @@ def check_types(entries: list[GGUFEntry], folder: Path, advice: str) -> None:
 
 @dataclass(frozen=True)
 class _Tensor:
-    """One tensor of the file: an entry, the entries of a block's experts, or an array that holds its bytes."""
+    """One tensor of the file: an entry, the entries of a block's experts, or an array that holds its bytes.
+
+    plane   the plane of the entries that the tensor holds
+    """
 
     name: str
     shape: tuple[int, ...]
     codec_name: str
     entries: list[GGUFEntry]
     values: np.ndarray | None = None
+    plane: str = BLOCKS
 
     @property
     def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self.entries) if self.values is None else self.values.nbytes
+        return sum(entry.planes()[self.plane] for entry in self.entries) if self.values is None else self.values.nbytes
 
 
 @dataclass(frozen=True)
@@ -143,7 +156,7 @@ def file_content(
     stacks: dict[str, list[GGUFEntry]] = {}
     for entry in entries:
         stacks.setdefault(entry.gguf_name, []).append(entry)
-    tensors = [_Tensor(name, _shape(stack), stack[0].codec_name, stack) for name, stack in stacks.items()]
+    tensors = [tensor for name, stack in stacks.items() for tensor in _with_scale(name, stack)]
     tensors += [_Tensor(name, values.shape, "gguf:F32", [], values) for name, values in (computed or {}).items()]
     tensors += [_zeros(name, shape) for name, shape in (zeros or {}).items()]
     return FileContent(writer, tensors)
@@ -169,9 +182,21 @@ def write_content(
     with contextlib.ExitStack() as opened:  # it closes the first file last
         files = [opened.enter_context(written_whole(file_path)) for file_path in paths]
         write_headers(content.writer, files, split)
+        wholes: dict[str, np.ndarray] = {}
         for file, tensor in ((file, tensor) for file, of_file in zip(files, split, strict=True) for tensor in of_file):
-            _write_tensor(artifact, file, tensor, on_tensor)
+            _write_tensor(artifact, file, tensor, wholes, on_tensor)
     return paths
+
+
+def _with_scale(name: str, stack: list[GGUFEntry]) -> list[_Tensor]:
+    """Returns the tensor of one entry or of a block's experts, and that of their further scales, if they have some.
+
+    Raises UserError if the experts of a block differ in shape or codec.
+    """
+    tensor = _Tensor(name, _shape(stack), stack[0].codec_name, stack)
+    if WHOLE not in stack[0].planes():
+        return [tensor]
+    return [tensor, _Tensor(scale_name(name), (len(stack),), "gguf:F32", stack, plane=WHOLE)]
 
 
 def _zeros(name: str, shape: tuple[int, ...]) -> _Tensor:
@@ -198,10 +223,20 @@ def write_metadata(writer: GGUFWriter, path: Path) -> None:
 
 
 def _write_tensor(
-    artifact: Artifact, file: BinaryIO, tensor: _Tensor, on_tensor: Callable[[str, int], None] | None
+    artifact: Artifact,
+    file: BinaryIO,
+    tensor: _Tensor,
+    wholes: dict[str, np.ndarray],
+    on_tensor: Callable[[str, int], None] | None,
 ) -> None:
+    """Writes a tensor. `wholes` takes the planes WHOLE of its entries, which are the next tensor."""
     for entry in tensor.entries:
-        _write_array(file, _file_bytes(artifact, entry))
+        if tensor.plane == WHOLE:
+            _write_array(file, wholes.pop(entry.name))
+            continue
+        stored = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
+        _write_array(file, _permuted(stored, entry.order))
+        wholes |= {entry.name: stored.planes[WHOLE]} if WHOLE in stored.planes else {}
         if on_tensor:
             on_tensor(entry.name, entry.nbytes)
     _write_values(file, tensor)
@@ -270,14 +305,7 @@ def write_padded(file: BinaryIO, array: np.ndarray) -> None:
     file.write(bytes(-array.nbytes % ALIGNMENT))
 
 
-def _file_bytes(artifact: Artifact, entry: GGUFEntry) -> np.ndarray:
-    """Returns the tensor's bytes with rows in the file's order, after its digest is checked."""
-    tensor = artifact.read_listed(entry.name, entry.codec_name, entry.shape, entry.sha256)
-    return _permuted(tensor, entry.order)
-
-
 def _permuted(tensor: StoredTensor, order: Order | None) -> np.ndarray:
-    """Returns the one plane of a GGUF tensor [rows, bytes], with its rows (a bias: its elements) in `order`."""
-    (plane,) = tensor.planes.values()
-    rows = plane.reshape(tensor.shape[0], -1)
+    """Returns the blocks of a GGUF tensor [rows, bytes], with its rows (a bias: its elements) in `order`."""
+    rows = tensor.planes[BLOCKS].reshape(tensor.shape[0], -1)
     return rows if order is None else rows[order]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from gguf import LlamaFileType
 
+from lqexport.target import Target
+
 MIXES = {
     "Q2_K_M": "Q2_K",
     "Q2_K_S": "Q2_K",
@@ -44,6 +46,12 @@ The names are llama.cpp's, except where llama.cpp calls a mix as a type, which i
 mix is `Q2_K_M`, `Q6_K_M`, or the name with `_MIX`. Where llama.cpp's rules ask whether there is an importance matrix,
 there is one."""
 
+LLAMA_NAMES = {f"Q{bits}_K": f"Q{bits}_K_M" for bits in range(2, 7)}
+LLAMA_NAMES |= {mix.removesuffix("_MIX"): mix for mix in MIXES if mix.endswith("_MIX")}
+"""Type -> the mix that llama.cpp's quantizer calls by the name of the type."""
+MEASURED = {"Q2_K": ", which is smaller and better by default (docs/quality.md)"}
+"""Type -> how the mix of that name compares with it, where both were measured."""
+
 SMALLEST = ("IQ1_S_MIX", "IQ1_M_MIX", "IQ2_XXS_MIX", "IQ2_XS_MIX", "IQ2_S_MIX", "IQ2_M")
 """The mixes of less than 3 bits, which have rules of their own."""
 
@@ -60,6 +68,14 @@ FALLBACKS = {
 """Type with blocks of 256 -> the type with blocks of 32 that llama.cpp takes if 256 does not divide the columns.
 
 For NVFP4, with blocks of 64, and Q1_0, with blocks of 128, llama.cpp has none."""
+
+
+def other_meaning(target: Target) -> list[str]:
+    """Returns a sentence if a target is a type whose name means a mix to users of llama.cpp; else []."""
+    if target.family != "gguf" or target.type not in LLAMA_NAMES:
+        return []
+    mix = f"gguf:{LLAMA_NAMES[target.type]}{MEASURED.get(target.type, '')}"
+    return [f"{target} is that type in every linear; what llama.cpp calls {target.type} is the mix {mix}."]
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from lqexport.converters.gguf.fused_experts import taken_apart
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.numbers import with_numbers
 from lqexport.converters.gguf.row_order import row_order
+from lqexport.converters.gguf.scales import WITH_SCALE, scale_name
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import BORROWED, Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES, entries_of_gguf
@@ -31,12 +32,12 @@ from lqexport.converters.models.tensor_names import (
     plain_codec,
 )
 from lqexport.errors import UserError
-from lqexport.formats.codec import PlainCodec, Planes
+from lqexport.formats.codec import WHOLE, PlainCodec, Planes
 from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"
-SCALED = "gguf:F32"
-"""The codec of matrices that have a further scale, since no other holds their values."""
+DECODED = "gguf:F32"
+"""The codec of matrices that have a further scale and are of a type without a codec for that."""
 FACTORS = (ROPE_FACTORS, LONG_FACTORS, SHORT_FACTORS)
 
 
@@ -153,7 +154,7 @@ class GGUFModel:
         `known` is Hugging Face name -> GGUF name. A file has one float32 for a matrix, or for each of stacked experts.
         """
         matrices = {name: self._tensors[name].shape for name in known.values() if name in self._tensors}
-        wanted = {_scale_of(name): math.prod(shape[:-2]) for name, shape in matrices.items() if len(shape) > 1}
+        wanted = {scale_name(name): math.prod(shape[:-2]) for name, shape in matrices.items() if len(shape) > 1}
         scales = {name: self._tensors[name] for name in wanted.keys() & self._tensors.keys()}
         return {
             name
@@ -163,9 +164,9 @@ class GGUFModel:
 
     def _scale(self, name: str) -> np.float32 | None:
         """Returns the number by which llama.cpp multiplies a matrix's products; None if the file has none."""
-        scale_name = _scale_of(self._names.get(name, ""))
-        scale = self._tensors.get(scale_name)
-        if scale is None or scale_name in self._stored_names or len(self._tensor(name).shape) < 2:
+        stored_name = scale_name(self._names.get(name, ""))
+        scale = self._tensors.get(stored_name)
+        if scale is None or stored_name in self._stored_names or len(self._tensor(name).shape) < 2:
             return None
         values, place = scale.data.view(np.float32), place_in_stack(name) or 0
         if place >= len(values):
@@ -195,11 +196,9 @@ class GGUFModel:
         return module is not None and {module[1], f"{module[1]}.{module[2]}"} & set(self._architecture.one_row) != set()
 
     def codec_name(self, name: str) -> str:
-        """Returns the name of a tensor's codec: float32 if the file has a further scale for the whole of it.
-
-        Raises UserError if its type is not supported.
-        """
-        return SCALED if self._scale(name) is not None else self._stored_codec_name(name)
+        """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""
+        stored = self._stored_codec_name(name)
+        return stored if self._scale(name) is None else WITH_SCALE.get(stored, DECODED)
 
     def _stored_codec_name(self, name: str) -> str:
         codec_name = plain_codec(self._architecture, name, self._tensor(name).tensor_type)
@@ -213,7 +212,7 @@ class GGUFModel:
     def planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """Returns codec name, packed planes and shape of a tensor, with its rows in Hugging Face's order.
 
-        A tensor with a further scale is decoded and multiplied by it.
+        A tensor with a further scale is decoded and multiplied by it, if there is no codec for both.
 
         Raises UserError if the type is not supported, or does not fit the tensor.
         """
@@ -221,8 +220,10 @@ class GGUFModel:
         scale = self._scale(name)
         if scale is None:
             return codec_name, planes, shape
+        if codec_name in WITH_SCALE:
+            return WITH_SCALE[codec_name], planes | {WHOLE: np.array([[scale]])}, shape
         values = codec_named(codec_name).decode(planes, shape[-1]) * scale
-        return SCALED, _plain(SCALED).encode_values(values), shape
+        return DECODED, _plain(DECODED).encode_values(values), shape
 
     def _stored_planes(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         """Returns what `planes` does, without a further scale."""
@@ -274,11 +275,6 @@ class GGUFModel:
 def _without_leading_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     first = next((place for place, size in enumerate(shape) if size != 1), len(shape))
     return shape[first:]
-
-
-def _scale_of(name: str) -> str:
-    """Returns the name of the tensor with the further scale of a matrix, by the matrix's name in the file."""
-    return f"{name.removesuffix('.weight')}.scale"
 
 
 def _plain(codec_name: str) -> PlainCodec:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lqexport.formats.codebook import Codebook
 from lqexport.formats.codec import BFLOAT16, FLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales
+from lqexport.grids.whole import in_units
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def rounded_step(products: Tensor, rounding: Rounding) -> Tensor:
 
 @dataclass(frozen=True)
 class TensorGrid:
-    """The values that the codes of a matrix [R, C] stand for: scale * level[code] + offset.
+    """The values that the codes of a matrix [R, C] stand for: (scale * level[code] + offset) * whole.
 
     columns   C
     levels    float32 [1 or R, K], one table for all rows or one for each
@@ -74,6 +75,7 @@ class TensorGrid:
     offset    None if the format has no offset
     rounding  how values are rounded
     codebook  which vectors of codes may stand in a row; None if any codes may
+    whole     as in `Grid`. Solvers work with grids that have 1, on weights divided by it
     """
 
     columns: int
@@ -83,6 +85,7 @@ class TensorGrid:
     offset: Numbers | None = None
     rounding: Rounding = Rounding.NONE
     codebook: Codebook | None = None
+    whole: float = 1.0
 
     @staticmethod
     def of(grid: Grid, device: torch.device) -> TensorGrid:
@@ -90,7 +93,7 @@ class TensorGrid:
         levels = torch.from_numpy(np.ascontiguousarray(np.atleast_2d(grid.levels), np.float32)).to(device)
         scale = Numbers.of(grid.scale, device) if isinstance(grid.scale, Scales) else None
         offset = Numbers.of(grid.offset, device) if isinstance(grid.offset, Scales) else None
-        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset, grid.rounding, grid.codebook)
+        return TensorGrid(grid.columns, levels, grid.uniform, scale, offset, grid.rounding, grid.codebook, grid.whole)
 
     @property
     def group(self) -> int:
@@ -111,7 +114,8 @@ class TensorGrid:
             values = rounded_step(products, self.rounding)
         if self.offset:
             values = values + self.offset.values()[..., None]
-        return rounded(values.reshape(codes.shape), self.rounding)
+        values = rounded(values.reshape(codes.shape), self.rounding)
+        return values if self.whole == 1 else values * self.whole
 
     def level_of(self, codes: Tensor) -> Tensor:
         """Returns the level of each code, float32 [R, C]."""
@@ -124,7 +128,7 @@ class TensorGrid:
     def nearest(self, weights: Tensor) -> Tensor:
         """Returns the codes uint8 [R, C] of the values nearest to float32 weights [R, C]."""
         scale, offset = (values.repeat_interleave(self.group, 1) for values in self.per_group(len(weights)))
-        target = (weights - offset) / torch.where(scale == 0, torch.inf, scale)
+        target = (in_units(weights, self.whole) - offset) / torch.where(scale == 0, torch.inf, scale)
         if self.codebook is None:
             return nearest_level(target, self.levels, self.uniform)
         codes = self.codebook.nearest(target.cpu().numpy(), self.levels[0].cpu().numpy())
@@ -142,7 +146,9 @@ class TensorGrid:
         scale = None if self.scale is None else self.scale.numpy()
         offset = None if self.offset is None else self.offset.numpy()
         shared = levels if scale is None else levels[0]
-        return Grid(self.columns, shared, scale, offset, rounding=self.rounding, codebook=self.codebook)
+        return Grid(
+            self.columns, shared, scale, offset, rounding=self.rounding, codebook=self.codebook, whole=self.whole
+        )
 
     def runs(self, order: Tensor) -> list[tuple[slice, Tensor, TensorGrid]]:
         """Returns runs of columns in the order of solving, for `order` int64 [C]; here one run of all columns.

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
+from lqexport.grids.whole import fitted_whole, in_units
 
 CHUNK = 1 << 24
 """Number of weights that are rounded at once. It bounds the memory that a large embedding needs."""
@@ -60,8 +63,9 @@ def rounded_like(codec_name: str, planes: Planes, weight: Tensor) -> Tensor:
         return _stand_in(codec, planes, weight.float(), USUAL_ERRORS[codec.name])
     assert isinstance(codec, GridCodec)
     stored = codec.unpack(planes, weight.shape[1])[0]
-    use_minmax = _is_minmax(codec, stored, weight)
-    return torch.cat([_rounded_grid(codec, rows.float(), use_minmax) for rows in _chunks(weight)])
+    whole = fitted_whole(codec, weight)
+    use_minmax = _is_minmax(codec, stored, weight, whole)
+    return torch.cat([_rounded_grid(codec, rows.float(), use_minmax, whole) for rows in _chunks(weight)])
 
 
 def _chunks(weight: Tensor) -> tuple[Tensor, ...]:
@@ -73,14 +77,15 @@ def _rounded_plain(codec: PlainCodec, weight: Tensor) -> Tensor:
     return torch.from_numpy(codec.decode(planes, weight.shape[1])).to(weight.device)
 
 
-def _rounded_grid(codec: GridCodec, weight: Tensor, use_minmax: bool) -> Tensor:
-    grid = minmax(codec, weight) if use_minmax else fit(codec, weight, torch.ones_like(weight[0]))
-    return grid.values(grid.nearest(weight))
+def _rounded_grid(codec: GridCodec, weight: Tensor, use_minmax: bool, whole: float) -> Tensor:
+    units = in_units(weight, whole)
+    grid = minmax(codec, units) if use_minmax else fit(codec, units, torch.ones_like(weight[0]))
+    return replace(grid, whole=whole).values(grid.nearest(units))
 
 
-def _is_minmax(codec: GridCodec, stored: Grid, weight: Tensor) -> bool:
+def _is_minmax(codec: GridCodec, stored: Grid, weight: Tensor, whole: float) -> bool:
     """Returns whether a stored grid is the min-max grid of `weight`, by the rows of the first chunk."""
-    rows = _chunks(weight)[0].float()
+    rows = in_units(_chunks(weight)[0].float(), whole)
     return _same_share(_numbers(minmax(codec, rows).numpy()), _numbers(stored), len(rows)) >= SAME
 
 

@@ -75,7 +75,7 @@ def _with_source_grid(source: HuggingFaceSource, tensor: PlannedTensor) -> Plann
     reason = _misfit(grid, tensor.codec_name)
     if reason is None:
         return replace(tensor, linear=False, source_grid=KEPT)
-    family = names(family_of(tensor.codec_name))
+    family = names(family_of(tensor.codec_name).partition("-")[0])
     possible = [name for name in family if tensor.matrix[1] % codec_named(name).block == 0]
     # The smallest come first, so that few are tried: each try computes the grid of the whole matrix.
     by_size = sorted(possible, key=lambda name: nbytes(codec_named(name), *tensor.matrix))

@@ -23,6 +23,8 @@ from lqexport.calibration.collect import add_outputs, begin_with_first, by_weigh
 from lqexport.calibration.moments import SecondMoments
 from lqexport.converters.models.tensor_names import is_tied
 from lqexport.converters.plan import PlannedTensor
+from lqexport.formats.registry import codec_named
+from lqexport.grids.whole import fitted_whole
 from lqexport.models.blocks import BlockModel
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import block_moments
@@ -171,7 +173,10 @@ def _solve_part(job: Job, problem: Problem, rows: slice) -> _Part:
     name, began = problem.name, time.perf_counter()
     tensor, settings = job.linears[name], job.recipe_of(name).solver_settings
     weight, codec_name = problem.weight[rows], tensor.codec_name
-    solved = list(solve_rows(name, weight, problem.hessian, codec_name, settings, job.placement, problem.cholesky))
+    whole = fitted_whole(codec_named(codec_name), problem.weight)
+    solved = list(
+        solve_rows(name, weight, problem.hessian, codec_name, settings, job.placement, problem.cholesky, whole)
+    )
     part = _Part(name, rows.start, solved, problem.facts, time.perf_counter() - began)
     job.listener.advance(round(tensor.matrix[1] * (rows.stop - rows.start) / problem.share))
     return part

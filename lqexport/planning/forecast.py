@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lqexport.converters.gguf.mixes import other_meaning
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_shapes
 from lqexport.models.latent import of_drafting
@@ -180,6 +181,7 @@ def _sentences(estimate: Forecast, content: dict[str, Any]) -> list[str]:
     if estimate.gpu is not None:
         where = "one GPU at assumed rates (half of an RTX 3090's data sheet); no GPU has been timed"
     return [
+        *(f"Warning: {sentence}" for sentence in other_meaning(estimate.work.recipe.parsed_target)),
         content["choices"],
         *(f"Does not fit: {sentence}" for sentence in estimate.too_large),
         f"Disk: {human_bytes(disk_bytes['artifact'])} stay, {human_bytes(disk_bytes['work'])} more while it runs",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lqexport.calibration.texts import check_text
 from lqexport.converters.exl3.support import warnings_of as exl3_warnings
+from lqexport.converters.gguf.mixes import other_meaning
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.families.deepseek import in_two
 from lqexport.converters.models.further import is_beyond
@@ -44,12 +45,14 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
 
 
 def warnings_of(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
-    """Returns warnings about what a run will lack, and what its file will do otherwise than the source.
+    """Returns warnings about what a run will lack, what its file will do otherwise than the source, and a target that
+    is not what llama.cpp calls so.
 
     Raises UserError as `unweighted` and `file_warnings` do.
     """
     lacking = [*unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
-    return [*lacking, *file_warnings(source, recipe, planned), *engine_warnings(source, recipe)]
+    written = [*file_warnings(source, recipe, planned), *engine_warnings(source, recipe)]
+    return [*lacking, *written, *other_meaning(recipe.parsed_target)]
 
 
 def engine_warnings(source: Source, recipe: Recipe) -> list[str]:

@@ -8,6 +8,7 @@ from lqexport.converters.exl2.plan import check_corrections, plan_exl2
 from lqexport.converters.exl3.plan import plan_exl3
 from lqexport.converters.factors import planned_factors
 from lqexport.converters.folders.gptq import plan_gptq
+from lqexport.converters.gguf.scales import with_scales
 from lqexport.converters.mlx.plan import plan_mlx
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_linear
@@ -86,9 +87,12 @@ def _planned(source: ModelShapes, recipe: Recipe, chosen: dict[str, str] | None)
         return plan_mlx(target, source.config, shapes, embedding_type=recipe.embedding_type,
                         output_type=recipe.output_type, types_by_name=types, fallback=recipe.fallback)  # fmt: skip
     embedding, output = outer_types(source, target)
-    return plan(target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
-                output_type=recipe.output_type or output, types=types, fallback=recipe.fallback,
-                further=recipe.mtp)  # fmt: skip
+    planned = plan(target, source.config, shapes, embedding_type=recipe.embedding_type or embedding,
+                   output_type=recipe.output_type or output, types=types, fallback=recipe.fallback,
+                   further=recipe.mtp)  # fmt: skip
+    if target.family != "gguf" or (recipe.rank and not recipe.merge):
+        return planned  # llama.cpp stops where a matrix with a further scale has a correction, too
+    return with_scales(architecture_of(source.config), source.config["num_hidden_layers"], planned)
 
 
 def plan_factors(source: ModelShapes, planned: list[PlannedTensor], recipe: Recipe) -> list[PlannedTensor]:

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from lqexport.errors import UserError
-from lqexport.formats.codec import Codec, GridCodec, PlainCodec, Planes, SectionedCodec, TrellisCodec
+from lqexport.formats.codec import WHOLE, Codec, GridCodec, PlainCodec, Planes, SectionedCodec, TrellisCodec
 from lqexport.formats.plain import TooLarge
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
 from lqexport.grids.grid import TensorGrid
 from lqexport.grids.sections import TensorSections
+from lqexport.grids.whole import fitted_whole, in_units
 from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import Placement, all_on_device
 from lqexport.runtime.tiles import in_chunks, tiles
@@ -65,12 +66,20 @@ def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
     check_weights(name, weight, codec_name)
     codec = codec_named(codec_name)
     matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
+    whole, chunks = fitted_whole(codec, weight), matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))
     try:
-        parts = [_rounded(codec, part.float()) for part in matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))]
+        parts = [_rounded(codec, part.float(), whole) for part in chunks]
     except TooLarge:
         raise too_large(name, weight, codec_name) from None
-    planes = {plane: np.concatenate([part[plane] for part in parts]) for plane in parts[0]}
-    return StoredTensor(name, codec_name, tuple(weight.shape), planes)
+    return StoredTensor(name, codec_name, tuple(weight.shape), joined(parts))
+
+
+def joined(runs: Sequence[Planes], axis: int = 0) -> Planes:
+    """Returns the planes of a matrix from those of its runs of rows, or of columns if `axis` is 1."""
+    return {
+        plane: first if plane == WHOLE else np.concatenate([run[plane] for run in runs], axis)
+        for plane, first in runs[0].items()
+    }
 
 
 @contextlib.contextmanager
@@ -94,11 +103,14 @@ def check_moments(hessian: Tensor) -> None:
         raise UserError(OVERFLOW)
 
 
-def _rounded(codec: PlainCodec | GridCodec | SectionedCodec | TrellisCodec, matrix: Tensor) -> dict[str, np.ndarray]:
+def _rounded(
+    codec: PlainCodec | GridCodec | SectionedCodec | TrellisCodec, matrix: Tensor, whole: float
+) -> dict[str, np.ndarray]:
     if isinstance(codec, PlainCodec):
         return codec.encode_values(matrix.cpu().numpy())
     assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2, EXL3 or GPTQ without solving it
-    grid = fit(codec, matrix, torch.ones(matrix.shape[1], device=matrix.device))
+    grid = fit(codec, in_units(matrix, whole), torch.ones(matrix.shape[1], device=matrix.device))
+    grid = replace(grid, whole=whole)
     return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
 
@@ -136,7 +148,8 @@ def solve_linear(
     hessians = [None] if hessian is None else list(hessian.reshape(-1, weight.shape[1], weight.shape[1]))
     assert len(hessians) == 1 or (rows_are_apart(codec_name) and cholesky is None)
     runs = zip(weight.chunk(len(hessians)), hessians, strict=True)
-    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, settings, placement, cholesky)]
+    whole = fitted_whole(codec_named(codec_name), weight)
+    parts = [part for run in runs for part in solve_rows(name, *run, codec_name, settings, placement, cholesky, whole)]
     return assembled(name, codec_name, parts)
 
 
@@ -151,7 +164,7 @@ def rows_are_apart(codec_name: str) -> bool:
 
 def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> StoredTensor:
     """Returns a linear that is put together from the solved runs of its rows."""
-    planes = {plane: np.concatenate([part.planes[plane] for part in parts]) for plane in parts[0].planes}
+    planes = joined([part.planes for part in parts])
     facts = _summed_facts([tile for part in parts for tile in part.sums])
     return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
 
@@ -178,13 +191,14 @@ def factor_of(
 
 def solve_rows(
     name: str, weight: Tensor, hessian: Tensor | None, codec_name: str, settings: SolverSettings, placement: Placement,
-    cholesky: CholeskyFactor | None = None,
+    cholesky: CholeskyFactor | None = None, whole: float = 1.0,
 ) -> Iterator[SolvedRows]:  # fmt: skip
     """Yields the solved rows of a linear, `placement.rows` at a time.
 
     weight    [R, C], a linear or a run of its rows that begins at a tile; only the linear's last tile may be short
     hessian   float32 second moments [C, C] for all of these rows; None for the method rtn
     cholesky  what `factor_of` returns for them (None, or one whose order the codec cannot take: it is computed)
+    whole     what `fitted_whole` returns for the linear
     """
     codec = codec_named(codec_name)
     assert not isinstance(codec, PlainCodec)
@@ -200,7 +214,7 @@ def solve_rows(
             walks = solve_walks(codec.trellis, chunk, hessian, cholesky, settings)
             planes, values = _checked(codec, codec.encode(walks), walks.values(), name)
         else:
-            planes, values = _solved_on_grid(codec, chunk, hessian, cholesky, settings, name)
+            planes, values = _solved_on_grid(codec, chunk, hessian, cholesky, settings, name, whole)
         sums = _sums(torch.from_numpy(values).to(placement.device), chunk, hessian, cholesky)
         return SolvedRows((chunk.shape[0], chunk.shape[1]), planes, sums)
 
@@ -239,13 +253,16 @@ def _round_to_nearest(codec: GridCodec | SectionedCodec, weight: Tensor) -> tupl
 
 def _solved_on_grid(
     codec: GridCodec | SectionedCodec, weight: Tensor, hessian: Tensor | None, cholesky: CholeskyFactor | None,
-    settings: SolverSettings, name: str,
+    settings: SolverSettings, name: str, whole: float,
 ) -> tuple[Planes, np.ndarray]:  # fmt: skip
     """Returns planes and the values that they decode to."""
+    weight = in_units(weight, whole)
     if hessian is None or cholesky is None:
         grid, codes = _round_to_nearest(codec, weight)
     else:
         grid, codes = _solve(codec, weight, hessian, cholesky, settings)
+    if isinstance(grid, TensorGrid):
+        grid = replace(grid, whole=whole)
     stored, stored_codes = grid.numpy(), codes.cpu().numpy()
     planes = codec.encode(stored, stored_codes)  # type: ignore[arg-type]  # a grid of this codec
     return _checked(codec, planes, stored.values(stored_codes), name)

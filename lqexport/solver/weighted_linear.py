@@ -9,15 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.registry import codec_named
+from lqexport.grids.whole import fitted_whole
 from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import Placement
-from lqexport.solver.linear import SolvedRows, Sums, assembled, round_tensor, solve_rows
+from lqexport.solver.linear import SolvedRows, Sums, assembled, joined, round_tensor, solve_rows
 from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.artifact import StoredTensor
 
@@ -40,8 +40,9 @@ def solve_weighted(
     if isinstance(codec, PlainCodec):
         return round_tensor(name, weight, codec_name)
     undamped = replace(settings, dampening=0.0)  # a diagonal can be inverted as it is
+    whole = fitted_whole(codec, weight)
     runs = [
-        list(solve_rows(name, weight[:, run], torch.diag(means[run]), codec_name, undamped, placement))
+        list(solve_rows(name, weight[:, run], torch.diag(means[run]), codec_name, undamped, placement, whole=whole))
         for run in torch.arange(weight.shape[1]).split(max(1, RUN // codec.block) * codec.block)
     ]
     return assembled(name, codec_name, [_side_by_side(rows) for rows in zip(*runs, strict=True)])
@@ -49,7 +50,7 @@ def solve_weighted(
 
 def _side_by_side(runs: tuple[SolvedRows, ...]) -> SolvedRows:
     """Returns the same rows of all runs of columns as one."""
-    planes = {plane: np.concatenate([run.planes[plane] for run in runs], axis=1) for plane in runs[0].planes}
+    planes = joined([run.planes for run in runs], axis=1)
     tiles = [_added(sums) for sums in zip(*(run.sums for run in runs), strict=True)]
     return SolvedRows((runs[0].shape[0], sum(run.shape[1] for run in runs)), planes, tiles)
 

@@ -106,6 +106,14 @@ def mxint(bits: int, group: int, rng: np.random.Generator) -> dict:
     return entry(columns, {"codes": stream, "exponents": (exponents + 127).astype(np.uint8)}, values)
 
 
+def scaled(whole: np.float32, golden: dict) -> dict:
+    """An entry whose values are multiplied by a further float32."""
+    values = whole * np.frombuffer(bytes.fromhex(golden["float32"]), "<f4")
+    blocks = {name: np.frombuffer(bytes.fromhex(content), dtype).reshape(shape)
+              for name, (dtype, shape, content) in golden["planes"].items()}  # fmt: skip
+    return entry(golden["columns"], blocks | {"whole": np.full((1, 1), whole, "<f4")}, values)
+
+
 def entry(columns: int, planes: dict[str, np.ndarray], values: np.ndarray) -> dict:
     stored = {name: [plane.dtype.str, list(plane.shape), plane.tobytes().hex()] for name, plane in planes.items()}
     return {"columns": columns, "planes": stored, "float32": values.astype("<f4").tobytes().hex()}
@@ -129,6 +137,7 @@ def main() -> None:
     content |= {f"gguf:{name}": block_type(name, rng) for name in QUANTIZED}
     whole = np.array([[0, 1, -1, 255, 256], [129279, 384, 7, 1 << 24, -(1 << 24)]], "<i4")
     content["gguf-whole:I32"] = entry(5, {"blocks": whole.view(np.uint8)}, whole.astype("<f4"))
+    content["gguf-scaled:NVFP4"] = scaled(np.float32(1 / 3), content["gguf:NVFP4"])
     json.dump(content, sys.stdout, indent=1)
     print()
 

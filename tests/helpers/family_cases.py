@@ -397,6 +397,12 @@ def byte_level(splitter: str) -> Tokenizer:
 def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with two SentencePiece BPE models: prefix.model puts a space before a text, bare.model does not."""
     folder = tmp_path_factory.mktemp("pieces")
+    train_pieces(folder)
+    return folder
+
+
+def train_pieces(folder: Path) -> None:
+    """Writes the models that `pieces` has into a folder."""
     for name, prefix in (("prefix", True), ("bare", False)):
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(corpus()),
@@ -412,7 +418,6 @@ def pieces(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_threads=1,
             minloglevel=2,
         )
-    return folder
 
 
 def of_pieces(path: Path, *, prefix: bool) -> Tokenizer:
