@@ -13,8 +13,9 @@ import pytest
 import torch
 from family_cases import CASES, architecture_of_case, config_and_shapes, randomized
 from family_cases import pieces as pieces
+from gguf import GGMLQuantizationType
 from llama_files import tokenizer as tokenizer
-from rewritten_files import content_of
+from rewritten_files import Content, content_of, rewritten
 from tokenizers import Tokenizer
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -131,6 +132,12 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> P
     return folder
 
 
+def more_scales(content: Content) -> None:
+    """Adds a scale that llama.cpp does not multiply by."""
+    name = "blk.0.ffn_gate_inp.scale"
+    content.tensors[name], content.forms[name] = np.ones(1, np.float32), GGMLQuantizationType.F32
+
+
 @pytest.mark.llamacpp
 def test_llamacpp_applies_what_is_written(mixtral: Path, tmp_path: Path) -> None:
     """Its logits are near those of the values that we read from the file, also with a scale for each expert."""
@@ -146,6 +153,9 @@ def test_llamacpp_applies_what_is_written(mixtral: Path, tmp_path: Path) -> None
     assert planes.keys() == stored.planes.keys()
     assert all(np.array_equal(planes[plane], stored.planes[plane]) for plane in planes)
     assert check_file(file, engine=False).problems == []
+    (problem,) = check_file(rewritten(file, tmp_path / "more.gguf", more_scales), engine=False).problems
+    assert "1 scales of whole matrices are ignored" in problem.sentence
+    assert problem.sentence.endswith(": blk.0.ffn_gate_inp.scale.")
     model = BlockModel(open_source(str(file)))
     states = model.start(torch.tensor([TOKENS]))
     for _, block in model.blocks():

@@ -61,6 +61,11 @@ def scale_name(name: str) -> str:
     return f"{name.removesuffix('.weight')}.scale"
 
 
+def matrix_of(name: str) -> str:
+    """Returns the matrix of a block that a tensor of a file is, such as attn_q for blk.0.attn_q.weight."""
+    return re.sub(r"^blk\.\d+\.|\.weight$", "", name)
+
+
 def with_scales(architecture: Architecture, layers: int, planned: list[PlannedTensor]) -> list[PlannedTensor]:
     """Returns the plan of a GGUF file with a further scale beside each linear of NVFP4 for which llama.cpp applies it.
 
@@ -74,7 +79,7 @@ def with_scales(architecture: Architecture, layers: int, planned: list[PlannedTe
     def takes_scale(name: str) -> bool:
         if not is_linear(architecture, name):
             return False
-        matrix = re.sub(r"^blk\.\d+\.|\.weight$", "", known[name])
+        matrix = matrix_of(known[name])
         has_bias = f"{name.removesuffix('.weight')}.bias" in names
         return matrix in applied and not (has_bias and matrix.startswith("ffn_"))
 

@@ -12,6 +12,7 @@ from lqexport.checking.opened import OpenFile
 from lqexport.checking.problems import Problem, error, warning
 from lqexport.converters.gguf.fused_experts import taken_apart
 from lqexport.converters.gguf.numbers import with_numbers
+from lqexport.converters.gguf.scales import APPLIED, matrix_of, scale_name
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.rope import LONG_FACTORS, ROPE_FACTORS, SHORT_FACTORS
 from lqexport.converters.models.tensor_names import gguf_names, needed_names
@@ -34,7 +35,27 @@ def check_tensors(file: OpenFile) -> Iterator[Problem]:
     if missing := missing_tensors(file):
         sentence = f"{len(missing)} tensors are missing that {file.architecture} has: {listed(missing, 3)}."
         yield error("tensors", sentence, unless_loaded=True)
+    yield from _ignored_scales(file)
     yield from _blocks(file)
+
+
+def _ignored_scales(file: OpenFile) -> Iterator[Problem]:
+    """Yields the further scales of matrices that llama.cpp does not multiply by, for an architecture that is known."""
+    if file.architecture not in APPLIED:
+        return
+    of_model = {name for entry in file.entries for name in entry.gguf_tensors.values()}
+    scales = {scale_name(name): matrix_of(name) for name in file.tensors if BLOCK.match(name)}
+    ignored = [
+        name
+        for name, matrix in scales.items()
+        if name in file.tensors and matrix not in APPLIED[file.architecture] and f"{matrix}.scale" not in of_model
+    ]
+    if ignored:
+        yield warning(
+            "tensors",
+            f"{len(ignored)} scales of whole matrices are ignored by the llama.cpp that lqexport knows (86a2835), so "
+            f"the matrices are wrong there: {listed(ignored, 3)}.",
+        )
 
 
 def _known_names(file: OpenFile) -> Set[str]:
