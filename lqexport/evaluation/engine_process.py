@@ -11,13 +11,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, ClassVar, TypeVar
+from typing import IO, Any, ClassVar
 
 import numpy as np
 
 from lqexport.errors import UserError
 from lqexport.evaluation.engine_child import LENGTH
+from lqexport.runtime.closing import Closing
 
 PATIENCE = 600.0
 """Seconds without a sign of life after which an engine is ended.
@@ -29,14 +29,11 @@ LINES = 6
 """The number of lines that are quoted of what an engine printed last."""
 
 
-Running = TypeVar("Running", bound="EngineProcess")
-
-
 class EngineFailed(UserError):
     """An engine did not load or run a file: it refused, aborted or hung. The fault may be the file's."""
 
 
-class EngineProcess:
+class EngineProcess(Closing):
     """A file loaded by an engine in a child process, which loads it once.
 
     It is a context manager; the child lives until `close`. A subclass has the engine's methods.
@@ -82,14 +79,6 @@ class EngineProcess:
             self._child.stdin.close()
         self._child.stdout.close()
         self._printed.close()
-
-    def __enter__(self: Running) -> Running:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ask(self, request: Any, doing: str) -> Any:
         """Sends a request and returns its result. `doing` says what the engine did to the file, if it failed."""

@@ -12,13 +12,13 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from lqexport.errors import UserError, printable
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.engine_process import PATIENCE, ending_of, last_lines
 from lqexport.evaluation.llamacpp_process import LlamaCppFailed
+from lqexport.runtime.closing import Closing
 
 LOG_BYTES = 8192
 """The most bytes that `log` returns, the last ones that the server printed."""
@@ -47,7 +47,7 @@ class TemplateRefused(LlamaCppFailed):
     """llama.cpp's server does not start, since it does not understand the chat template."""
 
 
-class LlamaServer:
+class LlamaServer(Closing):
     """A GGUF file in llama.cpp's server, on a free port of this machine alone.
 
     It is a context manager; the server lives until `close`, and at most as long as this process.
@@ -167,14 +167,6 @@ class LlamaServer:
         self._child.kill()
         self._child.wait()
         self._printed.close()
-
-    def __enter__(self) -> LlamaServer:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _first_lines(text: str) -> str:

@@ -17,13 +17,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.errors import UserError, install
+from lqexport.runtime.closing import Closing
 
 MISSING = f"llama.cpp is not installed; it comes with: {install('llamacpp')}"
 
@@ -246,7 +246,7 @@ def _callbacks(alive: Callable[[], None]) -> tuple[Any, Any]:
     return progress(loading), ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p)(running)
 
 
-class LlamaCpp:
+class LlamaCpp(Closing):
     """A GGUF file loaded in llama.cpp on the CPU, with default options (KV cache in float16).
 
     It is a context manager; the model stays in memory until `close`. It runs one sequence at a time.
@@ -327,14 +327,6 @@ class LlamaCpp:
         if self._model:
             self._llama.llama_model_free(self._model)
         self._model = self._context = None
-
-    def __enter__(self) -> LlamaCpp:
-        return self
-
-    def __exit__(
-        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def tokenize(self, text: str) -> list[int]:
         """Returns the token ids of `text` by llama.cpp's tokenizer.

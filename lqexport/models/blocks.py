@@ -31,20 +31,26 @@ class _LastBlockCalled(Exception):
     """Stops the model once the last block has been called."""
 
 
-class _ArgumentRecorder(nn.Module):
-    """Replaces a decoder block, and records the hidden states and the other arguments that the block is called with."""
+class _Replacing(nn.Module):
+    """A module in the place of another one, with its attributes: some models read numbers or types of masks there."""
 
-    def __init__(self, block: nn.Module, last: bool, passed: Callable[[Any], Any]) -> None:
+    def __init__(self, replaced: nn.Module) -> None:
         super().__init__()
-        self._replaced, self.last = [block], last  # in a list, so that torch does not register it as a submodule
-        self._passed = passed
+        self._replaced = [replaced]  # in a list, so that torch does not register it as a submodule
 
     def __getattr__(self, name: str) -> Any:
-        # Some models read attributes of a block, such as the type of mask that it takes.
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._replaced[0], name)
+
+
+class _ArgumentRecorder(_Replacing):
+    """Replaces a decoder block, and records the hidden states and the other arguments that the block is called with."""
+
+    def __init__(self, block: nn.Module, last: bool, passed: Callable[[Any], Any]) -> None:
+        super().__init__(block)
+        self.last, self._passed = last, passed
 
     def forward(self, hidden: Any, *positional: Any, **named: Any) -> Any:
         self.hidden, self.arguments = hidden, (positional, named)
@@ -64,21 +70,12 @@ class _BodyOutput(tuple[torch.Tensor]):
         return None
 
 
-class _FixedBody(nn.Module):
-    """Replaces the modules below the output layer, and returns given hidden states for any input.
-
-    It has the attributes of the body that it replaces, since some models read numbers there.
-    """
+class _FixedBody(_Replacing):
+    """Replaces the modules below the output layer, and returns given hidden states for any input."""
 
     def __init__(self, states: torch.Tensor, body: nn.Module) -> None:
-        super().__init__()
-        self._output, self._replaced = _BodyOutput((states,)), [body]  # in a list, so that it is no submodule
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._replaced[0], name)
+        super().__init__(body)
+        self._output = _BodyOutput((states,))
 
     def forward(self, *_: Any, **__: Any) -> _BodyOutput:
         return self._output
