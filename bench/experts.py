@@ -17,12 +17,12 @@ from dampening import errors
 from torch import Tensor
 
 from lqexport.calibration import texts
-from lqexport.calibration.collect import batches, input_of
+from lqexport.calibration.collect import batches
 from lqexport.calibration.experts import fill_up
 from lqexport.calibration.moments import SecondMoments
 from lqexport.converters.models.families.mixtral import MIXTRAL
 from lqexport.evaluation import evaluate
-from lqexport.models.blocks import BlockModel
+from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
 
@@ -41,8 +41,14 @@ def inputs_of_block(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], d
     for index, block in model.blocks():
         if index == arguments.block:
             names = {name: f"mlp.{name}" for name in (UP, DOWN)}
-            inputs = {key: torch.cat([input_of(model, block, name, h) for h in hidden]) for key, name in names.items()}
-            return {key: block.get_submodule(name).weight[:ROWS].clone() for key, name in names.items()}, inputs
+            linears = {key: linear_of(block, name) for key, name in names.items()}
+            inputs: dict[str, list[Tensor]] = {key: [] for key in names}
+            for key, linear in linears.items():
+                linear.register_forward_pre_hook(lambda _, arguments, to=inputs[key]: to.append(arguments[0]))
+            for states in hidden:
+                model.run(block, states)
+            weights = {key: linear.weight[:ROWS].clone() for key, linear in linears.items()}
+            return weights, {key: torch.cat(parts) for key, parts in inputs.items()}
         hidden = [model.run(block, states) for states in hidden]
     raise SystemExit(f"{arguments.model} has no block {arguments.block}.")
 

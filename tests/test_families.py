@@ -20,7 +20,6 @@ from family_cases import pieces as pieces
 from family_cases import texts as texts
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from lqexport.calibration.collect import input_of
 from lqexport.calibration.paused import PausedBlock, execution_order
 from lqexport.checking.checking import check_file
 from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of
@@ -170,6 +169,16 @@ def _without_output_of(model: BlockModel, block: torch.nn.Module, linear: str, h
     output = model.run(block, hidden)
     handle.remove()
     return output[..., : outputs[0].shape[-1]] - outputs[0]
+
+
+def input_of(model: BlockModel, block: torch.nn.Module, linear: str, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns what enters a linear when the block runs on `hidden`, [..., C]; of an expert, its tokens alone."""
+    entering: list[torch.Tensor] = []
+    module = linear_of(block, linear)
+    handle = module.register_forward_pre_hook(lambda _, arguments: entering.append(arguments[0]))
+    model.run(block, hidden)
+    handle.remove()
+    return entering[0] if entering else hidden.new_empty(0, module.in_features)
 
 
 @pytest.mark.parametrize("held", [0, 1])

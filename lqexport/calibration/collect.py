@@ -9,7 +9,6 @@ blocks whose linears it is to solve.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -228,27 +227,3 @@ def final_states(
     for _, block in model.blocks():
         run_through(model, block, hidden, listener)
     return [state for batch in hidden for state in batch]
-
-
-class _Reached(Exception):
-    """Stops a block before a linear is computed."""
-
-
-def input_of(model: BlockModel, block: nn.Module, linear: str, hidden: Tensor) -> Tensor:
-    """Returns what enters a linear when the block runs on `hidden`, [..., C]; for an expert, the tokens routed to it.
-
-    The block stops there.
-    """
-    caught: list[Tensor] = []
-
-    def before(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        caught.append(arguments[0])
-        raise _Reached
-
-    handle = linear_of(block, linear).register_forward_pre_hook(before)
-    try:
-        with contextlib.suppress(_Reached):
-            model.run(block, hidden.to(model.device))
-    finally:
-        handle.remove()
-    return caught[0] if caught else hidden.new_empty(0, linear_of(block, linear).in_features)
