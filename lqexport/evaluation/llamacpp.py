@@ -228,6 +228,7 @@ def _check_layout(llama: Any, name: str) -> None:
 
 
 def threads_or_all(threads: int | None) -> int:
+    """Returns the number of threads that is given, else that of all cores."""
     return threads or os.cpu_count() or 1
 
 
