@@ -48,8 +48,8 @@ Measured on linears of `bench/vectors.py`, in excess of Q4_K's times. Nobody has
 time is counted whatever the device."""
 
 TRELLIS_SECONDS = (0.75e-5, 0.5e-5)
-"""The same for the walks of EXL3, in any number of bits: 1.6 to 2.8 ms for a tile of 256 weights, and two thirds of that
-in a sweep (bench/exl3_speed.py)."""
+"""The same for the walks of EXL3, in any number of bits: 1.6 to 2.8 ms for a tile of 256 weights, and two thirds of
+that in a sweep (bench/exl3_speed.py)."""
 
 SOLVER_SHARE = 0.22
 """Rate of error feedback and descent, relative to that of large matrix products. Both go column by column. Measured on
