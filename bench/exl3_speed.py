@@ -3,7 +3,7 @@
     python bench/exl3_speed.py [--tiles 200] [--weights 6.98e9 68.5e9]
 
 A row has K, the milliseconds of one core for a tile of 256 weights in error feedback and in a sweep, and the hours of
-one core for models of so many weights in their blocks: with `--effort fast`, which makes no sweep, and by default,
+one core for models of so many weights in their blocks: by default, which makes no sweep, and with `--effort best`,
 which makes two. The milliseconds are measured, the hours are computed. Prints Markdown.
 """
 
@@ -19,7 +19,7 @@ from lqexport.converters.exl3.plan import WIDTHS
 from lqexport.formats.exl3 import EXL3
 from lqexport.formats.trellis import POSITIONS
 from lqexport.kernels import trellis
-from lqexport.recipe import SWEEPS
+from lqexport.recipe import WALK_SWEEPS
 from lqexport.solver.solve_trellis import SEAMS
 
 
@@ -48,13 +48,13 @@ def main() -> None:
     parser.add_argument("--weights", type=float, nargs="+", default=[6.98e9, 68.5e9])
     arguments = parser.parse_args()
     numba.set_num_threads(1)
-    hours = " | ".join(f"hours of a core, {weights:.3g} weights, fast | default" for weights in arguments.weights)
+    hours = " | ".join(f"hours of a core, {weights:.3g} weights, default | best" for weights in arguments.weights)
     print(f"| K | ms a tile | in a sweep | {hours} |\n|---|---|---|{'---|---|' * len(arguments.weights)}")
     for width, name in WIDTHS.items():
         first, again = milliseconds(name, arguments.tiles)
         cells = []
         for weights in arguments.weights:
-            for sweeps in (SWEEPS["fast"], SWEEPS["default"]):
+            for sweeps in (WALK_SWEEPS["default"], WALK_SWEEPS["best"]):
                 cells.append(f"{(first + sweeps * again) * weights / POSITIONS / 3.6e6:.0f}")
         print(f"| {width:g} | {first:.2f} | {again:.2f} | {' | '.join(cells)} |", flush=True)
 
