@@ -22,7 +22,7 @@ from vectors import block_linears
 from lqexport.calibration.sequences import load_calibration
 from lqexport.formats.exl3 import EXL3
 from lqexport.formats.trellis import BLOCK, ROW, SIDE, States, Trellis, Walks
-from lqexport.grids.rotation import Basis, fit_basis
+from lqexport.grids.rotation import Basis, random_signs
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
 from lqexport.solver.feedback import damped, layer_loss
@@ -54,11 +54,10 @@ def converted(trellis: Trellis, weight: Tensor, hessian: Tensor) -> Walks:
     alike. Then the scales of outputs and inputs are refitted twice.
     """
     matrix = damped(hessian, REGULARIZATION)
-    signs = fit_basis(weight, torch.ones(weight.shape[1]), 1.0)  # their signs are random, too
     outputs = weight.square().mean(1).sqrt()
     outputs = outputs / outputs.mean()
     inputs = (weight / outputs[:, None]).square().mean(0).sqrt() / 1.24371088
-    basis = Basis(inputs * signs.inputs.sign(), outputs * signs.outputs.sign())
+    basis = Basis(inputs * random_signs(inputs, 1), outputs * random_signs(outputs, 2))
     encoder = Unweighted(trellis)
     scale = _best_scale(basis.into(weight), encoder)
     basis = Basis(basis.inputs / scale, basis.outputs)

@@ -46,8 +46,8 @@ cent (docs/exl3.md)."""
 TUNED = 64
 """Sequences of end-to-end tuning, where it is the default."""
 TUNED_BELOW = 4
-"""GGUF and MLX types of fewer bits are tuned by default. From 4 bits on, tuning takes longer than the rest of a run,
-and lowers the loss by some 3 per cent at most (docs/experiments.md)."""
+"""GGUF, MLX, EXL2 and EXL3 of fewer bits are tuned by default. From 4 bits on, tuning takes longer than the rest of a
+run, and lowers the loss by some 3 per cent at most (docs/experiments.md)."""
 
 CALIBRATION_TEXT = "general"
 CALIBRATION_HELP = (
@@ -196,8 +196,8 @@ class Recipe:
         default=None,
         metadata=_help(
             "Dtype that calibration passes multiply in: float32, or bfloat16 where the hardware is "
-            "faster at it. [default: bfloat16 on a GPU, and without tuning on a CPU that multiplies it twice as fast "
-            "as float32 or faster, which is measured; else float32]",
+            "faster at it. [default: bfloat16 on a GPU, and on a CPU that multiplies it twice as fast as float32 or "
+            "faster, which is measured; else float32]",
             CALIBRATION,
         ),
     )
@@ -267,8 +267,8 @@ class Recipe:
     tune: int | None = field(
         default=None,
         metadata=_help(
-            "Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean; 0 for GGUF and MLX "
-            "types of 4 bits or more, and for effort fast]",
+            "Sequences to tune norms and stored scales on; 0: none. [default: 64 for method lean; 0 for GGUF, MLX, "
+            "EXL2 and EXL3 of 4 bits or more, and for effort fast]",
             TUNING,
         ),
     )
@@ -464,7 +464,7 @@ class Recipe:
         """Sequences of end-to-end tuning: `tune`, or the default of method, effort and type."""
         if self.tune is not None:
             return self.tune
-        wide = (self.parsed_target.bits or 0) >= TUNED_BELOW
+        wide = (self.bits or self.parsed_target.bits or 0) >= TUNED_BELOW
         untuned = self.imatrix is not None or self.effort == "fast" or (self.effort == "default" and wide)
         return 0 if untuned or self.method != "lean" else TUNED
 

@@ -70,9 +70,10 @@ class Target:
 
     @property
     def bits(self) -> int | None:
-        """Bits of a GGUF or MLX type or mix by its name, such as 4 of `Q4_K_M` and `4-g64`; None for other targets."""
-        bits = re.match(r"(\d)-|(?:mx|nv)fp(\d)$", self.type) if self.family == "mlx" else None
-        return int(bits[1] or bits[2]) if bits else self.gguf_bits
+        """Bits in the name of a GGUF, MLX or EXL3 type or mix, rounded down: 4 of `Q4_K_M` and `4-g64`. Else None."""
+        named = {"mlx": r"(\d)-|(?:mx|nv)fp(\d)$", "exl3": r"(\d)(?:\.5)?$"}.get(self.family)
+        bits = re.match(named, self.type) if named else None
+        return int(bits[bits.lastindex or 0]) if bits else self.gguf_bits
 
     @property
     def takes_bits(self) -> bool:

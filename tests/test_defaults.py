@@ -54,3 +54,26 @@ def test_a_run_records_what_was_settled(tiny_model: Path, text: Path, tmp_path: 
     assert (ran["prefix"], ran["asymmetric"], ran["moments"]) == ASYMMETRIC
     quantize(Recipe(**ran), tmp_path / "again")
     assert Artifact(tmp_path / "out").manifest() == Artifact(tmp_path / "again").manifest()
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "effort", "sweeps", "tuned"),
+    [
+        ("gguf:Q4_K", None, "default", 2, 0),
+        ("gguf:Q3_K", None, "default", 2, 64),
+        ("gguf:Q3_K", None, "fast", 0, 0),
+        ("mlx:4-g64", None, "default", 2, 0),
+        ("exl2", 3.5, "default", 2, 64),
+        ("exl2", 4.0, "default", 2, 0),
+        ("exl3", 3.5, "default", 0, 64),
+        ("exl3", 4.0, "default", 0, 0),
+        ("exl3:3.5", None, "default", 0, 64),
+        ("exl3:4", None, "default", 0, 0),
+        ("exl3:4", None, "best", 2, 64),
+    ],
+)
+def test_sweeps_and_tuning_follow_from_target_and_effort(
+    target: str, bits: float | None, effort: Any, sweeps: int, tuned: int
+) -> None:
+    recipe = Recipe("model", target, bits=bits, effort=effort)
+    assert (recipe.sweeps, recipe.tuned_sequences) == (sweeps, tuned)

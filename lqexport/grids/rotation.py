@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lqexport.formats import trellis
 from lqexport.formats.trellis import BLOCK, Walks, padded
+from lqexport.grids.signs import even_signs
 
 SPREAD = 0.12
 """How much noise moves from inputs that count to those that do not (`fit_basis`).
@@ -105,7 +106,7 @@ def fit_basis(weight: Tensor, importance: Tensor, deviation: float) -> Basis:
     All runs of a rotated matrix get the same relative noise, so the scales of a run's inputs share it out. Input i gets
     the scale r_i (1 / (importance_i r_i^2))^SPREAD, for r_i the root mean square of its weights. Each run of 128
     outputs has the scale of its root mean square. Signs are drawn at random, always the same for a number of inputs or
-    outputs.
+    outputs, and then some are flipped (`even_signs`).
     """
     outputs = _of_runs(weight.square().mean(1))
     outputs = outputs / outputs.mean().clamp_min(1e-30)
@@ -113,7 +114,15 @@ def fit_basis(weight: Tensor, importance: Tensor, deviation: float) -> Basis:
     energy = energy.clamp_min(float(FLOOR**2 * energy.mean()) + 1e-12)
     inputs = energy.sqrt() * (importance * energy).pow(-SPREAD)
     inputs = inputs * _of_runs(energy / inputs.square()) / deviation
-    return Basis(inputs * _signs(inputs, 1), outputs.clamp_min(FLOOR) * _signs(outputs, 2))
+    basis = Basis(inputs * random_signs(inputs, 1), outputs.clamp_min(FLOOR) * random_signs(outputs, 2))
+    rows = _padded((weight / basis.outputs[:, None] / basis.inputs).T)
+    return Basis(basis.inputs * _even(rows)[: len(inputs)], basis.outputs * _even(rows.T)[: len(outputs)])
+
+
+def _even(rows: Tensor) -> Tensor:
+    """Returns the signs [128 n] of rows [128 n, columns] that spread their rotated weights evenly."""
+    runs = rows.unflatten(0, (-1, BLOCK)).contiguous()
+    return even_signs(runs, _hadamard(rows.dtype, rows.device)).flatten()
 
 
 def _of_runs(squares: Tensor) -> Tensor:
@@ -122,7 +131,7 @@ def _of_runs(squares: Tensor) -> Tensor:
     return runs.mean(1).sqrt().repeat_interleave(BLOCK)[: len(squares)]
 
 
-def _signs(like: Tensor, seed: int) -> Tensor:
+def random_signs(like: Tensor, seed: int) -> Tensor:
     """Returns random signs [n], drawn on the host."""
     draw = np.random.default_rng(seed).integers(0, 2, len(like), dtype=np.int8)
     return torch.from_numpy(1 - 2 * draw).to(like)

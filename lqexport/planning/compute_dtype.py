@@ -33,8 +33,7 @@ def with_compute_dtype(work: Work, device_type: str, begun: dict[str, Any] | Non
 
     begun   the recipe of the run that is to go on, as JSON values: its dtype is taken. None for a new run
 
-    float32 stays open (None) in the recipe, as the device's default. Runs with tuning stay in float32, since what
-    bfloat16 would cost there has not been measured.
+    float32 stays open (None) in the recipe, as the device's default.
     """
     recipe = work.recipe
     if device_type != "cpu" or recipe.compute_dtype == "float32" or not work.calibrated:
@@ -45,7 +44,7 @@ def with_compute_dtype(work: Work, device_type: str, begun: dict[str, Any] | Non
         return recipe, slow if ratio < 1 else ""
     if begun is not None:
         return replace(recipe, compute_dtype=begun.get("compute_dtype")), ""
-    if recipe.tuned_sequences or operations_estimate(work).passes < LEAST_OPERATIONS:
+    if operations_estimate(work).passes < LEAST_OPERATIONS:
         return recipe, ""
     ratio = bfloat16_ratio()
     if ratio < FASTER:
