@@ -502,4 +502,7 @@ def test_artifacts_of_other_formats_are_refused(artifact: Artifact, tmp_path: Pa
     copy.write(replace(tensor, planes=tensor.planes | {"suh": -tensor.planes["suh"]}))
     with pytest.raises(UserError, match="damaged"):
         writer.write(copy, tmp_path / "other")
+    (copy.model_folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"ExLlamaV3 needs a tokenizer\.json"):
+        writer.write(copy, tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -14,7 +14,14 @@ import numpy as np
 from lqexport.converters.exl2.config import check_supported, exl2_config
 from lqexport.converters.exl2.names import naming
 from lqexport.converters.exl2.plan import keeps_order
-from lqexport.converters.folders.packed import FolderEntry, FolderLayout, OnTensor, entries_of, write_folder
+from lqexport.converters.folders.packed import (
+    FolderEntry,
+    FolderLayout,
+    OnTensor,
+    check_source_files,
+    entries_of,
+    write_folder,
+)
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.plan import PLAIN
 from lqexport.errors import UserError
@@ -56,10 +63,7 @@ def _config(artifact: Artifact, config: dict[str, Any], entries: list[FolderEntr
 
     Raises UserError if ExLlamaV2 cannot load the model from the folder.
     """
-    if len(config.get("architectures") or []) != 1:
-        raise UserError("ExLlamaV2 needs a config.json that names exactly one architecture.")
-    if not (artifact.model_folder / "tokenizer.json").is_file():
-        raise UserError(f"ExLlamaV2 needs a tokenizer.json, and {artifact.model_folder} has none.")
+    check_source_files("ExLlamaV2", artifact.model_folder, config)
     architecture, run = architecture_of(config), artifact.run()
     check_supported(architecture, config)
     _check_order(artifact, config, entries)

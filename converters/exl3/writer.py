@@ -22,12 +22,19 @@ import numpy as np
 from lqexport.converters.exl3.config import exl3_config, for_gptqmodel, quantization, tensor_storage
 from lqexport.converters.exl3.plan import PRECISE
 from lqexport.converters.exl3.support import check_supported, rules_of
-from lqexport.converters.folders.packed import FolderEntry, FolderLayout, Forms, OnTensor, entries_of, write_folder
+from lqexport.converters.folders.packed import (
+    FolderEntry,
+    FolderLayout,
+    Forms,
+    OnTensor,
+    check_source_files,
+    entries_of,
+    write_folder,
+)
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import is_linear
 from lqexport.converters.plan import PLAIN
-from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.exl3 import EXL3, MARKERS, WRITTEN_CODEBOOK
 from lqexport.formats.trellis import SIDE, padded
@@ -48,7 +55,7 @@ def write(artifact: Artifact, folder: Path, on_tensor: OnTensor = None) -> None:
     hint = "Quantize again with a target such as exl3:4."
     entries = entries_of(artifact, FAMILY, "an EXL3 folder", hint, tuple(PLAIN_DTYPES))
     config = normalized(artifact.config())
-    _check_files(artifact, config)
+    check_source_files("ExLlamaV3", artifact.model_folder, config)
     architecture = architecture_of(config)
     check_supported(architecture, config)
     trellises = {entry.name for entry in entries if entry.codec_name in EXL3}
@@ -91,13 +98,6 @@ def _stored_shape(trellises: set[str], name: str, shape: tuple[int, ...]) -> tup
 
 def _filled(vector: np.ndarray, size: int) -> np.ndarray:
     return np.pad(vector, (0, size - len(vector)))
-
-
-def _check_files(artifact: Artifact, config: dict[str, Any]) -> None:
-    if len(config.get("architectures") or []) != 1:
-        raise UserError("ExLlamaV3 needs a config.json that names exactly one architecture.")
-    if not (artifact.model_folder / "tokenizer.json").is_file():
-        raise UserError(f"ExLlamaV3 needs a tokenizer.json, and {artifact.model_folder} has none.")
 
 
 def _configs(

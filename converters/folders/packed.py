@@ -105,6 +105,25 @@ def entries_of(
     return entries
 
 
+def check_source_files(engine: str, source: Path, config: dict[str, Any]) -> None:
+    """Raises UserError if the source lacks what ExLlamaV2 and ExLlamaV3 read beside the tensors.
+
+    engine   the engine's name in the message
+    source   the folder of the source's files
+    config   the source's config.json
+    """
+    if len(config.get("architectures") or []) != 1:
+        raise UserError(
+            f"{engine} needs a config.json that names exactly one architecture, and that of {source} does not. State "
+            "the model's class in its `architectures`."
+        )
+    if not (source / "tokenizer.json").is_file():
+        raise UserError(
+            f"{engine} needs a tokenizer.json, and {source} has none. Save the tokenizer there with transformers, "
+            "which writes one."
+        )
+
+
 def write_folder(
     artifact: Artifact,
     folder: Path,
