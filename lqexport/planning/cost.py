@@ -397,11 +397,11 @@ class Rates:
 
 
 def search_seconds(work: Work) -> float:
-    """Returns the seconds of one core that searches of codebooks and of walks take, for all linears."""
+    """Returns the seconds of one core that searches of codebooks and of walks take, for all linears and the output."""
     if not work.calibrated:
         return 0.0
     sweeps = work.recipe.sweeps
-    of_types = [(tensor.weights, _searching(tensor.codec_name)) for tensor in work.linears]
+    of_types = [(tensor.weights, _searching(tensor.codec_name)) for tensor in work.tensors if tensor.linear]
     return sum(weights * (once + sweeps * each) for weights, (once, each) in of_types)
 
 
