@@ -35,6 +35,7 @@ from lqexport.models.modules import expected_shapes
 from lqexport.models.source import open_source
 from lqexport.models.written import open_export
 from lqexport.pipeline.exl3_bits import DISTORTION, chosen_widths, width_losses
+from lqexport.planning.dryrun import preview
 from lqexport.planning.needs import engine_warnings
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact, decoded
@@ -187,6 +188,18 @@ def test_what_exllamav3_does_otherwise_is_said_before_work(recipe: Recipe, small
     olmo["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
     (sentence,) = warnings_of(architecture_of(olmo), olmo)
     assert "windows of 65 tokens, and transformers of 64" in sentence
+
+
+@pytest.mark.parametrize(("target", "engine"), [("exl2", "ExLlamaV2"), ("exl3", "ExLlamaV3")])
+def test_a_missing_tokenizer_json_is_said_before_work(
+    target: str, engine: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    recipe = Recipe(str(folder), target, bits=4.5, method="rtn")
+    assert preview(recipe, tmp_path / "out").warnings == ()
+    (folder / "tokenizer.json").unlink()
+    (sentence,) = preview(recipe, tmp_path / "out").warnings
+    assert sentence.startswith(f"{engine} needs a tokenizer.json, and {folder} has none.")
 
 
 def test_options_that_do_not_belong_together_are_refused() -> None:

@@ -380,16 +380,22 @@ class HuggingFaceSource:
     def copy_model_files(self, folder: Path) -> None:
         copied = [path for pattern in MODEL_FILES for path in self.folder.glob(pattern) if pattern != "config.json"]
         copy_files(self.folder, copied, folder)
-        if {"vocab.json", "merges.txt"} <= {path.name for path in copied} and not self._has_whole_tokenizer():
+        if self._is_split_tokenizer():
             write_json(folder / "tokenizer.json", json.loads(self.tokenizer().backend_tokenizer.to_str()))
         write_json(folder / "config.json", self.config)
 
-    def _has_whole_tokenizer(self) -> bool:
-        """Returns whether one file holds all of the tokenizer.
+    def gives_tokenizer_json(self) -> bool:
+        """Returns whether the folder that `copy_model_files` writes has a tokenizer.json."""
+        return (self.folder / "tokenizer.json").is_file() or self._is_split_tokenizer()
 
-        Without it, transformers' class knows how words are split.
+    def _is_split_tokenizer(self) -> bool:
+        """Returns whether vocab.json and merges.txt are all of the tokenizer.
+
+        How words are split is then known to transformers' class alone.
         """
-        return any((self.folder / name).is_file() for name in VOCABULARIES[:2])
+        whole, parts = VOCABULARIES[:2], ("vocab.json", "merges.txt")
+        has = {name: (self.folder / name).is_file() for name in (*whole, *parts)}
+        return all(has[name] for name in parts) and not any(has[name] for name in whole)
 
 
 class GGUFSource(GGUFModel):

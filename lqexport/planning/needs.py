@@ -21,6 +21,9 @@ from lqexport.planning.small_files import check_small_files
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
+WITH_TOKENIZER_JSON = {"exl2": "ExLlamaV2", "exl3": "ExLlamaV3"}
+"""Family of targets -> engine that loads a folder only with a tokenizer.json (see `packed.check_source_files`)."""
+
 
 def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> list[str]:
     """Returns the warnings of `warnings_of`, after checking what a run of `recipe` into an artifact folder will need.
@@ -52,7 +55,7 @@ def warnings_of(source: Source, recipe: Recipe, planned: list[PlannedTensor]) ->
     """
     lacking = [*unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
     written = [*file_warnings(source, recipe, planned), *engine_warnings(source, recipe)]
-    return [*lacking, *written, *other_meaning(recipe.parsed_target)]
+    return [*lacking, *tokenizer_warnings(source, recipe), *written, *other_meaning(recipe.parsed_target)]
 
 
 def engine_warnings(source: Source, recipe: Recipe) -> list[str]:
@@ -60,6 +63,17 @@ def engine_warnings(source: Source, recipe: Recipe) -> list[str]:
     if recipe.parsed_target.family != "exl3":
         return []
     return exl3_warnings(architecture_of(source.config), normalized(source.config))
+
+
+def tokenizer_warnings(source: Source, recipe: Recipe) -> list[str]:
+    """Returns a warning if the folder of a run for ExLlamaV2 or ExLlamaV3 will lack a tokenizer.json; else []."""
+    engine, model = WITH_TOKENIZER_JSON.get(recipe.parsed_target.family), opened(source)
+    if engine is None or not isinstance(model, HuggingFaceSource) or model.gives_tokenizer_json():
+        return []
+    return [
+        f"{engine} needs a tokenizer.json, and {source.name} has none. Save the tokenizer there with transformers, "
+        "which writes one, or into OUT/model."
+    ]
 
 
 def unweighted(source: Source, recipe: Recipe, planned: list[PlannedTensor]) -> list[str]:
