@@ -17,8 +17,10 @@ from torch.nn.functional import normalize
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 import lqexport
+from lqexport.calibration.collect import embed_batches
 from lqexport.calibration.guided import _along_direction
 from lqexport.calibration.sequences import load_calibration
+from lqexport.converters.gguf.imatrix import read_imatrix
 from lqexport.errors import UserError
 from lqexport.evaluation.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.llamacpp import LlamaCpp
@@ -145,6 +147,20 @@ def test_windows_stand_between_the_special_tokens(bert: Path, text: Path) -> Non
     assert tokens[:, 0].tolist() == [tokenizer.cls_token_id] * 5
     assert tokens[:, -1].tolist() == [tokenizer.sep_token_id] * 5
     assert (tokens[:, 1:-1] > tokenizer.sep_token_id).all()
+
+
+def test_an_importance_matrix_sees_the_special_tokens(bert: Path, text: Path, tmp_path: Path) -> None:
+    """The first linears see the embeddings of the tokens, so the matrix has those of whole windows."""
+    lqexport.make_imatrix(
+        str(bert), tmp_path / "i.gguf", calibration=str(text), samples=5, sequence_length=20, device="cpu"
+    )
+    model = BlockModel(open_source(str(bert)))
+    drawn = [load_calibration(str(text), AutoTokenizer.from_pretrained(bert), samples=5, sequence_length=20, seed=0,
+                              encoder=encoder).tokens for encoder in (True, False)]  # fmt: skip
+    means = [torch.cat(embed_batches(model, [tokens])).square().mean((0, 1)) for tokens in drawn]
+    written = torch.from_numpy(read_imatrix(tmp_path / "i.gguf").means["blk.0.attn_q.weight"])[0]
+    assert torch.allclose(written, means[0], rtol=1e-3)
+    assert not torch.allclose(written, means[1], rtol=1e-2)
 
 
 def test_squared_derivatives_are_the_distance(bert: Path) -> None:

@@ -47,8 +47,9 @@ def make_imatrix(
     if model.architecture.gguf is None:
         raise UserError(f"llama.cpp does not run {model.architecture.classes[0]}, so no file needs its matrix.")
     tokens = load_calibration(
-        calibration, weights.tokenizer(), samples=samples, sequence_length=sequence_length, seed=seed
-    ).tokens
+        calibration, weights.tokenizer(), samples=samples, sequence_length=sequence_length, seed=seed,
+        encoder=model.architecture.encoder,
+    ).tokens  # fmt: skip
     sums: dict[str, list[Tensor]] = {}
     for name, collected in squares(model, tokens, listener):
         groups = group_count(model.architecture, model.weights.config, name)
