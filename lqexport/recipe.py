@@ -461,10 +461,12 @@ class Recipe:
 
     @property
     def tuned_sequences(self) -> int:
-        """Sequences of end-to-end tuning: `tune`, or the default of method, effort and type."""
-        if self.tune is not None:
-            return self.tune
-        wide = (self.bits or self.parsed_target.bits or 0) >= TUNED_BELOW
+        """Sequences of end-to-end tuning: `tune`, or the default for the bits of the target."""
+        return self.tuning_for(self.bits or self.parsed_target.bits) if self.tune is None else self.tune
+
+    def tuning_for(self, bits: float | None) -> int:
+        """Returns the default number of sequences of end-to-end tuning, by method, effort and bits per weight."""
+        wide = (bits or 0) >= TUNED_BELOW
         untuned = self.imatrix is not None or self.effort == "fast" or (self.effort == "default" and wide)
         return 0 if untuned or self.method != "lean" else TUNED
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable
 
 from lqexport.errors import UserError
-from lqexport.target import full_name
+from lqexport.target import Target, full_name
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 NUMBER = r"(\d+\.?\d*|\.\d+)\s*"
@@ -43,6 +43,19 @@ def model_size(text: str, weights: int, mix_bytes: Callable[[str], int]) -> int:
     if text[:1].isdigit():
         raise UserError(f"A size is like 4.25bpw, 3.9GB, 700MiB or Q4_K_M, not {text!r}.")
     return mix_bytes(full_name(text))
+
+
+def size_bits(text: str, weights: Callable[[], int]) -> int | None:
+    """Returns the bits per weight that a target size stands for, rounded down; None if the text is no size.
+
+    text      as for `model_size`; a mix has the bits of its name
+    weights   returns the number of weights of the model, for a size in bytes
+    """
+    if bits := re.fullmatch(NUMBER + "bpw", text.strip(), re.IGNORECASE):
+        return int(float(bits[1]))
+    if (count := _bytes(text)) is not None:
+        return 8 * count // weights()
+    return Target.parse(full_name(text)).bits
 
 
 def split_size(text: str) -> int:

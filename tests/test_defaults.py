@@ -77,3 +77,21 @@ def test_sweeps_and_tuning_follow_from_target_and_effort(
 ) -> None:
     recipe = Recipe("model", target, bits=bits, effort=effort)
     assert (recipe.sweeps, recipe.tuned_sequences) == (sweeps, tuned)
+
+
+@pytest.mark.parametrize(
+    ("size", "effort", "smooth", "tuned"),
+    [
+        ("Q4_K_M", "default", True, 0),
+        ("q3_k_m", "default", False, 64),
+        ("4.25bpw", "default", True, 0),
+        ("3.9bpw", "default", False, 64),
+        ("4.5GB", "default", True, 0),  # of 8.03 billion weights
+        ("3.5GB", "default", False, 64),
+        ("4.5GB", "best", True, 64),
+    ],
+)
+def test_a_size_has_the_defaults_of_types_of_its_bits(size: str, effort: Any, smooth: bool, tuned: int) -> None:
+    config = json.loads((CONFIGS / "llama-3.1-8b.json").read_text())
+    complete = settled(Recipe("model", "gguf:auto", size=size, effort=effort), config)
+    assert (complete.smooth, complete.tune) == (smooth, tuned)

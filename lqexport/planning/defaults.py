@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any, get_args
 
 from lqexport.converters.models.architectures import architecture_of, normalized
+from lqexport.models.modules import expected_shapes
 from lqexport.models.smoothing import pairs
 from lqexport.recipe import Effort, Recipe
+from lqexport.sizes import size_bits
 
 WIDEST = 16384
 """Asymmetric calibration is the default up to this number of inputs of a linear. Its sums are four square float32
@@ -31,10 +34,11 @@ def settled(recipe: Recipe, config: dict[str, Any]) -> Recipe:
     if moments is None:
         guided = recipe.chooses_types and (prefix == "full" or asymmetric)
         moments = "guided" if guided or (prefix == "full" and not fast) else "normalized"
-    smooth = _smooth(recipe, config) if recipe.smooth is None else recipe.smooth
+    bits = _bits(recipe, config)
+    smooth = _smooth(recipe, config, bits) if recipe.smooth is None else recipe.smooth
     return replace(
         recipe, asymmetric=asymmetric, prefix=prefix, moments=moments, smooth=smooth, descent=recipe.sweeps,
-        tune=recipe.tuned_sequences,
+        tune=recipe.tuning_for(bits) if recipe.tune is None else recipe.tune,
     )  # fmt: skip
 
 
@@ -43,16 +47,20 @@ def by_effort(recipe: Recipe, config: dict[str, Any]) -> dict[Effort, Recipe]:
     return {effort: settled(replace(recipe, effort=effort), config) for effort in get_args(Effort)}
 
 
-def _smooth(recipe: Recipe, config: dict[str, Any]) -> bool:
-    """Returns whether the model is smoothed by default, which it is for GGUF types of 4 bits or more.
+def _bits(recipe: Recipe, config: dict[str, Any]) -> float | None:
+    """Returns the bits per weight that are asked for: by `bits`, by a size, or by the target; None if by none."""
+    if recipe.size is not None:
+        return size_bits(recipe.size, lambda: sum(map(math.prod, expected_shapes(normalized(config)).values())))
+    return recipe.bits or recipe.parsed_target.bits
+
+
+def _smooth(recipe: Recipe, config: dict[str, Any], bits: float | None) -> bool:
+    """Returns whether the model is smoothed by default, which it is for GGUF types and sizes of 4 bits or more.
 
     With weights of 2 or 3 bits, llama.cpp's rounding of inputs costs little compared with the rounding of weights.
     """
-    return (
-        (recipe.parsed_target.gguf_bits or 0) >= 4
-        and recipe.method != "rtn"
-        and bool(pairs(architecture_of(config), 1))
-    )
+    wide = recipe.parsed_target.family == "gguf" and (bits or 0) >= 4
+    return wide and recipe.method != "rtn" and bool(pairs(architecture_of(config), 1))
 
 
 def _works(recipe: Recipe, config: dict[str, Any]) -> bool:
