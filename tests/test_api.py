@@ -82,6 +82,18 @@ def test_a_gguf_from_python(tiny_model: Path, tmp_path: Path, text: Path) -> Non
         lqexport.export(tmp_path / "out", tmp_path / "x", format="native", adapter=tmp_path / "y")
 
 
+def test_the_backward_pass_of_token_weights_shows_its_progress(tiny_model: Path, text: Path, tmp_path: Path) -> None:
+    seen: list[tuple[str, float]] = []
+    recipe = lqexport.Recipe(
+        str(tiny_model), "gguf:Q4_0", calibration=str(text), samples=4, sequence_length=32, moments="guided", tune=0
+    )
+    listener = lqexport.Callback(lambda stage, share: seen.append((stage, share)))
+    lqexport.quantize(recipe, tmp_path / "out", listener=listener)
+    shares = [share for stage, share in seen if stage == "Backward pass"]
+    assert shares == [number / (len(shares) - 1) for number in range(len(shares))]
+    assert len(shares) > 2
+
+
 def test_results_are_shown_in_short(tiny_model: Path, folder: Path, text: Path, tmp_path: Path) -> None:
     """Nobody wants every number of every tensor on the screen for having left out a variable."""
     recipe = lqexport.Recipe(str(tiny_model), "gguf:F16", **SMALL)

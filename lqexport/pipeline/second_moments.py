@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -60,8 +61,10 @@ def token_weights(job: Job, model: BlockModel) -> dict[str, Tensor]:
             model, job.sequences, collectors, folder=job.work_folder / "guided", listener=job.listener,
             processes=job.processes, held=_keeps_states_in_memory(job),
         )  # fmt: skip
-        for _ in cache.fill(weights for (weights,) in passed):
-            pass
+        for number, _ in enumerate(cache.fill(weights for (weights,) in passed)):
+            if number == 0:  # the pass through the last block came right behind the forward pass
+                job.listener.stage("Backward pass", math.ceil(len(model) / job.processes.count))
+            job.listener.advance(1)
         job.processes.wait()
     blocks = (by_weight(model, cache.read(block)) for block in range(len(model)))
     return {name: weights for block in blocks for name, weights in block.items()}
