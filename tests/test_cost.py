@@ -138,7 +138,10 @@ def test_searches_of_codebooks_take_time() -> None:
     assert search_seconds(works["Q2_K"]) == 0
     assert {codec.name for codec in GGUF_VECTORS} == SEARCH_SECONDS.keys()
     walks = forecast(path, Recipe(str(path), "exl3:3"), "24GB", "64GB")
-    assert search_seconds(walks.work) == pytest.approx(linears * (1.2e-5 + 2 * 0.6e-5))
+    searched = linears + walks.work.outer  # the output has walks of 6 bits
+    assert search_seconds(walks.work) == pytest.approx(searched * 0.75e-5)
+    refined = forecast(path, Recipe(str(path), "exl3:3", effort="best"), "24GB", "64GB")
+    assert search_seconds(refined.work) == pytest.approx(searched * (0.75e-5 + 2 * 0.5e-5))
     assert tuned_numbers(walks.work) == (2 * 32 + 1) * 4096 + sum(sum(each.matrix) for each in walks.work.linears)
 
 
