@@ -43,6 +43,11 @@ def solved(model: str, out: Path, writer: str, options: list[str]) -> Path:
     return out
 
 
+def written_bytes(written: Path) -> int:
+    """Returns the bytes of a file, or of the tensors' files of a folder."""
+    return written.stat().st_size if written.is_file() else sum(f.stat().st_size for f in written.glob("*.safetensors"))
+
+
 def digests(folder: Path) -> dict[str, str]:
     """Returns the sha256 of every file of an artifact except the log, which holds times."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "log.jsonl")

@@ -1,7 +1,7 @@
 """Judges EXL3 folders of several sizes against the source, beside the recipe of ExLlamaV3's converter and GGUF files.
 
-    python bench/exl3_quality.py MODEL --calibration FILE --evaluation FILE [FILE ...] --work FOLDER [--bits 2 3 4]
-        [--methods converter even lqexport] [--gguf IQ3_XXS] [-- OPTIONS OF lqexport quantize]
+    python bench/exl3_quality.py MODEL --calibration FILE --evaluation FILE [--also FILE] --work FOLDER
+        [--bits 2 3 4] [--methods converter even lqexport] [--gguf IQ3_XXS] [-- OPTIONS OF lqexport quantize]
 
 converter   the recipe of version 1.6.5 for one linear (`converted` of bench/exl3_linears.py) on plain second moments of
             inputs that come through the quantized blocks, the same K in all linears
@@ -15,12 +15,11 @@ judged by lqexport's own forward pass, in 12 windows of each text. What FOLDER h
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
-from common import comparison_parser, solved, split_arguments
+from common import comparison_parser, solved, split_arguments, written_bytes
 from exl3_linears import converted
 from judging import Judge
 from torch import Tensor
@@ -61,20 +60,13 @@ def folder_of(method: str, bits: str, arguments: argparse.Namespace, options: li
     if method == "converter":
         return by_converter(arguments.model, bits, arguments.calibration, arguments.samples, out)
     target = ["exl3", "--bits", bits] if method == "lqexport" else [f"exl3:{bits}"]
-    common = [
-        "--head-bits",
-        str(HEAD_BITS),
-        "--calibration",
-        arguments.calibration,
-        "--samples",
-        str(arguments.samples),
-    ]
-    return solved(arguments.model, out, "to-exl3", ["--target", *target, *common, *options])
+    target += ["--head-bits", str(HEAD_BITS), *calibrated(arguments)]
+    return solved(arguments.model, out, "to-exl3", ["--target", *target, *options])
 
 
-def size_of(written: Path) -> int:
-    """Returns the bytes of the tensors' files."""
-    return written.stat().st_size if written.is_file() else sum(f.stat().st_size for f in written.glob("*.safetensors"))
+def calibrated(arguments: argparse.Namespace) -> list[str]:
+    """Returns the options of `quantize` that say what to calibrate on."""
+    return ["--calibration", arguments.calibration, "--samples", str(arguments.samples)]
 
 
 def figures(judged: Evaluation) -> str:
@@ -96,9 +88,9 @@ def main() -> None:
     written = [(f"{bits} bits, {method}", folder_of(method, bits, arguments, options))
                for bits in arguments.bits for method in arguments.methods]  # fmt: skip
     for name in arguments.gguf:
-        calibrated = ["--calibration", arguments.calibration, "--samples", str(arguments.samples)]
-        written.append((f"GGUF {name}", solved(arguments.model, arguments.work / f"{name}.gguf", "to-gguf",
-                                               ["--target", f"gguf:{name}", *calibrated])))  # fmt: skip
+        given = ["--target", f"gguf:{name}", *calibrated(arguments)]
+        file = solved(arguments.model, arguments.work / f"{name}.gguf", "to-gguf", given)
+        written.append((f"GGUF {name}", file))
     texts = [arguments.evaluation, *([arguments.also] if arguments.also else [])]
     judges = [Judge(source, text, arguments.windows) for text in texts]
     columns = " | ".join(f"mean KL, {Path(text).stem} | perplexity | same top-1" for text in texts)
@@ -106,8 +98,7 @@ def main() -> None:
     with torch.no_grad():
         for label, path in written:
             cells = " | ".join(figures(judge(open_export(path))) for judge in judges)
-            print(f"| {label} | {size_of(path) / 1e6:.1f} | {cells} |", flush=True)
-    sys.stdout.flush()
+            print(f"| {label} | {written_bytes(path) / 1e6:.1f} | {cells} |", flush=True)
 
 
 if __name__ == "__main__":

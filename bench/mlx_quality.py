@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import solved, split_arguments
+from common import solved, split_arguments, written_bytes
 from judging import predictions, windows_of
 from transformers import AutoModelForCausalLM
 
@@ -86,9 +86,8 @@ class Judge:
         with MlxProcess(folder, patience=7200) as engine:
             test = evaluate.engine_logits(engine, self._windows, PROTOCOL)
             result = evaluate.compare(self._reference, test, self._windows, PROTOCOL)
-        size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-        figures = {"bytes": size, "kl": result.kl, "kl_error": result.kl_error, "perplexity": result.perplexity,
-                   "source": result.reference_perplexity, "top1": result.top1}  # fmt: skip
+        figures = {"bytes": written_bytes(folder), "kl": result.kl, "kl_error": result.kl_error, "top1": result.top1,
+                   "perplexity": result.perplexity, "source": result.reference_perplexity}  # fmt: skip
         kept.write_text(json.dumps(figures))
         return figures
 

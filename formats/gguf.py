@@ -459,3 +459,5 @@ GGUF = (
     Q4_0(), Q4_1(), Q5_0(), Q5_1(), Q8_0(), IQ4_NL(), IQ4_XS(), MXFP4(), Q2_K(), Q3_K(), Q4_K(), Q5_K(), Q6_K(), NVFP4()
 )  # fmt: skip
 GGUF_SCALED = (ScaledNVFP4(),)
+WITH_SCALE = {"gguf:NVFP4": "gguf-scaled:NVFP4"}
+"""Codec of a type -> the codec of the type beside a further scale."""

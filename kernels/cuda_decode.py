@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import WHOLE, GridCodec, Planes
-from lqexport.formats.gguf import GGUF
+from lqexport.formats.gguf import GGUF, WITH_SCALE
 from lqexport.formats.gguf_ternary import GGUF_TERNARY
 from lqexport.formats.gguf_vectors import GGUF_VECTORS
 from lqexport.formats.mxint import MXINT
@@ -54,7 +54,7 @@ READERS: dict[str, Reader] = {
 kernels of their own, because their planes hold the transposed matrix in another order or basis."""
 
 
-SCALED = {"gguf-scaled:NVFP4": "gguf:NVFP4"}
+SCALED = {scaled: plain for plain, scaled in WITH_SCALE.items()}
 """Codec whose values are multiplied by its plane WHOLE -> the codec of its other planes."""
 
 

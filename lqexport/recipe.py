@@ -462,7 +462,12 @@ class Recipe:
     @property
     def tuned_sequences(self) -> int:
         """Sequences of end-to-end tuning: `tune`, or the default for the bits of the target."""
-        return self.tuning_for(self.bits or self.parsed_target.bits) if self.tune is None else self.tune
+        return self.tuning_for(self.named_bits) if self.tune is None else self.tune
+
+    @property
+    def named_bits(self) -> float | None:
+        """Bits per weight that `bits` or the name of the target asks for; None if neither does."""
+        return self.bits or self.parsed_target.bits
 
     def tuning_for(self, bits: float | None) -> int:
         """Returns the default number of sequences of end-to-end tuning, by method, effort and bits per weight."""

@@ -78,7 +78,7 @@ def test_runs_of_rows_share_it() -> None:
 
 
 def test_rounding_knows_the_scale(weight: torch.Tensor) -> None:
-    """What `verify` rounds for comparison has the right scale for the matrix, also where the file has none."""
+    """`verify` rounds a matrix for comparison with the right scale, also where the file has none."""
     stored = round_tensor("w", weight, SCALED)
     for wrong in (1, 0):
         planes = stored.planes | {WHOLE: wrong * stored.planes[WHOLE]}

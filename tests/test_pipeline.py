@@ -15,9 +15,9 @@ import safetensors.torch
 import torch
 
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.converters.gguf.scales import WITH_SCALE
 from lqexport.converters.gguf.writer import write
 from lqexport.errors import UserError
+from lqexport.formats.gguf import WITH_SCALE
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from lqexport.converters.exl3.config import exl3_config, for_gptqmodel, quantization, tensor_storage
-from lqexport.converters.exl3.plan import PRECISE
+from lqexport.converters.exl3.plan import PRECISE, padded_weights
 from lqexport.converters.exl3.support import check_supported, rules_of
 from lqexport.converters.folders.packed import (
     FolderEntry,
@@ -129,5 +129,5 @@ def _bits(entry: FolderEntry) -> float:
 
 def average_bits(linears: list[FolderEntry]) -> float:
     """Returns the bits of trellises per weight, with padded matrices, as ExLlamaV3's converter counts."""
-    weights = [padded(entry.shape[0]) * padded(entry.shape[1]) for entry in linears]
+    weights = [padded_weights(entry.shape) for entry in linears]
     return sum(_bits(entry) * count for entry, count in zip(linears, weights, strict=True)) / sum(weights)

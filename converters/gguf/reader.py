@@ -16,7 +16,7 @@ from lqexport.converters.gguf.fused_experts import taken_apart
 from lqexport.converters.gguf.header import TensorData
 from lqexport.converters.gguf.numbers import with_numbers
 from lqexport.converters.gguf.row_order import row_order
-from lqexport.converters.gguf.scales import WITH_SCALE, scale_name
+from lqexport.converters.gguf.scales import scale_name
 from lqexport.converters.gguf.split import read_split
 from lqexport.converters.models.architecture import BORROWED, Architecture
 from lqexport.converters.models.architectures import ARCHITECTURES, entries_of_gguf
@@ -33,6 +33,7 @@ from lqexport.converters.models.tensor_names import (
 )
 from lqexport.errors import UserError
 from lqexport.formats.codec import WHOLE, PlainCodec, Planes
+from lqexport.formats.gguf import WITH_SCALE
 from lqexport.formats.registry import codec_named, names
 
 EXPERTS, LEADING, WINDOW = "expert_count", "leading_dense_block_count", "attention.sliding_window"

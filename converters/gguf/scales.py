@@ -12,9 +12,7 @@ from dataclasses import replace
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.tensor_names import gguf_names, is_linear
 from lqexport.converters.plan import PlannedTensor
-
-WITH_SCALE = {"gguf:NVFP4": "gguf-scaled:NVFP4"}
-"""Codec of a type -> the codec of the type beside a further scale."""
+from lqexport.formats.gguf import WITH_SCALE
 
 _KEYS = ("attn_q", "attn_k", "attn_v", "attn_output")
 _FUSED_KEYS = ("attn_qkv", "attn_output")

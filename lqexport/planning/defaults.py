@@ -51,7 +51,7 @@ def _bits(recipe: Recipe, config: dict[str, Any]) -> float | None:
     """Returns the bits per weight that are asked for: by `bits`, by a size, or by the target; None if by none."""
     if recipe.size is not None:
         return size_bits(recipe.size, lambda: sum(map(math.prod, expected_shapes(normalized(config)).values())))
-    return recipe.bits or recipe.parsed_target.bits
+    return recipe.named_bits
 
 
 def _smooth(recipe: Recipe, config: dict[str, Any], bits: float | None) -> bool:

@@ -138,7 +138,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Compared:
-    """What a verification compares.
+    """The models and the text of a verification.
 
     export     the written file
     source     the model that it was made from, with its tensors as the file has them
