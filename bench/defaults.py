@@ -21,8 +21,8 @@ from common import solved, split_arguments
 from lqexport.evaluation import llamacpp_quantizer
 from lqexport.verification.comparison import compare
 
-LLAMA_NAMES = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}
-"""llama.cpp's names of mixes that are called like a type there."""
+CALLED_LIKE_TYPES = {"Q2_K_M": "Q2_K", "Q6_K_M": "Q6_K"}
+"""Mix -> llama-quantize's name of it, which is that of a type."""
 
 
 def by_llama_quantize(model: str, mix: str, work: Path) -> Path:
@@ -32,7 +32,7 @@ def by_llama_quantize(model: str, mix: str, work: Path) -> Path:
     if not matrix.exists():
         subprocess.run([sys.executable, "-m", "lqexport", "imatrix", model, str(matrix)], check=True)
     if not file.exists():
-        llamacpp_quantizer.quantize(half, file, LLAMA_NAMES.get(mix, mix), imatrix=matrix)
+        llamacpp_quantizer.quantize(half, file, CALLED_LIKE_TYPES.get(mix, mix), imatrix=matrix)
     return file
 
 

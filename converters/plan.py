@@ -10,6 +10,8 @@ from lqexport.formats.registry import codec_named
 
 PLAIN = "gguf:F16"
 """The codec in which folders of safetensors store embeddings, norms and biases."""
+UNQUANTIZED = 16
+"""The value of `head_bits` for an output in float16."""
 
 
 @dataclass(frozen=True)

@@ -17,14 +17,11 @@ from lqexport.converters.exl2.names import naming, rules_of, wants_bias
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import block_module, is_linear, is_tied
-from lqexport.converters.plan import PLAIN, PlannedTensor
+from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
 from lqexport.errors import UserError
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2, joined, name_of
-
-UNQUANTIZED = 16
-"""The value of `head_bits` for an output in float16."""
 
 
 def plan_exl2(

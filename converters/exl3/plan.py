@@ -15,7 +15,7 @@ from lqexport.converters.exl3.support import check_supported, rules_of
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import is_linear, is_tied, of_each_expert
-from lqexport.converters.plan import PLAIN, PlannedTensor
+from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
 from lqexport.errors import UserError
 from lqexport.formats.exl3 import EXL3, WRITTEN_CODEBOOK
@@ -26,8 +26,6 @@ WIDTHS = {codec.trellis.halves / 2: name for name, codec in EXL3.items() if code
 """K -> the codec that is written, by rising K."""
 PRECISE = "gguf:F32"
 """The codec of the biases of routers. Those of some models are so large that float16 would mix up experts."""
-UNQUANTIZED = 16
-"""The value of `head_bits` for an output in float16."""
 
 
 def plan_exl3(

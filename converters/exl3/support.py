@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from lqexport.converters.folders.pieces import Naming
 from lqexport.converters.gguf.support import check_fixed, window
 from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.families.mixtral import PUBLISHED_NAMES
+from lqexport.converters.models.families.phi import SPLIT
 from lqexport.converters.models.rope import longrope_attention, rope_settings, window_theta
 from lqexport.errors import UserError
+from lqexport.formats.trellis import BLOCK
 
-BLOCK = 128
-"""Rows and columns that ExLlamaV3 rotates together; matrices are padded to multiples of it."""
 MOST_INTERMEDIATE = 55296
 """The widest MLP that ExLlamaV3 does not cut into slices."""
 SCALED = ("dynamic", "linear", "llama3", "yarn")
@@ -39,11 +40,7 @@ class ExLlamaV3:
     windows: int | None = None
 
 
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
-MIXTRAL = {
-    r"\.mlp\.": ".block_sparse_moe.", r"\.gate_proj\.": ".w1.", r"\.up_proj\.": ".w3.", r"\.down_proj\.": ".w2.",
-}  # fmt: skip
+ROUTER_BIAS = {r"\.e_score_correction_bias$": ".gate.e_score_correction_bias"}
 LFM2 = {rf"(experts\.\d+)\.{ours}\.": rf"\1.{theirs}." for ours, theirs in
         {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}.items()}  # fmt: skip
 RULES: dict[str, ExLlamaV3] = {
@@ -54,11 +51,11 @@ RULES: dict[str, ExLlamaV3] = {
     "ernie4_5": ExLlamaV3(called="Ernie4_5_ForCausalLM"),
     "gpt_oss": ExLlamaV3(windows=0),
     "lfm2_moe": ExLlamaV3(Naming(renamed=LFM2)),
-    "minimax_m2": ExLlamaV3(Naming(renamed=MIXTRAL | {r"\.e_score_correction_bias$": ".gate.e_score_correction_bias"})),
-    "glm4": ExLlamaV3(Naming({"mlp.gate_up_proj": GATE_UP})),
+    "minimax_m2": ExLlamaV3(Naming(renamed=PUBLISHED_NAMES | ROUTER_BIAS)),
+    "glm4": ExLlamaV3(Naming({"mlp.gate_up_proj": SPLIT["mlp.gate_up_proj"]})),
     "gemma2": ExLlamaV3(keys={"sliding_window_size": "sliding_window"}, windows=0),
-    "mixtral": ExLlamaV3(Naming(renamed=MIXTRAL)),
-    "phi3": ExLlamaV3(Naming({"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": GATE_UP}), rope=("longrope",)),
+    "mixtral": ExLlamaV3(Naming(renamed=PUBLISHED_NAMES)),
+    "phi3": ExLlamaV3(Naming(SPLIT), rope=("longrope",)),
 }
 """`model_type` of the models whose logits in ExLlamaV3 were those of transformers (tools/exl3_models.py) -> its rules.
 """

@@ -34,7 +34,7 @@ from lqexport.converters.folders.packed import (
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import is_linear
-from lqexport.converters.plan import PLAIN
+from lqexport.converters.plan import PLAIN, UNQUANTIZED
 from lqexport.formats.codec import Planes
 from lqexport.formats.exl3 import EXL3, MARKERS, WRITTEN_CODEBOOK
 from lqexport.formats.trellis import SIDE, padded
@@ -112,7 +112,7 @@ def _configs(
             pieces = layout.pieces(entry.name, entry.shape[0])
             bits |= dict.fromkeys((name.removesuffix(".weight") for name in pieces), _bits(entry))
     head = next((entry for entry in entries if entry.name == architecture.output), None)
-    head_bits = int(_bits(head)) if head and head.codec_name in EXL3 else 16
+    head_bits = int(_bits(head)) if head and head.codec_name in EXL3 else UNQUANTIZED
     linears = [entry for entry in entries if is_linear(architecture, entry.name) and entry.codec_name in EXL3]
     stated = quantization(artifact.run(), round(average_bits(linears), 4), head_bits)
     storage = tensor_storage(tensors, bits)

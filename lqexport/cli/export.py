@@ -15,21 +15,15 @@ from lqexport.cli.shared_options import (
     Device,
     DeviceMemory,
     DryRun,
-    EvaluationText,
     HostMemory,
     Json,
-    MaxKl,
-    MaxOverExpected,
-    MaxPerplexityRatio,
+    MeasurementOptions,
     MinCosine,
     SourceModel,
     Verbose,
-    VerifiedWindows,
-    VerifyingEngine,
 )
 from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
-from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:
     from lqexport.delivery.deliver import Delivery
@@ -46,13 +40,9 @@ def export(
         Path, typer.Argument(help="The file to write, such as model-Q4_K_M.gguf; of other targets, the folder.")
     ],
     options: dict[str, Any],
+    *,
     recipe_file: RecipeFile = None,
-    text: EvaluationText = "python-heldout",
-    windows: VerifiedWindows = None,
-    engine: VerifyingEngine = None,
-    max_kl: MaxKl = None,
-    max_perplexity_ratio: MaxPerplexityRatio = MAX_PERPLEXITY_RATIO,
-    max_over_expected: MaxOverExpected = MAX_OVER_EXPECTED,
+    measured: MeasurementOptions,
     min_cosine: MinCosine = None,
     keep_artifact: Annotated[
         bool, typer.Option("--keep-artifact", help="Keep FILE.work/artifact once the file is verified.")
@@ -81,7 +71,7 @@ def export(
     with plain_endings(STOPPED):
         check_source_name(source)
         from lqexport.delivery.places import Places, target_of
-        from lqexport.delivery.request import Measurement, Request
+        from lqexport.delivery.request import Request
 
         recipe = merged_recipe(
             recipe_file, options | {"source": source},
@@ -93,10 +83,7 @@ def export(
             if not dry_run:
                 run.quantize()
             return
-        measurement = Measurement(
-            text, windows, engine,  # type: ignore[arg-type]  # checked later
-            max_kl, max_perplexity_ratio, max_over_expected, min_cosine,
-        )  # fmt: skip
+        measurement = measured.measurement(min_cosine)
         request = Request(recipe, places, measurement, device, cache, run.limits, keep_artifact)
         if dry_run:
             _preview(request, run, verbose=verbose, as_json=as_json)

@@ -14,19 +14,13 @@ from lqexport.cli.shared_options import (
     Device,
     DeviceMemory,
     DryRun,
-    EvaluationText,
     HostMemory,
     Json,
-    MaxKl,
-    MaxOverExpected,
-    MaxPerplexityRatio,
+    MeasurementOptions,
     SourceModel,
-    VerifiedWindows,
-    VerifyingEngine,
 )
 from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
-from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:
     from lqexport.delivery.ladder import Ladder, Rung
@@ -40,16 +34,12 @@ def ladder(
     source: SourceModel,
     folder: Annotated[Path, typer.Argument(help="The folder of the files, new or of the same ladder.")],
     options: dict[str, Any],
+    *,
     targets: Annotated[
         str, typer.Option(help="The GGUF types or mixes to make, separated by commas.")
     ] = "Q2_K,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q8_0",
     recipe_file: RecipeFile = None,
-    text: EvaluationText = "python-heldout",
-    windows: VerifiedWindows = None,
-    engine: VerifyingEngine = None,
-    max_kl: MaxKl = None,
-    max_perplexity_ratio: MaxPerplexityRatio = MAX_PERPLEXITY_RATIO,
-    max_over_expected: MaxOverExpected = MAX_OVER_EXPECTED,
+    measured: MeasurementOptions,
     dry_run: DryRun = False,
     as_json: Json = False,
     device: Device = "auto",
@@ -71,16 +61,11 @@ def ladder(
     with plain_endings(STOPPED):
         check_source_name(source)
         from lqexport.delivery.ladder import finished_ladder, planned_ladder
-        from lqexport.delivery.request import Measurement
 
         names = [name for name in targets.split(",") if name.strip()]
         recipe = merged_recipe(recipe_file, options | {"source": source}, lambda _: f"gguf:{names[0]}" if names else "")
-        measurement = Measurement(
-            text, windows, engine,  # type: ignore[arg-type]  # checked later
-            max_kl, max_perplexity_ratio, max_over_expected,
-        )  # fmt: skip
         limits = memory_limits(device, device_memory, host_memory)
-        rungs = planned_ladder(recipe, folder, names, measurement, device=device, memory=limits)
+        rungs = planned_ladder(recipe, folder, names, measured.measurement(), device=device, memory=limits)
         if dry_run:
             _preview(rungs, device, limits, as_json=as_json)
             return

@@ -62,8 +62,9 @@ def with_recipe_options(
     without   fields that the command has no option for
     notes     field name -> what the command adds to the option's help
 
-    The command has a parameter `options`: it gets field name to value, None for each option that was not given. The
-    common options come first, then the command's own, then the options that have a panel.
+    The command has a parameter `options`: it gets field name to value, None for each option that was not given. A
+    parameter that is a dataclass of options, such as `MeasurementOptions`, stands for an option for each of its fields.
+    The common options come first, then the command's own, then the options that have a panel.
     """
     return functools.partial(_with_recipe_options, left_out=(*GIVEN_BY_ARGUMENT, *without), notes=notes)
 
@@ -72,12 +73,10 @@ def _with_recipe_options(
     command: Callable[..., None], left_out: tuple[str, ...], notes: dict[str, str]
 ) -> Callable[..., None]:
     fields = [option for option in dataclasses.fields(Recipe) if option.name not in left_out]
-    hints = get_type_hints(command, include_extras=True)
-    declared = [
-        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
-        for name, parameter in inspect.signature(command).parameters.items()
-        if name != "options"
-    ]
+    declared = _declared(command)
+    groups: dict[str, Any] = {
+        name: hint for name, hint in get_type_hints(command).items() if dataclasses.is_dataclass(hint)
+    }
     arguments = [parameter for parameter in declared if parameter.default is inspect.Parameter.empty]
     common = [_parameter(option, notes) for option in fields if option.metadata["panel"] is None]
     others = [_parameter(option, notes) for option in fields if option.metadata["panel"] is not None]
@@ -89,12 +88,25 @@ def _with_recipe_options(
     def wrapper(**given: Any) -> None:
         options = {option.name: given.pop(option.name) for option in fields}
         given.pop(HELP_ALL)
+        for name, group in groups.items():
+            given[name] = group(**{option.name: given.pop(option.name) for option in dataclasses.fields(group)})
         command(options=options, **given)
 
     parameters = [*arguments, *common, *own_common, _help_all(), *own_others, *others]
     wrapper.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapper.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return wrapper
+
+
+def _declared(declaration: Any) -> list[inspect.Parameter]:
+    """Returns the arguments and options that a command or a dataclass of options declares, without recipe options."""
+    hints, declared = get_type_hints(declaration, include_extras=True), list[inspect.Parameter]()
+    for name, parameter in inspect.signature(declaration).parameters.items():
+        if dataclasses.is_dataclass(hints[name]):
+            declared += _declared(hints[name])
+        elif name != "options":
+            declared.append(parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY))
+    return declared
 
 
 def _panel(parameter: inspect.Parameter) -> str | None:

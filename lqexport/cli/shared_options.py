@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
+
+if TYPE_CHECKING:
+    from lqexport.delivery.request import Measurement
 
 MACHINE = "Machine"
 LIMITS = "Limits"
@@ -91,3 +97,21 @@ MinCosine = Annotated[
     float | None,
     typer.Option(help="Encoders: fail if the mean cosine of embeddings is below this.", rich_help_panel=LIMITS),
 ]
+
+
+@dataclass(frozen=True)
+class MeasurementOptions:
+    """The options of export and ladder that say how a written file is measured (see `with_recipe_options`)."""
+
+    text: EvaluationText = "python-heldout"
+    windows: VerifiedWindows = None
+    engine: VerifyingEngine = None
+    max_kl: MaxKl = None
+    max_perplexity_ratio: MaxPerplexityRatio = MAX_PERPLEXITY_RATIO
+    max_over_expected: MaxOverExpected = MAX_OVER_EXPECTED
+
+    def measurement(self, min_cosine: float | None = None) -> Measurement:
+        """Returns the measurement that they ask for. The engine is checked later."""
+        from lqexport.delivery.request import Measurement
+
+        return Measurement(**vars(self), min_cosine=min_cosine)

@@ -8,19 +8,20 @@ from lqexport.converters.models.architecture import ExLlamaV2
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, EXPERT_LINEARS, EXPERTS, QKV, RMS_NORM
 
+PUBLISHED_NAMES = {
+    r"\.mlp\.": ".block_sparse_moe.",
+    r"\.gate_proj\.": ".w1.",
+    r"\.up_proj\.": ".w3.",
+    r"\.down_proj\.": ".w2.",
+}
+"""Regular expression -> replacement; together they turn the names of modules into those of published checkpoints."""
+
 MIXTRAL = replace(
     LLAMA,
     family="Mixtral",
     classes=("MixtralForCausalLM",),
     model_type="mixtral",
-    exl2=ExLlamaV2(
-        renamed={
-            r"\.mlp\.": ".block_sparse_moe.",
-            r"\.gate_proj\.": ".w1.",
-            r"\.up_proj\.": ".w3.",
-            r"\.down_proj\.": ".w2.",
-        }
-    ),
+    exl2=ExLlamaV2(renamed=PUBLISHED_NAMES),
     linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
     gguf_block={"input_layernorm": "attn_norm", **ATTENTION, "post_attention_layernorm": "ffn_norm", **EXPERTS},
     experts="num_local_experts",

@@ -48,15 +48,16 @@ PHI = replace(
     final_norm="model.final_layernorm",
 )
 
+SPLIT = {"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")}
+"""Fused linear -> the linears whose rows it has, one after the other."""
+
 PHI3 = replace(
     QWEN2,
     family="Phi-3, Phi-3.5, Phi-4",
     classes=("Phi3ForCausalLM",),
     model_type="phi3",
     gguf="phi3",
-    exl2=ExLlamaV2(
-        split={"self_attn.qkv_proj": QKV, "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj")},
-    ),
+    exl2=ExLlamaV2(split=SPLIT),
     linears=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
     gguf_block={
         "input_layernorm": "attn_norm",
