@@ -14,6 +14,12 @@ UNQUANTIZED = 16
 """The value of `head_bits` for an output in float16."""
 
 
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Returns the rows and columns of a tensor of one or two dimensions; a vector is one row."""
+    rows, columns = shape if len(shape) == 2 else (1, shape[0])
+    return rows, columns
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor of the model and the codec in which it will be stored.
@@ -39,8 +45,7 @@ class PlannedTensor:
     @property
     def matrix(self) -> tuple[int, int]:
         """The tensor's (rows, columns); a vector is one row."""
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        return rows, columns
+        return rows_and_columns(self.shape)
 
     @property
     def weights(self) -> int:

@@ -10,7 +10,7 @@ A matrix whose sides are no multiples of 128 has `suh` and `svh` of its own side
 writer pads both with zeros, which makes the weights of the padding zero. Planes whose `suh` and `svh` are padded as in
 the file are those of the padded matrix.
 
-Every arithmetic operation is rounded to float16 where ExLlamaV3's own code does that takes a layer apart (`Walks`). Its
+Every arithmetic operation is rounded to float16 where ExLlamaV3 rounds when it decodes a whole layer (`Walks`). Its
 kernels for generation round activations instead, and sum in float32.
 
 Older files have the signs alone (`su`, `sv`), one bit for each input and output: `signs` reads them.

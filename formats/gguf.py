@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from lqexport.formats.checks import check_grid, check_planes, check_shape, check_whole
 from lqexport.formats.codec import WHOLE, FloatFormat, Grid, GridCodec, Planes, ScaleFormat, Scales
 
-CODEBOOK = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
+IQ4_LEVELS = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 """The sixteen levels of IQ4_NL and IQ4_XS (`kvalues_iq4nl`)."""
 
 E2M1 = np.array([-12, -8, -6, -4, -3, -2, -1, 0, 0, 1, 2, 3, 4, 6, 8, 12], dtype=np.float32)
@@ -229,18 +229,18 @@ class Q8_0(BlockType):
 
 
 class IQ4_NL(BlockType):
-    """32 weights, 18 bytes: d * CODEBOOK[q]."""
+    """32 weights, 18 bytes: d * IQ4_LEVELS[q]."""
 
     name = "gguf:IQ4_NL"
     block = 32
     members = np.dtype([("d", "<f2"), ("qs", "u1", 16)])
     code_bits = (Bits("qs", 4, 16),)
-    levels = CODEBOOK
+    levels = IQ4_LEVELS
     scale = ScaleFormat(32)
 
 
 class IQ4_XS(BlockType):
-    """256 weights, 136 bytes: d * s * CODEBOOK[q] with s in -32..31 per 32 weights, stored as s + 32.
+    """256 weights, 136 bytes: d * s * IQ4_LEVELS[q] with s in -32..31 per 32 weights, stored as s + 32.
 
     The low 4 bits of s + 32 are in scales_l, the high 2 bits in scales_h (a little-endian uint16 in llama.cpp).
     """
@@ -250,7 +250,7 @@ class IQ4_XS(BlockType):
     members = np.dtype([("d", "<f2"), ("scales_h", "u1", 2), ("scales_l", "u1", 4), ("qs", "u1", 128)])
     code_bits = (Bits("qs", 4, 16),)
     sub_bits = (Bits("scales_l", 4, 1), Bits("scales_h", 2, 1))
-    levels = CODEBOOK
+    levels = IQ4_LEVELS
     scale = ScaleFormat(32, 8, -32, 31)
 
     def _read_subs(self, blocks: np.ndarray) -> Subs:

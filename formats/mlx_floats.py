@@ -14,13 +14,13 @@ from lqexport.formats.checks import check_grid, check_planes, check_shape
 from lqexport.formats.codec import FloatFormat, Grid, GridCodec, Planes, Rounding, ScaleFormat, Scales
 from lqexport.formats.mlx import WORD, codes_of, words
 
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
+E2M1_MAGNITUDES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=np.float32)
 """The magnitudes of a number of 4 bits."""
 POWERS = FloatFormat(0, -127, 2.0**-127, 2.0**127)
 SMALL = FloatFormat(3, -6, -448.0, 448.0)
 
 
-def e4m3() -> NDArray[np.float32]:
+def _e4m3_magnitudes() -> NDArray[np.float32]:
     """Returns the magnitudes of the bytes 0 to 126 as numbers of 8 bits, up to 448; the byte 127 is not a number."""
     byte = np.arange(127)
     exponent, fraction = byte >> 3, byte & 7
@@ -28,7 +28,7 @@ def e4m3() -> NDArray[np.float32]:
     return np.ldexp(whole, exponent.clip(1) - 10).astype(np.float32)
 
 
-E4M3 = e4m3()
+E4M3_MAGNITUDES = _e4m3_magnitudes()
 
 
 class SmallFloats(GridCodec):
@@ -93,7 +93,7 @@ class SmallFloats(GridCodec):
     def _bytes(self, supers: NDArray[np.floating]) -> NDArray[np.uint8]:
         if self.scale.floats == POWERS:
             return (np.frexp(supers)[1] + 126).astype(np.uint8)  # frexp writes 2^k as 0.5 * 2^(k + 1)
-        return (np.searchsorted(E4M3, np.abs(supers)) + 128 * np.signbit(supers)).astype(np.uint8)
+        return (np.searchsorted(E4M3_MAGNITUDES, np.abs(supers)) + 128 * np.signbit(supers)).astype(np.uint8)
 
     def _numbers(self, plane: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Returns the scales that bytes stand for. Raises ValueError if one is infinite or not a number."""
@@ -102,11 +102,11 @@ class SmallFloats(GridCodec):
             raise ValueError(f"A scale of {self.name} is not a number.")
         if powers:
             return np.ldexp(np.float32(1), plane.astype(np.int32) - 127)
-        return np.where(plane < 128, E4M3[plane % 128], -E4M3[plane % 128])
+        return np.where(plane < 128, E4M3_MAGNITUDES[plane % 128], -E4M3_MAGNITUDES[plane % 128])
 
 
 MLX_FLOATS = (
-    SmallFloats("mxfp4", 4, 32, E2M1, POWERS),
-    SmallFloats("nvfp4", 4, 16, E2M1, SMALL),
-    SmallFloats("mxfp8", 8, 32, E4M3, POWERS),
+    SmallFloats("mxfp4", 4, 32, E2M1_MAGNITUDES, POWERS),
+    SmallFloats("nvfp4", 4, 16, E2M1_MAGNITUDES, SMALL),
+    SmallFloats("mxfp8", 8, 32, E4M3_MAGNITUDES, POWERS),
 )

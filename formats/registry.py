@@ -49,6 +49,5 @@ def family_of(name: str) -> str:
 
 
 def names(family: str | None = None) -> list[str]:
-    """Returns the names of all codecs, or of one family (`gguf`, `native`), in the order of their
-    files."""
+    """Returns the names of all codecs, or of one family (`gguf`, `native`), in the order of their files."""
     return [name for name in _CODECS if family is None or family_of(name) == family]

@@ -141,7 +141,7 @@ class Walks:
 
         weight = (diag(inputs) H C H diag(outputs))^T
 
-    and every product is rounded to float16, as ExLlamaV3 does that takes a layer apart.
+    and every product is rounded to float16, as in ExLlamaV3 when it decodes a whole layer.
     """
 
     trellis: Trellis

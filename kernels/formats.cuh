@@ -111,7 +111,7 @@ struct Q8_0 : Block32 {
   static __device__ int level(int code) { return (signed char)code; }
 };
 
-// CODEBOOK of formats/gguf.py: -127 -104 -83 -65 -49 -35 -22 -10 and 1 13 25 38 53 69 89 113, lowest byte first.
+// IQ4_LEVELS of formats/gguf.py: -127 -104 -83 -65 -49 -35 -22 -10 and 1 13 25 38 53 69 89 113, lowest byte first.
 __device__ __forceinline__ int codebook(int code) {
   const u64 levels = code < 8 ? 0xf6eaddcfbfad9881ull : 0x7159453526190d01ull;
   return (signed char)(levels >> 8 * (code & 7));

@@ -228,6 +228,14 @@ def test_widths_that_no_group_divides_take_smaller_groups(source: Path, text: Pa
     assert fallen <= {"mlx:4-g64", "mlx:4-g32"}
 
 
+def test_plain_fallbacks_have_the_dtype_of_the_model() -> None:
+    config, shapes = config_and_shapes("llama")
+    name = "model.layers.0.mlp.down_proj.weight"
+    shapes |= {name: (shapes[name][0], 40)}
+    planned = plan_mlx(Target.parse("mlx:mxfp4"), config | {"dtype": "float16"}, shapes)
+    assert next(tensor.codec_name for tensor in planned if tensor.name == name) == "gguf:F16"
+
+
 def test_other_artifacts_are_refused(tiny_model: Path, tmp_path: Path) -> None:
     quantize(Recipe(str(tiny_model), "gguf:Q8_0", method="rtn"), tmp_path / "out")
     with pytest.raises(UserError, match="cannot become an MLX folder by moving bytes"):

@@ -18,7 +18,7 @@ from lqexport.converters.mlx.types import settings
 from lqexport.formats import bfloat16
 from lqexport.formats.codec import BFLOAT16, FLOAT16, Grid, GridCodec, Rounding, ScaleFormat, Scales, bits_per_weight
 from lqexport.formats.mlx import BITS
-from lqexport.formats.mlx_floats import E4M3
+from lqexport.formats.mlx_floats import E4M3_MAGNITUDES
 from lqexport.formats.moves import AffineGrid, move
 from lqexport.formats.registry import codec_named, names
 from lqexport.grids.fit import fit
@@ -48,7 +48,7 @@ def numbers(rng: np.random.Generator, scale_format: ScaleFormat, shape: tuple[in
     elif scale_format.floats == FLOAT16:
         supers = np.where(either, usual.astype(np.float16), bits.view(np.float16))
     elif scale_format.floats.mantissa:
-        supers = rng.choice(np.concatenate([E4M3, -E4M3]), shape)
+        supers = rng.choice(np.concatenate([E4M3_MAGNITUDES, -E4M3_MAGNITUDES]), shape)
     else:
         supers = np.ldexp(np.float32(1), np.where(either, rng.integers(-20, 5, shape), rng.integers(-127, 128, shape)))
     if scale_format.floats in (BFLOAT16, FLOAT16):

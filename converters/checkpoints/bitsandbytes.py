@@ -107,7 +107,7 @@ class BitsAndBytes(CheckpointLayout):
         codes, size = self._bytes(f"{module}.weight.absmax", blocks), state.get("nested_blocksize", 1)
         table = self._floats(f"{module}.weight.nested_quant_map", 256)
         outer = self._floats(f"{module}.weight.nested_absmax", -(-blocks // size))
-        with well_formed(f"{module}.{STATES[0]}"):
+        with well_formed(self._state_name(module)):
             return table[codes] * np.repeat(outer, size)[:blocks] + np.float32(state["nested_offset"])
 
     def _bytes(self, name: str, count: int) -> NDArray[np.uint8]:

@@ -35,8 +35,6 @@ from lqexport.formats.moves import FloatGrid
 BLOCK = [128, 128]
 """Rows and columns of a block where config.json does not give them."""
 SCALES = (*FLOATS, torch.float8_e8m0fnu)
-
-
 SCALE_NAMES = ("weight_scale_inv", "weight_scale", "scale")
 PACKED = (torch.uint8, torch.int8)
 """The dtypes of bytes that hold two numbers."""

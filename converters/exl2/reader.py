@@ -32,13 +32,13 @@ class Exl2Model(FolderModel):
     def stored_names(self, name: str) -> list[str]:
         return naming(self._architecture).stored_names(self._architecture, name)
 
-    def joined(self, parts: list[Planes]) -> Planes:
-        shared = [[part[plane].tobytes() for plane in SHARED] for part in parts]
+    def joined(self, pieces: list[Planes]) -> Planes:
+        shared = [[piece[plane].tobytes() for plane in SHARED] for piece in pieces]
         if any(planes != shared[0] for planes in shared):
             raise UserError(
                 f"{self.folder} holds parts of a fused linear that are stored differently: not by lqexport."
             )
-        return parts[0] | {plane: np.concatenate([part[plane] for part in parts], axis=1) for plane in CUT}
+        return pieces[0] | {plane: np.concatenate([piece[plane] for piece in pieces], axis=1) for plane in CUT}
 
     def packed_shape(self, key: str) -> tuple[int, int]:
         return self.stored.shape(f"{key}.q_weight")[-1], self.stored.shape(f"{key}.q_invperm")[0]

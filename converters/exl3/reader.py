@@ -27,6 +27,7 @@ from lqexport.formats.trellis import SIDE, padded
 
 Shapes = dict[str, tuple[int, ...]]
 PLAIN_CODECS = {torch.float16: PLAIN, torch.bfloat16: "gguf:BF16", torch.float32: "gguf:F32"}
+"""Dtype of a tensor that is not quantized -> its codec."""
 SCALES = {"suh": "su", "svh": "sv"}
 """Scales of a linear -> the signs that older files have instead."""
 
@@ -88,12 +89,12 @@ class Exl3Model(FolderModel):
         matrix = plain.reshape(1, -1) if plain.dim() == 1 else plain
         return codec_name, {"blocks": matrix.view(torch.uint8).numpy()}, shape
 
-    def joined(self, parts: list[Planes]) -> Planes:
-        if any(not np.array_equal(part["suh"], parts[0]["suh"]) for part in parts):
+    def joined(self, pieces: list[Planes]) -> Planes:
+        if any(not np.array_equal(piece["suh"], pieces[0]["suh"]) for piece in pieces):
             raise UserError(f"{self.folder} holds parts of a fused linear that have other suh: not by lqexport.")
-        return parts[0] | {
-            "trellis": np.concatenate([part["trellis"] for part in parts], axis=1),
-            "svh": np.concatenate([part["svh"] for part in parts]),
+        return pieces[0] | {
+            "trellis": np.concatenate([piece["trellis"] for piece in pieces], axis=1),
+            "svh": np.concatenate([piece["svh"] for piece in pieces]),
         }
 
     def packed_codec(self, key: str) -> str:

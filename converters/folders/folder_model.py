@@ -19,13 +19,12 @@ from lqexport.errors import MALFORMED, UserError, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec_named
 from lqexport.storage.config_check import read_config
-from lqexport.storage.files import read_json
+from lqexport.storage.files import optional_json
 
 
 def method_of(folder: Path) -> str | None:
     """Returns `quant_method` of a folder's config.json; None if it has no quantization_config."""
-    path = folder / "config.json"
-    quantization = read_json(path, "").get("quantization_config") if path.is_file() else None
+    quantization = optional_json(folder / "config.json").get("quantization_config")
     return str(quantization.get("quant_method")) if isinstance(quantization, dict) else None
 
 
@@ -126,9 +125,9 @@ class FolderModel:
         """Returns the names under which a tensor's rows are stored, in the order of the rows."""
         return [name]
 
-    def joined(self, parts: list[Planes]) -> Planes:
+    def joined(self, pieces: list[Planes]) -> Planes:
         """Returns the planes of a tensor from those of its pieces. Raises UserError if they do not belong together."""
-        (planes,) = parts
+        (planes,) = pieces
         return planes
 
     def packed_shape(self, key: str) -> tuple[int, int]:

@@ -42,7 +42,8 @@ from lqexport.storage.published import public_run
 METHOD, VERSION = "lqexport", 1
 RECORD = "lqexport"
 """The sub-folder with the files that describe the run."""
-PLAIN: dict[str, np.dtype] = {"gguf:F16": np.dtype(np.float16), "gguf:F32": np.dtype(np.float32)}
+PLAIN_DTYPES: dict[str, np.dtype] = {"gguf:F16": np.dtype(np.float16), "gguf:F32": np.dtype(np.float32)}
+"""Codec of a tensor that is not packed -> dtype of its array."""
 LOW_RANK = {"A": ".low_rank_A", "B": ".low_rank_B"}
 
 
@@ -119,7 +120,7 @@ def _quantization(manifest: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 def _factor_dtype(codec_name: str) -> np.dtype:
     """Returns the dtype of a stored low-rank factor: float16 if that holds its values exactly, else float32."""
-    return PLAIN.get(codec_name, np.dtype(np.float32))
+    return PLAIN_DTYPES.get(codec_name, np.dtype(np.float32))
 
 
 def _folder_tensor(
@@ -131,8 +132,8 @@ def _folder_tensor(
         if not is_packed(manifest[f"{module}.weight"]):
             raise UserError(f"{module} is in {manifest[f'{module}.weight']['codec']}, so its correction has no place.")
         return FolderTensor(name, {module + LOW_RANK[side]: (_factor_dtype(codec_name), shape)})
-    if codec_name in PLAIN:
-        return FolderTensor(name, {name: (PLAIN[codec_name], checkpoint_shape(architecture, name, shape))})
+    if codec_name in PLAIN_DTYPES:
+        return FolderTensor(name, {name: (PLAIN_DTYPES[codec_name], checkpoint_shape(architecture, name, shape))})
     if not is_packed(entry) or len(shape) != 2:
         raise UserError(
             f"{name} is in {codec_name}, which a native folder does not hold: linears are in native codecs, the rest "

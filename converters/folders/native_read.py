@@ -24,7 +24,8 @@ from lqexport.formats.registry import names
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.config_check import read_config
 
-PLAIN = {torch.float16: "gguf:F16", torch.bfloat16: "gguf:BF16", torch.float32: "gguf:F32"}
+PLAIN_CODECS = {torch.float16: "gguf:F16", torch.bfloat16: "gguf:BF16", torch.float32: "gguf:F32"}
+"""Dtype of a tensor that is not packed -> its codec."""
 
 
 class NativeModel:
@@ -101,10 +102,10 @@ class NativeModel:
 
     def _plain(self, name: str) -> tuple[str, Planes, tuple[int, ...]]:
         tensor = self._tensors[self._factors.get(name, name)]
-        if tensor.dtype not in PLAIN or tensor.dim() not in (1, 2) or tensor.numel() == 0:
+        if tensor.dtype not in PLAIN_CODECS or tensor.dim() not in (1, 2) or tensor.numel() == 0:
             raise UserError(f"{self.folder}: {name} should be of floating-point numbers, in one or two dimensions.")
         matrix = tensor.reshape(1, -1) if tensor.dim() == 1 else tensor
-        return PLAIN[tensor.dtype], {"blocks": matrix.view(torch.uint8).numpy()}, tuple(tensor.shape)
+        return PLAIN_CODECS[tensor.dtype], {"blocks": matrix.view(torch.uint8).numpy()}, tuple(tensor.shape)
 
 
 def _packed(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -116,7 +117,9 @@ def _packed(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != METHOD:
         raise UserError(f"{folder} is no native folder: its config.json has no quantization_config of {METHOD}.")
     if quantization.get("version") != VERSION:
-        raise UserError(f"{folder} is of version {quantization.get('version')} of the format; this lqexport reads 1.")
+        raise UserError(
+            f"{folder} is of version {quantization.get('version')} of the format; this lqexport reads {VERSION}."
+        )
     modules = quantization.get("modules")
     if not isinstance(modules, dict) or not all(map(_is_entry, modules.values())):
         raise UserError(f"{folder}: quantization_config of config.json should list modules with codec and shape.")

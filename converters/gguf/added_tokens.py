@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.tokens import Vocabulary
+from lqexport.storage.files import optional_json
 
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 _FILES = ("tokenizer_config.json", "special_tokens_map.json")

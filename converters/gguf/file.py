@@ -19,9 +19,10 @@ from gguf import GGMLQuantizationType, GGUFWriter
 from gguf.gguf_writer import WriterState
 
 from lqexport.converters.gguf.scales import scale_name
-from lqexport.converters.gguf.split import ALIGNMENT, in_files, split_paths
+from lqexport.converters.gguf.split import ALIGNMENT, in_files, padded, split_paths
 from lqexport.converters.models.architecture import Order
 from lqexport.converters.models.tensor_names import place_in_stack
+from lqexport.converters.plan import rows_and_columns
 from lqexport.errors import UserError
 from lqexport.formats.codec import WHOLE, nbytes
 from lqexport.formats.registry import codec_named
@@ -72,8 +73,7 @@ class GGUFEntry:
 
     def planes(self) -> dict[str, int]:
         """Returns the bytes of each plane of the tensor: its blocks, and WHOLE if it has that."""
-        rows, columns = self.shape if len(self.shape) == 2 else (1, self.shape[0])
-        layout = codec_named(self.codec_name).layout(rows, columns)
+        layout = codec_named(self.codec_name).layout(*rows_and_columns(self.shape))
         return {plane: dtype.itemsize * math.prod(shape) for plane, (dtype, shape) in layout.items()}
 
 
@@ -132,7 +132,7 @@ class FileContent:
     @property
     def nbytes(self) -> int:
         """The bytes of all tensors, with the padding behind each."""
-        return sum(-(-tensor.nbytes // ALIGNMENT) * ALIGNMENT for tensor in self.tensors)
+        return sum(padded(tensor.nbytes) for tensor in self.tensors)
 
     def header(self) -> bytes:
         """Returns the bytes of the file before those of its tensors."""
@@ -203,8 +203,8 @@ def _zeros(name: str, shape: tuple[int, ...]) -> _Tensor:
     """Returns a tensor of zeros: a matrix in a small type whose zero bytes are zeros, if its columns fit."""
     small = len(shape) == 2 and shape[1] % codec_named(SMALL).block == 0
     codec_name = SMALL if small else "gguf:F32"
-    rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    return _Tensor(name, shape, codec_name, [], np.zeros(nbytes(codec_named(codec_name), rows, columns), np.uint8))
+    size = nbytes(codec_named(codec_name), *rows_and_columns(shape))
+    return _Tensor(name, shape, codec_name, [], np.zeros(size, np.uint8))
 
 
 def write_arrays(path: Path, writer: GGUFWriter, arrays: dict[str, np.ndarray]) -> None:

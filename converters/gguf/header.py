@@ -83,7 +83,7 @@ class _Cursor:
 
     def numbers(self, type_code: int, count: int) -> list[Any]:
         if type_code not in _NUMBERS:
-            raise ValueError(f"unknown kind of value {type_code}")
+            raise ValueError(f"a value has the unknown type {type_code}")
         dtype = np.dtype(_NUMBERS[type_code])
         return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
 from typing import Any
 
 from gguf import GGUFWriter, RopeScalingType
@@ -24,7 +23,6 @@ from lqexport.converters.models.rope import (
 )
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.errors import UserError
-from lqexport.storage.files import read_json
 from lqexport.storage.published import public_run
 from lqexport.target import Target
 
@@ -35,11 +33,6 @@ TOKEN_TYPES = "token_types.weight"
 """The GGUF tensor with an embedding for each type of token, which BERT has."""
 VALUE_LENGTH = "attention.value_length"
 WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
-
-
-def optional_json(path: Path) -> dict[str, Any]:
-    """Returns the JSON object in a file, or {} if there is no file. Raises UserError if the file is damaged."""
-    return read_json(path, f"{path} is gone.") if path.is_file() else {}
 
 
 def check_metadata(architecture: Architecture, config: Config) -> None:

@@ -31,6 +31,7 @@ from lqexport.converters.models.tensor_names import (
     place_in_stack,
     plain_codec,
 )
+from lqexport.converters.plan import rows_and_columns
 from lqexport.errors import UserError
 from lqexport.formats.codec import WHOLE, PlainCodec, Planes
 from lqexport.formats.gguf import WITH_SCALE
@@ -231,7 +232,7 @@ class GGUFModel:
         codec_name, shape = self._stored_codec_name(name), self.shape(name)
         if len(shape) == 1 and not isinstance(codec_named(codec_name), PlainCodec):
             raise UserError(f"{self.path}: {name} is a vector, and of the type {codec_name}, which only matrices have.")
-        layout = codec_named(codec_name).layout(*_matrix(shape))
+        layout = codec_named(codec_name).layout(*rows_and_columns(shape))
         ((plane, (dtype, stored_shape)),) = layout.items()
         rows = self._data(name).view(dtype).reshape(shape[0], -1)
         order = row_order(self._architecture, self.config, name, shape[0])
@@ -282,8 +283,3 @@ def _plain(codec_name: str) -> PlainCodec:
     codec = codec_named(codec_name)
     assert isinstance(codec, PlainCodec)
     return codec
-
-
-def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """Returns (rows, columns); a vector is one row."""
-    return (shape[0], shape[1]) if len(shape) == 2 else (1, shape[0])

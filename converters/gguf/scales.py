@@ -14,8 +14,8 @@ from lqexport.converters.models.tensor_names import gguf_names, is_linear
 from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.gguf import WITH_SCALE
 
-_KEYS = ("attn_q", "attn_k", "attn_v", "attn_output")
-_FUSED_KEYS = ("attn_qkv", "attn_output")
+_ATTENTION = ("attn_q", "attn_k", "attn_v", "attn_output")
+_FUSED_ATTENTION = ("attn_qkv", "attn_output")
 _MLP = ("ffn_gate", "ffn_up", "ffn_down")
 _EXPERTS = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
 _SHARED = ("ffn_gate_shexp", "ffn_up_shexp", "ffn_down_shexp")
@@ -23,19 +23,20 @@ _STATES = ("ssm_in", "ssm_out")
 _DELTA = ("attn_qkv", "attn_gate", "ssm_alpha", "ssm_beta", "ssm_out")
 
 APPLIED: dict[str, tuple[str, ...]] = {
-    "llama": (*_KEYS, *_MLP, *_EXPERTS),
-    "gemma4": (*_KEYS, *_MLP, "ffn_gate_exps", "ffn_up_exps"),  # its router's weights are called ffn_down_exps.scale
-    "qwen3moe": (*_KEYS, *_EXPERTS),
-    "qwen3next": (*_KEYS, *_EXPERTS, *_SHARED),
-    "qwen35": (*_KEYS, *_MLP, *_DELTA),
-    "qwen35moe": (*_KEYS, *_EXPERTS, *_SHARED, *_DELTA),
-    "nemotron_h": (*_KEYS, *_MLP, *_STATES),
-    "nemotron_h_moe": (*_KEYS, *_EXPERTS, *_SHARED, *_STATES),
-    **dict.fromkeys(("qwen3", "mistral3", "cohere2"), (*_KEYS, *_MLP)),
+    "llama": (*_ATTENTION, *_MLP, *_EXPERTS),
+    # Its router's weights are called ffn_down_exps.scale.
+    "gemma4": (*_ATTENTION, *_MLP, "ffn_gate_exps", "ffn_up_exps"),
+    "qwen3moe": (*_ATTENTION, *_EXPERTS),
+    "qwen3next": (*_ATTENTION, *_EXPERTS, *_SHARED),
+    "qwen35": (*_ATTENTION, *_MLP, *_DELTA),
+    "qwen35moe": (*_ATTENTION, *_EXPERTS, *_SHARED, *_DELTA),
+    "nemotron_h": (*_ATTENTION, *_MLP, *_STATES),
+    "nemotron_h_moe": (*_ATTENTION, *_EXPERTS, *_SHARED, *_STATES),
+    **dict.fromkeys(("qwen3", "mistral3", "cohere2"), (*_ATTENTION, *_MLP)),
     **dict.fromkeys(("deepseek32", "glm-dsa"), ("attn_output", *_MLP, *_EXPERTS, *_SHARED)),
-    **dict.fromkeys(("granitehybrid", "falcon-h1", "jamba"), (*_KEYS, *_STATES)),
+    **dict.fromkeys(("granitehybrid", "falcon-h1", "jamba"), (*_ATTENTION, *_STATES)),
     **dict.fromkeys(("mamba", "mamba2"), _STATES),
-    **dict.fromkeys(("falcon", "gpt2", "gptneox", "phi3"), _FUSED_KEYS),
+    **dict.fromkeys(("falcon", "gpt2", "gptneox", "phi3"), _FUSED_ATTENTION),
     **dict.fromkeys(("deepseek2", "mimo2", "mistral4"), ("attn_output",)),
     **dict.fromkeys(
         (
@@ -45,7 +46,7 @@ APPLIED: dict[str, tuple[str, ...]] = {
             "phi2", "qwen2", "qwen2moe", "qwen2vl", "qwen3vl", "qwen3vlmoe", "seed_oss", "smollm3", "stablelm",
             "starcoder2",
         ),
-        _KEYS,
+        _ATTENTION,
     ),
 }  # fmt: skip
 """Architecture of GGUF -> the matrices of its blocks that llama.cpp (86a2835) multiplies by a further scale.

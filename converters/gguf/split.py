@@ -34,6 +34,11 @@ class Sized(Protocol):
 T = TypeVar("T", bound=Sized)
 
 
+def padded(nbytes: int) -> int:
+    """Returns a tensor's bytes with the padding behind them."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
 def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:
     """Returns the tensors of each file, in order.
 
@@ -42,7 +47,7 @@ def in_files(tensors: Sequence[T], most: int | None) -> list[list[T]]:
     files: list[list[T]] = [[]]
     filled = 0
     for tensor in tensors:
-        size = -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        size = padded(tensor.nbytes)
         if most is not None and files[-1] and filled + size > most:
             files.append([])
             filled = 0

@@ -13,10 +13,10 @@ from gguf import GGUFWriter, Keys, TokenType
 
 from lqexport.converters.gguf.added_tokens import ROLES, text_of
 from lqexport.converters.gguf.file import write_metadata
-from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.tokens import Vocabulary
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
+from lqexport.storage.files import optional_json
 
 PHI_3, NEVER_STRIPPED = re.compile("(phi)-?3", re.IGNORECASE), ("<unk>", "<s>", "<|endoftext|>")
 

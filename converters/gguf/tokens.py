@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field
 
 from gguf import TokenType
 
+from lqexport.converters.gguf.sentencepiece_model import Piece
 from lqexport.errors import UserError
 
 SPACE = "\u2581"  # SentencePiece's visible space
@@ -91,6 +92,14 @@ def visible(text: str, token_type: int) -> str:
     llama.cpp looks for user-defined tokens before it makes spaces visible, so these have plain spaces.
     """
     return text.replace(SPACE, " ") if token_type == TokenType.USER_DEFINED else text
+
+
+def tokens_of(pieces: Iterable[Piece]) -> dict[int, Token]:
+    """Returns token id -> token for the pieces of a SentencePiece model."""
+    return {
+        number: Token(visible(piece.text, piece.token_type), TokenType(piece.token_type), piece.score)
+        for number, piece in enumerate(pieces)
+    }
 
 
 def token_type_of(text: str, unknown: str | None) -> TokenType:

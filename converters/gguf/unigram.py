@@ -14,7 +14,7 @@ from gguf import TokenType
 
 from lqexport.converters.gguf.sentencepiece_model import SentencePieceModel
 from lqexport.converters.gguf.spaces import flat_steps, space_rules
-from lqexport.converters.gguf.tokens import Token, Vocabulary, token_type_of, visible
+from lqexport.converters.gguf.tokens import Token, Vocabulary, token_type_of, tokens_of
 from lqexport.errors import UserError
 
 
@@ -22,11 +22,8 @@ def from_sentencepiece(model: SentencePieceModel) -> Vocabulary:
     """Returns the vocabulary of a tokenizer.model. Raises UserError if llama.cpp would split text in another way."""
     if model.space_suffix or model.merge_spaces > model.space_prefix:
         raise UserError("tokenizer.model puts spaces where llama.cpp's unigram tokenizer does not.")
-    tokens = {
-        number: Token(visible(piece.text, piece.token_type), TokenType(piece.token_type), piece.score)
-        for number, piece in enumerate(model.pieces)
-    }
-    return _checked(Vocabulary("t5", "default", tokens, [], model.space_prefix, model.merge_spaces, model.charsmap))
+    tokens, prefix = tokens_of(model.pieces), model.space_prefix
+    return _checked(Vocabulary("t5", "default", tokens, [], prefix, model.merge_spaces, model.charsmap))
 
 
 def from_tokenizer_json(tokenizer: dict[str, Any]) -> Vocabulary:

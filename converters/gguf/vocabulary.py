@@ -20,12 +20,12 @@ from gguf import TokenType
 from lqexport.converters.gguf import unigram as gguf_unigram
 from lqexport.converters.gguf import wordpiece as gguf_wordpiece
 from lqexport.converters.gguf.added_tokens import AddedToken, added_tokens
-from lqexport.converters.gguf.metadata import optional_json
 from lqexport.converters.gguf.pretokenizers import pretokenizer_name
 from lqexport.converters.gguf.sentencepiece_model import read_sentencepiece
 from lqexport.converters.gguf.spaces import flat_steps, space_rules
-from lqexport.converters.gguf.tokens import Token, Vocabulary, token_type_of, visible
+from lqexport.converters.gguf.tokens import Token, Vocabulary, token_type_of, tokens_of, visible
 from lqexport.errors import UserError
+from lqexport.storage.files import optional_json
 
 
 def read_vocabulary(folder: Path) -> Vocabulary:
@@ -89,11 +89,7 @@ def _sentencepiece(path: Path) -> Vocabulary:
     model = read_sentencepiece(path)
     if not model.is_bpe:
         return gguf_unigram.from_sentencepiece(model)
-    tokens = {
-        number: Token(visible(piece.text, piece.token_type), TokenType(piece.token_type), piece.score)
-        for number, piece in enumerate(model.pieces)
-    }
-    return Vocabulary("llama", "default", tokens, space_prefix=model.space_prefix)
+    return Vocabulary("llama", "default", tokens_of(model.pieces), space_prefix=model.space_prefix)
 
 
 def _sentencepiece_like(tokenizer: dict[str, Any]) -> Vocabulary:

@@ -64,7 +64,7 @@ def plan_mlx(
         matching = [type_name for pattern, type_name in chosen.items() if matches(pattern, name, shape)]
         quantized = is_linear(architecture, name) or name in outer or name in architecture.tables
         wanted = matching[-1] if matching else usual if quantized and len(shape) == 2 else PLAIN[half]
-        planned.append(_fitted(name, shape, in_dtype(wanted, half), _solved(architecture, config, name)))
+        planned.append(_fitted(name, shape, in_dtype(wanted, half), half, _solved(architecture, config, name)))
     check_experts(str(config.get("model_type")), {tensor.name: tensor.codec_name for tensor in planned})
     if not fallback:
         refuse_fallbacks(target, planned)
@@ -76,17 +76,16 @@ def _solved(architecture: Architecture, config: dict[str, Any], name: str) -> bo
     return is_linear(architecture, name) or name == (architecture.embedding if is_tied(config) else architecture.output)
 
 
-def _fitted(name: str, shape: tuple[int, ...], wanted: str, solved: bool) -> PlannedTensor:
+def _fitted(name: str, shape: tuple[int, ...], wanted: str, half: bool, solved: bool) -> PlannedTensor:
     """Returns the tensor in the codec `wanted`, or in a fallback if its columns are no whole groups.
 
     It is the type of as many bits with the largest groups that divide the columns, else plain numbers, which mlx-lm
-    takes, too.
+    takes, too: in float16 if `half`, else in bfloat16.
     """
     columns, block = shape[-1], codec_named(wanted).block
     if columns % block == 0:
         return PlannedTensor(name, shape, wanted, solved and wanted.startswith(FAMILY))
     alike = [type_name for type_name in types() if type_name.partition("-")[0] == wanted.partition("-")[0]]
-    half = wanted.endswith("-f16")
     fitting = [in_dtype(type_name, half) for type_name in alike if columns % codec_named(type_name).block == 0]
     chosen = max(fitting, key=lambda type_name: codec_named(type_name).block, default=PLAIN[half])
     reason = f"{columns} columns are not a multiple of {block}"

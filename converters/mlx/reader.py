@@ -13,6 +13,7 @@ from lqexport.formats.registry import codec_named
 
 PARTS = ("scales", "biases")
 PLAIN_CODECS = {torch.bfloat16: PLAIN[False], torch.float16: PLAIN[True]}
+"""Dtype of a tensor that is not quantized -> its codec."""
 
 
 class MlxModel(FolderModel):

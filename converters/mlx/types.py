@@ -12,7 +12,7 @@ from typing import Any
 from lqexport.formats.mlx import HALF_SUFFIX, Affine
 from lqexport.formats.mlx_floats import SmallFloats
 from lqexport.formats.registry import codec_named, names
-from lqexport.storage.files import read_json
+from lqexport.storage.files import optional_json
 
 FAMILY = "mlx"
 PLAIN = {False: "gguf:BF16", True: "gguf:F16"}
@@ -71,6 +71,5 @@ def same_groups(codec_name: str) -> tuple[str, ...]:
 
 def quantization_of(folder: Path) -> dict[str, Any] | None:
     """Returns `quantization` of a folder's config.json, by which mlx-lm knows its models; None if it has none."""
-    path = folder / "config.json"
-    quantization = read_json(path, "").get("quantization") if path.is_file() else None
+    quantization = optional_json(folder / "config.json").get("quantization")
     return quantization if isinstance(quantization, dict) else None

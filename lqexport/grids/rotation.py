@@ -97,7 +97,7 @@ def rotated(matrix: Tensor) -> Tensor:
 
 
 def fit_basis(weight: Tensor, importance: Tensor, deviation: float) -> Basis:
-    """Returns scales for which the runs of X have a standard deviation.
+    """Returns the scales for which each run of X has a given standard deviation.
 
     weight      float32 [R, C]
     importance  float32 [C], above 0: what an error of each input counts

@@ -25,6 +25,7 @@ from lqexport.converters.gguf.header import IMAGE_PART
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.converters.mlx.types import quantization_of
+from lqexport.converters.plan import rows_and_columns
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
@@ -217,8 +218,7 @@ def _entries(model: GGUFModel | FolderModel | NativeModel, names: list[str]) -> 
 
 
 def _coded(name: str, shape: tuple[int, ...], codec_name: str) -> TensorInfo:
-    rows, columns = shape if len(shape) == 2 else (1, shape[0])
-    return TensorInfo(name, shape, codec_name, nbytes(codec_named(codec_name), rows, columns))
+    return TensorInfo(name, shape, codec_name, nbytes(codec_named(codec_name), *rows_and_columns(shape)))
 
 
 def _source_entry(source: HuggingFaceSource, name: str) -> TensorInfo:

@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from lqexport.grids.grid import TensorGrid
+from lqexport.grids.grid import TensorGrid, round_half
 from lqexport.grids.sections import TensorSections
 from lqexport.kernels import cuda
 from lqexport.runtime.products import times_transposed
@@ -146,7 +146,7 @@ def refit_tables(gradient: Tensor, hessian: Tensor, grid: TensorGrid, codes: Ten
         # A level that no code uses has only zeros in the matrix: the ridge keeps that level where it is.
         ridge = 1e-7 * matrix.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + 1e-30
         step = torch.linalg.solve(matrix + ridge * torch.eye(count, device=matrix.device), -right)
-        new = (levels + step).clamp(-65504, 65504).half().float()
+        new = round_half(levels + step)
         step = (new - levels).double()
         change = torch.einsum("rk,rkl,rl->r", step, matrix, step) + 2 * (right * step).sum(1)
         parts.append(torch.where(change[:, None] < 0, new, levels))

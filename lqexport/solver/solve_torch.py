@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats.codec import Rounding
-from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_super, rounded, rounded_step
+from lqexport.grids.grid import Numbers, TensorGrid, nearest_level, round_sub, round_super, rounded, rounded_step
 from lqexport.runtime.tiles import product
 
 
@@ -112,7 +112,7 @@ def _refit(
         columns = slice(g * group, (g + 1) * group)
         direction = form.sign * supers[:, g // form.span, None] * basis[:, columns]
         step = _best_step(direction, gradient[:, columns], hessian[columns, columns])
-        new = (subs[:, g] + step).round().clamp(form.low, form.high)
+        new = round_sub(subs[:, g] + step, form)
         subs[:, g] += _move(new - subs[:, g], step, direction, columns, values, gradient, hessian).to(subs.dtype)
 
 

@@ -179,6 +179,11 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     return content
 
 
+def optional_json(path: Path) -> dict[str, Any]:
+    """Returns the JSON object in a file, or {} if there is no file. Raises UserError if the file is damaged."""
+    return read_json(path, f"{path} is gone.") if path.is_file() else {}
+
+
 def file_digest(*paths: Path) -> str:
     """Returns the sha256 (hex) of the concatenated bytes of the files."""
     hasher = hashlib.sha256()

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lqexport.errors import listed
 from lqexport.evaluation.conversations import Conversation, prompt_tokens, render, special_ids, token_texts
 from lqexport.evaluation.llama_server import LlamaServer
-from lqexport.storage.files import read_json
+from lqexport.storage.files import optional_json
 from lqexport.verification.talk_record import StopToken
 
 KEYS = ("eos", "eot", "eom")
@@ -25,8 +25,7 @@ def of_folder(folder: Path | None, config: dict[str, Any], tokenizer: PreTrained
 
     Ids of ordinary tokens are left out: some configs keep those of another model.
     """
-    path = folder / "generation_config.json" if folder else None
-    generation = read_json(path, f"{path} is gone.") if path and path.is_file() else {}
+    generation = optional_json(folder / "generation_config.json") if folder else {}
     given = generation.get("eos_token_id", config.get("eos_token_id"))
     ids = [tokenizer.eos_token_id, *(given if isinstance(given, list) else [given])]
     known = special_ids(tokenizer)
