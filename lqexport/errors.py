@@ -70,6 +70,15 @@ def well_formed(content: object, advice: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def with_advice(advice: str) -> Iterator[None]:
+    """Adds what the user can do to the end of a UserError of the context."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error} {advice}".strip()) from error
+
+
+@contextlib.contextmanager
 def files_at_hand() -> Iterator[None]:
     """Turns an OSError of the context, such as a file that cannot be read, into a UserError that names the file."""
     try:

@@ -38,8 +38,8 @@ from transformers.activations import ACT2FN
 from lqexport.converters.exl2.plan import plan_exl2
 from lqexport.converters.folders import native
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.converters.gguf.support import SAME_ACTIVATIONS
 from lqexport.converters.models.architectures import ARCHITECTURES, architecture_of, normalized
+from lqexport.converters.models.engine_checks import SAME_ACTIVATIONS
 from lqexport.converters.models.refused import REFUSED, UNKNOWN, Refused
 from lqexport.converters.targets import plan
 from lqexport.errors import UserError

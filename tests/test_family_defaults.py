@@ -19,11 +19,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.converters.gguf.config import Metadata, config_of
 from lqexport.converters.gguf.metadata import add_model
-from lqexport.converters.gguf.support import layer_types
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.hf_defaults import options_of
 from lqexport.converters.models.rope import rope_factors
 from lqexport.converters.models.tensor_names import is_tied
+from lqexport.converters.models.windows import layer_types
 from lqexport.errors import UserError
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.models.modules import meta_model

@@ -372,6 +372,7 @@ def test_models_that_mlx_lm_computes_otherwise_are_refused(name: str) -> None:
         ("mistral", {"sliding_window": 16}, "without sliding windows, and by config.json each has 16 of 512"),
         ("mixtral", {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "no rope scaling of type 'yarn'"),
         ("granite", {"hidden_act": "gelu"}, "mlx-lm computes GraniteForCausalLM with hidden_act"),
+        ("gemma3", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "every n-th block"),
     ],
 )
 def test_settings_that_mlx_lm_computes_otherwise_are_refused(name: str, change: dict[str, Any], sentence: str) -> None:

@@ -6,10 +6,11 @@ It also checks, before any work, that ExLlamaV2 computes a model as transformers
 from __future__ import annotations
 
 from lqexport.converters.exl2.names import rules_of
-from lqexport.converters.gguf.support import check_fixed, check_window_scaling, window, window_period
 from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.engine_checks import check_fixed, check_window_scaling
 from lqexport.converters.models.rope import former_rope, longrope_attention, rope_settings, window_theta
-from lqexport.errors import UserError
+from lqexport.converters.models.windows import window, window_period
+from lqexport.errors import UserError, with_advice
 
 ROPE_TYPES = ("default", "dynamic", "linear", "llama3", "longrope")
 EXPERTS = (4, 8, 16, 128)
@@ -20,18 +21,26 @@ WINDOW_THETA = 1e4
 
 def check_supported(architecture: Architecture, config: Config) -> None:
     """Raises UserError if ExLlamaV2 lacks the architecture, or computes it in another way than config.json says."""
-    name = architecture.classes[0]
-    if architecture.exl2 is None:
-        raise UserError(f"EXL2 folders of {name} are not written. Choose another target.")
-    check_fixed("ExLlamaV2", architecture, config)
+    with with_advice("Choose another target."):
+        if architecture.exl2 is None:
+            raise UserError(f"EXL2 folders of {architecture.classes[0]} are not written.")
+        check_fixed("ExLlamaV2", architecture, config)
+        _check_rope(architecture, config)
+        if architecture.experts and config[architecture.experts] not in EXPERTS:
+            raise UserError(
+                f"ExLlamaV2 runs {', '.join(map(str, EXPERTS))} experts, not {config[architecture.experts]}."
+            )
+
+
+def _check_rope(architecture: Architecture, config: Config) -> None:
     rope = rope_settings(config)
     if rope["rope_type"] not in ROPE_TYPES:
-        raise UserError(f"ExLlamaV2 has no rope scaling of type {rope['rope_type']!r}, or another than transformers.")
+        raise UserError(
+            f"ExLlamaV2 has no rope scaling of type {rope['rope_type']!r}, or computes it otherwise than transformers."
+        )
     if rope["rope_type"] == "longrope" and longrope_attention(config) != longrope_attention(_unscaled(config)):
         raise UserError("ExLlamaV2 computes longrope without attention_factor and factor of config.json.")
-    if architecture.experts and config[architecture.experts] not in EXPERTS:
-        raise UserError(f"ExLlamaV2 runs {', '.join(map(str, EXPERTS))} experts, not {config[architecture.experts]}.")
-    if window_period(architecture, config) and window_theta(config) not in (None, WINDOW_THETA):
+    if window_period("ExLlamaV2", architecture, config) and window_theta(config) not in (None, WINDOW_THETA):
         raise UserError(
             f"ExLlamaV2 rotates within windows with rope_theta {WINDOW_THETA:g}, not {window_theta(config)}."
         )
@@ -63,5 +72,5 @@ def exl2_config(architecture: Architecture, config: Config) -> Config:
     elif architecture.period is None:
         extended["max_sequence_length"] = min(narrow, config["max_position_embeddings"])
     else:
-        extended["sliding_window_pattern"] = window_period(architecture, config)
+        extended["sliding_window_pattern"] = window_period("ExLlamaV2", architecture, config)
     return extended | ({"architectures": [rules.called]} if rules.called else {})

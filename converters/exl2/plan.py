@@ -19,7 +19,7 @@ from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import block_module, is_linear, is_tied
 from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor
 from lqexport.converters.targets import Shapes, model_tensors
-from lqexport.errors import UserError
+from lqexport.errors import UserError, with_advice
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2, joined, name_of
 
@@ -43,8 +43,9 @@ def plan_exl2(
     check_supported(architecture, config)
     kept = dict(model_tensors(architecture, config, shapes))
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}
-    _check_linears(architecture, config, linears)
-    _check_biases(architecture, config, kept)
+    with with_advice("Choose another target."):
+        _check_linears(architecture, config, linears)
+        _check_biases(architecture, config, kept)
     check_reachable(list(linears.values()), bits)
     chosen = _even_codecs(linears, bits)
     planned = [

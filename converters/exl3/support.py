@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lqexport.converters.folders.pieces import Naming
-from lqexport.converters.gguf.support import check_fixed, window
 from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.engine_checks import check_fixed, check_without_windows
 from lqexport.converters.models.families.mixtral import PUBLISHED_NAMES
 from lqexport.converters.models.families.phi import SPLIT
 from lqexport.converters.models.rope import longrope_attention, rope_settings, window_theta
-from lqexport.errors import UserError
+from lqexport.converters.models.windows import window
+from lqexport.errors import UserError, with_advice
 from lqexport.formats.trellis import BLOCK
 
 MOST_INTERMEDIATE = 55296
@@ -69,32 +70,29 @@ def rules_of(config: Config) -> ExLlamaV3:
 def check_supported(architecture: Architecture, config: Config) -> None:
     """Raises UserError if ExLlamaV3 lacks the architecture, or computes it in another way than config.json says."""
     name, model_type = architecture.classes[0], str(config.get("model_type"))
-    if model_type not in RULES:
-        raise UserError(
-            f"EXL3 folders of {name} ({model_type}) are not written: ExLlamaV3 1.6.5 does not run it, or not as "
-            "transformers does. Choose another target."
-        )
-    rules = RULES[model_type]
-    check_fixed("ExLlamaV3", architecture, config)
-    _check_rope(name, config, rules)
-    narrow, context = window(config), config.get("max_position_embeddings")
-    if narrow is not None and rules.windows is None and (context is None or context > narrow):
-        raise UserError(
-            f"ExLlamaV3 computes {name} without sliding windows, and by config.json each has {narrow} of {context} "
-            "tokens. Choose another target."
-        )
-    if not architecture.experts and config.get("intermediate_size", 0) > MOST_INTERMEDIATE:
-        raise UserError(
-            f"ExLlamaV3 cuts MLPs of more than {MOST_INTERMEDIATE} columns into slices, which are not written; this "
-            f"one has {config['intermediate_size']}."
-        )
+    with with_advice("Choose another target."):
+        if model_type not in RULES:
+            raise UserError(
+                f"EXL3 folders of {name} ({model_type}) are not written: ExLlamaV3 1.6.5 does not run it, or not as "
+                "transformers does."
+            )
+        rules = RULES[model_type]
+        check_fixed("ExLlamaV3", architecture, config)
+        _check_rope(name, config, rules)
+        if rules.windows is None:
+            check_without_windows("ExLlamaV3", architecture, config)
+        if not architecture.experts and config.get("intermediate_size", 0) > MOST_INTERMEDIATE:
+            raise UserError(
+                f"ExLlamaV3 cuts MLPs of more than {MOST_INTERMEDIATE} columns into slices, which are not written; "
+                f"this one has {config['intermediate_size']}."
+            )
 
 
 def _check_rope(name: str, config: Config, rules: ExLlamaV3) -> None:
     rope = rope_settings(config)
     rope_type, context = rope["rope_type"], config.get("max_position_embeddings") or 0
     if rope_type not in ("default", *rules.rope):
-        raise UserError(f"ExLlamaV3 has no rope scaling of type {rope_type!r} for {name}. Choose another target.")
+        raise UserError(f"ExLlamaV3 has no rope scaling of type {rope_type!r} for {name}.")
     if window_theta(config) not in (None, rope["rope_theta"]):
         raise UserError(f"ExLlamaV3 rotates all blocks of {name} with one rope_theta, and config.json has two.")
     original = rope.get("original_max_position_embeddings") or context

@@ -49,15 +49,19 @@ def plan_gptq(target: Target, config: dict[str, Any], shapes: Shapes) -> list[Pl
         raise UserError(unknown("target", codec_name, GPTQ))
     architecture = architecture_of(config)
     if architecture.encoder:
-        raise UserError(f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}.")
+        raise UserError(
+            f"GPTQ's layout is for models that predict tokens, not for {architecture.classes[0]}. "
+            "Choose another target."
+        )
     if architecture.in_parts:
         raise UserError(
-            f"GPTQ's layout of {architecture.classes[0]} is not written: some of its linears are in parts here."
+            f"GPTQ's layout of {architecture.classes[0]} is not written: some of its linears are in parts here. "
+            "Choose another target."
         )
     if architecture.whole:
         raise UserError(
             f"GPTQ's layout of {architecture.classes[0]} is not written: some of its tensors are tables of whole "
-            "numbers, and such a folder holds floats."
+            "numbers, and such a folder holds floats. Choose another target."
         )
     kept = model_tensors(architecture, config, shapes)
     linears = {name: shape for name, shape in kept.items() if is_linear(architecture, name)}

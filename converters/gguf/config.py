@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.converters.gguf.metadata import TOKEN_TYPES, WINDOW_PERIOD, WINDOW_THETA
-from lqexport.converters.gguf.support import FULL, SLIDING, layer_types, query_scalar
+from lqexport.converters.gguf.support import query_scalar
 from lqexport.converters.models.architecture import FIRST, FURTHER_COUNT, KEY_HEADS, MEAN, Architecture, Config
 from lqexport.converters.models.further import block_count
-from lqexport.converters.models.hf_defaults import default_of, default_rope
+from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_of, default_rope
 from lqexport.converters.models.rope import (
     LONG_FACTORS,
     NOT_ROTATED,
@@ -24,6 +24,7 @@ from lqexport.converters.models.rope import (
 )
 from lqexport.converters.models.text_parts import SECTIONS
 from lqexport.converters.models.value_heads import TILED
+from lqexport.converters.models.windows import layer_types
 from lqexport.errors import UserError
 
 

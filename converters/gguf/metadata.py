@@ -9,7 +9,7 @@ from typing import Any
 from gguf import GGUFWriter, RopeScalingType
 
 from lqexport.converters.gguf.mixes import file_type
-from lqexport.converters.gguf.support import check_supported, window, window_period
+from lqexport.converters.gguf.support import check_supported
 from lqexport.converters.models.architecture import KEY_HEADS, Architecture, Config, Key
 from lqexport.converters.models.hf_defaults import SLIDING
 from lqexport.converters.models.rope import (
@@ -22,6 +22,7 @@ from lqexport.converters.models.rope import (
     window_theta,
 )
 from lqexport.converters.models.tensor_names import head_count
+from lqexport.converters.models.windows import window, window_period
 from lqexport.errors import UserError
 from lqexport.storage.published import public_run
 from lqexport.target import Target
@@ -123,7 +124,7 @@ def _add_key(writer: GGUFWriter, key: Key, config: Config, further: int) -> None
 
 
 def _add_window(writer: GGUFWriter, architecture: Architecture, config: Config, further: int) -> None:
-    period = window_period(architecture, config)
+    period = window_period("llama.cpp", architecture, config)
     if period is None and not architecture.any_windows:
         return
     if period is not None:

@@ -6,61 +6,37 @@ import math
 from typing import Any
 
 from lqexport.converters.models.architecture import Architecture, Config
-from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_of, default_rope
+from lqexport.converters.models.engine_checks import alternatives, check_fixed, check_window_scaling
+from lqexport.converters.models.hf_defaults import default_of
 from lqexport.converters.models.rope import head_dim, rope_sections, rope_settings, rotary_dim, window_theta
 from lqexport.converters.models.tensor_names import head_count
-from lqexport.errors import UserError
-
-SAME_ACTIVATIONS = {"swish": "silu", "gelu_python": "gelu", "gelu_new": "gelu_pytorch_tanh"}
-SAME_ACTIVATIONS |= {"gelu_fast": "gelu_pytorch_tanh", "gelu_python_tanh": "gelu_pytorch_tanh"}
-"""transformers' other names of an activation (`ACT2FN`), and the usual one."""
+from lqexport.converters.models.windows import window_period
+from lqexport.errors import UserError, with_advice
 
 
 def check_supported(architecture: Architecture, config: Config) -> None:
     """Raises UserError if llama.cpp lacks the architecture, or computes it in another way than config.json says."""
-    name = architecture.classes[0]
-    if architecture.gguf is None:
-        raise UserError(
-            f"llama.cpp does not run {name}, so there is no GGUF of it. Choose a native target, such as native:table-4."
-        )
-    check_fixed("llama.cpp", architecture, config)
-    if (reason := architecture.refuses(config)) is not None:
-        raise UserError(reason)
-    _check_rope(architecture, config)
-    _check_scale(architecture, config)
-    _check_heads(architecture, config)
-    _check_keys(architecture, config)
-    window_period(architecture, config)
-    _check_types(architecture)
+    with with_advice("Choose a native target, such as native:table-4."):
+        if architecture.gguf is None:
+            raise UserError(f"llama.cpp does not run {architecture.classes[0]}, so there is no GGUF of it.")
+        check_fixed("llama.cpp", architecture, config)
+        if (reason := architecture.refuses(config)) is not None:
+            raise UserError(reason)
+        _check_rope(architecture, config)
+        _check_scale(architecture, config)
+        _check_heads(architecture, config)
+        _check_keys(architecture, config)
+        window_period("llama.cpp", architecture, config)
+        _check_types(architecture)
 
 
 def _check_types(architecture: Architecture) -> None:
     present = {value for values in architecture.per_block.values() for value in values}
     if missing := [value for value in architecture.needs_types if value not in present]:
         raise UserError(
-            f"llama.cpp runs {architecture.classes[0]} only where some block is {_alternatives(tuple(missing))}, and "
+            f"llama.cpp runs {architecture.classes[0]} only where some block is {alternatives(tuple(missing))}, and "
             "by config.json none is."
         )
-
-
-def check_fixed(engine: str, architecture: Architecture, config: Config) -> None:
-    """Raises UserError if config.json has a value that is not among the architecture's `fixed` ones, or not `same`.
-
-    engine   name of the program that runs the model, for the message
-    """
-    for key, allowed in architecture.fixed.items():
-        if key in config and not _is_allowed(config[key], allowed):
-            untied = key == "tie_word_embeddings" and not config[key]
-            given = "the model's output is not its embedding" if untied else f"config.json has {config[key]!r}"
-            raise UserError(
-                f"{engine} computes {architecture.classes[0]} with {key} {_alternatives(allowed)}, and {given}."
-            )
-    for key, other in architecture.same.items():
-        if config.get(key) not in (None, config.get(other)):
-            raise UserError(
-                f"{engine} computes {architecture.classes[0]} with {key} equal to {other}, and config.json has "
-                f"{config[key]!r} and {config.get(other)!r}."
-            )
 
 
 def _check_keys(architecture: Architecture, config: Config) -> None:
@@ -78,15 +54,6 @@ def _check_keys(architecture: Architecture, config: Config) -> None:
                 f"llama.cpp computes {architecture.classes[0]} with a number for {key.config}, and config.json has "
                 "null."
             )
-
-
-def _is_allowed(value: Any, allowed: tuple[Any, ...]) -> bool:
-    names = {SAME_ACTIVATIONS.get(each, each) for each in allowed if isinstance(each, str)}
-    return value in allowed or (isinstance(value, str) and SAME_ACTIVATIONS.get(value, value) in names)
-
-
-def _alternatives(allowed: tuple[Any, ...]) -> str:
-    return " or ".join(repr(value) for value in allowed)
 
 
 def _check_rope(architecture: Architecture, config: Config) -> None:
@@ -122,20 +89,6 @@ def _check_rope(architecture: Architecture, config: Config) -> None:
     rotated = config.get("no_rope_layers")  # 1 for a block with rotation, despite the name
     if rotated and rotated != [int((layer + 1) % 4 != 0) for layer in range(len(rotated))]:
         raise UserError(f"llama.cpp leaves out the rotation in every fourth block; no_rope_layers is {rotated}.")
-
-
-def check_window_scaling(engine: str, architecture: Architecture, config: Config) -> None:
-    """Raises UserError if blocks with a sliding window have rope scaling, or if it is not said for which blocks it is.
-
-    engine   name of the program that runs the model, for the message
-    """
-    rope = config.get("rope_parameters") or {}
-    window_type = (rope.get(SLIDING) or {}).get("rope_type", "default")
-    if window_type != "default":
-        raise UserError(f"{engine} has no rope scaling within windows, and config.json has {window_type!r}.")
-    # transformers ignores such settings of these models.
-    if rope and SLIDING in default_rope(architecture) and not rope.keys() & {FULL, SLIDING}:
-        raise UserError(f"rope_parameters of config.json must have settings of {FULL} and {SLIDING}, not {rope}.")
 
 
 def _check_window_theta(architecture: Architecture, config: Config) -> None:
@@ -203,37 +156,3 @@ def _check_heads(architecture: Architecture, config: Config) -> None:
             f"llama.cpp wants heads of {architecture.classes[0]} that add up to hidden_size; config.json has {heads} "
             f"heads of {size} columns, and hidden_size {hidden}."
         )
-
-
-def window(config: Config) -> int | None:
-    """Returns the size of the sliding window in tokens; None where all blocks attend to the whole context."""
-    if config.get("use_sliding_window") is False or SLIDING not in (config.get("layer_types") or [SLIDING]):
-        return None
-    return config.get("sliding_window")
-
-
-def window_period(architecture: Architecture, config: Config) -> int | None:
-    """Returns n where every n-th block attends to the whole context and the others to a sliding window.
-
-    Returns None for an architecture whose windows llama.cpp ignores. Raises UserError if the blocks of config.json do
-    not follow such a pattern.
-    """
-    if architecture.needs_windows and window(config) is None:
-        raise UserError(
-            f"llama.cpp computes {architecture.classes[0]} with sliding windows in some blocks, and config.json has "
-            "none."
-        )
-    if architecture.period is None or window(config) is None:
-        return architecture.period and 1
-    types = config.get("layer_types")
-    if types is None:
-        return int(config.get("sliding_window_pattern") or architecture.period)
-    period = types.index(FULL) + 1 if FULL in types else len(types) + 1
-    if types != layer_types(period, len(types)):
-        raise UserError(f"Windows can be in all but every n-th block; layer_types of config.json is {types}.")
-    return period
-
-
-def layer_types(period: int, layers: int) -> list[str]:
-    """Returns `layer_types` of config.json where every `period`-th block attends to the whole context."""
-    return [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]

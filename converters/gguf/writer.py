@@ -32,7 +32,7 @@ from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_blocks
 from lqexport.converters.models.rope import rope_factors
 from lqexport.converters.models.tensor_names import gguf_names, gguf_shape
-from lqexport.errors import UserError
+from lqexport.errors import UserError, with_advice
 from lqexport.storage.artifact import Artifact
 
 NO_TOKENIZER = "no_vocab"
@@ -63,7 +63,7 @@ def content_of_artifact(artifact: Artifact) -> FileContent:
 
     An error about the tokenizer says where its files are: a finished run need not be repeated.
     """
-    mending = f" Its files are in {artifact.model_folder}: mend them there, and export again."
+    mending = f"Its files are in {artifact.model_folder}: mend them there, and export again."
     return content_of(artifact, mending=mending)
 
 
@@ -89,18 +89,11 @@ def content_of(stored: StoredModel, *, mending: str = "", with_tokenizer: bool =
     if not with_tokenizer:
         writer.add_tokenizer_model(NO_TOKENIZER)
     elif not kept:
-        _add_tokenizer(writer, stored.model_folder, rows, mending)
+        with with_advice(mending):
+            add_tokenizer(writer, stored.model_folder, rows)
     add_kept(writer, kept)
     zeros = filler_shapes(architecture, config["num_hidden_layers"], entries)
     return file_content(writer, entries, rope_factors(config), zeros)
-
-
-def _add_tokenizer(writer: GGUFWriter, folder: Path, rows: int, mending: str) -> None:
-    """Adds the tokenizer of a model folder. An error ends with `mending`."""
-    try:
-        add_tokenizer(writer, folder, rows)
-    except UserError as error:
-        raise UserError(f"{error}{mending}") from error
 
 
 def _main_type(entries: list[GGUFEntry]) -> str:

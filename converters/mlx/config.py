@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from lqexport.converters.gguf.support import window_period
 from lqexport.converters.mlx.types import in_half, settings
 from lqexport.converters.models.architecture import Architecture, Config
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.rope import former_rope, head_dim, rope_settings, window_theta
 from lqexport.converters.models.tensor_names import is_tied
+from lqexport.converters.models.windows import window_period
 
 
 def mlx_config(config: Config, modules: Mapping[str, str]) -> Config:
@@ -49,7 +49,7 @@ def _former(architecture: Architecture, usual: Config, config: Config) -> Config
         former["rope_local_base_freq"] = theta
     if not architecture.latent and not usual.get("head_dim"):
         former["head_dim"] = head_dim(usual)
-    if architecture.period is not None and (period := window_period(architecture, usual)):
+    if architecture.period is not None and (period := window_period("mlx-lm", architecture, usual)):
         former["sliding_window_pattern"] = period
     if (count := usual.get("num_local_experts")) is not None:
         former["num_experts"] = count

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from lqexport.converters.gguf.support import check_fixed, window
 from lqexport.converters.models.architecture import Architecture, Config
+from lqexport.converters.models.engine_checks import check_fixed, check_without_windows
 from lqexport.converters.models.rope import rope_settings
-from lqexport.errors import UserError
+from lqexport.converters.models.windows import window_period
+from lqexport.errors import UserError, with_advice
 
 SCALED = ("dynamic", "linear", "llama3", "yarn")
 """The types of rope scaling of models that share mlx-lm's code for it; within the context, `dynamic` changes nothing.
@@ -29,18 +30,17 @@ def check_supported(architecture: Architecture, config: Config) -> None:
     if MODEL_TYPES is None:
         return
     name, model_type = architecture.classes[0], str(config.get("model_type"))
-    if model_type not in MODEL_TYPES:
-        raise UserError(
-            f"MLX folders of {name} ({model_type}) are not written: mlx-lm does not run it, or not as transformers "
-            "does, or wants its tensors in another form. Choose another target."
-        )
-    check_fixed("mlx-lm", architecture, config)
-    rope_type = rope_settings(config)["rope_type"]
-    if rope_type not in ("default", *MODEL_TYPES[model_type]):
-        raise UserError(f"mlx-lm has no rope scaling of type {rope_type!r} for {name}. Choose another target.")
-    narrow, context = window(config), config.get("max_position_embeddings")
-    if narrow is not None and model_type not in WINDOWED and (context is None or context > narrow):
-        raise UserError(
-            f"mlx-lm computes {name} without sliding windows, and by config.json each has {narrow} of {context} "
-            "tokens. Choose another target."
-        )
+    with with_advice("Choose another target."):
+        if model_type not in MODEL_TYPES:
+            raise UserError(
+                f"MLX folders of {name} ({model_type}) are not written: mlx-lm does not run it, or not as transformers "
+                "does, or wants its tensors in another form."
+            )
+        check_fixed("mlx-lm", architecture, config)
+        rope_type = rope_settings(config)["rope_type"]
+        if rope_type not in ("default", *MODEL_TYPES[model_type]):
+            raise UserError(f"mlx-lm has no rope scaling of type {rope_type!r} for {name}.")
+        if model_type in WINDOWED:
+            window_period("mlx-lm", architecture, config)
+        else:
+            check_without_windows("mlx-lm", architecture, config)
