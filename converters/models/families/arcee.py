@@ -17,7 +17,8 @@ from lqexport.converters.models.families.parts import (
     UNGATED_BLOCK,
     UNGATED_LINEARS,
 )
-from lqexport.converters.models.hf_defaults import FULL, SLIDING
+from lqexport.converters.models.hf_defaults import FULL
+from lqexport.converters.models.windows import layer_types
 
 ARCEE = replace(
     LLAMA,
@@ -37,7 +38,7 @@ ARCEE = replace(
 def _windows(config: Config) -> Config:
     """Returns the types of the blocks, and n where every n-th block attends to the whole context."""
     period, layers = config.get("global_attn_every_n_layers") or 4, config.get("num_hidden_layers", 0)
-    types = config.get("layer_types") or [SLIDING if (layer + 1) % period else FULL for layer in range(layers)]
+    types = config.get("layer_types") or layer_types(period, layers)
     period = types.index(FULL) + 1 if FULL in types else period
     return {"layer_types": types, "global_attn_every_n_layers": period}
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from lqexport.converters.models.architecture import CUT, GATED, PREDICTOR, Architecture, Config, Key, Order
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import EXPERT_LINEARS, EXPERTS, RMS_NORM
+from lqexport.converters.models.families.parts import EXPERT_LINEARS, EXPERTS, RMS_NORM, mlp_types
 from lqexport.converters.models.tensor_names import head_count
 
 LATENT = {
@@ -155,19 +155,8 @@ DEEPSEEK_V2 = replace(
 
 
 def with_mlp_types(config: Config) -> Config:
-    """Returns what `derived` of DeepSeek V3 returns, and the types of the blocks' MLPs.
-
-    `first_k_dense_replace` is None where blocks without experts follow blocks with experts.
-    """
-    layers, leading = config.get("num_hidden_layers", 0), config.get("first_k_dense_replace", 1)
-    if (types := config.get("mlp_layer_types")) is not None:
-        leading = types.count("dense")
-    pattern = ["dense"] * leading + ["sparse"] * (layers - leading)
-    fits = types in (None, pattern)
-    return _latent(config) | {
-        "mlp_layer_types": pattern if fits else types,
-        "first_k_dense_replace": leading if fits else None,
-    }
+    """Returns what `derived` of DeepSeek V3 returns, and what `mlp_types` does."""
+    return _latent(config) | mlp_types(config)
 
 
 def keys_and_values(config: Config) -> dict[str, Order]:

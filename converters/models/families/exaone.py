@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import Config, Key
+from lqexport.converters.models.architecture import Key
 from lqexport.converters.models.families.deepseek import SIGMOID
 from lqexport.converters.models.families.glm import GLM4_MOE_NORMED
 from lqexport.converters.models.families.olmo import OLMO2
-from lqexport.converters.models.families.parts import RMS_NORM
+from lqexport.converters.models.families.parts import RMS_NORM, mlp_types
 
 EXAONE4 = replace(
     OLMO2,
@@ -22,19 +22,6 @@ EXAONE4 = replace(
     period=1,
     square_heads=True,
 )
-
-
-def _leading(config: Config) -> Config:
-    """Returns the types of the blocks' MLPs, and the number of leading blocks without experts.
-
-    That is None where blocks without experts follow blocks with experts.
-    """
-    layers, leading = config.get("num_hidden_layers", 0), config.get("first_k_dense_replace", 1)
-    types = config.get("mlp_layer_types")
-    if types is not None:
-        leading = types.count("dense")
-    pattern = ["dense"] * leading + ["sparse"] * (layers - leading)
-    return {"mlp_layer_types": types or pattern, "first_k_dense_replace": leading if types in (None, pattern) else None}
 
 
 EXAONE_MOE = replace(
@@ -60,7 +47,7 @@ EXAONE_MOE = replace(
         Key("expert_weights_norm", "norm_topk_prob", bool, True),
         Key("expert_gating_func", "expert_gating_func", int, SIGMOID),
     ),
-    derived=_leading,
+    derived=mlp_types,
     partial=False,
     flags={},
     # Blocks that attend to the whole context are not rotated.

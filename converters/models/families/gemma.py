@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key, Stack
+from lqexport.converters.models.architecture import GATED, Config, ExLlamaV2, Key
 from lqexport.converters.models.families.parts import (
     ATTENTION,
     BEFORE_AND_AFTER,
     HEAD_NORMS,
     POOLING,
     RMS_NORM,
+    expert_stacks,
     rope_of_both_types,
 )
 from lqexport.converters.models.families.qwen import QWEN2
 from lqexport.converters.models.hf_defaults import FULL, SLIDING
+from lqexport.converters.models.windows import layer_types
 
 GEMMA = replace(
     QWEN2,
@@ -127,7 +129,7 @@ def _gemma4(config: Config) -> Config:
     `per_layer_config` is what transformers 5.23 makes of `global_head_dim` and `num_global_key_value_heads`.
     """
     layers, width = config.get("num_hidden_layers", 0), config.get("intermediate_size", 0)
-    types = list(config.get("layer_types") or [FULL if (layer + 1) % 6 == 0 else SLIDING for layer in range(layers)])
+    types = list(config.get("layer_types") or layer_types(6, layers))
     types[-1:] = [FULL]
     by_block = {int(block): values for block, values in (config.get("per_layer_config") or {}).items()}
     full = next(iter(by_block.values()), None) or _given_for_full_blocks(config)
@@ -267,10 +269,7 @@ GEMMA4_MOE = replace(
     },
     gguf_tensors=GEMMA4.gguf_tensors
     | {"router.scale": "ffn_gate_inp.scale", "router.per_expert_scale": "ffn_down_exps.scale"},
-    stacked={
-        "experts.gate_up_proj": Stack(("experts.*.gate_proj.weight", "experts.*.up_proj.weight")),
-        "experts.down_proj": Stack(("experts.*.down_proj.weight",)),
-    },
+    stacked=expert_stacks("experts"),
     experts="num_experts",
     aliases={"top_k_experts": "num_experts_per_tok"},
     keys=(

@@ -8,6 +8,7 @@ from lqexport.converters.models.architecture import Config, Key
 from lqexport.converters.models.families.gemma import GEMMA3, GEMMA4_E
 from lqexport.converters.models.families.parts import RMS_NORM, rope_of_both_types
 from lqexport.converters.models.hf_defaults import FULL, SLIDING
+from lqexport.converters.models.windows import layer_types
 
 PERIOD = 5
 """Every 5th block attends to the whole context."""
@@ -22,7 +23,7 @@ def _gemma3n(config: Config) -> Config:
     The table of the blocks' inputs gets as many rows as the embedding (`extended`).
     """
     layers = config.get("num_hidden_layers") or 0
-    types = config.get("layer_types") or [FULL if (layer + 1) % PERIOD == 0 else SLIDING for layer in range(layers)]
+    types = config.get("layer_types") or layer_types(PERIOD, layers)
     sparsity = [SPARSITY if layer < SPARSE < layers else 0.0 for layer in range(layers)]
     return rope_of_both_types(config) | {
         "layer_types": types,

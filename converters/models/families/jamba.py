@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lqexport.converters.models.architecture import Config, Key, Stack
+from lqexport.converters.models.architecture import Config, Key
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import ATTENTION, QKV, RMS_NORM
+from lqexport.converters.models.families.parts import ATTENTION, QKV, RMS_NORM, expert_stacks
 from lqexport.converters.models.families.state_spaces import (
     KEY_HEADS_OF_BLOCKS,
     RECURRENT,
@@ -119,12 +119,7 @@ JAMBA_MOE = replace(
         "feed_forward.experts.*.down_proj": "ffn_down_exps",
     },
     experts="num_experts",
-    stacked={
-        "feed_forward.experts.gate_up_proj": Stack(
-            ("feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight")
-        ),
-        "feed_forward.experts.down_proj": Stack(("feed_forward.experts.*.down_proj.weight",)),
-    },
+    stacked=expert_stacks("feed_forward.experts"),
     only=JAMBA.only
     | {"feed_forward.experts.": ("with_experts", (True,)), "feed_forward.router": ("with_experts", (True,))}
     | dict.fromkeys(_MLP, ("with_experts", (False,))),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from lqexport.converters.models.architecture import KEY_HEADS, Config, Key
 from lqexport.converters.models.families.deepseek import SIGMOID
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import EXPERT_KEYS, QKV, RMS_NORM
+from lqexport.converters.models.families.parts import EXPERT_KEYS, EXPERTS_BY_NUMBER, QKV, RMS_NORM
 from lqexport.converters.models.hf_defaults import FULL
 
 CONVOLUTION = "conv"
@@ -132,11 +132,7 @@ LFM2_MOE = replace(
         "feed_forward.gate": ("mlp_layer_types", ("sparse",)),
         "feed_forward.expert": ("mlp_layer_types", ("sparse",)),
     },
-    renamed={
-        r"\.experts\.(\d+)\.w1\.": r".experts.\1.gate_proj.",
-        r"\.experts\.(\d+)\.w3\.": r".experts.\1.up_proj.",
-        r"\.experts\.(\d+)\.w2\.": r".experts.\1.down_proj.",
-    },
+    renamed=EXPERTS_BY_NUMBER,
     keys=(
         *LFM2.keys,
         *EXPERT_KEYS,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import Config, Key, Stack
+from lqexport.converters.models.architecture import Config, Key
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, QKV, RMS_NORM
+from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, QKV, RMS_NORM, expert_stacks
 
 MODULES = ("gate_proj", "up_proj", "down_proj")
 EXPERTS = ("moe_blocks", (True,))
@@ -70,12 +70,7 @@ LLAMA4 = replace(
         **{f"feed_forward.{name}": ("moe_blocks", (False,)) for name in MODULES},
         **{f"feed_forward.{name}": EXPERTS for name in ("router", "shared_expert", "experts")},
     },
-    stacked={
-        "feed_forward.experts.gate_up_proj": Stack(
-            ("feed_forward.experts.*.gate_proj.weight", "feed_forward.experts.*.up_proj.weight"), transposed=True
-        ),
-        "feed_forward.experts.down_proj": Stack(("feed_forward.experts.*.down_proj.weight",), transposed=True),
-    },
+    stacked=expert_stacks("feed_forward.experts", transposed=True),
     rows={},
     keys=(
         RMS_NORM,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import KEY_HEADS, PREDICTOR, Config, Key
+from lqexport.converters.models.architecture import GATED, KEY_HEADS, PREDICTOR, Config, Key
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import ATTENTION, EXPERT_LINEARS, EXPERTS, QKV, RMS_NORM
 from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_rope
@@ -56,9 +56,7 @@ MIMO2 = replace(
         "input_layernorm": "attn_norm",
         **ATTENTION,
         "post_attention_layernorm": "ffn_norm",
-        "mlp.gate_proj": "ffn_gate",
-        "mlp.up_proj": "ffn_up",
-        "mlp.down_proj": "ffn_down",
+        **GATED,
         **EXPERTS,
     },
     gguf_tensors={

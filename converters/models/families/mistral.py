@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.converters.models.architecture import Config, Key, Stack
+from lqexport.converters.models.architecture import Config, Key
 from lqexport.converters.models.families.deepseek import DEEPSEEK_V3, SOFTMAX
 from lqexport.converters.models.families.llama import LLAMA
+from lqexport.converters.models.families.parts import expert_stacks
 
 MISTRAL = replace(
     LLAMA,
@@ -66,10 +67,7 @@ MISTRAL4 = replace(
         "topk_group": (1,),
         "norm_topk_prob": (True,),
     },
-    stacked={
-        "mlp.experts.gate_up_proj": Stack(("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")),
-        "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
-    },
+    stacked=expert_stacks("mlp.experts"),
     rope_types=("yarn",),
     only_mscale=1.0,
     partial=True,

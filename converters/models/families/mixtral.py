@@ -6,7 +6,15 @@ from dataclasses import replace
 
 from lqexport.converters.models.architecture import ExLlamaV2
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import ATTENTION, EXPERT_KEYS, EXPERT_LINEARS, EXPERTS, QKV, RMS_NORM
+from lqexport.converters.models.families.parts import (
+    ATTENTION,
+    EXPERT_KEYS,
+    EXPERT_LINEARS,
+    EXPERTS,
+    EXPERTS_BY_NUMBER,
+    QKV,
+    RMS_NORM,
+)
 
 PUBLISHED_NAMES = {
     r"\.mlp\.": ".block_sparse_moe.",
@@ -25,12 +33,7 @@ MIXTRAL = replace(
     linears=(QKV, ("self_attn.o_proj",), *EXPERT_LINEARS),
     gguf_block={"input_layernorm": "attn_norm", **ATTENTION, "post_attention_layernorm": "ffn_norm", **EXPERTS},
     experts="num_local_experts",
-    renamed={
-        r"\.block_sparse_moe\.": ".mlp.",
-        r"(experts\.\d+)\.w1\.": r"\1.gate_proj.",
-        r"(experts\.\d+)\.w3\.": r"\1.up_proj.",
-        r"(experts\.\d+)\.w2\.": r"\1.down_proj.",
-    },
+    renamed={r"\.block_sparse_moe\.": ".mlp.", **EXPERTS_BY_NUMBER},
     keys=(replace(RMS_NORM, default=1e-5), *EXPERT_KEYS),
     flags={},
 )

@@ -18,7 +18,7 @@ from lqexport.converters.models.families.deepseek import (
     keys_and_values,
 )
 from lqexport.converters.models.families.llama import LLAMA
-from lqexport.converters.models.families.parts import EXPERT_LINEARS, EXPERTS, RMS_NORM
+from lqexport.converters.models.families.parts import EXPERT_LINEARS, EXPERTS, EXPERTS_BY_NUMBER, RMS_NORM, dense_first
 from lqexport.converters.models.families.state_spaces import KEY_HEADS_OF_BLOCKS, RECURRENT, key_heads
 from lqexport.converters.models.hf_defaults import FULL
 
@@ -55,15 +55,14 @@ def _kimi(config: Config) -> Config:
             "layer_types": types,
             "linear_attn_config": {},  # its values have names of their own now
             "first_k_dense_replace": dense,
-            "mlp_layer_types": mlps or ["dense"] * dense + ["sparse"] * (layers - dense),
-            "usual_mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense),
+            "mlp_layer_types": mlps or dense_first(dense, layers),
+            "usual_mlp_layer_types": dense_first(dense, layers),
         }
     )
 
 
 def _from_gguf(config: Config) -> Config:
-    dense, layers = config["first_k_dense_replace"], config["num_hidden_layers"]
-    return {"mlp_layer_types": ["dense"] * dense + ["sparse"] * (layers - dense)}
+    return {"mlp_layer_types": dense_first(config["first_k_dense_replace"], config["num_hidden_layers"])}
 
 
 def _convolutions(config: Config) -> dict[str, Order]:
@@ -139,9 +138,7 @@ KIMI_LINEAR = replace(
         r"self_attn\.([qkv])_conv1d\.": r"self_attn.conv1d.\1.",
         r"self_attn\.(f_[ab]_proj\.|dt_bias$|A_log$)": r"self_attn.forget_gate.\1",
         r"\.block_sparse_moe\.": ".mlp.",
-        r"\.experts\.(\d+)\.w1\.": r".experts.\1.gate_proj.",
-        r"\.experts\.(\d+)\.w2\.": r".experts.\1.down_proj.",
-        r"\.experts\.(\d+)\.w3\.": r".experts.\1.up_proj.",
+        **EXPERTS_BY_NUMBER,
     },
     keys=(
         RMS_NORM,

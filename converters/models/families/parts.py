@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lqexport.converters.models.architecture import MEAN, Config, Key
+from lqexport.converters.models.architecture import MEAN, Config, Key, Stack
+from lqexport.converters.models.hf_defaults import FULL, SLIDING
 from lqexport.converters.models.rope import head_dim, rope_settings
 
 RMS_NORM = Key("attention.layer_norm_rms_epsilon", "rms_norm_eps", float, 1e-6)
@@ -54,6 +55,13 @@ UNGATED_BLOCK = {
 
 EXPERT_KEYS = (Key("expert_count", "num_local_experts"), Key("expert_used_count", "num_experts_per_tok"))
 
+EXPERTS_BY_NUMBER = {
+    r"(experts\.\d+)\.w1\.": r"\1.gate_proj.",
+    r"(experts\.\d+)\.w3\.": r"\1.up_proj.",
+    r"(experts\.\d+)\.w2\.": r"\1.down_proj.",
+}
+"""Regular expression -> replacement; together they turn Mixtral's names of an expert's linears into the usual ones."""
+
 BEFORE_AND_AFTER = {
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "post_attention_norm",
@@ -78,7 +86,7 @@ def rope_of_both_types(config: Config) -> Config:
     rope_type = scaling.pop("type", "default")
     full = {"rope_type": rope_type, "rope_theta": config.get("rope_theta"), **scaling}
     local = {"rope_type": "default", "rope_theta": config.get("rope_local_base_freq")}
-    return {"rope_parameters": {"full_attention": full, "sliding_attention": local}, "rope_scaling": None}
+    return {"rope_parameters": {FULL: full, SLIDING: local}, "rope_scaling": None}
 
 
 def rope_of_alpha(config: Config) -> Config:
@@ -98,3 +106,30 @@ def rope_of_alpha(config: Config) -> Config:
 def four_times(config: Config) -> Config:
     """Returns the width of the MLP, 4 x hidden_size, where config.json does not give it."""
     return {} if config.get("intermediate_size") else {"intermediate_size": 4 * config.get("hidden_size", 0)}
+
+
+def expert_stacks(module: str, *, transposed: bool = False) -> dict[str, Stack]:
+    """Returns `stacked` of an entry for a module of experts, such as `mlp.experts`, as transformers 5 writes it."""
+    gate, up, down = (f"{module}.*.{linear}_proj.weight" for linear in ("gate", "up", "down"))
+    return {
+        f"{module}.gate_up_proj": Stack((gate, up), transposed=transposed),
+        f"{module}.down_proj": Stack((down,), transposed=transposed),
+    }
+
+
+def dense_first(leading: int, layers: int) -> list[str]:
+    """Returns `mlp_layer_types` of config.json where the first `leading` blocks have no experts."""
+    return ["dense"] * leading + ["sparse"] * (layers - leading)
+
+
+def mlp_types(config: Config) -> Config:
+    """Returns the types of the blocks' MLPs, and the number of leading blocks without experts.
+
+    `first_k_dense_replace` is None where blocks without experts follow blocks with experts.
+    """
+    layers, leading = config.get("num_hidden_layers", 0), config.get("first_k_dense_replace", 1)
+    if (types := config.get("mlp_layer_types")) is not None:
+        leading = types.count("dense")
+    pattern = dense_first(leading, layers)
+    fits = types in (None, pattern)
+    return {"mlp_layer_types": pattern if fits else types, "first_k_dense_replace": leading if fits else None}

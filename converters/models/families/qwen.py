@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from lqexport.converters.models.architecture import FURTHER_COUNT, GATED, PREDICTOR, Config, ExLlamaV2, Key, Stack
+from lqexport.converters.models.architecture import FURTHER_COUNT, GATED, PREDICTOR, Config, ExLlamaV2, Key
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.parts import (
     ALL_EXPERTS_BLOCK,
@@ -17,6 +17,7 @@ from lqexport.converters.models.families.parts import (
     HEAD_NORMS,
     QKV,
     RMS_NORM,
+    expert_stacks,
 )
 from lqexport.converters.models.hf_defaults import FULL
 from lqexport.converters.models.value_heads import KEY_HEADS, VALUE_HEADS, fused_parts
@@ -106,10 +107,7 @@ QWEN3_MOE = replace(
     fixed=QWEN3.fixed | {"norm_topk_prob": (True,)} | ALL_SPARSE,
 )
 
-STACKED = {
-    "mlp.experts.gate_up_proj": Stack(("mlp.experts.*.gate_proj.weight", "mlp.experts.*.up_proj.weight")),
-    "mlp.experts.down_proj": Stack(("mlp.experts.*.down_proj.weight",)),
-}
+STACKED = expert_stacks("mlp.experts")
 
 QWEN3_VL_MOE = replace(
     QWEN3_MOE,
@@ -128,6 +126,17 @@ QWEN3_VL_MOE = replace(
     rope_sections=QWEN3_VL.rope_sections,
 )
 
+SHARED_BLOCK = {
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+}
+SHARED_LINEARS = (
+    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    ("mlp.shared_expert.down_proj",),
+)
+
 QWEN2_MOE = replace(
     QWEN2,
     family="Qwen1.5 MoE, Qwen2 MoE",
@@ -138,8 +147,7 @@ QWEN2_MOE = replace(
     linears=(
         QKV,
         ("self_attn.o_proj",),
-        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-        ("mlp.shared_expert.down_proj",),
+        *SHARED_LINEARS,
         *EXPERT_LINEARS,
         *DENSE_LINEARS,
     ),
@@ -147,10 +155,7 @@ QWEN2_MOE = replace(
         "input_layernorm": "attn_norm",
         **ATTENTION,
         "post_attention_layernorm": "ffn_norm",
-        "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-        "mlp.shared_expert.up_proj": "ffn_up_shexp",
-        "mlp.shared_expert.down_proj": "ffn_down_shexp",
-        "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+        **SHARED_BLOCK,
         **EXPERTS,
         **GATED,
     },
@@ -163,17 +168,6 @@ QWEN2_MOE = replace(
     fixed=QWEN2.fixed | ALL_SPARSE | {"norm_topk_prob": (False,), "tie_word_embeddings": (False,)},
     flags={"qkv_bias": "self_attn.q_proj"},
     square_heads=True,
-)
-
-SHARED_BLOCK = {
-    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
-    "mlp.shared_expert.up_proj": "ffn_up_shexp",
-    "mlp.shared_expert.down_proj": "ffn_down_shexp",
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-}
-SHARED_LINEARS = (
-    ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
-    ("mlp.shared_expert.down_proj",),
 )
 
 LINEAR = "linear_attention"
