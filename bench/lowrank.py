@@ -31,7 +31,7 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.pipeline.ranks import cut, share_ranks
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact, values_of
 
 LARGEST = 96

@@ -20,7 +20,8 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.pipeline.types_by_size import Replaced, divergence, output_moments
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor, solve_linear
+from lqexport.solver.linear import solve_linear
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import StoredTensor
 
 SOLVED_ON, MEASURED_ON = 16, 4

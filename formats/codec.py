@@ -21,6 +21,7 @@ bitwise (for EXL3 `walks.values()`). `decode` is the definition of the format.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -428,3 +429,11 @@ def bits_per_weight(codec: Codec, rows: int, columns: int) -> float:
 def nbytes(codec: Codec, rows: int, columns: int) -> int:
     """Returns the number of bytes of all planes of a matrix [rows, columns]."""
     return sum(dtype.itemsize * int(np.prod(shape)) for dtype, shape in codec.layout(rows, columns).values())
+
+
+def joined_planes(runs: Sequence[Planes], axis: int = 0) -> Planes:
+    """Returns the planes of a matrix from those of its runs of rows, or of columns if `axis` is 1."""
+    return {
+        plane: first if plane == WHOLE else np.concatenate([run[plane] for run in runs], axis)
+        for plane, first in runs[0].items()
+    }

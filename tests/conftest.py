@@ -244,7 +244,7 @@ def rounded_artifact(tiny_model: Path) -> Callable[..., Artifact]:
         from lqexport.formats.registry import codec_named
         from lqexport.grids.fit import minmax
         from lqexport.models.source import open_source
-        from lqexport.solver.linear import round_tensor
+        from lqexport.solver.rounded_tensor import round_tensor
         from lqexport.storage.artifact import Artifact, StoredTensor
         from lqexport.target import Target
 

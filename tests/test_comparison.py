@@ -15,7 +15,7 @@ from lqexport.converters.folders import native
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
 from lqexport.models.source import open_source
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact
 from lqexport.verification import comparison
 from lqexport.verification.comparison import compare

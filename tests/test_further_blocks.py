@@ -27,7 +27,7 @@ from lqexport.models.written import open_export
 from lqexport.planning.dryrun import preview
 from lqexport.planning.forecast import ConfigModel
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import decoded
 from lqexport.target import Target
 from lqexport.verification.comparison import compare

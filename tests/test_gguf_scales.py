@@ -38,7 +38,8 @@ from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
 from lqexport.runtime.tiles import ROW_TILE
-from lqexport.solver.linear import round_tensor, solve_linear
+from lqexport.solver.linear import solve_linear
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact, decoded
 from lqexport.target import Target
 

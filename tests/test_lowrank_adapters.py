@@ -29,7 +29,7 @@ from lqexport.models.source import open_source
 from lqexport.models.written import ArtifactModel
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact
 
 # GGUF adapters.

@@ -18,7 +18,8 @@ from lqexport.formats.registry import codec_named, names
 from lqexport.grids.reach import reach
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor, solve_linear
+from lqexport.solver.linear import solve_linear
+from lqexport.solver.rounded_tensor import round_tensor
 
 EMBEDDING, NORM = "model.embed_tokens.weight", "model.norm.weight"
 UP = "model.layers.0.mlp.up_proj.weight"
@@ -92,7 +93,7 @@ def test_every_grid_holds_what_is_not_refused(name: str) -> None:
 def test_the_largest_weight_is_named_though_another_part_of_the_tensor_is_rounded_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("lqexport.solver.linear.ROUND_CHUNK", 8)
+    monkeypatch.setattr("lqexport.solver.rounded_tensor.ROUND_CHUNK", 8)
     weights = torch.zeros(4, 8)
     weights[1, 2], weights[3, 5] = 7e4, -2e5
     with pytest.raises(UserError, match=r"x has a weight of -200000, which is too large for gguf:F16"):

@@ -19,11 +19,11 @@ from lqexport.formats.registry import codec_named, names
 from lqexport.grids import fit as fitting
 from lqexport.grids.fit import fit, minmax, store
 from lqexport.grids.grid import Numbers, TensorGrid
-from lqexport.grids.vectors import stored
 from lqexport.solver import feedback as solve
 from lqexport.solver import solve_cpu, solve_torch
 from lqexport.solver.cholesky import SHARE_OF_MEDIAN, factorize
 from lqexport.solver.importance import importance
+from lqexport.solver.solve_cpu import stored
 
 GRIDS = [name for name in names() if hasattr(codec_named(name), "levels") and name not in names("mlx")]
 FEW = [

@@ -5,8 +5,6 @@ The search runs in the CUDA kernels where the weights are on a GPU that has them
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
@@ -15,8 +13,7 @@ from torch import Tensor
 
 from lqexport.formats.codebook import Codebook
 from lqexport.formats.codec import GridCodec
-from lqexport.grids.grid import Numbers
-from lqexport.kernels import cpu, cuda, cuda_vectors, vectors
+from lqexport.kernels import cuda, cuda_vectors, vectors
 
 CUTS = np.array((0.05, 0.2, 0.35, 0.5), np.float32)
 """Ranges that the search tries: the shares of a group's largest magnitude that are beyond the levels.
@@ -41,24 +38,6 @@ def book(codebook: Codebook, levels: bytes) -> vectors.Book:
 def book_on(device: torch.device, codebook: Codebook, levels: bytes) -> cuda_vectors.Book:
     """Returns a codebook as the CUDA kernels take it, on a device."""
     return cuda_vectors.on_device(book(codebook, levels), device)
-
-
-@contextmanager
-def stored(numbers: Numbers, group: int, block: slice) -> Iterator[cpu.Stored]:
-    """Yields the stored numbers of a block of columns, which a kernel changes in place; then they are the grid's, too.
-
-    The arrays are contiguous, and not slices of the grid's: a kernel is compiled for each layout that it gets.
-    """
-    form = numbers.format
-    first, last = block.start // group, block.stop // group
-    supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
-    subs = numbers.subs.numpy()[:, first:last]
-    held = cpu.Stored(
-        True, np.ascontiguousarray(supers), np.ascontiguousarray(subs), form.span, form.low, form.high,
-        np.float32(form.sign), *form.floats.fitted, form.step,
-    )  # fmt: skip
-    yield held
-    supers[:], subs[:] = held.supers, held.subs
 
 
 def search_vectors(codec: GridCodec, weights: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lqexport.converters.plan import PlannedTensor
 from lqexport.models.source_grids import KEPT, moved
 from lqexport.pipeline.job import Job
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import StoredTensor
 
 

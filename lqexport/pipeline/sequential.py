@@ -27,7 +27,8 @@ from lqexport.pipeline.second_moments import token_weights
 from lqexport.runtime.tiles import dealt
 from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.corrected_linear import stored_correction
-from lqexport.solver.linear import check_target, factor_of, inputs_of, rows_are_apart
+from lqexport.solver.input_checks import check_target, inputs_of
+from lqexport.solver.linear import factor_of, rows_are_apart
 from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.artifact import SolvedModel, values_of
 

@@ -37,7 +37,8 @@ from lqexport.pipeline.type_losses import type_losses
 from lqexport.planning.recipe_plan import plan_recipe, size_limit
 from lqexport.recipe import Recipe, SolverSettings
 from lqexport.runtime.progress import Listener
-from lqexport.solver.linear import round_tensor, solve_linear
+from lqexport.solver.linear import solve_linear
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.files import read_json, write_json
 

@@ -9,7 +9,7 @@ from typing import Any
 from lqexport.converters.plan import PlannedTensor
 from lqexport.models.source import Source
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import StoredTensor
 from lqexport.storage.config_check import read_config
 

@@ -16,8 +16,9 @@ from lqexport.formats.registry import codec_named
 from lqexport.recipe import CorrectionSettings, SolverSettings
 from lqexport.solver.cholesky import CholeskyFactor
 from lqexport.solver.feedback import layer_loss
-from lqexport.solver.linear import round_tensor, solve_linear
+from lqexport.solver.linear import solve_linear
 from lqexport.solver.lowrank import column_weighting, correction, loss_by_rank
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact, StoredTensor, values_of
 
 

@@ -5,7 +5,6 @@ A Hessian in this package is the second moments of a linear's inputs (`lqexport.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,9 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.errors import UserError
-from lqexport.formats.codec import WHOLE, Codec, GridCodec, PlainCodec, Planes, SectionedCodec, TrellisCodec
-from lqexport.formats.plain import TooLarge
+from lqexport.formats.codec import Codec, GridCodec, PlainCodec, Planes, SectionedCodec, TrellisCodec, joined_planes
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import fit, minmax
 from lqexport.grids.fit_sections import fit_sections, minmax_sections
@@ -26,13 +23,15 @@ from lqexport.grids.whole import fitted_whole, in_units
 from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import Placement, all_on_device
 from lqexport.runtime.tiles import in_chunks, tiles
-from lqexport.solver.cholesky import OVERFLOW, CholeskyFactor, factorize
+from lqexport.solver.cholesky import CholeskyFactor, factorize
 from lqexport.solver.feedback import damped, feedback, layer_loss, refine
 from lqexport.solver.importance import importance
+from lqexport.solver.input_checks import check_moments, inputs_of
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.solver.solve_exact import in_own_order
 from lqexport.solver.solve_sections import refine_sections
 from lqexport.solver.trellis_linear import solve_walks
-from lqexport.solver.weight_checks import check_weights, too_large
+from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.artifact import StoredTensor
 
 Sums = dict[str, float]
@@ -51,67 +50,6 @@ class SolvedRows:
     shape: tuple[int, int]
     planes: Planes
     sums: list[Sums]
-
-
-ROUND_CHUNK = 1 << 24
-"""Number of weights that are rounded at once. It bounds the memory that a large embedding needs."""
-
-
-def round_tensor(name: str, weight: Tensor, codec_name: str) -> StoredTensor:
-    """Returns a tensor with every weight rounded by itself to a value of the codec.
-
-    It is for tensors that no solver works on: embeddings, norms, biases. `weight` has one or two dimensions and any
-    float dtype. Raises UserError if a weight is NaN or infinite, or too large for the codec.
-    """
-    check_weights(name, weight, codec_name)
-    codec = codec_named(codec_name)
-    matrix = weight.reshape(1, -1) if weight.ndim == 1 else weight
-    whole, chunks = fitted_whole(codec, weight), matrix.split(max(1, ROUND_CHUNK // matrix.shape[1]))
-    try:
-        parts = [_rounded(codec, part.float(), whole) for part in chunks]
-    except TooLarge:
-        raise too_large(name, weight, codec_name) from None
-    return StoredTensor(name, codec_name, tuple(weight.shape), joined(parts))
-
-
-def joined(runs: Sequence[Planes], axis: int = 0) -> Planes:
-    """Returns the planes of a matrix from those of its runs of rows, or of columns if `axis` is 1."""
-    return {
-        plane: first if plane == WHOLE else np.concatenate([run[plane] for run in runs], axis)
-        for plane, first in runs[0].items()
-    }
-
-
-@contextlib.contextmanager
-def inputs_of(name: str) -> Iterator[None]:
-    """Names the linear in a UserError of the context, which works with the second moments of the linear's inputs."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"{name}: {error}") from error
-
-
-def check_target(target: Tensor) -> None:
-    """Raises UserError if what a linear is solved for, computed from its inputs, is NaN or infinite."""
-    if not bool(torch.isfinite(target).all()):
-        raise UserError(OVERFLOW)
-
-
-def check_moments(hessian: Tensor) -> None:
-    """Raises UserError if the second moments of a linear's inputs, [C, C], are NaN or infinite."""
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        raise UserError(OVERFLOW)
-
-
-def _rounded(
-    codec: PlainCodec | GridCodec | SectionedCodec | TrellisCodec, matrix: Tensor, whole: float
-) -> dict[str, np.ndarray]:
-    if isinstance(codec, PlainCodec):
-        return codec.encode_values(matrix.cpu().numpy())
-    assert isinstance(codec, GridCodec)  # no plan rounds a tensor to EXL2, EXL3 or GPTQ without solving it
-    grid = fit(codec, in_units(matrix, whole), torch.ones(matrix.shape[1], device=matrix.device))
-    grid = replace(grid, whole=whole)
-    return codec.encode(grid.numpy(), grid.nearest(matrix).cpu().numpy())
 
 
 def solve_linear(
@@ -164,7 +102,7 @@ def rows_are_apart(codec_name: str) -> bool:
 
 def assembled(name: str, codec_name: str, parts: Sequence[SolvedRows]) -> StoredTensor:
     """Returns a linear that is put together from the solved runs of its rows."""
-    planes = joined([part.planes for part in parts])
+    planes = joined_planes([part.planes for part in parts])
     facts = _summed_facts([tile for part in parts for tile in part.sums])
     return StoredTensor(name, codec_name, (sum(part.shape[0] for part in parts), parts[0].shape[1]), planes, facts)
 

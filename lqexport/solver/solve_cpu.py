@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 
 from lqexport.formats.codec import FLOAT16, Rounding
 from lqexport.grids.grid import Numbers, TensorGrid
-from lqexport.grids.vectors import stored
 from lqexport.kernels import cpu, refine
 
 SPREAD_ROWS = 256
@@ -43,7 +43,7 @@ def refine_block(
     """
     group, refit = min(grid.group, values.shape[1]), refit and grid.scale is not None
     block_codes, lines = codes[:, block].contiguous(), hessian.unflatten(0, (-1, group))
-    with _stored(grid.scale, grid, block) as scale, _stored(grid.offset, grid, block) as offset:
+    with stored(grid.scale, grid.group, block) as scale, stored(grid.offset, grid.group, block) as offset:
         for start in range(0, len(values), SPREAD_ROWS):
             rows = slice(start, start + SPREAD_ROWS)
             levels = grid.levels if len(grid.levels) == 1 else grid.levels[rows]
@@ -79,9 +79,24 @@ def _rows_of(stored: cpu.Stored, rows: slice) -> cpu.Stored:
     return stored._replace(supers=stored.supers[rows], subs=stored.subs[rows]) if stored.present else stored
 
 
-def _stored(numbers: Numbers | None, grid: TensorGrid, block: slice) -> AbstractContextManager[cpu.Stored]:
-    """Returns a context that gives the block's stored numbers, which the kernel changes in place."""
+@contextmanager
+def stored(numbers: Numbers | None, group: int, block: slice) -> Iterator[cpu.Stored]:
+    """Yields the stored numbers of a block of columns, which a kernel changes in place; then they are the grid's, too.
+
+    The arrays are contiguous, and not slices of the grid's: a kernel is compiled for each layout that it gets. Without
+    numbers, a kernel gets some that it does not look at.
+    """
     if numbers is None:
         supers, subs = np.ones((1, 1), np.float32), np.ones((1, 1), np.int16)
-        return nullcontext(cpu.Stored(False, supers, subs, 1, 1, 1, np.float32(1), *FLOAT16, 1))
-    return stored(numbers, grid.group, block)
+        yield cpu.Stored(False, supers, subs, 1, 1, 1, np.float32(1), *FLOAT16, 1)
+        return
+    form = numbers.format
+    first, last = block.start // group, block.stop // group
+    supers = numbers.supers.numpy()[:, first // form.span : last // form.span]
+    subs = numbers.subs.numpy()[:, first:last]
+    held = cpu.Stored(
+        True, np.ascontiguousarray(supers), np.ascontiguousarray(subs), form.span, form.low, form.high,
+        np.float32(form.sign), *form.floats.fitted, form.step,
+    )  # fmt: skip
+    yield held
+    supers[:], subs[:] = held.supers, held.subs

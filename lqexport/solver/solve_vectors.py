@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lqexport.formats.codebook import EIGHT, Codebook
 from lqexport.grids.grid import Numbers, TensorGrid
-from lqexport.grids.vectors import book, book_on, stored
+from lqexport.grids.vectors import book, book_on
 from lqexport.kernels import cuda, cuda_vectors, vectors
-from lqexport.solver import solve_cuda
+from lqexport.solver import solve_cpu, solve_cuda
 
 
 def feedback_block(weights: Tensor, upper: Tensor, scale: Tensor, grid: TensorGrid) -> tuple[Tensor, Tensor]:
@@ -60,7 +60,7 @@ def refine_block(
     block_codes = codes[:, block].cpu().contiguous()
     numbers = Numbers(grid.scale.format, grid.scale.supers.cpu(), grid.scale.subs.cpu())
     new, slope = values.cpu(), gradient.cpu()
-    with stored(numbers, grid.group, block) as scale:
+    with solve_cpu.stored(numbers, grid.group, block) as scale:
         for _ in range(rounds):
             vectors.refine_block(
                 new.numpy(), slope.numpy(), _host(hessian), metrics.numpy(), block_codes.numpy(), grid.group, scale,

@@ -12,12 +12,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lqexport.formats.codec import PlainCodec
+from lqexport.formats.codec import PlainCodec, joined_planes
 from lqexport.formats.registry import codec_named
 from lqexport.grids.whole import fitted_whole
 from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import Placement
-from lqexport.solver.linear import SolvedRows, Sums, assembled, joined, round_tensor, solve_rows
+from lqexport.solver.linear import SolvedRows, Sums, assembled, solve_rows
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.solver.weight_checks import check_weights
 from lqexport.storage.artifact import StoredTensor
 
@@ -50,7 +51,7 @@ def solve_weighted(
 
 def _side_by_side(runs: tuple[SolvedRows, ...]) -> SolvedRows:
     """Returns the same rows of all runs of columns as one."""
-    planes = joined([run.planes for run in runs], axis=1)
+    planes = joined_planes([run.planes for run in runs], axis=1)
     tiles = [_added(sums) for sums in zip(*(run.sums for run in runs), strict=True)]
     return SolvedRows((runs[0].shape[0], sum(run.shape[1] for run in runs)), planes, tiles)
 

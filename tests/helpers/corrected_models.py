@@ -13,7 +13,7 @@ from lqexport.converters.factors import factor_names
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact
 
 Q = "model.layers.1.self_attn.q_proj.weight"

@@ -13,7 +13,7 @@ from lqexport.formats.registry import codec_named
 from lqexport.models.source import open_source
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.recipe import Recipe
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact, StoredTensor
 
 

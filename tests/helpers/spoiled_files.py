@@ -30,7 +30,7 @@ from transformers import (
 from lqexport.converters.gguf.writer import write
 from lqexport.converters.targets import plan
 from lqexport.models.source import open_source
-from lqexport.solver.linear import round_tensor
+from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact
 from lqexport.target import Target
 
