@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
+from lqexport.errors import UserError, listed
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
+from lqexport.target import Target
 
 PLAIN = "gguf:F16"
 """The codec in which folders of safetensors store embeddings, norms and biases."""
 UNQUANTIZED = 16
 """The value of `head_bits` for an output in float16."""
+
+Shapes = dict[str, tuple[int, ...]]
+"""Name -> shape of tensors."""
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -67,3 +74,25 @@ class PlannedTensor:
             "codec": fields.pop("codec_name"),
             **fields,
         } | {"nbytes": self.nbytes}
+
+
+def check_names(patterns: Iterable[str], shapes: Shapes) -> None:
+    """Raises UserError if a shell pattern fits no matrix of a model."""
+    for pattern in patterns:
+        if not any(matches(pattern, name, shape) for name, shape in shapes.items()):
+            raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
+
+
+def matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
+    """Returns whether a tensor is a matrix whose name matches a shell pattern."""
+    return len(shape) == 2 and fnmatchcase(name, pattern)
+
+
+def refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
+    """Raises UserError, naming them, if some tensors would fall back to another type."""
+    fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
+    if fallen:
+        raise UserError(
+            f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {listed(fallen)}. Let them fall back, or "
+            "choose another target."
+        )

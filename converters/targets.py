@@ -14,9 +14,7 @@ embedding, there is only the embedding, and either option sets its type.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
+from collections.abc import Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Any
@@ -24,28 +22,18 @@ from typing import Any
 from lqexport.converters.gguf.metadata import check_metadata
 from lqexport.converters.gguf.mix_plan import mix_types
 from lqexport.converters.gguf.mixes import MIXES, fallback_type
-from lqexport.converters.gguf.row_order import row_order
+from lqexport.converters.model_tensors import block_count, model_tensors
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
-from lqexport.converters.models.further import further_blocks, is_beyond, is_further_matrix
-from lqexport.converters.models.tensor_names import (
-    block_module,
-    gguf_names,
-    is_linear,
-    is_rounded,
-    is_tied,
-    needed_names,
-    plain_codec,
-)
-from lqexport.converters.plan import PlannedTensor
+from lqexport.converters.models.further import further_blocks, is_further_matrix
+from lqexport.converters.models.tensor_names import gguf_names, is_linear, is_rounded, is_tied, plain_codec
+from lqexport.converters.plan import PlannedTensor, Shapes, check_names, matches, refuse_fallbacks
 from lqexport.errors import UserError, listed
 from lqexport.formats.codec import PlainCodec
 from lqexport.formats.exl3 import EXL3
 from lqexport.formats.gptq import GPTQ
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import AUTO, Target, full_name, unknown
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def targets() -> list[str]:
@@ -93,7 +81,7 @@ def plan(
     if not fallback:
         refuse_fallbacks(target, planned)
     if target.family == "gguf":
-        blocks = _layers(config) + further_blocks(architecture, _layers(config), shapes)
+        blocks = block_count(config) + further_blocks(architecture, block_count(config), shapes)
         _check_experts(planned, gguf_names(architecture, blocks))
     return planned
 
@@ -115,12 +103,12 @@ def _mix(target: Target, architecture: Architecture, config: dict[str, Any], kep
     if target.type not in MIXES:
         return {}
     columns = {name: shape[1] for name, shape in kept.items() if len(shape) == 2}
-    return mix_types(target.type, architecture, config, columns, _layers(config))
+    return mix_types(target.type, architecture, config, columns, block_count(config))
 
 
 def _check_biases(architecture: Architecture, config: dict[str, Any], kept: Shapes) -> None:
     """Raises UserError if the model lacks a bias without which llama.cpp does not load it."""
-    names = gguf_names(architecture, _layers(config)) if architecture.biased else {}
+    names = gguf_names(architecture, block_count(config)) if architecture.biased else {}
     if missing := [name for name in names if name.endswith(".bias") and name not in kept]:
         raise UserError(
             f"llama.cpp loads {architecture.classes[0]} only with all biases, and the model has no {listed(missing)}. "
@@ -153,70 +141,6 @@ def _check_types(types: Mapping[str, str], shapes: Shapes) -> None:
         if codec_name not in (known := [*names("gguf"), *names("native")]):
             raise UserError(unknown("type", codec_name, known, f" for {pattern}"))
     check_names(types, shapes)
-
-
-def check_names(patterns: Iterable[str], shapes: Shapes) -> None:
-    """Raises UserError if a shell pattern fits no matrix of a model."""
-    for pattern in patterns:
-        if not any(matches(pattern, name, shape) for name, shape in shapes.items()):
-            raise UserError(f"No matrix of the model has a name like {pattern}; `lqexport inspect` lists the names.")
-
-
-def matches(pattern: str, name: str, shape: tuple[int, ...]) -> bool:
-    """Returns whether a tensor is a matrix whose name matches a shell pattern."""
-    return len(shape) == 2 and fnmatchcase(name, pattern)
-
-
-def model_tensors(
-    architecture: Architecture, config: dict[str, Any], shapes: Shapes, *, further: bool = False
-) -> Shapes:
-    """Returns name -> shape of the tensors to store, in the order of the model.
-
-    further   whether to store blocks that predict further tokens. Those that lack a tensor are left out
-
-    Raises UserError if a tensor is unknown or missing, or if a shape does not fit config.json.
-    """
-    blocks = _layers(config) + (further_blocks(architecture, _layers(config), shapes) if further else 0)
-    known = gguf_names(architecture, blocks)
-    unknown = [name for name in shapes if name not in known and not _is_unused(architecture, config, name)]
-    if unknown:
-        raise UserError(f"{architecture.classes[0]} has no tensor {listed(unknown)}; cannot export this model.")
-    unneeded = {architecture.output} if is_tied(config) else set()
-    needed = [*needed_names(architecture, blocks), architecture.output]
-    missing = [name for name in needed if name not in shapes and name not in unneeded]
-    if missing:
-        hint = " If the output is the embedding, config.json must say tie_word_embeddings: true."
-        raise UserError(f"The model has no tensor {listed(missing)}.{hint if missing == [architecture.output] else ''}")
-    kept = {name: tuple(shapes[name]) for name in known if name in shapes and name not in unneeded}
-    for name, shape in kept.items():
-        _check_shape(architecture, config, name, shape)
-    return kept
-
-
-def _check_shape(architecture: Architecture, config: dict[str, Any], name: str, shape: tuple[int, ...]) -> None:
-    if 0 in shape:
-        raise UserError(f"{name} is empty: its shape is {list(shape)}.")
-    vector = name.endswith(("norm.weight", ".bias"))
-    matrix = any(holds(architecture, name) for holds in (is_linear, is_rounded, is_further_matrix))
-    if (vector or matrix) and len(shape) != (1 if vector else 2):
-        raise UserError(f"{name} should have {1 if vector else 2} dimensions, but its shape is {list(shape)}.")
-    row_order(architecture, config, name, shape[0])
-
-
-def _is_unused(architecture: Architecture, config: dict[str, Any], name: str) -> bool:
-    """Returns whether a checkpoint's tensor is ignored, such as the rotary frequencies that old checkpoints store."""
-    if any(re.search(pattern, name) for pattern in architecture.unused):
-        return True
-    module = block_module(architecture, name)
-    borrowed = module is not None and architecture.is_borrowed(*module[:2])
-    return borrowed or is_beyond(architecture, _layers(config), name)
-
-
-def _layers(config: dict[str, Any]) -> int:
-    layers = config.get("num_hidden_layers")
-    if not isinstance(layers, int) or layers < 1:
-        raise UserError("config.json gives no num_hidden_layers.")
-    return layers
 
 
 def _overrides(
@@ -277,13 +201,3 @@ def _fallback(wanted: str, columns: int) -> str:
     same_bits = [name for name in names("native") if name.startswith(f"native:{affine_bits}-g")]
     fitting = [name for name in same_bits if columns % codec_named(name).block == 0]
     return max(fitting, key=lambda name: codec_named(name).block, default="gguf:F16")
-
-
-def refuse_fallbacks(target: Target, planned: list[PlannedTensor]) -> None:
-    """Raises UserError, naming them, if some tensors would fall back to another type."""
-    fallen = [f"{tensor.name} ({tensor.reason}, would be {tensor.codec_name})" for tensor in planned if tensor.reason]
-    if fallen:
-        raise UserError(
-            f"{target} cannot hold {len(fallen)} of {len(planned)} tensors: {listed(fallen)}. Let them fall back, or "
-            "choose another target."
-        )

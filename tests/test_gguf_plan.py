@@ -237,7 +237,7 @@ def test_rotary_frequencies_are_ignored() -> None:
         ("gguf:Q4_K", {"num_hidden_layers": 3}, r"no tensor model\.layers\.2\.input_layernorm"),
         ("gguf:Q4_K", {"num_hidden_layers": 1}, r"has no tensor model\.layers\.1"),
         ("gguf:Q4_K", {"num_hidden_layers": None}, "num_hidden_layers"),
-        ("gguf:Q4_K", {"num_attention_heads": 3}, "256 rows are not 3 heads"),
+        ("gguf:Q4_K", {"num_attention_heads": 3}, "self_attn.q_proj.weight: 256 rows are not 3 heads"),
     ],
 )
 def test_errors(target: str, change: dict[str, Any], message: str) -> None:

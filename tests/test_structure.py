@@ -49,6 +49,7 @@ CONVERTER_LAYERS = (
     ("models", "plan", "checkpoints"),
     ("factors",),
     ("gguf",),
+    ("model_tensors",),
     ("targets", "mmproj"),
     ("folders",),
     ("exl2", "exl3", "mlx"),

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 
 from lqexport.converters.exl2.config import check_supported
 from lqexport.converters.exl2.names import naming, rules_of, wants_bias
+from lqexport.converters.model_tensors import model_tensors
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import block_module, is_linear, is_tied
-from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor
-from lqexport.converters.targets import Shapes, model_tensors
+from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor, Shapes
 from lqexport.errors import UserError, with_advice
 from lqexport.formats.codec import Run, nbytes
 from lqexport.formats.exl2 import BITS, UNIT, Exl2, joined, name_of

@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 from lqexport.converters.exl3.support import check_supported, rules_of
+from lqexport.converters.model_tensors import model_tensors
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import is_linear, is_tied, of_each_expert
-from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor
-from lqexport.converters.targets import Shapes, model_tensors
+from lqexport.converters.plan import PLAIN, UNQUANTIZED, PlannedTensor, Shapes
 from lqexport.errors import UserError
 from lqexport.formats.exl3 import EXL3, WRITTEN_CODEBOOK
 from lqexport.formats.trellis import BLOCK, padded

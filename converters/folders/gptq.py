@@ -17,10 +17,10 @@ import numpy as np
 
 from lqexport.converters.folders.folder_model import FolderModel
 from lqexport.converters.folders.packed import FolderLayout, OnTensor, entries_of, write_folder
+from lqexport.converters.model_tensors import model_tensors
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import is_linear
-from lqexport.converters.plan import PLAIN, PlannedTensor
-from lqexport.converters.targets import Shapes, model_tensors
+from lqexport.converters.plan import PLAIN, PlannedTensor, Shapes
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.gptq import BITS, GPTQ, UNIT, Gptq

@@ -16,11 +16,11 @@ from typing import Any
 from lqexport.converters.mlx.names import check_experts
 from lqexport.converters.mlx.support import check_supported
 from lqexport.converters.mlx.types import FAMILY, PLAIN, in_dtype, in_half, types
+from lqexport.converters.model_tensors import model_tensors
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import is_linear, is_tied
-from lqexport.converters.plan import PlannedTensor
-from lqexport.converters.targets import Shapes, check_names, matches, model_tensors, refuse_fallbacks
+from lqexport.converters.plan import PlannedTensor, Shapes, check_names, matches, refuse_fallbacks
 from lqexport.errors import UserError
 from lqexport.formats.registry import codec_named, names
 from lqexport.target import Target, unknown
