@@ -33,7 +33,10 @@ def model_tensors(
     known = gguf_names(architecture, blocks)
     unknown = [name for name in shapes if name not in known and not _is_unused(architecture, config, name)]
     if unknown:
-        raise UserError(f"{architecture.classes[0]} has no tensor {listed(unknown)}; cannot export this model.")
+        raise UserError(
+            f"The model has tensors that {architecture.classes[0]} with {blocks} blocks does not have: "
+            f"{listed(unknown)}. Its config.json may be that of another model."
+        )
     unneeded = {architecture.output} if is_tied(config) else set()
     needed = [*needed_names(architecture, blocks), architecture.output]
     missing = [name for name in needed if name not in shapes and name not in unneeded]

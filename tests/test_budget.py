@@ -16,12 +16,13 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.registry import names
 from lqexport.models.inspect import inspect
+from lqexport.models.inspect import size as bytes_of
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
-from lqexport.pipeline.type_choices import RELATIVES, choices_of
 from lqexport.pipeline.type_losses import type_losses
 from lqexport.planning.dryrun import preview
 from lqexport.planning.recipe_plan import plan_recipe
+from lqexport.planning.type_choices import RELATIVES, choices_of
 from lqexport.recipe import Recipe
 from lqexport.sizes import model_size
 from lqexport.solver.linear import solve_linear
@@ -59,11 +60,27 @@ def test_what_is_no_size_is_said(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "sentence"), [("Q2_0", "Q2_0 cannot be chosen"), ("Q4_K_Z", "Unknown target"), ("12", "A size is")]
+    ("size", "sentence"),
+    [
+        ("Q2_0", "Q2_0 cannot be chosen"),
+        ("Q4_K_Z", "Unknown target"),
+        ("12", "A size is"),
+        ("1.5bpw", r"take 278.5 kB \(1.698 bits per weight\), and --size 1.5bpw is 246.0 kB. Give a larger"),
+    ],
 )
 def test_a_size_is_checked_before_any_work(size: str, sentence: str, tiny_model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=sentence):
         preview(Recipe(str(tiny_model), "gguf:auto", size=size), tmp_path)
+
+
+def test_the_plan_of_a_size_says_no_more_than_the_size(tiny_model: Path, tmp_path: Path) -> None:
+    """The types are not chosen yet, and those that the plan shows take more."""
+    shown = preview(Recipe(str(tiny_model), "gguf:auto", size="700kB"), tmp_path)
+    assert bytes_of(shown.entries) > 1_000_000
+    assert shown.tensor_bytes == shown.missing_bytes == 700_000
+    assert shown.bits_per_weight == pytest.approx(700_000 * 8 / sum(tensor.weights for tensor in shown.tensors))
+    larger = preview(Recipe(str(tiny_model), "gguf:auto", size="2MB"), tmp_path)
+    assert larger.tensor_bytes == bytes_of(larger.entries)
 
 
 @pytest.fixture
@@ -154,7 +171,7 @@ def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: p
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"size": "1bpw"}, "can be reached"),
+        ({"size": "1bpw"}, "Give a larger size"),
         ({"size": None}, "go together"),
         ({"target": "gguf:Q4_K"}, "go together"),
         ({"moments": "plain"}, "guided"),

@@ -169,6 +169,7 @@ def test_dry_run_shows_everything_and_writes_nothing(smaller_model: Path) -> Non
         ("tiny-Q4_0.gguf", ("--text", "few.txt"), "Give a longer text"),
         ("tiny-Q4_0.gguf", ("--calibration", "none.txt"), "There is no text file none.txt"),
         ("tiny-Q4_0.gguf", ("--min-cosine", "0.9"), "min_cosine is for encoders"),
+        ("tiny-Q4_0.gguf", ("--max-kl", "-1"), "max_kl cannot be -1: no file keeps that limit"),
         ("taken-Q4_0.gguf", (), "taken-Q4_0.gguf exists"),
         ("recorded-Q4_0.gguf", (), "recorded-Q4_0.gguf.record exists without"),
         ("other-Q4_0.gguf", (), "no work of an export"),

@@ -276,7 +276,7 @@ def test_sharded_checkpoints_give_the_same_weights(recipe: Recipe, tmp_path: Pat
 
 def test_another_runs_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     quantize(changed(recipe, method="rtn"), tmp_path / "out")
-    with pytest.raises(UserError, match="holds another run"):
+    with pytest.raises(UserError, match=r"holds another run: recipe.target is '.*', not 'gguf:Q4_0'\. Choose"):
         quantize(changed(recipe, method="rtn", target="gguf:Q4_0"), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
@@ -289,7 +289,7 @@ def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypa
     quantize(recipe, tmp_path / "out")
     assert Artifact(tmp_path / "out").run()["versions"]["numpy"] == np.__version__
     monkeypatch.setattr(prepare, "versions", lambda *names: dict.fromkeys(names, "0"))
-    with pytest.raises(UserError, match=r"holds another run \(different: versions\)"):
+    with pytest.raises(UserError, match=r"holds another run: versions\.lqexport is '.*', not '0'"):
         quantize(recipe, tmp_path / "out")
 
 

@@ -22,6 +22,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 
 from lqexport.errors import UserError
+from lqexport.storage.stand_ins import stand_in
 
 # GGUF's codes for the types of metadata values: numbers with their NumPy dtypes, a string, an array.
 _NUMBERS = {0: "u1", 1: "i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
@@ -116,7 +117,8 @@ def _read(path: Path) -> tuple[dict[str, TypedValue], dict[str, TensorData]]:
     try:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
-                raise UserError(f"{path} is not a GGUF file: it does not begin with the letters GGUF.")
+                sentence = f"{path} is not a GGUF file: it does not begin with the letters GGUF."
+                raise UserError(stand_in(path) or sentence)
             file.seek(0)
             return _parse(path, _Cursor(file, path.stat().st_size))
     except OSError as error:

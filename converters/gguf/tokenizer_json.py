@@ -50,7 +50,7 @@ def tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the content of tokenizer_config.json: the special tokens, and whether texts get BOS and EOS."""
     texts = _texts(metadata)
     names = {f"{role}_token": texts[number] for role, number in special_ids(metadata).items()}
-    bos, eos = _adds(metadata)
+    bos, eos = adds(metadata)
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -125,8 +125,11 @@ def special_ids(metadata: Mapping[str, Any]) -> dict[str, int]:
     return ids
 
 
-def _adds(metadata: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Returns whether a text gets BOS before it, and whether it gets EOS behind it."""
+def adds(metadata: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Returns whether llama.cpp puts BOS before a text, and whether it puts EOS behind it.
+
+    It has defaults where the file has no such key.
+    """
     model, splitter = metadata.get(Keys.Tokenizer.MODEL), _splitter(metadata)
     by_default = model == "llama" or (model == "gpt2" and splitter is not None and splitter.adds_bos)
     bos, eos = metadata.get(Keys.Tokenizer.ADD_BOS, by_default), metadata.get(Keys.Tokenizer.ADD_EOS, model == "t5")
@@ -139,7 +142,7 @@ def _ends(metadata: Mapping[str, Any]) -> dict[str, Any] | None:
     if metadata.get(Keys.Tokenizer.MODEL) == "bert":
         before, after = ids.get("cls"), ids.get("sep")
     else:
-        bos, eos = _adds(metadata)
+        bos, eos = adds(metadata)
         before, after = ids.get("bos") if bos else None, ids.get("eos") if eos else None
     if before is None and after is None:
         return None

@@ -6,6 +6,7 @@ llama.cpp and compares it with transformers. `tools/models_table.py` makes the t
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from lqexport.converters.models.architecture import CUT, Architecture, Config, Factor
@@ -88,6 +89,9 @@ from lqexport.converters.models.hf_defaults import default_of, filled_in
 from lqexport.converters.models.refused import refusal
 from lqexport.converters.models.text_parts import OTHER_TYPES, WITH_TEXT_PARTS, is_whole, text_part
 from lqexport.errors import UserError, well_formed
+
+LIST = "https://github.com/lqexport/lqexport/blob/main/docs/models.md"
+"""The page with a table of all architectures."""
 
 ARCHITECTURES = (
     LLAMA,
@@ -214,9 +218,7 @@ def architecture_of(config: Config) -> Architecture:
         given = [str(name) for name in config.get("architectures") or ()]
         if (reason := refusal(given)) is not None:
             raise UserError(reason)
-        names = ", ".join(given) or "(config.json names none)"
-        known = ", ".join(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
-        raise UserError(f"Unknown architecture {names}. Known: {known}.")
+        raise UserError(_unknown(given))
     of_each_model = (architecture.experts, architecture.only, architecture.borrows, architecture.predictor)
     if not any(of_each_model):
         return architecture
@@ -268,6 +270,15 @@ def normalized(config: Config) -> Config:
     with well_formed("config.json"):
         complete = _complete(architecture, config)
         return complete | architecture.derived(complete)
+
+
+def _unknown(given: list[str]) -> str:
+    """Returns the message about class names that no entry has: which ones are like them, and where all are listed."""
+    known = list(dict.fromkeys(name for entry in ARCHITECTURES for name in entry.classes))
+    near = [match for name in given for match in difflib.get_close_matches(name, known, 3, 0.7)]
+    like = f" Known ones like it: {', '.join(near)}." if near else ""
+    names = ", ".join(given) or "(config.json names none)"
+    return f"Unknown architecture {names}.{like} All {len(known)} known ones are in {LIST}."
 
 
 def folded_factors(config: Config) -> dict[str, Factor]:

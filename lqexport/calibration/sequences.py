@@ -105,6 +105,12 @@ def begins_with_bos(tokenizer: Any) -> bool:
     return len(ids) > 1 and tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
 
 
+def ends_with_eos(tokenizer: Any) -> bool:
+    """Returns whether the tokenizer puts its end-of-sequence token behind a text by itself."""
+    ids = tokenizer("a").input_ids
+    return len(ids) > 1 and tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+
+
 def _window_starts(tokens: int, length: int, samples: int, seed: int) -> list[int]:
     """Returns the index of the first token of each of `samples` windows of `length` tokens.
 

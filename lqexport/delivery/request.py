@@ -15,7 +15,6 @@ from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.embeddings import sentences
 from lqexport.evaluation.evaluate import PROTOCOLS, cut_text
 from lqexport.evaluation.fitting import fitted
-from lqexport.models.inspect import size
 from lqexport.models.source import open_source
 from lqexport.planning.dryrun import Preview, preview
 from lqexport.planning.memory import MemoryLimits
@@ -110,7 +109,7 @@ class Request:
         folder = next(parent for parent in self.places.model.absolute().parents if parent.exists())
         if not (folder.is_dir() and os.access(folder, os.W_OK)):
             raise UserError(f"{folder} cannot be written. Choose another folder for {self.places.model.name}.")
-        check_space(self.places.model, shown.missing_bytes + size(shown.entries))
+        check_space(self.places.model, shown.missing_bytes + shown.tensor_bytes)
 
     def check_text(self) -> None:
         """Raises UserError if the evaluation text cannot be read, or is too short for a window.

@@ -11,6 +11,8 @@ from lqexport.runtime.hub import no_hub
 
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?")
 """Matches what may be a model's id on the hub. The hub's client has more rules."""
+HUB_ADDRESS = re.compile(r"(?:https?://)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)")
+"""Matches the address of a model's page on the hub; the first group is its id."""
 NO_ID = "There is no folder {}, and it is not a hub id either."
 NOT_WITHIN_REACH = "There is no folder {}, and the hub has no such model within reach: {}"
 
@@ -26,9 +28,11 @@ def check_source_name(name: str) -> None:
             raise UserError(f"There is no file {path}.")
     elif path.exists():
         if not path.is_dir():
-            raise UserError(f"{path} is neither a model folder nor a .gguf file.")
+            within = f" Give its folder, {path.parent}." if (path.parent / "config.json").is_file() else ""
+            raise UserError(f"{path} is neither a model folder nor a .gguf file.{within}")
     elif not HUB_ID.fullmatch(name):
-        raise UserError(NO_ID.format(name))
+        address = HUB_ADDRESS.match(name)
+        raise UserError(NO_ID.format(name) + (f" Give the id alone: {address[1]}." if address else ""))
     else:
         _check_hub(name)
 

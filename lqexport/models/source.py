@@ -26,7 +26,7 @@ from lqexport.converters.models.architectures import find_architecture, folded_f
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
 from lqexport.converters.models.tensor_names import as_matrix, block_module, head_count, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
-from lqexport.errors import UserError, well_formed
+from lqexport.errors import UserError, listed, well_formed
 from lqexport.models.interface import Weights
 from lqexport.models.model_path import NOT_WITHIN_REACH, check_source_name
 from lqexport.models.sentence_files import MODULES, POOLING, PROJECTION, pooling_type, projection_files
@@ -474,7 +474,11 @@ def _check_is_model(folder: Path) -> None:
 
 
 def _missing(path: Path) -> str:
-    return f"{path.parent} has no {path.name}: it is not a Hugging Face model folder."
+    folder = path.parent
+    models = [str(file.parent) for pattern in (f"*/{path.name}", f"snapshots/*/{path.name}")
+              for file in sorted(folder.glob(pattern))]  # fmt: skip
+    within = f" Give the folder of a model: {listed(models, 3)}." if models else ""
+    return f"{folder} has no {path.name}: it is not a Hugging Face model folder.{within}"
 
 
 def _tensor_files(folder: Path) -> dict[str, Path]:
@@ -513,10 +517,10 @@ def _check_shards(files: dict[str, Path]) -> None:
 
     This is checked at the start, so that the run does not fail hours later.
     """
-    listed: dict[Path, list[str]] = {}
+    by_file: dict[Path, list[str]] = {}
     for name, path in files.items():
-        listed.setdefault(path, []).append(name)
-    for path, names in sorted(listed.items()):
+        by_file.setdefault(path, []).append(name)
+    for path, names in sorted(by_file.items()):
         with _open(path) as file:
             present = set(file.keys())
         if missing := [name for name in names if name not in present]:

@@ -13,6 +13,7 @@ from lqexport.converters.gguf.tokenizer_json import template_files, tokenizer_co
 from lqexport.converters.gguf.vocabulary import read_vocabulary
 from lqexport.errors import UserError, well_formed
 from lqexport.storage.files import write_json, written_whole
+from lqexport.storage.stand_ins import stand_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,11 @@ def load_tokenizer(folder: Path, source: Path | None = None) -> PreTrainedTokeni
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
-        raise UserError(f"The tokenizer in {source or folder} cannot be loaded: {reason}") from error
+        if source is None and not any((folder / name).is_file() for name in VOCABULARIES):
+            reason = f"there is none of {', '.join(VOCABULARIES)}. Copy these files of the model there"
+        elif stands_in := next(filter(None, (stand_in(folder / name) for name in VOCABULARIES)), None):
+            reason = stands_in
+        raise UserError(f"The tokenizer in {source or folder} cannot be loaded: {reason.rstrip('.')}.") from error
 
 
 def _of_sentencepiece(folder: Path) -> PreTrainedTokenizerBase:

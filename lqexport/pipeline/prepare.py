@@ -24,6 +24,7 @@ from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
 from lqexport.planning.needs import warnings_of
 from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
+from lqexport.planning.type_choices import check_size
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
 from lqexport.runtime.placement import Placement
@@ -52,6 +53,7 @@ def prepare(
     factors = plan_factors(source, planned, recipe)
     check_recipe(recipe, source.config, planned)
     check_sequence_length(recipe, source, planned)
+    check_size(source, recipe, planned)
     artifact = Artifact(out)
     recipe = _with_compute_dtype(Work(recipe, source.config, planned), artifact, device, processes, listener)
     if not artifact.complete:

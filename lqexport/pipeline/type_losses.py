@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from lqexport.pipeline.measured_losses import sampled_rows
-from lqexport.pipeline.type_choices import RELATIVES
+from lqexport.planning.type_choices import RELATIVES
 from lqexport.recipe import SolverSettings
 from lqexport.runtime.placement import all_on_device
 from lqexport.solver.cholesky import CholeskyFactor

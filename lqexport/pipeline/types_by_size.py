@@ -1,6 +1,6 @@
 """Types by size: the type of every tensor is chosen so that the whole model loses least at a given size.
 
-The size decides which types each tensor may have (`lqexport.pipeline.type_choices`). The loss of each tensor in each of
+The size decides which types each tensor may have (`lqexport.planning.type_choices`). The loss of each tensor in each of
 them is measured once. Rows of a linear are solved (error feedback, no descent) under its guided second moments, whose
 loss estimates nats per token of the model (`lqexport.calibration.moments`). The embedding and the output are rounded,
 and the model's KL divergence is measured with that tensor alone replaced. The losses are added up, and
@@ -10,7 +10,6 @@ and the model's KL divergence is measured with that tensor alone replaced. The l
 from __future__ import annotations
 
 from dataclasses import replace
-from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -32,10 +31,10 @@ from lqexport.pipeline.measured_losses import (
     measured_losses,
     options,
 )
-from lqexport.pipeline.type_choices import choices_of
 from lqexport.pipeline.type_losses import type_losses
 from lqexport.planning.recipe_plan import plan_recipe, size_limit
-from lqexport.recipe import Recipe, SolverSettings
+from lqexport.planning.type_choices import choices_by_size
+from lqexport.recipe import SolverSettings
 from lqexport.runtime.progress import Listener
 from lqexport.solver.linear import solve_linear
 from lqexport.solver.rounded_tensor import round_tensor
@@ -71,7 +70,7 @@ def _measured_choice(job: Job) -> dict[str, Any]:
     """Measures the losses that are still unknown, and returns the best choice within the recipe's size."""
     limit_bytes = size_limit(job.source, job.recipe, job.planned)
     assert limit_bytes is not None
-    choices = _choices(job.planned, job.recipe, limit_bytes)
+    choices = choices_by_size(job.planned, job.recipe, limit_bytes)
     measured = measured_losses(job, "types")
     known = measured.losses()
     unknown = [name for name, codecs in choices.items() if not set(codecs) <= known.get(name, {}).keys()]
@@ -93,15 +92,6 @@ def _measured_choice(job: Job) -> dict[str, Any]:
     everything = measured.losses()
     losses = {name: {codec: everything[name][codec] for codec in codecs} for name, codecs in choices.items()}
     return best_choice(job.planned, losses, limit_bytes)
-
-
-def _choices(planned: list[PlannedTensor], recipe: Recipe, limit_bytes: int) -> dict[str, tuple[str, ...]]:
-    """Returns the codecs to choose from for each tensor that has more than one and none by hand."""
-    bits = 8 * limit_bytes / sum(tensor.weights for tensor in planned)
-    patterns = recipe.types_by_pattern()
-    free = [tensor for tensor in planned if not any(fnmatchcase(tensor.name, pattern) for pattern in patterns)]
-    choices = {tensor.name: choices_of(tensor, bits, recipe.without == "iq") for tensor in free}
-    return {name: codecs for name, codecs in choices.items() if len(codecs) > 1}
 
 
 class Replaced:

@@ -26,7 +26,7 @@ from lqexport.planning.efforts import effort_sentence, seconds_by_effort
 from lqexport.planning.memory import memory_estimate, placement_sentence
 from lqexport.planning.needs import check_needs
 from lqexport.planning.rates import measured_rates
-from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe
+from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe, size_limit
 from lqexport.recipe import Effort, Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.shown import Shown
@@ -44,6 +44,7 @@ class Preview(Shown):
     tensors   every tensor that will be stored, with its codec
     already   bytes of tensors that the output folder holds from an earlier, stopped run
     free      bytes free on the output's disk
+    spared    bytes that the types to be chosen for a size will take less than those in `tensors`
     warnings  what the written file will do otherwise than the source, as sentences
     efforts   the recipe as it would be at each effort
     """
@@ -54,6 +55,7 @@ class Preview(Shown):
     tensors: list[PlannedTensor]
     already: int
     free: int
+    spared: int = 0
     warnings: tuple[str, ...] = ()
     efforts: dict[Effort, Recipe] = field(default_factory=dict)
 
@@ -68,9 +70,19 @@ class Preview(Shown):
         return Work(self.recipe, self.config, self.tensors)
 
     @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all tensors; the most that they may take where types are chosen to fit a size."""
+        return size(self.entries) - self.spared
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of `tensor_bytes` per weight."""
+        return bits(self.entries) * self.tensor_bytes / size(self.entries)
+
+    @property
     def missing_bytes(self) -> int:
         """Bytes of tensors that the run has yet to write."""
-        return size(self.entries) - self.already
+        return self.tensor_bytes - self.already
 
     def check_disk(self) -> None:
         """Raises UserError if the artifact does not fit on the disk."""
@@ -103,11 +115,12 @@ def preview_of_finished(recipe: Recipe, out: Path) -> Preview:
 
 
 def _preview_of(source: Source, recipe: Recipe, tensors: list[PlannedTensor], artifact: Artifact) -> Preview:
-    out = artifact.folder
+    out, limit = artifact.folder, size_limit(source, recipe, tensors)
+    spared = 0 if limit is None else max(0, sum(tensor.nbytes for tensor in tensors) - limit)
     tensors = tensors + plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
-    return Preview(recipe, out, source.config, tensors, already, shutil.disk_usage(existing).free)
+    return Preview(recipe, out, source.config, tensors, already, shutil.disk_usage(existing).free, spared)
 
 
 def fallbacks(tensors: Iterable[PlannedTensor]) -> list[str]:
@@ -130,8 +143,8 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
     seconds = _seconds_on(shown, placement)
     return {
         "target": shown.recipe.target,
-        "bits_per_weight": bits(shown.entries),
-        "tensor_bytes": size(shown.entries),
+        "bits_per_weight": shown.bits_per_weight,
+        "tensor_bytes": shown.tensor_bytes,
         "estimated_memory_bytes": memory_estimate(shown.work, placement),
         "memory_choices": {
             "moments": placement.moments.name,
@@ -167,8 +180,9 @@ def show_estimates(shown: Preview, console: Console, placement: Placement) -> No
     """Prints what the run would cost, how much disk space is free, and the warnings."""
     seconds = _seconds_on(shown, placement)
     minutes = seconds[shown.recipe.effort] / 60
+    most = "at most " if shown.spared else ""
     lines = (
-        f"Tensor data: {human_bytes(size(shown.entries))}, {bits(shown.entries):.3f} bits per weight",
+        f"Tensor data: {most}{human_bytes(shown.tensor_bytes)}, {shown.bits_per_weight:.3f} bits per weight",
         f"Peak memory: about {human_bytes(memory_estimate(shown.work, placement))} (estimate)",
         placement_sentence(placement),
         f"Time on {placement.device}: about {minutes:.1f} minutes (estimate from a measured matrix product)",

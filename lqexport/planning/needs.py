@@ -16,8 +16,9 @@ from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
 from lqexport.planning.file_check import check_file
-from lqexport.planning.recipe_plan import calibrates, size_limit
+from lqexport.planning.recipe_plan import calibrates
 from lqexport.planning.small_files import check_small_files
+from lqexport.planning.type_choices import check_size
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
 
@@ -34,11 +35,11 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], ar
     tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and a file that llama.cpp loads. One
     of a .gguf file always writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts
     on the hub only the name and the split are checked. An importance matrix must be the model's. A size must be one, or
-    the target that it names known.
+    the target that it names known, and types must be able to reach it.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
-    size_limit(source, recipe, planned)
+    check_size(source, recipe, planned)
     with_text = calibrates(recipe, source, planned)
     if with_text or isinstance(opened(source), GGUFSource):
         source.tokenizer()

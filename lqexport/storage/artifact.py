@@ -32,7 +32,7 @@ import numpy as np
 import safetensors.numpy
 from numpy.typing import NDArray
 
-from lqexport.errors import AGAIN, ANEW, UserError, well_formed
+from lqexport.errors import AGAIN, ANEW, UserError, listed, well_formed
 from lqexport.formats.codec import Planes
 from lqexport.formats.registry import codec_named
 from lqexport.storage.background import BackgroundWorker
@@ -289,10 +289,9 @@ class Artifact:
         """
         if (self.folder / "run.json").is_file():
             old = self.run()
-            different = sorted(key for key in run.keys() | old.keys() if run.get(key) != old.get(key))
-            if different:
+            if different := _differences(old, run):
                 raise UserError(
-                    f"{self.folder} holds another run (different: {', '.join(different)}). "
+                    f"{self.folder} holds another run: {listed(different, 4)}. "
                     "Choose another output folder, or delete this one."
                 )
             return
@@ -324,6 +323,19 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{entry['shape']} is no shape")
     codec_named(entry["codec"]).layout(rows, columns)
     return entry
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns how the run in a folder differs from a new one, by parts of a sentence: `recipe.samples is 64, not 8`."""
+    differences = []
+    for key in sorted(old.keys() | new.keys(), reverse=True):  # calibration, which follows from the recipe, comes last
+        ours, theirs = old.get(key), new.get(key)
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            differences += [f"{key}.{name} is {ours.get(name)!r}, not {theirs.get(name)!r}" for name in names]
+        elif ours != theirs:
+            differences.append(f"{key} is another one")
+    return differences
 
 
 def manifest_bytes(manifest: dict[str, Any]) -> bytes:

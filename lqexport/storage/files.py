@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from lqexport.errors import UserError
+from lqexport.storage.stand_ins import stand_in
 
 
 @contextlib.contextmanager
@@ -173,7 +174,7 @@ def read_json(path: Path, missing: str) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(missing) from None
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}.") from error
+        raise UserError(stand_in(path) or f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict):
         raise UserError(f"{path} is damaged: it should hold a JSON object.")
     return content

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lqexport.errors import AGAIN, MALFORMED, UserError
 from lqexport.storage.files import written_whole
+from lqexport.storage.stand_ins import stand_in
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +42,7 @@ def open_tensors(path: Path, framework: Literal["np", "pt"], advice: str, device
     except FileNotFoundError:
         raise UserError(f"{path} is missing. {advice}") from None
     except (SafetensorError, OSError, RuntimeError, *MALFORMED) as error:  # torch raises RuntimeError
-        raise UserError(f"{path} is cut short or damaged ({error}). {advice}") from error
+        raise UserError(stand_in(path) or f"{path} is cut short or damaged ({error}). {advice}") from error
 
 
 def forms(file: Any) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from lqexport.calibration.sequences import begins_with_bos, ends_with_eos
 from lqexport.evaluation.conversations import (
     Conversation,
     altered,
@@ -147,9 +148,8 @@ def plain_text(tokenizer: PreTrainedTokenizerBase, server: LlamaServer) -> Rende
 
 def added_ends(tokenizer: PreTrainedTokenizerBase) -> Ends:
     """Returns the BOS and the EOS that the tokenizer puts around every text; None for each that it does not."""
-    ids = tokenizer("a")["input_ids"]
-    begins, ends = len(ids) > 1 and ids[0] == tokenizer.bos_token_id, len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-    return (ids[0] if begins else None, ids[-1] if ends else None)
+    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
+    return bos, tokenizer.eos_token_id if ends_with_eos(tokenizer) else None
 
 
 def _compared(tokenizer: PreTrainedTokenizerBase, case: Spoken, text: str, tokens: list[int], ends: Ends) -> Rendering:

@@ -30,10 +30,13 @@ PART_FLOOR = 1e-3
 def limits_for(limits: dict[str, float | None], config: dict[str, Any]) -> dict[str, float]:
     """Returns the given limits (not None) that apply to the model of this config.json.
 
-    Raises UserError for a limit that cannot be measured: min_cosine for a model that predicts tokens, max_kl for an
-    encoder.
+    Raises UserError for a limit that no file keeps, and for one that cannot be measured: min_cosine for a model that
+    predicts tokens, max_kl for an encoder.
     """
     given = {name: limit for name, limit in limits.items() if limit is not None}
+    for name, limit in given.items():
+        if not (limit <= 1 if name == "min_cosine" else limit >= 0):  # NaN is neither
+            raise UserError(f"{name} cannot be {limit:g}: no file keeps that limit.")
     name = architecture_of(config).classes[0]
     if not architecture_of(config).encoder:
         if "min_cosine" in given:

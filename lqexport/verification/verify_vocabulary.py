@@ -6,9 +6,9 @@ from typing import Any
 
 from gguf import TokenType
 
-from lqexport.calibration.sequences import begins_with_bos
+from lqexport.calibration.sequences import begins_with_bos, ends_with_eos
 from lqexport.converters.gguf.reader import GGUFModel
-from lqexport.converters.gguf.tokenizer_json import special_ids
+from lqexport.converters.gguf.tokenizer_json import adds, special_ids
 from lqexport.converters.gguf.tokens import Token, Vocabulary
 from lqexport.errors import well_formed
 from lqexport.models.interface import Weights
@@ -47,10 +47,13 @@ def _from_tokenizer(metadata: dict[str, Any], source: Source) -> list[str]:
     tokens = {number: Token(text, TokenType(types[number])) for number, text in enumerate(texts)}
     vocabulary = Vocabulary(str(metadata[f"{_PREFIX}model"]), str(metadata.get(f"{_PREFIX}pre")), tokens)
     faults = vocabulary_faults(vocabulary, special_ids(metadata), tokenizer, folder_of(source), len(texts))
-    begins = metadata.get(f"{_PREFIX}add_bos_token")
-    if begins is not None and vocabulary.model != "bert" and bool(begins) != begins_with_bos(tokenizer):
-        faults.append(
-            f"llama.cpp puts {'a' if begins else 'no'} BOS before a text, and the source's tokenizer "
-            f"{'none' if begins else 'one'}."
-        )
+    if vocabulary.model != "bert":
+        ours, theirs = adds(metadata), (begins_with_bos(tokenizer), ends_with_eos(tokenizer))
+        ends = (("a", "BOS before"), ("an", "EOS behind"))
+        for (article, end), added, expected in zip(ends, ours, theirs, strict=True):
+            if added != expected:
+                faults.append(
+                    f"llama.cpp puts {article if added else 'no'} {end} a text, and the source's tokenizer "
+                    f"{'none' if added else 'one'}."
+                )
     return [f"Vocabulary: {fault}" for fault in faults]

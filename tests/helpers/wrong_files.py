@@ -200,6 +200,13 @@ WRONG: dict[str, Wrong] = {
     "experts' scale off": Wrong(
         "deepseek", "Q8_0", "routed_scaling_factor 1", spoil=key("deepseek2.expert_weights_scale", 1.0),
     ),
+    "experts chosen by another function": Wrong(
+        "deepseek", "Q8_0", "expert_gating_func 2", spoil=key("deepseek2.expert_gating_func", 2),
+    ),
+    "yarn from another context": Wrong(
+        "deepseek", "Q4_0", "original_max_position_embeddings 32",
+        spoil=key("deepseek2.rope.scaling.original_context_length", 32),
+    ),
     "key heads": Wrong("llama", "Q8_0", "shape", spoil=key("llama.attention.head_count_kv", 4)),
     "context halved": Wrong(
         "llama", "Q8_0", "max_position_embeddings 256", spoil=key("llama.context_length", 256),
@@ -315,6 +322,9 @@ WRONG: dict[str, Wrong] = {
         "llama", "Q8_0", "special tokens are plain", spoil=each(f"{TOKENS}token_type", lambda v: [1] * len(v)),
     ),
     "begin token": Wrong("llama", "Q4_0", "bos token is 66", spoil=number(f"{TOKENS}bos_token_id", 66)),
+    "an end token behind prompts": Wrong(
+        "llama", "Q4_0", "EOS behind", spoil=key(f"{TOKENS}add_eos_token", True),
+    ),
     "splitter": Wrong("llama", "Q4_0", "pre", spoil=text(f"{TOKENS}pre", "qwen2")),
 }  # fmt: skip
 """Name -> a wrong file, over Llama, Qwen 2 and 3, Gemma 2 and 3, a mixture of experts and DeepSeek V2."""

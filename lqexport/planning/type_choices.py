@@ -6,8 +6,17 @@ Q1_0, which is smaller than all and loses several times as much as the next (ben
 
 from __future__ import annotations
 
+from fnmatch import fnmatchcase
+
 from lqexport.converters.mlx.types import same_groups
 from lqexport.converters.plan import PlannedTensor
+from lqexport.errors import UserError
+from lqexport.formats.codec import nbytes
+from lqexport.formats.registry import codec_named
+from lqexport.models.interface import ModelShapes
+from lqexport.planning.recipe_plan import size_limit
+from lqexport.recipe import Recipe
+from lqexport.sizes import human_bytes
 
 SUPERBLOCKS = ("gguf:Q2_K", "gguf:Q3_K", "gguf:Q4_K", "gguf:Q5_K", "gguf:Q6_K", "gguf:Q8_0")
 BLOCKS = ("gguf:Q4_0", "gguf:Q4_1", "gguf:Q5_0", "gguf:Q5_1", "gguf:Q8_0")
@@ -32,6 +41,34 @@ RELATIVES = {
     "gguf:IQ1_S": "gguf:Q2_K",
 }
 """I-quant -> the type of nearly its size, by whose loss its own is predicted (`lqexport.pipeline.type_losses`)."""
+
+
+def choices_by_size(planned: list[PlannedTensor], recipe: Recipe, limit_bytes: int) -> dict[str, tuple[str, ...]]:
+    """Returns the codecs to choose from for each tensor that has more than one and none by hand."""
+    bits = 8 * limit_bytes / sum(tensor.weights for tensor in planned)
+    patterns = recipe.types_by_pattern()
+    free = [tensor for tensor in planned if not any(fnmatchcase(tensor.name, pattern) for pattern in patterns)]
+    names = {tensor.name: choices_of(tensor, bits, recipe.without == "iq") for tensor in free}
+    return {name: codecs for name, codecs in names.items() if len(codecs) > 1}
+
+
+def check_size(source: ModelShapes, recipe: Recipe, planned: list[PlannedTensor]) -> None:
+    """Raises UserError if even the smallest types that a choice by the recipe's size has take more bytes, or as
+    `size_limit` does.
+    """
+    if (limit_bytes := size_limit(source, recipe, planned)) is None:
+        return
+    codecs = choices_by_size(planned, recipe, limit_bytes)
+    least = sum(
+        min(nbytes(codec_named(name), *tensor.matrix) for name in codecs.get(tensor.name, (tensor.codec_name,)))
+        for tensor in planned
+    )
+    if limit_bytes < least:
+        bits = 8 * least / sum(tensor.weights for tensor in planned)
+        raise UserError(
+            f"The smallest types that the model can have take {human_bytes(least)} ({bits:.3f} bits per weight), and "
+            f"--size {recipe.size} is {human_bytes(limit_bytes)}. Give a larger size."
+        )
 
 
 def choices_of(tensor: PlannedTensor, bits: float, without_iq: bool) -> tuple[str, ...]:

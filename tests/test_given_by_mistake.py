@@ -1,0 +1,85 @@
+"""What people give in the place of a model, and what broken downloads leave there, is called by its name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from lqexport.converters.gguf.header import read_header
+from lqexport.converters.model_tensors import model_tensors
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.errors import UserError
+from lqexport.models.model_path import check_source_name
+from lqexport.models.source import open_source
+from lqexport.models.tokenizer_files import load_tokenizer
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+PAGE = "\n<!DOCTYPE html><html><body>Not found</body></html>"
+
+
+@pytest.fixture
+def model(smaller_model: Path, tmp_path: Path) -> Path:
+    """A copy of the smaller model, for changes."""
+    return Path(shutil.copytree(smaller_model, tmp_path / "model"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize(("content", "said"), [(POINTER, "is a pointer of Git LFS"), (PAGE, "is a web page")])
+def test_what_stands_in_for_a_file_is_told(name: str, content: str, said: str, model: Path) -> None:
+    (model / name).write_text(content)
+    with pytest.raises(UserError, match=f"{name} {said}, and not the file itself"):
+        open_source(str(model))
+
+
+def test_a_pointer_in_the_place_of_a_gguf_file_or_a_tokenizer_is_told(model: Path) -> None:
+    for name in ("model.gguf", "tokenizer.json"):
+        (model / name).write_text(POINTER)
+    with pytest.raises(UserError, match=r"model.gguf is a pointer of Git LFS"):
+        read_header(model / "model.gguf")
+    with pytest.raises(UserError, match=r"tokenizer.json is a pointer of Git LFS"):
+        load_tokenizer(model)
+
+
+def test_a_folder_without_a_tokenizer_says_so(model: Path) -> None:
+    for path in model.glob("*token*"):
+        path.unlink()
+    with pytest.raises(UserError, match=r"cannot be loaded: there is none of tokenizer.json, tokenizer.model"):
+        load_tokenizer(model)
+
+
+def test_a_file_of_a_model_is_no_model(model: Path) -> None:
+    with pytest.raises(UserError, match=f"Give its folder, {model}"):
+        check_source_name(str(model / "model.safetensors"))
+
+
+@pytest.mark.parametrize("begin", ["https://huggingface.co/", "hf.co/"])
+@pytest.mark.parametrize("end", ["", "/", "/tree/main"])
+def test_the_address_of_a_model_has_its_id(begin: str, end: str) -> None:
+    with pytest.raises(UserError, match=r"Give the id alone: some/model-1\.5B\."):
+        check_source_name(f"{begin}some/model-1.5B{end}")
+
+
+@pytest.mark.parametrize("within", ["checkpoint-100", "snapshots/abcdef"])
+def test_a_folder_of_models_names_one(within: str, model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "models" / within)
+    with pytest.raises(UserError, match=f"models has no config.json: .* Give the folder of a model: .*{within}"):
+        open_source(str(tmp_path / "models"))
+
+
+def test_tensors_beyond_the_config_are_named(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    source = open_source(str(model))
+    shapes = {name: source.shape(name) for name in source.names()}
+    with pytest.raises(UserError, match=r"that LlamaForCausalLM with 1 blocks does not have: model.layers.1"):
+        model_tensors(architecture_of(source.config), source.config, shapes)
+
+
+def test_an_unknown_architecture_is_told_with_those_like_it() -> None:
+    with pytest.raises(UserError, match=r"^Unknown architecture LlamaForCausalML\. Known ones like it: LlamaForCausal"):
+        architecture_of({"architectures": ["LlamaForCausalML"]})
+    with pytest.raises(UserError, match=r"^Unknown architecture Nobody\. All \d\d+ known ones are in https"):
+        architecture_of({"architectures": ["Nobody"]})
