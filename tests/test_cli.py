@@ -510,6 +510,19 @@ def test_missing_inputs_are_said_before_anything_large_is_imported() -> None:
     assert run_without_torch(commands, 2).stderr.count("error: There is no ") == len(commands)
 
 
+def test_wrong_names_of_files_are_said_before_anything_large_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("model").mkdir()
+    Path("taken-Q4_0.gguf").touch()
+    commands = [
+        "export ./model x.gguf", "export ./model x --target q4_0", "export ./model x.gguf --target exl3:3",
+        "export ./model taken-Q4_0.gguf",
+    ]  # fmt: skip
+    assert run_without_torch(commands, 2).stderr.count("error: ") == len(commands)
+
+
 def test_what_only_reads_headers_imports_nothing_large(artifact: Path, gguf_file: Path) -> None:
     """Importing torch and transformers takes seconds."""
     commands = ["--help", "quantize --help-all", f"inspect {gguf_file}", f"inspect {artifact} --json"]

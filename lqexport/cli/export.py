@@ -71,18 +71,21 @@ def export(
     with plain_endings(STOPPED):
         check_source_name(source)
         from lqexport.delivery.places import Places, target_of
-        from lqexport.delivery.request import Request
 
         recipe = merged_recipe(
             recipe_file, options | {"source": source},
             lambda given: target_of(file, size=given.get("size"), bits=given.get("bits")),
         )  # fmt: skip
         places = Places(file)
+        if not is_another_process():
+            places.check(recipe.parsed_target)  # before what takes seconds to import
         run = Run(recipe, places.artifact, device, cache, device_memory, host_memory)
         if is_another_process():
             if not dry_run:
                 run.quantize()
             return
+        from lqexport.delivery.request import Request
+
         measurement = measured.measurement(min_cosine)
         request = Request(recipe, places, measurement, device, cache, run.limits, keep_artifact)
         if dry_run:

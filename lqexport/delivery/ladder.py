@@ -30,10 +30,10 @@ from lqexport.recipe import Recipe
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.runtime.shown import Shown
 from lqexport.storage.files import check_space, write_json
-from lqexport.storage.published import public_name, public_run
+from lqexport.storage.published import public_name, public_run, record_of
 from lqexport.target import AUTO, Target, spelled
 from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
-from lqexport.verification.publish import LADDER, record_of, upload_list
+from lqexport.verification.publish import LADDER, upload_list
 from lqexport.verification.result import Engine
 
 TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")

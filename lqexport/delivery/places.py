@@ -16,8 +16,8 @@ from pathlib import Path
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.storage.files import check_new
+from lqexport.storage.published import record_of
 from lqexport.target import AUTO, Target, implied_target, type_at_end
-from lqexport.verification.publish import record_of
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,11 @@ class Places:
     def within_work(self, other: Places) -> Places:
         """Returns where the work folder holds what will be moved to the places `other`."""
         return Places(self.work / other.model.name)
+
+    def check(self, target: Target) -> None:
+        """Raises UserError if a file or folder of this target cannot have the model's name, or as `check_free`."""
+        check_name(self.model, target)
+        self.check_free()
 
     def check_free(self) -> None:
         """Raises UserError if the model exists, or if other files than an export's have the names made from it."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lqexport.calibration.texts import read_text
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.delivery.places import Places, check_name
+from lqexport.delivery.places import Places
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.embeddings import sentences
@@ -92,8 +92,7 @@ class Request:
         Raises UserError as `preview` does, and if the output cannot be written or the file could not be verified.
         """
         target = self.recipe.parsed_target
-        check_name(self.places.model, target)
-        self.places.check_free()
+        self.places.check(target)
         if self.engine == "llama.cpp" and target.family != "gguf":
             raise UserError(f"llama.cpp runs GGUF files, not {target}: leave out --engine, or take --engine lqexport.")
         if self.engine == "mlx" and target.family != "mlx":

@@ -13,6 +13,11 @@ ABSOLUTE = re.compile(r"(?<![\w.:/~])~?/(?:[^\s/'\"]+/)*([^\s/'\"]+)")
 """An absolute path within a sentence. What follows a word, a colon or a slash, as in an address, is none."""
 
 
+def record_of(model: Path) -> Path:
+    """Returns the folder in which `export` writes the record of a file or folder."""
+    return model.with_name(f"{model.name}.record")
+
+
 def is_hub_id(source: str) -> bool:
     """Returns whether a source is a repository of the hub, such as org/model, and no folder of this machine."""
     return HUB_ID.fullmatch(source) is not None and not Path(source).exists()

@@ -8,6 +8,7 @@ from typing import Any
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.errors import UserError, well_formed
 from lqexport.storage.files import file_digest, read_json, write_json
+from lqexport.storage.published import record_of
 from lqexport.verification import report
 from lqexport.verification.card import save_card
 from lqexport.verification.result import Verification
@@ -83,11 +84,6 @@ def _ladder_files(folder: Path) -> dict[str, Path]:
         record = record_of(model)
         files |= _recorded_files(model, record) | _files(record, f"{record.name}/")
     return files
-
-
-def record_of(model: Path) -> Path:
-    """Returns the folder in which `export` writes the record of a file or folder."""
-    return model.with_name(f"{model.name}.record")
 
 
 def _recorded_files(file: str | Path, record: str | Path, *, unverified: bool = False) -> dict[str, Path]:
