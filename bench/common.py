@@ -1,5 +1,5 @@
 """Functions that several scripts of this folder share: command lines, an artifact's digests, the times in its
-log, files that lqexport makes.
+log, files that lqexport makes, what a process takes.
 
 This module only imports the standard library, so a script that only starts commands stays small. Python finds it beside
 the script that runs as `python bench/NAME.py`.
@@ -10,9 +10,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 
 def comparison_parser(description: str | None) -> argparse.ArgumentParser:
@@ -58,3 +61,25 @@ def solving_seconds(artifact: Path) -> float:
     """Returns the seconds for which a run solved and wrote its linears: the sum over the artifact's log."""
     log = (artifact / "log.jsonl").read_text(encoding="utf-8").splitlines()
     return sum(json.loads(line).get("seconds", 0.0) for line in log)
+
+
+class Taken(NamedTuple):
+    """What a finished process took.
+
+    seconds   user and system time, of its children, too
+    peak      bytes of its resident memory at most
+    """
+
+    seconds: float
+    peak: int
+
+
+def taken_by(command: list[str], log: Path, environment: Mapping[str, str] = os.environ) -> Taken:
+    """Runs a command, whose output goes to the end of a log. Ends this script if the command fails."""
+    with log.open("ab") as file:
+        actions = [(os.POSIX_SPAWN_DUP2, file.fileno(), stream) for stream in (1, 2)]
+        child = os.posix_spawn(command[0], command, environment, file_actions=actions)
+        _, status, usage = os.wait4(child, 0)
+    if status:
+        raise SystemExit(f"{' '.join(command[:4])} ... ended with status {status}: see {log}.")
+    return Taken(usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import taken_by
 from judging import Judge
 from peers_make import MAKERS
 
@@ -49,23 +50,10 @@ def made(name: str, python: str, model: str, work: Path) -> dict[str, Any]:
     out = work / (slug if "gptq" in slug else f"{slug}.gguf")
     record = work / f"{slug}.json"
     if not record.is_file():
-        command = [
-            python,
-            str(Path(__file__).with_name("peers_make.py")),
-            name,
-            model,
-            str(work / "tokens.npy"),
-            str(out),
-        ]
-        with (work / f"{slug}.log").open("wb") as log:
-            child = os.posix_spawn(
-                python, command, os.environ | ENVIRONMENT,
-                file_actions=[(os.POSIX_SPAWN_DUP2, log.fileno(), 1), (os.POSIX_SPAWN_DUP2, log.fileno(), 2)],
-            )  # fmt: skip
-            _, status, usage = os.wait4(child, 0)
-        if status:
-            raise SystemExit(f"{name} ended with status {status}: see {log.name}.")
-        facts = {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss * 1024, "file": str(out)}
+        maker = str(Path(__file__).with_name("peers_make.py"))
+        command = [python, maker, name, model, str(work / "tokens.npy"), str(out)]
+        taken = taken_by(command, work / f"{slug}.log", os.environ | ENVIRONMENT)
+        facts = taken._asdict() | {"file": str(out)}
         record.write_text(json.dumps(facts))
     return json.loads(record.read_text())
 
