@@ -31,7 +31,7 @@ from lqexport.models.source import open_source
 from lqexport.models.tokenizers import Splits
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import write_json
-from lqexport.verification import verify_predictions
+from lqexport.verification import text_share, verify_predictions
 from lqexport.verification.limits import check_limits
 from lqexport.verification.result import Verification
 from lqexport.verification.verify_predictions import check_tokenizer
@@ -94,6 +94,20 @@ def test_both_protocols_and_a_gguf_source(lossy_file: Path, tmp_path: Path) -> N
         ("hf-2048", 2047, 0),
         ("llama.cpp-512", 255, 0),
     ]
+
+
+def test_a_number_of_windows_that_is_not_given_is_small(
+    lossy: Artifact, tiny_model: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_share, "WINDOWS", 1)
+
+    def windows(**options: Any) -> int:
+        return (
+            verify(lossy.folder, str(tiny_model), text=text, max_over_expected=None, **options).evaluations[0].windows
+        )
+
+    assert windows() == 1
+    assert windows(windows=0) > 1
 
 
 @pytest.mark.parametrize("limit", ["max_kl", "max_perplexity_ratio"])
@@ -247,7 +261,7 @@ def test_overlap_is_looked_for_in_the_artifacts_run(
     [
         ({"protocols": ("gptq",)}, "Unknown protocol 'gptq'. Known: hf-2048, llama.cpp-512."),
         ({"protocols": ()}, "at least one protocol"),
-        ({"windows": 0}, "at least 1, not 0"),
+        ({"windows": -1}, "at least 1, or 0 for the whole text, not -1"),
         ({"engine": "ollama"}, "Unknown engine 'ollama'"),
         ({"engine": "llama.cpp"}, "is a folder. `lqexport to-gguf` writes such files"),
         ({"text": "no-such-text"}, "no-such-text"),

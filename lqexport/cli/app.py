@@ -66,7 +66,7 @@ def about(
 
         lqexport quantize ./SmolLM2-135M ./out --target gguf:Q4_K_M
         lqexport to-gguf ./out model.gguf
-        lqexport verify model.gguf --against ./SmolLM2-135M --windows 16
+        lqexport verify model.gguf --against ./SmolLM2-135M
 
     Exit status: 0 done; 1 a limit of `export`, `ladder` or `verify` exceeded, an error found by `check`, or `plan` does
     not fit; 2 wrong input; 3 an error that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lqexport.cli.common import plain_endings, print_result
-from lqexport.cli.shared_options import Device, Json, Windows, WrittenFile
+from lqexport.cli.shared_options import Device, Json, WrittenFile
 from lqexport.errors import UserError
 from lqexport.models.model_path import check_exists
 from lqexport.runtime.progress import terminal_listener
@@ -33,7 +33,9 @@ def evaluate(
     protocol: Annotated[
         str, typer.Option(help="Of texts that are not the papers': hf-2048, llama.cpp-512.")
     ] = "hf-2048",
-    windows: Windows = None,
+    windows: Annotated[
+        int | None, typer.Option(min=1, help="Largest number of windows of each text. [default: the whole text]")
+    ] = None,
     as_json: Json = False,
     device: Device = "auto",
 ) -> None:

@@ -100,6 +100,7 @@ def _preview(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Non
     """Prints the plan and the estimates of an export, after all its checks."""
     from lqexport.converters.models.architectures import architecture_of
     from lqexport.planning.dryrun import as_json as preview_json
+    from lqexport.verification.text_share import most_windows
 
     shown = request.check()
     request.check_room(shown)
@@ -109,9 +110,9 @@ def _preview(request: Request, run: Run, *, verbose: bool, as_json: bool) -> Non
         return
     print_plan(shown, placement, verbose=verbose, estimates=True)
     print(f"While {request.places.model} is not verified, its artifact takes as much again on the disk.")
-    encoder = architecture_of(shown.config).encoder
-    most = request.measurement.most(encoder)
-    extent = f"{most} {'sentences' if encoder else 'windows'}" if most else "the whole"
+    pieces = "sentences" if architecture_of(shown.config).encoder else "windows"
+    most = most_windows(request.measurement.windows, shown.config)
+    extent = f"{most} {pieces}" if most else "the whole"
     print(f"Verified in {request.engine}, on {extent} of {request.measurement.text}")
 
 

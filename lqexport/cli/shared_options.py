@@ -56,10 +56,9 @@ Against = Annotated[str, typer.Option(help="The source: a Hugging Face folder or
 EvaluationText = Annotated[
     str, typer.Option(help="Text to evaluate on: a .txt or .jsonl file, python-heldout, wikitext2:test, ptb:test.")
 ]
-Windows = Annotated[int | None, typer.Option(help="Largest number of windows. [default: the whole text]")]
-VerifiedWindows = Annotated[
+Windows = Annotated[
     int | None,
-    typer.Option(min=0, help="Windows of the text to verify on; 0: all. [default: 16; 256 sentences for encoders]"),
+    typer.Option(min=0, help="Windows of the text to measure on; 0: all. [default: 16; 256 sentences for encoders]"),
 ]
 VerifyingEngine = Annotated[
     str | None,
@@ -104,7 +103,7 @@ class MeasurementOptions:
     """The options of export and ladder that say how a written file is measured (see `with_recipe_options`)."""
 
     text: EvaluationText = "python-heldout"
-    windows: VerifiedWindows = None
+    windows: Windows = None
     engine: VerifyingEngine = None
     max_kl: MaxKl = None
     max_perplexity_ratio: MaxPerplexityRatio = MAX_PERPLEXITY_RATIO

@@ -78,12 +78,12 @@ def to_peft(
 
 
 def _say_verify(artifact: Path, written: Path, adapter: Path | str | None) -> None:
-    """Prints the command that comes after an export. It has few windows: a whole text takes hours for a large model."""
+    """Prints the command that comes after an export."""
     from lqexport.storage.artifact import Artifact
 
     source = Artifact(artifact).run()["recipe"].get("source", "SOURCE")
     more = ["--adapter", str(adapter)] if adapter else []
-    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more, '--windows', '16'])}")
+    print(f"Next: {shlex.join(['lqexport', 'verify', str(written), '--against', source, *more])}")
 
 
 def _write_folder(artifact: Path, folder: Path, format: Format) -> None:

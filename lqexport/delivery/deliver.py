@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lqexport.converters.factors import is_factor
-from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.places import Places, target_of
 from lqexport.delivery.request import Measurement, Request
 from lqexport.errors import files_at_hand
@@ -94,7 +93,7 @@ def export_model(
              names of what stands beside it.
     text, windows, engine, max_kl, max_perplexity_ratio, max_over_expected, min_cosine
              how the file is verified, as in `verify`. The engine None is llama.cpp where it is installed and runs the
-             target. windows 0 is the whole text, and None 16 windows, or 256 sentences of an encoder
+             target.
     device, cache, limits   as in `quantize`
     keep_artifact   keep the artifact, so that other files can be written of it
     listener        is told of the progress
@@ -137,8 +136,7 @@ def deliver(request: Request, listener: Listener, on_plan: Callable[[Preview], N
         with _timed(seconds, "write"):
             adapter = _write(request, unverified, listener)
         with _timed(seconds, "verify"):
-            windows = request.measurement.most(architecture_of(shown.config).encoder)
-            result = _verify(request, unverified, adapter, windows, listener)
+            result = _verify(request, unverified, adapter, listener)
         return _named(request, result, report, seconds, listener)
 
 
@@ -167,12 +165,10 @@ def _write(request: Request, to: Places, listener: Listener) -> Path | None:
     return to.adapter if separate else None
 
 
-def _verify(
-    request: Request, unverified: Places, adapter: Path | None, windows: int | None, listener: Listener
-) -> Verification:
+def _verify(request: Request, unverified: Places, adapter: Path | None, listener: Listener) -> Verification:
     measurement = request.measurement
     return verify(
-        unverified.model, request.recipe.source, text=measurement.text, windows=windows,
+        unverified.model, request.recipe.source, text=measurement.text, windows=measurement.windows,
         engine=request.engine, artifact=request.places.artifact, adapter=adapter, max_kl=measurement.max_kl,
         max_perplexity_ratio=measurement.max_perplexity_ratio, max_over_expected=measurement.max_over_expected,
         min_cosine=measurement.min_cosine, device=request.device, listener=listener,

@@ -23,10 +23,9 @@ from lqexport.storage.files import check_space
 from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 from lqexport.verification.limits import limits_for
 from lqexport.verification.result import Engine
+from lqexport.verification.text_share import most_windows
 from lqexport.verification.verifying import check_options
 
-WINDOWS, SENTENCES = 16, 256
-"""Windows of the evaluation text by default, and sentences for an encoder, so that verifying takes minutes."""
 PROTOCOL = "llama.cpp-512"
 
 
@@ -34,7 +33,6 @@ PROTOCOL = "llama.cpp-512"
 class Measurement:
     """How the written file is measured; the arguments are those of `lqexport.verify`.
 
-    windows  0 for the whole text; None for `WINDOWS`, or for `SENTENCES` of an encoder
     engine   None for llama.cpp or mlx where it is installed and runs the target, else this program's own decoding
     """
 
@@ -45,11 +43,6 @@ class Measurement:
     max_perplexity_ratio: float | None = MAX_PERPLEXITY_RATIO
     max_over_expected: float | None = MAX_OVER_EXPECTED
     min_cosine: float | None = None
-
-    def most(self, encoder: bool) -> int | None:
-        """Returns the largest number of windows, or of an encoder's sentences; None for the whole text."""
-        default = SENTENCES if encoder else WINDOWS
-        return default if self.windows is None else self.windows or None
 
     @property
     def limits(self) -> dict[str, float | None]:
@@ -97,7 +90,7 @@ class Request:
             raise UserError(f"llama.cpp runs GGUF files, not {target}: leave out --engine, or take --engine lqexport.")
         if self.engine == "mlx" and target.family != "mlx":
             raise UserError(f"mlx-lm runs MLX folders, not {target}: leave out --engine, or take --engine lqexport.")
-        check_options(self.places.model, (PROTOCOL,), self.measurement.windows or None, self.engine)
+        check_options(self.places.model, (PROTOCOL,), self.measurement.windows, self.engine)
         shown = preview(self.recipe, self.places.artifact)
         limits_for(self.measurement.limits, shown.config)
         return shown
@@ -116,8 +109,7 @@ class Request:
         A text of the hub is downloaded.
         """
         text, source = read_text(self.measurement.text), open_source(self.recipe.source)
-        encoder = architecture_of(source.config).encoder
-        if encoder:
-            sentences(text.content, self.measurement.most(encoder))
+        if architecture_of(source.config).encoder:
+            sentences(text.content, most_windows(self.measurement.windows, source.config))
         else:
             cut_text(source.tokenizer(), text, [fitted(PROTOCOLS[PROTOCOL], source.config)], 1)

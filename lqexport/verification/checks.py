@@ -25,9 +25,6 @@ from lqexport.verification.default_limits import MAX_PERPLEXITY_RATIO
 if TYPE_CHECKING:
     from lqexport.verification.result import Engine
 
-WINDOWS = 16
-"""Windows of text on which a file is compared with its source."""
-
 
 @dataclass(frozen=True)
 class CheckResult:
@@ -63,8 +60,8 @@ def check(
     """Checks .gguf files by themselves, whoever wrote them, and each against its source if `against` is given.
 
     files     files, or folders whose .gguf files are checked; of a split model the first file stands for all
-    against   the source: a folder, a hub id or a .gguf file. Everything that `verify` does is done, on WINDOWS windows,
-              in llama.cpp where it is installed.
+    against   the source: a folder, a hub id or a .gguf file. Everything that `verify` does by default is
+              done, in llama.cpp where it is installed.
 
     Raises UserError if there is no such file, or no .gguf file in a folder. What is wrong with a file is in the result.
     """
@@ -95,9 +92,7 @@ def _compare(result: FileCheck, path: Path, against: str, listener: Listener) ->
     from lqexport.verification.verifying import verify  # imports torch and transformers, which takes seconds
 
     engine: Engine = "llama.cpp" if result.engine == "loads" else "lqexport"
-    verification = verify(
-        path, against, windows=WINDOWS, engine=engine, max_perplexity_ratio=MAX_PERPLEXITY_RATIO, listener=listener
-    )
+    verification = verify(path, against, engine=engine, max_perplexity_ratio=MAX_PERPLEXITY_RATIO, listener=listener)
     result.problems += [error("source", sentence) for sentence in verification.failed]
     result.problems += [warning("source", sentence) for sentence in (*verification.warnings, *verification.causes)]
 

@@ -33,6 +33,7 @@ from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
 from lqexport.verification.report import svg
 from lqexport.verification.result import Engine, Verification
+from lqexport.verification.text_share import most_windows
 from lqexport.verification.verify_predictions import logits_of_file
 from lqexport.verification.verify_tensors import check_structure
 from lqexport.verification.verifying import check_options, empty_result
@@ -99,7 +100,7 @@ def compare(
     device = str(choose_device(device))
     opened = [_opened(empty_result(path, source, None, evaluation_text, engine, device), source) for path in paths]
     chosen = fitted(evaluate.PROTOCOLS[protocol], source.config)
-    cut = cut_text(source.tokenizer(), evaluation_text, [chosen], windows)[chosen]
+    cut = cut_text(source.tokenizer(), evaluation_text, [chosen], most_windows(windows, source.config))[chosen]
     for sentence in window_warnings(evaluate.PROTOCOLS[protocol], source.config):
         listener.message(sentence)
     model = BlockModel(source, device)

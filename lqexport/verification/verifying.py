@@ -46,6 +46,7 @@ from lqexport.verification.rounded_source import RoundedSource, not_contradicted
 from lqexport.verification.settings import different_settings, lost_settings
 from lqexport.verification.splits import different_splits
 from lqexport.verification.talk import check_talk
+from lqexport.verification.text_share import check_windows, most_windows
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 from lqexport.verification.verify_vocabulary import vocabulary_differences
@@ -82,7 +83,8 @@ def verify(
     against      the source: a folder, a hub id or a .gguf file
     text         the evaluation text, a name or file for `texts.read_text`; must not be the calibration text
     protocols    names in `evaluate.PROTOCOLS`
-    windows      largest number of windows per protocol (of sentences for an encoder); None for the whole text
+    windows      largest number of windows per protocol, or of sentences for an encoder; None for 16 windows or 256
+                 sentences, 0 for the whole text
     engine       what runs the file: this program's own decoding ("lqexport"), "llama.cpp" or "mlx". The source always
                  runs by this program's own decoding, in float32.
     artifact     the artifact folder that the file was made from, to compare digests. By default an artifact folder is
@@ -185,8 +187,8 @@ def _measure(
     export, source, factors, text = compared.export, compared.source, compared.factors, compared.text
     rounded = RoundedSource(compared.smoothed, export) if "max_over_expected" in result.limits else None
     compare_predictions(
-        result, export, factors, source, text=text, protocols=protocols, windows=windows, listener=listener,
-        rounded=rounded,
+        result, export, factors, source, text=text, protocols=protocols,
+        windows=most_windows(windows, source.config), listener=listener, rounded=rounded,
     )  # fmt: skip
     check_talk(result, export, source, listener)
     if long:
@@ -240,8 +242,7 @@ def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, e
         raise UserError(f"Unknown protocol {unknown[0]!r}. Known: {', '.join(PROTOCOLS)}.")
     if not protocols:
         raise UserError(f"Name at least one protocol of {', '.join(PROTOCOLS)}.")
-    if windows is not None and windows < 1:
-        raise UserError(f"The number of windows must be at least 1, not {windows}.")
+    check_windows(windows)
     if engine not in get_args(Engine):
         raise UserError(f"Unknown engine {engine!r}. Known: {', '.join(get_args(Engine))}.")
     if engine == "llama.cpp" and file.is_dir():
