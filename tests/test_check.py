@@ -267,7 +267,7 @@ def test_what_is_not_there_is_a_wrong_command(tmp_path: Path) -> None:
 def test_with_a_source_verify_is_asked_too(
     right: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lqexport.verification.checks.WINDOWS", 1)
+    monkeypatch.setattr("lqexport.verification.text_share.WINDOWS", 1)
     path = rewritten(right, tmp_path / "model.gguf", setting("llama.rope.freq_base", 15000.0))
     assert not check(path).failed
     result = check([path, right], str(model)).files
