@@ -15,6 +15,7 @@ from lqexport.errors import UserError
 from lqexport.models.model_path import check_source_name
 from lqexport.models.source import open_source
 from lqexport.models.tokenizer_files import load_tokenizer
+from lqexport.storage.artifact import Artifact
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
 PAGE = "\n<!DOCTYPE html><html><body>Not found</body></html>"
@@ -48,6 +49,11 @@ def test_a_folder_without_a_tokenizer_says_so(model: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match=r"cannot be loaded: there is none of tokenizer.json, tokenizer.model"):
         load_tokenizer(model)
+
+
+def test_a_model_is_no_artifact(model: Path) -> None:
+    with pytest.raises(UserError, match=r"no manifest.json. It holds a model: `lqexport export` makes files of it"):
+        Artifact(model).manifest()
 
 
 def test_a_file_of_a_model_is_no_model(model: Path) -> None:

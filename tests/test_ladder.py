@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,9 @@ from typer.testing import CliRunner
 
 import lqexport
 from lqexport.cli.app import app
+from lqexport.cli.ladder import ladder
+from lqexport.converters.gguf.mixes import MEASURED
+from lqexport.delivery.ladder import TYPES as DEFAULT_TYPES
 from lqexport.delivery.ladder import Ladder
 from lqexport.pipeline import second_moments
 from lqexport.planning import compute_dtype
@@ -185,3 +189,8 @@ def test_a_dry_run_has_a_line_for_every_file(smaller_model: Path, text: Path, sh
     assert [file["target"] for file in told] == ["gguf:Q4_0", "gguf:Q8_0"]
     assert all(file["estimated_seconds"] > 0 for file in told)
     assert not files.exists()
+
+
+def test_no_default_type_is_one_of_which_a_better_mix_is_known() -> None:
+    assert not MEASURED.keys() & set(DEFAULT_TYPES)
+    assert inspect.signature(ladder).parameters["targets"].default == ",".join(DEFAULT_TYPES)

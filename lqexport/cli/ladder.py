@@ -37,7 +37,7 @@ def ladder(
     *,
     targets: Annotated[
         str, typer.Option(help="The GGUF types or mixes to make, separated by commas.")
-    ] = "Q2_K,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q8_0",
+    ] = "Q2_K_M,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q8_0",
     recipe_file: RecipeFile = None,
     measured: MeasurementOptions,
     dry_run: DryRun = False,
@@ -50,7 +50,7 @@ def ladder(
 
     FOLDER gets the files, each with the record of its verification, and a README.md for the hub with a table and a plot
     of what each file loses. A stopped ladder goes on when the same command is given again. A file that exceeds a limit
-    is called like model-Q2_K.failed.gguf, the others are still made, and the exit status is 1.
+    is called like model-Q2_K_M.failed.gguf, the others are still made, and the exit status is 1.
 
     Examples:
 

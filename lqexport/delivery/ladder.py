@@ -36,7 +36,7 @@ from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXI
 from lqexport.verification.publish import LADDER, upload_list
 from lqexport.verification.result import Engine
 
-TYPES = ("Q2_K", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
+TYPES = ("Q2_K_M", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 """The types of a ladder by default."""
 
 

@@ -174,7 +174,9 @@ class Artifact:
         return check_config(self._json("model/config.json"), self.folder / "model/config.json")
 
     def _json(self, name: str) -> dict[str, Any]:
-        return read_json(self.folder / name, f"{self.folder} is not an lqexport artifact: it has no {name}.")
+        is_model = (self.folder / "config.json").is_file()
+        advice = " It holds a model: `lqexport export` makes files of it." * is_model
+        return read_json(self.folder / name, f"{self.folder} is not an lqexport artifact: it has no {name}.{advice}")
 
     def _checked_name(self, name: str) -> str:
         if "/" in name or os.sep in name or not name.isprintable() or len(name) > LONGEST_NAME:
