@@ -34,7 +34,7 @@ def model_tensors(
     unknown = [name for name in shapes if name not in known and not _is_unused(architecture, config, name)]
     if unknown:
         raise UserError(
-            f"The model has tensors that {architecture.classes[0]} with {blocks} blocks does not have: "
+            f"The model has tensors that {architecture.classes[0]} with num_hidden_layers={blocks} lacks: "
             f"{listed(unknown)}. Its config.json may be that of another model."
         )
     unneeded = {architecture.output} if is_tied(config) else set()

@@ -91,7 +91,7 @@ def test_blocks_that_predict_further_tokens_are_left_out(name: str, tensor: str)
 
 def test_blocks_beyond_the_last_one_of_other_models_are_refused() -> None:
     config, shapes = config_and_shapes("llama")
-    with pytest.raises(UserError, match=r"has no tensor model\.layers\.2\.eh_proj\.weight"):
+    with pytest.raises(UserError, match=r"num_hidden_layers=2 lacks: model\.layers\.2\.eh_proj\.weight"):
         plan(Target.parse("gguf:Q4_0"), config, shapes | {"model.layers.2.eh_proj.weight": (64, 64)})
 
 

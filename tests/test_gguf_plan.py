@@ -235,7 +235,7 @@ def test_rotary_frequencies_are_ignored() -> None:
         ("awq:4", {}, r"Unknown target 'awq:4'\. Known are such as gguf:Q4_K_M, native:table-3, gptq:4-g128\.$"),
         ("gguf:Q4_K", {"architectures": ["OPTForCausalLM"]}, "OPTForCausalLM"),
         ("gguf:Q4_K", {"num_hidden_layers": 3}, r"no tensor model\.layers\.2\.input_layernorm"),
-        ("gguf:Q4_K", {"num_hidden_layers": 1}, r"has no tensor model\.layers\.1"),
+        ("gguf:Q4_K", {"num_hidden_layers": 1}, r"num_hidden_layers=1 lacks: model\.layers\.1"),
         ("gguf:Q4_K", {"num_hidden_layers": None}, "num_hidden_layers"),
         ("gguf:Q4_K", {"num_attention_heads": 3}, "self_attn.q_proj.weight: 256 rows are not 3 heads"),
     ],
@@ -249,7 +249,7 @@ def test_errors(target: str, change: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model.layers.0.self_attn.q_norm.weight": (64,)}, r"no tensor model\.layers\.0\.self_attn\.q_norm\.weight"),
+        ({"model.layers.0.self_attn.q_norm.weight": (64,)}, r"lacks: model\.layers\.0\.self_attn\.q_norm\.weight"),
         ({"model.layers.0.mlp.up_proj.weight": (256,)}, "2 dimensions"),
         ({"model.norm.weight": (1, 256)}, "1 dimensions"),
     ],

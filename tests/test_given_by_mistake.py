@@ -80,7 +80,7 @@ def test_tensors_beyond_the_config_are_named(model: Path) -> None:
     (model / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
     source = open_source(str(model))
     shapes = {name: source.shape(name) for name in source.names()}
-    with pytest.raises(UserError, match=r"that LlamaForCausalLM with 1 blocks does not have: model.layers.1"):
+    with pytest.raises(UserError, match=r"that LlamaForCausalLM with num_hidden_layers=1 lacks: model.layers.1"):
         model_tensors(architecture_of(source.config), source.config, shapes)
 
 
