@@ -82,6 +82,14 @@ class GGUFModel:
         if not isinstance(leading, int) or leading < 0:
             raise UserError(f"{self.path} is damaged: it says that its first {leading} blocks have no experts.")
         marks = {entry.mark: bool(self.metadata.get(f"{name}.{entry.mark}")) for entry in same_name if entry.mark}
+        if not experts and all(entry.experts for entry in same_name):
+            raise UserError(f"{self.path} is damaged: it gives no {name}.{EXPERTS}.")
+        alike = [
+            entry
+            for entry in same_name
+            if bool(entry.experts) == bool(experts)
+            and all((entry.mark == mark) == is_true for mark, is_true in marks.items())
+        ]
         candidates = [
             entry.expanded(
                 experts,
@@ -90,10 +98,8 @@ class GGUFModel:
                 first_borrower(entry, self.metadata),
                 first_further(entry, self.metadata),
             )
-            for entry in same_name
-            if bool(entry.experts) == bool(experts)
-            and all((entry.mark == mark) == is_true for mark, is_true in marks.items())
-        ] or same_name
+            for entry in alike or same_name
+        ]
         windows = f"{name}.{WINDOW}" in self.metadata
         return sorted(candidates, key=lambda entry: (entry.period is not None) != windows)
 

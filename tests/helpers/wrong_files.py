@@ -296,6 +296,9 @@ WRONG: dict[str, Wrong] = {
     "cut short": Wrong("llama", "Q4_0", "truncated", bytes=cut_short),
     "data shifted": Wrong("llama", "Q4_0", "", bytes=shifted_data),
     "block left out": Wrong("llama", "Q4_0", "blk.2", spoil=key("llama.block_count", 2)),
+    "number of experts left out": Wrong(
+        "qwen3moe", "MXFP4", "gives no qwen3moe.expert_count", spoil=without("qwen3moe.expert_count"),
+    ),
     # The vocabulary and the chat.
     "no tokenizer": Wrong(
         "llama", "Q8_0", "has no tokenizer",
