@@ -16,18 +16,16 @@ import torch
 
 from lqexport.converters.exl3.support import rules_of
 from lqexport.converters.folders.folder_model import FolderModel
+from lqexport.converters.folders.plain_tensors import PLAIN_CODECS, plain_planes
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.tensor_names import of_each_expert
-from lqexport.converters.plan import PLAIN
 from lqexport.errors import UserError
 from lqexport.formats.codec import Planes
 from lqexport.formats.exl3 import EXL3, MARKERS, WRITTEN_CODEBOOK, signs
 from lqexport.formats.trellis import SIDE, padded
 
 Shapes = dict[str, tuple[int, ...]]
-PLAIN_CODECS = {torch.float16: PLAIN, torch.bfloat16: "gguf:BF16", torch.float32: "gguf:F32"}
-"""Dtype of a tensor that is not quantized -> its codec."""
 SCALES = {"suh": "su", "svh": "sv"}
 """Scales of a linear -> the signs that older files have instead."""
 
@@ -86,8 +84,7 @@ class Exl3Model(FolderModel):
         codec_name, plain = self._plain(name)
         shape = self.shape(name)
         plain = plain[: shape[0]].contiguous() if plain.dim() else plain
-        matrix = plain.reshape(1, -1) if plain.dim() == 1 else plain
-        return codec_name, {"blocks": matrix.view(torch.uint8).numpy()}, shape
+        return codec_name, plain_planes(plain), shape
 
     def joined(self, pieces: list[Planes]) -> Planes:
         if any(not np.array_equal(piece["suh"], pieces[0]["suh"]) for piece in pieces):

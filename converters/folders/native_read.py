@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from lqexport.converters.factors import factor_names
 from lqexport.converters.folders.native import LOW_RANK, METHOD, VERSION, stored_names
+from lqexport.converters.folders.plain_tensors import PLAIN_CODECS, plain_planes
 from lqexport.converters.folders.stored_tensors import StoredTensors
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.tensor_names import gguf_names
@@ -23,9 +23,6 @@ from lqexport.formats.codec import Planes
 from lqexport.formats.registry import names
 from lqexport.storage.artifact import StoredTensor, decoded
 from lqexport.storage.config_check import read_config
-
-PLAIN_CODECS = {torch.float16: "gguf:F16", torch.bfloat16: "gguf:BF16", torch.float32: "gguf:F32"}
-"""Dtype of a tensor that is not packed -> its codec."""
 
 
 class NativeModel:
@@ -104,8 +101,7 @@ class NativeModel:
         tensor = self._tensors[self._factors.get(name, name)]
         if tensor.dtype not in PLAIN_CODECS or tensor.dim() not in (1, 2) or tensor.numel() == 0:
             raise UserError(f"{self.folder}: {name} should be of floating-point numbers, in one or two dimensions.")
-        matrix = tensor.reshape(1, -1) if tensor.dim() == 1 else tensor
-        return PLAIN_CODECS[tensor.dtype], {"blocks": matrix.view(torch.uint8).numpy()}, tuple(tensor.shape)
+        return PLAIN_CODECS[tensor.dtype], plain_planes(tensor), tuple(tensor.shape)
 
 
 def _packed(folder: Path, config: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from lqexport.converters.folders.folder_model import FolderModel
+from lqexport.converters.folders.plain_tensors import plain_planes
 from lqexport.converters.mlx.names import expert_of, stored_name
 from lqexport.converters.mlx.types import PLAIN, of_settings
 from lqexport.errors import UserError
@@ -47,8 +48,7 @@ class MlxModel(FolderModel):
             return codec_name, planes if expert is None else {key: of[expert] for key, of in planes.items()}, shape
         plain = self.stored[self.stored_names(name)[0]]
         plain = (plain if expert is None else plain[expert]).contiguous()
-        matrix = plain.reshape(1, -1) if plain.dim() == 1 else plain
-        return self._plain_codec(name, plain), {"blocks": matrix.view(torch.uint8).numpy()}, tuple(plain.shape)
+        return self._plain_codec(name, plain), plain_planes(plain), tuple(plain.shape)
 
     def packed_shape(self, key: str) -> tuple[int, int]:
         *_, rows, groups = self.stored.shape(f"{key}.scales")
