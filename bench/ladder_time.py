@@ -1,6 +1,6 @@
 """Processor seconds of a ladder beside those of its files made one by one.
 
-    python bench/ladder_time.py MODEL --work FOLDER [--targets Q2_K,Q4_K_M,Q6_K] [-- OPTIONS OF lqexport ladder]
+    python bench/ladder_time.py MODEL --work FOLDER [--targets Q2_K_M,Q4_K_M,Q6_K] [-- OPTIONS OF lqexport ladder]
 
 Both make, write and verify the same files; each command is a process of its own, whose user and system time counts,
 imports included. Checks that the files have the same bytes. FOLDER is emptied first. Prints Markdown.
@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--targets", default="Q2_K,Q4_K_M,Q6_K")
+    parser.add_argument("--targets", default="Q2_K_M,Q4_K_M,Q6_K")
     arguments, options = split_arguments(parser)
     work: Path = arguments.work
     shutil.rmtree(work, ignore_errors=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import UserError
 
 WINDOWS, SENTENCES = 16, 256
 """Windows of the text by default, and sentences for an encoder: minutes for a small model, where a whole text takes
@@ -21,9 +20,3 @@ def most_windows(windows: int | None, config: dict[str, Any]) -> int | None:
     if windows is None:
         return SENTENCES if architecture_of(config).encoder else WINDOWS
     return windows or None
-
-
-def check_windows(windows: int | None) -> None:
-    """Raises UserError if a number of windows is negative."""
-    if windows is not None and windows < 0:
-        raise UserError(f"The number of windows must be at least 1, or 0 for the whole text, not {windows}.")

@@ -46,7 +46,7 @@ from lqexport.verification.rounded_source import RoundedSource, not_contradicted
 from lqexport.verification.settings import different_settings, lost_settings
 from lqexport.verification.splits import different_splits
 from lqexport.verification.talk import check_talk
-from lqexport.verification.text_share import check_windows, most_windows
+from lqexport.verification.text_share import most_windows
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 from lqexport.verification.verify_vocabulary import vocabulary_differences
@@ -242,7 +242,8 @@ def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, e
         raise UserError(f"Unknown protocol {unknown[0]!r}. Known: {', '.join(PROTOCOLS)}.")
     if not protocols:
         raise UserError(f"Name at least one protocol of {', '.join(PROTOCOLS)}.")
-    check_windows(windows)
+    if windows is not None and windows < 0:
+        raise UserError(f"The number of windows must be at least 1, or 0 for the whole text, not {windows}.")
     if engine not in get_args(Engine):
         raise UserError(f"Unknown engine {engine!r}. Known: {', '.join(get_args(Engine))}.")
     if engine == "llama.cpp" and file.is_dir():
