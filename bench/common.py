@@ -64,7 +64,7 @@ def solving_seconds(artifact: Path) -> float:
 
 
 class Taken(NamedTuple):
-    """What a finished process took.
+    """The time and the memory that a finished process took.
 
     seconds   user and system time, of its children, too
     peak      bytes of its resident memory at most

@@ -59,7 +59,7 @@ def options(text: Path, short_text: Path) -> list[object]:
 
 @pytest.fixture(scope="module")
 def arguments(text: Path, smaller_model: Path, short_text: Path) -> dict[str, Any]:
-    """The same for `export_model`."""
+    """The arguments of a small `export_model`."""
     recipe = lqexport.Recipe(str(smaller_model), "gguf:Q4_0", calibration=str(text), **SMALL)
     return {"model": recipe, "text": str(short_text), "windows": 1, "engine": "lqexport", "device": "cpu"}
 

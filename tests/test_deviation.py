@@ -1,4 +1,4 @@
-"""What a tensor's weights alone say of it: wrong ones are named, and what quantizers leave is not."""
+"""Wrong tensors are named by their weights alone, and errors that quantizers leave are not."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_any_targets_have_a_walk(name: str) -> None:
 
 
 def test_a_node_that_costs_too_much_is_reached_all_the_same() -> None:
-    """Where errors are doubled so often that most count as the largest, 16 forced positions cost more than 16 bits."""
+    """16 forced positions cost more than 16 bits hold, where errors are doubled until most count as the largest."""
     codec_trellis, states, form = searched("exl3:1", targets_of(1))
     coarse = form._replace(doublings=np.int16(5), limit=np.int16(1023))
     targets, rooms, ones = -codec_trellis.table[states], trellis.rooms_for(form, 1), np.ones(256, np.float32)

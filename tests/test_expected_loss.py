@@ -1,4 +1,4 @@
-"""What a file's types should cost: right files lose as much, and the sentences about others have the figures.
+"""Right files lose as much as their types should cost, and the sentences about others have the figures.
 
 `test_wrong_files.py` has the wrong files.
 """

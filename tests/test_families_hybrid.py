@@ -161,7 +161,7 @@ def test_older_keys_of_nemotron_h() -> None:
 
 
 def test_names_in_checkpoints_of_nemotron_h(tmp_path: Path) -> None:
-    """As on the hub: other names. A block that predicts further tokens is left out if it lacks tensors."""
+    """Checkpoints on the hub have other names. A block that predicts further tokens is left out if it lacks tensors."""
     model = make_model("nemotron-h-moe")
     model.save_pretrained(tmp_path)
     stored = safetensors.torch.load_file(tmp_path / "model.safetensors")

@@ -202,7 +202,7 @@ def test_nearest_finds_values_of_the_grid_itself(name: str, seed: int) -> None:
 
 @pytest.mark.parametrize("name", VECTORS)
 def test_nearest_vectors_are_nearest(name: str) -> None:
-    """Of all vectors of the codebook with all flags that are allowed, for a few runs of columns."""
+    """No vector of the codebook, with any flags that are allowed, is nearer; checked for a few runs of columns."""
     _, grid, codes = random_case(name, 2)
     scale = dataclasses.replace(grid.scale, supers=np.ones_like(grid.scale.supers), subs=np.ones_like(grid.scale.subs))
     grid, rng = dataclasses.replace(grid, scale=scale), np.random.default_rng(3)

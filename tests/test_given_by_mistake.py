@@ -1,4 +1,4 @@
-"""What people give in the place of a model, and what broken downloads leave there, is called by its name."""
+"""Errors name a wrong thing that is given as a model, and what a broken download left in the place of a file."""
 
 from __future__ import annotations
 

@@ -203,7 +203,7 @@ def test_the_commands_take_such_files(
 
 
 def test_infinite_scales_are_found(llamacpps: Callable[[str], Path], tmp_path: Path) -> None:
-    """Those of IQ1_M are not in one place."""
+    """Infinite scales are found in IQ1_M, too, which spreads the bits of a scale over several places."""
 
     def spoil(content: Content) -> None:
         structs = np.zeros((512, 1), IQ1_M.members)

@@ -1,4 +1,4 @@
-"""What a model of 10,000 tensors costs before any work: calls grow as the tensors do, and few files are opened."""
+"""Before work, calls grow no faster than the tensors of a model of 10,000, and few files are opened."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LAYERS = {"fewer": 83, "many": 833}
 
 
 class Counts(NamedTuple):
-    """What a function did: function calls, and files of tensors that were opened."""
+    """The number of function calls that a function made, and of the files of tensors that it opened."""
 
     calls: int
     opened: int

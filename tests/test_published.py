@@ -1,4 +1,4 @@
-"""What others may read names no path of this machine: cards, pages, records, and the metadata of files."""
+"""Cards, pages, records and the metadata of files name no path of the machine that wrote them."""
 
 from __future__ import annotations
 
