@@ -5,6 +5,7 @@ bench/faults.py injects faults into every file operation; here they hit a few.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -41,6 +42,47 @@ def test_one_file_is_written_by_one_process(tmp_path: Path) -> None:
             pass
     assert path.read_bytes() == b"first"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_finished_file_leaves_the_temporary_name_to_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, temporary = Path.replace, tmp_path / ".file.part"
+
+    def then_another_begins(self: Path, target: Path) -> Path:
+        replaced = replace(self, target)
+        temporary.write_bytes(b"another process's")
+        return replaced
+
+    monkeypatch.setattr(Path, "replace", then_another_begins)
+    with written_whole(tmp_path / "file") as file:
+        file.write(b"ours")
+    assert (tmp_path / "file").read_bytes() == b"ours"
+    assert temporary.read_bytes() == b"another process's"
+
+
+def test_who_does_not_get_a_folder_leaves_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both find that there is no folder. One creates it and has written nothing yet when the other comes."""
+    folder, make = tmp_path / "folder", Path.mkdir
+    with contextlib.ExitStack() as first:
+
+        def after_the_first(self: Path, **options: bool) -> None:
+            monkeypatch.setattr(Path, "mkdir", make)
+            first.enter_context(claimed(folder))
+            make(self, **options)
+
+        monkeypatch.setattr(Path, "mkdir", after_the_first)
+        with pytest.raises(UserError, match="Another process is writing"), claimed(folder):
+            pass
+        assert folder.is_dir()
+
+
+def test_a_claimed_folder_that_was_renamed_is_left_at_its_old_name(tmp_path: Path) -> None:
+    folder = tmp_path / ".folder.part"
+    with claimed(folder):
+        folder.rename(tmp_path / "folder")
+        folder.mkdir()  # by another process
+    assert folder.is_dir()
 
 
 def test_what_a_killed_process_left_is_written_over(tmp_path: Path) -> None:

@@ -34,9 +34,10 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-                temporary.replace(path)
-            finally:
+                temporary.replace(path)  # from here on, the temporary name may be another process's
+            except BaseException:
                 temporary.unlink(missing_ok=True)
+                raise
         _sync_folder(path.parent)
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -63,8 +64,16 @@ def _lock(descriptor: int, path: Path) -> None:
         raise UserError(f"Another process is writing {path}. Wait for it, or write somewhere else.") from None
     except OSError:
         return  # this file system has no locks
-    if not path.exists() or not os.path.samestat(os.fstat(descriptor), path.stat()):
+    if not _is_at(descriptor, path):
         raise UserError(f"Another process has just written what {path} was for. Run the same command again.")
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Returns whether an open file or folder is still what has the path: another process may have renamed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:
@@ -87,8 +96,8 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 def claimed(folder: Path) -> Iterator[None]:
     """Reserves `folder` for this process while the context is open.
 
-    The folder is created if it is missing, and then removed at the end if it is still empty. Raises UserError if
-    another process has claimed it, or if it cannot be created.
+    The folder is created if it is missing, and then removed at the end if it is still empty. Raises UserError, and
+    leaves the folder, if another process has claimed it. Raises UserError if it cannot be created.
     """
     created = not folder.exists()
     try:
@@ -98,11 +107,13 @@ def claimed(folder: Path) -> Iterator[None]:
         raise cannot_write(folder, error) from error
     try:
         _lock(descriptor, folder)
-        yield
+        try:
+            yield
+        finally:
+            if created and _is_at(descriptor, folder):
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
     finally:
-        if created:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
         os.close(descriptor)
 
 
