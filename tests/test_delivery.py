@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import lqexport
 from lqexport.cli.app import app
 from lqexport.delivery.places import Places, named_type, target_of
+from lqexport.delivery.request import Request
 from lqexport.delivery.summary import duration
 from lqexport.storage.files import file_digest
 from lqexport.verification import report
@@ -132,6 +133,17 @@ def test_a_folder_with_low_rank_corrections(smaller_model: Path, options: list[o
     shutil.rmtree("tiny-gptq-adapter")
     with pytest.raises(lqexport.UserError, match="tiny-gptq-adapter that the record names is not beside tiny-gptq"):
         upload_list("tiny-gptq", record="tiny-gptq.record")
+
+
+def test_a_file_that_another_export_has_finished_meanwhile_stays(
+    arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = Path("tiny-Q4_0.gguf")
+    monkeypatch.setattr(Request, "check_text", lambda self: file.write_bytes(b"another's"))
+    with pytest.raises(lqexport.UserError, match="exists"):
+        lqexport.export_model(path=file, **arguments)
+    assert names() == {file.name}
+    assert file.read_bytes() == b"another's"
 
 
 @pytest.mark.parametrize("target", ["gguf:Q4_0", "native:table-3"])

@@ -19,7 +19,7 @@ from lqexport.delivery.ladder import TYPES as DEFAULT_TYPES
 from lqexport.delivery.ladder import Ladder
 from lqexport.pipeline import second_moments
 from lqexport.planning import compute_dtype
-from lqexport.storage.files import file_digest
+from lqexport.storage.files import claimed, file_digest
 from lqexport.verification import report
 from lqexport.verification.publish import upload_list
 
@@ -144,13 +144,20 @@ def test_a_file_that_fails_does_not_stop_the_others(folder: Path, arguments: dic
 def test_what_is_uploaded_is_what_passed(folder: Path, tmp_path: Path) -> None:
     copy = tmp_path / "files"
     shutil.copytree(folder, copy)
+    for stray in ("notes.md", "settings.json"):
+        (copy / stray).write_text("of no ladder")
     listed = upload_list(copy)
-    assert {path.split("/")[0] for path in listed} == names(copy)
+    assert {path.split("/")[0] for path in listed} == names(folder)
     file = next(copy.glob("*-Q4_0.gguf"))
     with file.open("ab") as changed:
         changed.write(b"x")
     with pytest.raises(lqexport.UserError, match="is not of these files"):
         upload_list(copy)
+
+
+def test_one_ladder_at_a_time_is_made_in_a_folder(arguments: dict[str, Any], tmp_path: Path) -> None:
+    with claimed(tmp_path), pytest.raises(lqexport.UserError, match="Another process is writing"):
+        lqexport.make_ladder(folder=tmp_path, types=TYPES, **arguments)
 
 
 def planned(folder: Path, arguments: dict[str, Any], types: list[str] = TYPES, **changes: Any) -> Ladder:

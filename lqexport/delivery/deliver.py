@@ -127,6 +127,7 @@ def deliver(request: Request, listener: Listener, on_plan: Callable[[Preview], N
     if on_plan:
         on_plan(shown)
     with claimed(places.work):
+        places.check_free()  # another export to this name may have ended since `check`
         with _timed(seconds, "quantize"):
             report = quantize(
                 request.recipe, places.artifact, device=request.device, cache=request.cache, listener=listener,

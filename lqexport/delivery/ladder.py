@@ -19,7 +19,7 @@ from typing import Any
 
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.deliver import deliver
-from lqexport.delivery.ladder_card import CARD, PLOT, Step, read_record, save_card, save_plot, step_of
+from lqexport.delivery.ladder_card import Step, read_record, save_card, save_plot, step_of
 from lqexport.delivery.places import Places
 from lqexport.delivery.request import Measurement, Request
 from lqexport.errors import UserError, files_at_hand
@@ -29,11 +29,11 @@ from lqexport.planning.memory import MemoryLimits
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.runtime.shown import Shown
-from lqexport.storage.files import check_space, write_json
+from lqexport.storage.files import check_space, claimed, write_json
 from lqexport.storage.published import public_name, public_run, record_of
 from lqexport.target import AUTO, Target, spelled
 from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
-from lqexport.verification.publish import LADDER, upload_list
+from lqexport.verification.publish import CARD, LADDER, PLOT, upload_list
 from lqexport.verification.result import Engine
 
 TYPES = ("Q2_K_M", "Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
@@ -191,8 +191,22 @@ def _cache(rung: Rung, folder: Path) -> Path | None:
 def finished_ladder(rungs: Sequence[Rung], folder: Path, listener: Listener) -> Ladder:
     """Makes the files of a planned ladder that are not there yet, and then comparison, plot and card.
 
-    Raises UserError as `deliver` does. A file that exceeds a limit is no error: see `Ladder.failed`.
+    Raises UserError as `deliver` does, and if another process makes a ladder in the folder: they would share the second
+    moments that the first one deletes at its end. A file that exceeds a limit is no error: see `Ladder.failed`.
     """
+    with claimed(folder):
+        made = _made(rungs, folder, listener)
+        made.steps.sort(key=lambda step: step.nbytes)
+        shutil.rmtree(folder / ".ladder", ignore_errors=True)
+        if made.steps:
+            plot = save_plot(made.steps, folder / PLOT)
+            save_card(record_of(folder / made.steps[0].file), made.steps, folder / CARD, plot=plot)
+            write_json(folder / LADDER, {"files": [asdict(step) for step in made.steps]})
+    return made
+
+
+def _made(rungs: Sequence[Rung], folder: Path, listener: Listener) -> Ladder:
+    """Makes the files that are not there yet, and returns all of them."""
     made = Ladder(folder, [])
     for number, rung in enumerate(rungs, 1):
         places = rung.request.places
@@ -204,10 +218,4 @@ def finished_ladder(rungs: Sequence[Rung], folder: Path, listener: Listener) -> 
                 made.failed.append(delivery.path)
                 continue
         made.steps.append(step_of(places.record))
-    made.steps.sort(key=lambda step: step.nbytes)
-    shutil.rmtree(folder / ".ladder", ignore_errors=True)
-    if made.steps:
-        plot = save_plot(made.steps, folder / PLOT)
-        save_card(record_of(folder / made.steps[0].file), made.steps, folder / CARD, plot=plot)
-        write_json(folder / LADDER, {"files": [asdict(step) for step in made.steps]})
     return made

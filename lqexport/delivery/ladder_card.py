@@ -16,11 +16,8 @@ from lqexport.sizes import human_bytes
 from lqexport.storage.files import read_json, written_whole
 from lqexport.verification.card import front_matter, markdown_table
 from lqexport.verification.comparison import Point, save_points
-from lqexport.verification.publish import REMEDY, RESULT
+from lqexport.verification.publish import PLOT, REMEDY, RESULT
 from lqexport.verification.usage import INSTALL, card_lines
-
-PLOT = "ladder.svg"
-CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -122,7 +119,7 @@ def _card(result: dict[str, Any], steps: Sequence[Step], plot: bool) -> str:
     lines = [
         *front_matter(against, result["license"], "gguf", "text-generation"), "", f"# {model}, GGUF", "",
         f"{against}, quantized with [lqexport]({INSTALL}).", "", *markdown_table(["file", *TITLES], rows), "", measured,
-        "", *(["![KL divergence over bits per weight](ladder.svg)", ""] if plot else []), "## Use", "",
+        "", *([f"![KL divergence over bits per weight]({PLOT})", ""] if plot else []), "## Use", "",
         *card_lines(steps[len(steps) // 2].file, "gguf"), "",
     ]  # fmt: skip
     return "\n".join(lines)

@@ -15,8 +15,10 @@ from lqexport.verification.result import Verification
 
 RESULT = "verification.json"
 """The file of a record that holds the verification's numbers and the digests of the verified files."""
-LADDER = "ladder.json"
-"""The file of a ladder's folder that lists its files."""
+CARD = "README.md"
+"""The model card of a record, and of a ladder's folder."""
+LADDER, PLOT = "ladder.json", "ladder.svg"
+"""The files of a ladder's folder that list its files and show their losses."""
 REMEDY = "`lqexport verify ... --record FOLDER` makes one; --unverified uploads all the same."
 
 
@@ -30,7 +32,7 @@ def save_record(result: Verification, folder: str | Path) -> None:
     folder = Path(folder)
     digests = {name: file_digest(path) for name, path in model_files(result.file, result.adapter).items()}
     write_json(folder / RESULT, result.published().as_json() | {"files": digests})
-    save_card(result, folder / "README.md")
+    save_card(result, folder / CARD)
     if report.is_installed():
         report.save_html(result, folder / "report.html")
 
@@ -74,12 +76,12 @@ def upload_list(file: str | Path, *, record: str | Path | None = None, unverifie
 def _ladder_files(folder: Path) -> dict[str, Path]:
     """Returns path in the repository -> file, for a ladder's card, plot and list, and for its files and their records.
 
-    Raises UserError if a record does not say that its file passed.
+    Nothing else in the folder is uploaded. Raises UserError if a record does not say that its file passed.
     """
     listed = read_json(folder / LADDER, f"{folder} is no ladder: it has no {LADDER}.")
     with well_formed(folder / LADDER, "`lqexport ladder` writes it."):
         models = [folder / Path(entry["file"]).name for entry in listed["files"]]
-    files = {path.name: path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".md", ".svg")}
+    files = {name: folder / name for name in (CARD, LADDER, PLOT) if (folder / name).is_file()}
     for model in models:
         record = record_of(model)
         files |= _recorded_files(model, record) | _files(record, f"{record.name}/")
