@@ -26,6 +26,7 @@ from lqexport.calibration.texts import (
     read_text,
 )
 from lqexport.errors import UserError
+from lqexport.models import chat_template
 
 
 class Characters:
@@ -173,6 +174,19 @@ def test_bad_jsonl_names_the_line(tmp_path: Path, line: str) -> None:
         read_text(str(path))
 
 
+@pytest.mark.parametrize(
+    "line",
+    [{"text": "cut \ud83d"}, {"messages": [{"role": "user", "content": "\ude00 cut"}]}],
+    ids=["text", "messages"],
+)
+def test_half_of_a_character_names_the_line(tmp_path: Path, line: dict[str, object]) -> None:
+    """Texts cut at any place of their UTF-16 have such halves, which no tokenizer takes."""
+    path = tmp_path / "cut.jsonl"
+    path.write_text('{"text": "\\ud83d\\ude00 whole"}\n' + json.dumps(line) + "\n")
+    with pytest.raises(UserError, match=r"cut\.jsonl, line 2: it holds half of a surrogate pair"):
+        read_text(str(path))
+
+
 def test_binary_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_bytes(b"good \xff bad")
@@ -293,6 +307,14 @@ def test_conversations_are_in_the_models_chat_template(template: str | None, see
     calibration = load_calibration(str(path), TemplateTokenizer(template), samples=1, sequence_length=len(seen), seed=0)
     assert calibration.tokens.tolist() == [[ord(letter) for letter in seen]]
     assert calibration.sha256 == hashlib.sha256(seen.encode()).hexdigest()
+
+
+def test_a_template_without_an_end_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "SECONDS", 0.2)
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    text = Text("chat", (({"role": "user", "content": "Hi"},),))
+    with pytest.raises(UserError, match=r"does not come to an end: it took more than 0\.2 seconds"):
+        text.seen_by(TemplateTokenizer(endless))
 
 
 class Bytes(Characters):

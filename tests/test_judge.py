@@ -173,12 +173,26 @@ def test_an_answer_is_the_likeliest_continuation_of_the_conversation(folder: Pat
     assert answer(model, tokenizer, ["two"], 3) != [second]
 
 
+def test_a_template_that_refuses_a_question_is_said(folder: Path) -> None:
+    model, tokenizer = runnable(folder, torch.device("cpu"), torch.float32), tokenizer_of(folder)
+    tokenizer.chat_template = "{{ raise_exception('no users') }}"
+    with pytest.raises(UserError, match="chat template refuses a conversation: no users"):
+        answer(model, tokenizer, ["one"], 3)
+
+
+def test_a_question_may_hold_a_line_separator(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text('{"id": "a", "turns": ["one\u2028two"]}\n\n', encoding="utf-8")
+    assert read_questions(tmp_path / "mine.jsonl") == [Question("a", ("one\u2028two",))]
+
+
 def test_a_missing_file_of_questions_is_said(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"Cannot read the questions .*mine\.jsonl: No such file"):
         read_questions(tmp_path / "mine.jsonl")
 
 
-@pytest.mark.parametrize("content", ["", "x", '{"turns": "one"}', '{"turns": []}', '{"id": 1}', "[1]"])
+@pytest.mark.parametrize(
+    "content", ["", "x", '{"turns": "one"}', '{"turns": []}', '{"id": 1}', "[1]", '{"turns": ["cut \\ud83d"]}']
+)
 def test_a_file_that_holds_no_questions_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "mine.jsonl").write_text(content)
     with pytest.raises(UserError, match=r"mine\.jsonl"):

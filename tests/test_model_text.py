@@ -55,6 +55,14 @@ def test_half_of_the_texts_are_conversations(tiny_model: Path) -> None:
     assert starts == beginnings(tokenizer, len(tokenizer), 6, 0) != beginnings(tokenizer, len(tokenizer), 6, 1)
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "no message in it"])
+def test_a_template_that_renders_no_message_gives_no_conversations(tiny_model: Path, template: str) -> None:
+    tokenizer = open_source(str(tiny_model)).tokenizer()
+    expected = beginnings(tokenizer, 512, 4, 0)
+    tokenizer.chat_template = template
+    assert beginnings(tokenizer, 512, 4, 0) == expected
+
+
 def test_texts_longer_than_the_beginning_of_a_conversation_are_wanted(tiny_model: Path, tmp_path: Path) -> None:
     tokenizer = open_source(str(tiny_model)).tokenizer()
     tokenizer.chat_template = "a long beginning of every conversation " + TEMPLATE

@@ -22,15 +22,16 @@ from typer.testing import CliRunner
 
 from lqexport.calibration.texts import Text
 from lqexport.cli.app import app
-from lqexport.evaluation import conversations, llamacpp
+from lqexport.evaluation import llamacpp
 from lqexport.evaluation.conversations import Conversation, render
+from lqexport.models import chat_template
 from lqexport.models.source import open_source
 from lqexport.models.written import open_export
 from lqexport.runtime.progress import Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.verification import talk_report
 from lqexport.verification.chat_templates import _habit, added_ends, around
-from lqexport.verification.continuations import least_kl, suspicious
+from lqexport.verification.continuations import least_kl, prompts, suspicious
 from lqexport.verification.result import Verification
 from lqexport.verification.talk import check_talk
 from lqexport.verification.talk_record import Continuation, Talk
@@ -237,7 +238,7 @@ def test_first_differences_are_shown() -> None:
 
 def test_a_template_without_an_end(talking: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = open_source(str(talking["gemma"][0])).tokenizer()
-    monkeypatch.setattr(conversations, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(TimeoutError, match="more than 1 seconds"):
         render(tokenizer, Conversation("", ({"role": "user", "content": ""},)), True, chat_template=loop)
@@ -246,11 +247,21 @@ def test_a_template_without_an_end(talking: Made, monkeypatch: pytest.MonkeyPatc
 def test_a_file_whose_template_has_no_end_fails(talking: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The server is not even started: it would render the template for as long."""
     source, artifact, _ = talking["gemma"]
-    monkeypatch.setattr(conversations, "SECONDS", 1)
+    monkeypatch.setattr(chat_template, "SECONDS", 1)
     monkeypatch.setattr(llamacpp, "server_binary", None)
     loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     result = talk_of(exported_anew(artifact, tmp_path, chat_template=loop), source, "llama.cpp")
     assert result.failed == ["A chat template does not come to an end: it took more than 1 seconds."]
+
+
+def test_questions_that_the_template_refuses_are_left_out(talking: Made) -> None:
+    """They ended `verify` with the exception of the template."""
+    source = open_source(str(talking["gemma"][0]))
+    tokenizer = source.tokenizer()
+    assert len(prompts(tokenizer, source.config)) == 3
+    tokenizer.chat_template = "{% if 'France' in messages[0].content %}{{ raise_exception('no') }}{% endif %}ok"
+    assert [text for text in prompts(tokenizer, source.config) if "France" in text] == []
+    assert len(prompts(tokenizer, source.config)) == 2
 
 
 def test_a_folder_without_a_tokenizer_fails(talking: Made, tmp_path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
+
+from lqexport.errors import UserError
+from lqexport.models.chat_template import rendered
 
 Message = dict[str, Any]
 Document = str | tuple[Message, ...]
@@ -23,6 +26,28 @@ DATE = {
 """What a template sees in place of today's date: equal runs shall see equal tokens on every day."""
 _REPLACED = " | ".join(["format", *(f"replace({part!r}, {value!r})" for part, value in DATE.items())])
 _FIXED_DATE = f"{{%- macro strftime_now(format) -%}}{{{{ {_REPLACED} }}}}{{%- endmacro -%}}"
+
+
+HALF = "it holds half of a surrogate pair, as of an emoji that was cut in two, which is no character"
+"""The reason why a text of JSON is refused that `is_whole` is false of."""
+
+
+def numbered_lines(content: str) -> Iterator[tuple[int, str]]:
+    """Yields the number, counted from 1, and the text of each line of JSON Lines that is not blank.
+
+    Not those of str.splitlines: it would also split at other line separators, such as U+2028, which JSON strings may
+    hold.
+    """
+    return ((number, line) for number, line in enumerate(content.split("\n"), start=1) if line.strip())
+
+
+def is_whole(text: str) -> bool:
+    """Returns whether a text has characters alone: JSON may hold half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def parse_document(line: str) -> Document | None:
@@ -54,15 +79,18 @@ def as_seen_by(tokenizer: Any, document: Document) -> str:
     """Returns a document as a model sees it: a conversation in the chat template of the model's tokenizer.
 
     Some templates refuse a system message: then it stands at the head of the first message after it. A conversation
-    that the template refuses still, and any conversation without a template, is `plain`.
+    that the template refuses still, and any conversation without a template, is `plain`. Raises UserError if the
+    template does not come to an end.
     """
     if isinstance(document, str) or not tokenizer.chat_template:
         return plain(document)
     for messages in (document, _without_system(document)):
-        # A template is a program from elsewhere, and raises what it likes.
-        with contextlib.suppress(Exception):
-            template = _FIXED_DATE + tokenizer.get_chat_template()
-            return str(tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False))
+        try:
+            return rendered(tokenizer, messages, chat_template=_FIXED_DATE + tokenizer.get_chat_template())
+        except TimeoutError as error:
+            raise UserError(f"The model's chat template does not come to an end: {error}. Mend it.") from error
+        except Exception:  # a template is a program from elsewhere, and raises what it likes
+            continue
     return plain(document)
 
 

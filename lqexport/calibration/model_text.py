@@ -12,6 +12,7 @@ import torch
 from lqexport.calibration.sequences import ids_before
 from lqexport.errors import UserError, files_at_hand
 from lqexport.models.blocks import BlockModel
+from lqexport.models.chat_template import rendered
 from lqexport.models.source import open_source
 from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
@@ -32,8 +33,9 @@ def write_text(
     """Writes a file of JSON Lines with texts of the model's own, for `quantize --calibration`.
 
     Half of the texts go on from a random token. The other half are conversations: the model writes the user's message,
-    too, after the beginning that its chat template gives. A model without a template writes the first sort alone. Each
-    token is drawn from all that the model predicts, at temperature 1.
+    too, after the beginning that its chat template gives. A model without a template, or whose template refuses a
+    conversation of one message, writes the first sort alone. Each token is drawn from all that the model predicts, at
+    temperature 1.
 
     source            a folder, a hub id or a .gguf file
     samples           the number of texts
@@ -70,16 +72,19 @@ def beginnings(tokenizer: Any, vocabulary: int, samples: int, seed: int) -> list
     first = ids_before(tokenizer)
     ordinary = sorted(set(range(min(len(tokenizer), vocabulary))) - set(tokenizer.all_special_ids))
     chosen = torch.randint(len(ordinary), (samples,), generator=torch.Generator().manual_seed(seed)).tolist()
-    conversations = samples // 2 if tokenizer.chat_template else 0
+    before = _before_a_message(tokenizer) if tokenizer.chat_template else None
+    conversations = 0 if before is None else samples // 2
     free = [[*first, ordinary[index]] for index in chosen[conversations:]]
-    return free + [_conversation(tokenizer)] * conversations if conversations else free
+    return free if before is None else free + [before] * conversations
 
 
-def _conversation(tokenizer: Any) -> list[int]:
-    """Returns the token ids before a user's first message."""
-    text = tokenizer.apply_chat_template([{"role": "user", "content": MARK}], tokenize=False)
-    before = text.partition(MARK)[0]
-    return list(tokenizer(before, add_special_tokens=False).input_ids)
+def _before_a_message(tokenizer: Any) -> list[int] | None:
+    """Returns the token ids before a user's first message; None if the chat template does not render such a one."""
+    try:
+        before, mark, _ = rendered(tokenizer, [{"role": "user", "content": MARK}]).partition(MARK)
+    except Exception:  # a template may raise anything
+        return None
+    return list(tokenizer(before, add_special_tokens=False).input_ids) if mark else None
 
 
 def _written(model: BlockModel, starts: list[list[int]], length: int) -> Iterator[torch.Tensor]:

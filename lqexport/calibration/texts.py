@@ -14,7 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lqexport.calibration.documents import Document, as_seen_by, is_spelled, parse_document, plain
+from lqexport.calibration.documents import (
+    HALF,
+    Document,
+    as_seen_by,
+    is_spelled,
+    is_whole,
+    numbered_lines,
+    parse_document,
+    plain,
+)
 from lqexport.errors import UserError, install
 from lqexport.runtime.hub import hub
 
@@ -221,7 +230,7 @@ def _read_file(path: Path) -> tuple[Document, ...]:
 
 def _is_json_lines(content: str) -> bool:
     """Returns whether every line that is not blank holds a JSON object, so that the text is not meant to be plain."""
-    lines = [line for line in content.split("\n") if line.strip()]
+    lines = [line for _, line in numbered_lines(content)]
     return bool(lines) and all(line.lstrip().startswith("{") and _is_json(line) for line in lines)
 
 
@@ -234,15 +243,14 @@ def _is_json(content: str) -> bool:
 
 
 def _jsonl_documents(path: Path, content: str) -> Iterator[Document]:
-    # Not str.splitlines: it would also split at other line separators, such as U+2028, which JSON strings may hold.
-    for number, line in enumerate(content.split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(content):
         if (document := parse_document(line)) is None:
             raise UserError(
                 f'{path}, line {number}: not a JSON object with a string "text", or with "messages" that each have a '
                 'string "role" and a string "content".'
             )
+        if not is_whole(plain(document)):
+            raise UserError(f"{path}, line {number}: {HALF}. Mend or delete the line.")
         yield document
 
 

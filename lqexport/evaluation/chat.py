@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lqexport.calibration.documents import plain
+from lqexport.calibration.documents import HALF, is_whole, numbered_lines, plain
 from lqexport.errors import UserError
+from lqexport.models.chat_template import refusal, rendered
 
 DEFAULT_QUESTIONS = Path(__file__).with_name("questions.jsonl")
 
@@ -33,8 +34,7 @@ def read_questions(path: Path | None = None) -> list[Question]:
     """
     path = path or DEFAULT_QUESTIONS
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        questions = [_question(json.loads(line)) for line in lines]
+        questions = [_question(json.loads(line)) for _, line in numbered_lines(path.read_text(encoding="utf-8"))]
     except OSError as error:
         raise UserError(f"Cannot read the questions {path}: {error.strerror or error}.") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -50,6 +50,8 @@ def _question(entry: dict[str, Any]) -> Question:
     turns = entry["turns"]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) for turn in turns):
         raise ValueError("turns must be a list of texts")
+    if not all(map(is_whole, turns)):
+        raise ValueError(HALF)
     return Question(str(entry.get("id", entry.get("question_id"))), tuple(turns))
 
 
@@ -75,9 +77,13 @@ def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, turns: Se
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
     """Returns the token ids of a conversation, up to where the model's answer begins.
 
-    The text follows the tokenizer's chat template, if there is one.
+    The text follows the tokenizer's chat template, if there is one. Raises UserError if the template refuses the
+    conversation, or does not come to an end.
     """
-    if tokenizer.chat_template:
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return list(tokenizer(f"{plain(tuple(messages))}\n\nAssistant:")["input_ids"])
+    if not tokenizer.chat_template:
+        return list(tokenizer(f"{plain(tuple(messages))}\n\nAssistant:")["input_ids"])
+    try:
+        text = rendered(tokenizer, messages, add_generation_prompt=True)
+    except Exception as error:  # a template may raise anything
+        raise UserError(f"The model's chat template refuses a conversation: {refusal(error)}.") from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
-import signal
-import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-SECONDS = 10
-"""The most seconds that one rendering may take: a template from elsewhere can loop for ever."""
+from lqexport.models.chat_template import rendered
 
 Message = dict[str, Any]
 
@@ -103,34 +99,10 @@ def render(
 
     variables   `chat_template`, for another template than the tokenizer's, and variables that the template sees
 
-    Raises what the template raises, and TimeoutError after SECONDS.
+    Raises as `chat_template.rendered`.
     """
-    messages: list[Any] = copy.deepcopy(list(conversation.messages))
-    tools: list[Any] = copy.deepcopy(list(conversation.tools))
-    with _limited(SECONDS):
-        text = tokenizer.apply_chat_template(
-            messages, tools=tools or None, add_generation_prompt=generation_prompt, tokenize=False, **variables
-        )
-    return str(text)
-
-
-@contextlib.contextmanager
-def _limited(seconds: int) -> Iterator[None]:
-    """Raises TimeoutError in a context that takes longer. Only the main thread can be interrupted."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def end(*_: Any) -> None:
-        raise TimeoutError(f"it took more than {seconds} seconds")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    tools = copy.deepcopy(list(conversation.tools)) or None
+    return rendered(tokenizer, conversation.messages, tools=tools, add_generation_prompt=generation_prompt, **variables)
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

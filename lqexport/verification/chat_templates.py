@@ -26,6 +26,7 @@ from lqexport.evaluation.conversations import (
     token_texts,
 )
 from lqexport.evaluation.llama_server import LlamaServer, ServerRefused
+from lqexport.models.chat_template import refusal
 from lqexport.verification.talk_record import Rendering, Talk
 
 BEFORE, AFTER = 40, 60
@@ -88,17 +89,13 @@ def spoken(tokenizer: PreTrainedTokenizerBase, talk: Talk) -> list[Spoken]:
         except TimeoutError:
             raise
         except Exception as error:  # a template may raise anything
-            talk.left_out.append(f"{conversation.name}: the source's template refuses it ({_line(error)})")
+            talk.left_out.append(f"{conversation.name}: the source's template refuses it ({refusal(error)})")
             continue
         if ignored:
             talk.left_out.append(f"{conversation.name}: the source's template ignores what it adds")
             continue
         rendered += [Spoken(conversation, *pair) for pair in zip(conversation.prompts, texts, strict=True)]
     return rendered
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:100] or type(error).__name__
 
 
 def _special_texts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -117,7 +114,7 @@ def by_transformers(tokenizer: PreTrainedTokenizerBase, file: FileTemplate, sour
         except TimeoutError:
             raise
         except Exception as error:  # a template may raise anything
-            text = f"({_line(error)})"
+            text = f"({refusal(error)})"
         difference = ("", "")
         if text != case.text:
             difference = around(case.text, text)
@@ -135,7 +132,7 @@ def by_llamacpp(tokenizer: PreTrainedTokenizerBase, server: LlamaServer, source:
             text = server.render(case.conversation.for_server(), case.conversation.tools, case.generation_prompt)
             renderings.append(_compared(tokenizer, case, text, server.tokenize(text), ends))
         except ServerRefused as error:
-            renderings.append(_rendering(case, "llama.cpp", (excerpt(case.text, 0), f"({_line(error)})")))
+            renderings.append(_rendering(case, "llama.cpp", (excerpt(case.text, 0), f"({refusal(error)})")))
     return renderings
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from lqexport.errors import UserError
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.chat import prompt_ids
 from lqexport.evaluation.evaluate import Evaluation, block_logits
@@ -68,13 +69,24 @@ class _Said:
 
 
 def prompts(tokenizer: PreTrainedTokenizerBase, config: dict[str, object]) -> dict[str, list[int]]:
-    """Returns text -> token ids of the prompts, without those that the model has not enough positions for."""
+    """Returns text -> token ids of the prompts.
+
+    Those that the model has not enough positions for, or that its chat template refuses, are left out.
+    """
     if tokenizer.chat_template:
-        cut = {text: prompt_ids(tokenizer, [{"role": "user", "content": text}]) for text in QUESTIONS}
+        cut = {text: _asked(tokenizer, text) for text in QUESTIONS}
     else:
         cut = {text: list(tokenizer(text)["input_ids"]) for text in BEGINNINGS}
     most = (trained_positions(dict(config)) or math.inf) - TOKENS
     return {text: ids for text, ids in cut.items() if 0 < len(ids) <= most}
+
+
+def _asked(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """Returns the token ids of a question by the chat template; none if the template refuses it."""
+    try:
+        return prompt_ids(tokenizer, [{"role": "user", "content": question}])
+    except UserError:
+        return []
 
 
 def continuations(
