@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 
 LONGEST = 1500
@@ -44,6 +45,16 @@ def printable(text: str) -> str:
         for letter in text
     )
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 300]} ... {shown[-300:]}"
+
+
+def check_least(least: float, **numbers: float | None) -> None:
+    """Raises UserError if one of the numbers, which are given by their names, is below `least` or not finite.
+
+    None stands for a number that is not given.
+    """
+    for name, number in numbers.items():
+        if number is not None and not (number >= least and math.isfinite(number)):
+            raise UserError(f"{name} must be at least {least:g}, not {number}.")
 
 
 def listed(items: Sequence[str], most: int = 5) -> str:

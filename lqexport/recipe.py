@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lqexport.errors import UserError
+from lqexport.errors import UserError, check_least
 from lqexport.target import AUTO, Target, full_name, implied_target, spelled
 
 if sys.version_info >= (3, 11):
@@ -35,8 +35,9 @@ CHOICES: dict[str, Any] = {
     "prefix": Prefix, "importance": ImportanceBase, "effort": Effort,
     "without": Without,
 }  # fmt: skip
-LEAST = {"samples": 1, "sequence_length": 8, "dampening": 0.0, "descent": 0, "output_groups": 1, "tune": 0}
-LEAST |= {"rank": 0, "factor_bytes": 0, "rounds": 1}
+LEAST: dict[str, float] = {"samples": 1, "sequence_length": 8, "dampening": 0, "exponent": 0, "descent": 0}
+LEAST |= {"output_groups": 1, "bits": 0, "tune": 0, "tune_rate": 0, "rank": 0, "factor_bytes": 0, "rounds": 1}
+"""The least value of each option that is a number, which must be finite, too."""
 
 SWEEPS: dict[Effort, int] = {"fast": 0, "default": 2, "best": 5}
 """Sweeps of coordinate descent by effort."""
@@ -315,8 +316,7 @@ class Recipe:
             if (value := getattr(self, name)) is not None and value not in get_args(literal):
                 raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
         for name, least in LEAST.items():
-            if (value := getattr(self, name)) is not None and value < least:
-                raise UserError(f"{name} must be at least {least}, not {value}.")
+            check_least(least, **{name: getattr(self, name)})
         self._check_size()
         self._check_moments()
         self._check_method()
@@ -484,6 +484,12 @@ class Recipe:
     def compute_dtype_on(self, device_type: str) -> ComputeDtype:
         """Returns the dtype of the passes on a `cpu` or `cuda` device: `compute_dtype`, or the device's default."""
         return self.compute_dtype or ("bfloat16" if device_type == "cuda" else "float32")
+
+
+def check_sequences(samples: int, sequence_length: int) -> None:
+    """Raises UserError for a number or a length of calibration sequences that no recipe may have."""
+    for name, value in (("samples", samples), ("sequence_length", sequence_length)):
+        check_least(LEAST[name], **{name: value})
 
 
 def _spelled_type(entry: str) -> str:

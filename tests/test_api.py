@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
+import math
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +20,8 @@ import pytest
 import lqexport
 from lqexport.converters.folders import native
 from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import write_json
+from lqexport.verification.publish import upload_list
 
 SMALL: dict[str, Any] = {"method": "rtn", "samples": 2, "sequence_length": 32}
 
@@ -61,6 +66,48 @@ def test_every_documented_argument_exists(root: Path) -> None:
         assert {argument.strip().rstrip("=") for argument in arguments.split(",")} <= set(parameters), name
 
 
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: lqexport.make_imatrix("x", "y", samples=0), "samples must be at least 1, not 0"),
+        (lambda: lqexport.write_text("x", "y", sequence_length=4), "sequence_length must be at least 8, not 4"),
+        (lambda: lqexport.perplexity("x", windows=0), "windows must be at least 1, not 0"),
+        (lambda: lqexport.zero_shot("x", shots=-1), "shots must be at least 0, not -1"),
+        (lambda: lqexport.zero_shot("x", limit=0), "limit must be at least 1, not 0"),
+        (lambda: lqexport.judge("x", "http://localhost", "y", tokens=0), "tokens must be at least 1, not 0"),
+        (lambda: lqexport.Recipe("x", "gguf:Q4_0", dampening=math.nan), "dampening must be at least 0, not nan"),
+        (lambda: lqexport.Recipe("x", "gguf:Q4_0", exponent=math.inf), "exponent must be at least 0, not inf"),
+        (lambda: lqexport.Recipe("x", "gguf:Q4_0", tune_rate=-1.0), r"tune_rate must be at least 0, not -1\.0"),
+        (lambda: lqexport.Recipe("x", "exl3", bits=math.nan), "bits must be at least 0, not nan"),
+    ],
+)  # fmt: skip
+def test_numbers_out_of_range_are_refused_before_anything_is_opened(call: Callable[[], object], sentence: str) -> None:
+    with pytest.raises(lqexport.UserError, match=f"^{sentence}"):
+        call()
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    folder: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, record, unbroken = tmp_path / "source", tmp_path / "record", Path.open
+    shutil.copytree(tiny_model, source)
+    (source / "chat_template.jinja").write_text("{{ messages }}")
+    write_json(record / "verification.json", {"passed": True, "failed": [], "adapter": None, "files": {}})
+
+    def broken(self: Path, *arguments: Any, **options: Any) -> Any:
+        if self.name in ("manifest.json", "chat_template.jinja") or self == folder / "config.json":
+            raise OSError(errno.EIO, "Input/output error", str(self))
+        return unbroken(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(lqexport.UserError, match=r"manifest\.json: Input/output error"):
+        lqexport.compare([folder.with_name("artifact")], str(tiny_model), text=__file__)
+    with pytest.raises(lqexport.UserError, match=r"config\.json: Input/output error"):
+        upload_list(folder, record=record)
+    with pytest.raises(lqexport.UserError, match=r"chat_template\.jinja: Input/output error"):
+        lqexport.preview(lqexport.Recipe(str(source), "native:table-3", method="rtn"), tmp_path / "out")
+
+
 def test_a_gguf_from_python(tiny_model: Path, tmp_path: Path, text: Path) -> None:
     seen: list[tuple[str, float]] = []
     listener = lqexport.Callback(lambda stage, share: seen.append((stage, share)))
@@ -69,7 +116,7 @@ def test_a_gguf_from_python(tiny_model: Path, tmp_path: Path, text: Path) -> Non
     report = lqexport.quantize(recipe, str(tmp_path / "out"), listener=listener)
     assert report["bits_per_weight"] > 4
     file = lqexport.export(tmp_path / "out", str(tmp_path / "model.gguf"), listener=listener)
-    result = lqexport.verify(str(file), str(tiny_model), text=str(text), windows=1, artifact=tmp_path / "out")
+    result = lqexport.verify(str(file), str(tiny_model), text=str(text), windows=1, artifact=str(tmp_path / "out"))
     assert result.failed == []
     assert all(tensor.same_bytes for tensor in result.tensors)
     shares = [share for stage, share in seen if stage == "Quantizing"]

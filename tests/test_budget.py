@@ -149,7 +149,7 @@ def test_a_cache_serves_runs_that_choose_for_different_tensors(recipe: Recipe, t
     expected = quantize(recipe, tmp_path / "alone")["budget"]
     types = ["*.down_proj.weight=Q6_K"]
     first = Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"})
-    quantize(first, tmp_path / "first", cache=tmp_path / "cache")
+    quantize(first, tmp_path / "first", cache=str(tmp_path / "cache"))
     assert quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")["budget"] == expected
 
 

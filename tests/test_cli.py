@@ -27,6 +27,7 @@ from typer.testing import CliRunner
 from lqexport.cli import app as cli_app
 from lqexport.cli.app import app
 from lqexport.cli.options import merged_recipe
+from lqexport.converters.folders import peft
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.tensor_names import gguf_names
 from lqexport.models import inspect as inspection
@@ -419,6 +420,16 @@ def test_unexpected_error_is_not_hidden(tiny_model: Path, tmp_path: Path, monkey
     assert f"lqexport {importlib.metadata.version('lqexport')}" in logged
 
 
+def test_a_damaged_artifact_is_no_unexpected_error_of_to_peft(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(*_: object) -> None:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(peft, "write", damaged)
+    assert "is damaged" in run("to-peft", artifact, tmp_path / "adapter", status=2).stderr
+
+
 def test_traceback_is_printed_where_it_is_asked_for(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +516,7 @@ def test_missing_inputs_are_said_before_anything_large_is_imported() -> None:
         "check nowhere.gguf", "verify nowhere.gguf --against ./nowhere", "verify . --against ./nowhere",
         "compare nowhere.gguf --against .", "to-gguf nowhere x.gguf", "to-gptq nowhere x", "to-peft nowhere x",
         "eval nowhere --text ptb", "judge nowhere --endpoint http://localhost --model x",
+        "judge . --endpoint http://localhost --model x --against ./nowhere", "check . --against ./nowhere",
         "plan nowhere --target gguf:Q4_0",
     ]  # fmt: skip
     assert run_without_torch(commands, 2).stderr.count("error: There is no ") == len(commands)

@@ -20,7 +20,7 @@ from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import in_order
 from lqexport.models.latent import for_drafts
 from lqexport.models.source import open_source
-from lqexport.recipe import CALIBRATION_TEXT
+from lqexport.recipe import CALIBRATION_TEXT, check_sequences
 from lqexport.runtime.environment import choose_device, full_float32
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.files import check_new
@@ -39,6 +39,7 @@ def make_imatrix(
 
     Raises UserError for bad input, before any work where that is possible.
     """
+    check_sequences(samples, sequence_length)
     full_float32()
     path, listener = Path(path), listener or Silent()
     check_new(path)

@@ -14,6 +14,7 @@ from lqexport.errors import UserError, files_at_hand
 from lqexport.models.blocks import BlockModel
 from lqexport.models.chat_template import rendered
 from lqexport.models.source import open_source
+from lqexport.recipe import check_sequences
 from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.files import check_new, written_whole
@@ -43,6 +44,7 @@ def write_text(
 
     Equal arguments give equal texts on one machine; another may round otherwise. Raises UserError for bad input.
     """
+    check_sequences(samples, sequence_length)
     path, listener = Path(path), listener or Silent()
     check_new(path)
     weights = open_source(source)

@@ -9,7 +9,7 @@ import typer
 
 from lqexport.cli.common import plain_endings, print_result
 from lqexport.cli.shared_options import Json
-from lqexport.models.model_path import check_exists
+from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 
@@ -33,6 +33,8 @@ def check(
     """
     with plain_endings():
         check_exists(*files)
+        if against is not None:
+            check_source_name(against)
         from lqexport.verification import checks
 
         with terminal_listener() as listener:

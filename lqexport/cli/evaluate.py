@@ -10,7 +10,7 @@ import typer
 from lqexport.cli.common import plain_endings, print_result
 from lqexport.cli.shared_options import Device, Json, WrittenFile
 from lqexport.errors import UserError
-from lqexport.models.model_path import check_exists
+from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 
@@ -86,6 +86,8 @@ def judge(
     """
     with plain_endings():
         check_exists(file)
+        if against is not None:
+            check_source_name(against)
         from lqexport.evaluation import judging
 
         with terminal_listener() as listener:

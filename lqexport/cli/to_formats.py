@@ -70,10 +70,10 @@ def to_peft(
     """
     with plain_endings():
         check_exists(artifact)
-        from lqexport.converters.folders.peft import write
-        from lqexport.storage.artifact import Artifact
+        from lqexport.exporting import export
 
-        write(Artifact(artifact), folder)
+        with terminal_listener() as listener:
+            export(artifact, folder, format="peft", listener=listener)
         print(f"Wrote {folder}.")
 
 

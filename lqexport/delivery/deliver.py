@@ -80,7 +80,7 @@ def export_model(
     max_over_expected: float | None = MAX_OVER_EXPECTED,
     min_cosine: float | None = None,
     device: str = "auto",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     keep_artifact: bool = False,
     listener: Listener | None = None,
     limits: MemoryLimits | None = None,
@@ -106,7 +106,7 @@ def export_model(
         model if isinstance(model, Recipe) else Recipe(model, target_of(path)),
         Places(path),
         Measurement(text, windows, engine, max_kl, max_perplexity_ratio, max_over_expected, min_cosine),
-        device=device, cache=cache, memory=limits, keep_artifact=keep_artifact,
+        device=device, cache=Path(cache) if cache else None, memory=limits, keep_artifact=keep_artifact,
     )  # fmt: skip
     return deliver(request, listener or Silent())
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from lqexport.errors import UserError, install
+from lqexport.errors import UserError, check_least, install
 from lqexport.evaluation.chat import Question, answer, read_questions
 from lqexport.evaluation.figures import finite_or_null, with_error
 from lqexport.evaluation.zero_shot_tasks import dense, runnable
@@ -114,7 +114,7 @@ def judge(
     model: str,
     *,
     against: str | None = None,
-    questions: Path | None = None,
+    questions: str | Path | None = None,
     tokens: int = 256,
     device: str = "auto",
     listener: Listener | None = None,
@@ -132,7 +132,9 @@ def judge(
     openai is missing, a model or the questions cannot be read, or the endpoint does not answer: it is asked a first
     question before the file answers any, which may take long.
     """
-    ask, question_list, listener = asking(endpoint, model), read_questions(questions), listener or Silent()
+    check_least(1, tokens=tokens)
+    ask, listener = asking(endpoint, model), listener or Silent()
+    question_list = read_questions(Path(questions) if questions else None)
     chosen = choose_device(device)
     ask(FIRST)
     answers = _answers(partial(runnable, Path(file)), tokenizer_of(Path(file)), question_list, tokens, chosen, listener)

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lqexport.calibration.texts import documents, read_text
-from lqexport.errors import UserError
+from lqexport.errors import UserError, check_least
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, cut_text, perplexity_and_error, tokenize
 from lqexport.evaluation.fitting import fitted, window_warnings
@@ -112,6 +112,7 @@ def perplexity(
     lqexport decodes the model itself and runs it block by block in float32. Raises UserError if the protocol is
     unknown, or if the model or a text cannot be read.
     """
+    check_least(1, windows=windows)
     path, listener = Path(file), listener or Silent()
     if protocol not in PROTOCOLS:
         raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import UserError, install
+from lqexport.errors import UserError, check_least, install
 from lqexport.evaluation.evaluate import check_predicts
 from lqexport.integration.loading import load
 from lqexport.models.adapters import corrected, open_factors
@@ -68,6 +68,8 @@ def zero_shot(
     Raises UserError if the harness is missing, a task is unknown, its questions are out of reach, or the model cannot
     be read.
     """
+    check_least(0, shots=shots)
+    check_least(1, limit=limit, batch_size=batch_size)
     manager, path = opened_tasks(tasks, include), Path(file)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

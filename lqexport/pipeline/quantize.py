@@ -40,7 +40,7 @@ OUT_OF_MEMORY = (
 
 @files_at_hand()
 def quantize(
-    recipe: Recipe, out: str | Path, *, device: str = "auto", cache: Path | None = None,
+    recipe: Recipe, out: str | Path, *, device: str = "auto", cache: str | Path | None = None,
     listener: Listener | None = None, limits: MemoryLimits | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Quantize `recipe.source` into the artifact folder `out`, or finish what a stopped run began there.
@@ -57,8 +57,8 @@ def quantize(
     chosen_device = choose_device(device)
     with joined(chosen_device) as processes, torch.no_grad(), claimed(Path(out)) if processes.first else nullcontext():
         job = prepare(
-            recipe, Path(out), cache, device=chosen_device, processes=processes, listener=listener or Silent(),
-            limits=(limits or available(chosen_device)).shared(processes.count),
+            recipe, Path(out), Path(cache) if cache else None, device=chosen_device, processes=processes,
+            listener=listener or Silent(), limits=(limits or available(chosen_device)).shared(processes.count),
         )  # fmt: skip
         if not processes.from_first(job.artifact.complete):
             try:

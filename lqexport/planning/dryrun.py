@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import UserError
+from lqexport.errors import UserError, files_at_hand
 from lqexport.models.column_order import source_of
 from lqexport.models.inspect import TensorInfo, bits, size, table
 from lqexport.models.source import Source
@@ -93,6 +93,7 @@ class Preview(Shown):
             )
 
 
+@files_at_hand()
 def preview(recipe: Recipe, out: str | Path) -> Preview:
     """Returns what a run of `recipe` into the folder `out` would do; reads no weights.
 

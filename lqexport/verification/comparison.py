@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from lqexport.calibration.texts import read_text
-from lqexport.errors import UserError
+from lqexport.errors import UserError, files_at_hand
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import BlockLogits, Evaluation, cut_text
 from lqexport.evaluation.figures import figure, finite_or_null, share, with_error
@@ -75,6 +75,7 @@ class Comparison(Shown):
         return finite_or_null(asdict(self))
 
 
+@files_at_hand()
 def compare(
     files: Sequence[str | Path],
     against: str,

