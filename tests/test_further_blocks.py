@@ -13,6 +13,7 @@ from family_cases import config_and_shapes, export, make_model, make_tokenizer
 from family_cases import texts as texts
 from further_blocks import Predicting, logits_in_llamacpp, predicting
 from gguf import GGUFReader
+from rewritten_files import rewritten
 
 from lqexport.checking.checking import check_file
 from lqexport.converters.gguf.reader import GGUFModel
@@ -194,3 +195,27 @@ def test_files_of_others_with_kv_b_proj_cut_in_two_are_read(tmp_path: Path) -> N
     assert all(relative_error(file.read(name), source.read(name)) < 1e-6 for name in file.names())
     again = export(tmp_path / "again", Recipe(str(path), "gguf:Q4_0", method="rtn"))
     assert GGUFModel(again).config == file.config
+
+
+def test_a_file_cut_in_two_is_compared_with_a_whole_one(tmp_path: Path) -> None:
+    """Either can be the source, and one matrix that is another fails."""
+    folder, files = tmp_path / "hf", {}
+    make_model("deepseek-v3").save_pretrained(folder)
+    make_tokenizer("deepseek-v3", tmp_path).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    for is_cut in (False, True):
+        (folder / "config.json").write_text(json.dumps(config | ({CUT: True} if is_cut else {})))
+        files[is_cut] = export(tmp_path / str(is_cut), Recipe(str(folder), "gguf:F16"))
+    name = "blk.1.attn_v_b.weight"
+    wrong = rewritten(files[True], tmp_path / "wrong.gguf", lambda content: content.tensors[name][:].sort(axis=1))
+    for path, against in ((files[True], files[False]), (files[False], files[True]), (files[False], wrong)):
+        file, source = open_export(path), source_like(open_source(str(against)), open_export(path).config)
+        assert set(source.names()) == set(file.names())
+        assert {name: source.shape(name) for name in source.names()} == {
+            each: file.shape(each) for each in file.names()
+        }
+        different = [each for each in file.names() if not torch.equal(source.read(each).float(), file.read(each))]
+        assert different == (["model.layers.1.self_attn.kv_b_proj.weight"] if against == wrong else [])
+        if against != files[True]:
+            result = verify(path, str(against), windows=1)
+            assert bool(result.failed) is (against == wrong), result.failed

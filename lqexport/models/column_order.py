@@ -6,21 +6,18 @@ they are put into it before (`converters/models/value_heads.py`).
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from lqexport.converters.models.architecture import CUT, Config
+from lqexport.converters.models.architecture import Config
 from lqexport.converters.models.architectures import find_architecture
 from lqexport.converters.models.value_heads import TILED, tiled_columns
 from lqexport.models.joined import joined
-from lqexport.models.latent import cut_in_two, for_drafts
+from lqexport.models.latent import cut_like, for_drafts
 from lqexport.models.source import Source, open_source
 from lqexport.models.source_view import SourceView
 from lqexport.recipe import Recipe
-from lqexport.storage.files import write_json
 
 
 class Reordered(SourceView):
@@ -47,10 +44,6 @@ class Reordered(SourceView):
             return values
         return values[..., torch.from_numpy(order if self._tiled else np.argsort(order))]
 
-    def copy_model_files(self, folder: Path) -> None:
-        super().copy_model_files(folder)
-        write_json(folder / "config.json", self.config)
-
 
 def in_order(source: Source, tiled: bool) -> Source:
     """Returns the source with the columns of `tiled` linears in llama.cpp's order, or in transformers'."""
@@ -62,8 +55,7 @@ def in_order(source: Source, tiled: bool) -> Source:
 
 def source_like(source: Source, config: Config) -> Source:
     """Returns the source as a written file with this config has it: the order of columns, cut and joined linears."""
-    source = joined(cut_in_two(source) if config.get(CUT) else source)
-    return in_order(source, bool(config.get(TILED)))
+    return in_order(joined(cut_like(source, config)), bool(config.get(TILED)))
 
 
 def source_of(recipe: Recipe) -> Source:

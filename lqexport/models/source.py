@@ -24,9 +24,10 @@ from lqexport.converters.gguf.split import is_gguf
 from lqexport.converters.models.architecture import CUT, Architecture, Factor, Order
 from lqexport.converters.models.architectures import find_architecture, folded_factors, normalized
 from lqexport.converters.models.stored_names import has_other_parts, renamed, renaming
-from lqexport.converters.models.tensor_names import as_matrix, block_module, head_count, is_tied
+from lqexport.converters.models.tensor_names import as_matrix, block_module, is_tied
 from lqexport.converters.models.text_parts import OTHER_PARTS, is_whole
 from lqexport.errors import UserError, listed, well_formed
+from lqexport.models.fused_parts import groups_of, part, part_shape, parts_of
 from lqexport.models.interface import Weights
 from lqexport.models.model_path import NOT_WITHIN_REACH, check_source_name
 from lqexport.models.sentence_files import MODULES, POOLING, PROJECTION, pooling_type, projection_files
@@ -181,12 +182,8 @@ class HuggingFaceSource:
         parts = self._architecture.parts if self._architecture else {}
         for name in [name for name in self._stored if name.endswith(tuple(f".{fused}.weight" for fused in parts))]:
             assert self._architecture is not None
-            _, module, end = block_module(self._architecture, name) or (0, "", "")
-            if module in parts:
-                taken = {
-                    self._renamed(name.replace(end, f"{part}.{end}")): order
-                    for part, order in parts[module](self.config).items()
-                }
+            if orders := parts_of(self._architecture, self.config, name):
+                taken = {self._renamed(part_name): order for part_name, order in orders.items()}
                 if (count := self.shape(name)[0]) != (needed := sum(map(len, taken.values()))):
                     raise UserError(f"{self.folder}: {name} has {count} rows, where by config.json it has {needed}.")
                 self._stored |= dict.fromkeys(taken, self._stored.pop(name))
@@ -292,14 +289,7 @@ class HuggingFaceSource:
         whole = self._whole_shape(name)
         if name not in self._fused:
             return whole
-        rows, groups = len(self._fused[name]), self._groups(name)
-        return (groups * whole[1], rows // groups) if groups else (rows, *whole[1:])
-
-    def _groups(self, name: str) -> int:
-        """Returns the number of groups of rows by which a part of a fused linear is transposed; 0 if it is not."""
-        module = block_module(self._architecture, name) if self._architecture else None
-        key = self._architecture.turned.get(module[1]) if self._architecture and module else None
-        return head_count(self.config, key) if key else 0
+        return part_shape(whole, len(self._fused[name]), groups_of(self._architecture, self.config, name))
 
     def _whole_shape(self, name: str) -> tuple[int, ...]:
         """Returns a tensor's shape; of a part of a fused linear, that of the fused linear."""
@@ -315,9 +305,7 @@ class HuggingFaceSource:
             return whole.float() * (factor[:, None] if factor.ndim else factor)
         if name not in self._fused:
             return whole
-        rows = whole[torch.from_numpy(self._fused[name])]
-        groups = self._groups(name)
-        return rows.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if groups else rows
+        return part(whole, self._fused[name], groups_of(self._architecture, self.config, name))
 
     def _whole(self, name: str) -> torch.Tensor:
         """Reads a tensor; of a part of a fused linear, the fused linear."""

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lqexport.models.source import HuggingFaceSource, Source
 from lqexport.storage.background import FileSpan, HasFileSpans
+from lqexport.storage.files import write_json
 
 
 class SourceView:
@@ -39,6 +40,8 @@ class SourceView:
 
     def copy_model_files(self, folder: Path) -> None:
         self.source.copy_model_files(folder)
+        if self.config is not self.source.config:
+            write_json(folder / "config.json", self.config)
 
 
 def opened(source: Source) -> Source:
