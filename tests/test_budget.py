@@ -20,6 +20,7 @@ from lqexport.models.inspect import size as bytes_of
 from lqexport.models.source import open_source
 from lqexport.pipeline.quantize import quantize
 from lqexport.pipeline.type_losses import type_losses
+from lqexport.planning import recipe_plan
 from lqexport.planning.dryrun import preview
 from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.planning.type_choices import RELATIVES, choices_of
@@ -81,6 +82,15 @@ def test_the_plan_of_a_size_says_no_more_than_the_size(tiny_model: Path, tmp_pat
     assert shown.bits_per_weight == pytest.approx(700_000 * 8 / sum(tensor.weights for tensor in shown.tensors))
     larger = preview(Recipe(str(tiny_model), "gguf:auto", size="2MB"), tmp_path)
     assert larger.tensor_bytes == bytes_of(larger.entries)
+
+
+def test_a_dry_run_plans_the_mix_of_a_size_once(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned = []
+    monkeypatch.setattr(recipe_plan, "plan_recipe", lambda *given: planned.append(given) or plan_recipe(*given))
+    preview(Recipe(str(tiny_model), "gguf:auto", size="Q3_K_M"), tmp_path)
+    assert [recipe.target for _, recipe in planned] == ["gguf:Q3_K_M"]
 
 
 @pytest.fixture

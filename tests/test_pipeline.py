@@ -21,8 +21,10 @@ from lqexport.formats.gguf import WITH_SCALE
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
-from lqexport.pipeline import kept_states, prepare, sequential, solve_model
+from lqexport.pipeline import kept_states, sequential, solve_model
 from lqexport.pipeline.quantize import quantize
+from lqexport.planning import output_folder
+from lqexport.planning.dryrun import preview
 from lqexport.recipe import Recipe
 from lqexport.storage import files
 from lqexport.storage.artifact import Artifact, StoredTensor
@@ -275,9 +277,12 @@ def test_sharded_checkpoints_give_the_same_weights(recipe: Recipe, tmp_path: Pat
 
 
 def test_another_runs_folder_is_refused(recipe: Recipe, tmp_path: Path) -> None:
+    """The dry run says the same, before it plans by the types that the other run has chosen."""
     quantize(changed(recipe, method="rtn"), tmp_path / "out")
-    with pytest.raises(UserError, match=r"holds another run: recipe.target is '.*', not 'gguf:Q4_0'\. Choose"):
-        quantize(changed(recipe, method="rtn", target="gguf:Q4_0"), tmp_path / "out")
+    assert preview(changed(recipe, method="rtn"), tmp_path / "out").missing_bytes == 0
+    for work in (quantize, preview):
+        with pytest.raises(UserError, match=r"holds another run: recipe.target is '.*', not 'gguf:Q4_0'\. Choose"):
+            work(changed(recipe, method="rtn", target="gguf:Q4_0"), tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("words")
     with pytest.raises(UserError, match="not an lqexport artifact"):
@@ -288,7 +293,7 @@ def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypa
     recipe = changed(recipe, method="rtn")
     quantize(recipe, tmp_path / "out")
     assert Artifact(tmp_path / "out").run()["versions"]["numpy"] == np.__version__
-    monkeypatch.setattr(prepare, "versions", lambda *names: dict.fromkeys(names, "0"))
+    monkeypatch.setattr(output_folder, "versions", lambda *names: dict.fromkeys(names, "0"))
     with pytest.raises(UserError, match=r"holds another run: versions\.lqexport is '.*', not '0'"):
         quantize(recipe, tmp_path / "out")
 

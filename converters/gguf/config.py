@@ -44,11 +44,14 @@ class Metadata:
     def number(self, key: str, default: float | None = None) -> Any:
         """Returns a positive number by its key; of an array with one number for each block, the largest.
 
+        llama.cpp's converter writes 0 where a model has nothing that has that number: the default is taken.
+
         Raises UserError if the file has none and there is no default.
         """
         value = self.values.get(f"{self.architecture.gguf}.{key}", default)
         if isinstance(value, list) and value and all(isinstance(each, int | float) for each in value):
-            value = max(value) or default
+            value = max(value)
+        value = default if value == 0 else value
         if not isinstance(value, int | float) or not 0 < value < math.inf:
             raise UserError(f"{self.source} gives no {self.architecture.gguf}.{key}.")
         return value
@@ -103,13 +106,15 @@ def _is_said(architecture: Architecture, key: str, value: Any) -> bool:
 
 
 def _sizes(metadata: Metadata) -> Config:
-    heads, hidden = metadata.number("attention.head_count"), metadata.number("embedding_length")
-    absorbed = metadata.architecture.absorbed
+    architecture = metadata.architecture
+    heads = metadata.number("attention.head_count", None if architecture.attends else 1)
+    hidden, absorbed = metadata.number("embedding_length"), architecture.absorbed
+    # llama.cpp's converter leaves the key out where all MLPs are experts (DeepSeek V4).
+    other_width = metadata.get("expert_feed_forward_length") or (None if architecture.has_mlps else 1)
     length = "attention.key_length_mla" if absorbed else "attention.key_length"
     return {
         "hidden_size": hidden,
-        # llama.cpp's converter leaves the key out where all MLPs are experts (DeepSeek V4).
-        "intermediate_size": metadata.number("feed_forward_length", metadata.get("expert_feed_forward_length")),
+        "intermediate_size": metadata.number("feed_forward_length", other_width),
         **_blocks(metadata),
         "num_attention_heads": heads,
         "num_key_value_heads": heads if absorbed else metadata.number(KEY_HEADS, heads),

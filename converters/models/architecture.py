@@ -348,6 +348,16 @@ class Architecture:
         return (modules.get("attn_output"), modules.get("ffn_down"))
 
     @property
+    def attends(self) -> bool:
+        """Whether some block has attention."""
+        return any(gguf.startswith(("attn_q", "attn_k")) for gguf in self.gguf_block.values())
+
+    @property
+    def has_mlps(self) -> bool:
+        """Whether some block has an MLP that does not consist of experts alone."""
+        return "ffn_up" in self.gguf_block.values()
+
+    @property
     def in_parts(self) -> bool:
         """Whether an artifact holds the parts of a linear that transformers has as one."""
         starts = tuple(f"{fused}." for fused in self.parts)

@@ -11,6 +11,7 @@ from lqexport.checking.blocks import check_values
 from lqexport.checking.engine import Loaded, load
 from lqexport.checking.layout import check_layout
 from lqexport.checking.opened import OpenFile, open_file
+from lqexport.checking.presence import check_presence
 from lqexport.checking.problems import Problem, error
 from lqexport.checking.settings import check_settings
 from lqexport.checking.shapes import check_shapes
@@ -21,7 +22,7 @@ from lqexport.checking.vocabulary import check_vocabulary
 from lqexport.errors import UserError, well_formed
 from lqexport.runtime.progress import Listener, Silent
 
-OF_METADATA = (check_settings, check_tensors, check_shapes, check_vocabulary, check_templates)
+OF_METADATA = (check_settings, check_tensors, check_presence, check_shapes, check_vocabulary, check_templates)
 """The checks of a model's metadata and of its tensors' names and shapes."""
 
 

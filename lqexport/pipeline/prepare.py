@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
 from lqexport.planning.memory import MemoryLimits, choose_placement, placement_sentence, placements
 from lqexport.planning.needs import warnings_of
-from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe
+from lqexport.planning.output_folder import identity_of
+from lqexport.planning.recipe_plan import calibrates, check_sequence_length, plan_factors, plan_recipe, size_limit
 from lqexport.planning.type_choices import check_size
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
@@ -53,7 +54,7 @@ def prepare(
     factors = plan_factors(source, planned, recipe)
     check_recipe(recipe, source.config, planned)
     check_sequence_length(recipe, source, planned)
-    check_size(source, recipe, planned)
+    check_size(recipe, planned, size_limit(source, recipe, planned))
     artifact = Artifact(out)
     recipe = _with_compute_dtype(Work(recipe, source.config, planned), artifact, device, processes, listener)
     if not artifact.complete:
@@ -141,10 +142,7 @@ def _calibration(
 
 def _identity(recipe: Recipe, source: Source, calibration: Calibration | None, device: torch.device) -> dict[str, Any]:
     """Returns what two runs must have in common to write the same artifact, as JSON values."""
-    return {
-        "versions": versions("lqexport", "torch", "transformers", "numpy", "numba"),
-        "recipe": asdict(recipe),
-        "source_fingerprint": source.fingerprint,
+    return identity_of(recipe, source) | {
         "device": device.type,
         "calibration": calibration.facts() if calibration else None,
     }

@@ -25,6 +25,7 @@ from lqexport.planning.defaults import by_effort, settled
 from lqexport.planning.efforts import effort_sentence, seconds_by_effort
 from lqexport.planning.memory import memory_estimate, placement_sentence
 from lqexport.planning.needs import check_needs
+from lqexport.planning.output_folder import check_output_folder
 from lqexport.planning.rates import measured_rates
 from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe, size_limit
 from lqexport.recipe import Effort, Recipe
@@ -97,26 +98,33 @@ class Preview(Shown):
 def preview(recipe: Recipe, out: str | Path) -> Preview:
     """Returns what a run of `recipe` into the folder `out` would do; reads no weights.
 
-    Raises UserError if the source cannot be read, if the target cannot hold the model, or as `check_needs` does.
+    Raises UserError if the source cannot be read, if the target cannot hold the model, or as
+    `check_output_folder` and `check_needs` do.
     """
     artifact, source = Artifact(Path(out)), source_of(recipe)
     efforts = by_effort(recipe, source.config)
     recipe = efforts[recipe.effort]
+    check_output_folder(artifact, recipe, source)
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
     check_sequence_length(recipe, source, tensors)
-    warnings = check_needs(source, recipe, tensors, artifact)
-    return replace(_preview_of(source, recipe, tensors, artifact), warnings=tuple(warnings), efforts=efforts)
+    limit = size_limit(source, recipe, tensors)
+    warnings = check_needs(source, recipe, tensors, limit)
+    return replace(_preview_of(source, recipe, tensors, limit, artifact), warnings=tuple(warnings), efforts=efforts)
 
 
 def preview_of_finished(recipe: Recipe, out: Path) -> Preview:
     """Returns the preview of a run that has ended, with the types that it chose. What a run needs is not checked."""
     artifact, source = Artifact(out), source_of(recipe)
     recipe = settled(recipe, source.config)
-    return _preview_of(source, recipe, plan_recipe(source, recipe, artifact.chosen_types()), artifact)
+    tensors = plan_recipe(source, recipe, artifact.chosen_types())
+    return _preview_of(source, recipe, tensors, size_limit(source, recipe, tensors), artifact)
 
 
-def _preview_of(source: Source, recipe: Recipe, tensors: list[PlannedTensor], artifact: Artifact) -> Preview:
-    out, limit = artifact.folder, size_limit(source, recipe, tensors)
+def _preview_of(
+    source: Source, recipe: Recipe, tensors: list[PlannedTensor], limit: int | None, artifact: Artifact
+) -> Preview:
+    """Returns the preview of a plan. `limit` is what `size_limit` returns."""
+    out = artifact.folder
     spared = 0 if limit is None else max(0, sum(tensor.nbytes for tensor in tensors) - limit)
     tensors = tensors + plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)

@@ -1,8 +1,6 @@
-"""Checks what a run will need, before any work: a free output folder, the tokenizer, the calibration text."""
+"""Checks what a run will need, before any work: the tokenizer, the calibration text, a file that llama.cpp loads."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 from lqexport.calibration.texts import check_text
 from lqexport.converters.exl3.support import warnings_of as exl3_warnings
@@ -11,7 +9,7 @@ from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.families.deepseek import in_two
 from lqexport.converters.models.further import is_beyond
 from lqexport.converters.plan import PlannedTensor
-from lqexport.errors import UserError, listed
+from lqexport.errors import listed
 from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import GGUFSource, HuggingFaceSource, Source
 from lqexport.models.source_view import opened
@@ -20,26 +18,24 @@ from lqexport.planning.recipe_plan import calibrates
 from lqexport.planning.small_files import check_small_files
 from lqexport.planning.type_choices import check_size
 from lqexport.recipe import Recipe
-from lqexport.storage.artifact import Artifact
 
 WITH_TOKENIZER_JSON = {"exl2": "ExLlamaV2", "exl3": "ExLlamaV3"}
 """Family of targets -> engine that loads a folder only with a tokenizer.json (see `packed.check_source_files`)."""
 
 
-def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], artifact: Artifact) -> list[str]:
-    """Returns the warnings of `warnings_of`, after checking what a run of `recipe` into an artifact folder will need.
+def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], limit_bytes: int | None) -> list[str]:
+    """Returns the warnings of `warnings_of`, after checking what a run of `recipe` will need.
+
+    limit_bytes   what `size_limit` returns
 
     Raises UserError if the run would lack something that can be known at once.
 
-    The output folder must be new, empty or an artifact's, and not the source's folder. A run that calibrates needs a
-    tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and a file that llama.cpp loads. One
-    of a .gguf file always writes a tokenizer. Small files of the source must be sound (`check_small_files`). Of texts
-    on the hub only the name and the split are checked. An importance matrix must be the model's. A size must be one, or
-    the target that it names known, and types must be able to reach it.
+    A run that calibrates needs a tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and a
+    file that llama.cpp loads. One of a .gguf file always writes a tokenizer. Small files of the source must be sound
+    (`check_small_files`). Of texts on the hub only the name and the split are checked. An importance matrix must be the
+    model's. Types must be able to reach a size.
     """
-    _check_apart(Path(recipe.source), artifact.folder)
-    artifact.check_own()
-    check_size(source, recipe, planned)
+    check_size(recipe, planned, limit_bytes)
     with_text = calibrates(recipe, source, planned)
     if with_text or isinstance(opened(source), GGUFSource):
         source.tokenizer()
@@ -110,9 +106,3 @@ def file_warnings(source: Source, recipe: Recipe, planned: list[PlannedTensor]) 
     if recipe.parsed_target.family != "gguf":
         return []
     return check_file(source, recipe, planned)
-
-
-def _check_apart(source: Path, out: Path) -> None:
-    """Raises UserError if the output folder is the source's folder; one within it is fine. A hub id is no folder."""
-    if source.is_dir() and out.resolve() == source.resolve():
-        raise UserError(f"The output folder {out} is the source {source}. Choose another one.")

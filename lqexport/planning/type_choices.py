@@ -13,8 +13,6 @@ from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
-from lqexport.models.interface import ModelShapes
-from lqexport.planning.recipe_plan import size_limit
 from lqexport.recipe import Recipe
 from lqexport.sizes import human_bytes
 
@@ -52,11 +50,12 @@ def choices_by_size(planned: list[PlannedTensor], recipe: Recipe, limit_bytes: i
     return {name: codecs for name, codecs in names.items() if len(codecs) > 1}
 
 
-def check_size(source: ModelShapes, recipe: Recipe, planned: list[PlannedTensor]) -> None:
-    """Raises UserError if even the smallest types that a choice by the recipe's size has take more bytes, or as
-    `size_limit` does.
+def check_size(recipe: Recipe, planned: list[PlannedTensor], limit_bytes: int | None) -> None:
+    """Raises UserError if even the smallest types that a choice by the recipe's size has take more bytes.
+
+    limit_bytes   what `size_limit` returns
     """
-    if (limit_bytes := size_limit(source, recipe, planned)) is None:
+    if limit_bytes is None:
         return
     codecs = choices_by_size(planned, recipe, limit_bytes)
     least = sum(

@@ -126,6 +126,11 @@ class Artifact:
         """Whether the manifest is written, which is the last step of a run."""
         return (self.folder / "manifest.json").is_file()
 
+    @property
+    def begun(self) -> bool:
+        """Whether run.json is written, which is the first step of a run."""
+        return (self.folder / "run.json").is_file()
+
     def run(self) -> dict[str, Any]:
         """Returns the content of run.json. Raises UserError if the folder is not an artifact."""
         return self._json("run.json")
@@ -140,7 +145,7 @@ class Artifact:
 
     def whole_manifest(self) -> dict[str, Any]:
         """Returns the content of manifest.json. Raises UserError as `manifest` does."""
-        if not self.complete and (self.folder / "run.json").is_file():
+        if self.begun and not self.complete:
             raise UserError(f"{self.folder} is not finished: run the `lqexport quantize` command that began it again.")
         content = self._json("manifest.json")
         if (self.folder / "manifest.json").read_bytes() != manifest_bytes(content):
@@ -289,20 +294,26 @@ class Artifact:
 
         Raises UserError if the folder holds another run or anything else.
         """
-        if (self.folder / "run.json").is_file():
-            old = self.run()
-            if different := _differences(old, run):
-                raise UserError(
-                    f"{self.folder} holds another run: {listed(different, 4)}. "
-                    "Choose another output folder, or delete this one."
-                )
+        if self.begun:
+            self._check_differences(_differences(self.run(), run))
             return
         self.check_own()
         write_json(self.folder / "run.json", run)
 
+    def check_same(self, run: dict[str, Any]) -> None:
+        """Raises UserError if the folder holds another run, as far as `run` has the parts of run.json."""
+        self._check_differences(_differences(_parts_as(self.run(), run), run))
+
+    def _check_differences(self, different: list[str]) -> None:
+        if different:
+            raise UserError(
+                f"{self.folder} holds another run: {listed(different, 4)}. "
+                "Choose another output folder, or delete this one."
+            )
+
     def check_own(self) -> None:
         """Raises UserError if the folder holds anything but an artifact. It may be missing or empty."""
-        if (self.folder / "run.json").is_file():
+        if self.begun:
             return
         leftovers = {unfinished(self.folder / "run.json")}
         if self.folder.exists() and (not self.folder.is_dir() or set(self.folder.iterdir()) - leftovers):
@@ -325,6 +336,17 @@ def _checked(entry: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{entry['shape']} is no shape")
     codec_named(entry["codec"]).layout(rows, columns)
     return entry
+
+
+def _parts_as(run: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Returns those parts of a run that another one has, two levels deep."""
+    parts = {key: run[key] for key in other if key in run}
+    return {
+        key: {name: part[name] for name in other[key] if name in part}
+        if isinstance(part, dict) and isinstance(other[key], dict)
+        else part
+        for key, part in parts.items()
+    }
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -171,11 +171,11 @@ class _Compared:
 def _check_content(result: Verification, compared: _Compared, listener: Listener) -> bool:
     """Checks the file's structure, its metadata and every tensor. Returns whether its model can be run."""
     complete = check_structure(result, compared.export, compared.factors, compared.source)
-    check_metadata(result, compared.export, compared.source)
+    fits = check_metadata(result, compared.export, compared.source)
     check_files(result, compared.artifact)
     result.smoothed = len(compared.scales)
     check_tensors(result, compared.export, compared.factors, compared.smoothed, compared.artifact, listener)
-    return complete and all(tensor.finite for tensor in result.tensors)
+    return complete and fits and all(tensor.finite for tensor in result.tensors)
 
 
 def _measure(
@@ -198,13 +198,15 @@ def _measure(
         result.causes = causes(result, corrected(export, factors), rounded, compared.smoothed)
 
 
-def check_metadata(result: Verification, export: Weights, source: Source) -> None:
+def check_metadata(result: Verification, export: Weights, source: Source) -> bool:
     """Adds the errors of a GGUF file's metadata to `result.failed`: those that `check` finds without a source, and
-    differences of the vocabulary."""
-    if is_gguf(path := Path(result.file)) and path.is_file():
-        problems = metadata_problems(open_file(path))
-        result.failed += [problem.sentence for problem in problems if problem.level == "error"]
+    differences of the vocabulary. Returns whether the tensors have the shapes that the metadata say."""
+    is_file = is_gguf(path := Path(result.file)) and path.is_file()
+    problems = metadata_problems(open_file(path)) if is_file else []
+    errors = [problem for problem in problems if problem.level == "error"]
+    result.failed += [problem.sentence for problem in errors]
     result.failed += vocabulary_differences(export, source)
+    return not any(problem.area == "shapes" for problem in errors)
 
 
 def _record_in(file: Path) -> Artifact | None:

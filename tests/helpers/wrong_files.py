@@ -207,6 +207,13 @@ WRONG: dict[str, Wrong] = {
         "deepseek", "Q4_0", "original_max_position_embeddings 32",
         spoil=key("deepseek2.rope.scaling.original_context_length", 32),
     ),
+    "rank of queries": Wrong(
+        "deepseek", "Q8_0", "attn_q_a.weight is [32, 128], not [16", spoil=key("deepseek2.attention.q_lora_rank", 16),
+    ),
+    "rank of keys": Wrong(
+        "deepseek", "Q4_0", "attn_kv_a_mqa.weight is [80, 128], not [48",
+        spoil=key("deepseek2.attention.kv_lora_rank", 32),
+    ),
     "key heads": Wrong("llama", "Q8_0", "shape", spoil=key("llama.attention.head_count_kv", 4)),
     "context halved": Wrong(
         "llama", "Q8_0", "max_position_embeddings 256", spoil=key("llama.context_length", 256),

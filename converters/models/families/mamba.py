@@ -34,6 +34,15 @@ def _sizes(config: Config) -> Config:
     } | time_step_limit(config)
 
 
+def _restored(config: Config, heads: int) -> Config:
+    """Returns the sizes of attention and of an MLP as `derived` gives them. llama.cpp's converter writes 0."""
+    return {
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads,
+        "intermediate_size": config["state_space_size"],
+    }
+
+
 MAMBA2 = replace(
     LLAMA,
     family="Mamba-2",
@@ -63,7 +72,9 @@ MAMBA2 = replace(
         Key("ssm.inner_size", "state_space_size"),
     ),
     derived=_sizes,
-    restored=lambda config: {"head_dim": config["state_space_size"] // config["num_heads"]},
+    restored=lambda config: (
+        _restored(config, config["num_heads"]) | {"head_dim": config["state_space_size"] // config["num_heads"]}
+    ),
     fixed={
         "hidden_act": ("silu",),
         "expand": (2,),
@@ -109,7 +120,7 @@ MAMBA = replace(
         Key("ssm.inner_size", "state_space_size"),
     ),
     derived=_sizes_of_mamba1,
-    restored=lambda config: {},
+    restored=lambda config: _restored(config, 1),
     fixed={key: values for key, values in MAMBA2.fixed.items() if key != "time_step_limit"},
 )
 
