@@ -20,7 +20,7 @@ from lqexport.pipeline import measured_losses as measured
 from lqexport.pipeline.allocate import Option, allocate
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import read_json
-from lqexport.verification.report import role_of
+from lqexport.verification.roles import role_of
 
 WIDTHS = (2, 3, 4, 5, 6)
 

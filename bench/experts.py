@@ -21,7 +21,7 @@ from lqexport.calibration.collect import batches
 from lqexport.calibration.experts import fill_up
 from lqexport.calibration.moments import SecondMoments
 from lqexport.converters.models.families.mixtral import MIXTRAL
-from lqexport.evaluation import evaluate
+from lqexport.evaluation.protocols import tokenize
 from lqexport.models.blocks import BlockModel, linear_of
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
@@ -34,7 +34,7 @@ UP, DOWN = "up_proj", "down_proj"
 def inputs_of_block(arguments: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns weights and inputs [sequences, LENGTH, C] of the block's up_proj and down_proj."""
     source = open_source(arguments.model)
-    ids = evaluate.tokenize(source.tokenizer(), texts.read_text(arguments.calibration).content)
+    ids = tokenize(source.tokenizer(), texts.read_text(arguments.calibration).content)
     tokens = torch.tensor(ids[: arguments.samples * LENGTH]).reshape(arguments.samples, LENGTH)
     model = BlockModel(source)
     hidden = [model.start(batch) for batch in batches(tokens)]

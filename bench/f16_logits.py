@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lqexport.calibration import texts
 from lqexport.converters.gguf import writer as gguf
-from lqexport.evaluation import evaluate, llamacpp
+from lqexport.evaluation import llamacpp
+from lqexport.evaluation.protocols import tokenize
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact
@@ -26,7 +27,7 @@ def compare(model: str, text: str, work: Path, count: int) -> tuple[float, float
     out = work / Path(model).name
     quantize(Recipe(model, "gguf:F16", method="rtn"), out)
     gguf.write(Artifact(out), out.with_suffix(".gguf"))
-    tokens = evaluate.tokenize(AutoTokenizer.from_pretrained(model), texts.read_text(text).content)[:count]
+    tokens = tokenize(AutoTokenizer.from_pretrained(model), texts.read_text(text).content)[:count]
     with torch.no_grad():
         reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)(torch.tensor(tokens)[None]).logits[
             0

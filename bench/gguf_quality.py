@@ -29,6 +29,8 @@ from lqexport.calibration.make_imatrix import make_imatrix
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.evaluation import evaluate, llamacpp, llamacpp_quantizer
+from lqexport.evaluation.logits import engine_logits
+from lqexport.evaluation.protocols import LLAMACPP_512
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
@@ -80,8 +82,8 @@ class Judge:
     def __call__(self, file: Path, adapter: Path | None = None) -> evaluate.Evaluation:
         # As many threads as torch has: on a busy machine, more threads would wait for each other.
         with llamacpp.LlamaCpp(file, 512, torch.get_num_threads(), adapter) as engine:
-            test = evaluate.engine_logits(engine, self.windows, evaluate.LLAMACPP_512)
-            return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
+            test = engine_logits(engine, self.windows, LLAMACPP_512)
+            return evaluate.compare(self.reference, test, self.windows, LLAMACPP_512)
 
 
 class Table:

@@ -7,6 +7,8 @@ import torch
 
 from lqexport.calibration import texts
 from lqexport.evaluation import evaluate
+from lqexport.evaluation.logits import BlockLogits, block_logits
+from lqexport.evaluation.protocols import LLAMACPP_512, cut, tokenize
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.models.source import Source
@@ -15,13 +17,13 @@ from lqexport.runtime.progress import Silent
 
 def windows_of(source: Source, text: str, count: int) -> np.ndarray:
     """Returns the first `count` windows, [count, 512], of a text in the source's tokens."""
-    tokens = evaluate.tokenize(source.tokenizer(), texts.read_text(text).content)
-    return evaluate.cut(tokens, evaluate.LLAMACPP_512, None, count)
+    tokens = tokenize(source.tokenizer(), texts.read_text(text).content)
+    return cut(tokens, LLAMACPP_512, None, count)
 
 
-def predictions(model: BlockModel, windows: np.ndarray) -> evaluate.BlockLogits:
+def predictions(model: BlockModel, windows: np.ndarray) -> BlockLogits:
     """Returns the logits that predict the scored tokens, [256, vocabulary] for each window."""
-    return evaluate.block_logits(model, windows, evaluate.LLAMACPP_512, Silent(), "")
+    return block_logits(model, windows, LLAMACPP_512, Silent(), "")
 
 
 class Judge:
@@ -33,4 +35,4 @@ class Judge:
 
     def __call__(self, weights: Weights) -> evaluate.Evaluation:
         test = predictions(BlockModel(weights, self.device), self.windows)
-        return evaluate.compare(self.reference, test, self.windows, evaluate.LLAMACPP_512)
+        return evaluate.compare(self.reference, test, self.windows, LLAMACPP_512)

@@ -25,11 +25,13 @@ from transformers import AutoModelForCausalLM
 
 from lqexport.converters.models.rope import former_rope
 from lqexport.evaluation import evaluate
+from lqexport.evaluation.logits import engine_logits
 from lqexport.evaluation.mlx_process import MlxProcess
+from lqexport.evaluation.protocols import LLAMACPP_512
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import Source, open_source
 
-PROTOCOL = evaluate.LLAMACPP_512
+PROTOCOL = LLAMACPP_512
 
 
 def in_dtype(model: str, dtype: str, folder: Path) -> Path:
@@ -84,7 +86,7 @@ class Judge:
             return json.loads(kept.read_text())
         self._reference = self._reference or list(predictions(BlockModel(self._source), self._windows))
         with MlxProcess(folder, patience=7200) as engine:
-            test = evaluate.engine_logits(engine, self._windows, PROTOCOL)
+            test = engine_logits(engine, self._windows, PROTOCOL)
             result = evaluate.compare(self._reference, test, self._windows, PROTOCOL)
         figures = {"bytes": written_bytes(folder), "kl": result.kl, "kl_error": result.kl_error, "top1": result.top1,
                    "perplexity": result.perplexity, "source": result.reference_perplexity}  # fmt: skip

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from lqexport.calibration.moments import SecondMoments
 from lqexport.calibration.sequences import load_calibration
 from lqexport.evaluation import evaluate
+from lqexport.evaluation.logits import BlockLogits
+from lqexport.evaluation.protocols import LLAMACPP_512
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
 from lqexport.models.blocks import BlockModel
@@ -95,14 +97,14 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--windows", type=int, default=6)
     arguments = parser.parse_args()
-    source, protocol = open_source(arguments.model), evaluate.LLAMACPP_512
+    source, protocol = open_source(arguments.model), LLAMACPP_512
     tokens = load_calibration(arguments.calibration, source.tokenizer(), samples=arguments.samples,
                               sequence_length=512, seed=0)  # fmt: skip
     model, windows = BlockModel(source), windows_of(source, arguments.evaluation, arguments.windows)
     states = run(model, [model.start(row[None]) for row in tokens.tokens],
                  [model.start(torch.from_numpy(window)[None]) for window in windows])  # fmt: skip
     logits = {
-        variant: evaluate.BlockLogits(model, [state[:, protocol.first - 1 : -1] for state in hidden])
+        variant: BlockLogits(model, [state[:, protocol.first - 1 : -1] for state in hidden])
         for variant, hidden in states.items()
     }
     print("| grid | rank | scaling | mean KL | perplexity | same top-1 |\n|---|---|---|---|---|---|")

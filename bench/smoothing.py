@@ -22,8 +22,8 @@ from torch import Tensor
 from lqexport.calibration import texts
 from lqexport.calibration.collect import input_magnitudes
 from lqexport.calibration.sequences import load_calibration
-from lqexport.evaluation import evaluate
-from lqexport.evaluation.evaluate import block_logits
+from lqexport.evaluation.logits import block_logits
+from lqexport.evaluation.protocols import PROTOCOLS, tokenize
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
 from lqexport.models.smoothing import SEQUENCES, Smoothed, column_scales, pairs
@@ -67,8 +67,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--powers", type=float, nargs="+", default=[0, 0.1, 0.2, 0.35, 0.5])
     arguments = parser.parse_args()
-    source, protocol = open_source(arguments.model), evaluate.PROTOCOLS["llama.cpp-512"]
-    ids = evaluate.tokenize(source.tokenizer(), texts.read_text(arguments.evaluation).content)
+    source, protocol = open_source(arguments.model), PROTOCOLS["llama.cpp-512"]
+    ids = tokenize(source.tokenizer(), texts.read_text(arguments.evaluation).content)
     windows = np.array(ids[: arguments.windows * 512]).reshape(-1, 512)
     calibration = load_calibration(
         arguments.calibration, source.tokenizer(), samples=SEQUENCES, sequence_length=512, seed=0

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 from lqexport.calibration.moments import SecondMoments
 from lqexport.calibration.sequences import load_calibration
 from lqexport.evaluation import evaluate
+from lqexport.evaluation.protocols import LLAMACPP_512
 from lqexport.formats.registry import codec_named
 from lqexport.kernels.kmeans import weighted_kmeans
 from lqexport.models.source import open_source
@@ -95,7 +96,7 @@ def methods_table(arguments: argparse.Namespace) -> None:
         for label, options in METHODS.items():
             recipe = Recipe(arguments.model, f"native:table-{bits}", moments=arguments.moments, **options)
             seconds = quantize_all(model, weights, moments, bits, recipe)
-            result = evaluate.compare(reference, logits(model, windows), windows, evaluate.LLAMACPP_512)
+            result = evaluate.compare(reference, logits(model, windows), windows, LLAMACPP_512)
             print(f"| {bits} | {label} | {result.kl:.4f} ± {result.kl_error:.4f} | {result.perplexity:.2f} | "
                   f"{result.top1:.1%} | {seconds:.0f} |", flush=True)  # fmt: skip
     kmeans_table(weights, moments, arguments.rows)

@@ -18,7 +18,7 @@ from lqexport.calibration.sequences import load_calibration
 from lqexport.converters.mlx.types import in_dtype, in_half
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
-from lqexport.pipeline.types_by_size import Replaced, divergence, output_moments
+from lqexport.pipeline.outer_losses import Replaced, divergence, output_moments
 from lqexport.recipe import Recipe
 from lqexport.solver.linear import solve_linear
 from lqexport.solver.rounded_tensor import round_tensor

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lqexport.formats.checks import check_layout
-from lqexport.formats.codec import Grid, Planes, Rounding, ScaleFormat, Scales, SectionedCodec, Sections
+from lqexport.formats.codec import FLOAT16, Grid, Planes, Rounding, ScaleFormat, Scales, SectionedCodec, Sections
 from lqexport.formats.native import pack_bits, unpack_bits
 
 BITS = 4
@@ -32,7 +32,7 @@ LEVELS = np.arange(2**BITS, dtype=np.float32)
 GROUPS = (32, 64, 128, 0)
 UNIT = 32
 """A matrix's rows and columns are multiples of this, because ExLlamaV2's kernels assume so."""
-MOST_SCALE = 65504 / 2**BITS
+MOST_SCALE = FLOAT16.most / 2**BITS
 """The largest allowed magnitude of a scale. It keeps every value finite in float16."""
 
 

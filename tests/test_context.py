@@ -14,8 +14,8 @@ import lqexport
 from lqexport.converters.gguf.writer import write
 from lqexport.errors import UserError
 from lqexport.evaluation import papers
-from lqexport.evaluation.evaluate import HF_2048, LLAMACPP_512, PROTOCOLS
 from lqexport.evaluation.fitting import fitted, window_warnings
+from lqexport.evaluation.protocols import HF_2048, LLAMACPP_512, PROTOCOLS
 from lqexport.planning.dryrun import preview
 from lqexport.recipe import Recipe
 

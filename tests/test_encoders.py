@@ -25,7 +25,7 @@ from lqexport.errors import UserError
 from lqexport.evaluation.embeddings import NEIGHBOURS, embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
-from lqexport.evaluation.zero_shot_tasks import runnable
+from lqexport.evaluation.whole_models import runnable
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe

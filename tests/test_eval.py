@@ -21,9 +21,10 @@ from lqexport.converters.folders import native
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
 from lqexport.evaluation import papers, scores, zero_shot_tasks
-from lqexport.evaluation.evaluate import HF_2048, tokenize
 from lqexport.evaluation.papers import perplexity
-from lqexport.evaluation.zero_shot_tasks import runnable, zero_shot
+from lqexport.evaluation.protocols import HF_2048, tokenize
+from lqexport.evaluation.whole_models import runnable
+from lqexport.evaluation.zero_shot_tasks import zero_shot
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.storage.artifact import Artifact
 from lqexport.verification.verifying import verify

@@ -12,19 +12,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lqexport.errors import UserError
-from lqexport.evaluation.evaluate import (
-    HF_2048,
-    LLAMACPP_512,
-    PROTOCOLS,
-    Accumulator,
-    Protocol,
-    block_logits,
-    compare,
-    cut,
-    engine_logits,
-    mean_and_error,
-    score,
-)
+from lqexport.evaluation.evaluate import Accumulator, compare, mean_and_error, score
+from lqexport.evaluation.logits import block_logits, engine_logits
+from lqexport.evaluation.protocols import HF_2048, LLAMACPP_512, PROTOCOLS, Protocol, cut
 from lqexport.models.blocks import BlockModel
 
 SMALL = Protocol("small", window=8, first=3, bos=False)

@@ -19,7 +19,7 @@ from lqexport.errors import UserError
 from lqexport.evaluation import judging
 from lqexport.evaluation.chat import Question, answer, read_questions
 from lqexport.evaluation.judging import asking, grade, judge, judged_answers, verdict
-from lqexport.evaluation.zero_shot_tasks import runnable
+from lqexport.evaluation.whole_models import runnable
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.storage.artifact import Artifact
 

@@ -27,6 +27,7 @@ from lqexport.models.source import open_source
 from lqexport.storage.artifact import Artifact, decoded
 from lqexport.verification import card, report
 from lqexport.verification.result import TensorCheck, Verification
+from lqexport.verification.roles import roles
 from lqexport.verification.verifying import verify
 
 
@@ -221,10 +222,10 @@ def test_missing_packages_name_the_extra(
 
 
 def test_roles_sum_up_all_tensors(found: Verification) -> None:
-    roles = report.roles(found.tensors)
-    assert sum(role.nbytes for role in roles) == found.nbytes
-    assert sum(role.count for role in roles) == len(found.tensors)
-    by_name = {role.name: role for role in roles}
+    grouped = roles(found.tensors)
+    assert sum(role.nbytes for role in grouped) == found.nbytes
+    assert sum(role.count for role in grouped) == len(found.tensors)
+    by_name = {role.name: role for role in grouped}
     assert (by_name["mlp.down_proj"].count, by_name["mlp.down_proj"].types) == (2, ("gguf:Q4_0",))
     assert by_name["norms and biases"].count == 5
 

@@ -19,7 +19,8 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.runtime.progress import Silent
 from lqexport.storage.artifact import Artifact, SolvedModel, digest
-from lqexport.tuning.tune import HELD_OUT, Tuner, tuned_values
+from lqexport.tuning.tune import HELD_OUT, Tuner
+from lqexport.tuning.tuned_numbers import tuned_values
 
 TARGETS = ["gguf:Q2_K", "gguf:Q3_K", "gguf:IQ4_NL", "native:table-2", "native:affine-3-g64"]
 

@@ -174,7 +174,7 @@ def _show_types(run: Run, choice: dict[str, Any]) -> None:
     show_plan(preview_of_finished(run.recipe, run.out), output())
     print(f"Predicted KL: {choice['predicted_kl']:.4f}, at most {choice['predicted_kl_gap']:.1e} above the best choice")
     if importlib.util.find_spec("matplotlib"):
-        from lqexport.verification.report import save_budget_plot
+        from lqexport.verification.plots import save_budget_plot
 
         save_budget_plot(choice, run.out / "budget.svg")
         print(f"Loss against bytes: {run.out / 'budget.svg'}")

@@ -13,8 +13,8 @@ from lqexport.delivery.places import Places
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.embeddings import sentences
-from lqexport.evaluation.evaluate import PROTOCOLS, cut_text
 from lqexport.evaluation.fitting import fitted
+from lqexport.evaluation.protocols import PROTOCOLS, cut_text
 from lqexport.models.source import open_source
 from lqexport.planning.dryrun import Preview, preview
 from lqexport.planning.memory import MemoryLimits

@@ -1,157 +1,25 @@
-"""Computes perplexity, KL divergence and top-1 agreement of a model against its source, by two named protocols.
+"""Computes perplexity, KL divergence and top-1 agreement of a model against its source, from the logits of both.
 
-Both models run on the same windows of the same tokens. Each yields the logits of one window at a time, so a model
-larger than memory can be evaluated. Only a few numbers per scored token are kept.
+Both run on the same windows of the same tokens (`protocols`), and yield the logits of one window at a time (`logits`).
+Only a few numbers per scored token are kept.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerBase
 
-from lqexport.calibration.sequences import begins_with_bos
-from lqexport.calibration.texts import Text
-from lqexport.converters.models.architecture import Architecture
 from lqexport.errors import UserError
-from lqexport.evaluation.llamacpp import LlamaCpp
-from lqexport.evaluation.llamacpp_process import LlamaCppProcess
-from lqexport.evaluation.mlx_process import MlxProcess
-from lqexport.models.blocks import BlockModel
+from lqexport.evaluation.protocols import Protocol
 from lqexport.runtime.progress import Listener, Silent
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How a text is cut into windows, and which tokens are scored. Numbers of different protocols are not comparable.
-
-    window   tokens in a window; windows do not overlap, and a remainder at the end of the text is not used
-    first    the first scored token of a window, counted from 0; all tokens after it are scored too
-    bos      whether the tokenizer's BOS replaces the first token of every window, if the tokenizer adds a BOS
-    """
-
-    name: str
-    window: int
-    first: int
-    bos: bool
-
-    @property
-    def scored(self) -> int:
-        """The number of scored tokens per window."""
-        return self.window - self.first
-
-
-HF_2048 = Protocol("hf-2048", window=2048, first=1, bos=False)
-"""The protocol of the GPTQ and LeanQuant papers: every token but the first of a window is scored."""
-
-LLAMACPP_512 = Protocol("llama.cpp-512", window=512, first=257, bos=True)
-"""The protocol of llama-perplexity with its default context.
-
-The second half of a window is scored, so each scored token has 257 or more tokens before it.
-"""
 
 WORST = 12
 """The number of tokens that an evaluation lists as those whose predictions changed most."""
-
-PROTOCOLS = {protocol.name: protocol for protocol in (HF_2048, LLAMACPP_512)}
-"""The protocols by name."""
-
-
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> NDArray[np.int64]:
-    """Returns the token ids [n] of a text, with the special tokens that the tokenizer adds by default."""
-    return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
-
-
-def cut(tokens: NDArray[np.int64], protocol: Protocol, bos: int | None, limit: int | None = None) -> NDArray[np.int64]:
-    """Returns the windows [count, protocol.window] of a token stream.
-
-    bos     the tokenizer's BOS if it begins a text with one, else None
-    limit   the most windows; None for all
-
-    Raises UserError if the text is shorter than one window.
-    """
-    count = len(tokens) // protocol.window
-    if count == 0:
-        raise UserError(
-            f"The evaluation text has {len(tokens)} tokens, and one window of {protocol.name} needs {protocol.window}. "
-            "Give a longer text."
-        )
-    count = count if limit is None else min(count, limit)
-    windows = tokens[: count * protocol.window].reshape(count, protocol.window).copy()
-    if protocol.bos and bos is not None:
-        windows[:, 0] = bos
-    return windows
-
-
-def cut_text(
-    tokenizer: PreTrainedTokenizerBase, text: Text, protocols: Iterable[Protocol], limit: int | None
-) -> dict[Protocol, NDArray[np.int64]]:
-    """Returns protocol -> the windows of a text, token ids [count, protocol.window].
-
-    limit   the most windows; None for all
-
-    Raises UserError if the text is shorter than one window.
-    """
-    tokens = tokenize(tokenizer, text.seen_by(tokenizer))
-    bos = tokenizer.bos_token_id if begins_with_bos(tokenizer) else None
-    return {protocol: cut(tokens, protocol, bos, limit) for protocol in protocols}
-
-
-def check_predicts(architecture: Architecture) -> None:
-    """Raises UserError for an encoder, which predicts no tokens."""
-    if architecture.encoder:
-        raise UserError(
-            f"{architecture.classes[0]} is an encoder, which predicts no tokens: `lqexport verify` compares its "
-            "embeddings."
-        )
-
-
-@dataclass(frozen=True)
-class BlockLogits:
-    """The logits [scored tokens, vocabulary] of a model, one window at a time. They can be iterated over repeatedly.
-
-    hidden   the hidden states [1, scored tokens, hidden] after the last block, for each window
-    """
-
-    model: BlockModel
-    hidden: list[torch.Tensor]
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self.model.logits(state)[0] for state in self.hidden)
-
-
-def block_logits(
-    model: BlockModel, windows: NDArray[np.int64], protocol: Protocol, listener: Listener, description: str
-) -> BlockLogits:
-    """Returns the logits [protocol.scored, vocabulary] that predict the scored tokens, for each window.
-
-    Every decoder block runs over all windows before the next one is loaded, so memory holds one block's weights and
-    one hidden state per token. The blocks run during this call; iterating over the result only applies the output
-    layer. Raises UserError for an encoder.
-    """
-    check_predicts(model.architecture)
-    listener.stage(description, len(model) * len(windows))
-    hidden = [model.start(torch.from_numpy(window)[None]) for window in windows]
-    model.let_go()
-    for _, block in model.blocks():
-        with torch.no_grad():
-            for window, state in enumerate(hidden):
-                hidden[window] = model.run(block, state)
-                listener.advance(1)
-    return BlockLogits(model, [state[:, protocol.first - 1 : -1] for state in hidden])
-
-
-def engine_logits(
-    engine: LlamaCpp | LlamaCppProcess | MlxProcess, windows: NDArray[np.int64], protocol: Protocol
-) -> Iterator[torch.Tensor]:
-    """Yields the logits [protocol.scored, vocabulary] of each window, computed by an engine when they are asked for."""
-    for window in windows:
-        yield torch.from_numpy(engine.logits(window.tolist(), protocol.first - 1)[:-1])
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from lqexport.errors import UserError
-from lqexport.evaluation.evaluate import Protocol
+from lqexport.evaluation.protocols import Protocol
 from lqexport.models.context import learned_positions, trained_positions
 
 LEAST = 8

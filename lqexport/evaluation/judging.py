@@ -23,7 +23,7 @@ from rich.table import Table
 from lqexport.errors import UserError, check_least, install
 from lqexport.evaluation.chat import Question, answer, read_questions
 from lqexport.evaluation.figures import finite_or_null, with_error
-from lqexport.evaluation.zero_shot_tasks import dense, runnable
+from lqexport.evaluation.whole_models import dense, runnable
 from lqexport.models.source import open_source
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.runtime.environment import PACKAGES, choose_device, versions

@@ -5,7 +5,7 @@
     c4          256 windows of the first validation file, each from a random position of a random document that is long
                 enough, seed 0;  c4-new: the file's first 1100 documents joined by spaces, 256 windows
 
-Every token of a window but its first is scored, and windows are independent (`evaluate.HF_2048`). A model with fewer
+Every token of a window but its first is scored, and windows are independent (`protocols.HF_2048`). A model with fewer
 learned positions gets shorter windows (`fitting.fitted`). GPTQ's published code
 (gptq/datautils.py) builds these texts; LeanQuant and most other papers use the same.
 """
@@ -24,9 +24,10 @@ from transformers import PreTrainedTokenizerBase
 
 from lqexport.calibration.texts import documents, read_text
 from lqexport.errors import UserError, check_least
-from lqexport.evaluation import evaluate
-from lqexport.evaluation.evaluate import HF_2048, PROTOCOLS, Protocol, cut, cut_text, perplexity_and_error, tokenize
+from lqexport.evaluation.evaluate import perplexity_and_error
 from lqexport.evaluation.fitting import fitted, window_warnings
+from lqexport.evaluation.logits import block_logits
+from lqexport.evaluation.protocols import HF_2048, PROTOCOLS, Protocol, cut, cut_text, tokenize
 from lqexport.models.adapters import corrected, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.tokenizers import tokenizer_of
@@ -135,7 +136,7 @@ def _windows(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _measured(model: BlockModel, text: str, protocol: Protocol, windows: Windows, listener: Listener) -> Perplexity:
-    logits = evaluate.block_logits(model, windows, protocol, listener, f"Run on {text}")
+    logits = block_logits(model, windows, protocol, listener, f"Run on {text}")
     losses = []
     for window, predicted in zip(windows, logits, strict=True):
         targets = torch.from_numpy(window[protocol.first :]).to(predicted.device)

@@ -174,7 +174,7 @@ def shared_levels(codec: GridCodec, device: torch.device) -> tuple[Tensor, bool]
 
 def round_half(values: Tensor) -> Tensor:
     """Returns float32 values rounded to float16; values beyond its range become its largest number."""
-    return values.clamp(-65504, 65504).half().float()
+    return values.clamp(FLOAT16.least, FLOAT16.most).half().float()
 
 
 def round_super(values: Tensor, format: ScaleFormat) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lqexport.formats import gptq
-from lqexport.formats.codec import Grid, Rounding, ScaleFormat, Scales, Sections
+from lqexport.formats.codec import FLOAT16, Grid, Rounding, ScaleFormat, Scales, Sections
 from lqexport.formats.exl2 import SquaredScales
 from lqexport.grids.grid import Numbers, TensorGrid, half
 
@@ -30,7 +30,7 @@ def squared_scale(maxima: Tensor, subs: Tensor) -> Tensor:
 
 def storable(maxima: Tensor, bits: int) -> Tensor:
     """Returns EXL2's maxima rounded to float16, and limited so that no weight becomes infinite."""
-    return half(maxima.clamp(0, 65504 / 2 ** (bits - 1)))
+    return half(maxima.clamp(0, FLOAT16.most / 2 ** (bits - 1)))
 
 
 def storable_scales(scales: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ from lqexport.runtime.placement import Location, Placement, locations
 from lqexport.runtime.tiles import ROW_TILE, whole_tiles
 from lqexport.solver.cholesky import PANEL
 from lqexport.tuning.tensor_cache import NUMBERS
-from lqexport.tuning.tune import HELD_OUT, numbers
+from lqexport.tuning.tune import HELD_OUT
+from lqexport.tuning.tuned_numbers import numbers
 
 PROCESS_BYTES = 700_000_000
 """Bytes that Python with torch, transformers and numba takes before any model is read."""

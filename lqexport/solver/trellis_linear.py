@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lqexport.formats.codec import FLOAT16
 from lqexport.formats.trellis import Trellis, Walks
 from lqexport.grids.rotation import Basis, fit_basis
 from lqexport.recipe import SolverSettings
@@ -84,4 +85,4 @@ def _deviation(trellis: Trellis) -> float:
 
 
 def _half(scales: Tensor) -> np.ndarray:
-    return scales.clamp(-65504, 65504).cpu().numpy().astype(np.float16)
+    return scales.clamp(FLOAT16.least, FLOAT16.most).cpu().numpy().astype(np.float16)

@@ -25,23 +25,21 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 
 from lqexport.calibration.collect import embed_batches, final_states
 from lqexport.errors import AGAIN
-from lqexport.formats.codec import BFLOAT16, Grid, PlainCodec, Rounding, Sections, TrellisCodec
+from lqexport.formats.codec import BFLOAT16, PlainCodec, TrellisCodec
 from lqexport.formats.registry import codec_named
-from lqexport.grids.grid import Numbers, TensorGrid, round_half
-from lqexport.grids.rotation import TensorWalks
-from lqexport.grids.sections import TensorSections
+from lqexport.grids.grid import Numbers, round_half
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener
 from lqexport.solver.corrected_linear import stored_correction
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
-from lqexport.tuning.tensor_cache import TensorCache, Unpacked, unpack
+from lqexport.tuning.tensor_cache import TensorCache, unpack
+from lqexport.tuning.tuned_numbers import State, numbers, straight_through, tuned_values, unit, with_stored
 
 SAVE_EVERY = 4
 """Number of steps after which the state is saved."""
@@ -54,8 +52,6 @@ WARM_UP = 4
 BETAS = (0.9, 0.95)
 """Adam's decay rates of the first and the second moments."""
 
-State = dict[str, Tensor]
-"""Tensors by name."""
 Decoder = Callable[[], Tensor]
 """Returns a tensor's values with the changes so far. They have gradients with respect to the changes."""
 
@@ -83,50 +79,6 @@ class Outcome:
         return {f"{name}_before": self.before, f"{name}_after": self.after, "kept": self.kept}
 
 
-def numbers(grid: TensorGrid | TensorSections | TensorWalks) -> State:
-    """Returns the float16 numbers that a grid is made of, as float32, by name.
-
-    The names are `scale` and `offset`, `levels` for tables, `sections`, or `inputs` and `outputs` for walks.
-    """
-    if isinstance(grid, TensorWalks):
-        return {"inputs": grid.inputs, "outputs": grid.outputs}
-    if isinstance(grid, TensorSections):
-        return {"sections": grid.numbers()}
-    if grid.scale is None:
-        return {"levels": grid.levels}
-    stored = {"scale": grid.scale, "offset": grid.offset}
-    # A float of few bits cannot change by a little, so it is not tuned.
-    return {name: each.supers for name, each in stored.items() if each is not None and not each.format.floats.coarse}
-
-
-def with_numbers(grid: TensorGrid, new: State) -> TensorGrid:
-    """Returns the grid with other numbers in the place of `numbers(grid)`."""
-    if "levels" in new:
-        return replace(grid, levels=new["levels"])
-    scale, offset = (
-        replace(stored, supers=new[name]) if stored and name in new else stored
-        for name, stored in (("scale", grid.scale), ("offset", grid.offset))
-    )
-    return replace(grid, scale=scale, offset=offset)
-
-
-def tuned_values(grid: TensorGrid | TensorSections | TensorWalks, codes: Tensor, new: State) -> Tensor:
-    """Returns the grid's values with other numbers. The values have gradients with respect to these numbers."""
-    if isinstance(grid, TensorWalks):
-        return TensorWalks(**new).values(codes)
-    if isinstance(grid, TensorSections):
-        return grid.with_numbers(new["sections"]).straight_through(codes)
-    moved = with_numbers(grid, new)
-    if not grid.rounding.by_steps:
-        return moved.values(codes)
-    return _straight_through(replace(moved, rounding=Rounding.NONE).values(codes), moved.values(codes))
-
-
-def _straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
-    """Returns rounded values whose gradient is that of the exact ones."""
-    return exact + (rounded - exact).detach()
-
-
 def _handing_on(decode: Decoder, dtype: torch.dtype) -> Tensor:
     """Returns a tensor's values, which hand their gradient on to the tensor's changes as soon as they have one.
 
@@ -147,16 +99,6 @@ def _handing_on(decode: Decoder, dtype: torch.dtype) -> Tensor:
 
     values.register_post_accumulate_grad_hook(hand_on)
     return values
-
-
-def _unit(name: str, values: Tensor) -> Tensor:
-    """Returns the unit in which changes are counted.
-
-    It is the scale, offset or maximum itself, the standard deviation of a row's table, or a vector's mean magnitude.
-    """
-    if name == "levels":
-        return values.std(1, keepdim=True)
-    return values.abs().mean() if name == "vector" else values
 
 
 class Tuner:
@@ -184,7 +126,7 @@ class Tuner:
 
     @cached_property
     def deltas(self) -> State:
-        """The change of each tuned number, in units of `_unit`, zero at first. The keys are TENSOR/NUMBER."""
+        """The change of each tuned number, in units of `unit`, zero at first. The keys are TENSOR/NUMBER."""
         deltas = {}
         final = [] if self.encoder else [self.norm]
         for name in [name for names in self.blocks for name in names] + final:
@@ -202,10 +144,10 @@ class Tuner:
         """Returns a tensor's numbers with the changes so far. They have gradients with respect to the changes."""
         moved = {}
         for number, base in values.items():
-            moved[number] = base + _unit(number, base) * self.deltas[f"{name}/{number}"].to(base.device)
+            moved[number] = base + unit(number, base) * self.deltas[f"{name}/{number}"].to(base.device)
             if f"{name}/{number}" in self._bfloats:
                 # Of a bfloat16's 8 bits, the steps of tuning are not many: the loss is that of the stored number.
-                moved[number] = _straight_through(moved[number], moved[number].bfloat16().float())
+                moved[number] = straight_through(moved[number], moved[number].bfloat16().float())
         return moved
 
     @cached_property
@@ -402,19 +344,9 @@ class Tuner:
             inputs, outputs = (new[scales].cpu().numpy().astype(np.float16) for scales in ("inputs", "outputs"))
             planes = codec.encode(replace(walks, inputs=inputs, outputs=outputs))
         else:
-            grid, codes = _with_stored(unpack(tensor, self.solved.device), new)
+            grid, codes = with_stored(unpack(tensor, self.solved.device), new)
             planes = codec.encode(grid, codes)  # type: ignore[arg-type]  # a grid of this codec
         self.artifact.write(replace(tensor, planes=planes, facts=tensor.facts | {"tuned": True}))
-
-
-def _with_stored(unpacked: Unpacked, new: State) -> tuple[Grid | Sections, NDArray[np.uint8]]:
-    """Returns the format's grid with the tuned numbers, and its codes."""
-    grid, codes = unpacked.grid, unpacked.codes
-    assert isinstance(grid, TensorGrid | TensorSections)
-    if isinstance(grid, TensorSections):
-        return grid.with_numbers(new["sections"]).stored().numpy(), codes.cpu().numpy()
-    tuned, codes = with_numbers(grid, new).ascending(codes)
-    return tuned.numpy(), codes.cpu().numpy()
 
 
 def _write(path: Path, content: State, facts: dict[str, Any]) -> None:

@@ -17,9 +17,11 @@ from rich.table import Table
 from lqexport.calibration.texts import read_text
 from lqexport.errors import UserError, files_at_hand
 from lqexport.evaluation import evaluate
-from lqexport.evaluation.evaluate import BlockLogits, Evaluation, cut_text
+from lqexport.evaluation.evaluate import Evaluation
 from lqexport.evaluation.figures import figure, finite_or_null, share, with_error
 from lqexport.evaluation.fitting import fitted, window_warnings
+from lqexport.evaluation.logits import BlockLogits, block_logits
+from lqexport.evaluation.protocols import PROTOCOLS, Protocol, cut_text
 from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import source_like
@@ -31,7 +33,7 @@ from lqexport.runtime.progress import Listener, Silent
 from lqexport.runtime.shown import Shown
 from lqexport.sizes import human_bytes
 from lqexport.storage.files import written_whole
-from lqexport.verification.report import svg
+from lqexport.verification.plots import svg
 from lqexport.verification.result import Engine, Verification
 from lqexport.verification.text_share import most_windows
 from lqexport.verification.verify_predictions import logits_of_file
@@ -100,12 +102,12 @@ def compare(
     source, evaluation_text = open_source(against), read_text(text)
     device = str(choose_device(device))
     opened = [_opened(empty_result(path, source, None, evaluation_text, engine, device), source) for path in paths]
-    chosen = fitted(evaluate.PROTOCOLS[protocol], source.config)
+    chosen = fitted(PROTOCOLS[protocol], source.config)
     cut = cut_text(source.tokenizer(), evaluation_text, [chosen], most_windows(windows, source.config))[chosen]
-    for sentence in window_warnings(evaluate.PROTOCOLS[protocol], source.config):
+    for sentence in window_warnings(PROTOCOLS[protocol], source.config):
         listener.message(sentence)
     model = BlockModel(source, device)
-    reference = evaluate.block_logits(model, cut, chosen, listener, f"Run the source, {chosen.name}")
+    reference = block_logits(model, cut, chosen, listener, f"Run the source, {chosen.name}")
     comparison = Comparison(source.name, evaluation_text.name, evaluation_text.sha256, chosen.name, engine, device)
     comparison.files.extend(_compared(file, reference, cut, chosen, listener) for file in opened)
     return comparison
@@ -134,7 +136,7 @@ def _compared(
     opened: _Opened,
     reference: BlockLogits,
     windows: NDArray[np.int64],
-    protocol: evaluate.Protocol,
+    protocol: Protocol,
     listener: Listener,
 ) -> Compared:
     head, clock = opened.head, _Clock()

@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lqexport.errors import UserError
-from lqexport.evaluation import evaluate
+from lqexport.evaluation import protocols
 from lqexport.evaluation.chat import prompt_ids
-from lqexport.evaluation.evaluate import Evaluation, block_logits
+from lqexport.evaluation.evaluate import Evaluation
+from lqexport.evaluation.logits import block_logits
 from lqexport.models.blocks import BlockModel
 from lqexport.models.context import trained_positions
 from lqexport.models.interface import Weights
@@ -129,7 +130,7 @@ def _follow(said: list[_Said], source: Weights, device: str, listener: Listener)
     rows = np.zeros((len(said), longest), np.int64)
     for row, ids, entry in zip(rows, known, said, strict=True):
         row[: len(ids) + len(entry.draft)] = ids + entry.draft
-    protocol = evaluate.Protocol("continuations", window=longest, first=1, bos=False)
+    protocol = protocols.Protocol("continuations", window=longest, first=1, bos=False)
     predicted = block_logits(BlockModel(source, device), rows, protocol, listener, "Run the source, continuations")
     for entry, ids, logits in zip(said, known, predicted, strict=True):
         _accept(entry, logits[len(ids) - 1 :])

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
-from lqexport.evaluation.evaluate import BlockLogits, Evaluation, Protocol
+from lqexport.evaluation.evaluate import Evaluation
+from lqexport.evaluation.logits import BlockLogits
+from lqexport.evaluation.protocols import Protocol
 from lqexport.formats.registry import codec_named
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights

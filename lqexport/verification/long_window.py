@@ -21,7 +21,8 @@ from lqexport.calibration.texts import Text
 from lqexport.converters.models.rope import head_dim
 from lqexport.converters.models.tensor_names import head_count
 from lqexport.evaluation import evaluate
-from lqexport.evaluation.evaluate import Protocol, block_logits
+from lqexport.evaluation.logits import block_logits
+from lqexport.evaluation.protocols import Protocol, tokenize
 from lqexport.models.adapters import LowRankFactors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.context import trained_positions
@@ -88,7 +89,7 @@ def _means(
 
 def _window(tokenizer: PreTrainedTokenizerBase, text: Text, config: dict[str, Any]) -> tuple[NDArray[np.int64], str]:
     """Returns the token ids of the longest window, and what its length comes from."""
-    tokens = evaluate.tokenize(tokenizer, text.seen_by(tokenizer))
+    tokens = tokenize(tokenizer, text.seen_by(tokenizer))
     trained = trained_positions(config)
     limits = {"the length of the text": len(tokens), "free memory": _tokens_in_memory(config)}
     limits |= {"the length that the model was trained on": trained} if trained else {}

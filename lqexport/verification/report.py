@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-import io
-import math
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -25,56 +20,12 @@ from lqexport.storage.files import written_whole
 from lqexport.verification import talk_report
 from lqexport.verification.limits import LIMITS
 from lqexport.verification.long_record import LongWindow
-from lqexport.verification.matrix_view import MatrixView
-from lqexport.verification.result import ExpectedLoss, TensorCheck, Verification
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from lqexport.verification.plots import plots
+from lqexport.verification.result import ExpectedLoss, Verification
+from lqexport.verification.roles import roles
 
 MISSING = f"The HTML report needs jinja2 and matplotlib: {install('report')}"
 TEMPLATE = Path(__file__).with_name("report.html")
-BLOCK = re.compile(r"\.(\d+)\.")
-"""Matches the index of the decoder block in a tensor's name."""
-
-
-def role_of(name: str) -> str:
-    """Returns a tensor's role: its name without the block, so `mlp.up_proj` for `model.layers.3.mlp.up_proj.weight`."""
-    inside = name[match.end() :] if (match := BLOCK.search(name)) else name.removeprefix("model.")
-    return inside.removesuffix(".weight")
-
-
-def block_of(name: str) -> int | None:
-    """Returns the index of the decoder block that a tensor is in; None outside the blocks."""
-    return int(match[1]) if (match := BLOCK.search(name)) else None
-
-
-@dataclass(frozen=True)
-class Role:
-    """All tensors of one role: their number, their types, and the sums of their weights and bytes."""
-
-    name: str
-    count: int
-    types: tuple[str, ...]
-    weights: int
-    nbytes: int
-
-
-def roles(tensors: Iterable[TensorCheck]) -> list[Role]:
-    """Groups tensors by role, the largest role first. Vectors (norms, biases) are one role."""
-    groups: dict[str, list[TensorCheck]] = {}
-    for tensor in tensors:
-        groups.setdefault("norms and biases" if len(tensor.shape) == 1 else role_of(tensor.name), []).append(tensor)
-    grouped = [
-        Role(
-            name,
-            len(group),
-            tuple(dict.fromkeys(tensor.codec for tensor in group)),
-            sum(tensor.weights for tensor in group),
-            sum(tensor.nbytes for tensor in group),
-        )
-        for name, group in groups.items()
-    ]
-    return sorted(grouped, key=lambda role: -role.nbytes)
 
 
 ROWS: dict[str, Callable[[Any], str]] = {
@@ -193,26 +144,6 @@ def save_html(result: Verification, path: Path) -> None:
         file.write(content)
 
 
-def save_budget_plot(budget: dict[str, Any], path: Path) -> None:
-    """Writes a plot of the least predicted KL over bytes, with the choice that was made, as an SVG file.
-
-    `budget` is the content of budget.json.
-    """
-    content = svg(lambda axes: _draw_budget(axes, budget)).encode()
-    with written_whole(path) as file:
-        file.write(content)
-
-
-def _draw_budget(axes: Axes, budget: dict[str, Any]) -> None:
-    axes.plot([p["bytes"] / 1e6 for p in budget["curve"]], [p["loss"] for p in budget["curve"]], color="#4477aa")
-    axes.plot(budget["tensor_bytes"] / 1e6, budget["predicted_kl"], "o", color="#cc3311", label="chosen")
-    axes.set_yscale("log")
-    axes.set_xlabel("MB of tensor data")
-    axes.set_ylabel("predicted KL, nats per token")
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-
-
 def is_installed() -> bool:
     """Returns whether the packages that the page needs are installed."""
     return all(importlib.util.find_spec(name) is not None for name in ("jinja2", "matplotlib"))
@@ -246,7 +177,7 @@ def as_html(result: Verification) -> str:
         checks=checks(result),
         roles=roles(result.tensors),
         # The plots' SVG is ours, so it is not escaped. Everything else on the page is.
-        plots=[(title, note, jinja2.utils.markupsafe.Markup(svg)) for title, note, svg in plots(result)],
+        plots=[(title, note, jinja2.utils.markupsafe.Markup(drawing)) for title, note, drawing in plots(result)],
         facts=[*flat(result.run), *((f"version of {name}", version) for name, version in result.versions.items())],
     )
 
@@ -257,123 +188,3 @@ def flat(value: dict[str, Any], prefix: str = "") -> list[tuple[str, str]]:
     for key, item in value.items():
         lines += flat(item, f"{prefix}{key}.") if isinstance(item, dict) else [(f"{prefix}{key}", str(item))]
     return lines
-
-
-def plots(result: Verification) -> list[tuple[str, str, str]]:
-    """Returns (title, explanation, SVG) for every plot that has something to show."""
-    drawn: list[tuple[str, str, str]] = []
-    for title, note, attribute in (
-        ("Output error by block", "Energy of each linear's output error relative to its output, on the calibration "
-         "tokens, as the run recorded it.", "output_error"),
-        ("Weight error by block", "Energy of the difference between the file's and the source's weights, relative to "
-         "the source's.", "weight_error"),
-    ):  # fmt: skip
-        lines = by_block(result.tensors, attribute)
-        if any(value > 0 for points in lines.values() for _, value in points):
-            drawn.append((title, note, svg(partial(_draw_by_block, lines=lines))))
-    if result.tensors:
-        note = "All tensors of a kind together, with their types."
-        drawn.append(("Bytes by kind of tensor", note, svg(lambda axes: _draw_roles(axes, roles(result.tensors)))))
-    if any(finite(evaluation.kl_by_window) for evaluation in result.evaluations):
-        note = "Mean over the scored tokens of each window, in the order of the text."
-        drawn.append(("KL divergence along the text", note, svg(lambda axes: _draw_windows(axes, result))))
-        note = "Mean over all windows by the position of the token in its window."
-        drawn.append(("KL divergence within a window", note, svg(lambda axes: _draw_positions(axes, result))))
-    if (matrix := result.portrait) is not None:
-        note = (
-            f"{matrix.codec}. All weights of the source and of the file, and below the axis the values that row "
-            f"{matrix.row} of the file uses."
-        )
-        drawn.append((f"Weights of {matrix.name}", note, svg(lambda axes: _draw_matrix(axes, matrix))))
-    return drawn
-
-
-def finite(values: list[float]) -> bool:
-    """Returns whether there are values and all of them are finite."""
-    return bool(values) and all(map(math.isfinite, values))
-
-
-def by_block(tensors: list[TensorCheck], attribute: str) -> dict[str, list[tuple[int, float]]]:
-    """Returns a matrix's role -> (block, error) for the matrices whose `attribute` (the error) is positive and finite.
-
-    A logarithmic axis shows no other values.
-    """
-    lines: dict[str, list[tuple[int, float]]] = {}
-    for tensor in tensors:
-        block, value = block_of(tensor.name), getattr(tensor, attribute)
-        if block is not None and len(tensor.shape) == 2 and value is not None and 0 < value < math.inf:
-            lines.setdefault(role_of(tensor.name), []).append((block, value))
-    return lines
-
-
-def svg(draw: Callable[[Axes], None]) -> str:
-    """Returns a plot as an <svg> element.
-
-    Text stays text. Ids depend on the content only, so equal plots have equal bytes.
-    """
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "lqexport", "font.family": "sans-serif", "font.size": 9}
-    with rc_context(style | {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888"}):
-        drawing = Figure(figsize=(7.2, 3.0), layout="constrained")
-        draw(drawing.subplots())
-        file = io.StringIO()
-        drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    content = file.getvalue()
-    # The XML prologue may not stand inside a page, and the metadata names web addresses.
-    return re.sub(r"<metadata>.*?</metadata>", "", content[content.index("<svg") :], flags=re.DOTALL)
-
-
-def _draw_by_block(axes: Axes, lines: dict[str, list[tuple[int, float]]]) -> None:
-    for (name, points), marker in zip(lines.items(), "osD^v<>ph*" * len(lines), strict=False):
-        axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, linewidth=1, label=name)
-    axes.set_yscale("log")
-    axes.set_xlabel("decoder block")
-    axes.set_ylabel("relative error")
-    axes.locator_params(axis="x", integer=True)
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-
-
-def _draw_matrix(axes: Axes, matrix: MatrixView) -> None:
-    axes.stairs(matrix.source, matrix.edges, fill=True, color="#bbccdd", label="source")
-    axes.stairs(matrix.file, matrix.edges, color="#cc3311", label="file")
-    axes.plot(
-        matrix.levels, [-0.04 * max(matrix.source)] * len(matrix.levels), "|", color="#333", label="a row's values"
-    )
-    axes.set_xlabel("weight")
-    axes.set_ylabel("weights")
-    axes.legend(frameon=False, fontsize=8)
-
-
-def _draw_roles(axes: Axes, all_roles: list[Role]) -> None:
-    names = [role.name for role in all_roles][::-1]
-    bars = axes.barh(names, [role.nbytes / 1e6 for role in all_roles][::-1], color="#4477aa")
-    labels = [", ".join(name.removeprefix("gguf:") for name in role.types) for role in all_roles][::-1]
-    axes.bar_label(bars, labels, padding=3, fontsize=8)
-    axes.set_xlabel("MB")
-    axes.margins(x=0.2)
-
-
-def _draw_windows(axes: Axes, result: Verification) -> None:
-    for evaluation in result.evaluations:
-        count = len(evaluation.kl_by_window)
-        axes.plot(range(1, count + 1), evaluation.kl_by_window, marker="o", markersize=3, label=evaluation.protocol)
-    axes.locator_params(axis="x", integer=True)
-    _finish_kl(axes, "window")
-
-
-def _draw_positions(axes: Axes, result: Verification) -> None:
-    for evaluation in result.evaluations:
-        values = evaluation.kl_by_position
-        axes.plot([(i + 0.5) / len(values) for i in range(len(values))], values, label=evaluation.protocol)
-    _finish_kl(axes, "position among the window's scored tokens (0: first, 1: last)")
-
-
-def _finish_kl(axes: Axes, label: str) -> None:
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel(label)
-    axes.set_ylabel("mean KL, nats")
-    axes.grid(axis="y", alpha=0.25)
-    axes.legend(frameon=False, fontsize=8)

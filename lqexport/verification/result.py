@@ -147,7 +147,7 @@ class Verification:
 
     @property
     def family(self) -> str:
-        """The family of the format: gguf, native, mlx, gptq or exl2. Plain tensors of any folder count as GGUF's."""
+        """The family of the format: gguf, native, mlx, gptq, exl2 or exl3. Plain tensors of folders count as GGUF's."""
         families = [tensor.codec.partition(":")[0].partition("-")[0] for tensor in self.tensors]  # gguf-norm is gguf
         return next((family for family in families if family != "gguf"), "gguf")
 

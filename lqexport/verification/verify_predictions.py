@@ -21,10 +21,11 @@ from lqexport.evaluation import evaluate
 from lqexport.evaluation.activations import rounding
 from lqexport.evaluation.embeddings import embeddings, engine_embeddings, sentences, similarity, token_ids
 from lqexport.evaluation.engine_process import EngineFailed
-from lqexport.evaluation.evaluate import PROTOCOLS, cut_text
 from lqexport.evaluation.fitting import fitted, window_warnings
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
+from lqexport.evaluation.logits import block_logits, engine_logits
 from lqexport.evaluation.mlx_process import MlxProcess
+from lqexport.evaluation.protocols import PROTOCOLS, Protocol, cut_text
 from lqexport.models.adapters import LowRankFactors, corrected
 from lqexport.models.blocks import BlockModel
 from lqexport.models.interface import Weights
@@ -100,7 +101,7 @@ def logits_of_file(
     export: Weights,
     factors: LowRankFactors | None,
     windows: NDArray[np.int64],
-    protocol: evaluate.Protocol,
+    protocol: Protocol,
     listener: Listener,
 ) -> Iterator[Iterable[torch.Tensor]]:
     """Yields the file's logits, computed by the engine that `result` names, with the adapter if `factors` are given."""
@@ -108,12 +109,12 @@ def logits_of_file(
     if result.engine == "llama.cpp":
         adapter = Path(str(result.adapter)) if factors else None
         with in_llamacpp(result, protocol.window, adapter) as engine:
-            yield evaluate.engine_logits(engine, windows, protocol)
+            yield engine_logits(engine, windows, protocol)
     elif result.engine == "mlx":
         with MlxProcess(Path(result.file)) as folder:
-            yield evaluate.engine_logits(folder, windows, protocol)
+            yield engine_logits(folder, windows, protocol)
     else:
-        yield evaluate.block_logits(model_of_file(result, export, factors), windows, protocol, listener, label)
+        yield block_logits(model_of_file(result, export, factors), windows, protocol, listener, label)
 
 
 def model_of_file(result: Verification, export: Weights, factors: LowRankFactors | None) -> BlockModel:
@@ -128,7 +129,7 @@ def evaluate_file(
     export: Weights,
     factors: LowRankFactors | None,
     source: Weights,
-    windows: dict[evaluate.Protocol, NDArray[np.int64]],
+    windows: dict[Protocol, NDArray[np.int64]],
     listener: Listener,
     rounded: RoundedSource | None = None,
 ) -> None:
@@ -140,7 +141,7 @@ def evaluate_file(
         # The file runs first, so that a file that does not load is known before the source has run.
         with logits_of_file(result, export, factors, cut, protocol, listener) as test:
             model = BlockModel(source, result.device)
-            reference = evaluate.block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
+            reference = block_logits(model, cut, protocol, listener, f"Run the source, {protocol.name}")
             result.evaluations.append(evaluate.compare(reference, test, cut, protocol, listener))
         if factors:
             with logits_of_file(result, export, None, cut, protocol, listener) as test:

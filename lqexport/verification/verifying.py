@@ -24,7 +24,7 @@ from lqexport.converters.mlx.types import quantization_of
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.activations import rounding
-from lqexport.evaluation.evaluate import PROTOCOLS
+from lqexport.evaluation.protocols import PROTOCOLS
 from lqexport.models.adapters import LowRankFactors, corrected, open_factors
 from lqexport.models.column_order import source_like
 from lqexport.models.interface import Weights
@@ -82,7 +82,7 @@ def verify(
 
     against      the source: a folder, a hub id or a .gguf file
     text         the evaluation text, a name or file for `texts.read_text`; must not be the calibration text
-    protocols    names in `evaluate.PROTOCOLS`
+    protocols    names in `protocols.PROTOCOLS`
     windows      largest number of windows per protocol, or of sentences for an encoder; None for 16 windows or 256
                  sentences, 0 for the whole text
     engine       what runs the file: this program's own decoding ("lqexport"), "llama.cpp" or "mlx". The source always

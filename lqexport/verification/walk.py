@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lqexport.evaluation.evaluate import BlockLogits, Protocol
+from lqexport.evaluation.logits import BlockLogits
+from lqexport.evaluation.protocols import Protocol
 from lqexport.models.blocks import BlockModel
 from lqexport.runtime.progress import Listener
 from lqexport.verification.result import Part

@@ -45,9 +45,9 @@ def lacking_one_key(config: Config) -> Iterator[tuple[str, Config]]:
     for name in ("rope_parameters", "rope_scaling"):
         for key, value in lacking_one_key(config[name]) if config.get(name) else ():
             yield f"{name}.{key}", config | {name: value}
-        for kind, settings in (config.get(name) or {}).items():
+        for block_type, settings in (config.get(name) or {}).items():
             for key, value in lacking_one_key(settings) if isinstance(settings, dict) else ():
-                yield f"{name}.{kind}.{key}", config | {name: config[name] | {kind: value}}
+                yield f"{name}.{block_type}.{key}", config | {name: config[name] | {block_type: value}}
 
 
 def configs_without_a_key(name: str) -> Iterator[tuple[str, Config, Config]]:

@@ -89,19 +89,20 @@ CLASSES["gemma2-long"] = (
 )
 
 
-def save_sharp(folder: Path, kind: str, tokenizer: Path, hidden: int = 128) -> Path:
+def save_sharp(folder: Path, family: str, tokenizer: Path, hidden: int = 128) -> Path:
     """Writes a random model whose attention and predictions are not flat, with norms and biases that are random too.
 
+    family      one of `CLASSES`
     tokenizer   the folder whose tokenizer is copied, of 512 tokens
     """
-    model_class, config_class, options = CLASSES[kind]
+    model_class, config_class, options = CLASSES[family]
     config = config_class(**(SIZES | {"hidden_size": hidden, "intermediate_size": 2 * hidden} | options))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = model_class(config)
         for name, parameter in model.named_parameters():
             if "norm" in name:
-                parameter.data.uniform_(-0.5, 0.5).add_(0 if kind.startswith("gemma") else 1)
+                parameter.data.uniform_(-0.5, 0.5).add_(0 if family.startswith("gemma") else 1)
             elif parameter.ndim == 1:
                 parameter.data.normal_(0, 0.5)
             else:
@@ -109,8 +110,8 @@ def save_sharp(folder: Path, kind: str, tokenizer: Path, hidden: int = 128) -> P
     model.to(torch.float16).save_pretrained(folder)
     for path in tokenizer.glob("*token*"):
         shutil.copy(path, folder)
-    if kind in TEMPLATES:
-        (folder / "chat_template.jinja").write_text(TEMPLATES[kind], encoding="utf-8")
+    if family in TEMPLATES:
+        (folder / "chat_template.jinja").write_text(TEMPLATES[family], encoding="utf-8")
     return folder
 
 
