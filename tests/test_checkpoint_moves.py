@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -128,3 +129,15 @@ def test_tuning_leaves_what_was_moved(make: Make, text: Path, tmp_path: Path) ->
     facts = {name: Artifact(tmp_path / "out").facts(name) for name in checkpoint.values}
     assert "tuned" not in facts[f"{Q_PROJ}.weight"]
     assert Artifact(tmp_path / "out").report()["tuning"]["kept"] == ("tuned" in facts[f"{DOWN}.weight"])
+
+
+def test_what_is_kept_with_and_without_smoothing_is_not_mixed_up(make_gptq: Make, text: Path, tmp_path: Path) -> None:
+    """A weight that is moved keeps the whole model from being smoothed, so second moments are others."""
+    smoothed = Recipe(str(make_gptq(symmetric=True).folder), "gguf:Q2_K", samples=2, sequence_length=32,
+                      moments="normalized", prefix="full", descent=1, tune=0, smooth=True,
+                      calibration=str(text))  # fmt: skip
+    moving = replace(smoothed, types=[f"{DOWN}.weight=Q4_0"])
+    quantize(moving, tmp_path / "alone")
+    quantize(smoothed, tmp_path / "first", cache=tmp_path / "cache")
+    quantize(moving, tmp_path / "second", cache=tmp_path / "cache")
+    assert Artifact(tmp_path / "second").manifest() == Artifact(tmp_path / "alone").manifest()

@@ -13,10 +13,12 @@ from transformers import AutoModelForCausalLM
 from lqexport.calibration.asymmetric import CrossMoments, Entering
 from lqexport.calibration.guided import guided_moments, guided_pass
 from lqexport.calibration.moments import SecondMoments, TokenWeights
+from lqexport.converters.models.architecture import CUT
+from lqexport.converters.models.value_heads import TILED
 from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
-from lqexport.models.source import open_source
-from lqexport.pipeline import second_moments
+from lqexport.models.source import Source, open_source
+from lqexport.pipeline import prepare, second_moments
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.runtime.placement import all_on_device
@@ -184,6 +186,25 @@ def test_a_cache_is_shared_by_targets(recipe: Recipe, tmp_path: Path, monkeypatc
     assert Artifact(tmp_path / "alone").manifest() == Artifact(tmp_path / "second").manifest()
     with pytest.raises(TypeError):
         quantize(Recipe(**{**vars(recipe), "samples": 3}), tmp_path / "third", cache=tmp_path / "cache")
+
+
+@pytest.mark.parametrize("key", [TILED, CUT])
+def test_a_cache_is_not_shared_by_sources_with_other_columns_or_linears(
+    recipe: Recipe, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GGUF files have the columns of some linears in another order, or two linears in the place of one."""
+    quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
+    opened = prepare.source_of
+
+    def rearranged(recipe: Recipe) -> Source:
+        source = opened(recipe)
+        source.config[key] = True
+        return source
+
+    monkeypatch.setattr(prepare, "source_of", rearranged)
+    monkeypatch.setattr(second_moments, "guided_moments", None)
+    with pytest.raises(TypeError):  # they are collected again
+        quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
 
 
 def test_a_damaged_cache_is_said(recipe: Recipe, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from lqexport.pipeline.quantize import quantize
 from lqexport.planning import output_folder
 from lqexport.planning.dryrun import preview
 from lqexport.recipe import Recipe
+from lqexport.runtime.progress import Callback
 from lqexport.storage import files
 from lqexport.storage.artifact import Artifact, StoredTensor
 
@@ -125,6 +126,23 @@ def test_interrupted_anywhere_resumes_to_the_same_bytes(
         writes_left[0] = 10_000
         quantize(recipe, tmp_path / str(stop))
         assert contents(tmp_path / str(stop)) == expected
+
+
+def test_a_run_that_was_stopped_as_it_measured_goes_on_with_another_cache(
+    recipe: Recipe, smaller_model: Path, tmp_path: Path
+) -> None:
+    """Its guided pass would go on behind the last block, whose second moments the new cache does not have."""
+    options = {"source": str(smaller_model), "target": "gguf:auto", "size": "7.5bpw", "moments": "guided", "tune": 0}
+
+    def stop_in_the_second_block(stage: str, share: float) -> None:
+        if stage == "Measuring types" and share > 0.5:
+            raise KeyboardInterrupt
+
+    recipe, out = changed(recipe, **options), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, out, cache=tmp_path / "first", listener=Callback(stop_in_the_second_block))
+    quantize(recipe, out, cache=tmp_path / "second")
+    assert Artifact(out).complete
 
 
 @pytest.mark.parametrize("asymmetric", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -103,6 +104,18 @@ class Job:
     def work_folder(self) -> Path:
         """The folder for what a stopped run goes on from; it is gone when the run is done."""
         return work_folder(self.artifact)
+
+    @property
+    def guided_folder(self) -> Path:
+        """The folder from which a stopped guided pass goes on.
+
+        There is one for each folder that keeps second moments: what the pass has yielded before is in that one alone.
+        """
+        assert self.token_weights_cache is not None
+        cache = self.token_weights_cache.folder
+        if cache.is_relative_to(self.work_folder):
+            return self.work_folder / "guided"
+        return self.work_folder / f"guided-{hashlib.sha256(str(cache.resolve()).encode()).hexdigest()[:8]}"
 
     @property
     def sequences(self) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 
 from lqexport.calibration.moments_cache import MomentsCache
 from lqexport.calibration.sequences import Calibration, load_calibration
+from lqexport.converters.models.architecture import CUT
 from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.models.value_heads import TILED
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.column_order import source_of
@@ -18,6 +20,7 @@ from lqexport.models.context import trained_positions
 from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import Source
 from lqexport.pipeline.job import Job, work_folder
+from lqexport.pipeline.smooth_source import pairs_to_smooth
 from lqexport.planning.compute_dtype import with_compute_dtype
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
@@ -66,7 +69,7 @@ def prepare(
     _claim(artifact, identity, source, processes)
     moments_cache, token_weights_cache = None, None
     if calibration is not None:
-        facts = _moments_facts(recipe, source, calibration, device)
+        facts = _moments_facts(recipe, source, planned, calibration, device)
         moments_cache, token_weights_cache = _caches(recipe, facts, cache, work_folder(artifact))
     placement = _placement(
         Work(recipe, source.config, planned), artifact, device, processes, listener, limits,
@@ -148,9 +151,14 @@ def _identity(recipe: Recipe, source: Source, calibration: Calibration | None, d
     }
 
 
-def _moments_facts(recipe: Recipe, source: Source, calibration: Calibration, device: torch.device) -> dict[str, Any]:
-    """Returns what second moments depend on, as JSON values."""
-    keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "guided_power", "smooth")
+def _moments_facts(
+    recipe: Recipe, source: Source, planned: list[PlannedTensor], calibration: Calibration, device: torch.device
+) -> dict[str, Any]:
+    """Returns what second moments depend on, as JSON values.
+
+    The target decides some of it: which linears and columns the source is read with, and what is smoothed.
+    """
+    keys = ("samples", "sequence_length", "seed", "moments", "output_groups", "guided_power")
     return {
         "versions": versions("lqexport", "torch", "transformers"),
         "source_fingerprint": source.fingerprint,
@@ -158,6 +166,8 @@ def _moments_facts(recipe: Recipe, source: Source, calibration: Calibration, dev
         "calibration": {key: calibration.facts()[key] for key in ("sha256", "bos")},
         "recipe": {key: getattr(recipe, key) for key in keys},
         "compute_dtype": recipe.compute_dtype_on(device.type),
+        "rearranged": [key for key in (CUT, TILED) if source.config.get(key)],
+        "smoothed": [pair.giver for pair in pairs_to_smooth(recipe, source.config, planned)],
     }
 
 

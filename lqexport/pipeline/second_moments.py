@@ -36,7 +36,7 @@ def _collected(job: Job, model: BlockModel, wanted: Callable[[int, Group], bool]
         # Asymmetric calibration later takes its weights of the tokens from the same guided pass.
         keep_weights = job.token_weights_cache.write if recipe.asymmetric and job.token_weights_cache else None
         return guided_moments(
-            model, job.sequences, output_groups=recipe.output_groups, folder=job.work_folder / "guided",
+            model, job.sequences, output_groups=recipe.output_groups, folder=job.guided_folder,
             listener=job.listener, processes=job.processes, keep=keep, held=_keeps_states_in_memory(job),
             power=recipe.guided_power, weights=keep_weights, parts=parts,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def token_weights(job: Job, model: BlockModel) -> dict[str, Tensor]:
     if not job.processes.from_first(all(block in cache for block in range(len(model)))):
         collectors = [partial(TokenWeights, power=job.recipe.guided_power)]
         passed = guided_pass(
-            model, job.sequences, collectors, folder=job.work_folder / "guided", listener=job.listener,
+            model, job.sequences, collectors, folder=job.guided_folder, listener=job.listener,
             processes=job.processes, held=_keeps_states_in_memory(job),
         )  # fmt: skip
         for number, _ in enumerate(cache.fill(weights for (weights,) in passed)):

@@ -5,22 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lqexport.calibration.collect import input_magnitudes
-from lqexport.models.smoothing import SEQUENCES, Smoothed, column_scales, pairs
+from lqexport.converters.models.architecture import Config
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.converters.plan import PlannedTensor
+from lqexport.models.smoothing import SEQUENCES, Pair, Smoothed, column_scales, pairs
 from lqexport.models.source_grids import KEPT
 from lqexport.pipeline.job import Job
+from lqexport.recipe import Recipe
 
 
 def smooth_source(job: Job) -> Job:
-    """Returns the job with a smoothed source, if the recipe asks for it.
-
-    Only norms and linears that feed solved linears alone are smoothed. Nothing is if the source's own grids are kept.
-    """
-    if not job.recipe.smooth or job.calibration is None:
-        return job
-    if any(tensor.source_grid == KEPT for tensor in job.planned):
-        return job
-    every_pair = pairs(job.architecture, int(job.source.config["num_hidden_layers"]))
-    solved_pairs = [pair for pair in every_pair if all(name in job.linears for name in pair.takers)]
+    """Returns the job with a smoothed source, if the recipe asks for it and the run calibrates."""
+    solved_pairs = pairs_to_smooth(job.recipe, job.source.config, job.planned) if job.calibration else []
     if not solved_pairs:
         return job
     magnitudes = input_magnitudes(
@@ -28,3 +24,15 @@ def smooth_source(job: Job) -> Job:
     )
     scales = {pair: column_scales(magnitudes[pair.takers[0]]) for pair in solved_pairs}
     return replace(job, source=Smoothed(job.source, scales))
+
+
+def pairs_to_smooth(recipe: Recipe, config: Config, planned: list[PlannedTensor]) -> list[Pair]:
+    """Returns the pairs that a run which calibrates smooths; none if the recipe does not ask for it.
+
+    Only norms and linears that feed solved linears alone are smoothed. Nothing is if the source's own grids are kept.
+    """
+    if not recipe.smooth or any(tensor.source_grid == KEPT for tensor in planned):
+        return []
+    solved = {tensor.name for tensor in planned if tensor.linear}
+    every_pair = pairs(architecture_of(config), int(config["num_hidden_layers"]))
+    return [pair for pair in every_pair if solved.issuperset(pair.takers)]
