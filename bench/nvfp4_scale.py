@@ -9,9 +9,7 @@ deviation of the weights, and for the method lean and plain rounding the loss wi
 
 from __future__ import annotations
 
-import argparse
-
-from vectors import problems
+from vectors import parser_of, problems
 
 from lqexport.recipe import Recipe
 from lqexport.solver.linear import solve_linear
@@ -20,11 +18,7 @@ WITHOUT, WITH = "gguf:NVFP4", "gguf-scaled:NVFP4"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--block", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=96)
+    parser = parser_of(__doc__)
     parser.add_argument("--shrink", type=int, nargs="+", default=[1, 8, 16, 32])
     arguments = parser.parse_args()
     print("| linear | divided by | standard deviation | solved | rounded |\n|---|---|---|---|---|")

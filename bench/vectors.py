@@ -61,6 +61,16 @@ def block_linears(
     raise SystemExit(f"The model has no block {index}.")
 
 
+def parser_of(text: str | None) -> argparse.ArgumentParser:
+    """Returns a parser of the options that choose linears of a model; `text` is the script's documentation."""
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--block", type=int, default=8)
+    parser.add_argument("--rows", type=int, default=96)
+    return parser
+
+
 def problems(arguments: argparse.Namespace) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns the first rows of each linear of the block, and its normalized second moments."""
     source = open_source(arguments.model)
@@ -99,11 +109,7 @@ def row(name: str, type_name: str, weight: Tensor, hessian: Tensor, factor: Chol
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--calibration", required=True)
-    parser.add_argument("--block", type=int, default=8)
-    parser.add_argument("--rows", type=int, default=96)
+    parser = parser_of(__doc__)
     names = [codec.name.removeprefix("gguf:") for codec in GGUF_VECTORS]
     parser.add_argument("--types", nargs="+", default=["Q4_K", *names])
     arguments = parser.parse_args()

@@ -18,6 +18,7 @@ from lqexport.formats.registry import names
 from lqexport.models.inspect import inspect
 from lqexport.models.inspect import size as bytes_of
 from lqexport.models.source import open_source
+from lqexport.pipeline.measured_losses import MeasuredLosses
 from lqexport.pipeline.quantize import quantize
 from lqexport.pipeline.type_losses import type_losses
 from lqexport.planning import recipe_plan
@@ -161,6 +162,14 @@ def test_a_cache_serves_runs_that_choose_for_different_tensors(recipe: Recipe, t
     first = Recipe(**{**vars(recipe), "types": types, "size": "5.5bpw"})
     quantize(first, tmp_path / "first", cache=str(tmp_path / "cache"))
     assert quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")["budget"] == expected
+
+
+def test_losses_that_another_run_adds_meanwhile_stay(tmp_path: Path) -> None:
+    """Runs of two sizes measure other types of one tensor: each had overwritten what the other had measured."""
+    one, other = MeasuredLosses(tmp_path), MeasuredLosses(tmp_path)
+    one.add("embedding", {"gguf:Q4_K": 0.5, "gguf:Q6_K": 0.25})
+    other.add("embedding", {"gguf:Q6_K": 0.25, "gguf:Q8_0": 0.125})
+    assert one.losses() == {"embedding": {"gguf:Q4_K": 0.5, "gguf:Q6_K": 0.25, "gguf:Q8_0": 0.125}}
 
 
 def test_a_stopped_search_goes_on(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

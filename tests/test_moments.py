@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -207,12 +210,30 @@ def test_a_cache_is_not_shared_by_sources_with_other_columns_or_linears(
         quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
 
 
+def test_a_cache_is_not_shared_by_tokenizers(recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer may be corrected beside the same weights; the text is the same, but its tokens are others."""
+    folder = shutil.copytree(recipe.source, tmp_path / "model")
+    recipe = replace(recipe, source=str(folder), target="native:table-3")
+    quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["normalizer"] = {"type": "Replace", "pattern": {"String": "fox"}, "content": "cat"}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr(second_moments, "guided_moments", None)
+    with pytest.raises(TypeError):  # they are collected again
+        quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
+
+
 def test_a_damaged_cache_is_said(recipe: Recipe, tmp_path: Path) -> None:
     quantize(recipe, tmp_path / "first", cache=tmp_path / "cache")
     path = next((tmp_path / "cache").glob("*/block-1.safetensors"))
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"block-1\.safetensors is cut short or damaged"):
-        quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
+    content = path.read_bytes()
+    for damaged, sentence in (
+        (content[:100], r"block-1\.safetensors is cut short or damaged"),
+        (content[:-1] + bytes([content[-1] ^ 1]), r"block-1\.safetensors is not as it was written"),
+    ):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=sentence):
+            quantize(recipe, tmp_path / "second", cache=tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

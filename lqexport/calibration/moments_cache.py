@@ -20,7 +20,7 @@ import safetensors.torch
 from lqexport.calibration.block_collector import BlockMoments
 from lqexport.errors import AGAIN
 from lqexport.storage.files import write_json
-from lqexport.storage.tensor_files import SEAL, open_tensors, write_sealed
+from lqexport.storage.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
 
 
 class MomentsCache:
@@ -52,7 +52,9 @@ class MomentsCache:
 
     def read(self, index: int) -> BlockMoments:
         """Returns the second moments of a block, on the host. Raises UserError if the file is damaged."""
-        with open_tensors(self._path(index), "pt", AGAIN) as file:
+        path = self._path(index)
+        with open_tensors(path, "pt", AGAIN) as file:
+            check_sealed(path)
             return index, {tuple(name.split("+")): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
     def fill(self, computed: Iterator[BlockMoments]) -> Iterator[BlockMoments]:

@@ -39,8 +39,10 @@ class MeasuredLosses:
         return {path.stem: read_json(path, f"{path} is gone.") for path in self._folder.glob("*.json")}
 
     def add(self, name: str, losses: dict[str, float]) -> None:
-        """Keeps the losses of one more tensor."""
-        write_json(self._folder / f"{name}.json", losses)
+        """Keeps losses of a tensor, beside those of other codecs that another run may have added meanwhile."""
+        path = self._folder / f"{name}.json"
+        known = read_json(path, f"{path} is gone.") if path.is_file() else {}
+        write_json(path, known | losses)
 
 
 def measured_losses(job: Job, options: str) -> MeasuredLosses:

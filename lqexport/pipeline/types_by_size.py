@@ -65,8 +65,7 @@ def _measured_choice(job: Job) -> dict[str, Any]:
     if linears := [name for name in missing if name in job.linears]:
 
         def losses_of(name: str, weight: Tensor, hessian: Tensor) -> dict[str, float]:
-            losses = type_losses(name, weight, hessian, choices[name], job.recipe.solver_settings)
-            return known.get(name, {}) | losses
+            return type_losses(name, weight, hessian, choices[name], job.recipe.solver_settings)
 
         measure_linears(job, measured, linears, "Measuring types", losses_of)
     outer = job.processes.share_of([name for name in missing if name not in job.linears])

@@ -39,10 +39,10 @@ def check_structure(result: Verification, export: Weights, factors: LowRankFacto
     Adds a sentence to `result.failed` for everything that is wrong.
     """
     expected, present = expected_shapes(source.config), {name: export.shape(name) for name in export.names()}
-    architecture, of_source = architecture_of(source.config), set(source.names())
-    further = [name for name in present if is_further(architecture, name) and name in of_source]
+    architecture, given = architecture_of(source.config), set(source.names())
+    further = [name for name in present if is_further(architecture, name) and name in given]
     expected |= {name: source.shape(name) for name in further}
-    given = set(source.names())  # a checkpoint may lack biases that the class has: they are 0
+    # A checkpoint may lack biases that the class has: they are 0.
     missing = [name for name in expected if name not in present and (name in given or not name.endswith(".bias"))]
     wrong = [
         f"{name} is {list(present[name])}, not {list(shape)}"
