@@ -35,6 +35,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder(tmp_path: Path, monkeypat
     assert public_name("models/llama") == "llama"
     monkeypatch.chdir(tmp_path / "models")
     assert public_name(".") == "models"
+    assert public_name("llama/..") == "models"
 
 
 def test_sentences_lose_their_paths() -> None:

@@ -32,7 +32,8 @@ def public_name(source: str) -> str:
         return source
     if cached := CACHED.search(f"{source}/"):
         return f"{cached[1]}/{cached[2]}"
-    return Path(source).name or Path(source).resolve().name
+    path = Path(source)
+    return path.resolve().name if path.name in ("", "..") else path.name
 
 
 def public_run(run: dict[str, Any]) -> dict[str, Any]:
