@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 from typer.testing import CliRunner
@@ -17,7 +17,7 @@ from lqexport.cli.ladder import ladder
 from lqexport.converters.gguf.mixes import MEASURED
 from lqexport.delivery.ladder import TYPES as DEFAULT_TYPES
 from lqexport.delivery.ladder import Ladder
-from lqexport.pipeline import second_moments
+from lqexport.pipeline import second_moments, types_by_size
 from lqexport.planning import compute_dtype
 from lqexport.storage.files import claimed, file_digest
 from lqexport.verification import report
@@ -112,6 +112,22 @@ def test_files_share_their_second_moments(
     assert not (tmp_path / ".ladder").exists()
 
 
+def test_sizes_share_what_their_types_lose(
+    arguments: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    losses = types_by_size.type_losses
+    monkeypatch.setattr(types_by_size, "type_losses", lambda name, *rest: measured.append(name) or losses(name, *rest))
+    sizes = ["7bpw", "7.5bpw"]
+    made = lqexport.make_ladder(folder=tmp_path / "files", types=["Q4_0"], sizes=sizes, **arguments)
+    assert len(measured) == len(set(measured)) > 0
+    assert [step.target for step in made.steps] == ["gguf:Q4_0", "gguf:auto", "gguf:auto"]
+    assert not (tmp_path / "files" / ".ladder").exists()
+    recipe = dataclasses.replace(arguments["model"], target="gguf:auto", size="7.5bpw")
+    lqexport.export_model(path=tmp_path / "alone.gguf", **arguments | {"model": recipe})
+    assert file_digest(tmp_path / "alone.gguf") == file_digest(next((tmp_path / "files").glob("*-auto-7.5bpw.gguf")))
+
+
 def test_a_stopped_ladder_goes_on_and_ends_in_the_same_bytes(
     folder: Path, arguments: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -176,6 +192,10 @@ def test_what_is_no_ladder_is_said_before_work(folder: Path, arguments: dict[str
         planned(tmp_path, arguments, ["auto"])
     with pytest.raises(lqexport.UserError, match="at least one type"):
         planned(tmp_path, arguments, [])
+    with pytest.raises(lqexport.UserError, match="named twice"):
+        planned(tmp_path, arguments, ["Q4_0"], sizes=["7bpw", "7bpw "])
+    with pytest.raises(lqexport.UserError, match="smallest types"):
+        planned(tmp_path, arguments, [], sizes=["0.5bpw"])
     with pytest.raises(lqexport.UserError, match="Q9_K"):
         planned(tmp_path, arguments, ["Q4_0", "Q9_K"])
     (tmp_path / f"{Path(recipe.source).name}-Q4_0.gguf").write_bytes(b"GGUF")
@@ -200,4 +220,5 @@ def test_a_dry_run_has_a_line_for_every_file(smaller_model: Path, text: Path, sh
 
 def test_no_default_type_is_one_of_which_a_better_mix_is_known() -> None:
     assert not MEASURED.keys() & set(DEFAULT_TYPES)
-    assert inspect.signature(ladder).parameters["targets"].default == ",".join(DEFAULT_TYPES)
+    option = get_type_hints(ladder, include_extras=True)["targets"].__metadata__[0]
+    assert option.show_default.startswith(",".join(DEFAULT_TYPES))

@@ -36,8 +36,19 @@ def ladder(
     options: dict[str, Any],
     *,
     targets: Annotated[
-        str, typer.Option(help="The GGUF types or mixes to make, separated by commas.")
-    ] = "Q2_K_M,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q8_0",
+        str | None,
+        typer.Option(
+            help="The GGUF types or mixes to make, separated by commas.",
+            show_default="Q2_K_M,Q3_K_M,Q4_K_M,Q5_K_M,Q6_K,Q8_0, or none with --sizes",
+        ),
+    ] = None,
+    sizes: Annotated[
+        str | None,
+        typer.Option(
+            help="Sizes to make files of whose types are chosen to lose least, separated by commas, such as "
+            "2.5bpw,3.9GB,Q4_K_M."
+        ),
+    ] = None,
     recipe_file: RecipeFile = None,
     measured: MeasurementOptions,
     dry_run: DryRun = False,
@@ -56,16 +67,21 @@ def ladder(
 
         lqexport ladder ./model ./files
         lqexport ladder ./model ./files --targets Q3_K_M,IQ4_XS,Q6_K --dry-run
+        lqexport ladder ./model ./files --sizes 2.5bpw,3.5bpw,Q4_K_M
         lqexport push-to-hub ./files YOU/model-GGUF
     """
     with plain_endings(STOPPED):
         check_source_name(source)
-        from lqexport.delivery.ladder import finished_ladder, planned_ladder
+        from lqexport.delivery.ladder import TYPES, finished_ladder, planned_ladder
 
-        names = [name for name in targets.split(",") if name.strip()]
-        recipe = merged_recipe(recipe_file, options | {"source": source}, lambda _: f"gguf:{names[0]}" if names else "")
+        named, of_sizes = _listed(targets), _listed(sizes) or []
+        if sizes is not None:
+            named = named or []
+        # Of all recipes, this one is checked first; each file then has its own target and size.
+        first = {"target": "gguf:auto", "size": of_sizes[0]} if of_sizes else {"target": f"gguf:{(named or TYPES)[0]}"}
+        recipe = merged_recipe(recipe_file, options | {"source": source} | first)
         limits = memory_limits(device, device_memory, host_memory)
-        rungs = planned_ladder(recipe, folder, names, measured.measurement(), device=device, memory=limits)
+        rungs = planned_ladder(recipe, folder, named, of_sizes, measured.measurement(), device=device, memory=limits)
         if dry_run:
             _preview(rungs, device, limits, as_json=as_json)
             return
@@ -74,6 +90,11 @@ def ladder(
         _show(made, as_json=as_json)
     if not made.passed:
         raise typer.Exit(1)
+
+
+def _listed(names: str | None) -> list[str] | None:
+    """Returns what an option names, separated by commas; None if it was not given."""
+    return None if names is None else [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _preview(rungs: list[Rung], device: str, limits: MemoryLimits, *, as_json: bool) -> None:

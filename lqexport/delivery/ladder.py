@@ -1,6 +1,7 @@
 """All files of a model that a publisher offers: each quantized, written and verified, with one card of all.
 
 FOLDER/MODEL-Q4_K_M.gguf          a file of each type
+FOLDER/MODEL-auto-4.25bpw.gguf    a file of each size, whose types are chosen
 FOLDER/MODEL-Q4_K_M.gguf.record   its own card, report and verification.json
 FOLDER/README.md                  the card of all files, with a table of their losses
 FOLDER/ladder.svg                 the plot of KL divergence over bits per weight
@@ -85,8 +86,9 @@ class Ladder(Shown):
 def make_ladder(
     model: str | Recipe,
     folder: str | Path,
-    types: Sequence[str] = TYPES,
+    types: Sequence[str] | None = None,
     *,
+    sizes: Sequence[str] = (),
     text: str = "python-heldout",
     windows: int | None = None,
     engine: Engine | None = None,
@@ -97,33 +99,36 @@ def make_ladder(
     listener: Listener | None = None,
     limits: MemoryLimits | None = None,
 ) -> Ladder:
-    """Makes a verified GGUF file of each type, and one comparison; or finishes what a stopped call began.
+    """Makes a verified GGUF file of each type and size, and one comparison; or finishes what a stopped call began.
 
-    model    a source, or a recipe for all files, whose target is not used
+    model    a source, or a recipe for all files, whose target and size are not used
     folder   where the files are written. A finished file in it is not made again.
-    types    GGUF types or mixes, such as Q4_K_M
+    types    GGUF types or mixes, such as Q4_K_M; by default `TYPES` unless there are sizes
+    sizes    sizes as `Recipe.size` has them, such as 4.25bpw: a file for each, whose types are chosen to lose least
 
     The other arguments are those of `export_model`. Raises UserError for bad input, before any work where that is
     possible. A file that exceeds a limit is no error: see `Ladder.passed`.
     """
-    recipe = model if isinstance(model, Recipe) else Recipe(model, f"gguf:{types[0]}" if types else "")
+    recipe = model if isinstance(model, Recipe) else Recipe(model, f"gguf:{TYPES[0]}")
     measurement = Measurement(text, windows, engine, max_kl, max_perplexity_ratio, max_over_expected)
-    rungs = planned_ladder(recipe, Path(folder), types, measurement, device=device, memory=limits)
+    rungs = planned_ladder(recipe, Path(folder), types, sizes, measurement, device=device, memory=limits)
     return finished_ladder(rungs, Path(folder), listener or Silent())
 
 
 def planned_ladder(
-    recipe: Recipe, folder: Path, types: Sequence[str], measurement: Measurement, *, device: str = "auto",
-    memory: MemoryLimits | None = None,
+    recipe: Recipe, folder: Path, types: Sequence[str] | None, sizes: Sequence[str], measurement: Measurement, *,
+    device: str = "auto", memory: MemoryLimits | None = None,
 ) -> list[Rung]:  # fmt: skip
     """Returns the files to make, after checking all that can be known before work; reads no weights.
 
-    Raises UserError as `Request.check` does, for types that make no ladder, and for a file of the folder that is not
-    the one that would be made.
+    Raises UserError as `Request.check` does, for types and sizes that make no ladder, and for a file of the folder that
+    is not the one that would be made.
     """
+    if types is None:
+        types = () if sizes else TYPES
     requests = [
-        Request(replace(recipe, target=str(target)), Places(folder / name), measurement, device, memory=memory)
-        for name, target in _names(recipe.source, types).items()
+        Request(each, Places(folder / name), measurement, device, memory=memory)
+        for name, each in _recipes(recipe, types, sizes).items()
     ]
     rungs = [_rung(request) for request in requests]
     if architecture_of(rungs[0].preview.config).encoder:
@@ -136,18 +141,27 @@ def planned_ladder(
     return [replace(rung, request=replace(rung.request, cache=_cache(rung, folder))) for rung in rungs]
 
 
-def _names(source: str, types: Sequence[str]) -> dict[str, Target]:
-    """Returns file name -> target, for every type. Raises UserError for types that make no ladder."""
+def _recipes(recipe: Recipe, types: Sequence[str], sizes: Sequence[str]) -> dict[str, Recipe]:
+    """Returns file name -> recipe, for every type and size. Raises UserError for what makes no ladder."""
     targets = [Target.parse(f"gguf:{spelled(name.strip()).removeprefix('gguf:')}") for name in types]
-    if not targets:
-        raise UserError(f"Name at least one type, such as {','.join(TYPES)}.")
+    if not targets and not sizes:
+        raise UserError(f"Name at least one type, such as {','.join(TYPES)}, or one size, such as 4.25bpw.")
     if AUTO in targets:
-        raise UserError(f"{AUTO} needs a size: make such a file with `lqexport export --size`.")
-    model = public_name(source).rpartition("/")[2].removesuffix(".gguf")
-    names = {f"{model}-{target.type}.gguf": target for target in targets}
-    if len(names) < len(targets):
-        raise UserError(f"A type is named twice in {','.join(types)}. Name each once.")
+        raise UserError(f"{AUTO} needs a size: name it among the sizes (--sizes), and leave {AUTO} out.")
+    # What a choice of types leaves out says nothing of a type that is named.
+    without = None if sizes else recipe.without
+    recipes = [replace(recipe, target=str(target), size=None, without=without) for target in targets]
+    recipes += [replace(recipe, target=str(AUTO), size=size.strip()) for size in sizes]
+    model = public_name(recipe.source).rpartition("/")[2].removesuffix(".gguf")
+    names = {f"{model}-{_label(each)}.gguf": each for each in recipes}
+    if len(names) < len(recipes):
+        raise UserError(f"A type or size is named twice in {','.join((*types, *sizes))}. Name each once.")
     return names
+
+
+def _label(recipe: Recipe) -> str:
+    """Returns what the name of a file says of its types."""
+    return recipe.parsed_target.type if recipe.size is None else f"{AUTO.type}-{recipe.size}"
 
 
 def _rung(request: Request) -> Rung:
@@ -179,12 +193,14 @@ def _check_finished(request: Request, shown: Preview) -> None:
 
 
 def _cache(rung: Rung, folder: Path) -> Path | None:
-    """Returns the folder of the second moments that files share; None if they share none.
+    """Returns the folder of the second moments and predicted losses that files share; None if they share none.
 
-    With the quantized prefix each file has its own. Those of experts would have to be kept all at once.
+    With the quantized prefix each file is solved under its own second moments; only a choice of types by size has those
+    of the full-precision model. The second moments of experts would have to be kept all at once.
     """
-    shared = rung.preview.recipe.prefix == "full" and not architecture_of(rung.preview.config).experts
-    return folder / ".ladder" if shared else None
+    recipe = rung.preview.recipe
+    shared = recipe.prefix == "full" or recipe.size is not None
+    return folder / ".ladder" if shared and not architecture_of(rung.preview.config).experts else None
 
 
 @files_at_hand()
