@@ -135,8 +135,8 @@ def planned_ladder(
         raise UserError("A ladder compares what models predict, and this one is an encoder: use `lqexport export`.")
     missing = [rung for rung in rungs if not rung.finished]
     if missing:
-        sizes = [size(rung.preview.entries) for rung in missing]
-        check_space(folder / LADDER, sum(sizes) + max(sizes))  # the artifact of one file at a time lies beside it
+        bytes_of = [size(rung.preview.entries) for rung in missing]
+        check_space(folder / LADDER, sum(bytes_of) + max(bytes_of))  # the artifact of one file at a time lies beside it
         missing[0].request.check_text()
     return [replace(rung, request=replace(rung.request, cache=_cache(rung, folder))) for rung in rungs]
 
