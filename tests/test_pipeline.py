@@ -315,6 +315,12 @@ def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypa
     monkeypatch.setattr(output_folder, "versions", lambda *names: dict.fromkeys(names, "0"))
     with pytest.raises(UserError, match=r"holds another run: versions\.lqexport is '.*', not '0'"):
         quantize(recipe, tmp_path / "out")
+    monkeypatch.undo()
+    run = Artifact(tmp_path / "out").run()
+    del run["recipe"]["mtp"]
+    (tmp_path / "out" / "run.json").write_text(json.dumps(run))
+    with pytest.raises(UserError, match=r"another run: recipe\.mtp was not known to it\. Go on with the versions that"):
+        quantize(recipe, tmp_path / "out")
 
 
 def test_a_full_disk_leaves_nothing_half_written(

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 SOURCE_METADATA = "source-metadata.gguf"
 """Name of the file in the model folder that holds the metadata of a .gguf source (`converters.gguf.kept`)."""
+UNKNOWN = "was not known to it"
+"""What is said of an option of a run that the run in a folder does not have: an older version began that."""
 LONGEST_NAME = 200
 """The most characters that a tensor's name may have. File systems allow 255 bytes for a file name."""
 
@@ -306,9 +308,11 @@ class Artifact:
 
     def _check_differences(self, different: list[str]) -> None:
         if different:
+            by_others = any(each.startswith("versions.") or each.endswith(UNKNOWN) for each in different)
+            advice = "Go on with the versions that began it, choose" if by_others else "Choose"
             raise UserError(
                 f"{self.folder} holds another run: {listed(different, 4)}. "
-                "Choose another output folder, or delete this one."
+                f"{advice} another output folder, or delete this one."
             )
 
     def check_own(self) -> None:
@@ -356,7 +360,10 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         ours, theirs = old.get(key), new.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
             names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-            differences += [f"{key}.{name} is {ours.get(name)!r}, not {theirs.get(name)!r}" for name in names]
+            differences += [
+                f"{key}.{name} {f'is {ours[name]!r}, not {theirs.get(name)!r}' if name in ours else UNKNOWN}"
+                for name in names
+            ]
         elif ours != theirs:
             differences.append(f"{key} is another one")
     return differences
