@@ -171,8 +171,12 @@ def replace_content(path: Path, source: Path) -> None:
 
 def test_files_that_do_not_belong_together(copied: Path, whole: Path) -> None:
     files = sorted(copied.parent.iterdir())
-    with pytest.raises(UserError, match=r"not the first of the 3 files .* give model-00001-of-00003\.gguf"):
+    with pytest.raises(UserError, match=r"not the first of the 3 files .* give model-00001-of-00003\.gguf\."):
         GGUFModel(files[1])
+    kept = files[0].rename(copied.parent / "kept")
+    with pytest.raises(UserError, match=r"give model-00001-of-00003\.gguf, which is missing beside it\."):
+        GGUFModel(files[1])
+    kept.rename(files[0])
     replace_content(files[1], files[2])
     with pytest.raises(UserError, match="is not file 2 of 3"):
         GGUFModel(copied)
@@ -180,7 +184,7 @@ def test_files_that_do_not_belong_together(copied: Path, whole: Path) -> None:
     with pytest.raises(UserError, match="is not file 2 of 3"):
         GGUFModel(copied)
     files[1].unlink()
-    with pytest.raises(UserError, match=r"Cannot read .*model-00002-of-00003"):
+    with pytest.raises(UserError, match=r"model-00002-of-00003\.gguf is missing"):
         GGUFModel(copied)
     with pytest.raises(UserError, match="renamed"):
         GGUFModel(copied.rename(copied.with_name("renamed.gguf")))

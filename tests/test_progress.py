@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import signal
 
 import pytest
+import typer
 from rich.console import Console
 
-from lqexport.runtime.progress import Bars, Lines
+from lqexport.cli.common import plain_endings
+from lqexport.runtime.progress import Bars, Lines, terminal_listener
 
 
 def console() -> tuple[Console, io.StringIO]:
@@ -43,7 +46,7 @@ def test_the_first_ctrl_c_stops_at_the_next_advance(listener_type: type[Lines] |
     listener = listener_type(target)
     listener.stage("Compile", 1)
     listener.advance(0.5)
-    listener.interrupt()
+    listener.interrupt(signal.SIGINT)
     assert "Ctrl-C again" in written.getvalue()
     with pytest.raises(KeyboardInterrupt):
         listener.advance(0.5)
@@ -53,9 +56,24 @@ def test_the_first_ctrl_c_stops_at_the_next_advance(listener_type: type[Lines] |
 
 def test_the_second_ctrl_c_stops_at_once() -> None:
     listener = Lines(console()[0])
-    listener.interrupt()
+    listener.interrupt(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        listener.interrupt()
+        listener.interrupt(signal.SIGINT)
+
+
+def test_sigterm_stops_at_the_next_stage_with_its_own_status() -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def command() -> None:
+        with plain_endings("Stopped."), terminal_listener() as listener:
+            listener.stage("Compile", 1)
+            signal.raise_signal(signal.SIGTERM)
+            listener.stage("Write", 1)
+
+    with pytest.raises(typer.Exit) as ending:
+        command()
+    assert ending.value.exit_code == 143
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_bars_fill_when_a_stage_ends() -> None:

@@ -72,14 +72,19 @@ def split_paths(path: Path, count: int) -> list[Path]:
 def read_split(path: Path) -> tuple[dict[str, Any], dict[str, TensorData], list[Path]]:
     """Returns metadata, tensors by name, and files of a model, by its only or its first file.
 
-    Raises UserError as `read_header` does, if `path` is not the first file of a split model, or if the files do not
-    belong together.
+    Raises UserError as `read_header` does, if `path` is not the first file of a split model, if another is missing, or
+    if the files do not belong together.
     """
     metadata, tensors = read_header(path)
     count = metadata.get(Keys.Split.LLM_KV_SPLIT_COUNT, 1)
     if not isinstance(count, int) or count < 2:
         return metadata, tensors, [path]
     paths = _split_files(path, metadata, count)
+    if missing := next((part for part in paths if not part.is_file()), None):
+        raise UserError(
+            f"{missing} is missing: the model is split into {count} files, which lie beside each other. Copy or "
+            "download it."
+        )
     for number, next_path in enumerate(paths[1:], 1):
         tensors |= _tensors_of_file(next_path, number, count, tensors.keys())
     if len(tensors) != metadata.get(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT):
@@ -103,7 +108,8 @@ def _split_files(path: Path, metadata: dict[str, Any], count: int) -> list[Path]
         )
     paths = [part.with_suffix(path.suffix) for part in split_paths(path.with_name(f"{stem[1]}.gguf"), count)]
     if number != 0:
-        raise UserError(f"{path} is not the first of the {count} files of a split model: give {paths[0].name}.")
+        advice = f"give {paths[0].name}" + ("" if paths[0].is_file() else ", which is missing beside it")
+        raise UserError(f"{path} is not the first of the {count} files of a split model: {advice}.")
     return paths
 
 

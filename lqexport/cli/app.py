@@ -70,7 +70,7 @@ def about(
 
     Exit status: 0 done; 1 a limit of `export`, `ladder` or `verify` exceeded, an error found by `check`, or `plan` does
     not fit; 2 wrong input; 3 an error that nobody expected, whose traceback is in a log file (LQEXPORT_TRACEBACK=1
-    prints it); 130 stopped with Ctrl-C.
+    prints it); 130 stopped with Ctrl-C, 143 by SIGTERM.
     """
 
 

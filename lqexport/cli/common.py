@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
@@ -24,9 +25,9 @@ BROKEN_PIPE = 141
 def plain_endings(stopped: str = NOTHING_WRITTEN) -> Iterator[None]:
     """Ends a command with sentences and exit statuses instead of tracebacks.
 
-    A UserError becomes one line and status 2; Ctrl-C becomes `stopped` and status 130; a reader of the output that has
-    gone becomes status 141, as of a process that SIGPIPE ends; any other exception becomes one line that names a log
-    file, and status 3.
+    A UserError becomes one line and status 2; Ctrl-C becomes `stopped` and status 130, SIGTERM 143; a reader of the
+    output that has gone becomes status 141, as of a process that SIGPIPE ends; any other exception becomes one line
+    that names a log file, and status 3.
     """
     errors = Console(stderr=True, soft_wrap=True)
     try:
@@ -34,9 +35,9 @@ def plain_endings(stopped: str = NOTHING_WRITTEN) -> Iterator[None]:
     except UserError as error:
         errors.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         errors.print(stopped, markup=False, highlight=False)
-        raise typer.Exit(130) from None
+        raise typer.Exit(128 + (stop.args[0] if stop.args else signal.SIGINT)) from None
     except typer.Exit:
         raise
     except BrokenPipeError:

@@ -69,19 +69,20 @@ class Callback:
 
 
 class Interruptible:
-    """Stops the operation at its next report after a first Ctrl-C, and immediately after a second.
+    """Stops the operation at its next report after a first Ctrl-C or SIGTERM, and immediately after a second.
 
     An exception raised immediately would be lost inside a C callback, for example while numba compiles: Python prints
     such an exception with its traceback and continues.
     """
 
-    interrupted = False
+    interrupted: int | None = None
+    """The number of the signal; None before one came. KeyboardInterrupt has it as its argument."""
 
-    def interrupt(self, *_: object) -> None:
-        """Handles SIGINT. Raises KeyboardInterrupt at the second signal."""
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
+    def interrupt(self, number: int, *_: object) -> None:
+        """Handles SIGINT and SIGTERM. Raises KeyboardInterrupt at the second signal."""
+        if self.interrupted is not None:
+            raise KeyboardInterrupt(number)
+        self.interrupted = number
         self.message("Stopping after this step. Press Ctrl-C again to stop at once.")
 
     def message(self, text: str) -> None:
@@ -89,9 +90,9 @@ class Interruptible:
         raise NotImplementedError
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
-        if self.interrupted:
-            raise KeyboardInterrupt
+        """Raises KeyboardInterrupt if a signal came."""
+        if self.interrupted is not None:
+            raise KeyboardInterrupt(self.interrupted)
 
 
 class Lines(Interruptible):
@@ -191,13 +192,14 @@ class Bars(Interruptible):
 def terminal_listener() -> Iterator[Bars | Lines]:
     """Opens a listener on standard error: bars on a terminal, lines elsewhere.
 
-    While it is open, it handles Ctrl-C (see `Interruptible`).
+    While it is open, it handles Ctrl-C, and SIGTERM alike (see `Interruptible`).
     """
     console = Console(stderr=True)
     listener = Bars(console) if sys.stderr.isatty() else Lines(console)
-    before = signal.signal(signal.SIGINT, listener.interrupt)
+    before = {number: signal.signal(number, listener.interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with listener:
             yield listener
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
