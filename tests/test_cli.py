@@ -144,6 +144,24 @@ def test_no_target_is_said(odd_model: Path, tmp_path: Path) -> None:
     assert "--target" in run("quantize", odd_model, tmp_path / "out", status=2).stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "name", "sentence"),
+    [
+        ("verify", "--html", "folder", "folder is a folder"),
+        ("verify", "--card", "file/card.md", "file cannot be written"),
+        ("verify", "--record", "file", "file is a file"),
+        ("compare", "--plot", "file/new/plot.svg", "file cannot be written"),
+    ],
+)
+def test_where_reports_cannot_be_written_is_said_before_work(
+    command: str, option: str, name: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    shown = run(command, tmp_path / "file", "--against", tmp_path, option, tmp_path / name, status=2)
+    assert sentence in shown.stderr
+
+
 # --- dry run ---
 
 
@@ -215,8 +233,9 @@ def test_no_fallback_refuses(odd_model: Path, tmp_path: Path) -> None:
 
 def test_full_disk_is_said_before_any_work(odd_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    result = run("quantize", odd_model, tmp_path / "out", "--target", "gguf:Q4_K", status=2)
-    assert "the disk has 1.0 kB free" in result.stderr
+    for dry in ((), ("--dry-run",)):
+        result = run("quantize", odd_model, tmp_path / "out", "--target", "gguf:Q4_K", *dry, status=2)
+        assert "the disk has 1.0 kB free" in result.stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -116,11 +116,11 @@ def _quantize(run: Run, *, dry_run: bool, verbose: bool, as_json: bool) -> None:
     placement = run.placement(shown)
     if not as_json:
         print_plan(shown, placement, verbose=verbose, estimates=dry_run)
-    if dry_run:
-        if as_json:
-            print_json(preview_json(shown, placement))
-        return
+    if dry_run and as_json:
+        print_json(preview_json(shown, placement))
     shown.check_disk()
+    if dry_run:
+        return
     with terminal_listener() as listener:
         report = run.quantize(listener)
     if as_json:

@@ -21,6 +21,7 @@ from lqexport.cli.shared_options import (
 )
 from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
+from lqexport.storage.files import check_outputs
 from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 
 if TYPE_CHECKING:
@@ -111,6 +112,7 @@ def verify(
     with plain_endings():
         check_exists(file)
         check_source_name(against)
+        check_outputs(files=(html, card), folders=(record,))
         from lqexport.verification import report
         from lqexport.verification.verifying import verify as check
 
@@ -170,6 +172,7 @@ def compare(
     with plain_endings():
         check_exists(*files)
         check_source_name(against)
+        check_outputs(files=(plot,))
         from lqexport.verification import comparison, report
 
         if plot:
@@ -179,9 +182,9 @@ def compare(
                 files, against, text=text, protocol=protocol, windows=windows,
                 engine=engine, device=device, listener=listener,  # type: ignore[arg-type]  # checked there
             )  # fmt: skip
+        print_result(result, comparison.table, as_json=as_json)
         if plot:
             comparison.save_plot(result, plot)
-        print_result(result, comparison.table, as_json=as_json)
 
 
 def push_to_hub(

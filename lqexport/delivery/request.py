@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,11 +95,7 @@ class Request:
         return shown
 
     def check_room(self, shown: Preview) -> None:
-        """Raises UserError if the output's folder cannot be written, or if its disk is too small for artifact and
-        file together."""
-        folder = next(parent for parent in self.places.model.absolute().parents if parent.exists())
-        if not (folder.is_dir() and os.access(folder, os.W_OK)):
-            raise UserError(f"{folder} cannot be written. Choose another folder for {self.places.model.name}.")
+        """Raises UserError if the output's disk is too small for artifact and file together."""
         check_space(self.places.model, shown.missing_bytes + shown.tensor_bytes)
 
     def check_text(self) -> None:

@@ -11,6 +11,7 @@ from lqexport.models.source import Source
 from lqexport.recipe import Recipe
 from lqexport.runtime.environment import versions
 from lqexport.storage.artifact import Artifact
+from lqexport.storage.files import check_writable
 
 
 def identity_of(recipe: Recipe, source: Source) -> dict[str, Any]:
@@ -23,7 +24,8 @@ def identity_of(recipe: Recipe, source: Source) -> dict[str, Any]:
 
 
 def check_output_folder(artifact: Artifact, recipe: Recipe, source: Source) -> None:
-    """Raises UserError if an output folder holds another run or anything but an artifact, or is the source's folder.
+    """Raises UserError if an output folder holds another run or anything but an artifact, is the source's folder, or
+    cannot be made.
 
     recipe   as the run will have it. A dtype that it leaves open will be that of the run in the folder
 
@@ -31,6 +33,7 @@ def check_output_folder(artifact: Artifact, recipe: Recipe, source: Source) -> N
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
+    check_writable(artifact.folder)
     if not artifact.begun:
         return
     identity = identity_of(recipe, source)

@@ -140,9 +140,26 @@ def inside(folder: Path, path: Path) -> Path:
 
 
 def check_new(path: Path) -> None:
-    """Raises UserError if there is a file or folder at a path that is to be written."""
+    """Raises UserError if there is a file or folder at a path that is to be written, or as `check_writable`."""
     if path.exists():
         raise UserError(f"{path} exists. Delete it, or choose another name.")
+    check_writable(path)
+
+
+def check_writable(path: Path) -> None:
+    """Raises UserError if the folder in which a file or folder is to be written is a file, or cannot be written."""
+    folder = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())
+    if not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UserError(f"{folder} cannot be written. Choose another folder for {path.name}.")
+
+
+def check_outputs(*, files: Iterable[Path | None] = (), folders: Iterable[Path | None] = ()) -> None:
+    """Raises UserError if files or folders that may be replaced cannot be written. None stands for none."""
+    for paths, is_folder in ((files, False), (folders, True)):
+        for path in filter(None, paths):
+            if path.exists() and path.is_dir() != is_folder:
+                raise UserError(f"{path} is a {'file' if is_folder else 'folder'}. Choose another name.")
+            check_writable(path)
 
 
 def check_space(path: Path, size: int) -> None:
