@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import lqexport
 from lqexport.cli.app import app
+from lqexport.delivery import deliver
 from lqexport.delivery.places import Places, named_type, target_of
 from lqexport.delivery.request import Request
 from lqexport.delivery.summary import duration
@@ -214,6 +215,23 @@ def test_disk_and_folder_are_checked_before_work(smaller_model: Path, monkeypatc
     assert "GB free" in run(smaller_model, "tiny-Q4_0.gguf", "--dry-run", status=2).stderr
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**25 + 2 * needed}))
     run(smaller_model, "tiny-Q4_0.gguf", "--dry-run", "--engine", "lqexport")
+
+
+def test_a_source_that_changes_meanwhile_fails_the_file(
+    smaller_model: Path, options: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its record would name a source that the file is not made from."""
+    source, quantized = Path(shutil.copytree(smaller_model, "model")), deliver.quantize
+
+    def quantize(*given: Any, **others: Any) -> dict[str, Any]:
+        report = quantized(*given, **others)
+        os.utime(source / "model.safetensors", (0, 0))
+        return report
+
+    monkeypatch.setattr(deliver, "quantize", quantize)
+    run("model", "tiny-Q8_0.gguf", *options, "--method", "rtn", "--engine", "lqexport", status=1)
+    (failed,) = json.loads(Path("tiny-Q8_0.failed.gguf.record", "verification.json").read_text())["failed"]
+    assert failed.startswith("model has changed since it was quantized.")
 
 
 @pytest.mark.parametrize(

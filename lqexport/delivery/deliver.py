@@ -167,13 +167,19 @@ def _write(request: Request, to: Places, listener: Listener) -> Path | None:
 
 
 def _verify(request: Request, unverified: Places, adapter: Path | None, listener: Listener) -> Verification:
+    """Verifies the written file. It fails, too, if the source is no longer the one that was quantized."""
     measurement = request.measurement
-    return verify(
+    result = verify(
         unverified.model, request.recipe.source, text=measurement.text, windows=measurement.windows,
         engine=request.engine, artifact=request.places.artifact, adapter=adapter, max_kl=measurement.max_kl,
         max_perplexity_ratio=measurement.max_perplexity_ratio, max_over_expected=measurement.max_over_expected,
         min_cosine=measurement.min_cosine, device=request.device, listener=listener,
     )  # fmt: skip
+    if result.run.get("source_fingerprint") != result.source_fingerprint:
+        result.failed.append(
+            f"{result.against} has changed since it was quantized. Delete the files, and export again."
+        )
+    return result
 
 
 def _named(
