@@ -184,6 +184,8 @@ def test_dry_run_shows_everything_and_writes_nothing(smaller_model: Path) -> Non
         ("tiny-Q4_0.gguf", ("--min-cosine", "0.9"), "min_cosine is for encoders"),
         ("tiny-Q4_0.gguf", ("--max-kl", "-1"), "max_kl cannot be -1: no file keeps that limit"),
         ("taken-Q4_0.gguf", (), "taken-Q4_0.gguf exists"),
+        (f"{'é' * 116}-Q4_0.gguf", (), ".failed.gguf.record has 256 bytes"),
+        ("\udcff-Q4_0.gguf", (), "is not UTF-8"),
         ("recorded-Q4_0.gguf", (), "recorded-Q4_0.gguf.record exists without"),
         ("other-Q4_0.gguf", (), "no work of an export"),
         ("few.txt/tiny-Q4_0.gguf", (), "cannot be written"),

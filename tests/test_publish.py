@@ -163,6 +163,8 @@ def test_a_dry_run_lists_files(verified: tuple[Path, Path]) -> None:
     assert done.exit_code == 0, done.output
     for name in ("tiny.gguf", "README.md", "verification.json", "4 files; nothing was uploaded"):
         assert name in done.stdout
+    refused = CliRunner().invoke(app, ["push-to-hub", str(file), "me/tiny/1", "--record", str(record), "--dry-run"])
+    assert (refused.exit_code, "No repository can be called 'me/tiny/1'" in refused.stderr) == (2, True)
 
 
 def test_a_public_repository_must_be_meant(verified: tuple[Path, Path], hub: Hub) -> None:

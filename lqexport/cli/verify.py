@@ -214,6 +214,7 @@ def push_to_hub(
         from lqexport.sizes import human_bytes
         from lqexport.verification import publish
 
+        publish.check_repository(repository)
         files = publish.upload_list(file, record=record, unverified=unverified)
         for name, path in files.items():
             print(f"{human_bytes(path.stat().st_size):>9}  {name}")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
-from lqexport.storage.files import check_new
+from lqexport.storage.files import check_new, check_path, unfinished
 from lqexport.storage.published import record_of
 from lqexport.target import AUTO, Target, implied_target, type_at_end
 
@@ -74,6 +74,8 @@ class Places:
     def check_free(self) -> None:
         """Raises UserError if the model exists, or if other files than an export's have the names made from it."""
         check_new(self.model)
+        for longest in (self.failed.record, unfinished(self.failed.model)):
+            check_path(longest)
         if self.artifact.exists():
             return  # a stopped or failed export, which goes on
         if self.work.exists() and any(self.work.iterdir()):

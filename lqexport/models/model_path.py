@@ -8,6 +8,7 @@ from pathlib import Path
 from lqexport.converters.gguf.split import is_gguf
 from lqexport.errors import UserError
 from lqexport.runtime.hub import no_hub
+from lqexport.storage.files import check_path
 
 HUB_ID = re.compile(r"(\w([\w.-]*\w)?/)?\w([\w.-]*\w)?")
 """Matches what may be a model's id on the hub. The hub's client has more rules."""
@@ -22,7 +23,7 @@ def check_source_name(name: str) -> None:
 
     A hub id is refused if the model is not in the hub's cache and the hub cannot be reached.
     """
-    path = Path(name)
+    check_path(path := Path(name))
     if is_gguf(path):
         if not path.is_file():
             raise UserError(f"There is no file {path}.")
@@ -53,5 +54,6 @@ def _check_hub(name: str) -> None:
 def check_exists(*paths: Path) -> None:
     """Raises UserError if there is no file or folder at one of the paths."""
     for path in paths:
+        check_path(path)
         if not path.exists():
             raise UserError(f"There is no file or folder {path}.")

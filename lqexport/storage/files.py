@@ -16,6 +16,9 @@ from typing import Any, BinaryIO
 from lqexport.errors import UserError
 from lqexport.storage.stand_ins import stand_in
 
+NAME_BYTES = 255
+"""Bytes of the longest name of a file or folder on common file systems."""
+
 
 @contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
@@ -141,13 +144,25 @@ def inside(folder: Path, path: Path) -> Path:
 
 def check_new(path: Path) -> None:
     """Raises UserError if there is a file or folder at a path that is to be written, or as `check_writable`."""
+    check_writable(path)
     if path.exists():
         raise UserError(f"{path} exists. Delete it, or choose another name.")
-    check_writable(path)
+
+
+def check_path(path: str | Path) -> None:
+    """Raises UserError for a name that JSON and GGUF files cannot hold, as it is not UTF-8, or that is too long."""
+    try:
+        sizes = {name: len(name.encode()) for name in Path(path).parts}
+    except UnicodeEncodeError:
+        raise UserError(f"The name {path} is not UTF-8. Choose another.") from None
+    if long := [name for name, size in sizes.items() if size > NAME_BYTES]:
+        raise UserError(f"The name {long[0]} has {sizes[long[0]]} bytes, and file systems take {NAME_BYTES}.")
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError if the folder in which a file or folder is to be written is a file, or cannot be written."""
+    """Raises UserError if the folder in which a file or folder is to be written is a file, or cannot be written, or as
+    `check_path`."""
+    check_path(path)
     folder = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         raise UserError(f"{folder} cannot be written. Choose another folder for {path.name}.")
@@ -157,9 +172,9 @@ def check_outputs(*, files: Iterable[Path | None] = (), folders: Iterable[Path |
     """Raises UserError if files or folders that may be replaced cannot be written. None stands for none."""
     for paths, is_folder in ((files, False), (folders, True)):
         for path in filter(None, paths):
+            check_writable(path)
             if path.exists() and path.is_dir() != is_folder:
                 raise UserError(f"{path} is a {'file' if is_folder else 'folder'}. Choose another name.")
-            check_writable(path)
 
 
 def check_space(path: Path, size: int) -> None:

@@ -57,6 +57,17 @@ def _files(path: Path, prefix: str) -> dict[str, Path]:
     return {f"{prefix}{name.as_posix()}": file for name, file in visible.items()}
 
 
+def check_repository(repository: str) -> None:
+    """Raises UserError if no repository of the hub can have an id."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise UserError(f"No repository can be called {repository!r}: name it like me/model-gguf.") from error
+
+
 @files_at_hand()
 def upload_list(file: str | Path, *, record: str | Path | None = None, unverified: bool = False) -> dict[str, Path]:
     """Returns path in the repository -> file, for all files that `push_to_hub` would upload. Raises UserError if the
@@ -148,6 +159,7 @@ def push_to_hub(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
+    check_repository(repository)
     files, api = upload_list(file, record=record, unverified=unverified), HfApi()
     operations = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     try:
