@@ -14,6 +14,7 @@ from lqexport.cli.app import app
 from lqexport.converters.folders import native
 from lqexport.converters.gguf import writer as gguf_writer
 from lqexport.errors import UserError
+from lqexport.models.inspect import inspect
 from lqexport.models.source import open_source
 from lqexport.solver.rounded_tensor import round_tensor
 from lqexport.storage.artifact import Artifact
@@ -42,6 +43,9 @@ def test_the_numbers_are_those_of_verify(files: list[Path], tiny_model: Path, te
         alone = verify(file, str(tiny_model), text=str(text), windows=2)
         assert compared.evaluation == alone.evaluations[0]
         assert (compared.nbytes, compared.bits_per_weight) == (alone.nbytes, alone.bits_per_weight)
+        assert compared.linears_bits_per_weight == alone.linears_bits_per_weight
+        listed = inspect(file).as_json()
+        assert (listed["weights"], listed["bits_per_weight"]) == (alone.weights, alone.bits_per_weight)
         assert compared.sha256 == alone.sha256
         assert compared.tokens_per_second > 0
     divergences = [compared.evaluation.kl for compared in result.files]

@@ -28,7 +28,7 @@ MAPPED = ("formats", "converters", "kernels")
 
 LAYERS = (
     ("errors",),
-    ("target",),
+    ("target", "arguments"),
     ("sizes", "recipe"),
     ("formats",),
     ("kernels", "storage"),
@@ -48,7 +48,7 @@ LAYERS = (
 CONVERTER_LAYERS = (
     ("models", "plan", "checkpoints"),
     ("factors",),
-    ("gguf",),
+    ("gguf", "counting"),
     ("model_tensors",),
     ("targets", "mmproj"),
     ("folders",),

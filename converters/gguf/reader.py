@@ -52,6 +52,7 @@ class GGUFModel:
     paths      all files
     metadata   every key of the (first) file, as Python values
     config     the model's config.json, rebuilt from the metadata
+    architecture   the entry of the table of architectures that has exactly the file's tensors
 
     Raises UserError if the file is missing, truncated or not GGUF, or if its architecture or one of its tensors is not
     in the table of architectures.
@@ -109,7 +110,7 @@ class GGUFModel:
         same_name   the entries of the table that have the file's architecture
         """
         for architecture in (candidates := self._candidates(same_name)):
-            self._architecture = architecture
+            self.architecture = architecture
             self._keys = Metadata(str(self.path), architecture, self.metadata)
             try:
                 self._names = self._known_names()
@@ -122,7 +123,7 @@ class GGUFModel:
         """Returns Hugging Face name -> GGUF name of the file's tensors, in the order of the model."""
         # Each block has at least one tensor. Without this limit, a damaged count would make billions of names.
         layers = int(min(self._keys.number("block_count"), len(self._tensors)))
-        known = gguf_names(self._architecture, layers)
+        known = gguf_names(self.architecture, layers)
         unknown = self._tensors.keys() - known.values() - set(FACTORS)
         unknown -= self._borrowed(layers)
         unknown -= self._scales(known)
@@ -132,7 +133,7 @@ class GGUFModel:
         stacked |= {
             known[name]: 3
             for name in known
-            if is_grouped_matrix(self._architecture, name) or is_three_dimensional(self._architecture, name)
+            if is_grouped_matrix(self.architecture, name) or is_three_dimensional(self.architecture, name)
         }
         for name, tensor in self._tensors.items():
             # ggml does not count leading ones, and a converter may write them.
@@ -141,17 +142,17 @@ class GGUFModel:
                 unknown.add(name)
         if unknown:
             raise UserError(
-                f"{self.path} holds tensors that {self._architecture.gguf} does not have: {sorted(unknown)}."
+                f"{self.path} holds tensors that {self.architecture.gguf} does not have: {sorted(unknown)}."
             )
         if missing := [
-            known[name] for name in needed_names(self._architecture, layers) if known[name] not in self._tensors
+            known[name] for name in needed_names(self.architecture, layers) if known[name] not in self._tensors
         ]:
             raise UserError(f"{self.path} has no tensor {', '.join(missing[:5])}.")
         return {name: gguf for name, gguf in known.items() if gguf in self._tensors}
 
     def _borrowed(self, layers: int) -> set[str]:
         """Returns the names of tensors that are not used, since blocks take the keys and values of earlier ones."""
-        entry = self._architecture
+        entry = self.architecture
         gguf = [name for module, name in entry.gguf_block.items() if module in BORROWED]
         borrowers = range(layers if entry.first_borrower is None else entry.first_borrower, layers)
         return {f"blk.{layer}.{name}.weight" for layer in borrowers for name in gguf}
@@ -197,11 +198,11 @@ class GGUFModel:
         shape = self._tensor(name).shape
         if len(shape) == 1 and self._has_one_row(name):
             return (1, *shape)
-        return model_shape(self._architecture, name, shape) if place_in_stack(name) is None else shape[1:]
+        return model_shape(self.architecture, name, shape) if place_in_stack(name) is None else shape[1:]
 
     def _has_one_row(self, name: str) -> bool:
-        module = block_module(self._architecture, name)
-        return module is not None and {module[1], f"{module[1]}.{module[2]}"} & set(self._architecture.one_row) != set()
+        module = block_module(self.architecture, name)
+        return module is not None and {module[1], f"{module[1]}.{module[2]}"} & set(self.architecture.one_row) != set()
 
     def codec_name(self, name: str) -> str:
         """Returns the name of a tensor's codec. Raises UserError if its type is not supported."""
@@ -209,7 +210,7 @@ class GGUFModel:
         return stored if self._scale(name) is None else WITH_SCALE.get(stored, DECODED)
 
     def _stored_codec_name(self, name: str) -> str:
-        codec_name = plain_codec(self._architecture, name, self._tensor(name).tensor_type)
+        codec_name = plain_codec(self.architecture, name, self._tensor(name).tensor_type)
         if codec_name not in names():
             known = ", ".join(entry.removeprefix("gguf:") for entry in names() if entry.startswith("gguf:"))
             raise UserError(
@@ -241,7 +242,7 @@ class GGUFModel:
         layout = codec_named(codec_name).layout(*rows_and_columns(shape))
         ((plane, (dtype, stored_shape)),) = layout.items()
         rows = self._data(name).view(dtype).reshape(shape[0], -1)
-        order = row_order(self._architecture, self.config, name, shape[0])
+        order = row_order(self.architecture, self.config, name, shape[0])
         if order is not None:
             rows = rows[np.argsort(order)]
         return codec_name, {plane: rows.reshape(stored_shape)}, shape
@@ -276,7 +277,7 @@ class GGUFModel:
     def config(self) -> dict[str, Any]:
         """The content of the model's config.json, rebuilt from the metadata and the tensors."""
         factors = {name: self._tensors[name].data.view(np.float32) for name in FACTORS if name in self._tensors}
-        vocabulary = self.shape(self._architecture.embedding)[0]
+        vocabulary = self.shape(self.architecture.embedding)[0]
         return config_of(self._keys, vocabulary, set(self._names), factors)
 
 

@@ -17,14 +17,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lqexport.converters.counting import Count, copied_output, counted, counted_linears
 from lqexport.converters.exl2.reader import Exl2Model
-from lqexport.converters.factors import is_factor
 from lqexport.converters.folders.folder_model import FolderModel, method_of
 from lqexport.converters.folders.native import METHOD
 from lqexport.converters.gguf.header import IMAGE_PART
 from lqexport.converters.gguf.reader import GGUFModel
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.converters.mlx.types import quantization_of
+from lqexport.converters.models.architecture import Architecture
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import rows_and_columns
 from lqexport.errors import UserError
 from lqexport.formats.codec import nbytes
@@ -77,15 +79,36 @@ class Inspection(Shown):
     path        the file or folder
     container   what it is, such as `GGUF file`
     entries     the tensors, in the order of the model
+    architecture   the model's architecture; None of an image part
+    copied         the name of an output that is a copy of the embedding, which adds no weights; None if there is none
     """
 
     path: str
     container: str
     entries: list[TensorInfo]
+    architecture: Architecture | None = None
+    copied: str | None = None
+
+    @classmethod
+    def of_model(cls, path: Path, container: str, entries: list[TensorInfo], config: dict[str, Any]) -> Inspection:
+        """Returns the inspection of a model with this config.json."""
+        return cls(str(path), container, entries, architecture_of(config), copied_output(config))
+
+    @property
+    def linears(self) -> Count | None:
+        """The count of the decoder blocks' linears; None without any."""
+        count = counted_linears(self.entries, self.architecture) if self.architecture else None
+        return count if count and count.weights else None
 
     def as_json(self) -> dict[str, Any]:
         """Returns everything as JSON values, for `--json`."""
-        sums = {"weights": weights(self.entries), "nbytes": size(self.entries), "bits_per_weight": bits(self.entries)}
+        count, linears = counted(self.entries, self.copied), self.linears
+        sums = {
+            "weights": count.weights,
+            "nbytes": count.nbytes,
+            "bits_per_weight": count.bits_per_weight,
+            "linears_bits_per_weight": linears.bits_per_weight if linears else None,
+        }
         roles = [
             {"kind": role, "type": type_, "count": len(group), "nbytes": size(group), "bits_per_weight": bits(group)}
             for (role, type_), group in grouped(self.entries).items()
@@ -95,23 +118,14 @@ class Inspection(Shown):
         }
 
 
-def weights(entries: Iterable[TensorInfo]) -> int:
-    """Returns the number of weights of the model. Low-rank factors are not counted: they add bytes, not weights."""
-    return sum(entry.weights for entry in entries if not is_factor(entry.name))
-
-
 def size(entries: Iterable[TensorInfo]) -> int:
     """Returns the bytes of all tensors together."""
     return sum(entry.nbytes for entry in entries)
 
 
 def bits(entries: list[TensorInfo]) -> float:
-    """Returns the effective bits per weight: 8 times all bytes, divided by the number of weights.
-
-    The bytes include scales, tables and low-rank factors. If all entries are low-rank factors, they are divided by the
-    factors' numbers instead.
-    """
-    return 8 * size(entries) / max(1, weights(entries) or sum(entry.weights for entry in entries))
+    """Returns the effective bits per weight of some tensors: 8 times all their bytes, divided by their numbers."""
+    return 8 * size(entries) / max(1, sum(entry.weights for entry in entries))
 
 
 def grouped(entries: Iterable[TensorInfo]) -> dict[tuple[str, str], list[TensorInfo]]:
@@ -122,8 +136,11 @@ def grouped(entries: Iterable[TensorInfo]) -> dict[tuple[str, str], list[TensorI
     return groups
 
 
-def table(entries: list[TensorInfo], every: bool = False) -> Table:
-    """Returns a table with one line per role and type, or per tensor (`every`), and a line with the sums."""
+def table(entries: list[TensorInfo], copied: str | None, every: bool = False) -> Table:
+    """Returns a table with one line per role and type, or per tensor (`every`), and a line with the sums.
+
+    copied   as for `counted`, which counts the weights of the last line
+    """
     groups = [(entry.name, [entry]) for entry in entries] if every else [
         (role, group) for (role, _), group in grouped(entries).items()
     ]  # fmt: skip
@@ -132,7 +149,7 @@ def table(entries: list[TensorInfo], every: bool = False) -> Table:
     result.add_column("count", str(len(entries)), justify="right")
     result.add_column("shape")
     result.add_column("type")
-    result.add_column("bits", f"{bits(entries):.3f}", justify="right")
+    result.add_column("bits", f"{counted(entries, copied).bits_per_weight:.3f}", justify="right")
     result.add_column("size", human_bytes(size(entries)), justify="right", no_wrap=True)
     for label, group in groups:
         shapes = " or ".join(dict.fromkeys(" x ".join(map(str, entry.shape)) for entry in group))
@@ -143,8 +160,10 @@ def table(entries: list[TensorInfo], every: bool = False) -> Table:
 
 
 def listing(inspection: Inspection, every: bool = False) -> RenderableType:
-    """Returns what `lqexport inspect` prints: what the model is, and its `table`."""
-    return Group(Text(f"{inspection.path}: {inspection.container}"), table(inspection.entries, every))
+    """Returns what `lqexport inspect` prints: what the model is, its `table`, and the bits of its linears."""
+    first, linears = Text(f"{inspection.path}: {inspection.container}"), inspection.linears
+    last = [Text(f"Linears of the blocks: {linears.bits_per_weight:.3f} bits per weight")] if linears else []
+    return Group(first, table(inspection.entries, inspection.copied, every), *last)
 
 
 def inspect(path: str | Path) -> Inspection:
@@ -159,27 +178,32 @@ def inspect(path: str | Path) -> Inspection:
         return _gguf_inspection(path)
     check_exists(path)
     if (path / "run.json").is_file():
-        return Inspection(str(path), "lqexport artifact", _artifact_entries(Artifact(path)))
+        artifact = Artifact(path)
+        return Inspection.of_model(path, "lqexport artifact", _artifact_entries(artifact), artifact.config())
     if quantization_of(path) is not None:
-        return Inspection(str(path), "MLX folder", _mlx_entries(path))
+        mlx = _mlx_model(path)
+        return Inspection.of_model(path, "MLX folder", _entries(mlx, mlx.names()), mlx.config)
     method = method_of(path)
     if method == METHOD:
-        return Inspection(str(path), "native folder", _native_entries(path))
+        native = _native_model(path)
+        entries = _entries(native, [*native.names(), *native.factors()])
+        return Inspection.of_model(path, "native folder", entries, native.config)
     if method in ("exl2", "exl3"):
         folder = Exl2Model(path) if method == "exl2" else _exl3_model(path)
-        return Inspection(str(path), folder.container, _entries(folder, folder.names()))
+        return Inspection.of_model(path, folder.container, _entries(folder, folder.names()), folder.config)
     from lqexport.models.source import HuggingFaceSource
 
     source = HuggingFaceSource(path, str(path))
     container = source.layout.container if source.layout else "Hugging Face folder"
-    return Inspection(str(path), container, [_source_entry(source, name) for name in source.names()])
+    entries = [_source_entry(source, name) for name in source.names()]
+    return Inspection.of_model(path, container, entries, source.config)
 
 
 def _gguf_inspection(path: Path) -> Inspection:
     """Returns the tensors of a GGUF file; those of an image part by their GGUF names."""
     try:
         file = GGUFModel(path)
-        return Inspection(str(path), "GGUF file", _entries(file, file.names()))
+        return Inspection(str(path), "GGUF file", _entries(file, file.names()), file.architecture)
     except UserError:
         metadata, tensors, _ = read_split(path)
         if metadata.get("general.architecture") != IMAGE_PART:
@@ -192,18 +216,16 @@ def _artifact_entries(artifact: Artifact) -> list[TensorInfo]:
     return [_coded(name, tuple(entry["shape"]), entry["codec"]) for name, entry in artifact.manifest().items()]
 
 
-def _native_entries(folder: Path) -> list[TensorInfo]:
+def _native_model(folder: Path) -> NativeModel:
     from lqexport.converters.folders.native_read import NativeModel
 
-    model = NativeModel(folder)
-    return _entries(model, [*model.names(), *model.factors()])
+    return NativeModel(folder)
 
 
-def _mlx_entries(folder: Path) -> list[TensorInfo]:
+def _mlx_model(folder: Path) -> FolderModel:
     from lqexport.converters.mlx.reader import MlxModel
 
-    model = MlxModel(folder)
-    return _entries(model, model.names())
+    return MlxModel(folder)
 
 
 def _exl3_model(folder: Path) -> FolderModel:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from lqexport.converters.counting import copied_output, counted, counted_linears
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.pipeline.allocate import Allocation
 from lqexport.pipeline.job import Job
@@ -34,7 +35,9 @@ def finish(job: Job, results: Results) -> None:
     """Writes the report and the manifest."""
     factors = at_ranks(job.factors, results.ranks)
     tensors = [_entry(job, tensor, results) for tensor in job.planned]
-    report = {"run": job.identity, "tensors": tensors, "bits_per_weight": _bits_per_weight(job.planned, factors)}
+    stored, config = [*job.planned, *factors], job.source.config
+    count = counted(stored, copied_output(config))
+    report = {"run": job.identity, "tensors": tensors, "bits_per_weight": count.bits_per_weight}
     if results.ranks:
         report["correction"] = summary(tensors, job.planned, factors, job.recipe.merge)
     if results.tuning:
@@ -42,11 +45,11 @@ def finish(job: Job, results: Results) -> None:
     if results.type_choice:
         report["budget"] = results.type_choice
     if job.recipe.bits is not None:
-        report["linears_bits_per_weight"] = _bits_per_weight(job.linears.values(), [])
+        report["linears_bits_per_weight"] = counted_linears(stored, architecture_of(config)).bits_per_weight
     if results.allocation:
         report["allocation"] = {"predicted": results.allocation.loss, "gap": results.allocation.gap}
     job.listener.stage("Write digests of all tensors", 0)
-    job.artifact.finish([tensor.name for tensor in (*job.planned, *factors)], report)
+    job.artifact.finish([tensor.name for tensor in stored], report)
     job.artifact.log({"finished": True, "peak_memory_gib": round(peak_memory() / 2**30, 3)})
 
 
@@ -64,10 +67,3 @@ def _entry(job: Job, tensor: PlannedTensor, results: Results) -> dict[str, Any]:
     if tensor.name in results.ranks:
         entry["correction"]["rank"] = results.ranks[tensor.name]
     return entry
-
-
-def _bits_per_weight(planned: Iterable[PlannedTensor], factors: Iterable[PlannedTensor]) -> float:
-    """Returns effective bits per weight: the bytes of low-rank factors count, their numbers are no weights."""
-    tensors = list(planned)
-    nbytes = sum(tensor.nbytes for tensor in (*tensors, *factors))
-    return 8 * nbytes / sum(tensor.weights for tensor in tensors)

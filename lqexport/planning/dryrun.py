@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lqexport.converters.counting import copied_output, counted
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError, files_at_hand
 from lqexport.models.column_order import source_of
-from lqexport.models.inspect import TensorInfo, bits, size, table
+from lqexport.models.inspect import TensorInfo, size, table
 from lqexport.models.source import Source
 from lqexport.models.source_grids import sentences
 from lqexport.planning.compute_dtype import with_compute_dtype
@@ -27,7 +28,7 @@ from lqexport.planning.memory import memory_estimate, placement_sentence
 from lqexport.planning.needs import check_needs
 from lqexport.planning.output_folder import check_output_folder
 from lqexport.planning.rates import measured_rates
-from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe, size_limit
+from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe, size_limit, spared_bytes
 from lqexport.recipe import Effort, Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.shown import Shown
@@ -78,7 +79,7 @@ class Preview(Shown):
     @property
     def bits_per_weight(self) -> float:
         """Bits of `tensor_bytes` per weight."""
-        return bits(self.entries) * self.tensor_bytes / size(self.entries)
+        return 8 * self.tensor_bytes / counted(self.entries, copied_output(self.config)).weights
 
     @property
     def missing_bytes(self) -> int:
@@ -124,8 +125,7 @@ def _preview_of(
     source: Source, recipe: Recipe, tensors: list[PlannedTensor], limit: int | None, artifact: Artifact
 ) -> Preview:
     """Returns the preview of a plan. `limit` is what `size_limit` returns."""
-    out = artifact.folder
-    spared = 0 if limit is None else max(0, sum(tensor.nbytes for tensor in tensors) - limit)
+    out, spared = artifact.folder, spared_bytes(tensors, limit)
     tensors = tensors + plan_factors(source, tensors, recipe)
     already = sum(tensor.nbytes for tensor in tensors if tensor.name in artifact)
     existing = next(folder for folder in [out, *out.absolute().parents] if folder.is_dir())
@@ -174,7 +174,7 @@ def as_json(shown: Preview, placement: Placement) -> dict[str, Any]:
 
 def show_plan(shown: Preview, console: Console, every: bool = False) -> None:
     """Prints the types of the tensors and the fallbacks; with `every` each tensor by itself."""
-    console.print(table(shown.entries, every))
+    console.print(table(shown.entries, copied_output(shown.config), every))
     if shown.recipe.size and not Artifact(shown.out).chosen_types():
         console.print(f"These types will be chosen anew, to fit {shown.recipe.size}.", markup=False, highlight=False)
     if shown.recipe.bits is not None and shown.recipe.method != "rtn":

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lqexport.converters.counting import copied_output, counted
 from lqexport.converters.gguf.mixes import other_meaning
 from lqexport.converters.models.architectures import architecture_of, normalized
 from lqexport.converters.models.further import further_shapes
@@ -22,7 +23,8 @@ from lqexport.planning.defaults import by_effort
 from lqexport.planning.efforts import effort_sentence, seconds_by_effort
 from lqexport.planning.memory import Memory, MemoryLimits, choose_placement, memory, peak, placement_sentence
 from lqexport.planning.rates import measured_rates
-from lqexport.planning.recipe_plan import plan_factors, plan_recipe
+from lqexport.planning.recipe_plan import plan_factors, plan_recipe, size_limit, spared_bytes
+from lqexport.planning.type_choices import check_size
 from lqexport.recipe import ComputeDtype, Effort, Recipe
 from lqexport.runtime.placement import Placement
 from lqexport.runtime.shown import Shown
@@ -57,12 +59,14 @@ class Forecast(Shown):
     gpu       bytes of the GPU's memory; None for a run on the CPU
     host      bytes of the host's memory; None if not given
     efforts   the recipe as it would be at each effort
+    spared    bytes that the types to be chosen for a size will take less than those of `work`
     """
 
     work: Work
     gpu: int | None
     host: int | None
     efforts: dict[Effort, Recipe] = field(default_factory=dict)
+    spared: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -109,15 +113,16 @@ class Forecast(Shown):
     def as_json(self) -> dict[str, Any]:
         """Returns all estimates as JSON values, in bytes, operations and hours."""
         work, rates_in, effort = self.work, self.rates, self.work.recipe.effort
-        weights, nbytes = sum(t.weights for t in work.tensors), sum(t.nbytes for t in work.tensors)
+        count = counted(work.tensors, copied_output(work.config))
+        nbytes = count.nbytes - self.spared
         threads = torch.get_num_threads() if self.gpu is None else HOST_THREADS
         seconds = seconds_by_effort(work, self.efforts or {effort: work.recipe}, self.placement, threads, rates_in)
         hours = {each: time / 3600 for each, time in seconds.items()}
         return {
             "target": work.recipe.target,
-            "weights": weights,
+            "weights": count.weights,
             "tensor_bytes": nbytes,
-            "bits_per_weight": 8 * nbytes / weights,
+            "bits_per_weight": 8 * nbytes / count.weights,
             "memory": {name: asdict(stage) for name, stage in self.stages.items()},
             "peak": asdict(peak(self.stages)),
             "choices": placement_sentence(self.placement),
@@ -145,9 +150,12 @@ def forecast(model: str | Path, recipe: Recipe, gpu: str | None = None, host: st
     efforts = by_effort(recipe, shapes.config)
     recipe = efforts[recipe.effort]
     tensors = plan_recipe(shapes, recipe)
+    limit = size_limit(shapes, recipe, tensors)
+    check_size(recipe, tensors, limit)
+    spared = spared_bytes(tensors, limit)
     tensors += plan_factors(shapes, tensors, recipe)
     gpu_bytes, host_bytes = (memory_size(size) if size else None for size in (gpu, host))
-    return Forecast(Work(recipe, shapes.config, tensors), gpu_bytes, host_bytes, efforts)
+    return Forecast(Work(recipe, shapes.config, tensors), gpu_bytes, host_bytes, efforts, spared)
 
 
 def show(estimate: Forecast, console: Console) -> None:

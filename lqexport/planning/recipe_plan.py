@@ -53,6 +53,11 @@ def size_limit(source: ModelShapes, recipe: Recipe, planned: list[PlannedTensor]
     return model_size(recipe.size, sum(tensor.weights for tensor in planned), bytes_of)
 
 
+def spared_bytes(planned: list[PlannedTensor], limit: int | None) -> int:
+    """Returns by how many bytes the planned types exceed what `size_limit` returns, which types to be chosen keep."""
+    return 0 if limit is None else max(0, sum(tensor.nbytes for tensor in planned) - limit)
+
+
 def check_sequence_length(recipe: Recipe, source: ModelShapes, planned: list[PlannedTensor]) -> None:
     """Raises UserError if the calibration sequences are longer than the positions that the model has learned."""
     positions = learned_positions(source.config)

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 from rich.table import Table
 
 from lqexport.calibration.texts import read_text
+from lqexport.converters.counting import copied_output, counted, counted_linears
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError, files_at_hand
 from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import Evaluation
@@ -25,7 +27,7 @@ from lqexport.evaluation.protocols import PROTOCOLS, Protocol, cut_text
 from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import source_like
-from lqexport.models.inspect import bits, inspect, size
+from lqexport.models.inspect import inspect
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import Export, open_export
 from lqexport.runtime.environment import choose_device
@@ -48,6 +50,8 @@ if TYPE_CHECKING:
 class Compared:
     """The measurements of one file. Bytes and bits per weight include scales, tables and low-rank factors.
 
+    bits_per_weight          of all tensors, per weight of the source
+    linears_bits_per_weight  of the decoder blocks' linears, without embedding and output
     tokens_per_second   number of tokens in the windows, divided by the seconds that the engine took for them. The time
                         of this program's own engine includes reading and decoding the file's tensors.
     """
@@ -56,6 +60,7 @@ class Compared:
     sha256: str
     nbytes: int
     bits_per_weight: float
+    linears_bits_per_weight: float
     tokens_per_second: float
     evaluation: Evaluation
 
@@ -115,11 +120,12 @@ def compare(
 
 @dataclass(frozen=True)
 class _Opened:
-    """A file to measure, its result so far, and its low-rank factors if it has any."""
+    """A file to measure, its result so far, its low-rank factors if it has any, and the source's config.json."""
 
     head: Verification
     export: Export
     factors: LowRankFactors | None
+    config: dict[str, Any]
 
 
 def _opened(head: Verification, source: Source) -> _Opened:
@@ -129,7 +135,7 @@ def _opened(head: Verification, source: Source) -> _Opened:
     factors = open_factors(path, None, source.config)
     if not check_structure(head, export, factors, source):
         raise UserError(f"{path} is not a model like {source.name}: {head.failed[0]}")
-    return _Opened(head, export, factors)
+    return _Opened(head, export, factors, source.config)
 
 
 def _compared(
@@ -148,8 +154,12 @@ def _compared(
     for sentence in head.warnings:
         listener.message(f"{head.file}: {sentence}")
     entries = inspect(Path(head.file)).entries
+    count = counted(entries, copied_output(opened.config))
+    linears = counted_linears(entries, architecture_of(opened.config))
     rate = windows.size / max(clock.seconds, 1e-9)
-    return Compared(head.file, head.sha256, size(entries), bits(entries), rate, evaluation)
+    return Compared(
+        head.file, head.sha256, count.nbytes, count.bits_per_weight, linears.bits_per_weight, rate, evaluation
+    )
 
 
 class _Clock:
@@ -173,17 +183,18 @@ def table(comparison: Comparison) -> Table:
     """Returns the table that `lqexport compare` prints."""
     result = Table(box=None, pad_edge=False)
     result.add_column("file", overflow="fold")
-    for title in ("size", "bits", "perplexity", "ln(ratio)", "KL divergence", "same top", "tokens/s"):
+    for title in ("size", "bits", "of linears", "perplexity", "ln(ratio)", "KL divergence", "same top", "tokens/s"):
         result.add_column(title, justify="right", no_wrap=True)
     first = comparison.files[0].evaluation
     reference = with_error(first.reference_perplexity, first.reference_perplexity_error, 3)
-    result.add_row(f"{comparison.against} (source)", "", "", reference, "", "", "", "")
+    result.add_row(f"{comparison.against} (source)", "", "", "", reference, "", "", "", "")
     for file in comparison.files:
         evaluation = file.evaluation
         result.add_row(
             file.file,
             human_bytes(file.nbytes),
             f"{file.bits_per_weight:.3f}",
+            f"{file.linears_bits_per_weight:.3f}",
             with_error(evaluation.perplexity, evaluation.perplexity_error, 3),
             with_error(evaluation.ln_ratio, evaluation.ln_ratio_error),
             with_error(evaluation.kl, evaluation.kl_error),

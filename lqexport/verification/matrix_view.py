@@ -55,6 +55,12 @@ class InContext:
     kl: float
 
 
+def check_shown(export: Weights, source: Weights, name: str) -> None:
+    """Raises UserError if the file or the source has no matrix of this name."""
+    if name not in export.names() or name not in source.names() or len(export.shape(name)) != 2:
+        raise UserError(f"There is no matrix {name} to show; `lqexport inspect --verbose` lists the names.")
+
+
 def matrix_view(export: Weights, source: Weights, name: str | None, codec_name: str) -> MatrixView | None:
     """Returns the histograms of the matrix `name` and the levels of its middle row; None if `name` is None.
 
@@ -63,8 +69,7 @@ def matrix_view(export: Weights, source: Weights, name: str | None, codec_name: 
     """
     if name is None:
         return None
-    if name not in export.names() or name not in source.names() or len(export.shape(name)) != 2:
-        raise UserError(f"There is no matrix {name} to show; `lqexport inspect --verbose` lists the names.")
+    check_shown(export, source, name)
     original, written = (weights.read(name).float().numpy() for weights in (source, export))
     edges = np.histogram_bin_edges(original, BINS)
     counts = [np.histogram(values.clip(edges[0], edges[-1]), edges)[0].tolist() for values in (original, written)]

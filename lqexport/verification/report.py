@@ -11,7 +11,6 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lqexport.converters.factors import is_factor
 from lqexport.errors import UserError, install
 from lqexport.evaluation.embeddings import NEIGHBOURS
 from lqexport.evaluation.figures import figure, share, with_error
@@ -67,10 +66,10 @@ def checks(result: Verification) -> list[tuple[str, str]]:
     compared = [tensor for tensor in result.tensors if tensor.same_bytes is not None]
     same = sum(tensor.same_bytes is True for tensor in compared)
     digests = f"{same} of {len(compared)} tensors are the artifact's" if compared else "no artifact given"
-    weights = sum(tensor.weights for tensor in result.tensors if not is_factor(tensor.name))
     return [
-        ("tensors", f"{len(result.tensors)}, {weights / 1e6:.1f} million weights"),
+        ("tensors", f"{len(result.tensors)}, {(result.weights or 0) / 1e6:.1f} million weights"),
         ("size", f"{human_bytes(result.nbytes)}, {result.bits_per_weight:.3f} bits per weight"),
+        ("linears of the blocks", f"{result.linears_bits_per_weight or 0:.3f} bits per weight"),
         ("finite", f"{sum(tensor.finite for tensor in result.tensors)} of {len(result.tensors)} tensors"),
         ("digests", digests),
         *((f"expected loss, {loss.protocol}", _expectation(loss)) for loss in result.expected),

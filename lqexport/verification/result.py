@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lqexport.converters.factors import is_factor
 from lqexport.evaluation.embeddings import Similarity
 from lqexport.evaluation.evaluate import Evaluation
 from lqexport.evaluation.figures import finite_or_null
@@ -99,6 +98,8 @@ class Verification:
     adapter            file of low-rank corrections, or the artifact folder that holds them; None without corrections
     license            what the source says of its license: license, license_name, license_link
     activations        type that the inputs of linears were rounded to (emulated); None if they were not rounded
+    weights            number of the source's weights (`counted`); None before the tensors were read
+    linears_bits_per_weight   the same of the decoder blocks' linears, without embedding and output, in bits per weight
     decoding           sentence that says by which path the tensors were decoded
     smoothed           number of norms and linears whose scales differ from the source's (`lqexport.models.smoothing`)
     limits             the limits that were checked
@@ -128,6 +129,8 @@ class Verification:
     adapter: str | None = None
     license: dict[str, str] = field(default_factory=dict)
     activations: str | None = None
+    weights: int | None = None
+    linears_bits_per_weight: float | None = None
     decoding: str = "NumPy"
     smoothed: int = 0
     limits: dict[str, float] = field(default_factory=dict)
@@ -168,8 +171,8 @@ class Verification:
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of all tensors' data, with scales, tables and low-rank factors, per weight of the model."""
-        return 8 * self.nbytes / max(1, sum(tensor.weights for tensor in self.tensors if not is_factor(tensor.name)))
+        """Bits of all tensors' data, with scales, tables and low-rank factors, per weight of the source."""
+        return 8 * self.nbytes / max(1, self.weights or 0)
 
     @property
     def columns(self) -> Sequence[tuple[str, Evaluation | Similarity]]:

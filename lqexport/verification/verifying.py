@@ -18,9 +18,11 @@ from lqexport.calibration.sequences import overlap
 from lqexport.calibration.texts import Text, read_text
 from lqexport.checking.checking import metadata_problems
 from lqexport.checking.opened import open_file
+from lqexport.converters.counting import copied_output, counted, counted_linears
 from lqexport.converters.folders.native import RECORD
 from lqexport.converters.gguf.split import is_gguf, read_split
 from lqexport.converters.mlx.types import quantization_of
+from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError, files_at_hand, well_formed
 from lqexport.evaluation import llamacpp, mlx_lm
 from lqexport.evaluation.activations import rounding
@@ -37,10 +39,10 @@ from lqexport.runtime.progress import Listener, Silent
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import file_digest
 from lqexport.verification.blame import causes
-from lqexport.verification.default_limits import MAX_OVER_EXPECTED
+from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 from lqexport.verification.limits import above_expected, check_limits, limits_for
 from lqexport.verification.long_window import measure_long_window
-from lqexport.verification.matrix_view import MatrixView, matrix_view
+from lqexport.verification.matrix_view import MatrixView, check_shown, matrix_view
 from lqexport.verification.result import Engine, Verification
 from lqexport.verification.rounded_source import RoundedSource, not_contradicted
 from lqexport.verification.settings import different_settings, lost_settings
@@ -70,7 +72,7 @@ def verify(
     adapter: str | Path | None = None,
     activations: str | None = None,
     max_kl: float | None = None,
-    max_perplexity_ratio: float | None = None,
+    max_perplexity_ratio: float | None = MAX_PERPLEXITY_RATIO,
     max_over_expected: float | None = MAX_OVER_EXPECTED,
     min_cosine: float | None = None,
     linear: str | None = None,
@@ -113,6 +115,8 @@ def verify(
     listener = listener or Silent()
     export = open_export(file)
     source, evaluation_text = source_like(open_source(against), export.config), read_text(text)
+    if linear is not None:
+        check_shown(export, source, linear)
     made_from = Artifact(Path(artifact)) if artifact else _record_in(file)
     compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
     listener.stage(f"Read the digest of {file.name}", 0)
@@ -175,6 +179,9 @@ def _check_content(result: Verification, compared: _Compared, listener: Listener
     check_files(result, compared.artifact)
     result.smoothed = len(compared.scales)
     check_tensors(result, compared.export, compared.factors, compared.smoothed, compared.artifact, listener)
+    config = compared.source.config
+    result.weights = counted(result.tensors, copied_output(config)).weights
+    result.linears_bits_per_weight = counted_linears(result.tensors, architecture_of(config)).bits_per_weight
     return complete and fits and all(tensor.finite for tensor in result.tensors)
 
 
