@@ -7,8 +7,10 @@ used, so importing is quick. docs/python.md says what they do.
 import os
 from importlib import import_module
 from importlib.metadata import version
+from inspect import isfunction
 from typing import TYPE_CHECKING, Any
 
+from lqexport.arguments import checked
 from lqexport.integration.registration import register
 
 # Equal recipes must give equal bytes. Without this setting, the last bits of MKL's float64 products depend on how their
@@ -85,10 +87,14 @@ register()
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a public name when it is first used. Raises AttributeError for any other name."""
+    """Loads a public name when it is first used. Raises AttributeError for any other name.
+
+    A function is given with a check of its arguments.
+    """
     if name not in _MODULES:
         raise AttributeError(f"lqexport has no {name!r}.")
-    return getattr(import_module(f"lqexport.{_MODULES[name]}"), name)
+    value = getattr(import_module(f"lqexport.{_MODULES[name]}"), name)
+    return checked(value) if isfunction(value) else value
 
 
 def __dir__() -> list[str]:

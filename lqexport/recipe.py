@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lqexport.arguments import taken
 from lqexport.errors import UserError, check_least
 from lqexport.target import AUTO, Target, full_name, implied_target, spelled
 
@@ -311,10 +312,8 @@ class Recipe:
                 "No target: give --target, such as gguf:Q4_K_M, or --size, such as 4.25bpw, or a --recipe file that "
                 "has one of them."
             )
+        self._check_types()
         self._spell_names()
-        for name, literal in CHOICES.items():
-            if (value := getattr(self, name)) is not None and value not in get_args(literal):
-                raise UserError(f"{name} cannot be {value!r}; choose one of {', '.join(get_args(literal))}.")
         for name, least in LEAST.items():
             check_least(least, **{name: getattr(self, name)})
         self._check_size()
@@ -325,6 +324,18 @@ class Recipe:
         self._check_bits()
         self._check_exl3()
         self._check_fixed_types()
+
+    def _check_types(self) -> None:
+        """Raises UserError for an option of a wrong type, and for a choice that there is not.
+
+        Paths become text and tuples lists, as run.json stores them.
+        """
+        for option in dataclasses.fields(self):
+            value = taken(option.name, getattr(self, option.name), str(option.type))
+            object.__setattr__(self, option.name, value)
+            choices = get_args(CHOICES.get(option.name))
+            if choices and value not in choices and not (value is None and option.default is None):
+                raise UserError(f"{option.name} cannot be {value!r}; choose one of {', '.join(choices)}.")
 
     def _spell_names(self) -> None:
         """Puts the names of targets and types into their one spelling, in which run.json stores them."""
@@ -505,12 +516,10 @@ def _same_fields(recipe: Recipe, settings: type) -> dict[str, Any]:
 def plain_type(option: dataclasses.Field[Any]) -> str:
     """Returns the type of an option's value for TOML and the command line: str, int, float, bool or list[str]."""
     name = str(option.type).split(" |")[0]
-    return name if name in _TOML_TYPES else "str"
+    return name if name in PLAIN_TYPES else "str"
 
 
-_TOML_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (int, float), "bool": (bool,), "list[str]": (list,),
-}  # fmt: skip
+PLAIN_TYPES = ("str", "int", "float", "bool", "list[str]")
 
 
 def load_recipe(path: Path) -> dict[str, Any]:
@@ -526,15 +535,5 @@ def load_recipe(path: Path) -> dict[str, Any]:
     for name, value in options.items():
         if name not in fields:
             raise UserError(f"{path}: unknown option {name!r}. Known: {', '.join(fields)}.")
-        wanted = plain_type(fields[name])
-        if not _is_of_type(value, wanted):
-            raise UserError(f"{path}: {name} must be a {wanted}, not {value!r}.")
+        taken(f"{path}: {name}", value, plain_type(fields[name]))
     return options
-
-
-def _is_of_type(value: Any, wanted: str) -> bool:
-    if isinstance(value, bool):
-        return wanted == "bool"
-    if isinstance(value, list):
-        return wanted == "list[str]" and all(isinstance(item, str) for item in value)
-    return isinstance(value, _TOML_TYPES[wanted])

@@ -402,5 +402,7 @@ def test_another_base_is_refused(make: Callable[..., Path], tmp_path: Path) -> N
 def test_other_folders_are_no_native_ones(tiny_model: Path) -> None:
     with pytest.raises(UserError, match="not of the native format"):
         lqexport.load(tiny_model)
-    with pytest.raises(UserError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded: there is no such folder, and as a name on the hub"):
         lqexport.load("/no/such/folder")
+    with pytest.raises(UserError, match="is a file, and no folder of the native format"):
+        lqexport.load(tiny_model / "config.json")

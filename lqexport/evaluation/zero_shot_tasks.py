@@ -64,6 +64,8 @@ def zero_shot(
     """
     check_least(0, shots=shots)
     check_least(1, limit=limit, batch_size=batch_size)
+    if not tasks:
+        raise UserError("Name at least one task, such as arc_easy.")
     manager, path = opened_tasks(tasks, include), Path(file)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM

@@ -26,14 +26,18 @@ def load(folder: str | Path, **options: Any) -> PreTrainedModel:
     from lqexport.converters.folders.native import METHOD
     from lqexport.converters.models.architectures import find_architecture
 
+    if Path(folder).is_file():
+        raise UserError(f"{folder} is a file, and no folder of the native format, which `lqexport to-native` writes.")
     try:
-        known = find_architecture(AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict())
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False).to_dict()
+        if (config.get("quantization_config") or {}).get("quant_method") != METHOD:
+            raise UserError(f"{folder} is not of the native format. `lqexport to-native` writes such folders.")
+        known = find_architecture(config)
         auto_class = AutoModel if known and known.encoder else AutoModelForCausalLM
-        model = auto_class.from_pretrained(str(folder), **SAFE | options)
+        model: PreTrainedModel = auto_class.from_pretrained(str(folder), **SAFE | options)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder} cannot be loaded: {str(error).strip()}") from error
-    if getattr(model, "quantization_method", None) != METHOD:
-        raise UserError(f"{folder} is not of the native format. `lqexport to-native` writes such folders.")
+        absent = "" if Path(folder).exists() else "there is no such folder, and as a name on the hub: "
+        raise UserError(f"{folder} cannot be loaded: {absent}{str(error).strip()}") from error
     return model
 
 

@@ -15,9 +15,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from lqexport.arguments import taken
 from lqexport.calibration.collect import BATCH_TOKENS, SHARDS
 from lqexport.converters.models.tensor_names import expert_number
 from lqexport.converters.plan import PlannedTensor
+from lqexport.errors import check_least, with_advice
 from lqexport.formats.codec import GridCodec, SectionedCodec, TrellisCodec
 from lqexport.formats.registry import codec_named
 from lqexport.grids.fit import minmax
@@ -291,10 +293,19 @@ def _parts(work: Work) -> list[int]:
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """Bytes that a run may use on the device (if it is a GPU) and on the host. None means no limit."""
+    """Bytes that a run may use on the device (if it is a GPU) and on the host. None means no limit.
+
+    Raises UserError for what is no number of bytes.
+    """
 
     device: int | None = None
     host: int | None = None
+
+    def __post_init__(self) -> None:
+        with with_advice("Memory is given in bytes, such as 24 * 10**9."):
+            for name in ("device", "host"):
+                object.__setattr__(self, name, taken(name, getattr(self, name), "int | None"))
+            check_least(0, device=self.device, host=self.host)
 
     def shared(self, processes: int) -> MemoryLimits:
         """Returns the limits of each of `processes` processes, which share the host's memory and have a GPU each."""

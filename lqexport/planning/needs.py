@@ -50,9 +50,18 @@ def warnings_of(source: Source, recipe: Recipe, planned: list[PlannedTensor]) ->
 
     Raises UserError as `unweighted` and `file_warnings` do.
     """
-    lacking = [*unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
+    lacking = [*without_effect(recipe), *unweighted(source, recipe, planned), *left_out(source, recipe, planned)]
     written = [*file_warnings(source, recipe, planned), *engine_warnings(source, recipe)]
     return [*lacking, *tokenizer_warnings(source, recipe), *written, *other_meaning(recipe.parsed_target)]
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """Returns a warning about options that need a calibration text, where method rtn reads none; else []."""
+    needing = {"tune": recipe.tune, "asymmetric": recipe.asymmetric, "output_groups": recipe.output_groups > 1}
+    given = [name for name, value in needing.items() if value]
+    if not given or recipe.method != "rtn" or recipe.calibrates:
+        return []
+    return [f"Method rtn reads no calibration text, so {listed(given)} will have no effect."]
 
 
 def engine_warnings(source: Source, recipe: Recipe) -> list[str]:

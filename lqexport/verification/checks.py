@@ -66,7 +66,10 @@ def check(
     Raises UserError if there is no such file, or no .gguf file in a folder. What is wrong with a file is in the result.
     """
     listener = listener or Silent()
-    paths = [path for name in ([files] if isinstance(files, str | Path) else files) for path in _paths(Path(name))]
+    names = [files] if isinstance(files, str | Path) else files
+    if not names:
+        raise UserError("Give at least one file to check.")
+    paths = [path for name in names for path in _paths(Path(name))]
     results = []
     for path in paths:
         result = check_file(path, listener=listener)
