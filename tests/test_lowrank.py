@@ -84,6 +84,18 @@ def test_only_the_second_moments_themselves_give_the_least_loss(problem: tuple[t
     assert losses["qera-diag"] < losses["lqer"]
 
 
+def test_a_rank_beyond_what_the_inputs_show_stays_finite() -> None:
+    """Of few tokens, the second moments are singular: an error may have parts that they do not see."""
+    draw = torch.Generator().manual_seed(0)
+    error, inputs = torch.randn(24, 40, generator=draw), torch.randn(12, 40, generator=draw)
+    hessian = inputs.double().T @ inputs.double()
+    up, down = correction(error, hessian, 24)
+    assert float(max(up.abs().max(), down.abs().max())) < 100
+    assert not up[:, 12:].any()
+    losses = loss_by_rank(error, hessian, up, down).tolist()
+    assert abs(losses[-1]) < 1e-6 * losses[0]
+
+
 def test_losses_by_rank_are_those_of_the_cut_factors(problem: tuple[torch.Tensor, ...]) -> None:
     error, hessian, _ = problem
     up, down = (factor.half().double() for factor in correction(error, hessian.double(), 6))

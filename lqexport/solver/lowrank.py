@@ -29,6 +29,8 @@ OVERSAMPLE = 32
 ITERATIONS = 12
 """Steps of the subspace iteration. With them the loss that remains is at most 0.1 % above that of the full SVD
 (tests/test_lowrank.py)."""
+LEAST_SHARE = 1e-12
+"""Share of the largest eigenvalue below which an eigenvector is left out of a correction."""
 
 
 def column_weighting(scaling: Scaling, hessian: Tensor, magnitudes: Tensor | None) -> Tensor:
@@ -52,11 +54,13 @@ def correction(error: Tensor, weighting: Tensor, rank: int) -> tuple[Tensor, Ten
 
     The columns of B are sorted by the share of the error that they remove, the largest first. So the first j columns of
     B and rows of A are the best correction of rank j. B and A have equal norms, so that both fit float16.
+    Eigenvectors that the weighting does not see are zero in both: their rows of A would be too large.
     """
     error = error.double()
     basis, energies = leading_eigenvectors(error, weighting, rank)
-    sizes = energies.clamp_min(1e-300).sqrt()
-    up, down = basis * sizes, (basis / sizes).T @ error
+    seen = energies > LEAST_SHARE * energies[:1]
+    sizes = energies.where(seen, 1).sqrt()
+    up, down = basis * sizes * seen, (basis / sizes * seen).T @ error
     balance = (down.norm() / up.norm().clamp_min(1e-300)).sqrt()
     return (up * balance).float(), (down / balance.clamp_min(1e-300)).float()
 
