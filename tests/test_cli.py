@@ -151,6 +151,7 @@ def test_no_target_is_said(odd_model: Path, tmp_path: Path) -> None:
         ("verify", "--card", "file/card.md", "file cannot be written"),
         ("verify", "--record", "file", "file is a file"),
         ("compare", "--plot", "file/new/plot.svg", "file cannot be written"),
+        ("compare", "--plot", "plot.png", "ends in .svg"),
     ],
 )
 def test_where_reports_cannot_be_written_is_said_before_work(

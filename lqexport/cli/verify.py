@@ -19,6 +19,7 @@ from lqexport.cli.shared_options import (
     MinCosine,
     Windows,
 )
+from lqexport.errors import UserError
 from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.runtime.progress import terminal_listener
 from lqexport.storage.files import check_outputs
@@ -176,6 +177,8 @@ def compare(
         from lqexport.verification import comparison, report
 
         if plot:
+            if plot.suffix.lower() != ".svg":
+                raise UserError(f"{plot}: the plot is an SVG file. Give a name that ends in .svg.")
             report.check_installed()
         with terminal_listener() as listener:
             result = comparison.compare(
