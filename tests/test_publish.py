@@ -180,7 +180,7 @@ def test_what_the_hub_says_is_told(verified: tuple[Path, Path], hub: Hub, monkey
     monkeypatch.setenv("HF_TOKEN", "hf_of_nobody")
     with pytest.raises(UserError, match=r"did not take .* as me/tiny: .*401.*hf auth login"):
         push_to_hub(file, "me/tiny", record=record)
-    with pytest.raises(UserError, match=r"did not take .* as a/b/c") as refused:
+    with pytest.raises(UserError, match=r"No repository can be called 'a/b/c'") as refused:
         push_to_hub(file, "a/b/c", record=record)
     assert "auth login" not in str(refused.value)
 
