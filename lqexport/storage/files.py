@@ -151,12 +151,14 @@ def check_new(path: Path) -> None:
 
 def check_path(path: str | Path) -> None:
     """Raises UserError for a name that JSON and GGUF files cannot hold, as it is not UTF-8, or that is too long."""
-    try:
-        sizes = {name: len(name.encode()) for name in Path(path).parts}
-    except UnicodeEncodeError:
-        raise UserError(f"The name {path} is not UTF-8. Choose another.") from None
-    if long := [name for name, size in sizes.items() if size > NAME_BYTES]:
-        raise UserError(f"The name {long[0]} has {sizes[long[0]]} bytes, and file systems take {NAME_BYTES}.")
+    for name in Path(path).parts:
+        try:
+            stored = os.fsencode(name)  # its bytes, also where the locale is not UTF-8
+            stored.decode()
+        except UnicodeError:
+            raise UserError(f"The name {path} is not UTF-8. Choose another.") from None
+        if len(stored) > NAME_BYTES:
+            raise UserError(f"The name {name} has {len(stored)} bytes, and file systems take {NAME_BYTES}.")
 
 
 def check_writable(path: Path) -> None:
