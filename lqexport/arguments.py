@@ -25,7 +25,7 @@ OR = re.compile(r" \| (?![^\[]*\])")
 
 
 class Form(NamedTuple):
-    """What an annotation means.
+    """The values that an annotation allows.
 
     noun      what the value must be, for messages
     types     types of right values

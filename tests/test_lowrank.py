@@ -85,7 +85,7 @@ def test_only_the_second_moments_themselves_give_the_least_loss(problem: tuple[t
 
 
 def test_a_rank_beyond_what_the_inputs_show_stays_finite() -> None:
-    """Of few tokens, the second moments are singular: an error may have parts that they do not see."""
+    """Second moments of few tokens are singular, and an error may have parts that they do not see."""
     draw = torch.Generator().manual_seed(0)
     error, inputs = torch.randn(24, 40, generator=draw), torch.randn(12, 40, generator=draw)
     hessian = inputs.double().T @ inputs.double()

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.llamacpp
 
 @dataclasses.dataclass
 class Loss:
-    """What the check of continuations reads of an evaluation."""
+    """The part of an evaluation that the check of continuations reads."""
 
     kl_max: float = 0.001
 

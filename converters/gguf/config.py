@@ -9,9 +9,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lqexport.converters.gguf.metadata import TOKEN_TYPES, WINDOW_PERIOD, WINDOW_THETA
+from lqexport.converters.gguf.metadata import TOKEN_TYPES, WINDOW_THETA
 from lqexport.converters.gguf.support import query_scalar
-from lqexport.converters.models.architecture import FIRST, FURTHER_COUNT, KEY_HEADS, MEAN, Architecture, Config
+from lqexport.converters.models.architecture import (
+    FIRST,
+    FURTHER_COUNT,
+    KEY_HEADS,
+    MEAN,
+    WINDOW_PERIOD,
+    Architecture,
+    Config,
+)
 from lqexport.converters.models.further import block_count
 from lqexport.converters.models.hf_defaults import FULL, SLIDING, default_of, default_rope
 from lqexport.converters.models.rope import (

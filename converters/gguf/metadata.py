@@ -10,7 +10,7 @@ from gguf import GGUFWriter, RopeScalingType
 
 from lqexport.converters.gguf.mixes import file_type
 from lqexport.converters.gguf.support import check_supported
-from lqexport.converters.models.architecture import KEY_HEADS, Architecture, Config, Key
+from lqexport.converters.models.architecture import KEY_HEADS, WINDOW_PERIOD, Architecture, Config, Key
 from lqexport.converters.models.hf_defaults import SLIDING
 from lqexport.converters.models.rope import (
     head_dim,
@@ -33,7 +33,7 @@ _TYPE = re.compile(r"(?i)[-._ ](?:(?:UD-)?I?Q\d\w*|TQ\d\w*|MXFP4\w*|NVFP4|BF16|F
 TOKEN_TYPES = "token_types.weight"
 """The GGUF tensor with an embedding for each type of token, which BERT has."""
 VALUE_LENGTH = "attention.value_length"
-WINDOW_PERIOD, WINDOW_THETA = "attention.sliding_window_pattern", "rope.freq_base_swa"
+WINDOW_THETA = "rope.freq_base_swa"
 
 
 def check_metadata(architecture: Architecture, config: Config) -> None:

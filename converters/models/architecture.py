@@ -25,6 +25,8 @@ EACH = "*"
 """The placeholder for an expert's number in the name of a module."""
 KEY_HEADS = "attention.head_count_kv"
 """The name of the GGUF key with the number of key heads, which may be an array with one number for each block."""
+WINDOW_PERIOD = "attention.sliding_window_pattern"
+"""The name of the GGUF key with the period of blocks with a window, or with an array that says which have one."""
 BORROWED = ("self_attn.k_proj", "self_attn.k_norm", "self_attn.v_proj", "self_attn.v_norm")
 """The modules that a block does not use if it takes the keys and values of an earlier block."""
 GATED = {"mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down"}

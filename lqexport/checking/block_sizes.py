@@ -9,11 +9,10 @@ from math import nan
 from typing import Any
 
 from lqexport.checking.opened import OpenFile
-from lqexport.converters.models.architecture import KEY_HEADS
+from lqexport.converters.models.architecture import KEY_HEADS, WINDOW_PERIOD
 
 BlockSizes = dict[str, float]
 """Name of a size in `shape_table.py` -> its value, a whole number or NaN."""
-PATTERN = "attention.sliding_window_pattern"
 COUNTS = {
     "vocabulary": "vocab_size",
     "context": "context_length",
@@ -96,7 +95,7 @@ def _of_attention(file: OpenFile, block: int, hidden: float, sizes: BlockSizes) 
 
 def _ending(file: OpenFile, block: int) -> str:
     """Returns the ending of the keys of a block's head sizes: blocks with a window may have sizes of their own."""
-    pattern = file.get(PATTERN)
+    pattern = file.get(WINDOW_PERIOD)
     has_window = isinstance(pattern, list) and block < len(pattern) and bool(pattern[block])
     return "_swa" if has_window and file.get("attention.key_length_swa") is not None else ""
 

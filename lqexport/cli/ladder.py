@@ -74,9 +74,7 @@ def ladder(
         check_source_name(source)
         from lqexport.delivery.ladder import TYPES, finished_ladder, planned_ladder
 
-        named, of_sizes = _listed(targets), _listed(sizes) or []
-        if sizes is not None:
-            named = named or []
+        named, of_sizes = _listed(targets), _listed(sizes)
         # Of all recipes, this one is checked first; each file then has its own target and size.
         first = {"target": "gguf:auto", "size": of_sizes[0]} if of_sizes else {"target": f"gguf:{(named or TYPES)[0]}"}
         recipe = merged_recipe(recipe_file, options | {"source": source} | first)

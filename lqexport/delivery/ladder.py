@@ -88,7 +88,7 @@ def make_ladder(
     folder: str | Path,
     types: Sequence[str] | None = None,
     *,
-    sizes: Sequence[str] = (),
+    sizes: Sequence[str] | None = None,
     text: str = "python-heldout",
     windows: int | None = None,
     engine: Engine | None = None,
@@ -116,8 +116,8 @@ def make_ladder(
 
 
 def planned_ladder(
-    recipe: Recipe, folder: Path, types: Sequence[str] | None, sizes: Sequence[str], measurement: Measurement, *,
-    device: str = "auto", memory: MemoryLimits | None = None,
+    recipe: Recipe, folder: Path, types: Sequence[str] | None, sizes: Sequence[str] | None, measurement: Measurement,
+    *, device: str = "auto", memory: MemoryLimits | None = None,
 ) -> list[Rung]:  # fmt: skip
     """Returns the files to make, after checking all that can be known before work; reads no weights.
 
@@ -125,10 +125,10 @@ def planned_ladder(
     is not the one that would be made.
     """
     if types is None:
-        types = () if sizes else TYPES
+        types = TYPES if sizes is None else ()
     requests = [
         Request(each, Places(folder / name), measurement, device, memory=memory)
-        for name, each in _recipes(recipe, types, sizes).items()
+        for name, each in _recipes(recipe, types, sizes or ()).items()
     ]
     rungs = [_rung(request) for request in requests]
     if architecture_of(rungs[0].preview.config).encoder:

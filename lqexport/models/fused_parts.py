@@ -32,15 +32,15 @@ def part_shape(whole: tuple[int, ...], rows: int, groups: int) -> tuple[int, ...
 
 def part(whole: Tensor, rows: Order, groups: int) -> Tensor:
     """Returns the part of a fused weight [rows, columns] that has these rows, transposed group by group."""
-    values = whole[torch.from_numpy(rows)]
-    return values.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if groups else values
+    return _turned(whole[torch.from_numpy(rows)], groups)
 
 
 def whole(parts: list[tuple[Tensor, Order, int]]) -> Tensor:
     """Returns the fused weight of its parts, each with its rows and its groups: the inverse of `part`."""
-    turned_back = [
-        values.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if groups else values
-        for values, _, groups in parts
-    ]
     places = torch.cat([torch.from_numpy(rows) for _, rows, _ in parts])
-    return torch.cat(turned_back)[places.argsort()]
+    return torch.cat([_turned(values, groups) for values, _, groups in parts])[places.argsort()]
+
+
+def _turned(values: Tensor, groups: int) -> Tensor:
+    """Returns a matrix with each of `groups` groups of rows transposed, which undoes itself; with 0 groups as it is."""
+    return values.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1) if groups else values

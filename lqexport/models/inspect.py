@@ -76,9 +76,9 @@ class TensorInfo:
 class Inspection(Shown):
     """A model's tensors.
 
-    path        the file or folder
-    container   what it is, such as `GGUF file`
-    entries     the tensors, in the order of the model
+    path           the file or folder
+    container      what it is, such as `GGUF file`
+    entries        the tensors, in the order of the model
     architecture   the model's architecture; None of an image part
     copied         the name of an output that is a copy of the embedding, which adds no weights; None if there is none
     """
