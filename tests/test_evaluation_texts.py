@@ -1,4 +1,4 @@
-"""The evaluation texts of bench/: that the benches can read them, and that the built-in text shares nothing with them."""
+"""The evaluation texts of bench/: how they are written, and that the built-in text shares nothing with them."""
 
 from __future__ import annotations
 
