@@ -346,6 +346,22 @@ def test_cross_moments_hold_the_plain_hessian() -> None:
         torch.testing.assert_close(both.hessian(), alone.hessian())
 
 
+def test_cross_moments_of_four_shards_are_those_of_one() -> None:
+    """Shards take turns in the same memory, so what one of them left must not stay in the next."""
+    one, four = (CrossMoments(16, "normalized", all_on_device(CPU), rows=4) for _ in range(2))
+    draw = torch.Generator().manual_seed(4)
+    for full, quantized in zip(*(inputs.split(30) for inputs in drifted(120, 0.1)), strict=True):
+        streams = torch.randn(2, 30, 4, generator=draw)
+        for half in (0, 1):
+            entering = Entering(full[half::2], streams[0, half::2]), Entering(quantized[half::2], streams[1, half::2])
+            one.add(half, *entering)
+            four.add(half, *entering)
+        four.end_shard()
+    weight = torch.randn(4, 16, generator=draw)
+    torch.testing.assert_close(four.hessian(), one.hessian())
+    torch.testing.assert_close(target_of(four, weight, 0.1), target_of(one, weight, 0.1))
+
+
 @pytest.mark.parametrize("power", [1.0, 0.5])
 def test_cross_moments_with_token_weights_are_guided(power: float) -> None:
     """If nothing is quantized yet, cross moments with token weights are the guided Hessian, up to a factor."""

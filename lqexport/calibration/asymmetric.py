@@ -66,10 +66,15 @@ class CrossMoments:
         if rows and moments_type != "plain":
             self._shapes["lag"] = (2, rows, columns)
         self._shard: dict[str, Tensor] = {}
+        self._spare: dict[str, Tensor] = {}  # the previous shard's memory: allocating large matrices anew takes long
         self._total: dict[str, Tensor] = {}
 
     def _zeros(self) -> dict[str, Tensor]:
-        return {name: torch.zeros(shape, device=self._placement.device) for name, shape in self._shapes.items()}
+        spare, self._spare, device = self._spare, {}, self._placement.device
+        return {
+            name: spare[name].zero_() if name in spare else torch.zeros(shape, device=device)
+            for name, shape in self._shapes.items()
+        }
 
     def add(self, half: int, full: Entering, quantized: Entering, weights: Tensor | None = None) -> None:
         """Adds what enters in both models for the same tokens to a half of the batches, 0 or 1.
@@ -94,14 +99,17 @@ class CrossMoments:
         It adds the shards of the first `senders` processes in the order of their ranks.
         """
         keep = self._placement.moments.keep
-        for name, tensor in (self._shard or self._zeros()).items():
+        shard = self._shard or self._zeros()
+        for name, tensor in shard.items():
             for shard_sum in processes.received(tensor, 0, senders):
                 total = self._total.get(name)
                 self._total[name] = keep(shard_sum) if total is None else total.add_(shard_sum.to(total.device))
         self._shard = {}
+        self._spare = {name: tensor for name, tensor in shard.items() if tensor is not self._total.get(name)}
 
     def share(self, processes: Processes) -> None:
-        """Gives all processes the first one's total."""
+        """Gives all processes the first one's total, after the last shard."""
+        self._spare = {}
         if processes.count == 1:
             return
         for name, tensor in (self._total or self._zeros()).items():
