@@ -99,7 +99,7 @@ def main() -> None:
                 errors(weight, used[name].hessian(), [held_moments.hessian()], recipe)[0] for used in (filled, plain)
             )
             ratios[linear].append(with_filling / without)
-    print("| tokens | of other sequences | up_proj | down_proj |\n|---|---|---|---|")
+    print("| calibration tokens | tokens of other sequences | up_proj | down_proj |\n|---|---|---|---|")
     for expert in tokens.sum(1).argsort().tolist():
         counts = f"{int(tokens[expert].sum())} | {int(held_tokens[expert].sum())}"
         print(f"| {counts} | {ratios[UP][expert]:.3f} | {ratios[DOWN][expert]:.3f} |")
