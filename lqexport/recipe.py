@@ -113,13 +113,14 @@ class Recipe:
     size: str | None = field(
         default=None,
         metadata=_help(
-            "Targets gguf:auto (which a size alone means) and mlx:auto: the most that all tensors may take, such as "
-            "4.25bpw, 3.9GB, 700MiB or Q4_K_M; their types are chosen to lose least."
+            "The most that all tensors together may take, such as 4.25bpw, 3.9GB, 700MiB or Q4_K_M (the size of that "
+            "mix); their types are chosen to lose least. For the targets gguf:auto (the default with a size) and "
+            "mlx:auto."
         ),
     )
     without: Without | None = field(
         default=None,
-        metadata=_help("Target gguf:auto: iq leaves out i-quants (IQ1 to IQ4), which are slow on CPUs."),
+        metadata=_help("iq: choose no i-quants (IQ1 to IQ4), which are slow on CPUs. For the target gguf:auto."),
     )
     bits: float | None = field(
         default=None,
@@ -134,8 +135,9 @@ class Recipe:
         default="default",
         metadata=_help(
             "Time against loss. fast: one pass of the source, no refinement; default; best: more refinement, and "
-            "tuning of every type. Options that are given win. A model of 135M parameters in Q4_K_S, on python-docs, "
-            "took fast 124 processor seconds, with a KL of 0.083, default 280, with 0.076, and best 1288, with 0.072."
+            "tuning of every type. Other options override it. Processor seconds and KL divergence of a model of 135M "
+            "parameters in Q4_K_S, calibrated on python-docs: fast 124 and 0.083, default 280 and 0.076, best 1288 and "
+            "0.072."
         ),
     )
 

@@ -37,7 +37,7 @@ STOPPED = "Stopped. Run the same command again to go on; nothing has its final n
 def export(
     source: SourceModel,
     file: Annotated[
-        Path, typer.Argument(help="The file to write, such as model-Q4_K_M.gguf; of other targets, the folder.")
+        Path, typer.Argument(help="The file to write, such as model-Q4_K_M.gguf; a folder for other targets than GGUF.")
     ],
     options: dict[str, Any],
     *,
@@ -57,9 +57,9 @@ def export(
 ) -> None:
     """Quantize SOURCE, write it as FILE, and verify FILE.
 
-    FILE gets its name once it has passed; FILE.record then has its model card, report and verification.json. A file
-    that exceeds a limit is called like model-Q4_K_M.failed.gguf, and the exit status is 1. A stopped export goes on
-    when the same command is given again; FILE.work has what it goes on from.
+    FILE gets its name once it has passed; FILE.record then has its model card, report and verification.json. If the
+    file exceeds a limit, it is named like model-Q4_K_M.failed.gguf, and the exit status is 1. A stopped export goes on
+    when the same command is given again; until then, FILE.work has what is finished.
 
     Examples:
 

@@ -32,7 +32,9 @@ STOPPED = "Stopped. Run the same command again to go on; finished files stay."
 @with_recipe_options(without=("target", "size", "bits"))
 def ladder(
     source: SourceModel,
-    folder: Annotated[Path, typer.Argument(help="The folder of the files, new or of the same ladder.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of the files: new, or of the same ladder, which then goes on.")
+    ],
     options: dict[str, Any],
     *,
     targets: Annotated[
@@ -45,7 +47,7 @@ def ladder(
     sizes: Annotated[
         str | None,
         typer.Option(
-            help="Sizes to make files of whose types are chosen to lose least, separated by commas, such as "
+            help="Make a file for each of these sizes, of the types that lose least; separated by commas, such as "
             "2.5bpw,3.9GB,Q4_K_M."
         ),
     ] = None,
@@ -60,8 +62,8 @@ def ladder(
     """Quantize SOURCE into several GGUF files in FOLDER, verify each, and compare them.
 
     FOLDER gets the files, each with the record of its verification, and a README.md for the hub with a table and a plot
-    of what each file loses. A stopped ladder goes on when the same command is given again. A file that exceeds a limit
-    is called like model-Q2_K_M.failed.gguf, the others are still made, and the exit status is 1.
+    of what each file loses. A stopped ladder goes on when the same command is given again. If a file exceeds a limit,
+    it is named like model-Q2_K_M.failed.gguf, the others are still made, and the exit status is 1.
 
     Examples:
 

@@ -22,7 +22,7 @@ GIVEN_BY_ARGUMENT = ("source",)
 VALUE_TYPES: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": bool, "list[str]": list[str]}
 
 RecipeFile = Annotated[
-    Path | None, typer.Option("--recipe", help="TOML file of these options; those given here count before it.")
+    Path | None, typer.Option("--recipe", help="TOML file of these options. Options on the command line override it.")
 ]
 
 RARE = (CALIBRATION, SOLVER, TYPES, TUNING, CORRECTION, MACHINE)

@@ -18,9 +18,7 @@ LIMITS = "Limits"
 """Panels of `--help`."""
 
 SourceModel = Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")]
-WrittenFile = Annotated[
-    Path, typer.Argument(help="A .gguf file, or a folder that to-native, to-exl2 or quantize wrote.")
-]
+WrittenFile = Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")]
 NewFile = Annotated[Path, typer.Argument(help="The .gguf file to write.")]
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
 

@@ -51,7 +51,8 @@ Record = Annotated[
 Protocols = Annotated[
     list[str],
     typer.Option(
-        help="llama.cpp-512: second half of windows of 512; hf-2048: all of 2048. May repeat.", rich_help_panel=MORE
+        help="llama.cpp-512 scores the second half of windows of 512 tokens, hf-2048 all of 2048. May repeat.",
+        rich_help_panel=MORE,
     ),
 ]
 Adapter = Annotated[
