@@ -38,6 +38,7 @@ class Job:
     identity               what two runs must have in common to write the same artifact, as JSON values
     source                 the model to quantize
     planned                the codec of every tensor, in the order of the model
+    limit_bytes            the bytes of tensor data that the recipe's size stands for; None without a size
     factors                the plan of the low-rank factors
     calibration            token sequences; None if nothing is solved with calibration passes
     imatrix                the importance matrix; None unless it stands in for the passes
@@ -54,6 +55,7 @@ class Job:
     identity: dict[str, Any]
     source: Source
     planned: list[PlannedTensor]
+    limit_bytes: int | None
     factors: list[PlannedTensor]
     calibration: Calibration | None
     imatrix: SourceImatrix | None

@@ -58,7 +58,8 @@ def prepare(
     factors = plan_factors(source, planned, recipe)
     check_recipe(recipe, source.config, planned)
     check_sequence_length(recipe, source, planned)
-    check_size(recipe, planned, size_limit(source, recipe, planned))
+    limit_bytes = size_limit(source, recipe, planned)
+    check_size(recipe, planned, limit_bytes)
     artifact = Artifact(out)
     recipe = _with_compute_dtype(Work(recipe, source.config, planned), artifact, device, processes, listener)
     if not artifact.complete:
@@ -79,9 +80,10 @@ def prepare(
     if moments_cache and processes.first:
         moments_cache.write_facts()
     return Job(
-        recipe=recipe, identity=identity, source=source, planned=planned, factors=factors, calibration=calibration,
-        imatrix=imatrix, artifact=artifact, moments_cache=moments_cache, token_weights_cache=token_weights_cache,
-        placement=placement, device=device, processes=processes, listener=listener,
+        recipe=recipe, identity=identity, source=source, planned=planned, limit_bytes=limit_bytes, factors=factors,
+        calibration=calibration, imatrix=imatrix, artifact=artifact, moments_cache=moments_cache,
+        token_weights_cache=token_weights_cache, placement=placement, device=device, processes=processes,
+        listener=listener,
     )  # fmt: skip
 
 

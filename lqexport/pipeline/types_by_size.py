@@ -26,7 +26,7 @@ from lqexport.pipeline.measured_losses import (
 )
 from lqexport.pipeline.outer_losses import measure_outer
 from lqexport.pipeline.type_losses import type_losses
-from lqexport.planning.recipe_plan import plan_recipe, size_limit
+from lqexport.planning.recipe_plan import plan_recipe
 from lqexport.planning.type_choices import choices_by_size
 from lqexport.storage.files import read_json, write_json
 
@@ -40,11 +40,11 @@ def choose_types(job: Job) -> tuple[Job, dict[str, Any] | None]:
     Every tensor is measured in every type first. Without a size the job stays as it is, and the choice is None. Raises
     UserError if no choice of types fits into the size.
     """
-    if job.recipe.size is None:
+    if job.limit_bytes is None:
         return job, None
     path = job.artifact.folder / "budget.json"
     if job.processes.from_first(not path.is_file()):
-        choice = _measured_choice(job)
+        choice = _measured_choice(job, job.limit_bytes)
         if job.processes.first:
             write_json(path, choice)
         job.processes.wait()
@@ -53,10 +53,8 @@ def choose_types(job: Job) -> tuple[Job, dict[str, Any] | None]:
         return replace(job, planned=plan_recipe(job.source, job.recipe, stored["chosen"])), stored
 
 
-def _measured_choice(job: Job) -> dict[str, Any]:
-    """Measures the losses that are still unknown, and returns the best choice within the recipe's size."""
-    limit_bytes = size_limit(job.source, job.recipe, job.planned)
-    assert limit_bytes is not None
+def _measured_choice(job: Job, limit_bytes: int) -> dict[str, Any]:
+    """Measures the losses that are still unknown, and returns the best choice within the limit."""
     choices = choices_by_size(job.planned, job.recipe, limit_bytes)
     measured = measured_losses(job, "types")
     known = measured.losses()
