@@ -67,11 +67,12 @@ def recipes(work: Path) -> dict[str, Recipe]:
     from fuzz import make_model
 
     from lqexport.calibration.texts import read_text
-    from lqexport.pipeline import prepare, tune_model
+    from lqexport.pipeline import tune_model
+    from lqexport.planning import calibration_text
     from lqexport.recipe import Recipe
     from lqexport.tuning import tune
 
-    for module in (prepare, tune_model, tune):
+    for module in (calibration_text, tune_model, tune):
         module.HELD_OUT = 1  # each held-out sequence reads every tensor once more before and after tuning
     text, model = work / "text.txt", str(make_model(work / "model"))
     text.write_text(read_text("python-docs").content[:20_000], encoding="utf-8")

@@ -337,8 +337,19 @@ def test_a_full_disk_leaves_nothing_half_written(
 
 def test_too_little_text_is_refused(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Too short.")
-    with pytest.raises(UserError, match="tokens"):
-        quantize(changed(recipe, calibration=str(tmp_path / "short.txt")), tmp_path / "out")
+    for work in (quantize, preview):
+        with pytest.raises(UserError, match=r"short\.txt has \d+ tokens, and a sequence of 64 needs 64"):
+            work(changed(recipe, calibration=str(tmp_path / "short.txt")), tmp_path / "out")
+
+
+def test_a_dry_run_says_what_is_unusual_about_the_calibration(recipe: Recipe, tmp_path: Path) -> None:
+    recipe = changed(recipe, target="gguf:Q4_0")
+    assert preview(recipe, tmp_path / "out").warnings == ()
+    few, long = changed(recipe, samples=100_000), changed(recipe, sequence_length=1024)
+    assert preview(few, tmp_path / "out").warnings[-1].endswith("too short for 100000 different sequences.")
+    assert preview(long, tmp_path / "out").warnings[0].startswith("The model was trained on 512 positions")
+    # A text of the hub is not read.
+    assert preview(changed(recipe, calibration="wikitext2"), tmp_path / "out").warnings == ()
 
 
 def test_no_gpu_is_said(recipe: Recipe, tmp_path: Path) -> None:

@@ -189,6 +189,11 @@ def read_text(name_or_file: str) -> Text:
     raise _unknown(name_or_file)
 
 
+def is_at_hand(name_or_file: str) -> bool:
+    """Returns whether `read_text` finds the text on this machine; else it is on the hub, or there is none."""
+    return name_or_file in BUILT_IN or Path(name_or_file).is_file()
+
+
 def check_text(name_or_file: str) -> None:
     """Raises UserError if `read_text` will not find the text, or cannot read it.
 

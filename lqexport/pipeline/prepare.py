@@ -10,18 +10,18 @@ from typing import Any
 import torch
 
 from lqexport.calibration.moments_cache import MomentsCache
-from lqexport.calibration.sequences import Calibration, load_calibration
+from lqexport.calibration.sequences import Calibration
 from lqexport.converters.models.architecture import CUT
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.models.value_heads import TILED
 from lqexport.converters.plan import PlannedTensor
 from lqexport.errors import UserError
 from lqexport.models.column_order import source_of
-from lqexport.models.context import trained_positions
 from lqexport.models.imatrix import imatrix_of
 from lqexport.models.source import Source
 from lqexport.pipeline.job import Job, work_folder
 from lqexport.pipeline.smooth_source import pairs_to_smooth
+from lqexport.planning.calibration_text import calibration_warnings, read_calibration
 from lqexport.planning.compute_dtype import with_compute_dtype
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import settled
@@ -36,7 +36,6 @@ from lqexport.runtime.placement import Placement
 from lqexport.runtime.processes import Processes
 from lqexport.runtime.progress import Listener
 from lqexport.storage.artifact import Artifact
-from lqexport.tuning.tune import HELD_OUT
 
 
 def prepare(
@@ -129,20 +128,10 @@ def _calibration(
     """Returns the calibration sequences; None if nothing is solved."""
     if not calibrates(recipe, source, planned):
         return None
-    trained = trained_positions(source.config)
-    if trained is not None and recipe.sequence_length > trained:
-        listener.message(
-            f"The model was trained on {trained} positions (max_position_embeddings), and calibration sequences have "
-            f"{recipe.sequence_length} tokens: --sequence-length {trained} would calibrate on what it knows."
-        )
     listener.stage(f"Read the calibration text {recipe.calibration}", 0)
-    needed = max(recipe.samples, recipe.tuned_sequences + HELD_OUT) if recipe.tuned_sequences else recipe.samples
-    calibration = load_calibration(
-        recipe.calibration, source.tokenizer(), samples=needed, sequence_length=recipe.sequence_length,
-        seed=recipe.seed, encoder=architecture_of(source.config).encoder,
-    )  # fmt: skip
-    if calibration.repeats:
-        listener.message(f"The text {recipe.calibration} is too short for {needed} different sequences.")
+    calibration = read_calibration(recipe, source, planned)
+    for sentence in calibration_warnings(recipe, source.config, calibration):
+        listener.message(sentence)
     return calibration
 
 

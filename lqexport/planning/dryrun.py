@@ -20,13 +20,14 @@ from lqexport.models.column_order import source_of
 from lqexport.models.inspect import TensorInfo, size, table
 from lqexport.models.source import Source
 from lqexport.models.source_grids import sentences
+from lqexport.planning.calibration_text import calibration_at_hand, calibration_warnings
 from lqexport.planning.compute_dtype import with_compute_dtype
 from lqexport.planning.cost import Work
 from lqexport.planning.defaults import by_effort, settled
 from lqexport.planning.efforts import effort_sentence, seconds_by_effort
 from lqexport.planning.memory import memory_estimate, placement_sentence
 from lqexport.planning.needs import check_needs
-from lqexport.planning.output_folder import check_output_folder
+from lqexport.planning.output_folder import check_output_folder, check_same_calibration
 from lqexport.planning.rates import measured_rates
 from lqexport.planning.recipe_plan import check_sequence_length, plan_factors, plan_recipe, size_limit, spared_bytes
 from lqexport.recipe import Effort, Recipe
@@ -99,8 +100,8 @@ class Preview(Shown):
 def preview(recipe: Recipe, out: str | Path) -> Preview:
     """Returns what a run of `recipe` into the folder `out` would do; reads no weights.
 
-    Raises UserError if the source cannot be read, if the target cannot hold the model, or as
-    `check_output_folder` and `check_needs` do.
+    Raises UserError if the source cannot be read, if the target cannot hold the model, if the calibration text is too
+    short or cannot be read, or as `check_output_folder` and `check_needs` do.
     """
     artifact, source = Artifact(Path(out)), source_of(recipe)
     efforts = by_effort(recipe, source.config)
@@ -109,7 +110,9 @@ def preview(recipe: Recipe, out: str | Path) -> Preview:
     tensors = plan_recipe(source, recipe, artifact.chosen_types())
     check_sequence_length(recipe, source, tensors)
     limit = size_limit(source, recipe, tensors)
-    warnings = check_needs(source, recipe, tensors, limit)
+    calibration = calibration_at_hand(recipe, source, tensors)
+    check_same_calibration(artifact, calibration)
+    warnings = check_needs(source, recipe, tensors, limit) + calibration_warnings(recipe, source.config, calibration)
     return replace(_preview_of(source, recipe, tensors, limit, artifact), warnings=tuple(warnings), efforts=efforts)
 
 

@@ -1,8 +1,7 @@
-"""Checks what a run will need, before any work: the tokenizer, the calibration text, a file that llama.cpp loads."""
+"""Checks what a run will need, before any work: a tokenizer that a file can hold, a file that llama.cpp loads."""
 
 from __future__ import annotations
 
-from lqexport.calibration.texts import check_text
 from lqexport.converters.exl3.support import warnings_of as exl3_warnings
 from lqexport.converters.gguf.mixes import other_meaning
 from lqexport.converters.models.architectures import architecture_of, normalized
@@ -30,17 +29,13 @@ def check_needs(source: Source, recipe: Recipe, planned: list[PlannedTensor], li
 
     Raises UserError if the run would lack something that can be known at once.
 
-    A run that calibrates needs a tokenizer and a text. One for a GGUF file needs a tokenizer that llama.cpp has, and a
-    file that llama.cpp loads. One of a .gguf file always writes a tokenizer. Small files of the source must be sound
-    (`check_small_files`). Of texts on the hub only the name and the split are checked. An importance matrix must be the
-    model's. Types must be able to reach a size.
+    A run for a GGUF file needs a tokenizer that llama.cpp has, and a file that llama.cpp loads. One of a .gguf file
+    always writes a tokenizer. Small files of the source must be sound (`check_small_files`). An importance matrix must
+    be the model's. Types must be able to reach a size. What a run that calibrates needs, `calibration_at_hand` checks.
     """
     check_size(recipe, planned, limit_bytes)
-    with_text = calibrates(recipe, source, planned)
-    if with_text or isinstance(opened(source), GGUFSource):
+    if isinstance(opened(source), GGUFSource) and not calibrates(recipe, source, planned):
         source.tokenizer()
-    if with_text:
-        check_text(recipe.calibration)
     return warnings_of(source, recipe, planned)
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lqexport.calibration.sequences import Calibration
 from lqexport.errors import UserError
 from lqexport.models.source import Source
 from lqexport.recipe import Recipe
@@ -29,7 +30,7 @@ def check_output_folder(artifact: Artifact, recipe: Recipe, source: Source) -> N
 
     recipe   as the run will have it. A dtype that it leaves open will be that of the run in the folder
 
-    The content of the calibration text and the device, which a run compares too, are not looked at.
+    The calibration (`check_same_calibration`) and the device, which a run compares too, are not looked at.
     """
     _check_apart(Path(recipe.source), artifact.folder)
     artifact.check_own()
@@ -40,6 +41,12 @@ def check_output_folder(artifact: Artifact, recipe: Recipe, source: Source) -> N
     if recipe.compute_dtype is None:
         del identity["recipe"]["compute_dtype"]
     artifact.check_same(identity)
+
+
+def check_same_calibration(artifact: Artifact, calibration: Calibration | None) -> None:
+    """Raises UserError if an output folder holds a run with other calibration sequences. None are not compared."""
+    if artifact.begun and calibration is not None:
+        artifact.check_same({"calibration": calibration.facts()})
 
 
 def _check_apart(source: Path, out: Path) -> None:
