@@ -275,6 +275,10 @@ def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: P
     (checkpoint.folder / "config.json").write_text(json.dumps(config))
     again = open_source(str(checkpoint.folder))
     assert same_bits(again.read(f"{DOWN}.weight").numpy(), checkpoint.values[f"{DOWN}.weight"])
+    # A resumed run that would read it otherwise is another run.
+    before, path = again.fingerprint, checkpoint.folder / "quantize_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"sym": False}))
+    assert open_source(str(checkpoint.folder)).fingerprint != before
 
 
 @pytest.mark.parametrize("model_type", ["mixtral", "gpt2"])

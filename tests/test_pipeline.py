@@ -323,6 +323,36 @@ def test_other_versions_are_another_run(recipe: Recipe, tmp_path: Path, monkeypa
         quantize(recipe, tmp_path / "out")
 
 
+def test_a_stopped_run_does_not_go_on_with_other_tokens(
+    recipe: Recipe, smaller_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tokenizer is edited meanwhile: text and number of tokens stay. A run.json of before has no digest of them."""
+
+    def stopped(_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lqexport.pipeline.quantize._run_stages", stopped)
+    source, out = shutil.copytree(smaller_model, tmp_path / "model"), tmp_path / "out"
+    recipe = changed(recipe, source=str(source))
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantize(recipe, out)
+    content = json.loads((source / "tokenizer.json").read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    (source / "tokenizer.json").write_text(json.dumps(content))
+    sentence = r"holds another run: the calibration text gives other token ids, as with another tokenizer\. Choose"
+    for work in (quantize, preview):
+        with pytest.raises(UserError, match=sentence):
+            work(recipe, out)
+    run = Artifact(out).run()
+    del run["calibration"]["tokens_sha256"]
+    (out / "run.json").write_text(json.dumps(run))
+    preview(recipe, out)
+    with pytest.raises(KeyboardInterrupt):
+        quantize(recipe, out)
+
+
 def test_a_full_disk_leaves_nothing_half_written(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

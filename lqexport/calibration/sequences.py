@@ -40,11 +40,15 @@ class Calibration:
         samples, length = self.tokens.shape
         return samples > self.text_tokens // (length - self.bos - self.separator)
 
+    def tokens_sha256(self, samples: int | None = None) -> str:
+        """Returns the SHA-256 (hex) of the token ids of the first `samples` sequences; None for all."""
+        return hashlib.sha256(self.tokens[:samples].numpy().tobytes()).hexdigest()
+
     def facts(self) -> dict[str, Any]:
-        """Returns what a report records of the calibration."""
+        """Returns what run.json records of the calibration."""
         samples, length = self.tokens.shape
         facts = {"name": self.name, "sha256": self.sha256, "text_tokens": self.text_tokens, "bos": self.bos}
-        return facts | {"samples": samples, "sequence_length": length}
+        return facts | {"samples": samples, "sequence_length": length, "tokens_sha256": self.tokens_sha256()}
 
 
 def load_calibration(

@@ -125,8 +125,10 @@ class HuggingFaceSource:
         names = [*(name for name in self._files if name not in stacks), *self._experts]
         with well_formed(f"quantization_config of {folder}"):
             self.layout: CheckpointLayout | None = layout_of(folder, self.config, names, self)
-        for key in ("quantization_config", "quantization"):  # what is written from this source is not quantized so
-            self.config.pop(key, None)
+        # What is written from this source is not quantized so.
+        in_config = [self.config.pop(key, None) for key in ("quantization_config", "quantization")]
+        beside = [] if any(in_config) else [folder / name for name in QUANTIZATION_FILES]
+        self._settings = [path for path in beside if self.layout and path.is_file()]
         tensors = {name: self.layout.tensor_of(name) if self.layout else name for name in names}
         kept = [tensor for tensor in tensors.values() if not (self._has_other_parts and re.search(OTHER_PARTS, tensor))]
         self._stored = {self._renamed(tensor): tensor for tensor in kept}
@@ -206,6 +208,8 @@ class HuggingFaceSource:
     @property
     def fingerprint(self) -> str:
         hasher = hashlib.sha256((self.folder / "config.json").read_bytes())
+        for path in self._settings:
+            hasher.update(path.read_bytes())
         for path in sorted(set(self._files.values())):
             stat = path.stat()
             with path.open("rb") as file:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ def _moments_facts(
         "source_fingerprint": source.fingerprint,
         "device": device.type,
         "calibration": {key: calibration.facts()[key] for key in ("sha256", "bos")},
-        "tokens": hashlib.sha256(calibration.tokens[: recipe.samples].numpy().tobytes()).hexdigest(),
+        "tokens": calibration.tokens_sha256(recipe.samples),
         "recipe": {key: getattr(recipe, key) for key in keys},
         "compute_dtype": recipe.compute_dtype_on(device.type),
         "rearranged": [key for key in (CUT, TILED) if source.config.get(key)],

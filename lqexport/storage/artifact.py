@@ -56,6 +56,13 @@ SOURCE_METADATA = "source-metadata.gguf"
 """Name of the file in the model folder that holds the metadata of a .gguf source (`converters.gguf.kept`)."""
 UNKNOWN = "was not known to it"
 """What is said of an option of a run that the run in a folder does not have: an older version began that."""
+OTHERS = {
+    "calibration.sha256": "the calibration text has another content",
+    "calibration.tokens_sha256": "the calibration text gives other token ids, as with another tokenizer",
+}
+"""Digest in run.json -> what is said if it differs."""
+NOT_IN_ALL = ("calibration.tokens_sha256",)
+"""Parts that run.json did not always have. A run that lacks them is not compared by them."""
 LONGEST_NAME = 200
 """The most characters that a tensor's name may have. File systems allow 255 bytes for a file name."""
 
@@ -359,9 +366,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for key in sorted(old.keys() | new.keys(), reverse=True):  # calibration, which follows from the recipe, comes last
         ours, theirs = old.get(key), new.get(key)
         if isinstance(ours, dict) and isinstance(theirs, dict):
-            names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+            compared = ours.keys() | {name for name in theirs if f"{key}.{name}" not in NOT_IN_ALL}
+            names = sorted(name for name in compared if ours.get(name) != theirs.get(name))
             differences += [
-                f"{key}.{name} {f'is {ours[name]!r}, not {theirs.get(name)!r}' if name in ours else UNKNOWN}"
+                OTHERS.get(f"{key}.{name}")
+                or f"{key}.{name} {f'is {ours[name]!r}, not {theirs.get(name)!r}' if name in ours else UNKNOWN}"
                 for name in names
             ]
         elif ours != theirs:
