@@ -16,9 +16,12 @@ from lqexport.cli.app import app
 from lqexport.cli.ladder import ladder
 from lqexport.converters.gguf.mixes import MEASURED
 from lqexport.delivery.ladder import TYPES as DEFAULT_TYPES
-from lqexport.delivery.ladder import Ladder
+from lqexport.delivery.ladder import Ladder, planned_ladder
+from lqexport.delivery.ladder_plan import planned_files
+from lqexport.delivery.request import Measurement
 from lqexport.pipeline import second_moments, types_by_size
 from lqexport.planning import compute_dtype
+from lqexport.planning.memory import MemoryLimits
 from lqexport.storage.files import claimed, file_digest
 from lqexport.verification import report
 from lqexport.verification.publish import upload_list
@@ -216,6 +219,21 @@ def test_a_dry_run_has_a_line_for_every_file(smaller_model: Path, text: Path, sh
     assert [file["target"] for file in told] == ["gguf:Q4_0", "gguf:Q8_0"]
     assert all(file["estimated_seconds"] > 0 for file in told)
     assert not files.exists()
+
+
+@pytest.mark.parametrize("effort", ["fast", "default"])
+def test_a_dry_run_counts_once_what_files_share(arguments: dict[str, Any], effort: str, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(arguments["model"], effort=effort)
+
+    def seconds(*sizes: str) -> list[float]:
+        measurement = Measurement(arguments["text"], 1, "lqexport")
+        rungs = planned_ladder(recipe, tmp_path, None, sizes, measurement, device="cpu")
+        files = planned_files(rungs, "cpu", MemoryLimits(1 << 40, 1 << 40))
+        return [file["estimated_seconds"] for file in files]
+
+    first, second = seconds("7bpw", "7.5bpw")
+    assert first == seconds("7bpw")[0]
+    assert 0 < second < seconds("7.5bpw")[0]
 
 
 def test_no_default_type_is_one_of_which_a_better_mix_is_known() -> None:

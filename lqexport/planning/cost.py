@@ -314,13 +314,7 @@ def operations_estimate(work: Work, parts: int = 1, held: int = 1 << 62) -> Oper
     recipe, linears = work.recipe, work.linears
     if not work.calibrated:
         return Operations()
-    attention = 4 * recipe.sequence_length * work.hidden * work.blocks
-    forward = 2 * sum(work.share(tensor) * tensor.weights for tensor in linears) + attention  # per token
-    # A Hessian of an expert that sees hidden states counts twice: for itself, and for the average over experts.
-    counted = [tensor for tensor in work.inputs(linears) for _ in range(1 + work.is_pooled(tensor))]
-    halves = sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in counted)
-    moments = work.tokens * halves  # only one triangle of the symmetric matrix
-    targets = 0.0
+    forward, moments, targets = forward_operations(work), moments_operations(work), 0.0
     # The Cholesky factor and its inverse, C^3 / 3 operations each.
     factors = sum(2 * tensor.matrix[1] ** 3 / 3 for tensor in work.inputs(linears))
     if recipe.asymmetric:
@@ -334,6 +328,20 @@ def operations_estimate(work: Work, parts: int = 1, held: int = 1 << 62) -> Oper
     sized = min(SEQUENCES, recipe.samples) * recipe.sequence_length * bool(recipe.smooth)
     passed = (passes(work, parts, held) * work.tokens + sized) * forward + _tuning(work, forward)
     return Operations(passed, moments, factors, targets, solver)
+
+
+def forward_operations(work: Work) -> float:
+    """Returns the operations of a forward pass through all blocks for one token."""
+    attention = 4 * work.recipe.sequence_length * work.hidden * work.blocks
+    return 2 * sum(work.share(tensor) * tensor.weights for tensor in work.linears) + attention
+
+
+def moments_operations(work: Work) -> float:
+    """Returns the operations of the sums of all Hessians over the calibration tokens."""
+    # A Hessian of an expert that sees hidden states counts twice: for itself, and for the average over experts.
+    counted = [tensor for tensor in work.inputs(work.linears) for _ in range(1 + work.is_pooled(tensor))]
+    # Only one triangle of the symmetric matrix.
+    return work.tokens * sum(work.share(tensor) * tensor.matrix[1] ** 2 for tensor in counted)
 
 
 def _codes(recipe: Recipe, rows: int, columns: int) -> float:
@@ -423,3 +431,17 @@ def seconds_estimate(work: Work, rates: Rates, threads: int, parts: int = 1, hel
     solving = operations.solver / (SOLVER_SHARE * rates.float32)
     singles, doubles = (operations.moments + operations.targets) / rates.float32, operations.factors / rates.float64
     return operations.passes / rates.passes + singles + doubles + solving + host
+
+
+def shared_seconds(work: Work, rates: Rates) -> float:
+    """Returns those seconds of `seconds_estimate` that pass once for several runs with the same second moments.
+
+    These are the passes of the full-precision model and, where the linears are solved with them, the sums of the second
+    moments. Other runs find their results in a cache (`quantize --cache`).
+    """
+    if not work.calibrated:
+        return 0.0
+    through, moments = 3.0 * work.guided, 0.0
+    if work.recipe.prefix == "full":
+        through, moments = passes(work), moments_operations(work)
+    return through * work.tokens * forward_operations(work) / rates.passes + moments / rates.float32
