@@ -5,6 +5,7 @@ bench/faults.py injects faults into every file operation; here they hit a few.
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -12,11 +13,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+from lqexport.calibration.moments_cache import MomentsCache
 from lqexport.errors import UserError
 from lqexport.exporting import export
+from lqexport.pipeline.kept_states import KeptStates
+from lqexport.pipeline.measured_losses import MeasuredLosses
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.files import claimed, written_whole
@@ -110,6 +116,72 @@ def test_one_folder_is_written_by_one_process(tiny_model: Path, tmp_path: Path) 
     with claimed(tmp_path / ".folder.part"), pytest.raises(UserError, match="Another process is writing"):
         export(tmp_path / "native", tmp_path / "folder")
     export(tmp_path / "native", tmp_path / "folder")
+
+
+def test_who_fills_a_shared_folder_waits_for_the_other(tmp_path: Path) -> None:
+    """Whether the other process finishes its file, or fails and removes it."""
+    cache = MomentsCache(tmp_path, {})
+    block: dict[tuple[str, ...], torch.Tensor] = {("q", "k"): torch.ones(2, 2)}
+    path = cache.folder / "block-0.safetensors"
+    for fails in (False, True):
+        threads = concurrent.futures.ThreadPoolExecutor()
+        with threads, contextlib.suppress(KeyError), written_whole(path) as other:
+            written = threads.submit(cache.write, (0, block))
+            with pytest.raises(concurrent.futures.TimeoutError):
+                written.result(timeout=0.2)
+            other.write(b"the other's")
+            if fails:
+                raise KeyError
+        written.result()
+        assert cache.read(0)[1][("q", "k")].equal(torch.ones(2, 2))
+        assert [path.name for path in cache.folder.iterdir()] == [path.name]
+
+
+def test_losses_that_another_run_measures_meanwhile_stay(tmp_path: Path) -> None:
+    """Both read what is known before either has written."""
+    measured, path = MeasuredLosses(tmp_path), tmp_path / "a.json"
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        with written_whole(path) as other:
+            added = threads.submit(measured.add, "a", {"gguf:Q4_K": 0.5})
+            with pytest.raises(concurrent.futures.TimeoutError):
+                added.result(timeout=0.2)
+            other.write(b'{"gguf:Q6_K": 0.25}')
+        added.result()
+    assert measured.losses() == {"a": {"gguf:Q4_K": 0.5, "gguf:Q6_K": 0.25}}
+
+
+def test_two_runs_at_once_fill_one_cache(smaller_model: Path, text: Path, tmp_path: Path) -> None:
+    """They begin together and measure the same types. Each writes the bytes that it writes alone."""
+    few: dict[str, Any] = {"calibration": str(text), "samples": 2, "sequence_length": 32, "tune": 0}
+    options = [part for key, value in few.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    command = [sys.executable, "-m", "lqexport", "quantize", str(smaller_model)]
+    runs = [
+        subprocess.Popen([*command, size, *options, "--size", size, "--cache", "cache"], cwd=tmp_path)
+        for size in ("7bpw", "7.5bpw")
+    ]
+    assert [run.wait() for run in runs] == [0, 0]
+    for size in ("7bpw", "7.5bpw"):
+        alone = tmp_path / f"{size}-alone"
+        quantize(Recipe(str(smaller_model), "gguf:auto", size=size, **few), alone)
+        assert (tmp_path / size / "manifest.json").read_bytes() == (alone / "manifest.json").read_bytes()
+
+
+def test_files_of_others_are_no_kept_states(tmp_path: Path) -> None:
+    kept = KeptStates(tmp_path, 1)
+    (tmp_path / ".DS_Store").touch()
+    (tmp_path / "7").touch()
+    kept.write(3, 0, {"hidden": torch.ones(2)})
+    assert kept.last(9) == 3
+    kept.write(5, 0, {"hidden": torch.ones(2)})
+    kept.leave_only(5)
+    assert {path.name for path in tmp_path.iterdir()} == {".DS_Store", "5", "7"}
+
+
+def test_files_of_others_are_no_losses(tmp_path: Path) -> None:
+    measured = MeasuredLosses(tmp_path)
+    measured.add("a", {"gguf:Q4_K": 0.5})
+    (tmp_path / "._a.json").write_bytes(b"\0")
+    assert measured.losses() == {"a": {"gguf:Q4_K": 0.5}}
 
 
 def test_a_locale_without_unicode_changes_nothing(tiny_model: Path, tmp_path: Path) -> None:

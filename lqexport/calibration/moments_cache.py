@@ -4,7 +4,8 @@ FOLDER/KEY/facts.json             what they belong to: source, calibration, type
 FOLDER/KEY/block-N.safetensors    one tensor per group of linears; its name is the linears' names, joined by "+"
 FOLDER/KEY/NAME-KEY/TENSOR.json   what was measured with them: losses of types, mixes of widths
 
-A KEY is made of the facts (16 hexadecimal digits of a SHA-256).
+A KEY is made of the facts (16 hexadecimal digits of a SHA-256). Runs that fill one folder at once write the same files:
+each waits while another writes the file, and writes it again.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class MomentsCache:
 
     def write_facts(self) -> None:
         """Writes facts.json, which says what the second moments belong to."""
-        write_json(self.folder / "facts.json", self._facts)
+        write_json(self.folder / "facts.json", self._facts, wait=True)
 
     def measured(self, name: str, facts: dict[str, Any]) -> Path:
         """Returns the folder for measurements made with these second moments; `facts` say what else they depend on."""
@@ -48,7 +49,7 @@ class MomentsCache:
         """Writes the second moments of all linears of a block."""
         index, groups = moments
         tensors = {"+".join(group): hessian.cpu() for group, hessian in groups.items()}
-        write_sealed(self._path(index), safetensors.torch.save(tensors, {"sha256": SEAL}))
+        write_sealed(self._path(index), safetensors.torch.save(tensors, {"sha256": SEAL}), wait=True)
 
     def read(self, index: int) -> BlockMoments:
         """Returns the second moments of a block, on the host. Raises UserError if the file is damaged."""

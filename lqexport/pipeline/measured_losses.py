@@ -16,7 +16,7 @@ from lqexport.pipeline.allocate import Option
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import block_moments
 from lqexport.runtime.environment import versions
-from lqexport.storage.files import read_json, write_json
+from lqexport.storage.files import json_bytes, optional_json, read_json, written_whole
 
 Losses = dict[str, dict[str, float]]
 """Tensor name to codec name to predicted loss."""
@@ -41,8 +41,8 @@ class MeasuredLosses:
     def add(self, name: str, losses: dict[str, float]) -> None:
         """Keeps losses of a tensor, beside those of other codecs that another run may have added meanwhile."""
         path = self._folder / f"{name}.json"
-        known = read_json(path, f"{path} is gone.") if path.is_file() else {}
-        write_json(path, known | losses)
+        with written_whole(path, wait=True) as file:  # nobody adds anything between reading and writing
+            file.write(json_bytes(optional_json(path) | losses))
 
 
 def measured_losses(job: Job, options: str) -> MeasuredLosses:

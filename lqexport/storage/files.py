@@ -21,17 +21,18 @@ NAME_BYTES = 255
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path, *, wait: bool = False) -> Iterator[BinaryIO]:
     """Opens a binary file that appears at `path` complete or not at all: written beside it, synced, then renamed.
 
-    Raises UserError if the disk is full, if the path cannot be written, or if another process is writing the same
-    file. The half-written file is removed.
+    wait   whether to wait while another process writes the same file, and then to write it again
+
+    Raises UserError if the disk is full, if the path cannot be written, or, without `wait`, if another process is
+    writing the same file. The half-written file is removed.
     """
     temporary = unfinished(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb", opener=_without_truncating) as file:
-            _lock(file.fileno(), temporary)
+        with _locked_file(temporary, wait) as file:
             try:
                 file.truncate()
                 yield file
@@ -49,6 +50,25 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def unfinished(path: Path) -> Path:
     """Returns the path of a file while it is being written; it stays there if the process is killed."""
     return path.with_name(f".{path.name}.part")
+
+
+@contextlib.contextmanager
+def _locked_file(path: Path, wait: bool) -> Iterator[BinaryIO]:
+    """Opens a binary file, without truncating it, and locks it against other processes until it is closed.
+
+    wait   whether to wait for another process that holds the lock. Raises UserError as `_lock` does if not
+    """
+    while True:
+        with open(path, "wb", opener=_without_truncating) as file:
+            if not wait:
+                _lock(file.fileno(), path)
+            else:
+                with contextlib.suppress(OSError):  # this file system has no locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
+                if not _is_at(file.fileno(), path):
+                    continue  # the other process has given it its final name, or removed it
+            yield file
+            return
 
 
 def _without_truncating(path: str, flags: int) -> int:
@@ -193,12 +213,12 @@ def check_space(path: Path, size: int) -> None:
         )
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: Any, *, wait: bool = False) -> None:
     """Writes `content` as JSON with sorted keys, so that equal content gives equal bytes.
 
-    Raises UserError as `written_whole` does.
+    `wait` as in `written_whole`. Raises UserError as that does.
     """
-    with written_whole(path) as file:
+    with written_whole(path, wait=wait) as file:
         file.write(json_bytes(content))
 
 

@@ -86,16 +86,17 @@ def small_tensor(path: Path, span: tuple[int, int], dtype: str, shape: tuple[int
     return torch.frombuffer(content, dtype=getattr(torch, DTYPES[dtype])).reshape(shape)
 
 
-def write_sealed(path: Path, content: bytes) -> None:
+def write_sealed(path: Path, content: bytes, *, wait: bool = False) -> None:
     """Writes a safetensors file that carries its own digest, completely or not at all.
 
     content   the file; its metadata must hold `"sha256": SEAL`, as an entry or within the JSON text of an entry. The
               sha256 of `content` replaces SEAL. Equal content gives equal bytes
+    wait      as in `written_whole`
 
     Raises UserError as `written_whole` does.
     """
     seal_start, digest = content.index(SEAL.encode()), hashlib.sha256(content).hexdigest()
-    with written_whole(path) as file:
+    with written_whole(path, wait=wait) as file:
         file.write(content[:seal_start])
         file.write(digest.encode())
         file.write(memoryview(content)[seal_start + len(SEAL) :])
