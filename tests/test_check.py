@@ -228,6 +228,7 @@ def test_verify_fails_a_file_without_a_tokenizer(right: Path, model: Path, tmp_p
 def test_the_command_takes_files_and_folders(right: Path, tmp_path: Path) -> None:
     for name in ("a.gguf", "B.GGUF", "notes.txt", "c-00002-of-00002.gguf", "c-00001-of-00002.gguf"):
         shutil.copy(right, tmp_path / name)
+    (tmp_path / "._a.gguf").touch()  # macOS leaves such files on other disks
     rewritten(right, tmp_path / "wrong.gguf", without("tokenizer."))
     shown = CliRunner().invoke(app, ["check", str(tmp_path), "--json"])
     content = json.loads(shown.stdout)

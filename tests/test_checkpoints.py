@@ -273,6 +273,7 @@ def test_the_commands_take_a_checkpoint(make_gptq: Make, text: Path, tmp_path: P
     config = json.loads((checkpoint.folder / "config.json").read_text())
     (checkpoint.folder / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))
     (checkpoint.folder / "config.json").write_text(json.dumps(config))
+    (checkpoint.folder / "._gptq_model-4bit-128g.safetensors").touch()  # macOS leaves such files on other disks
     again = open_source(str(checkpoint.folder))
     assert same_bits(again.read(f"{DOWN}.weight").numpy(), checkpoint.values[f"{DOWN}.weight"])
     # A resumed run that would read it otherwise is another run.

@@ -43,6 +43,14 @@ def test_a_whole_artifact_is_whole(finished: Artifact) -> None:
     assert listed - digests.keys() == {"manifest.json", "log.jsonl"}
 
 
+def test_hidden_files_are_not_the_artifacts(finished: Artifact, tmp_path: Path) -> None:
+    artifact = Artifact(shutil.copytree(finished.folder, tmp_path / "artifact"))
+    (artifact.model_folder / ".DS_Store").touch()
+    assert {path.name for path in artifact.model_files()} == {path.name for path in finished.model_files()}
+    artifact.finish(list(artifact.manifest()), artifact.report())
+    assert (artifact.folder / "manifest.json").read_bytes() == (finished.folder / "manifest.json").read_bytes()
+
+
 @pytest.mark.parametrize("pattern", ["manifest.json", "run.json", "report.json", "model/*.json", "tensors/*norm*"])
 def test_any_changed_byte_is_found(finished: Artifact, tmp_path: Path, pattern: str) -> None:
     folder = tmp_path / "artifact"

@@ -25,7 +25,7 @@ class StoredTensors(Mapping[str, Any]):
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._dtypes: dict[str, str] = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in sorted(folder.glob("[!.]*.safetensors")):
             with self._open(path) as file:
                 stored = forms(file)
             for name in stored:

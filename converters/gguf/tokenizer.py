@@ -182,7 +182,7 @@ def chat_templates(folder: Path) -> dict[str, str]:
     They are read from the first of these places that has any: chat_template.jinja with additional_chat_templates/,
     chat_template.json, tokenizer_config.json. Raises UserError if an entry has no name or no template.
     """
-    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    files = {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("[!.]*.jinja"))}
     if (default := folder / "chat_template.jinja").is_file():
         files = {"default": default} | files
     if files:

@@ -54,7 +54,7 @@ MODEL_FILES = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
-    "additional_chat_templates/*.jinja",
+    "additional_chat_templates/[!.]*.jinja",
     # The vocabulary of WordPiece, and the files that sentence-transformers reads beside the model.
     "vocab.txt",
     MODULES,
@@ -493,7 +493,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return files
     if not path.is_file():
         # AutoGPTQ put the bits and the group size into the file name.
-        candidates = list(folder.glob("*.safetensors"))
+        candidates = list(folder.glob("[!.]*.safetensors"))
         if len(candidates) != 1:
             raise UserError(
                 f"{folder} has neither model.safetensors nor model.safetensors.index.json."

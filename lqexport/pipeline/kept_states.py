@@ -36,7 +36,9 @@ class KeptStates:
         return self._folder / str(index) / f"{shard}.safetensors"
 
     def _indices(self) -> list[int]:
-        return [int(entry.name) for entry in self._folder.iterdir()] if self._folder.is_dir() else []
+        """Returns the numbers of the blocks that have a folder. Files of others, such as .DS_Store, do not count."""
+        entries = self._folder.iterdir() if self._folder.is_dir() else ()
+        return [int(entry.name) for entry in entries if entry.name.isdecimal() and entry.is_dir()]
 
     def last(self, most: int) -> int:
         """Returns the last block, `most` at most, whose inputs are kept for all shards; 0 if there is none."""
@@ -64,5 +66,5 @@ class KeptStates:
         """Removes what is kept of other blocks, once all shards of block `index` are written."""
         for other in self._indices():
             if other != index:
-                shutil.rmtree(self._folder / str(other))
+                shutil.rmtree(self._folder / str(other), ignore_errors=True)  # NFS keeps open files as .nfs...
         self._since = time.monotonic()

@@ -36,7 +36,7 @@ class MeasuredLosses:
 
     def losses(self) -> Losses:
         """Returns all losses that any process or run has measured. Raises UserError if a file is damaged."""
-        return {path.stem: read_json(path, f"{path} is gone.") for path in self._folder.glob("*.json")}
+        return {path.stem: read_json(path, f"{path} is gone.") for path in self._folder.glob("[!.]*.json")}
 
     def add(self, name: str, losses: dict[str, float]) -> None:
         """Keeps losses of a tensor, beside those of other codecs that another run may have added meanwhile."""

@@ -127,7 +127,7 @@ class Artifact:
 
     def model_files(self) -> list[Path]:
         """Returns the paths of those files of the model folder that a written folder gets a copy of, sorted."""
-        paths = (path for path in self.model_folder.rglob("*") if path.is_file())
+        paths = (path for path in self.model_folder.rglob("[!.]*") if path.is_file())
         return sorted(path for path in paths if path.name != SOURCE_METADATA)
 
     @property
@@ -288,8 +288,11 @@ class Artifact:
             file.write(manifest_bytes({"tensors": entries, "files": files}))
 
     def _files(self, names: list[str]) -> list[str]:
-        """Returns the relative paths of all files of a finished artifact except the manifest and the log."""
-        patterns = ("run.json", "report.json", "budget.json", "mixes.json", "model/**/*")
+        """Returns the relative paths of all files of a finished artifact except the manifest and the log.
+
+        Hidden files, such as .DS_Store, are not its own.
+        """
+        patterns = ("run.json", "report.json", "budget.json", "mixes.json", "model/**/[!.]*")
         paths = [path for pattern in patterns for path in self.folder.glob(pattern) if path.is_file()]
         return sorted(path.relative_to(self.folder).as_posix() for path in [*paths, *map(self._path, names)])
 

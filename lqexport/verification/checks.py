@@ -82,7 +82,7 @@ def check(
 def _paths(path: Path) -> list[Path]:
     """Returns the file, or the .gguf files of a folder that are no later part of a split model."""
     if path.is_dir():
-        files = sorted(entry for entry in path.iterdir() if is_gguf(entry) and entry.is_file())
+        files = sorted(entry for entry in path.glob("[!.]*") if is_gguf(entry) and entry.is_file())
         if not files:
             raise UserError(f"There is no .gguf file in {path}.")
         return [entry for entry in files if not is_later_part(entry, files)]

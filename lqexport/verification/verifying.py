@@ -284,7 +284,7 @@ def _digest_of(path: Path) -> str:
     if path.is_file():
         return file_digest(*read_split(path)[2])
     manifest = path / "manifest.json"
-    files = [manifest] if manifest.is_file() else sorted(path.glob("*.safetensors"))
+    files = [manifest] if manifest.is_file() else sorted(path.glob("[!.]*.safetensors"))
     return file_digest(*files)
 
 
