@@ -1,6 +1,6 @@
 /* Makes file operations fail. This library is loaded before the C library (LD_PRELOAD). It counts the operations of a
- * process on files under one folder, and at the chosen operation it ends the process or returns an error. Python, Rust
- * and C all call the functions below. Calls that the C library makes by itself, in fopen, are not seen.
+ * process on files under one folder, and at the chosen operation it ends or interrupts the process or returns an error.
+ * Python, Rust and C all call the functions below. Calls that the C library makes by itself, in fopen, are not seen.
  * bench/faults.py compiles and controls this library.
  *
  *     gcc -shared -fPIC -O1 -o faults.so faults.c -ldl
@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,7 +21,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum mode { OFF, KILL, TEAR, FULL, UNREADABLE, CLOCK };
+enum mode { OFF, KILL, TEAR, FULL, UNREADABLE, CLOCK, INTERRUPT };
 enum kind { READ, CHANGE, GROW, WRITE }; /* a GROW is a CHANGE that needs room on the disk; a
                                             WRITE is a GROW that can be half done */
 
@@ -70,6 +71,7 @@ static int hit(enum kind kind) {
     if (mode == OFF || mode == CLOCK || !counts || number < at) return 0;
     if (number > at && mode != FULL) return 0; /* a full disk stays full */
     if (mode == KILL) _exit(137);
+    if (mode == INTERRUPT) return raise(SIGINT); /* the operation is done, and then Python stops */
     errno = mode == FULL ? ENOSPC : EIO;
     return 1;
 }

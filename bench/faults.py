@@ -1,20 +1,21 @@
 """Injects faults of disk, clock and process at every file operation of a run, and checks that nothing is lost.
 
-    python bench/faults.py --work FOLDER [--only NAME] [--every 1] [--first 1]
+    python bench/faults.py --work FOLDER [--only NAME] [--faults kill,full] [--every 1] [--first 1]
 
 A tiny random model is quantized and exported in a process in which bench/faults.c counts every read and every change of
 a file under the output folder. Then each operation is hit in turn (with --every N --first K: the K-th and every N-th
 after it):
 
     kill        the process ends before the operation, as by kill -9
+    interrupt   Ctrl-C is pressed at the operation
     tear        the process ends in the middle of a write
     full        the disk is full from this operation on
     unreadable  the read fails (EIO)
 
-A full disk and a failed read must end in a UserError or have no effect. After every fault, no file with a final name
-may be half-written, and running the same command again must write exactly the bytes of an undisturbed run. The same is
-checked for two runs at once in one folder, and for a clock that jumps back at every call. Prints a line per command and
-fault. Exits with 1 if anything was wrong.
+A full disk and a failed read must end in a UserError or have no effect, and Ctrl-C in a KeyboardInterrupt. After every
+fault, no file with a final name may be half-written, and running the same command again must write exactly the bytes of
+an undisturbed run. The same is checked for two runs at once in one folder, and for a clock that jumps back at every
+call. Prints a line per command and fault. Exits with 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import gc
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -43,10 +46,12 @@ if TYPE_CHECKING:  # no large module may be imported before faults.c is loaded
 Command = Callable[[], object]
 """A command, which writes into the folder `out` of the working folder."""
 
-FAULTS = {"kill": 1, "tear": 2, "full": 3, "unreadable": 4}
+FAULTS = {"kill": 1, "tear": 2, "full": 3, "unreadable": 4, "interrupt": 6}
 OFF, CLOCK = 0, 5
-KILLED, REFUSED, BROKEN = 137, 2, 3
-"""The exit statuses of a killed process, after a UserError, and after any other exception."""
+KILLED, REFUSED, BROKEN, STOPPED = 137, 2, 3, 130
+"""The exit statuses of a killed process, after a UserError, after any other exception, and after Ctrl-C."""
+ALLOWED = {"kill": (KILLED,), "tear": (KILLED,), "interrupt": (STOPPED,)}
+"""Fault -> the exit statuses that it may have; the others must be refused or have no effect."""
 SOURCE = Path(__file__).with_suffix(".c")
 
 
@@ -92,7 +97,9 @@ def commands(work: Path, only: str) -> dict[str, Command]:
 
     It makes the artifacts to export, without faults.
     """
+    from lqexport.calibration.model_text import write_text
     from lqexport.delivery.deliver import export_model
+    from lqexport.delivery.ladder import make_ladder
     from lqexport.exporting import export
     from lqexport.pipeline.quantize import quantize
 
@@ -103,6 +110,9 @@ def commands(work: Path, only: str) -> dict[str, Command]:
     measured: dict[str, Any] = {"text": str(work / "text.txt"), "windows": 1, "engine": "lqexport", "device": "cpu"}
     # The artifact stays: while it is deleted the file has its name, so the command would be refused afterwards.
     result["export"] = partial(export_model, by_name["gguf"], file, keep_artifact=True, **measured)
+    result["ladder"] = partial(make_ladder, by_name["gguf"], work / "out", ["Q4_0"], **measured)
+    texts = work / "out" / "texts.jsonl"
+    result["write-text"] = partial(write_text, str(work / "model"), texts, samples=2, sequence_length=24, device="cpu")
     exports: dict[str, tuple[str, Path, dict[str, Any]]] = {
         "to-gguf": ("auto", file, {}),
         "to-gguf in files": ("auto", file, {"split_max_size": "30K"}),
@@ -147,9 +157,13 @@ class Sweep:
         if child := os.fork():
             return child
         status = BROKEN
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background process ignores it
         try:
             self.library.faults_arm(self.watched, mode, ctypes.c_long(number))
             status = attempt(self.command)
+            for thread in threading.enumerate():  # as at the end of a process
+                if thread is not threading.current_thread() and not thread.daemon:
+                    thread.join()
             self.library.faults_arm(b"", OFF, ctypes.c_long(0))
         finally:
             os._exit(status)
@@ -169,8 +183,7 @@ class Sweep:
         """Hits one operation, checks the files, and runs again. Returns the exit status under the fault."""
         self.clear()
         status = self.run(FAULTS[fault], number)
-        allowed = (KILLED,) if fault in ("kill", "tear") else (0, REFUSED)
-        self.check(status in allowed, f"{fault} {number}: exit status {status}")
+        self.check(status in ALLOWED.get(fault, (0, REFUSED)), f"{fault} {number}: exit status {status}")
         self.check(not (half := damaged(self.root)), f"{fault} {number}: half-written {half}")
         self.check_finishes(f"{fault} {number}")
         return status
@@ -223,6 +236,8 @@ def attempt(run: Command) -> int:
         run()
     except UserError:
         return REFUSED
+    except KeyboardInterrupt:
+        return STOPPED
     except BaseException:
         traceback.print_exc(limit=-6)
         return BROKEN
@@ -267,6 +282,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--every", type=int, default=1, help="hit one of so many operations")
     parser.add_argument("--only", default="", help="only commands whose name holds this")
+    parser.add_argument("--faults", default=",".join(FAULTS), help="only these, separated by commas")
     parser.add_argument("--first", type=int, default=1, help="the first operation to hit, from 1")
     arguments = parser.parse_args()
     work = arguments.work.resolve()
@@ -275,8 +291,8 @@ def main() -> None:
     wrong, total = 0, Counter[str]()
     for name, command in commands(work, arguments.only).items():
         sweep = Sweep(command, work)
-        for fault, mode in FAULTS.items():
-            count = sweep.operations(mode)
+        for fault in arguments.faults.split(","):
+            count = sweep.operations(FAULTS[fault])
             numbers = range(arguments.first, count + 1, arguments.every)
             statuses = Counter(sweep.hit(fault, number) for number in numbers)
             total[fault] += statuses.total()

@@ -36,7 +36,7 @@ def test_a_sample_of_all_faults(root: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["wrong"] == 0
-    assert set(report["faults"]) == {"kill", "tear", "full", "unreadable"}
+    assert set(report["faults"]) == {"kill", "tear", "full", "unreadable", "interrupt"}
     assert min(report["faults"].values()) >= 2
 
 

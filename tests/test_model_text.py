@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from typer.testing import CliRunner
 
 from lqexport.calibration.model_text import beginnings, write_text
@@ -17,6 +19,7 @@ from lqexport.cli.app import app
 from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import HuggingFaceSource, open_source
+from lqexport.storage import files
 
 TEMPLATE = "{% for m in messages %}<|user|>{{ m['content'] }}<|end|>{% endfor %}"
 
@@ -42,6 +45,33 @@ def test_texts_are_written_and_calibrate(tiny_model: Path, tmp_path: Path) -> No
     assert load_calibration(str(path), tokenizer, samples=2, sequence_length=16, seed=0).tokens.shape == (2, 16)
     with pytest.raises(UserError, match="exists"):
         write_text(str(tiny_model), path)
+
+
+def test_a_text_that_cannot_be_written_leaves_nothing(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What cannot be read is named by itself, and not as the text that cannot be written."""
+    path, whole = tmp_path / "text.jsonl", BlockModel.whole
+    write = partial(write_text, str(tiny_model), path, samples=2, sequence_length=8, device="cpu")
+    full, unreadable = OSError(errno.ENOSPC, "No space left"), OSError(errno.EIO, "Input/output error", "a/shard")
+    disk_is_full = pytest.raises(UserError, match=r"disk is full: cannot write .*text\.jsonl")
+    with disk_is_full, mock.patch.object(files.os, "fsync", side_effect=full):
+        write()
+    with (
+        pytest.raises(UserError, match=r"^a/shard: Input"),
+        mock.patch.object(BlockModel, "whole", side_effect=unreadable),
+    ):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+    def meanwhile(self: BlockModel) -> PreTrainedModel:
+        path.write_text("another's")
+        return whole(self)
+
+    monkeypatch.setattr(BlockModel, "whole", meanwhile)
+    with pytest.raises(UserError, match=r"text\.jsonl exists"):
+        write()
+    assert path.read_text() == "another's"
 
 
 def test_half_of_the_texts_are_conversations(tiny_model: Path) -> None:

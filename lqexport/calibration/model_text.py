@@ -55,11 +55,12 @@ def write_text(
     starts = beginnings(tokenizer, weights.shape(model.architecture.embedding)[0], samples, seed)
     if (longest := max(map(len, starts))) >= sequence_length:
         raise UserError(f"The chat template begins with {longest} tokens: texts need a larger --sequence-length.")
-    first = len(ids_before(tokenizer))
+    first, whole = len(ids_before(tokenizer)), model.whole()
     listener.stage("Write texts", samples)
     with torch.random.fork_rng(), written_whole(path) as file:
+        check_new(path)  # another process may have written it meanwhile
         torch.manual_seed(seed)
-        for texts in _written(model, starts, sequence_length):
+        for texts in _written(whole, model.device, starts, sequence_length):
             for ids in texts.tolist():
                 line = json.dumps({"text": tokenizer.decode(ids[first:])}, ensure_ascii=False)
                 file.write(f"{line}\n".encode())
@@ -89,13 +90,15 @@ def _before_a_message(tokenizer: Any) -> list[int] | None:
     return list(tokenizer(before, add_special_tokens=False).input_ids) if mark else None
 
 
-def _written(model: BlockModel, starts: list[list[int]], length: int) -> Iterator[torch.Tensor]:
-    """Yields token ids [batch, length] of texts that go on from `starts`."""
-    whole: Any = model.whole()
+def _written(whole: Any, device: torch.device, starts: list[list[int]], length: int) -> Iterator[torch.Tensor]:
+    """Yields token ids [batch, length] of texts that go on from `starts`.
+
+    whole   the model as transformers has it, on the device
+    """
     for begin in range(0, len(starts), BATCH):
         batch = starts[begin : begin + BATCH]
         for size in sorted({len(start) for start in batch}):
-            ids = torch.tensor([start for start in batch if len(start) == size], device=model.device)
+            ids = torch.tensor([start for start in batch if len(start) == size], device=device)
             # Without eos_token_id, a text that ends is followed by the next one.
             yield whole.generate(
                 ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
