@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lqexport.calibration.collect import input_magnitudes
 from lqexport.converters.gguf import writer as gguf
 from lqexport.converters.models.families.llama import LLAMA
 from lqexport.converters.models.families.mixtral import MIXTRAL
@@ -16,6 +18,8 @@ from lqexport.errors import UserError
 from lqexport.models.blocks import BlockModel
 from lqexport.models.smoothing import Smoothed, column_scales, pairs, scales_between
 from lqexport.models.source import open_source
+from lqexport.pipeline import input_sizes as sizes
+from lqexport.pipeline import solve_model
 from lqexport.pipeline.quantize import quantize
 from lqexport.recipe import Recipe
 from lqexport.storage.artifact import Artifact, SolvedModel
@@ -44,7 +48,7 @@ def loud_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return folder
 
 
-def options(text: Path) -> dict[str, object]:
+def options(text: Path) -> dict[str, Any]:
     return {"calibration": str(text), "samples": 4, "sequence_length": 32, "descent": 1, "tune": 0}
 
 
@@ -88,6 +92,34 @@ def test_columns_end_up_alike(loud_model: Path, text: Path, tmp_path: Path) -> N
     by_giver = {pair.giver: scales for pair, scales in scales_between(open_source(str(loud_model)), solved).items()}
     for giver in (ATTENTION, f"{MLP}.up_proj"):
         assert by_giver[giver][LOUD] >= 2 * by_giver[giver].median()
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"rank": 8, "scaling": "l2qer", "smooth": False, "target": "native:affine-4-g64"}]
+)
+def test_a_resumed_run_does_not_measure_inputs_again(
+    more: dict[str, Any], loud_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = Recipe(str(loud_model), **({"target": "gguf:Q8_0"} | options(text) | more))
+    whole, measured = tmp_path / "whole", []
+
+    def counted(*arguments: Any, **named: Any) -> dict[str, torch.Tensor]:
+        measured.append(1)
+        return input_magnitudes(*arguments, **named)
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sizes, "input_magnitudes", counted)
+    quantize(chosen, whole)
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(solve_model, "_begin_solving", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(chosen, tmp_path / "out")
+    quantize(chosen, tmp_path / "out")
+    assert len(measured) == 2
+    for tensor in (whole / "tensors").iterdir():
+        assert (tmp_path / "out" / "tensors" / tensor.name).read_bytes() == tensor.read_bytes()
 
 
 def test_no_scales_are_read_off_rows_where_norms_have_none(tiny_model: Path, text: Path, tmp_path: Path) -> None:

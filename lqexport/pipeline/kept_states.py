@@ -10,11 +10,9 @@ import shutil
 import time
 from pathlib import Path
 
-import safetensors.torch
 from torch import Tensor
 
-from lqexport.errors import AGAIN
-from lqexport.storage.tensor_files import SEAL, check_sealed, open_tensors, write_sealed
+from lqexport.pipeline.kept_tensors import keep_tensors, kept_tensors
 
 SECONDS = 60.0
 """Hidden states are kept when so many seconds have passed since the last time: writing must not slow a run down whose
@@ -52,15 +50,11 @@ class KeptStates:
 
     def write(self, index: int, shard: int, states: dict[str, Tensor]) -> None:
         """Keeps a shard's hidden states, by any names. Raises UserError if the disk is full."""
-        contiguous = {name: state.cpu().contiguous() for name, state in states.items()}
-        write_sealed(self._path(index, shard), safetensors.torch.save(contiguous, {"sha256": SEAL}))
+        keep_tensors(self._path(index, shard), states)
 
     def read(self, index: int, shard: int) -> dict[str, Tensor]:
         """Returns what `write` kept. Raises UserError if the file is damaged."""
-        path = self._path(index, shard)
-        with open_tensors(path, "pt", AGAIN) as file:
-            check_sealed(path)
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        return kept_tensors(self._path(index, shard))
 
     def leave_only(self, index: int) -> None:
         """Removes what is kept of other blocks, once all shards of block `index` are written."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lqexport.calibration.collect import input_magnitudes
 from lqexport.converters.models.architecture import Config
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import PlannedTensor
 from lqexport.models.smoothing import SEQUENCES, Pair, Smoothed, column_scales, pairs
 from lqexport.models.source_grids import KEPT
+from lqexport.pipeline.input_sizes import input_sizes
 from lqexport.pipeline.job import Job
 from lqexport.recipe import Recipe
 
@@ -19,10 +19,8 @@ def smooth_source(job: Job) -> Job:
     solved_pairs = pairs_to_smooth(job.recipe, job.source.config, job.planned) if job.calibration else []
     if not solved_pairs:
         return job
-    magnitudes = input_magnitudes(
-        job.model(), job.sequences[:SEQUENCES], job.processes, listener=job.listener, description="Sizes of inputs"
-    )
-    scales = {pair: column_scales(magnitudes[pair.takers[0]]) for pair in solved_pairs}
+    sizes = input_sizes(job, "smoothing", job.sequences[:SEQUENCES])
+    scales = {pair: column_scales(sizes[pair.takers[0]]) for pair in solved_pairs}
     return replace(job, source=Smoothed(job.source, scales))
 
 

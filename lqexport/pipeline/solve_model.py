@@ -19,13 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lqexport.calibration.collect import add_outputs, begin_with_first, by_weight, input_magnitudes
+from lqexport.calibration.collect import add_outputs, begin_with_first, by_weight
 from lqexport.calibration.moments import SecondMoments
 from lqexport.converters.models.tensor_names import is_tied
 from lqexport.converters.plan import PlannedTensor
 from lqexport.formats.registry import codec_named
 from lqexport.grids.whole import fitted_whole
 from lqexport.models.blocks import BlockModel
+from lqexport.pipeline.input_sizes import input_sizes
 from lqexport.pipeline.job import Job
 from lqexport.pipeline.second_moments import block_moments
 from lqexport.pipeline.sequential import Problem, Sequential
@@ -91,7 +92,7 @@ def _solve_blocks(job: Job) -> None:
     """Solves the linears of all decoder blocks with calibration."""
     model, magnitudes = job.model(), dict[str, Tensor]()
     if job.recipe.rank and job.recipe.scaling == "l2qer":
-        magnitudes = input_magnitudes(model, job.sequences, job.processes)
+        magnitudes = input_sizes(job, "factors", job.sequences)
     if job.recipe.prefix == "quantized":
         _solve_on_quantized(job, model, magnitudes)
     else:
