@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from lqexport.cli.common import plain_endings
+from lqexport.runtime import progress
 from lqexport.runtime.progress import Bars, Lines, terminal_listener
 
 
@@ -34,10 +35,22 @@ def test_lines_tell_how_far_a_stopped_run_was() -> None:
     target, written = console()
     listener = Lines(target, interval=0)
     listener.stage("Solve", 4)
-    listener.advance(3)
+    listener.advance(2)
+    listener.advance(1)
     listener.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
     assert "Solve: running, 75% in 0 s, about 0 s left" in written.getvalue()
     assert written.getvalue().endswith("Solve: stopped, 75% in 0 s\n")
+
+
+def test_the_time_left_does_not_count_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A resumed run reports at once that 80 of 100 are done. The next 5 take 50 s, so the last 15 take 150 s."""
+    target, written = console()
+    listener, clock = Lines(target), iter([0.0, 1.0, 51.0, 51.0])
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    listener.stage("Solve", 100)
+    listener.advance(80)
+    listener.advance(5)
+    assert "Solve: running, 85% in 51 s, about 150 s left" in written.getvalue()
 
 
 @pytest.mark.parametrize("listener_type", [Lines, Bars])

@@ -99,7 +99,8 @@ class Lines(Interruptible):
     """A listener for logs and pipes, which prints lines.
 
     It prints one line when a stage begins, at most one every `interval` seconds while the stage runs, and one when it
-    ends. So the log of a killed run shows how far the run came.
+    ends. So the log of a killed run shows how far the run came. The time left follows from the work since the stage's
+    first report, which in a resumed run tells of what an earlier run did.
     """
 
     def __init__(self, console: Console, interval: float = 30.0) -> None:
@@ -108,6 +109,7 @@ class Lines(Interruptible):
         self.description = ""
         self.total = self.done = 0.0
         self.started = self.reported = 0.0
+        self.first: tuple[float, float] | None = None  # when the stage's first report came, and what was done by then
 
     def __enter__(self) -> Lines:
         return self
@@ -122,14 +124,16 @@ class Lines(Interruptible):
         self.check()
         if self.description:
             self._print_state("done")
-        self.description, self.total, self.done = description, total, 0.0
+        self.description, self.total, self.done, self.first = description, total, 0.0, None
         self.started = self.reported = time.monotonic()
         self._print(description)
 
     def advance(self, amount: float) -> None:
         self.check()
         self.done += amount
-        if time.monotonic() - self.reported >= self.interval:
+        now = time.monotonic()
+        self.first = self.first or (now, self.done)
+        if now - self.reported >= self.interval:
             self._print_state("running")
 
     def message(self, text: str) -> None:
@@ -139,8 +143,15 @@ class Lines(Interruptible):
         self.reported = time.monotonic()
         seconds = self.reported - self.started
         share = min(1.0, self.done / self.total) if self.total else 0.0
-        left = f", about {seconds / share - seconds:.0f} s left" if state == "running" and share > 0 else ""
+        left = self._left() if state == "running" and self.total else ""
         self._print(f"{self.description}: {state}{f', {share:.0%}' if self.total else ''} in {seconds:.0f} s{left}")
+
+    def _left(self) -> str:
+        """Returns the time left as words; nothing if no work has been reported since the first report."""
+        since, before = self.first or (0.0, 0.0)
+        worked = self.done - before
+        seconds = (self.reported - since) / worked * max(0.0, self.total - self.done) if worked > 0 else None
+        return "" if seconds is None else f", about {seconds:.0f} s left"
 
     def _print(self, text: str) -> None:
         """Prints a line, which is not folded, however long it is."""
