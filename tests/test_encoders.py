@@ -26,6 +26,7 @@ from lqexport.evaluation.embeddings import NEIGHBOURS, embeddings, engine_embedd
 from lqexport.evaluation.llamacpp import LlamaCpp
 from lqexport.evaluation.llamacpp_process import LlamaCppProcess
 from lqexport.evaluation.whole_models import runnable
+from lqexport.models.any_model import open_model
 from lqexport.models.blocks import BlockModel
 from lqexport.models.source import open_source
 from lqexport.recipe import Recipe
@@ -303,7 +304,7 @@ def test_what_needs_predictions_is_refused(solved: Path, bert: Path, text: Path,
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.compare([folder], source, text=str(text))
     with pytest.raises(UserError, match="is an encoder"):
-        runnable(folder, torch.device("cpu"), torch.float32)
+        runnable(open_model(folder), torch.device("cpu"), torch.float32)
     with pytest.raises(UserError, match="is an encoder"):
         lqexport.perplexity(folder, [str(text)], protocol="llama.cpp-512")
     with pytest.raises(UserError, match="is an encoder and writes no text"):

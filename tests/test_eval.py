@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from lqexport.evaluation.papers import perplexity
 from lqexport.evaluation.protocols import HF_2048, tokenize
 from lqexport.evaluation.whole_models import runnable
 from lqexport.evaluation.zero_shot_tasks import zero_shot
+from lqexport.models.any_model import open_model
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.storage.artifact import Artifact
 from lqexport.verification.verifying import verify
@@ -55,6 +57,50 @@ def test_perplexity_is_that_of_verify(folder: Path, tiny_model: Path, text: Path
         assert actual.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
         assert actual.error == pytest.approx(expected.perplexity_error, rel=1e-12)
         assert (actual.windows, actual.tokens) == (expected.windows, expected.tokens)
+
+
+def test_a_source_is_measured_as_verify_measures_it(folder: Path, tiny_model: Path, text: Path) -> None:
+    (actual,) = perplexity(tiny_model, [str(text)], protocol="llama.cpp-512", windows=2)
+    (expected,) = verify(folder.with_name("plain.gguf"), str(tiny_model), text=str(text), windows=2).evaluations
+    assert actual.perplexity == pytest.approx(expected.reference_perplexity, rel=1e-12)
+    assert actual.error == pytest.approx(expected.reference_perplexity_error, rel=1e-12)
+
+
+@pytest.mark.parametrize("float_type", ["gguf:F16", "gguf:BF16"])
+def test_a_file_of_floats_is_measured(
+    float_type: str, rounded_artifact: Callable[..., Artifact], tiny_model: Path, text: Path, tmp_path: Path
+) -> None:
+    gguf_writer.write(rounded_artifact(tmp_path / "artifact", float_type), tmp_path / "model.gguf")
+    options: dict[str, Any] = {"protocol": "llama.cpp-512", "windows": 1}
+    ours, source = (perplexity(file, [str(text)], **options)[0] for file in (tmp_path / "model.gguf", tiny_model))
+    assert ours.perplexity == pytest.approx(source.perplexity, rel=0.01)
+
+
+def test_a_source_is_measured_beside_its_file(folder: Path, tiny_model: Path, text: Path) -> None:
+    arguments = ["eval", str(folder), "--against", str(tiny_model), "--text", str(text), "--windows", "1"]
+    arguments += ["--protocol", "llama.cpp-512"]
+    shown = CliRunner().invoke(app, arguments)
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout.splitlines()[0].split() == ["on", "measure", "file", "source", "difference"]
+    content = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
+    assert (content["file"], content["against"]) == (str(folder), str(tiny_model))
+    for key, model in (("perplexities", folder), ("source_perplexities", tiny_model)):
+        (alone,) = perplexity(model, [str(text)], protocol="llama.cpp-512", windows=1)
+        assert content[key][0]["perplexity"] == pytest.approx(alone.perplexity, rel=1e-12)
+    file, source = content["perplexities"][0]["perplexity"], content["source_perplexities"][0]["perplexity"]
+    assert f"{file - source:+.4f}" in shown.stdout
+
+
+def test_models_that_split_a_text_otherwise_are_refused_before_they_run(
+    folder: Path, tiny_model: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()  # the last token is spelled by two others
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    monkeypatch.setattr(papers, "BlockModel", lambda *_: pytest.fail("a model ran"))
+    with pytest.raises(UserError, match=r"native and .*other split .* into other tokens"):
+        scores.evaluate(folder, ["python-docs"], [], against=other, protocol="llama.cpp-512", device="cpu")
 
 
 def test_an_unknown_protocol_is_refused(folder: Path) -> None:
@@ -152,7 +198,7 @@ metric_list:
 
 def by_hand(file: Path) -> float:
     """Returns the share of questions whose right answer has the largest log-likelihood."""
-    model, tokenizer = runnable(file, torch.device("cpu"), torch.float32), tokenizer_of(file)
+    model, tokenizer = runnable(open_model(file), torch.device("cpu"), torch.float32), tokenizer_of(file)
     right = 0
     for i in range(6):
         prompt = tokenizer(f"def f{i}(x):\n   ")["input_ids"]
@@ -167,11 +213,13 @@ def by_hand(file: Path) -> float:
 
 
 @needs_harness
-def test_a_task_of_the_harness(folder: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_of_the_harness(
+    folder: Path, tiny_model: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import lm_eval.tasks
 
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    for file in files(folder):
+    for file in [*files(folder), tiny_model]:
         (score,) = zero_shot(file, ["tiny_choices"], include=tasks, device="cpu")
         assert (score.task, score.metric) == ("tiny_choices", "acc")
         assert score.value == pytest.approx(by_hand(file))
@@ -189,9 +237,26 @@ def test_tasks_out_of_reach_are_said_before_any_work(
     (tmp_path / "far.yaml").write_text("task: far_away\ndataset_path: someone/somewhere\noutput_type: generate_until\n")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     monkeypatch.setattr(zero_shot_tasks, "runnable", lambda *_: pytest.fail("the model was loaded"))
-    monkeypatch.setattr(scores, "perplexity", lambda *_, **__: pytest.fail("the text was read"))
+    monkeypatch.setattr(scores, "cut_texts", lambda *_, **__: pytest.fail("the text was read"))
     with pytest.raises(UserError, match=r"^The questions of far_away cannot be loaded \(.+\)\. The harness's tasks"):
         scores.evaluate(folder, texts, ["far_away"], include=tmp_path, device="cpu")
+
+
+def test_a_model_that_cannot_run_as_a_whole_is_said_before_any_work(
+    folder: Path, experts_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers stacks experts. That was said when the tasks began, after hours on a text."""
+    monkeypatch.setattr(scores, "cut_texts", lambda *_, **__: pytest.fail("the text was read"))
+    monkeypatch.setattr(zero_shot_tasks, "opened_tasks", lambda *_: None)
+    with pytest.raises(UserError, match=r"transformers keeps .*experts.* in another form than .*experts0?, which"):
+        scores.evaluate(folder, ["python-heldout"], ["arc_easy"], against=experts_model, device="cpu")
+
+
+@needs_harness
+def test_a_missing_folder_of_tasks_is_named(folder: Path, tmp_path: Path) -> None:
+    """The harness took it for an empty one, so that the task was said to be unknown."""
+    with pytest.raises(UserError, match=r"There is no folder .*mine\. Give --include"):
+        zero_shot(folder, ["tiny_choices"], include=tmp_path / "mine", device="cpu")
 
 
 @needs_harness
@@ -205,8 +270,19 @@ def test_the_example_tasks(folder: Path, root: Path, tmp_path: Path, monkeypatch
 
 
 @needs_harness
-def test_the_command(folder: Path, tasks: Path, text: Path) -> None:
-    arguments = ["eval", str(folder), "--text", str(text), "--windows", "1", "--protocol", "llama.cpp-512"]
+def test_the_command(folder: Path, tiny_model: Path, tasks: Path, text: Path) -> None:
+    arguments = [
+        "eval",
+        str(folder),
+        "--against",
+        str(tiny_model),
+        "--text",
+        str(text),
+        "--windows",
+        "1",
+        "--protocol",
+        "llama.cpp-512",
+    ]
     arguments += ["--tasks", "tiny_choices", "--include", str(tasks), "--limit", "2", "--device", "cpu"]
     shown = CliRunner().invoke(app, arguments)
     assert shown.exit_code == 0, shown.output
@@ -214,12 +290,15 @@ def test_the_command(folder: Path, tasks: Path, text: Path) -> None:
     content = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)
     assert math.isclose(content["perplexities"][0]["perplexity"], perplexity(
         folder, [str(text)], protocol="llama.cpp-512", windows=1)[0].perplexity)  # fmt: skip
-    assert content["tasks"][0]["value"] in (0, 0.5, 1)
+    for key in ("tasks", "source_tasks"):
+        assert [score["value"] in (0, 0.5, 1) for score in content[key]] == [True]
     assert "lm_eval" in content["versions"]
 
 
 def test_what_is_missing_is_said(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert CliRunner().invoke(app, ["eval", str(folder)]).exit_code == 2
+    for options in ([], ["--tasks", ","]):
+        shown = CliRunner().invoke(app, ["eval", str(folder), *options])
+        assert (shown.exit_code, "Say what to evaluate" in shown.stderr) == (2, True)
     monkeypatch.setattr(zero_shot_tasks.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install '\.\[eval\]'"):
         zero_shot(folder, ["arc_easy"])

@@ -20,6 +20,7 @@ from lqexport.evaluation import judging
 from lqexport.evaluation.chat import Question, answer, read_questions
 from lqexport.evaluation.judging import asking, grade, judge, judged_answers, verdict
 from lqexport.evaluation.whole_models import runnable
+from lqexport.models.any_model import open_model
 from lqexport.models.tokenizers import tokenizer_of
 from lqexport.storage.artifact import Artifact
 
@@ -127,6 +128,12 @@ def test_an_endpoint_that_does_not_answer_is_said_before_any_work(
         judge(folder, url, "other", tokens=1, device="cpu")
 
 
+def test_an_endpoint_without_a_scheme_is_named() -> None:
+    """The client says of it that there is no connection."""
+    with pytest.raises(UserError, match=r"The endpoint localhost:8000/v1 is no address such as http://"):
+        asking("localhost:8000/v1", "judge")
+
+
 def test_a_missing_client_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judging.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"pip install '\.\[judge\]'"):
@@ -162,7 +169,7 @@ def test_a_judge_of_sense_is_followed_in_either_order() -> None:
 
 
 def test_an_answer_is_the_likeliest_continuation_of_the_conversation(folder: Path) -> None:
-    model, tokenizer = runnable(folder, torch.device("cpu"), torch.float32), tokenizer_of(folder)
+    model, tokenizer = runnable(open_model(folder), torch.device("cpu"), torch.float32), tokenizer_of(folder)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     first, second = answer(model, tokenizer, ["one", "two"], 3)
     ids = tokenizer("<user>one<assistant>")["input_ids"]
@@ -174,7 +181,7 @@ def test_an_answer_is_the_likeliest_continuation_of_the_conversation(folder: Pat
 
 
 def test_a_template_that_refuses_a_question_is_said(folder: Path) -> None:
-    model, tokenizer = runnable(folder, torch.device("cpu"), torch.float32), tokenizer_of(folder)
+    model, tokenizer = runnable(open_model(folder), torch.device("cpu"), torch.float32), tokenizer_of(folder)
     tokenizer.chat_template = "{{ raise_exception('no users') }}"
     with pytest.raises(UserError, match="chat template refuses a conversation: no users"):
         answer(model, tokenizer, ["one"], 3)

@@ -8,14 +8,17 @@ from typing import Annotated
 import typer
 
 from lqexport.cli.common import plain_endings, print_result
-from lqexport.cli.shared_options import Device, Json, WrittenFile
+from lqexport.cli.shared_options import AnyModel, Device, Json
 from lqexport.errors import UserError
-from lqexport.models.model_path import check_exists, check_source_name
+from lqexport.models.model_path import check_source_name
 from lqexport.runtime.progress import terminal_listener
 
 
 def evaluate(
-    file: WrittenFile,
+    file: AnyModel,
+    against: Annotated[
+        str | None, typer.Option(help="Its source, to measure beside it on the same: a folder, hub id or .gguf file.")
+    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -39,30 +42,34 @@ def evaluate(
     as_json: Json = False,
     device: Device = "auto",
 ) -> None:
-    """Perplexity and zero-shot tasks of one file, by this program's own decoding.
+    """Perplexity and zero-shot tasks of a model, by this program's own decoding.
+
+    FILE is a written file, or a source, quantized or not.
 
     Examples:
 
-        lqexport eval model.gguf --text wikitext2 --text c4
+        lqexport eval ./model --text wikitext2 --text c4
+        lqexport eval model.gguf --against ./model --text wikitext2
         lqexport eval ./model-3bit --tasks arc_easy,piqa --limit 200
     """
     with plain_endings():
-        check_exists(file)
+        for name in filter(None, (file, against)):
+            check_source_name(name)
         from lqexport.evaluation import scores
 
-        if not text and not tasks:
-            raise UserError("Say what to evaluate: --text wikitext2, or --tasks arc_easy,piqa.")
         names = scores.task_names(tasks)
+        if not text and not names:
+            raise UserError("Say what to evaluate: --text wikitext2, or --tasks arc_easy,piqa.")
         with terminal_listener() as listener:
             result = scores.evaluate(
-                file, text or [], names, include=include, shots=shots, limit=limit, protocol=protocol, windows=windows,
-                device=device, listener=listener,
+                file, text or [], names, against=against, include=include, shots=shots, limit=limit,
+                protocol=protocol, windows=windows, device=device, listener=listener,
             )  # fmt: skip
         print_result(result, scores.table, as_json=as_json)
 
 
 def judge(
-    file: WrittenFile,
+    file: AnyModel,
     endpoint: Annotated[str, typer.Option(help="An OpenAI-compatible API, such as http://localhost:8000/v1.")],
     model: Annotated[str, typer.Option(help="What the endpoint calls the model that judges.")],
     against: Annotated[
@@ -85,9 +92,8 @@ def judge(
         lqexport judge ./model-3bit --endpoint https://api.openai.com/v1 --model NAME --questions mine.jsonl --json
     """
     with plain_endings():
-        check_exists(file)
-        if against is not None:
-            check_source_name(against)
+        for name in filter(None, (file, against)):
+            check_source_name(name)
         from lqexport.evaluation import judging
 
         with terminal_listener() as listener:

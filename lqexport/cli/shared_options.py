@@ -18,7 +18,9 @@ LIMITS = "Limits"
 """Panels of `--help`."""
 
 SourceModel = Annotated[str, typer.Argument(help="A Hugging Face folder or hub id, quantized or not, or a .gguf file.")]
-WrittenFile = Annotated[Path, typer.Argument(help="A .gguf file, or a folder that quantize or a to-... command wrote.")]
+AnyModel = Annotated[
+    str, typer.Argument(help="A .gguf file, a folder that lqexport wrote, or a Hugging Face folder or hub id.")
+]
 NewFile = Annotated[Path, typer.Argument(help="The .gguf file to write.")]
 NewFolder = Annotated[Path, typer.Argument(help="The folder to write, which must not exist.")]
 

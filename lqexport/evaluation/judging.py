@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,12 +19,11 @@ import numpy as np
 import torch
 from rich.table import Table
 
-from lqexport.errors import UserError, check_least, install
+from lqexport.errors import UserError, check_least, files_at_hand, install
 from lqexport.evaluation.chat import Question, answer, read_questions
 from lqexport.evaluation.figures import finite_or_null, with_error
-from lqexport.evaluation.whole_models import dense, runnable
-from lqexport.models.source import open_source
-from lqexport.models.tokenizers import tokenizer_of
+from lqexport.evaluation.whole_models import check_runnable, runnable
+from lqexport.models.any_model import AnyModel, open_model
 from lqexport.runtime.environment import PACKAGES, choose_device, versions
 from lqexport.runtime.progress import Listener, Silent
 from lqexport.runtime.shown import Shown
@@ -108,6 +106,7 @@ class Judgement(Shown):
         return finite_or_null(asdict(self))
 
 
+@files_at_hand()
 def judge(
     file: str | Path,
     endpoint: str,
@@ -121,7 +120,8 @@ def judge(
 ) -> Judgement:
     """Lets a written model answer questions, and another model judge the answers.
 
-    file       a .gguf file, native or EXL2 folder, or artifact; its low-rank corrections are added
+    file       a .gguf file, a folder that lqexport wrote, or a Hugging Face folder or hub id, quantized or not; the
+               low-rank corrections of a written model are added
     endpoint   the address of an OpenAI-compatible API, such as http://localhost:8000/v1
     model      the judge's name at the endpoint
     against    the source model: its answers are graded too, and compared with the file's
@@ -136,27 +136,31 @@ def judge(
     ask, listener = asking(endpoint, model), listener or Silent()
     question_list = read_questions(Path(questions) if questions else None)
     chosen = choose_device(device)
+    models = [open_model(name) for name in (file, against) if name is not None]
+    for each in models:
+        check_runnable(each)
+    tokenizers = [each.tokenizer() for each in models]
     ask(FIRST)
-    answers = _answers(partial(runnable, Path(file)), tokenizer_of(Path(file)), question_list, tokens, chosen, listener)
-    source_answers: list[list[str]] = [[] for _ in question_list]
-    if against is not None:
-        source = open_source(against)
-        source_answers = _answers(partial(dense, source), source.tokenizer(), question_list, tokens, chosen, listener)
+    answers = [
+        _answers(each, tokenizer, question_list, tokens, chosen, listener)
+        for each, tokenizer in zip(models, tokenizers, strict=True)
+    ]
+    source_answers: list[list[str]] = answers[1] if against is not None else [[] for _ in question_list]
     listener.stage(f"Ask {model}", len(question_list))
     judged = []
-    for entry in zip(question_list, answers, source_answers, strict=True):
+    for entry in zip(question_list, answers[0], source_answers, strict=True):
         judged.append(judged_answers(ask, *entry))
         listener.advance(1)
     return Judgement(str(file), against, endpoint, model, judged, versions(*PACKAGES, "openai"))
 
 
 def _answers(
-    load: Callable[[torch.device, torch.dtype], Any], tokenizer: Any, questions: Sequence[Question], tokens: int,
-    device: torch.device, listener: Listener,
+    opened: AnyModel, tokenizer: Any, questions: Sequence[Question], tokens: int, device: torch.device,
+    listener: Listener,
 ) -> list[list[str]]:  # fmt: skip
     """Returns a model's answers to all questions, computed in float32. The model is freed at the end."""
     listener.stage("Answer the questions", len(questions))
-    model, answers = load(device, torch.float32), []
+    model, answers = runnable(opened, device, torch.float32), []
     for question in questions:
         answers.append(answer(model, tokenizer, question.turns, tokens))
         listener.advance(1)
@@ -166,8 +170,11 @@ def _answers(
 def asking(endpoint: str, model: str) -> Ask:
     """Returns a function that asks the judge.
 
-    Raises UserError if the package openai is missing. The function raises UserError if the endpoint does not answer.
+    Raises UserError if the package openai is missing, or the endpoint is no address. The function raises UserError if
+    the endpoint does not answer.
     """
+    if not re.match("https?://", endpoint):
+        raise UserError(f"The endpoint {endpoint} is no address such as http://localhost:8000/v1.")
     if importlib.util.find_spec("openai") is None:
         raise UserError(MISSING)
     from openai import OpenAI, OpenAIError

@@ -23,15 +23,14 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from lqexport.calibration.texts import documents, read_text
-from lqexport.errors import UserError, check_least
+from lqexport.converters.models.architectures import architecture_of
+from lqexport.errors import UserError, check_least, files_at_hand
 from lqexport.evaluation.evaluate import perplexity_and_error
 from lqexport.evaluation.fitting import fitted, window_warnings
-from lqexport.evaluation.logits import block_logits
+from lqexport.evaluation.logits import block_logits, check_predicts
 from lqexport.evaluation.protocols import HF_2048, PROTOCOLS, Protocol, cut, cut_text, tokenize
-from lqexport.models.adapters import corrected, open_factors
+from lqexport.models.any_model import AnyModel, open_model
 from lqexport.models.blocks import BlockModel
-from lqexport.models.tokenizers import tokenizer_of
-from lqexport.models.written import open_export
 from lqexport.runtime.environment import choose_device
 from lqexport.runtime.progress import Listener, Silent
 
@@ -94,6 +93,7 @@ TEXTS: dict[str, WindowsOf] = {
 """The texts of the papers by name."""
 
 
+@files_at_hand()
 def perplexity(
     file: str | Path,
     texts: Iterable[str] = ("wikitext2",),
@@ -103,9 +103,10 @@ def perplexity(
     device: str = "auto",
     listener: Listener | None = None,
 ) -> list[Perplexity]:
-    """Returns the perplexity of a written model on each text.
+    """Returns the perplexity of a model on each text.
 
-    file       a .gguf file, native or EXL2 folder, or artifact; its low-rank corrections are added
+    file       a .gguf file, a folder that lqexport wrote, or a Hugging Face folder or hub id, quantized or not; the
+               low-rank corrections of a written model are added
     texts      names in TEXTS, or texts that `texts.read_text` knows: files, python-heldout
     protocol   the protocol for texts that are not in TEXTS
     windows    the most windows of each text
@@ -113,20 +114,44 @@ def perplexity(
     lqexport decodes the model itself and runs it block by block in float32. Raises UserError if the protocol is
     unknown, or if the model or a text cannot be read.
     """
+    model, chosen, listener = open_model(file), choose_device(device), listener or Silent()
+    return perplexity_on(cut_texts(model, texts, protocol, windows, listener), model, chosen, listener)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A text as a model runs on it: token ids [windows, tokens], cut by a protocol."""
+
+    text: str
+    protocol: Protocol
+    windows: Windows
+
+
+def cut_texts(
+    model: AnyModel, texts: Iterable[str], protocol: str, windows: int | None, listener: Listener
+) -> list[Cut]:
+    """Returns each text, cut by the model's tokenizer. The arguments are those of `perplexity`, which says the errors.
+
+    The listener is told where windows do not fit the model's context.
+    """
     check_least(1, windows=windows)
-    path, listener = Path(file), listener or Silent()
     if protocol not in PROTOCOLS:
         raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
-    tokenizer, export = tokenizer_of(path), open_export(path)
+    config = model.weights.config
+    check_predicts(architecture_of(config))
     protocols = {text: HF_2048 if text in TEXTS else PROTOCOLS[protocol] for text in texts}
     for chosen in dict.fromkeys(protocols.values()):
-        for sentence in window_warnings(chosen, export.config):
+        for sentence in window_warnings(chosen, config):
             listener.message(sentence)
-    fitting = {text: fitted(chosen, export.config) for text, chosen in protocols.items()}
-    windows_of = {text: _windows(text, chosen, tokenizer, windows) for text, chosen in fitting.items()}
-    factors = open_factors(path, None, export.config)
-    model = BlockModel(corrected(export, factors), choose_device(device))
-    return [_measured(model, text, fitting[text], windows_of[text], listener) for text in windows_of]
+    tokenizer = model.tokenizer()
+    fitting = {text: fitted(chosen, config) for text, chosen in protocols.items()}
+    return [Cut(text, chosen, _windows(text, chosen, tokenizer, windows)) for text, chosen in fitting.items()]
+
+
+def perplexity_on(cuts: Iterable[Cut], model: AnyModel, device: torch.device, listener: Listener) -> list[Perplexity]:
+    """Returns a model's perplexity on texts that are cut into windows of tokens."""
+    blocks, name = BlockModel(model.weights, device), Path(model.name).absolute().name
+    return [_measured(blocks, each, f"Run {name} on {each.text}", listener) for each in cuts]
 
 
 def _windows(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, limit: int | None) -> Windows:
@@ -135,11 +160,12 @@ def _windows(text: str, protocol: Protocol, tokenizer: PreTrainedTokenizerBase, 
     return cut_text(tokenizer, read_text(text), [protocol], limit)[protocol]
 
 
-def _measured(model: BlockModel, text: str, protocol: Protocol, windows: Windows, listener: Listener) -> Perplexity:
-    logits = block_logits(model, windows, protocol, listener, f"Run on {text}")
+def _measured(model: BlockModel, text: Cut, description: str, listener: Listener) -> Perplexity:
+    protocol, windows = text.protocol, text.windows
+    logits = block_logits(model, windows, protocol, listener, description)
     losses = []
     for window, predicted in zip(windows, logits, strict=True):
         targets = torch.from_numpy(window[protocol.first :]).to(predicted.device)
         losses.append(torch.nn.functional.cross_entropy(predicted.double(), targets, reduction="none").cpu().numpy())
     value, error = perplexity_and_error(np.stack(losses))
-    return Perplexity(text, protocol.name, len(windows), windows.shape[0] * protocol.scored, value, error)
+    return Perplexity(text.text, protocol.name, len(windows), windows.shape[0] * protocol.scored, value, error)

@@ -1,4 +1,4 @@
-"""Makes transformers models of written files and other weights, which generate text and answer tasks as a whole."""
+"""Makes transformers models of written files and sources, which generate text and answer tasks as a whole."""
 
 from __future__ import annotations
 
@@ -7,41 +7,53 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lqexport.converters.folders.native import is_native_folder
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
 from lqexport.evaluation.logits import check_predicts
 from lqexport.integration.loading import load
-from lqexport.models.adapters import corrected, open_factors
+from lqexport.models.any_model import AnyModel
 from lqexport.models.interface import Weights
-from lqexport.models.written import NativeFolder, open_export
 
 
-def runnable(path: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a transformers model with the file's weights, packed for a native folder and else decoded.
+def runnable(model: AnyModel, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a transformers model with a model's weights, packed for a native folder and else decoded.
 
-    Low-rank corrections are added. Raises UserError if the file cannot be read, and for an encoder.
+    Raises UserError as `check_runnable` does, and if the weights cannot be read.
     """
-    export = open_export(path)
-    check_predicts(architecture_of(export.config))
-    if isinstance(export, NativeFolder):
-        return load(path, dtype=dtype, device_map={"": device})
-    factors = open_factors(path, None, export.config)
-    return dense(corrected(export, factors), device, dtype)
+    check_runnable(model)
+    if is_native_folder(folder := Path(model.name)):
+        return load(folder, dtype=dtype, device_map={"": device})
+    return _dense(model.weights, device, dtype)
 
 
-def dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """Returns a transformers model with the decoded `weights`.
+def check_runnable(model: AnyModel) -> None:
+    """Raises UserError if `runnable` will make no transformers model of it. No weight is read.
 
-    Raises UserError if transformers stores a tensor under another name or in another form, such as stacked experts.
+    That is so for an encoder, and where transformers stores a tensor under another name or in another form, such as
+    stacked experts.
     """
+    check_predicts(architecture_of(model.weights.config))
+    if is_native_folder(Path(model.name)):
+        return
+    names = set(model.weights.names())
+    empty = _empty(model.weights, torch.device("meta"), torch.float32)
+    if unmatched := [name for name, _ in empty.named_parameters() if name not in names]:
+        raise UserError(
+            f"transformers keeps {unmatched[0]} in another form than {model.name}, which cannot be run as a whole."
+        )
+
+
+def _empty(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns the transformers model for `weights`, without them."""
     options = {key: value for key, value in weights.config.items() if key != "quantization_config"}
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype)
-    names = set(weights.names())
-    if unmatched := [name for name, _ in model.named_parameters() if name not in names]:
-        raise UserError(
-            f"transformers keeps {unmatched[0]} in another form than the file, so tasks cannot be run on it."
-        )
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**options), dtype=dtype)
+
+
+def _dense(weights: Weights, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """Returns a transformers model with the decoded `weights`."""
+    model = _empty(weights, device, dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(weights.read(name))

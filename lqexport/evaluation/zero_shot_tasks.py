@@ -1,4 +1,4 @@
-"""Runs zero-shot tasks with EleutherAI's lm-evaluation-harness, on any file or folder that lqexport reads."""
+"""Runs zero-shot tasks with EleutherAI's lm-evaluation-harness, on any model that lqexport reads."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from lqexport.errors import UserError, check_least, install
-from lqexport.evaluation.whole_models import runnable
-from lqexport.models.tokenizers import tokenizer_of
+from lqexport.errors import UserError, check_least, files_at_hand, install
+from lqexport.evaluation.whole_models import check_runnable, runnable
+from lqexport.models.any_model import open_model
 from lqexport.runtime.environment import choose_device
 from lqexport.runtime.hub import hub
 
@@ -39,6 +39,7 @@ def check_installed() -> None:
         raise UserError(MISSING)
 
 
+@files_at_hand()
 def zero_shot(
     file: str | Path,
     tasks: Sequence[str] = TASKS,
@@ -50,9 +51,10 @@ def zero_shot(
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
 ) -> list[TaskScore]:
-    """Returns the scores of a written model on tasks of the harness.
+    """Returns the scores of a model on tasks of the harness.
 
-    file      a .gguf file, native or EXL2 folder, or artifact; its low-rank corrections are added
+    file      a .gguf file, a folder that lqexport wrote, or a Hugging Face folder or hub id, quantized or not; the
+              low-rank corrections of a written model are added
     tasks     names of tasks
     include   a folder with your own task files, in the harness's YAML
     shots     the number of worked examples before each question
@@ -66,12 +68,14 @@ def zero_shot(
     check_least(1, limit=limit, batch_size=batch_size)
     if not tasks:
         raise UserError("Name at least one task, such as arc_easy.")
-    manager, path = opened_tasks(tasks, include), Path(file)
+    opened, chosen = open_model(file), choose_device(device)
+    check_runnable(opened)
+    manager = opened_tasks(tasks, include)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = runnable(path, choose_device(device), dtype)
-    harness = HFLM(pretrained=model, tokenizer=tokenizer_of(path), batch_size=batch_size)
+    tokenizer = opened.tokenizer()
+    harness = HFLM(pretrained=runnable(opened, chosen, dtype), tokenizer=tokenizer, batch_size=batch_size)
     evaluation = simple_evaluate(
         model=harness, tasks=list(tasks), num_fewshot=shots, limit=limit, task_manager=manager, log_samples=False,
         bootstrap_iters=0,
@@ -82,9 +86,11 @@ def zero_shot(
 def opened_tasks(tasks: Sequence[str], include: str | Path | None) -> Any:
     """Returns the harness's task manager, after it has loaded all questions of the tasks, which may come from the hub.
 
-    Raises UserError if the harness is missing, a task is unknown, or its questions cannot be loaded.
+    Raises UserError if the harness or the folder is missing, a task is unknown, or its questions cannot be loaded.
     """
     check_installed()
+    if include is not None and not Path(include).is_dir():
+        raise UserError(f"There is no folder {include}. Give --include the folder that has your task files.")
     manager = _manager(tasks, include)
     from lm_eval.tasks import get_task_dict
 

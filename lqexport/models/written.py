@@ -90,6 +90,16 @@ class PackedFolder:
         return torch.from_numpy(self._model.read(name))
 
 
+def is_written(path: Path) -> bool:
+    """Returns whether a path is a .gguf file, an artifact, or a folder in a form that lqexport writes.
+
+    Those are for `open_export`; any other folder can be a source alone. Raises UserError if its config.json is damaged.
+    """
+    if is_gguf(path) or any((path / name).is_file() for name in ("manifest.json", "run.json")):
+        return True
+    return quantization_of(path) is not None or method_of(path) in (*MODELS, "exl3", METHOD)
+
+
 def open_export(path: Path) -> Export:
     """Opens a .gguf file, a folder that an lqexport command wrote, or a finished artifact.
 
