@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from lqexport.calibration.texts import check_text, read_text
 from lqexport.converters.gguf.header import read_header
 from lqexport.converters.model_tensors import model_tensors
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.errors import UserError
-from lqexport.models.model_path import check_source_name
+from lqexport.evaluation.papers import perplexity
+from lqexport.evaluation.zero_shot_tasks import zero_shot
+from lqexport.models.inspect import inspect
+from lqexport.models.model_path import check_exists, check_source_name
 from lqexport.models.source import open_source
 from lqexport.models.tokenizer_files import load_tokenizer
 from lqexport.storage.artifact import Artifact
@@ -49,6 +57,34 @@ def test_a_folder_without_a_tokenizer_says_so(model: Path) -> None:
         path.unlink()
     with pytest.raises(UserError, match=r"cannot be loaded: there is none of tokenizer.json, tokenizer.model"):
         load_tokenizer(model)
+
+
+def test_a_folder_is_no_text(tmp_path: Path) -> None:
+    for read in (read_text, check_text):
+        with pytest.raises(UserError, match=r"is a folder\. Give one of its files"):
+            read(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        inspect,
+        perplexity,
+        lambda path: zero_shot(path, ["arc_easy"]),
+        check_exists,
+        lambda path: check_source_name(str(path)),
+    ],
+)
+def test_a_folder_that_must_not_be_looked_at_is_named(
+    look: Callable[[Path], object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path, *_: Any, **__: Any) -> bool:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    for method in ("exists", "is_file", "is_dir"):
+        monkeypatch.setattr(Path, method, denied)
+    with pytest.raises(UserError, match=r"closed.*: Permission denied\."):
+        look(tmp_path / "closed")
 
 
 def test_a_model_is_no_artifact(model: Path) -> None:

@@ -213,6 +213,8 @@ def check_text(name_or_file: str) -> None:
 
 
 def _unknown(name_or_file: str) -> UserError:
+    if Path(name_or_file).is_dir():
+        return UserError(f"{name_or_file} is a folder. Give one of its files, .txt or .jsonl.")
     known = ", ".join([*BUILT_IN, *HUB_TEXTS])
     return UserError(f"There is no text file {name_or_file}, and no text of that name. Known names: {known}.")
 

@@ -28,7 +28,7 @@ from lqexport.converters.mlx.types import quantization_of
 from lqexport.converters.models.architecture import Architecture
 from lqexport.converters.models.architectures import architecture_of
 from lqexport.converters.plan import rows_and_columns
-from lqexport.errors import UserError
+from lqexport.errors import UserError, files_at_hand
 from lqexport.formats.codec import nbytes
 from lqexport.formats.registry import codec_named
 from lqexport.models.model_path import check_exists
@@ -166,6 +166,7 @@ def listing(inspection: Inspection, every: bool = False) -> RenderableType:
     return Group(first, table(inspection.entries, inspection.copied, every), *last)
 
 
+@files_at_hand()
 def inspect(path: str | Path) -> Inspection:
     """Returns the tensors of a .gguf file, of a Hugging Face folder, or of a folder that an lqexport command wrote.
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from lqexport.converters.gguf.split import is_gguf
-from lqexport.errors import UserError
+from lqexport.errors import UserError, files_at_hand
 from lqexport.runtime.hub import no_hub
 from lqexport.storage.files import check_path
 
@@ -18,10 +18,12 @@ NO_ID = "There is no folder {}, and it is not a hub id either."
 NOT_WITHIN_REACH = "There is no folder {}, and the hub has no such model within reach: {}"
 
 
+@files_at_hand()
 def check_source_name(name: str) -> None:
     """Raises UserError if a source is a .gguf file that is missing, or neither a folder nor a hub id.
 
-    A hub id is refused if the model is not in the hub's cache and the hub cannot be reached.
+    A hub id is refused if the model is not in the hub's cache and the hub cannot be reached. A path is refused if it
+    must not be looked at.
     """
     check_path(path := Path(name))
     if is_gguf(path):
@@ -51,8 +53,9 @@ def _check_hub(name: str) -> None:
             raise UserError(NOT_WITHIN_REACH.format(name, reason)) from None
 
 
+@files_at_hand()
 def check_exists(*paths: Path) -> None:
-    """Raises UserError if there is no file or folder at one of the paths."""
+    """Raises UserError if there is no file or folder at one of the paths, or it must not be looked at."""
     for path in paths:
         check_path(path)
         if not path.exists():
