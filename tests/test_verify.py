@@ -31,7 +31,7 @@ from lqexport.models.source import open_source
 from lqexport.models.tokenizers import Splits
 from lqexport.storage.artifact import Artifact
 from lqexport.storage.files import write_json
-from lqexport.verification import text_share, verify_predictions
+from lqexport.verification import text_share, verify_predictions, verifying
 from lqexport.verification.limits import check_limits
 from lqexport.verification.result import Verification
 from lqexport.verification.verify_predictions import check_tokenizer
@@ -47,6 +47,26 @@ def test_nothing_lost_is_nothing_found(exact: Artifact, tiny_model: Path, text: 
     assert (evaluation.windows, evaluation.tokens) == (2, 510)
     assert all(tensor.weight_error == 0 and tensor.same_bytes and tensor.finite for tensor in result.tensors)
     assert result.bits_per_weight == pytest.approx(16, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"text": "short.txt"}, r"one window of llama\.cpp-512 needs 512"),
+        ({"artifact": "none"}, "none is not an lqexport artifact"),
+        ({"min_cosine": 0.9}, "min_cosine is for encoders"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_file_is_read(
+    options: dict[str, Any], said: str, exact: Artifact, tiny_model: Path, text: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The text was cut after all tensors had been read and compared, which takes minutes for a large file."""
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("too short")
+    monkeypatch.setattr(verifying, "file_digest", lambda *_: pytest.fail("the file was read"))
+    with pytest.raises(UserError, match=said):
+        verify(exact.folder, str(tiny_model), **{"text": text} | options)
 
 
 def test_a_lossy_file_is_measured(found: Verification, tiny_model: Path) -> None:

@@ -157,6 +157,13 @@ def compare(
         list[Path], typer.Argument(help=".gguf files, or folders that to-native, to-exl2 or quantize wrote.")
     ],
     against: Against,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="The adapter with the first file's low-rank corrections: measure that file with it, too. May repeat: "
+            "for the second file, and so on."
+        ),
+    ] = None,
     text: EvaluationText = "python-heldout",
     protocol: Annotated[str, typer.Option(help="llama.cpp-512 or hf-2048, as in verify.")] = "llama.cpp-512",
     windows: Windows = None,
@@ -170,6 +177,7 @@ def compare(
     Examples:
 
         lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
+        lqexport compare a.gguf b.gguf --against ./model --adapter a-adapter.gguf
     """
     with plain_endings():
         check_exists(*files)
@@ -183,7 +191,7 @@ def compare(
             report.check_installed()
         with terminal_listener() as listener:
             result = comparison.compare(
-                files, against, text=text, protocol=protocol, windows=windows,
+                files, against, adapters=adapter or (), text=text, protocol=protocol, windows=windows,
                 engine=engine, device=device, listener=listener,  # type: ignore[arg-type]  # checked there
             )  # fmt: skip
         print_result(result, comparison.table, as_json=as_json)

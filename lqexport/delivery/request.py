@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lqexport.calibration.texts import read_text
-from lqexport.converters.models.architectures import architecture_of
 from lqexport.delivery.places import Places
 from lqexport.errors import UserError
 from lqexport.evaluation import llamacpp, mlx_lm
-from lqexport.evaluation.embeddings import sentences
-from lqexport.evaluation.fitting import fitted
-from lqexport.evaluation.protocols import PROTOCOLS, cut_text
 from lqexport.models.source import open_source
 from lqexport.planning.dryrun import Preview, preview
 from lqexport.planning.memory import MemoryLimits
@@ -22,7 +18,7 @@ from lqexport.storage.files import check_space
 from lqexport.verification.default_limits import MAX_OVER_EXPECTED, MAX_PERPLEXITY_RATIO
 from lqexport.verification.limits import limits_for
 from lqexport.verification.result import Engine
-from lqexport.verification.text_share import most_windows
+from lqexport.verification.text_share import check_text
 from lqexport.verification.verifying import check_options
 
 PROTOCOL = "llama.cpp-512"
@@ -104,7 +100,4 @@ class Request:
         A text of the hub is downloaded.
         """
         text, source = read_text(self.measurement.text), open_source(self.recipe.source)
-        if architecture_of(source.config).encoder:
-            sentences(text.content, most_windows(self.measurement.windows, source.config))
-        else:
-            cut_text(source.tokenizer(), text, [fitted(PROTOCOLS[PROTOCOL], source.config)], 1)
+        check_text(text, source, (PROTOCOL,), self.measurement.windows)

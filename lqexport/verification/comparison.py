@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,12 +24,12 @@ from lqexport.evaluation import evaluate
 from lqexport.evaluation.evaluate import Evaluation
 from lqexport.evaluation.figures import figure, finite_or_null, share, with_error
 from lqexport.evaluation.fitting import fitted, window_warnings
-from lqexport.evaluation.logits import BlockLogits, block_logits
+from lqexport.evaluation.logits import BlockLogits, block_logits, check_predicts
 from lqexport.evaluation.protocols import PROTOCOLS, Protocol, cut_text
 from lqexport.models.adapters import LowRankFactors, open_factors
 from lqexport.models.blocks import BlockModel
 from lqexport.models.column_order import source_like
-from lqexport.models.inspect import inspect
+from lqexport.models.inspect import TensorInfo, inspect
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import Export, open_export
 from lqexport.runtime.environment import choose_device
@@ -40,7 +42,8 @@ from lqexport.verification.result import Engine, Verification
 from lqexport.verification.text_share import most_windows
 from lqexport.verification.verify_predictions import logits_of_file
 from lqexport.verification.verify_tensors import check_structure
-from lqexport.verification.verifying import check_options, empty_result
+from lqexport.verification.verify_vocabulary import vocabulary_differences
+from lqexport.verification.verifying import check_adapter, check_options, empty_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,6 +53,7 @@ if TYPE_CHECKING:
 class Compared:
     """The measurements of one file. Bytes and bits per weight include scales, tables and low-rank factors.
 
+    adapter                  the adapter that the file ran with; None if it ran as it is
     bits_per_weight          of all tensors, per weight of the source
     linears_bits_per_weight  of the decoder blocks' linears, without embedding and output
     tokens_per_second   number of tokens in the windows, divided by the seconds that the engine took for them. The time
@@ -63,6 +67,7 @@ class Compared:
     linears_bits_per_weight: float
     tokens_per_second: float
     evaluation: Evaluation
+    adapter: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -87,6 +92,7 @@ def compare(
     files: Sequence[str | Path],
     against: str,
     *,
+    adapters: Sequence[str | Path] = (),
     text: str = "python-heldout",
     protocol: str = "llama.cpp-512",
     windows: int | None = None,
@@ -96,19 +102,31 @@ def compare(
 ) -> Comparison:
     """Measures .gguf files, native folders, ExLlamaV2 folders and artifacts against one source.
 
-    The options are those of `verifying.verify`. Raises UserError if a file cannot be read, lacks tensors of the
-    source's architecture or has them in another shape. All files are checked for this before any model runs.
+    adapters   low-rank corrections of the first file, of the second, and so on: such a file is measured without them,
+               and once more with them. There may be fewer adapters than files.
+
+    The other options are those of `verifying.verify`. Raises UserError if a file cannot be read, lacks tensors of the
+    source's architecture or has them in another shape, or if an adapter does not fit its file. All of this is checked
+    before any model runs.
     """
     listener, paths = listener or Silent(), [Path(file) for file in files]
     if not paths:
         raise UserError("Give at least one file to compare.")
-    for path in paths:
+    if len(adapters) > len(paths):
+        raise UserError(f"There are more adapters ({len(adapters)}) than files ({len(paths)}): a file has one at most.")
+    pairs = list(zip_longest(paths, map(Path, adapters)))
+    for path, adapter in pairs:
         check_options(path, (protocol,), windows, engine)
+        check_adapter(adapter, engine)
     source, evaluation_text = open_source(against), read_text(text)
     device = str(choose_device(device))
-    opened = [_opened(empty_result(path, source, None, evaluation_text, engine, device), source) for path in paths]
+    check_predicts(architecture_of(source.config))
     chosen = fitted(PROTOCOLS[protocol], source.config)
     cut = cut_text(source.tokenizer(), evaluation_text, [chosen], most_windows(windows, source.config))[chosen]
+    opened = []
+    for path, adapter in pairs:
+        head = empty_result(path, source, None, evaluation_text, engine, device)
+        opened += _opened(head, adapter, source, listener)
     for sentence in window_warnings(PROTOCOLS[protocol], source.config):
         listener.message(sentence)
     model = BlockModel(source, device)
@@ -128,14 +146,26 @@ class _Opened:
     config: dict[str, Any]
 
 
-def _opened(head: Verification, source: Source) -> _Opened:
+def _opened(head: Verification, adapter: Path | None, source: Source, listener: Listener) -> list[_Opened]:
+    """Returns what to measure of a file: the file as it is and, if it has an adapter, the file with it.
+
+    The listener is told where a GGUF file has another vocabulary than the source.
+    """
     path = Path(head.file)
     export = open_export(path)
-    source = source_like(source, export.config)
-    factors = open_factors(path, None, source.config)
-    if not check_structure(head, export, factors, source):
-        raise UserError(f"{path} is not a model like {source.name}: {head.failed[0]}")
-    return _Opened(head, export, factors, source.config)
+    source, name = source_like(source, export.config), source.name
+    for sentence in vocabulary_differences(export, source):
+        listener.message(f"{path}: {sentence}")
+    opened = []
+    for each in dict.fromkeys((None, adapter)):
+        result = copy.deepcopy(head)
+        result.adapter = str(each) if each else None
+        factors = open_factors(path, each, source.config)
+        if not check_structure(result, export, factors, source):
+            wrong = f"{each} does not fit {path}" if each else f"{path} is not a model like {name}"
+            raise UserError(f"{wrong}: {result.failed[0]}")
+        opened.append(_Opened(result, export, factors, source.config))
+    return opened
 
 
 def _compared(
@@ -154,12 +184,24 @@ def _compared(
     for sentence in head.warnings:
         listener.message(f"{head.file}: {sentence}")
     entries = inspect(Path(head.file)).entries
+    if head.adapter and opened.factors:
+        entries += _entries(opened.factors)
     count = counted(entries, copied_output(opened.config))
     linears = counted_linears(entries, architecture_of(opened.config))
     rate = windows.size / max(clock.seconds, 1e-9)
     return Compared(
-        head.file, head.sha256, count.nbytes, count.bits_per_weight, linears.bits_per_weight, rate, evaluation
-    )
+        head.file, head.sha256, count.nbytes, count.bits_per_weight, linears.bits_per_weight, rate, evaluation,
+        head.adapter,
+    )  # fmt: skip
+
+
+def _entries(factors: LowRankFactors) -> list[TensorInfo]:
+    """Returns the low-rank factors as `inspect` lists tensors."""
+    tensors = [(name, *factors.planes(name)) for name in factors.names()]
+    return [
+        TensorInfo(name, shape, codec_name, sum(plane.nbytes for plane in planes.values()))
+        for name, codec_name, planes, shape in tensors
+    ]
 
 
 class _Clock:
@@ -191,7 +233,7 @@ def table(comparison: Comparison) -> Table:
     for file in comparison.files:
         evaluation = file.evaluation
         result.add_row(
-            file.file,
+            f"{file.file} + {file.adapter}" if file.adapter else file.file,
             human_bytes(file.nbytes),
             f"{file.bits_per_weight:.3f}",
             f"{file.linears_bits_per_weight:.3f}",
@@ -217,8 +259,8 @@ def save_plot(comparison: Comparison, path: Path) -> None:
     """Writes a plot of KL divergence over bits per weight as an SVG file."""
     points = [
         Point(
-            f"{Path(file.file).name}, {human_bytes(file.nbytes)}", file.bits_per_weight, file.evaluation.kl,
-            file.evaluation.kl_error,
+            f"{' + '.join(Path(path).name for path in (file.file, file.adapter) if path)}, {human_bytes(file.nbytes)}",
+            file.bits_per_weight, file.evaluation.kl, file.evaluation.kl_error,
         )
         for file in comparison.files
     ]  # fmt: skip

@@ -31,6 +31,7 @@ from lqexport.models.adapters import LowRankFactors, corrected, open_factors
 from lqexport.models.column_order import source_like
 from lqexport.models.interface import Weights
 from lqexport.models.licenses import license_of
+from lqexport.models.model_path import check_exists
 from lqexport.models.smoothing import Pair, Smoothed, scales_between
 from lqexport.models.source import Source, open_source
 from lqexport.models.written import Export, open_export
@@ -48,7 +49,7 @@ from lqexport.verification.rounded_source import RoundedSource, not_contradicted
 from lqexport.verification.settings import different_settings, lost_settings
 from lqexport.verification.splits import different_splits
 from lqexport.verification.talk import check_talk
-from lqexport.verification.text_share import most_windows
+from lqexport.verification.text_share import check_text, most_windows
 from lqexport.verification.verify_predictions import compare_predictions
 from lqexport.verification.verify_tensors import check_files, check_structure, check_tensors, lossiest
 from lqexport.verification.verify_vocabulary import vocabulary_differences
@@ -110,26 +111,31 @@ def verify(
     """
     file, adapter = Path(file), Path(adapter) if adapter else None
     check_options(file, protocols, windows, engine)
-    _check_engine(engine, adapter, activations)
+    check_adapter(adapter, engine)
+    _check_activations(activations, engine)
     full_float32()
     listener = listener or Silent()
     export = open_export(file)
     source, evaluation_text = source_like(open_source(against), export.config), read_text(text)
-    if linear is not None:
-        check_shown(export, source, linear)
-    made_from = Artifact(Path(artifact)) if artifact else _record_in(file)
-    compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
-    listener.stage(f"Read the digest of {file.name}", 0)
-    result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
-    result.adapter = str(adapter or file) if compared.factors else None
-    result.activations = activations
-    limits = {
+    given = {
         "max_kl": max_kl,
         "max_perplexity_ratio": max_perplexity_ratio,
         "max_over_expected": max_over_expected,
         "min_cosine": min_cosine,
     }
-    result.limits = limits_for(limits, source.config)
+    limits = limits_for(given, source.config)
+    check_text(evaluation_text, source, protocols, windows)
+    if linear is not None:
+        check_shown(export, source, linear)
+    made_from = Artifact(Path(artifact)) if artifact else _record_in(file)
+    if made_from:
+        made_from.manifest()  # what is wrong with it is said before the file is read, which takes long
+    compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
+    listener.stage(f"Read the digest of {file.name}", 0)
+    result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
+    result.adapter = str(adapter or file) if compared.factors else None
+    result.activations = activations
+    result.limits = limits
     usable = _check_content(result, compared, listener)
     check_overlap(result, evaluation_text)
     if max_over_expected is not None:
@@ -264,12 +270,18 @@ def check_options(file: Path, protocols: tuple[str, ...], windows: int | None, e
         mlx_lm.check_installed()
 
 
-def _check_engine(engine: str, adapter: Path | None, activations: str | None) -> None:
-    """Raises UserError if the engine cannot run the adapter or emulate the activations, or if their type is unknown."""
+def _check_activations(activations: str | None, engine: str) -> None:
+    """Raises UserError if the engine cannot emulate the activations, or if their type is unknown."""
     if activations is not None:
         rounding(activations)
         if engine != "lqexport":
             raise UserError(f"Activations are emulated by the engine lqexport alone: {engine} rounds them its own way.")
+
+
+def check_adapter(adapter: Path | None, engine: str) -> None:
+    """Raises UserError if there is no such adapter, or the engine cannot run it. None stands for none."""
+    if adapter is not None:
+        check_exists(adapter)
     if engine == "mlx" and adapter is not None:
         raise UserError("mlx-lm runs adapters of its own form alone: leave out --adapter, or take --engine lqexport.")
     if engine == "llama.cpp" and adapter is not None and adapter.is_dir():
