@@ -174,6 +174,8 @@ def compare(
 ) -> None:
     """Measure several files against one source, on the same windows of the same text.
 
+    Prints one table. All files and adapters are checked before anything runs.
+
     Examples:
 
         lqexport compare a.gguf b.gguf ./model-3bit --against ./model --plot compared.svg
