@@ -127,9 +127,7 @@ def verify(
     check_text(evaluation_text, source, protocols, windows)
     if linear is not None:
         check_shown(export, source, linear)
-    made_from = Artifact(Path(artifact)) if artifact else _record_in(file)
-    if made_from:
-        made_from.manifest()  # what is wrong with it is said before the file is read, which takes long
+    made_from = _made_from(artifact, file)
     compared = _Compared(export, source, open_factors(file, adapter, source.config), made_from, evaluation_text)
     listener.stage(f"Read the digest of {file.name}", 0)
     result = empty_result(file, source, made_from, evaluation_text, engine, str(choose_device(device)))
@@ -220,6 +218,17 @@ def check_metadata(result: Verification, export: Weights, source: Source) -> boo
     result.failed += [problem.sentence for problem in errors]
     result.failed += vocabulary_differences(export, source)
     return not any(problem.area == "shapes" for problem in errors)
+
+
+def _made_from(artifact: str | Path | None, file: Path) -> Artifact | None:
+    """Returns the artifact that a file was made from: the given one, or that of `_record_in`; None if it is not known.
+
+    Raises UserError if it is unfinished or damaged, before the file is read, which takes long.
+    """
+    made_from = Artifact(Path(artifact)) if artifact else _record_in(file)
+    if made_from:
+        made_from.manifest()
+    return made_from
 
 
 def _record_in(file: Path) -> Artifact | None:
