@@ -114,6 +114,7 @@ def perplexity(
     lqexport decodes the model itself and runs it block by block in float32. Raises UserError if the protocol is
     unknown, or if the model or a text cannot be read.
     """
+    check_cutting(protocol, windows)
     model, chosen, listener = open_model(file), choose_device(device), listener or Silent()
     return perplexity_on(cut_texts(model, texts, protocol, windows, listener), model, chosen, listener)
 
@@ -127,6 +128,13 @@ class Cut:
     windows: Windows
 
 
+def check_cutting(protocol: str, windows: int | None) -> None:
+    """Raises UserError if the protocol is unknown, or the number of windows is not positive."""
+    check_least(1, windows=windows)
+    if protocol not in PROTOCOLS:
+        raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
+
+
 def cut_texts(
     model: AnyModel, texts: Iterable[str], protocol: str, windows: int | None, listener: Listener
 ) -> list[Cut]:
@@ -134,9 +142,6 @@ def cut_texts(
 
     The listener is told where windows do not fit the model's context.
     """
-    check_least(1, windows=windows)
-    if protocol not in PROTOCOLS:
-        raise UserError(f"Unknown protocol {protocol!r}. Known: {', '.join(PROTOCOLS)}.")
     config = model.weights.config
     check_predicts(architecture_of(config))
     protocols = {text: HF_2048 if text in TEXTS else PROTOCOLS[protocol] for text in texts}

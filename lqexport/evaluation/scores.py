@@ -15,7 +15,7 @@ from rich.table import Table
 from lqexport.errors import UserError, files_at_hand
 from lqexport.evaluation import zero_shot_tasks
 from lqexport.evaluation.figures import finite_or_null, with_error
-from lqexport.evaluation.papers import Cut, Perplexity, cut_texts, perplexity_on
+from lqexport.evaluation.papers import Cut, Perplexity, check_cutting, cut_texts, perplexity_on
 from lqexport.evaluation.whole_models import check_runnable
 from lqexport.models.any_model import AnyModel, open_model
 from lqexport.runtime.environment import PACKAGES, choose_device, versions
@@ -72,6 +72,7 @@ def evaluate(
 
     Raises UserError as they do, and if the two models split a text into other tokens.
     """
+    check_cutting(protocol, windows)
     chosen, listener = choose_device(device), listener or Silent()
     models = [open_model(name) for name in (file, against) if name is not None]
     if tasks:  # they come last, and what they lack is said first
